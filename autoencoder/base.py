@@ -1,0 +1,72 @@
+"""What every autoencoder of stage one offers to training, to stage two and to export."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.norm import LatentNorm
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 unchanged."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Autoencoder(nn.Module, ABC):
+    """images in [-1, 1] (B, image_channels, H, W) <-> z (B, latent_channels, H/factor, W/factor).
+
+    `moments` are what the encoder gives: mean ⊕ logvar (B, 2C, h, w) for a posterior, z (B, C, h, w) otherwise.
+    """
+
+    factor: int
+    image_channels: int
+    latent_channels: int
+    norm: LatentNorm
+    encoder_parts: tuple[str, ...]  # prefixes of the state that decides the moments
+
+    @abstractmethod
+    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(reconstruction, moments); noise (B, C, h, w) ~ N(0, I), None = posterior mean. The only call in training."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """images -> moments, un-normalised, float32 or better."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents -> images, float32 or better, not clipped."""
+
+    @abstractmethod
+    def regularisation(self, moments: Tensor) -> Tensor:
+        """The latent regulariser per image (B,), from the moments of `forward`: KL in nats or a quantiser's terms."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution, where the adaptive adversarial weight compares gradients."""
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The part of the state dict that decides the moments; its hash names latents."""
+        return {key: value for key, value in self.state_dict().items() if key.startswith(self.encoder_parts)}
+
+    def check_images(self, images: Tensor) -> None:
+        """ValueError unless images are (B, image_channels, H, W) with H and W divisible by the factor."""
+        if images.ndim != 4 or images.shape[1] != self.image_channels:
+            raise ValueError(
+                f"images must be (batch, {self.image_channels}, height, width), got {tuple(images.shape)}."
+            )
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor or not height or not width:
+            raise ValueError(
+                f"image size {height}x{width} must be divisible by the autoencoder's factor {self.factor}."
+            )
+
+    def check_latents(self, latents: Tensor) -> None:
+        """ValueError unless latents are (B, latent_channels, h, w)."""
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents must be (batch, {self.latent_channels}, height, width), got {tuple(latents.shape)}."
+            )

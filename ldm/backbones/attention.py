@@ -1,0 +1,116 @@
+"""Attention on scaled-dot-product kernels, padding masks, and the feed-forward layers that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.backbones.embed import rotate
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu-tanh": partial(F.gelu, approximate="tanh")}
+
+
+def blank(context: Tensor, mask: Tensor | None) -> Tensor:
+    """Context (B, L, D) with its padding (mask False) set to zero: whatever a padded token held can then reach nothing."""
+    return context if mask is None else context.masked_fill(~mask[..., None], 0.0)
+
+
+def key_mask(mask: Tensor | None) -> Tensor | None:
+    """Padding mask (B, L), True = real -> (B, 1, 1, L) for attention over that context alone; None stays None.
+
+    A row without one real token would be 0/0: it reads all its tokens, which `blank` has made equal and empty.
+    No test on the values, since that would make a GPU wait.
+    """
+    return None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ/√d) v over heads: q (B, heads, N, d), k and v (B, heads, L, d), mask (B, 1, 1, L) -> (B, N, heads·d)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the channels of a head (Henry et al. 2020), in the dtype of its input so that it stays one kernel."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with one fused projection to q, k, v; optional RMS norm of q and k and rotary positions."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, N, width), mask (B, 1, 1, N), rope as `rope_table` gives it -> (B, N, width)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return self.out(attend(q, k, v, mask))
+
+
+class CrossAttention(nn.Module):
+    """Attention from x to a context, keys and values by one fused projection."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, width), context (B, L, width), mask (B, 1, 1, L) -> (B, N, width)."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(attend(self.q_norm(q), self.k_norm(k), v, mask))
+
+
+class FeedForward(nn.Module):
+    """out(activation(in(x))): the transformer's two-layer perceptron, exact or tanh-approximated GELU."""
+
+    def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.activation(self.inner(x)))
+
+
+class SwiGLU(nn.Module):
+    """out(silu(a)·b) with (a, b) = inner(x) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.inner(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+def zero(module: nn.Module) -> None:
+    """Sets every parameter of a module to zero, so that the branch it ends starts as nothing."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()

@@ -1,0 +1,48 @@
+"""What every denoising network is: latents, a noise level and a condition in; the prediction out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ldm.conditioning import Cond
+
+
+class Backbone(nn.Module, ABC):
+    """A raw network y = f(x, noise level, cond); it knows no schedule, no guidance and no caption dropout.
+
+    `channels` latent channels in, `out_channels` out (twice as many with a learned variance), `multiple` the number
+    by which both sides of a latent must be divisible.
+    """
+
+    def __init__(self, *, channels: int, out_channels: int, multiple: int) -> None:
+        super().__init__()
+        self.channels, self.out_channels, self.multiple = channels, out_channels, multiple
+
+    @abstractmethod
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """x (B, channels, H, W), noise_level (B,) as the schedule shows it to a network -> (B, out_channels, H, W).
+
+        Raises ValueError where H or W is not divisible by `multiple`.
+        """
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError, saying what fits, for latents of the wrong channel count or size."""
+        channels, height, width = x.shape[1:]
+        if channels != self.channels:
+            raise ValueError(f"the latents have {channels} channels, the backbone was built for {self.channels}")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"latents of {height}x{width} do not fit: both sides must be divisible by {self.multiple}")
+
+
+def need_pooled(wanted: bool, pooled_dim: int | None) -> int:
+    """The width of the pooled text a backbone will read, 0 for none.
+
+    Raises ValueError where the backbone wants pooled text and the text encoder gives none.
+    """
+    if wanted and pooled_dim is None:
+        raise ValueError("the backbone adds pooled text, but the text encoder gives none: set pooled = false")
+    return pooled_dim if wanted and pooled_dim is not None else 0

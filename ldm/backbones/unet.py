@@ -1,0 +1,300 @@
+"""Cross-attention U-Net of latent diffusion and Stable Diffusion; parameter names are those of diffusers' UNet2DConditionModel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.backbones.attention import attend, blank, key_mask, zero
+from ldm.backbones.base import Backbone, need_pooled
+from ldm.backbones.embed import Projection, sinusoid
+
+if TYPE_CHECKING:
+    from ldm.conditioning import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet:
+    """Config of a U-Net: one level per entry of `channels`, each half the size of the one before.
+
+    `attention`: the levels (0 = full size) with text transformers; the middle always has one. `heads` per attention, or
+    channels per head where `head_dim` is not 0. `depth`: transformer layers per attention. `pooled` adds pooled text to
+    the time embedding (diffusers' class_embed_type "projection"). The defaults are Stable Diffusion 1.x, 859,520,964
+    parameters with 4 latent channels and a context of 768.
+    """
+
+    kind: Literal["unet"] = "unet"
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    blocks: int = 2
+    attention: tuple[int, ...] = (0, 1, 2)
+    heads: int = 8
+    head_dim: int = 0
+    depth: int = 1
+    linear_projection: bool = False
+    pooled: bool = False
+    groups: int = 32
+    learned_variance: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(*self.channels, self.blocks, self.heads, self.depth, self.groups) <= 0:
+            raise ValueError("channels, blocks, heads, depth and groups must be positive, with at least one level")
+        if not set(self.attention) <= set(range(len(self.channels))):
+            raise ValueError(f"attention names levels 0 to {len(self.channels) - 1}, not {self.attention}")
+        for width in self.channels:
+            if width % self.groups:
+                raise ValueError(f"every entry of channels must be divisible by groups ({self.groups}); {width} is not")
+        for level in {*self.attention, len(self.channels) - 1}:
+            divisor = self.head_dim or self.heads
+            if self.channels[level] % divisor:
+                raise ValueError(f"level {level} has {self.channels[level]} channels, which {divisor} does not divide into heads")
+
+    def heads_at(self, level: int) -> int:
+        """Attention heads at a level."""
+        return self.channels[level] // self.head_dim if self.head_dim else self.heads
+
+    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> CrossAttentionUNet:
+        """The network for latents of `channels` and text of `context_dim` (and `pooled_dim`); ValueError on a misfit."""
+        return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
+
+
+class ResnetBlock(nn.Module):
+    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + linear(silu(time))))); the branch starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-5)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        zero(self.conv2)
+
+    def forward(self, x: Tensor, active_time: Tensor) -> Tensor:
+        """x (B, inputs, H, W), silu of the time embedding (B, time_dim) -> (B, outputs, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(active_time)[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Attention of x (B, N, width) over a context (B, L, context_dim), itself where that is x."""
+
+    def __init__(self, width: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.to_out[0](attend(q, k, v, mask))
+
+
+class GEGLU(nn.Module):
+    """value·gelu(gate) with (value, gate) = proj(x) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # net.1 is the place of diffusers' dropout: it keeps the published key net.2
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention to the text and a gated feed-forward, each on a normalised residual."""
+
+    def __init__(self, width: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.attn2 = Attention(width, context_dim, heads)
+        self.ff = GatedFeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A residual transformer over the pixels of a feature map; it starts as the identity."""
+
+    def __init__(self, config: UNet, width: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.linear = config.linear_projection
+        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerLayer(width, context_dim, heads) for _ in range(config.depth))
+        self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        zero(self.proj_out)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, width, H, W), context (B, L, context_dim), mask (B, 1, 1, L) -> (B, width, H, W)."""
+        tokens = _pointwise(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))
+        for layer in self.transformer_blocks:
+            tokens = layer(tokens, context, mask)
+        return x + _pointwise(self.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """A linear layer, or the same thing stored as a 1x1 convolution, on tokens (B, N, D)."""
+    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    return F.linear(tokens, weight.flatten(1), bias)
+
+
+class Resample(nn.Module):
+    """Halves the size (strided convolution) or doubles it (nearest neighbour, then convolution)."""
+
+    def __init__(self, width: int, *, up: bool) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+
+
+class Stage(nn.Module):
+    """Resnets of one level, each followed by a text transformer where the level has them."""
+
+    def __init__(self, config: UNet, sizes: list[tuple[int, int]], level: int, context_dim: int, transformers: int) -> None:
+        super().__init__()
+        self.save_memory = config.gradient_checkpointing
+        time_dim, outputs = 4 * config.channels[0], sizes[0][1]
+        self.resnets = nn.ModuleList(ResnetBlock(*size, time_dim, config.groups) for size in sizes)
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(config, outputs, context_dim, config.heads_at(level)) for _ in range(transformers)
+        )
+
+    def step(self, j: int, x: Tensor, given: Given) -> Tensor:
+        """Resnet j, then transformer j if there is one."""
+        x = self._call(self.resnets[j], x, given.active_time)
+        return self._call(self.attentions[j], x, given.context, given.mask) if j < len(self.attentions) else x
+
+    def _call(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.save_memory and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+
+class Given(NamedTuple):
+    """What every layer reads: silu of the time embedding (B, T), text (B, L, D) and its mask (B, 1, 1, L)."""
+
+    active_time: Tensor
+    context: Tensor
+    mask: Tensor | None
+
+
+class DownBlock(Stage):
+    """A level of the way down: x -> every feature map the way up will take in, the last of them to go on with."""
+
+    def __init__(self, config: UNet, level: int, inputs: int, context_dim: int) -> None:
+        width, blocks = config.channels[level], config.blocks
+        sizes = [(inputs if j == 0 else width, width) for j in range(blocks)]
+        super().__init__(config, sizes, level, context_dim, blocks if level in config.attention else 0)
+        last = level == len(config.channels) - 1
+        self.downsamplers = nn.ModuleList([] if last else [Resample(width, up=False)])
+
+    def forward(self, x: Tensor, given: Given) -> list[Tensor]:
+        kept = []
+        for j in range(len(self.resnets)):
+            x = self.step(j, x, given)
+            kept.append(x)
+        return kept + [downsample(x) for downsample in self.downsamplers]
+
+
+class MiddleBlock(Stage):
+    """Resnet, text transformer, resnet at the smallest size."""
+
+    def __init__(self, config: UNet, context_dim: int) -> None:
+        width = config.channels[-1]
+        super().__init__(config, [(width, width)] * 2, len(config.channels) - 1, context_dim, 1)
+
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        return self.step(1, self.step(0, x, given), given)
+
+
+class UpBlock(Stage):
+    """A level of the way up: every resnet takes in, from the end of `kept`, one feature map of the way down."""
+
+    def __init__(self, config: UNet, level: int, context_dim: int) -> None:
+        widths, blocks = config.channels, config.blocks + 1
+        below, above = widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
+        inputs = [below] + [widths[level]] * config.blocks
+        skips = [widths[level]] * config.blocks + [above]
+        sizes = [(x + skip, widths[level]) for x, skip in zip(inputs, skips, strict=True)]
+        super().__init__(config, sizes, level, context_dim, blocks if level in config.attention else 0)
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Resample(widths[level], up=True)])
+
+    def forward(self, x: Tensor, kept: list[Tensor], given: Given) -> Tensor:
+        for j in range(len(self.resnets)):
+            x = self.step(j, torch.cat([x, kept.pop()], dim=1), given)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class CrossAttentionUNet(Backbone):
+    """U-Net of latent diffusion (Rombach et al. 2022), its text read by cross-attention.
+
+    Output exactly 0 at initialisation: the last convolution, the residual branches and the transformers' projections
+    start at zero, as in ADM (Dhariwal & Nichol 2021). Sizes must be divisible by 2^(levels - 1).
+    """
+
+    def __init__(self, config: UNet, channels: int, context_dim: int, pooled_dim: int) -> None:
+        out_channels = channels * (2 if config.learned_variance else 1)
+        widths = config.channels
+        super().__init__(channels=channels, out_channels=out_channels, multiple=2 ** (len(widths) - 1))
+        self.config, time_dim = config, 4 * widths[0]
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.time_embedding = Projection(widths[0], time_dim)
+        self.class_embedding = Projection(pooled_dim, time_dim) if config.pooled else None
+        self.down_blocks = nn.ModuleList(
+            DownBlock(config, level, widths[max(level - 1, 0)], context_dim) for level in range(len(widths))
+        )
+        self.mid_block = MiddleBlock(config, context_dim)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level, context_dim) for level in reversed(range(len(widths))))
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        zero(self.conv_out)
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """See `Backbone.forward`."""
+        self.check(x)
+        time = self.time_embedding(sinusoid(noise_level, self.config.channels[0]))
+        if self.class_embedding is not None and cond.pooled is not None:
+            time = time + self.class_embedding(cond.pooled)
+        given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask))
+        x = self.conv_in(x)
+        kept = [x]
+        for down in self.down_blocks:
+            kept += down(kept[-1], given)
+        x = self.mid_block(kept[-1], given)
+        for up in self.up_blocks:
+            x = up(x, kept, given)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -1,0 +1,102 @@
+"""Seeded noise: each sample owns its random numbers, whatever batch, order, rank or step it is drawn in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit word."""
+    word &= _MASK
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift(words: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's own copies the sign bit."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(words: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64 tensors, which wrap around as it needs."""
+    words = (words ^ _shift(words, 30)) * _signed(_MUL1)
+    words = (words ^ _shift(words, 27)) * _signed(_MUL2)
+    return words ^ _shift(words, 31)
+
+
+def _mix_int(word: int) -> int:
+    """`_mix` of one Python integer, so that hashing a key touches no device."""
+    word &= _MASK
+    word = (word ^ (word >> 30)) * _MUL1 & _MASK
+    word = (word ^ (word >> 27)) * _MUL2 & _MASK
+    return word ^ (word >> 31)
+
+
+def _hash_key(key: tuple[int | str, ...]) -> int:
+    word = len(key)
+    for part in key:
+        # The top bit keeps the string "1" apart from the integer 1.
+        number = crc32(part.encode()) | 1 << 63 if isinstance(part, str) else part & (_MASK >> 1)
+        word = _mix_int(word + _GOLDEN ^ _mix_int(number))
+    return _signed(word)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """A source of random numbers keyed by (sample seed, key, element).
+
+    Sample i depends on `seeds[i]` and the key alone: it is a SplitMix64 stream read by counter, so drawing costs no
+    state, no synchronisation and no order. `seeds` is an int64 tensor (B,) on the device where numbers are wanted.
+    Raises ValueError when `seeds` is not one.
+    """
+
+    seeds: Tensor
+
+    def __post_init__(self) -> None:
+        if self.seeds.dtype != torch.int64 or self.seeds.ndim != 1:
+            raise ValueError(f"seeds must be an int64 tensor of shape (B,), got {self.seeds.dtype} "
+                             f"of shape {tuple(self.seeds.shape)}")
+
+    @classmethod
+    def from_seeds(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> Noise:
+        """A source for a list of Python integers, negative and 64-bit ones included."""
+        return cls(torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int64, device=device))
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: slice | Tensor) -> Noise:
+        return Noise(self.seeds[index])
+
+    def to(self, device: torch.device | str) -> Noise:
+        return Noise(self.seeds.to(device, non_blocking=True))
+
+    def fold(self, *key: int | str) -> Noise:
+        """An independent source for `key`: `fold(a).normal(shape, b)` and `fold(b).normal(shape, a)` are unrelated."""
+        return Noise(_mix(_mix(self.seeds + _signed(_GOLDEN)) ^ _hash_key(key)))
+
+    def uniform(self, shape: Sequence[int], *key: int | str) -> Tensor:
+        """Uniform float64 numbers strictly inside (0, 1), shape (B, *shape)."""
+        words = self.fold(*key).seeds[:, None] + self._counters(math.prod(shape))
+        # 52 bits and a half: one bit more and the largest number would round to 1.
+        return ((_shift(_mix(words), 12).double() + 0.5) * 2.0**-52).view(len(self), *shape)
+
+    def normal(self, shape: Sequence[int], *key: int | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal numbers of shape (B, *shape), by Box-Muller in float64, cast to `dtype`."""
+        size = math.prod(shape)
+        half = (size + 1) // 2
+        radius, angle = self.uniform((2, half), *key).unbind(1)
+        radius, angle = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
+        pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return pairs[:, :size].to(dtype).view(len(self), *shape)
+
+    def _counters(self, count: int) -> Tensor:
+        return torch.arange(1, count + 1, device=self.seeds.device) * _signed(_GOLDEN)

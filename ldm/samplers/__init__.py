@@ -1,0 +1,16 @@
+"""Samplers: the ways from noise to a sample. A new one is a class and an entry in `SAMPLERS`."""
+
+from ldm.samplers.adams import DEIS, IPNDM, LMS
+from ldm.samplers.ancestral import DDIM, DDPM, DDIMInversion
+from ldm.samplers.base import Memory, Sampler, Snapshot, check_grid, mix, prior, sample
+from ldm.samplers.dpm import DPMpp2M, DPMpp2S, DPMpp3M, DPMpp3S, DPMppSDE2M
+from ldm.samplers.ode import RK4, Euler, Heun, Midpoint
+from ldm.samplers.stochastic import EulerMaruyama, Langevin, PredictorCorrector, ReverseDiffusion
+from ldm.samplers.unipc import UniPC
+
+SAMPLERS = (DDPM, DDIM, Euler, Midpoint, Heun, RK4, DPMpp2M, DPMpp3M, DPMpp2S, DPMpp3S, DPMppSDE2M, UniPC, DEIS, IPNDM,
+            LMS, EulerMaruyama, ReverseDiffusion, PredictorCorrector, Langevin)
+
+__all__ = ["DDIM", "DDIMInversion", "DDPM", "DEIS", "DPMpp2M", "DPMpp2S", "DPMpp3M", "DPMpp3S", "DPMppSDE2M", "Euler",
+           "EulerMaruyama", "Heun", "IPNDM", "LMS", "Langevin", "Memory", "Midpoint", "PredictorCorrector", "RK4",
+           "ReverseDiffusion", "SAMPLERS", "Sampler", "Snapshot", "UniPC", "check_grid", "mix", "prior", "sample"]

@@ -1,0 +1,102 @@
+"""What every sampler is, and the loop that walks a grid with one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.denoiser import Denoise
+from ldm.diffusion import Denoised
+from ldm.noise import Noise
+from ldm.schedules import Level, NoiseSchedule
+
+Memory = Any
+"""What a multistep sampler hands from one step to the next: None before the first step."""
+
+
+class Sampler(ABC):
+    """A way to go from x_t to x_s. Frozen and stateless: whatever a step needs to remember it returns as memory.
+
+    `order` is the power of the step with which its error falls (the variance's, where it adds noise), `calls` the number
+    of network calls a step away from the ends.
+    """
+
+    kind: str
+    order: ClassVar[int]
+    calls: ClassVar[int]
+
+    @abstractmethod
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
+             noise: Noise) -> tuple[Tensor, Memory]:
+        """x at s from x at t, and the memory for the next step. t and s are float64 () on the CPU; noise is this step's
+        own source."""
+
+
+class Snapshot(NamedTuple):
+    """What `watch` is shown after each step: its index, the time reached, x there, and the last estimate of x0."""
+
+    step: int
+    t: float
+    x: Tensor
+    x0: Tensor
+
+
+@dataclass
+class _Watched:
+    denoise: Denoise
+    last: list[Denoised] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoise.schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        self.last[:] = [self.denoise(x, t)]
+        return self.last[0]
+
+
+def check_grid(grid: Tensor) -> Tensor:
+    """The grid in float64 on the CPU. Raises ValueError unless it has a step, lies in [0, 1] and is strictly monotone."""
+    grid = grid.detach().to("cpu", torch.float64)
+    if grid.ndim != 1 or len(grid) < 2:
+        raise ValueError(f"a grid is a list of at least two times, got shape {tuple(grid.shape)}")
+    if not bool(((grid >= 0) & (grid <= 1)).all()):
+        raise ValueError(f"grid times must lie in [0, 1], got {grid.min().item():g} to {grid.max().item():g}")
+    steps = grid.diff()
+    if not (bool((steps < 0).all()) or bool((steps > 0).all())):
+        raise ValueError("grid times must be strictly decreasing (sampling) or strictly increasing (inversion)")
+    return grid
+
+
+def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Tensor, noise: Noise,
+           watch: Callable[[Snapshot], None] | None = None) -> Tensor:
+    """Walk x (B, ...) along `grid`, from x at grid[0] to x at grid[-1], calling `watch` after every step.
+
+    `noise` has one seed per sample. Raises ValueError on a bad grid or a wrong number of seeds.
+    """
+    if len(noise) != len(x):
+        raise ValueError(f"{len(x)} samples need as many seeds, got {len(noise)}")
+    watched = _Watched(denoise)
+    memory: Memory = None
+    with torch.no_grad():
+        for index, (t, s) in enumerate(pairwise(check_grid(grid).unbind())):
+            x, memory = sampler.step(watched if watch else denoise, x, t, s, memory, noise.fold("step", index))
+            if watch is not None:
+                watch(Snapshot(index, s.item(), x, watched.last[0].x0))
+    return x
+
+
+def prior(schedule: NoiseSchedule, shape: tuple[int, ...], noise: Noise, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x at t = 1, shape (B, *shape): Gaussian noise of the schedule's own scale."""
+    return schedule.prior_std * noise.normal(shape, "prior", dtype=dtype)
+
+
+def mix(level: Level, ends: Denoised) -> Tensor:
+    """x at a level from both ends: alpha x0 + sigma eps."""
+    return level.alpha * ends.x0 + level.sigma * ends.eps

@@ -1,0 +1,11 @@
+"""Noise schedules: the family of processes x_t = alpha(t) x0 + sigma(t) eps. A new one is a class and an entry here."""
+
+from ldm.schedules.base import Level, NoiseSchedule, match
+from ldm.schedules.continuous import GVP, VP, Flow, SubVP
+from ldm.schedules.exploding import EDM, VE
+from ldm.schedules.tables import DDPMCosine, DDPMLinear, DDPMScaledLinear, DDPMSigmoid, Table
+
+SCHEDULES = (Flow, GVP, VP, SubVP, VE, EDM, DDPMLinear, DDPMScaledLinear, DDPMCosine, DDPMSigmoid)
+
+__all__ = ["SCHEDULES", "DDPMCosine", "DDPMLinear", "DDPMScaledLinear", "DDPMSigmoid", "EDM", "Flow", "GVP", "Level",
+           "NoiseSchedule", "SubVP", "Table", "VE", "VP", "match"]

@@ -1,0 +1,178 @@
+"""Processes of bounded variance in continuous time: flow matching, its trigonometric sister, VP and sub-VP."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ldm.schedules.base import Continuous, Level, check_t_min
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow(Continuous):
+    """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t); u = t at shift 1.
+
+    `shift` moves time towards noise for larger images; the network sees 1000 u, so its weights mean the same under any
+    shift. Lipman et al. 2023 (arXiv 2210.02747); shift: Esser et al. 2024 (arXiv 2403.03206), eq. 23.
+    """
+
+    kind: Literal["flow"] = "flow"
+    shift: float = 1.0
+    t_min: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_t_min(self.t_min, zero_allowed=True)
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"flow shift must be positive and finite, got {self.shift}")
+
+    @property
+    def pure_noise(self) -> bool:
+        return True
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def __call__(self, t: Tensor) -> Level:
+        # alpha is not 1 - sigma: near t = 1 that would lose its digits, and at t = 1 it might miss 0.
+        return Level((1 - t) / (1 + (self.shift - 1) * t), self._shifted(t))
+
+    def rates(self, t: Tensor) -> Level:
+        rate = self.shift / (1 + (self.shift - 1) * t) ** 2
+        return Level(-rate, rate)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        return 2 * ((1 - t).log() - t.log() - math.log(self.shift))
+
+    def time(self, logsnr: Tensor) -> Tensor:
+        return torch.sigmoid(-(logsnr / 2 + math.log(self.shift)))
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        return 1000 * self._shifted(t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GVP(Continuous):
+    """The generalised variance-preserving interpolant: alpha = cos(pi t / 2), sigma = sin(pi t / 2).
+
+    Albergo & Vanden-Eijnden 2023 (arXiv 2209.15571); SiT (arXiv 2401.08740), table 1.
+    """
+
+    kind: Literal["gvp"] = "gvp"
+    t_min: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_t_min(self.t_min, zero_allowed=True)
+
+    @property
+    def pure_noise(self) -> bool:
+        return True
+
+    def __call__(self, t: Tensor) -> Level:
+        # The sine of the complement is exactly 0 at t = 1, where the cosine would leave 6e-17.
+        return Level((math.pi / 2 * (1 - t)).sin(), (math.pi / 2 * t).sin())
+
+    def rates(self, t: Tensor) -> Level:
+        alpha, sigma = self(t)
+        return Level(-math.pi / 2 * sigma, math.pi / 2 * alpha)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        alpha, sigma = self(t)
+        return 2 * (alpha.log() - sigma.log())
+
+    def time(self, logsnr: Tensor) -> Tensor:
+        return 2 / math.pi * (-logsnr / 2).exp().atan()
+
+
+class _LinearBeta(Continuous):
+    """The SDEs whose beta(t) rises linearly: alpha = exp(-b / 2), with b(t) the integral of beta up to t."""
+
+    kind: str
+    beta_min: float
+    beta_max: float
+    t_min: float
+
+    def __post_init__(self) -> None:
+        check_t_min(self.t_min)
+        if not 0 < self.beta_min < self.beta_max < math.inf:
+            raise ValueError(f"{self.kind} needs 0 < beta_min < beta_max, got {self.beta_min} and {self.beta_max}")
+
+    @property
+    def pure_noise(self) -> bool:
+        return False
+
+    def beta(self, t: Tensor) -> Tensor:
+        """beta(t) = beta_min + (beta_max - beta_min) t."""
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2
+
+    def _time(self, integral: Tensor) -> Tensor:
+        """The root of `_integral`, written so that small integrals keep their digits."""
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * slope * integral).sqrt())
+
+    @abstractmethod
+    def logsnr(self, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class VP(_LinearBeta):
+    """The variance-preserving SDE: alpha = exp(-b(t) / 2), sigma = sqrt(1 - alpha^2).
+
+    Song et al. 2021 (arXiv 2011.13456), appendix C.
+    """
+
+    kind: Literal["vp"] = "vp"
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+
+    def __call__(self, t: Tensor) -> Level:
+        b = self._integral(t)
+        return Level((-b / 2).exp(), (-(-b).expm1()).sqrt())
+
+    def rates(self, t: Tensor) -> Level:
+        alpha, sigma = self(t)
+        return Level(-self.beta(t) / 2 * alpha, self.beta(t) / 2 * alpha**2 / sigma)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        return -self._integral(t).expm1().log()
+
+    def time(self, logsnr: Tensor) -> Tensor:
+        return self._time(softplus(-logsnr, threshold=700))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubVP(_LinearBeta):
+    """The sub-VP SDE: alpha = exp(-b(t) / 2), sigma = 1 - alpha^2.
+
+    Song et al. 2021 (arXiv 2011.13456), eq. 29.
+    """
+
+    kind: Literal["sub-vp"] = "sub-vp"
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+
+    def __call__(self, t: Tensor) -> Level:
+        b = self._integral(t)
+        return Level((-b / 2).exp(), -(-b).expm1())
+
+    def rates(self, t: Tensor) -> Level:
+        alpha, _ = self(t)
+        return Level(-self.beta(t) / 2 * alpha, self.beta(t) * alpha**2)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        b = self._integral(t)
+        return -b - 2 * (-(-b).expm1()).log()
+
+    def time(self, logsnr: Tensor) -> Tensor:
+        # alpha solves alpha / (1 - alpha^2) = r; in terms of q = 1 / r = 2 sinh(b / 2) it keeps its digits at both ends.
+        return self._time(2 * ((-logsnr / 2).exp() / 2).asinh())

@@ -1,0 +1,173 @@
+"""DDPM tables: T steps of beta, entry i at t = (i + 1) / T, and t = 0 clean and outside the table."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ldm.schedules.base import Level, NoiseSchedule
+
+
+class Table(NoiseSchedule):
+    """alpha^2 = alpha_bar, the running product of 1 - beta; between entries linear in log-SNR.
+
+    `zero_terminal_snr` shifts and scales alpha so that its last entry is 0 and its first unchanged (Lin et al. 2023,
+    arXiv 2305.08891, algorithm 1). The last interval is then linear in alpha / sigma, whose logarithm is infinite.
+    The network sees the index i = T t - 1.
+    """
+
+    kind: str
+    steps: int
+    zero_terminal_snr: bool
+
+    @abstractmethod
+    def betas(self) -> Tensor:
+        """The table (T,) float64 before any rescaling."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"{self.kind} needs at least 2 steps, got {self.steps}")
+        betas = self.betas()
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"{self.kind}: every beta must lie in (0, 1), got "
+                             f"[{betas.min().item():g}, {betas.max().item():g}]")
+
+    @property
+    def t_min(self) -> float:
+        return 1 / self.steps
+
+    @property
+    def pure_noise(self) -> bool:
+        return self.zero_terminal_snr
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+    def alpha_bar(self) -> Tensor:
+        """alpha^2 at the T entries, float64 on the CPU."""
+        alpha_bar = (1 - self.betas()).cumprod(0)
+        if not self.zero_terminal_snr:
+            return alpha_bar
+        alpha = alpha_bar.sqrt()
+        return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        position, below, above = self._interval(t)
+        inside = below + (above - below) * position
+        if self.zero_terminal_snr:
+            inside = torch.where(above.isneginf(), below + 2 * (1 - position).log(), inside)
+        return torch.where(t > 0, inside, math.inf)
+
+    def time(self, logsnr: Tensor) -> Tensor:
+        table = _logsnr_table(self, logsnr.device)
+        index = torch.searchsorted(-table, -logsnr.contiguous()).clamp(1, self.steps - 1)
+        below, above = table[index - 1], table[index]
+        position = (logsnr - below) / (above - below)
+        if self.zero_terminal_snr:
+            position = torch.where(above.isneginf(), 1 - ((logsnr - below) / 2).exp(), position)
+        return ((index + position) / self.steps).clamp(min=0)
+
+    def __call__(self, t: Tensor) -> Level:
+        logsnr = self.logsnr(t)
+        return Level((logsigmoid(logsnr) / 2).exp(), (logsigmoid(-logsnr) / 2).exp())
+
+    def rates(self, t: Tensor) -> Level:
+        # With r = alpha / sigma: alpha = r / sqrt(1 + r^2), so d alpha = sigma^3 dr and d sigma = -alpha sigma^2 dr.
+        position, below, above = self._interval(t)
+        alpha, sigma = self(t)
+        slope = (alpha / sigma) * (above - below) / 2
+        if self.zero_terminal_snr:
+            slope = torch.where(above.isneginf(), -(below / 2).exp(), slope)
+        slope = slope * self.steps
+        return Level(sigma**3 * slope, -alpha * sigma**2 * slope)
+
+    def trained(self, t: Tensor) -> Tensor:
+        return (t * self.steps).ceil().clamp(1, self.steps) / self.steps
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        return self.steps * t - 1
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where t lies between two entries, in [0, 1], and their log-SNRs; below t_min the first interval goes on."""
+        table = _logsnr_table(self, t.device)
+        place = t * self.steps - 1
+        # Rounding keeps t = (i + 1) / T at the end of its interval although T t may exceed i + 1 by an ulp.
+        index = (place - 1e-9).ceil().long().clamp(1, self.steps - 1)
+        return place - (index - 1), table[index - 1], table[index]
+
+
+@lru_cache(maxsize=64)
+def _logsnr_table(table: Table, device: torch.device) -> Tensor:
+    alpha_bar = table.alpha_bar()
+    return (alpha_bar.log() - (-alpha_bar).log1p()).to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMLinear(Table):
+    """beta linear in i. Ho et al. 2020 (arXiv 2006.11239), section 4."""
+
+    kind: Literal["ddpm-linear"] = "ddpm-linear"
+    steps: int = 1000
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
+    zero_terminal_snr: bool = False
+
+    def betas(self) -> Tensor:
+        return torch.linspace(self.beta_min, self.beta_max, self.steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMScaledLinear(Table):
+    """sqrt(beta) linear in i: the table of latent diffusion and Stable Diffusion. Rombach et al. 2022, released code."""
+
+    kind: Literal["ddpm-scaled-linear"] = "ddpm-scaled-linear"
+    steps: int = 1000
+    beta_min: float = 0.00085
+    beta_max: float = 0.012
+    zero_terminal_snr: bool = False
+
+    def betas(self) -> Tensor:
+        return torch.linspace(self.beta_min**0.5, self.beta_max**0.5, self.steps, dtype=torch.float64) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMCosine(Table):
+    """alpha_bar = cos^2(pi/2 (t + s) / (1 + s)), beta capped. Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
+
+    kind: Literal["ddpm-cosine"] = "ddpm-cosine"
+    steps: int = 1000
+    s: float = 0.008
+    max_beta: float = 0.999
+    zero_terminal_snr: bool = False
+
+    def betas(self) -> Tensor:
+        t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        alpha_bar = (math.pi / 2 * (t + self.s) / (1 + self.s)).cos() ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=self.max_beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMSigmoid(Table):
+    """beta a sigmoid in i from beta_min to beta_max over [-width, width]. GeoDiff (arXiv 2203.02923), released code."""
+
+    kind: Literal["ddpm-sigmoid"] = "ddpm-sigmoid"
+    steps: int = 1000
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
+    width: float = 6.0
+    zero_terminal_snr: bool = False
+
+    def betas(self) -> Tensor:
+        ramp = torch.linspace(-self.width, self.width, self.steps, dtype=torch.float64).sigmoid()
+        return self.beta_min + (self.beta_max - self.beta_min) * ramp

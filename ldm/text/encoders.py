@@ -1,0 +1,278 @@
+"""Text encoders: from scratch, one embedding per caption, or a loaded Hugging Face model."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.backbones.attention import FeedForward, SelfAttention, key_mask
+from ldm.conditioning import Cond
+from ldm.text.tokenizer import WordTokenizer
+
+POOLINGS = ("auto", "mean", "eos", "none")
+
+
+class TextEncoder(nn.Module, ABC):
+    """Captions -> Cond. The unconditional is the encoding of "".
+
+    `context_dim` and `pooled_dim` (None: no pooled vector) are the widths of what it gives, `trainable` whether it learns
+    with the denoiser. What a caption becomes does not depend on the other captions of the batch.
+    """
+
+    def __init__(self, *, context_dim: int, pooled_dim: int | None, trainable: bool) -> None:
+        super().__init__()
+        self.context_dim, self.pooled_dim, self.trainable = context_dim, pooled_dim, trainable
+
+    def forward(self, captions: Sequence[str]) -> Cond:
+        """B captions -> context (B, L, context_dim), mask (B, L), pooled (B, pooled_dim) or None."""
+        # each distinct caption is encoded once: a batch of class names or dropped captions holds few
+        place = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        cond = self.encode(list(place))
+        if len(place) == len(captions):
+            return cond
+        rows = torch.tensor([place[caption] for caption in captions], device=cond.context.device)
+        context, mask, pooled = cond
+        return Cond(context[rows], mask[rows], None if pooled is None else pooled[rows])
+
+    @abstractmethod
+    def encode(self, captions: list[str]) -> Cond:
+        """What `forward` gives, for captions that are all different."""
+
+    @abstractmethod
+    def truncated(self, captions: Iterable[str]) -> int:
+        """How many of the captions are too long to be read whole."""
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of states (B, L, D) over the real tokens of mask (B, L) -> (B, D); zero where there is none."""
+    weight = mask.to(states.dtype)[..., None]
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Config of latent diffusion's own design: a word vocabulary and a transformer trained with the denoiser."""
+
+    kind: Literal["scratch"] = "scratch"
+    width: int = 192
+    depth: int = 2
+    heads: int = 4
+    length: int = 32
+    max_words: int = 8192
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth, self.heads, self.max_words) <= 0 or self.length < 2:
+            raise ValueError("width, depth, heads and max_words must be positive and length at least 2")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
+
+    def vocabulary(self, captions: Iterable[str]) -> str:
+        """The vocabulary of the training captions, as the JSON text that `build` takes and a run stores."""
+        return WordTokenizer.build(captions, self.length, self.max_words).to_json()
+
+    def build(self, vocabulary: str) -> ScratchTextEncoder:
+        """The encoder for a stored vocabulary; ValueError where that was made for another length."""
+        tokenizer = WordTokenizer.from_json(vocabulary)
+        if tokenizer.length != self.length:
+            raise ValueError(f"the vocabulary was made for {tokenizer.length} tokens, the config asks for {self.length}")
+        return ScratchTextEncoder(self, tokenizer)
+
+
+class ScratchLayer(nn.Module):
+    """x + attention(norm x), then + mlp(norm x)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
+        self.norm_2, self.mlp = nn.LayerNorm(width), FeedForward(width, 4 * width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), mask)
+        return x + self.mlp(self.norm_2(x))
+
+
+class ScratchTextEncoder(TextEncoder):
+    """Words -> embeddings -> bidirectional transformer; pooled = projection of the mean over real tokens.
+
+    (Rombach et al. 2022, sec. 4.3.1: a transformer over tokenised captions, learned with the denoiser.)
+    """
+
+    def __init__(self, config: Scratch, tokenizer: WordTokenizer) -> None:
+        super().__init__(context_dim=config.width, pooled_dim=config.width, trainable=True)
+        self.tokenizer = tokenizer
+        self.words = nn.Embedding(len(tokenizer.vocabulary), config.width)
+        self.positions = nn.Parameter(torch.empty(config.length, config.width))
+        self.layers = nn.ModuleList(ScratchLayer(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+        self.pool = nn.Linear(config.width, config.width)
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def encode(self, captions: list[str]) -> Cond:
+        """See `TextEncoder.encode`."""
+        numbers, mask = (tensor.to(self.positions.device) for tensor in self.tokenizer(captions))
+        x, keys = self.words(numbers) + self.positions, key_mask(mask)
+        for layer in self.layers:
+            x = layer(x, keys)
+        context = self.norm(x)
+        return Cond(context, mask, self.pool(masked_mean(context, mask)))
+
+    def truncated(self, captions: Iterable[str]) -> int:
+        """See `TextEncoder.truncated`."""
+        return self.tokenizer.truncated(captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """Config for closed sets of captions: every distinct caption is a class with an embedding, "" the null class.
+
+    DiT's class conditioning is `width` = the backbone's and `pooled_projection = false` there.
+    """
+
+    kind: Literal["label"] = "label"
+    width: int = 256
+    max_classes: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.width <= 0 or self.max_classes <= 0:
+            raise ValueError("width and max_classes must be positive")
+
+    def vocabulary(self, captions: Iterable[str]) -> str:
+        """The distinct captions in alphabetical order, as the JSON text that `build` takes and a run stores."""
+        classes = sorted(set(captions) - {""})
+        if len(classes) > self.max_classes:
+            raise ValueError(
+                f"{len(classes)} distinct captions, more than max_classes ({self.max_classes}): "
+                "labels are for closed sets, use a `scratch` or `huggingface` text encoder"
+            )
+        return json.dumps({"classes": classes}, ensure_ascii=False, indent=0)
+
+    def build(self, vocabulary: str) -> LabelEncoder:
+        """The encoder for a stored vocabulary; ValueError for anything else."""
+        stored = json.loads(vocabulary)
+        if not isinstance(stored, dict) or set(stored) != {"classes"}:
+            raise ValueError("not a set of labels: expected an object with `classes`")
+        return LabelEncoder(self, tuple(stored["classes"]))
+
+
+class LabelEncoder(TextEncoder):
+    """One learned vector per class, given as the pooled vector and as a context of one token; row 0 is the null class."""
+
+    def __init__(self, config: Label, classes: tuple[str, ...]) -> None:
+        super().__init__(context_dim=config.width, pooled_dim=config.width, trainable=True)
+        self.classes = classes
+        self.rows = {caption: row for row, caption in enumerate(("", *classes))}
+        self.embedding = nn.Embedding(len(self.rows), config.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def encode(self, captions: list[str]) -> Cond:
+        """See `TextEncoder.encode`; ValueError for a caption that is no class."""
+        for caption in captions:
+            if caption not in self.rows:
+                known = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
+                raise ValueError(f"{caption!r} is not one of the {len(self.classes)} captions trained on: {known}")
+        rows = torch.tensor([self.rows[caption] for caption in captions], device=self.embedding.weight.device)
+        pooled = self.embedding(rows)
+        return Cond(pooled[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], pooled)
+
+    def truncated(self, captions: Iterable[str]) -> int:
+        """Labels are never cut."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """Config of a frozen Hugging Face encoder: CLIP's text half, a T5 encoder, or one like BERT.
+
+    `pooling`: "auto" (the model's own projected or pooled text where it was trained to give one, as CLIP's; else the mean),
+    "mean" over real tokens, "eos" (last real token) or "none". `layer`: -1 the last hidden state, after the final norm;
+    otherwise an index into hidden_states, -2 the penultimate. `lower`: lower-case and strip, as PixArt does. `masked =
+    False` lets padding be attended to, as Stable Diffusion's U-Nets do.
+    """
+
+    kind: Literal["huggingface"] = "huggingface"
+    length: int = 77
+    pooling: Literal["auto", "mean", "eos", "none"] = "auto"
+    layer: int = -1
+    lower: bool = False
+    masked: bool = True
+
+    def __post_init__(self) -> None:
+        if self.length <= 0:
+            raise ValueError(f"length must be positive, not {self.length}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+
+    def build(self, model: nn.Module, tokenizer: Any) -> HuggingFaceTextEncoder:
+        """The encoder around a loaded transformers model and its tokenizer; freezes the model. ValueError on a misfit."""
+        return HuggingFaceTextEncoder(self, model, tokenizer)
+
+
+class HuggingFaceTextEncoder(TextEncoder):
+    """A frozen transformers text model; its outputs are given as float32 whatever its dtype."""
+
+    def __init__(self, config: HuggingFace, model: nn.Module, tokenizer: Any) -> None:
+        shape: Any = model.config
+        positions = getattr(shape, "max_position_embeddings", config.length)
+        if config.length > positions:
+            raise ValueError(f"length {config.length} is more than the text encoder's {positions} positions")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token, so captions cannot be batched")
+        pooling = _pooling(config.pooling, model)
+        pooled_dim = shape.projection_dim if pooling == "projected" else shape.hidden_size
+        super().__init__(
+            context_dim=shape.hidden_size, pooled_dim=None if pooling == "none" else pooled_dim, trainable=False
+        )
+        self.config, self.pooling = config, pooling
+        self.model, self.tokenizer = model.requires_grad_(False), tokenizer
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Cond:
+        """See `TextEncoder.encode`."""
+        tokens = self.tokenizer(
+            self._clean(captions), padding="max_length", max_length=self.config.length, truncation=True,
+            padding_side="right", return_tensors="pt",
+        )  # fmt: skip
+        device = next(self.model.parameters()).device
+        numbers, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        self.model.eval()  # a trainer's train() reaches this model too, and would switch T5's dropout on
+        output = self.model(input_ids=numbers, attention_mask=mask, output_hidden_states=self.config.layer != -1)
+        states = (output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]).float()
+        real = mask.bool()
+        pooled = self._pool(output, states, real)
+        return Cond(states, real if self.config.masked else torch.ones_like(real), pooled)
+
+    def _clean(self, captions: Iterable[str]) -> list[str]:
+        return [caption.lower().strip() if self.config.lower else caption for caption in captions]
+
+    def _pool(self, output: Any, states: Tensor, mask: Tensor) -> Tensor | None:
+        if self.pooling == "none":
+            return None
+        if self.pooling == "mean":
+            return masked_mean(states, mask)
+        if self.pooling == "eos":
+            return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+        return (output.text_embeds if self.pooling == "projected" else output.pooler_output).float()
+
+    def truncated(self, captions: Iterable[str]) -> int:
+        """See `TextEncoder.truncated`."""
+        return sum(len(row) > self.config.length for row in self.tokenizer(self._clean(captions))["input_ids"])
+
+
+def _pooling(asked: str, model: nn.Module) -> str:
+    """What "auto" means for this model. BERT's pooler is left out: it was trained for sentence order, not for meaning."""
+    if asked != "auto":
+        return asked
+    if hasattr(model, "text_projection"):
+        return "projected"
+    shape: Any = model.config
+    return "pooler" if shape.model_type.startswith(("clip", "siglip")) else "mean"
+
+
+TEXT_ENCODERS = (Scratch, Label, HuggingFace)

@@ -1,0 +1,33 @@
+"""Encode packed images into latent shards with a trained autoencoder; run it again to go on where it stopped."""
+
+from __future__ import annotations
+
+import sys
+
+from training.cli import Parser, run_main
+
+
+def main() -> None:
+    parser = Parser(__doc__ or "")
+    add = parser.add_argument
+    add("--autoencoder", metavar="RUN", required=True, help="a finished autoencoder run, or its final/ folder")
+    add("--data", metavar="DIR", required=True, help="packed images (scripts/make_shards.py pack)")
+    add("--output", metavar="DIR", required=True, help="where the latent shards go")
+    add("--flip", action="store_true", help="also encode the mirrored image")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="how moments are stored")
+    add("--batch-size", type=int, default=64, help="images at once")
+    add("--text-encoder", metavar="NAME|DIR", help="also store the embeddings of this frozen Hugging Face encoder")
+    add("--text-length", type=int, default=77, help="tokens a caption may have")
+    add("--text-pooling", choices=("auto", "mean", "eos", "none"), default="auto", help="how one vector is made of them")
+    add("--text-lower", action="store_true", help="lower-case captions first")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the encoder")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.read()
+    from training.encode import encode
+
+    sys.exit(encode(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,21 @@
+"""Stage one: train an autoencoder on packed images."""
+
+from __future__ import annotations
+
+import sys
+
+from training.cli import TrainParser, run_main
+
+
+def main() -> None:
+    parser = TrainParser(__doc__ or "", "autoencoder", "smoke")
+    parser.data.add_argument("--data", metavar="DIR", required=True, help="packed images (scripts/make_shards.py pack)")
+    parser.data.add_argument("--lpips-weights", metavar="FILE", help="torchvision weights of the LPIPS backbone")
+    args = parser.read()
+    from training.train import train_autoencoder
+
+    sys.exit(train_autoencoder(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

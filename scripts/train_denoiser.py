@@ -1,0 +1,21 @@
+"""Stage two: train a denoiser on encoded latents."""
+
+from __future__ import annotations
+
+import sys
+
+from training.cli import TrainParser, run_main
+
+
+def main() -> None:
+    parser = TrainParser(__doc__ or "", "denoiser", "smoke")
+    parser.data.add_argument("--latents", metavar="DIR", required=True, help="encoded latents (scripts/encode_latents.py)")
+    parser.data.add_argument("--text-encoder", metavar="NAME|DIR", help="frozen Hugging Face text encoder, for --text.kind huggingface")
+    args = parser.read()
+    from training.train import train_denoiser
+
+    sys.exit(train_denoiser(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

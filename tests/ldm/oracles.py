@@ -1,0 +1,142 @@
+"""Data whose denoiser, score, velocity, density and samples are known exactly: the judges of samplers and guidance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion import Denoised, Diffusion
+from ldm.noise import Noise
+from ldm.samplers import mix
+from ldm.schedules import NoiseSchedule
+
+F64 = torch.float64
+
+
+def scalar(value: float) -> Tensor:
+    """A time as samplers hand it over: float64, no dimensions, on the CPU."""
+    return torch.tensor(value, dtype=F64)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of K Gaussians in D dimensions, noised by `schedule`: weights (K,), means (K, D), covariances (K, D, D).
+
+    At a level (alpha, sigma) component k is N(alpha m, alpha^2 C + sigma^2 I), so everything is a weighted sum of
+    linear functions of x; no formula divides by alpha or sigma.
+    """
+
+    schedule: NoiseSchedule
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log of weighted densities (B, K), responsibilities (B, K, 1), whitened residuals and x0 of each (B, K, D)."""
+        alpha, sigma = self.schedule(t)
+        dim = self.means.shape[1]
+        covariance = alpha**2 * self.covariances + sigma**2 * torch.eye(dim, dtype=F64)
+        residual = x[:, None] - alpha * self.means
+        whitened = torch.linalg.solve(covariance, residual[..., None])[..., 0]
+        logs = (self.weights.log() - 0.5 * (residual * whitened).sum(-1)
+                - 0.5 * torch.linalg.slogdet(covariance)[1] - dim / 2 * math.log(2 * math.pi))
+        x0 = self.means + alpha * (self.covariances @ whitened[..., None])[..., 0]
+        return logs, logs.softmax(1)[..., None], whitened, x0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        _, share, whitened, x0 = self._components(x, t)
+        return Denoised((share * x0).sum(1), self.schedule(t).sigma * (share * whitened).sum(1))
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._components(x, t)[0].logsumexp(1)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        _, share, whitened, _ = self._components(x, t)
+        return -(share * whitened).sum(1)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        return mix(self.schedule.rates(t), self(x, t))
+
+    def samples(self, noise: Noise) -> Tensor:
+        choice = (noise.uniform((1,), "component") > self.weights.cumsum(0)).sum(1).clamp(max=len(self.weights) - 1)
+        roots = torch.linalg.cholesky(self.covariances)[choice]
+        z = noise.normal((self.means.shape[1],), "sample", dtype=F64)
+        return self.means[choice] + (roots @ z[..., None])[..., 0]
+
+
+def gaussian(schedule: NoiseSchedule, std: float = 0.5, mean: float = 0.0, dim: int = 1) -> Mixture:
+    """N(mean, std^2 I): the oracle G(s) of the reference."""
+    eye = torch.eye(dim, dtype=F64)
+    return Mixture(schedule, torch.ones(1, dtype=F64), torch.full((1, dim), mean, dtype=F64), std**2 * eye[None])
+
+
+def two_modes(schedule: NoiseSchedule) -> Mixture:
+    """Two unequal, differently shaped modes in the plane."""
+    covariances = torch.tensor([[[0.10, 0.06], [0.06, 0.08]], [[0.05, -0.02], [-0.02, 0.12]]], dtype=F64)
+    means = torch.tensor([[0.9, 0.4], [-0.7, -0.5]], dtype=F64)
+    return Mixture(schedule, torch.tensor([0.3, 0.7], dtype=F64), means, covariances)
+
+
+@dataclass(frozen=True)
+class Through:
+    """An oracle seen through a network's prediction: what a perfect network of that prediction gives a sampler."""
+
+    oracle: Mixture
+    diffusion: Diffusion
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.diffusion.schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        ends = self.oracle(x, t)
+        return self.diffusion.recover(x, self.diffusion.target(ends.x0, ends.eps, t), t)
+
+
+@dataclass
+class Counted:
+    """Counts the calls of a denoiser."""
+
+    denoise: Mixture | Through
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoise.schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        self.times.append(t.item())
+        return self.denoise(x, t)
+
+
+class Impulses(Noise):
+    """Noise that is 1 for one sample at each draw: draw j belongs to sample j + 1, and sample 0 has none.
+
+    A sampler is linear in x and its noise where the denoiser is, so one run gives the exact variance of its result: the
+    sum of squares over the batch, sample 0 carrying the starting noise. No Monte-Carlo error is left.
+    """
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(torch.zeros(batch, dtype=torch.int64))
+        object.__setattr__(self, "draws", [0])
+
+    def fold(self, *key: int | str) -> Impulses:
+        return self
+
+    def normal(self, shape: torch.Size, *key: int | str, dtype: torch.dtype = F64) -> Tensor:  # type: ignore[override]
+        draws: list[int] = self.draws  # type: ignore[attr-defined]
+        draws[0] += 1
+        impulse = torch.zeros(len(self), *shape, dtype=dtype)
+        impulse[draws[0]] = 1
+        return impulse
+
+
+def fitted_order(steps: list[int], errors: list[float]) -> float:
+    """The slope of log error on log step."""
+    x = torch.tensor(steps, dtype=F64).log()
+    y = torch.tensor(errors, dtype=F64).log()
+    x, y = x - x.mean(), y - y.mean()
+    return -(x @ y / (x @ x)).item()

@@ -1,0 +1,111 @@
+"""Equality of our U-Net and DiT with diffusers' independent ones, weights copied across."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.backbones import DiT, UNet
+from ldm.backbones.dit import published
+from ldm.backbones.embed import sincos_table, sinusoid
+from ldm.conditioning import Cond
+
+diffusers = pytest.importorskip("diffusers")
+
+PIXART_KEYS = (
+    (r"^patch_embedding", "pos_embed.proj"),
+    (r"^time_embedding", "adaln_single.emb.timestep_embedder"),
+    (r"^shared\.linear", "adaln_single.linear"),
+    (r"^modulation\.table", "scale_shift_table"),
+    (r"^out\.", "proj_out."),
+    (r"^blocks", "transformer_blocks"),
+    (r"modulation\.table", "scale_shift_table"),
+    (r"\.attention\.", ".attn1."),
+    (r"\.cross\.", ".attn2."),
+    (r"(attn\d)\.q\.", r"\1.to_q."),
+    (r"(attn\d)\.out\.", r"\1.to_out.0."),
+    (r"mlp\.inner", "ff.net.0.proj"),
+    (r"mlp\.out", "ff.net.2"),
+)
+
+
+def from_pixart(ours: nn.Module, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' PixArt weights under our names; q, k and v fused."""
+
+    def of(name: str) -> Tensor:
+        for pattern, replacement in PIXART_KEYS:
+            name = re.sub(pattern, replacement, name)
+        fused = re.search(r"\.(qkv|kv)\.", name)
+        if fused is None:
+            return theirs[name].flatten(1) if name == "pos_embed.proj.weight" else theirs[name]
+        return torch.cat([theirs[name.replace(fused[0], f".to_{letter}.")] for letter in fused[1]])
+
+    return {name: of(name) for name in ours.state_dict()}
+
+
+def test_pixart_has_the_published_size() -> None:
+    with torch.device("meta"):
+        theirs = diffusers.PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
+        ours = published("PixArt-XL/2").build(channels=4, context_dim=4096)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 610_856_096
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (12, 8)])
+def test_dit_equals_pixart(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    theirs = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32,
+        sample_size=8, patch_size=2, caption_channels=24, use_additional_conditions=False,
+    ).eval()  # fmt: skip
+    ours = DiT(
+        width=32, depth=2, heads=4, mlp="gelu-tanh", conditioning="adaln-single", cross_norm=False, pooled=False,
+        base_size=8, learned_variance=True,
+    ).build(channels=4, context_dim=24)  # fmt: skip
+    ours.load_state_dict(from_pixart(ours, theirs.state_dict()))
+    x, level, context = torch.randn(3, 4, *size), torch.tensor([0.0, 501.0, 999.0]), torch.randn(3, 7, 24)
+    mask = torch.arange(7)[None] < torch.tensor([7, 1, 4])[:, None]
+    with torch.no_grad():
+        wanted = theirs(x, context, level, encoder_attention_mask=mask, return_dict=False)[0]
+        torch.testing.assert_close(ours(x, level, Cond(context, mask, None)), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_unet_equals_diffusers(linear: bool, pooled: bool) -> None:
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, cross_attention_dim=24,
+        attention_head_dim=4, use_linear_projection=linear, transformer_layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        class_embed_type="projection" if pooled else None, projection_class_embeddings_input_dim=20 if pooled else None,
+    ).eval()  # fmt: skip
+    ours = UNet(
+        channels=(16, 32, 32), attention=(0, 1), heads=4, depth=2, groups=8, linear_projection=linear, pooled=pooled
+    ).build(channels=4, context_dim=24, pooled_dim=20)
+    ours.load_state_dict(theirs.state_dict())
+    x, level, context = torch.randn(3, 4, 16, 8), torch.tensor([0.0, 501.0, 999.0]), torch.randn(3, 7, 24)
+    mask, vector = torch.arange(7)[None] < torch.tensor([7, 1, 4])[:, None], torch.randn(3, 20)
+    with torch.no_grad():
+        wanted = theirs(x, level, context, encoder_attention_mask=mask, class_labels=vector if pooled else None).sample
+        torch.testing.assert_close(ours(x, level, Cond(context, mask, vector)), wanted, rtol=0, atol=1e-5)
+
+
+def test_stable_diffusion_keys_and_shapes() -> None:
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(cross_attention_dim=768).state_dict()
+        ours = UNet().build(channels=4, context_dim=768).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_embeddings_equal_diffusers() -> None:
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
+
+    levels = torch.tensor([0.0, 0.3, 501.0, 999.0])
+    wanted = get_timestep_embedding(levels, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(sinusoid(levels, 256), wanted, rtol=0, atol=1e-6)
+    wanted = get_2d_sincos_pos_embed(64, (6, 6), base_size=4)
+    torch.testing.assert_close(sincos_table(64, 6, 6, 4.0, torch.device("cpu")), wanted.float(), rtol=0, atol=1e-6)

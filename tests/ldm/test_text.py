@@ -1,0 +1,259 @@
+"""Text encoders: tokens, independence of the batch, padding, and equality with direct transformers calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.text import TEXT_ENCODERS, HuggingFace, Label, Scratch, TextEncoder, WordTokenizer
+from ldm.text.tokenizer import split
+
+CAPTIONS = ["a red circle", "", "a small blue square left of a red circle", "a photo of a T-shirt!"]
+
+
+# --- the word tokenizer
+
+def test_words_and_punctuation() -> None:
+    assert split("A T-shirt,\tl'été — 2 don't!") == ["a", "t", "-", "shirt", ",", "l", "'", "été", "—", "2", "don", "'", "t", "!"]
+    assert split("红色的圆 red") == ["红", "色", "的", "圆", "red"]
+    assert split(" \n") == []
+
+
+def test_vocabulary_by_frequency_then_alphabet() -> None:
+    tokenizer = WordTokenizer.build(["b a", "a c", "A d"], length=6, max_words=3)
+    assert tokenizer.vocabulary == ("<pad>", "<unk>", "<start>", "<end>", "a", "b", "c")
+    assert WordTokenizer.build(["A d", "a c", "b a"], length=6, max_words=3) == tokenizer
+
+
+def test_numbers_mask_and_truncation() -> None:
+    tokenizer = WordTokenizer.build(["a b c"], length=5, max_words=10)
+    numbers, mask = tokenizer(["a zebra", "", "c b a a a a"])
+    assert numbers.tolist() == [[2, 4, 1, 3, 0], [2, 3, 0, 0, 0], [2, 6, 5, 4, 3]]
+    assert mask.sum(1).tolist() == [4, 2, 5]
+    assert tokenizer.truncated(["a b c", "a b c a", ""]) == 1
+    assert tokenizer.unknown("a zebra, A") == ["zebra", ","]
+    assert tokenizer([])[0].shape == (0, 5)
+
+
+def test_json_round_trip_and_refusals() -> None:
+    tokenizer = WordTokenizer.build(["été \" \\ 圆"], length=5, max_words=10)
+    assert WordTokenizer.from_json(tokenizer.to_json()) == tokenizer
+    for wrong in ("{}", "[1]", "not json", '{"length": 5, "vocabulary": ["a"]}', tokenizer.to_json().replace("5", "1")):
+        with pytest.raises(ValueError):
+            WordTokenizer.from_json(wrong)
+
+
+# --- tiny Hugging Face models, built on the spot
+
+WORDS = "a red blue circle square small photo of t - shirt ! left".split()
+
+
+def fast_tokenizer(start: str | None, end: str, pad: str) -> Any:
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    specials = list(dict.fromkeys(t for t in (pad, start, end, "<unk>") if t))
+    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    single = f"{start}:0 $A:0 {end}:0" if start else f"$A:0 {end}:0"
+    named = [(token, vocabulary[token]) for token in dict.fromkeys((start, end)) if token]
+    core.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=named)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, eos_token=end, bos_token=start, unk_token="<unk>"
+    )
+
+
+def clip(projected: bool) -> tuple[nn.Module, Any]:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = fast_tokenizer("<start>", "<end>", "<end>")  # CLIP pads with its end token
+    config = transformers.CLIPTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, projection_dim=12,
+        max_position_embeddings=12, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config), tokenizer
+
+
+def t5() -> tuple[nn.Module, Any]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return transformers.T5EncoderModel(config), fast_tokenizer(None, "</s>", "<pad>")
+
+
+def bert() -> tuple[nn.Module, Any]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=12,
+    )  # fmt: skip
+    return transformers.BertModel(config), fast_tokenizer("[CLS]", "[SEP]", "[PAD]")
+
+
+MODELS = {"clip": lambda: clip(False), "clip-projected": lambda: clip(True), "t5": t5, "bert": bert}
+
+
+def make(name: str) -> TextEncoder:
+    torch.manual_seed(0)
+    if name == "scratch":
+        config = Scratch(width=16, heads=2, length=12)
+        return config.build(config.vocabulary(CAPTIONS))
+    if name == "label":
+        return Label(width=16).build(Label(width=16).vocabulary(CAPTIONS))
+    return HuggingFace(length=12).build(*MODELS[name]())
+
+
+# --- what all encoders promise
+
+@pytest.fixture(params=["scratch", "label", *MODELS])
+def encoder(request: pytest.FixtureRequest) -> TextEncoder:
+    return make(request.param)
+
+
+def test_every_kind_is_listed() -> None:
+    assert [config.kind for config in (family() for family in TEXT_ENCODERS)] == ["scratch", "label", "huggingface"]
+
+
+def test_shapes_and_declared_widths(encoder: TextEncoder) -> None:
+    cond = encoder(CAPTIONS)
+    assert cond.context.shape == (*cond.mask.shape, encoder.context_dim)
+    assert cond.mask.dtype == torch.bool
+    assert cond.mask.any(1).all()
+    assert cond.pooled is not None and cond.pooled.shape == (4, encoder.pooled_dim)
+    assert cond.context.dtype == cond.pooled.dtype == torch.float32
+
+
+def test_a_caption_does_not_depend_on_its_batch(encoder: TextEncoder) -> None:
+    batch = [CAPTIONS[i] for i in (2, 0, 2, 1, 3, 0)]
+    together = encoder(batch)
+    for i, caption in enumerate(batch):
+        alone = encoder([caption])
+        assert torch.equal(alone.mask[0], together.mask[i])
+        torch.testing.assert_close(alone.context[0], together.context[i], rtol=0, atol=1e-6)
+        torch.testing.assert_close(alone.pooled[0], together.pooled[i], rtol=0, atol=1e-6)
+
+
+def test_only_trainable_encoders_learn(encoder: TextEncoder) -> None:
+    encoder.train()
+    cond = encoder(["a red circle", "a red circle", ""])
+    assert cond.context.requires_grad == encoder.trainable
+    assert all(p.requires_grad == encoder.trainable for p in encoder.parameters())
+    if encoder.trainable:
+        (cond.context.square().sum() + cond.pooled.square().sum()).backward()
+        assert all(p.grad is not None for p in encoder.parameters())
+
+
+# --- from scratch
+
+def test_scratch_ignores_what_padding_holds() -> None:
+    encoder = make("scratch")
+    before = encoder(["a red circle"])
+    with torch.no_grad():
+        encoder.words.weight[0] += 100.0
+        encoder.positions[6:] += 100.0
+    after = encoder(["a red circle"])
+    assert torch.equal(before.context[before.mask], after.context[after.mask])
+    assert torch.equal(before.pooled, after.pooled)
+
+
+def test_scratch_reads_order_and_rebuilds_from_its_vocabulary() -> None:
+    config = Scratch(width=16, heads=2, length=12)
+    encoder = config.build(config.vocabulary(CAPTIONS))
+    assert not torch.allclose(encoder(["red circle"]).pooled, encoder(["circle red"]).pooled)
+    again = config.build(encoder.tokenizer.to_json())
+    again.load_state_dict(encoder.state_dict())
+    assert torch.equal(again(CAPTIONS).context, encoder(CAPTIONS).context)
+    with pytest.raises(ValueError, match="12 tokens, the config asks for 8"):
+        Scratch(width=16, heads=2, length=8).build(encoder.tokenizer.to_json())
+
+
+# --- labels
+
+def test_label_rows() -> None:
+    encoder = make("label")
+    cond = encoder(["a red circle", ""])
+    assert len(encoder.embedding.weight) == 4  # three captions and the null class
+    assert torch.equal(cond.pooled[1], encoder.embedding.weight[0])
+    assert torch.equal(cond.context[:, 0], cond.pooled)
+    with pytest.raises(ValueError, match="'a cat' is not one of the 3 captions trained on: 'a photo"):
+        encoder(["a cat"])
+    with pytest.raises(ValueError, match="max_classes"):
+        Label(max_classes=2).vocabulary(CAPTIONS)
+    with pytest.raises(ValueError, match="not a set of labels"):
+        Label().build("[]")
+
+
+# --- Hugging Face
+
+def direct(model: nn.Module, tokenizer: Any, captions: list[str], **options: Any) -> tuple[Any, torch.Tensor]:
+    """The model called by hand, one caption at a time and without padding: what masks must give."""
+    model.eval()
+    tokens = [tokenizer(caption, return_tensors="pt") for caption in captions]
+    with torch.no_grad():
+        return [model(input_ids=t["input_ids"], **options) for t in tokens], [t["input_ids"].shape[1] for t in tokens]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_context_equals_transformers(name: str, layer: int) -> None:
+    model, tokenizer = MODELS[name]()
+    outputs, lengths = direct(model, tokenizer, CAPTIONS, output_hidden_states=True)
+    cond = HuggingFace(length=12, layer=layer).build(model, tokenizer)(CAPTIONS)
+    assert cond.context.shape == (4, 12, 16)
+    for i, (output, length) in enumerate(zip(outputs, lengths, strict=True)):
+        assert cond.mask[i].tolist() == [True] * length + [False] * (12 - length)
+        wanted = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        torch.testing.assert_close(cond.context[i, :length], wanted[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("pooling", ["auto", "mean", "eos", "none"])
+def test_pooling(name: str, pooling: str) -> None:
+    model, tokenizer = MODELS[name]()
+    encoder = HuggingFace(length=12, pooling=pooling).build(model, tokenizer)
+    pooled = encoder(CAPTIONS).pooled
+    if pooling == "none":
+        assert pooled is None and encoder.pooled_dim is None
+        return
+    for i, output in enumerate(direct(model, tokenizer, CAPTIONS)[0]):
+        own = {"clip": "pooler_output", "clip-projected": "text_embeds"}.get(name) if pooling == "auto" else None
+        states = output.last_hidden_state[0]
+        wanted = output[own][0] if own else states[-1] if pooling == "eos" else states.mean(0)
+        torch.testing.assert_close(pooled[i], wanted, rtol=0, atol=1e-5)
+
+
+def test_truncation_lower_case_and_masked() -> None:
+    model, tokenizer = t5()
+    encoder = HuggingFace(length=4, lower=True, masked=False).build(model, tokenizer)
+    assert encoder.truncated(["a red circle", "a red circle !"]) == 1
+    assert torch.equal(encoder(["  A Red "]).context, encoder(["a red"]).context)
+    assert encoder(["a", ""]).mask.all()
+    assert encoder(["a red circle of a photo"]).context.shape == (1, 4, 16)
+
+
+def test_dropout_never_runs() -> None:
+    model, tokenizer = t5()  # T5's dropout is 0.1
+    encoder = HuggingFace(length=12).build(model, tokenizer).train()
+    assert torch.equal(encoder(CAPTIONS).context, encoder(CAPTIONS).context)
+
+
+def test_half_precision_models_give_float32() -> None:
+    model, tokenizer = bert()
+    cond = HuggingFace(length=12).build(model.bfloat16(), tokenizer)(CAPTIONS)
+    assert cond.context.dtype == cond.pooled.dtype == torch.float32
+
+
+def test_misfits_are_refused() -> None:
+    model, tokenizer = bert()
+    with pytest.raises(ValueError, match="length 13 is more than the text encoder's 12 positions"):
+        HuggingFace(length=13).build(model, tokenizer)
+    with pytest.raises(ValueError, match="pooling must be one of auto, mean, eos, none"):
+        HuggingFace(pooling="max")
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        HuggingFace(length=12).build(model, tokenizer)
+    with pytest.raises(ValueError, match="divisible by heads"):
+        Scratch(width=30, heads=4)
+    with pytest.raises(ValueError, match="length at least 2"):
+        Scratch(length=1)

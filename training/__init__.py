@@ -1,0 +1,1 @@
+"""All that touches disk, clock and devices: data, the two stages, the loop, checkpoints, runs."""

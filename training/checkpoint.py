@@ -1,0 +1,146 @@
+"""Checkpoints: staged, fsynced, hashed in a manifest, renamed, pointed to, then pruned. One layout whatever the world size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import CHECKPOINT, NUMERICAL, UserError
+from training.files import disk_error, file_sha256, load_tensors, save_tensors, sync_folder, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+TENSOR_FILES = ("model", "ema", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on: named tensors by file, and the plain state beside them."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]  # "model" | "ema" | "optimizer" -> name -> tensor
+    state: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run. Only one process may write."""
+
+    def __init__(self, run: Path, keep_last: int = 2) -> None:
+        self.folder, self.keep_last = run / "checkpoints", keep_last
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write one checkpoint durably, point `latest` to it, prune old ones.
+
+        Raises UserError for weights that are not finite (older checkpoints stay as they are) and for a full disk.
+        """
+        refuse_non_finite(checkpoint.tensors["model"])
+        target = self.folder / f"step-{checkpoint.step:08d}"
+        staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            for name in TENSOR_FILES:
+                save_tensors(staging / f"{name}.safetensors", checkpoint.tensors[name])
+            write_json(staging / "state.json", dict(checkpoint.state))
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
+            write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+            shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from an earlier one
+            os.replace(staging, target)
+            sync_folder(self.folder)
+            write_bytes(self.folder / "latest", f"{target.name}\n".encode())
+        except OSError as failure:
+            raise disk_error(target, failure) from None
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._prune()
+        return target
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read one checkpoint, verified. Raises UserError naming the first damage."""
+        if reason := damage(path):
+            raise UserError(f"checkpoint {path.name} is damaged ({reason})", hint="use --resume auto to take the newest sound one", code=CHECKPOINT)
+        tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
+        manifest = json.loads((path / "manifest.json").read_text())
+        return Checkpoint(int(manifest["step"]), tensors, json.loads((path / "state.json").read_text()))
+
+    def newest(self) -> Path | None:
+        """The newest sound checkpoint, damaged ones passed over with a warning; None where there is none at all.
+
+        Raises UserError where every checkpoint is damaged: a run never silently starts again from zero.
+        """
+        for leftover in self.folder.glob(".tmp-step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+            print(f"note: removed unfinished checkpoint {leftover.name}", file=sys.stderr)
+        found = sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+        broken: list[str] = []
+        for path in found:
+            if not (reason := damage(path)):
+                for text in broken:
+                    print(f"warning: {text}; using {path.name}", file=sys.stderr)
+                return path
+            broken.append(f"checkpoint {path.name} is damaged ({reason})")
+        if found:
+            raise UserError(f"no usable checkpoint in {self.folder} ({len(found)} found, all damaged)", hint="; ".join(broken), code=CHECKPOINT)
+        return None
+
+    def find(self, resume: str | None) -> Path | None:
+        """The checkpoint that `--resume auto|latest|PATH` means; None = start fresh."""
+        if not resume:
+            return None
+        if resume in ("auto", "latest"):
+            path = self.newest()
+            if path is None and resume == "latest":
+                raise UserError(f"no checkpoint in {self.folder}", hint="use --resume auto to start fresh where there is none", code=CHECKPOINT)
+            return path
+        for path in (self.folder / resume, Path(resume)):
+            if path.is_dir():
+                return path
+        raise UserError(f"no checkpoint {resume}", hint=f"known: {', '.join(sorted(p.name for p in self.folder.glob('step-*'))) or 'none'}", code=CHECKPOINT)
+
+    def _prune(self) -> None:
+        found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        for path in found[: -self.keep_last]:
+            try:
+                shutil.rmtree(path)
+            except OSError as failure:
+                print(f"warning: could not remove old checkpoint {path.name}: {failure}", file=sys.stderr)
+
+
+def damage(path: Path) -> str:
+    """Why a checkpoint folder cannot be trusted; empty where every file matches the manifest.
+
+    Raises UserError where the format is newer than this program.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        files, written = manifest["files"], int(manifest["format"])
+        if written > FORMAT:
+            raise UserError(f"checkpoint format {written} is newer than this program understands ({FORMAT})", hint="update this package", code=CHECKPOINT)
+        for name in (*(f"{t}.safetensors" for t in TENSOR_FILES), "state.json"):
+            if name not in files:
+                return f"{name} is not in the manifest"
+            if not (path / name).is_file() or (path / name).is_symlink():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != files[name]["bytes"]:
+                return f"{name}: size differs"
+            if file_sha256(path / name) != files[name]["sha256"]:
+                return f"{name}: sha256 differs"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "manifest.json is missing or unreadable"
+    return ""
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError (exit 5) where any tensor holds NaN or infinity: bad weights never rotate good ones away."""
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"refusing to save: {len(bad)} tensors are not finite (first: {bad[0]})", hint="lower --lr, or use --mixed-precision no", code=NUMERICAL)

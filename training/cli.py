@@ -1,0 +1,113 @@
+"""The command line that every script shares: its flags, its aliases, and how errors leave the program. Free of torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from training.errors import USAGE, UserError
+
+# Flags that stand for a config key, with the names that users of diffusers' training scripts know.
+KEYS = {
+    "max-steps": ("train.max_steps", "optimiser steps in all", ["max-train-steps"]),
+    "batch-size": ("train.batch_size", "images per optimiser step, over all processes", []),
+    "micro-batch-size": ("train.micro_batch_size", "images per process and backward pass", ["train-batch-size"]),
+    "lr": ("optimizer.lr", "learning rate", ["learning-rate"]),
+    "seed": ("train.seed", "seed of weights, order and noise", []),
+    "save-every": ("train.save_every", "steps between checkpoints", ["checkpointing-steps"]),
+    "keep-last": ("train.keep_last", "checkpoints kept", ["checkpoints-total-limit"]),
+    "sample-every": ("train.sample_every", "steps between pictures and validation", ["validation-steps"]),
+    "num-workers": ("train.num_workers", "loader processes", ["dataloader-num-workers"]),
+    "mixed-precision": ("train.mixed_precision", "no, bf16 or fp16", []),
+}
+ALIASES = {"output-dir": "output", "resume-from-checkpoint": "resume", "gradient-accumulation": "gradient-accumulation-steps"} | {
+    alias: flag for flag, (_, _, aliases) in KEYS.items() for alias in aliases
+}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the layout of the description."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are UserErrors, and which reads `--a_b` as `--a-b`."""
+
+    def __init__(self, description: str, epilog: str = "", prog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        raise UserError(message, hint=f"python {self.prog} --help lists the flags" if "/" in self.prog else f"{self.prog} --help lists the flags", code=USAGE)
+
+    def read(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
+        return self.parse_args([spelled(word) for word in (sys.argv[1:] if argv is None else argv)])
+
+
+def spelled(word: str) -> str:
+    """`--train_batch_size=4` -> `--micro-batch-size=4`; config keys keep their underscores."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    flag = flag.replace("-", "_") if "." in flag else flag.replace("_", "-")
+    return "--" + ALIASES.get(flag, flag) + equals + value
+
+
+class TrainParser(Parser):
+    """The flags of both training scripts, plus any config key as `--section.key value`."""
+
+    def __init__(self, description: str, stage: str, example: str) -> None:
+        super().__init__(description, epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.")
+        self.data = self.add_argument_group("data")
+        run = self.add_argument_group("run")
+        run.add_argument("--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file")
+        run.add_argument("--output", metavar="DIR", help="the run folder")
+        run.add_argument("--resume", metavar="auto|latest|PATH", help="auto: newest sound checkpoint, or start fresh; latest: it must exist")
+        run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
+        run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+        run.add_argument("--dry-run", action="store_true", help="check config, data and model, then stop")
+        run.add_argument("--debug", action="store_true", help="show tracebacks")
+        keys = self.add_argument_group("config keys with a flag of their own")
+        for flag, (key, text, aliases) in KEYS.items():
+            also = f" (also --{', --'.join(aliases)})" if aliases else ""
+            keys.add_argument(f"--{flag}", metavar="X", default=argparse.SUPPRESS, help=f"{text}; sets {key}{also}")
+        keys.add_argument("--gradient-accumulation-steps", metavar="X", type=int, default=argparse.SUPPRESS,
+                          help="backward passes per optimiser step; follows from the batch sizes when not given")
+
+    def read(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parse `argv`; `.overrides` maps `section.key` to its text."""
+        args, rest = self.parse_known_args([spelled(word) for word in (sys.argv[1:] if argv is None else argv)])
+        overrides = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
+        args.overrides = overrides | self._dotted(rest)
+        return args
+
+    def _dotted(self, rest: list[str]) -> dict[str, str]:
+        found, words = {}, iter(rest)
+        for word in words:
+            flag, equals, value = word[2:].partition("=")
+            if not word.startswith("--") or "." not in flag:
+                self.error(f"unrecognized argument: {word}")
+            text = value if equals else next(words, None)
+            if text is None:
+                self.error(f"{word}: expected a value")
+            found[flag] = text
+        return found
+
+
+def run_main(function: Callable[[], object]) -> None:
+    """Run a script's main: a UserError becomes its sentence and exit code, Ctrl-C exit code 130."""
+    debug = "--debug" in sys.argv
+    try:
+        function()
+    except UserError as problem:
+        if debug:
+            raise
+        print(problem, file=sys.stderr)
+        sys.exit(problem.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output closed it, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,239 @@
+"""Configs: TOML or JSON in, one frozen typed object out, every mistake at once with file and line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import UserError
+from training.settings import Conditioning, Loss, Optimizer, Sample, Train
+
+if TYPE_CHECKING:
+    from autoencoder.discriminator import PatchGAN
+    from ldm.schedules import NoiseSchedule
+
+LARGEST = 1 << 20  # bytes a config file may have
+Values = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Stage one: the model, its losses and critic, and how long to train."""
+
+    model: Any
+    loss: Loss
+    discriminator: PatchGAN
+    optimizer: Optimizer
+    train: Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """Stage two: backbone and text encoder, the process it learns, and how pictures are sampled."""
+
+    backbone: Any
+    text: Any
+    conditioning: Conditioning
+    schedule: NoiseSchedule
+    prediction: Any
+    times: Any
+    weighting: Any
+    optimizer: Optimizer
+    train: Train
+    sample: Sample
+    sampler: Any
+    grid: Any
+    guidance: Any
+
+
+Config = AutoencoderConfig | DenoiserConfig
+STAGES: dict[str, type] = {"autoencoder": AutoencoderConfig, "denoiser": DenoiserConfig}
+
+
+@cache
+def sections(stage: str) -> dict[str, tuple[type, ...]]:
+    """The sections of a stage's config, each with the kinds it may hold; the first kind is the default."""
+    shared = {"optimizer": (Optimizer,), "train": (Train,)}
+    if stage == "autoencoder":
+        from autoencoder import AUTOENCODERS
+        from autoencoder.discriminator import DISCRIMINATORS
+
+        return {"model": AUTOENCODERS, "loss": (Loss,), "discriminator": DISCRIMINATORS, **shared}
+    from ldm.backbones import BACKBONES
+    from ldm.grids import GRIDS
+    from ldm.guidance import GUIDANCES
+    from ldm.predictions import PREDICTIONS
+    from ldm.samplers import SAMPLERS
+    from ldm.schedules import SCHEDULES
+    from ldm.text import TEXT_ENCODERS
+    from ldm.times import TIMES
+    from ldm.weighting import WEIGHTINGS
+
+    process = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
+    sampling = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
+    return {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,), **process, **shared, **sampling}
+
+
+def kinds(members: tuple[type, ...]) -> list[str]:
+    """The names by which the members of a family are chosen (empty for a section of one plain kind)."""
+    return [str(f.default) for m in members for f in dataclasses.fields(m) if f.name == "kind"]
+
+
+def names(stage: str) -> list[str]:
+    """The configs that come with the package, as `--config NAME` takes them."""
+    return sorted(p.name.removesuffix(".toml") for p in (resources.files("configs") / stage).iterdir() if p.name.endswith(".toml"))
+
+
+def load(stage: str, source: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Read config NAME or FILE, lay `section.key -> text` overrides over it, and validate the whole.
+
+    Raises UserError listing every unknown key, wrong type and refused value.
+    """
+    text, where = _read(stage, source)
+    values = _parse(text, where)
+    for key, raw in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = _literal(raw)
+    lines = {key: f"{where}:{line}" for key, line in _lines(text)} | {key: f"--{key}" for key in overrides or {}}
+    return decode(stage, values, lines)
+
+
+def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
+    """Plain sections -> typed config. `lines` names the place of each `section.key` for error messages."""
+    problems: list[str] = []
+    parts: dict[str, Any] = {}
+    known = sections(stage)
+    for name in values.keys() - known.keys():
+        problems.append(_at(lines, name) + f"unknown section [{name}]{_meant(name, list(known))}")
+    for name, members in known.items():
+        section = values.get(name, {})
+        if not isinstance(section, dict):
+            problems.append(_at(lines, name) + f"{name}: expected a section [{name}], got {json.dumps(section)}")
+            continue
+        part, wrong = _section(name, members, section)
+        parts[name] = part
+        problems += [_at(lines, key) + message for key, message in wrong]
+    if problems:
+        raise UserError("\n       ".join(sorted(problems)), hint=f"see the keys with --print-config, or start from: {', '.join(names(stage))}")
+    return STAGES[stage](**parts)  # type: ignore[no-any-return]
+
+
+def to_values(config: Config) -> Values:
+    """The whole config as plain JSON data; `decode` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def diff(old: Values, new: Values) -> list[str]:
+    """The keys in which two configs differ, as `section.key: old -> new`."""
+    flat = [{f"{s}.{k}": v for s, section in side.items() for k, v in section.items()} for side in (old, new)]
+    keys = sorted(flat[0].keys() | flat[1].keys())
+    return [f"{k}: {flat[0].get(k)} -> {flat[1].get(k)}" for k in keys if flat[0].get(k) != flat[1].get(k)]
+
+
+def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
+    from pydantic import ValidationError
+
+    allowed = kinds(members)
+    if allowed:
+        values = {"kind": allowed[0], **values}
+        if values["kind"] not in allowed:
+            said = f'{name}.kind: unknown kind "{values["kind"]}"{_meant(str(values["kind"]), allowed)}; known: {", ".join(allowed)}'
+            return None, [(f"{name}.kind", said)]
+    member = members[allowed.index(values["kind"])] if allowed else members[0]
+    known = [f.name for f in dataclasses.fields(member)]
+    wrong = [(f"{name}.{k}", f"unknown key '{name}.{k}'{_meant(k, known, name + '.')}") for k in values if k not in known]
+    try:
+        return _adapter(member).validate_json(json.dumps({k: v for k, v in values.items() if k in known}), strict=True), wrong
+    except ValidationError as failure:
+        for error in failure.errors():
+            place = [str(p) for p in error["loc"]]
+            key = f"{name}.{place[0]}" if place else name
+            wrong.append((key, f"{key}: {_reason(error)}"))
+        return None, wrong
+
+
+@cache
+def _adapter(member: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    # The families are plain dataclasses, free of pydantic; the attribute is how pydantic lets such a class be strict.
+    member.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
+    return TypeAdapter(member)
+
+
+def _reason(error: Any) -> str:
+    got = json.dumps(error["input"], default=str)
+    expected = {"float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "bool_type": "true or false",
+                "string_type": "a text", "tuple_type": "a list", "finite_number": "a finite number"}.get(error["type"])
+    if expected:
+        return f"expected {expected}, got {got}"
+    return f"{error['msg'].removeprefix('Value error, ')}" + ("" if error["type"] == "value_error" else f", got {got}")
+
+
+def _read(stage: str, source: str) -> tuple[str, str]:
+    path = Path(source)
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if not path.is_file():
+        packaged = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
+        if not packaged.is_file():
+            raise UserError(f"no config named '{source}'{_meant(source, names(stage))}", hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file")
+        return packaged.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})", hint="is this the right file?")
+    try:
+        return path.read_text("utf-8"), str(path)
+    except UnicodeDecodeError as failure:
+        raise UserError(f"{path}: not UTF-8 (byte {failure.start})", hint="save the file as UTF-8") from None
+
+
+def _parse(text: str, where: str) -> Values:
+    try:
+        values = json.loads(text) if text.lstrip()[:1] in ("{", "[") and where.endswith(".json") else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as failure:
+        raise UserError(f"{where}: {failure}", hint="mend the file at the place named") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected sections of keys, got a list", hint="start from a packaged config: --print-config shows one")
+    return values
+
+
+def _lines(text: str) -> Iterator[tuple[str, int]]:
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := re.match(r"\s*\[([\w-]+)\]", line):
+            section = found[1]
+            yield section, number
+        elif found := re.match(r"\s*\"?([\w-]+)\"?\s*[=:]", line):
+            yield f"{section}.{found[1]}" if section else found[1], number
+
+
+def _literal(raw: str) -> Any:
+    """The text of a flag as the value it spells: number, true/false, list (also `1,2,3`), else the text itself."""
+    for attempt in (raw, f"[{raw}]" if "," in raw else raw):
+        try:
+            return json.loads(attempt)
+        except json.JSONDecodeError:
+            continue
+    try:
+        return float(raw)  # 1e-4 is JSON, but .5 and 1E-4 are not all
+    except ValueError:
+        return raw
+
+
+def _meant(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+
+
+def _at(lines: Mapping[str, str] | None, key: str) -> str:
+    place = (lines or {}).get(key) or (lines or {}).get(key.partition(".")[0])
+    return f"{place}: " if place else ""

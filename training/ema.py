@@ -1,0 +1,51 @@
+"""The averaged weights that evaluation, pictures and export use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Exponential moving average of parameters: e <- e + (1 - d)(p - e), d = min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The warm-up keeps early averages short, so that a run of any length ends with sound weights (as in EMA of TF's
+    `ExponentialMovingAverage(num_updates)`). Shadows are float32 whatever the model's dtype.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self._live = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step towards the live weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        live = [p.detach().float() for p in self._live.values()]
+        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the modules hold the averaged weights; outside, their own again. Off (decay 0) changes nothing."""
+        if not self.decay:
+            yield
+            return
+        kept = {key: p.data for key, p in self._live.items()}
+        for key, p in self._live.items():
+            p.data = self.shadow[key].to(p.dtype)
+        try:
+            yield
+        finally:
+            for key, p in self._live.items():
+                p.data = kept[key]
+
+    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Take back saved shadows and their counter."""
+        self.updates = updates
+        for key, shadow in self.shadow.items():
+            shadow.copy_(tensors[key])

@@ -1,0 +1,19 @@
+"""The one exception a user's mistake becomes: a sentence, the next step, and an exit code."""
+
+from __future__ import annotations
+
+USAGE, DATA, CHECKPOINT, NUMERICAL, DISK = 2, 3, 4, 5, 6
+
+
+class UserError(Exception):
+    """Something the user can mend: WHAT went wrong, the HINT that mends it, and the exit CODE.
+
+    Codes: 2 usage or configuration, 3 data, 4 checkpoint or compatibility, 5 numerical, 6 disk or memory.
+    """
+
+    def __init__(self, what: str, *, hint: str = "", code: int = USAGE) -> None:
+        super().__init__(what)
+        self.what, self.hint, self.code = what, hint, code
+
+    def __str__(self) -> str:
+        return f"error: {self.what}" + (f"\nhint: {self.hint}" if self.hint else "")

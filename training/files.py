@@ -1,0 +1,128 @@
+"""Files that are either whole or absent: staged beside their target, fsynced, then renamed. Content hashes of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import CHECKPOINT, DISK, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_HEADER = 100 << 20  # bytes; the safetensors format's own limit
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip archives of torch.save, and bare pickles
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` so that after a crash `path` holds all of it or what it held before."""
+    staged = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+        sync_folder(path.parent)
+    except OSError as failure:
+        staged.unlink(missing_ok=True)
+        raise disk_error(path, failure) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of readable JSON; non-finite numbers are refused."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, *, code: int = CHECKPOINT) -> Any:
+    """Parse a JSON file. Raises UserError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", hint="is this the right folder?", code=code) from None
+    except (OSError, ValueError, RecursionError) as failure:
+        reason = f"{path}: not readable as JSON ({failure})"
+        raise UserError(reason, hint="the file is damaged; use another copy", code=code) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_error(path: Path, failure: OSError) -> UserError:
+    """An OSError while writing `path`, as a sentence."""
+    reason = f"cannot write {path}: {failure.strerror or failure}"
+    return UserError(reason, hint="free disk space, or choose another --output", code=DISK)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file and fsync it (staging is the caller's: checkpoints rename a whole folder)."""
+    from safetensors.torch import save_file
+
+    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except OSError as failure:
+        raise disk_error(path, failure) from None
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file. Raises UserError for anything else, pickles by content included; never unpickles."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_safetensors(path)
+    try:
+        return dict(load_file(path, device=device))
+    except (SafetensorError, OSError, ValueError) as failure:
+        reason = f"{path}: damaged safetensors file ({failure})"
+        raise UserError(reason, hint="use another checkpoint or download it again", code=CHECKPOINT) from None
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises UserError where `path` is missing, a pickle, or does not begin as a safetensors file must."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", hint="is this the right folder?", code=CHECKPOINT) from None
+    except OSError as failure:
+        reason = f"{path}: cannot be read ({failure.strerror})"
+        raise UserError(reason, hint="is this the right file?", code=CHECKPOINT) from None
+    if head.startswith(PICKLES):
+        reason = f"{path}: refusing to load a pickle file; only safetensors is read"
+        raise UserError(reason, hint="convert it to safetensors where you trust its source", code=CHECKPOINT)
+    size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+    if not 2 <= size <= min(LARGEST_HEADER, path.stat().st_size - 8):
+        reason = f"{path}: not a safetensors file (header of {size:,} bytes)"
+        raise UserError(reason, hint="is the file complete?", code=CHECKPOINT)
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes in order of name: the identity of weights, wherever they are stored."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""What a run tells: one progress line, metrics.jsonl (step-determined values), timing.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from training.settings import Train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Journal:
+    """Collects values on the device and writes them every `log_every` steps, so that logging costs no synchronisation per step."""
+
+    def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
+        self.run, self.train, self.accelerator = run, train, accelerator
+        self.rows: list[tuple[int, dict[str, Tensor], float]] = []
+        self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
+        self.board: Any = None
+        if accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(run / "tensorboard"))
+            except ImportError as missing:
+                print(f"warning: no TensorBoard log ({missing}); metrics.jsonl holds everything", file=sys.stderr)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def record(self, step: int, values: dict[str, Tensor], rate: float) -> None:
+        """Note the values of `step`; write and show them when it is time."""
+        self.rows.append((step, values, rate))
+        if step % self.train.log_every == 0 or step == self.train.max_steps:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Write all noted steps, averaged over processes. Collective: every process calls it at the same step."""
+        if not self.rows:
+            return
+        names = sorted(self.rows[-1][1].keys() & self.rows[0][1].keys())
+        table = torch.stack([torch.stack([values[n].detach().float().reshape(()) for n in names]) for _, values, _ in self.rows])
+        numbers = self.accelerator.reduce(table, "mean").tolist()
+        rows = [{"step": s, "lr": rate, **dict(zip(names, line, strict=True))} for (s, _, rate), line in zip(self.rows, numbers, strict=True)]
+        self.rows = []
+        if self.accelerator.is_main_process:
+            self._append("metrics.jsonl", rows)
+            self._show(step, rows)
+            for row in rows if self.board else []:
+                for name in names:
+                    self.board.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
+        """Write the numbers and pictures of an evaluation (main process)."""
+        self._append("metrics.jsonl", [{"step": step, **{f"val/{k}": v for k, v in numbers.items()}}])
+        print(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}", file=sys.stderr)
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(f"val/{name}", value, step)
+            for picture in sorted(folder.glob("*.png")):
+                self._picture(picture, step)
+            self.board.flush()
+        self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
+
+    def state(self) -> dict[str, Any]:
+        """Plain state for checkpoints: how far metrics.jsonl reached."""
+        path = self.run / "metrics.jsonl"
+        return {"metrics_bytes": path.stat().st_size if path.exists() else 0}
+
+    def resume(self, step: int, state: dict[str, Any]) -> None:
+        """Cut metrics.jsonl back to the checkpoint, so that no step is logged twice."""
+        self.first = step
+        path = self.run / "metrics.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            os.truncate(path, min(path.stat().st_size, int(state["metrics_bytes"])))
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        with open(self.run / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def _show(self, step: int, rows: list[dict[str, Any]]) -> None:
+        now, done = time.perf_counter(), step - max(self.first, rows[0]["step"] - 1)
+        seconds = (now - self.since) / max(1, done)
+        share = self.waited / max(1e-9, now - self.since)
+        self.since, self.waited, self.first = now, 0.0, step
+        cuda = self.accelerator.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rate = self.train.batch_size / seconds
+        self._append("timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}])
+        mean = sum(row["loss"] for row in rows) / len(rows)
+        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
+        print(f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {rate:.1f} images/s  "
+              f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}", file=sys.stderr)
+
+    def _picture(self, path: Path, step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        self.board.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")

@@ -1,0 +1,68 @@
+"""Processes, devices and memory of a run: Accelerate's set-up, checked, and the allocator tuned for training."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from training.errors import USAGE, UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
+    """The Accelerator of this process, the same under python, torchrun and accelerate launch, on CPU (gloo) and GPU.
+
+    Raises UserError for a device or precision that is not there, and where several processes were started but not joined.
+    """
+    keep_memory()
+    torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
+    on_cpu = resolve(device).type == "cpu"
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if mixed_precision == "fp16":
+            raise UserError("--mixed-precision fp16 needs a GPU", hint="use --mixed-precision no on a CPU", code=USAGE)
+    elif mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(f"{started} processes were started but {accelerator.num_processes} is in the group",
+                        hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs", code=USAGE)
+    return accelerator
+
+
+def resolve(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` as a torch device. Raises UserError where it is absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: unknown device", hint="use auto, cpu, cuda or cuda:N") from None
+    if wanted.type == "cuda" and not (torch.cuda.is_available() and (wanted.index or 0) < torch.cuda.device_count()):
+        raise UserError(f"--device {device}: no CUDA device (torch {torch.__version__})", hint="use --device cpu")
+    return wanted
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed activations instead of returning them: fresh pages cost a CPU step 20-50 % of its time.
+
+    32 MiB is the largest threshold glibc accepts. Elsewhere than on glibc this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        return

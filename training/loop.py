@@ -1,0 +1,199 @@
+"""The one training loop: both stages run through these lines."""
+
+from __future__ import annotations
+
+import math
+import signal
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from training import optim
+from training.checkpoint import Checkpoint, Checkpoints
+from training.data import Batch, stream
+from training.ema import EMA
+from training.errors import NUMERICAL, UserError
+from training.journal import Journal
+from training.order import Batches, DataOrder
+from training.settings import Optimizer, Train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.utils.data import Dataset
+
+
+class Stage(ABC):
+    """What a stage gives the loop: its data, its networks, its gradient step and its evaluation."""
+
+    dataset: Dataset[Batch]
+    networks: dict[str, nn.Module]  # everything trained, by the name it has in checkpoints
+    averaged: dict[str, nn.Module]  # the part of it that EMA averages and export uses
+    wrapped: dict[str, Any]  # the same networks as the processes share them
+    optimizers: dict[str, tuple[list[str], float]]  # name -> (networks it trains, learning-rate multiple)
+
+    @abstractmethod
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch, `share` of the global batch's; return its mean losses (0-dim)."""
+
+    def after_backward(self, step: int) -> None:
+        """Called once a step, gradients complete, before the optimisers."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain state beyond weights, for checkpoints."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+    @abstractmethod
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """Write pictures into `folder`, return validation numbers. Runs in the main process with averaged weights."""
+
+    def wrap(self, accelerator: Accelerator) -> None:
+        """Replace the callables used by `backward` by their process wrappers."""
+
+
+class Loop:
+    """Steps from a checkpoint (or 0) to `train.max_steps`: backward, clip, check, step, average, log, look, save."""
+
+    def __init__(self, stage: Stage, train: Train, optimizer: Optimizer, accelerator: Accelerator, run: Path, accumulation: int, micro: int) -> None:
+        self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
+        self.accumulation, self.micro = accumulation, micro
+        self.ema = EMA(stage.averaged, train.ema)
+        stage.wrap(accelerator)
+        self.optimizers = {
+            name: accelerator.prepare(optim.adamw(optimizer, [stage.networks[n] for n in networks], scale=scale))
+            for name, (networks, scale) in stage.optimizers.items()
+        }
+        self.checkpoints = Checkpoints(run, train.keep_last)
+        self.journal = Journal(run, train, accelerator)
+        self.signal = 0
+
+    def fit(self, start: int) -> int:
+        """Train from step `start` to the end. Returns the signal number that stopped it, or 0.
+
+        Raises UserError (exit 5) before the optimiser step where a loss or gradient is not finite.
+        """
+        train, stage = self.train, self.stage
+        order = DataOrder(len(stage.dataset), train.batch_size, train.seed)  # type: ignore[arg-type]
+        batches = stream(stage.dataset, Batches(order, self.micro, self.accumulation, self.accelerator.process_index,
+                         self.accelerator.num_processes, start, train.max_steps), train.num_workers, pin=self.accelerator.device.type == "cuda")
+        self._listen()
+        if start == 0:
+            self.look(0)
+        for step in range(start, train.max_steps):
+            rate = optim.learning_rate(self.settings, step, train.max_steps)
+            values = self.gradients(batches, step)
+            norms = self.step(step, rate)
+            self.journal.record(step + 1, {**values, **norms}, rate)
+            done = step + 1
+            if done % train.sample_every == 0 or done == train.max_steps:
+                self.look(done)
+            stopped = self._stopped()
+            if done % train.save_every == 0 or done == train.max_steps or stopped:
+                self.save(done)
+            if stopped:
+                return stopped
+        return 0
+
+    def gradients(self, batches: Any, step: int) -> dict[str, Tensor]:
+        """All backward passes of one step; the process wrappers average on the last."""
+        sums: dict[str, Tensor] = {}
+        for part in range(self.accumulation):
+            with self.journal.waiting():
+                batch: Batch = next(batches)
+            with ExitStack() as stack:
+                if part < self.accumulation - 1:
+                    for network in self.stage.wrapped.values():
+                        stack.enter_context(self.accelerator.no_sync(network))
+                for name, value in self.stage.backward(batch, step, 1 / self.accumulation).items():
+                    sums[name] = sums.get(name, 0) + value.detach().float() / self.accumulation
+        self.stage.after_backward(step)
+        return sums
+
+    def step(self, step: int, rate: float) -> dict[str, Tensor]:
+        """Clip and check gradients, step the optimisers, move the average. Returns the gradient norms."""
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            owned = [p for network in self.stage.optimizers[name][0] for p in self.stage.networks[network].parameters()]
+            norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(owned, self.settings.clip or math.inf)
+            optim.set_learning_rate(optimizer, rate)
+        if self.accelerator.scaler is None:  # a scaler meets its overflows by skipping the step
+            for name, norm in norms.items():
+                if not torch.isfinite(norm):
+                    raise UserError(f"{name.replace('/', ' of the ')} is not finite at step {step}", code=NUMERICAL,
+                                    hint="lower --lr, check the data with scripts/make_shards.py verify, or use --mixed-precision no")
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.train.ema:
+            self.ema.update()
+        return norms
+
+    def look(self, step: int) -> None:
+        """Pictures and validation with the averaged weights, in the main process; the others wait."""
+        if self.accelerator.is_main_process:
+            folder = self.run / "samples" / f"step-{step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with self.ema.applied(), torch.no_grad():
+                self.journal.look(step, self.stage.evaluate(folder), folder)
+        self.accelerator.wait_for_everyone()
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint (main process); the others wait."""
+        self.journal.flush(step)
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.snapshot(step))
+        self.accelerator.wait_for_everyone()
+
+    def names(self) -> dict[int, str]:
+        """id(parameter) -> its name in checkpoints."""
+        return {id(p): f"{n}.{key}" for n, network in self.stage.networks.items() for key, p in network.named_parameters()}
+
+    def snapshot(self, step: int) -> Checkpoint:
+        """Everything the run needs to go on from `step`."""
+        model = {f"{n}.{key}": v for n, network in self.stage.networks.items() for key, v in network.state_dict().items()}
+        names = self.names()
+        moments = {f"{name}/{key}": v for name, o in self.optimizers.items() for key, v in optim.pack(o.optimizer, names).items()}
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+        state = {"ema_updates": self.ema.updates, "scaler": scaler, "stage": self.stage.state(), "journal": self.journal.state()}
+        return Checkpoint(step, {"model": model, "ema": self.ema.shadow, "optimizer": moments}, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take back a snapshot, in every process."""
+        for n, network in self.stage.networks.items():
+            prefix = f"{n}."
+            network.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint.tensors["model"].items() if k.startswith(prefix)})
+        names = self.names()
+        for name, optimizer in self.optimizers.items():
+            prefix = f"{name}/"
+            mine = {k.removeprefix(prefix): v for k, v in checkpoint.tensors["optimizer"].items() if k.startswith(prefix)}
+            optim.unpack(optimizer.optimizer, names, mine)
+        self.ema.load(dict(checkpoint.tensors["ema"]), int(checkpoint.state["ema_updates"]))
+        if self.accelerator.scaler and checkpoint.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.stage.load_state(checkpoint.state["stage"])
+        self.journal.resume(checkpoint.step, checkpoint.state["journal"])
+
+    def _listen(self) -> None:
+        """SIGTERM and SIGINT ask for a save at the next step boundary; a second SIGINT leaves at once."""
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            if self.signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+    def _stopped(self) -> int:
+        """The signal any process was sent, known to all of them at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.signal
+        flag = torch.tensor(self.signal, device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max().item())

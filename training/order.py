@@ -1,0 +1,92 @@
+"""Which sample fills which slot: a pure function of (seed, step), the same for every world size, worker and micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from training.errors import DATA, UserError
+
+
+class Slot(NamedTuple):
+    """One place of one global batch: sample `index` of the split in its `epoch`-th pass; `slot` counts all places ever filled."""
+
+    index: int
+    epoch: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """A keyed permutation per epoch, epochs joined end to end: place p holds permutation(seed, p // n)[p % n].
+
+    Every sample is seen exactly once an epoch. Raises UserError where there are fewer samples than one global batch.
+    """
+
+    samples: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples < self.batch_size:
+            raise UserError(f"dataset has {self.samples} samples, fewer than one global batch ({self.batch_size})",
+                            hint="lower --batch-size or pack more images", code=DATA)
+
+    def at(self, step: int, first: int, count: int) -> list[Slot]:
+        """Slots [first, first + count) of the global batch of `step`."""
+        places = range(step * self.batch_size + first, step * self.batch_size + first + count)
+        return [Slot(int(_permutation(self.seed, p // self.samples, self.samples)[p % self.samples]), p // self.samples, p) for p in places]
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(samples)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The micro-batches of one process from step `start` on, as lists of slots: a batch sampler for DataLoader.
+
+    Global batch = processes x accumulation x micro; backward pass a of process r takes the r-th block of the a-th stripe.
+    """
+
+    order: DataOrder
+    micro: int
+    accumulation: int
+    process: int
+    processes: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        for step in range(self.start, self.stop):
+            for part in range(self.accumulation):
+                yield self.order.at(step, (part * self.processes + self.process) * self.micro, self.micro)
+
+
+def split_batch(batch: int, micro: int, accumulation: int | None, processes: int, *, batch_given: bool = True) -> tuple[int, int, int]:
+    """Settle (global batch, micro-batch, accumulation) so that batch = processes * micro * accumulation.
+
+    Raises UserError naming the nearest global batch that divides.
+    """
+    if accumulation is not None and accumulation < 1:
+        raise UserError(f"--gradient-accumulation-steps: must be >= 1 (got {accumulation})")
+    if not batch_given and micro:
+        batch = micro * processes * (accumulation or 1)
+    if not micro:
+        micro = batch // (processes * (accumulation or 1))
+    unit = processes * micro * (accumulation or 1)
+    if not unit or batch % unit or (accumulation and batch != unit):
+        unit = max(unit, processes * (accumulation or 1))
+        near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
+        raise UserError(
+            f"train.batch_size {batch} cannot be split over {processes} process(es) with train.micro_batch_size {micro or 'unset'}"
+            f" and {accumulation or 'any number of'} accumulation step(s)", hint=f"nearest --batch-size: {' or '.join(map(str, near))}")
+    return batch, micro, batch // (processes * micro)

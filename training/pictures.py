@@ -1,0 +1,62 @@
+"""Picture grids with captions, and the facts written into every PNG."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
+KEY = "ldm"  # the PNG text chunk that holds how a picture was made
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """uint8 (B,3,H,W) -> pictures."""
+    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def grid(pixels: Tensor | Sequence[Image.Image], columns: int, *, captions: Sequence[str] = (), rows: Sequence[str] = ()) -> Image.Image:
+    """Pictures in reading order, a caption under each or a label beside each row; enlarged by a whole factor where small."""
+    images = to_pil(pixels) if isinstance(pixels, Tensor) else list(pixels)
+    factor = max(1, -(-SMALLEST // max(images[0].size)))
+    width, height = (side * factor for side in images[0].size)
+    font = ImageFont.load_default(size=11)
+    wrapped = [textwrap.wrap(_drawable(c), max(8, width // 6))[:4] for c in captions]
+    below = 4 + 13 * max(map(len, wrapped), default=0) if captions else 0
+    left = 12 + max((int(font.getlength(r)) for r in rows), default=-12)
+    lines = -(-len(images) // columns)
+    sheet = Image.new("RGB", (left + columns * (width + 4), lines * (height + below + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = left + i % columns * (width + 4), i // columns * (height + below + 4)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for n, line in enumerate(wrapped[i] if captions else []):
+            draw.text((x, y + height + 2 + 13 * n), line, fill="black", font=font)
+        if rows and i % columns == 0:
+            draw.text((4, y + height // 2 - 6), rows[i // columns], fill="black", font=font)
+    return sheet
+
+
+def save(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PNG with `facts` (JSON) inside."""
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps(facts, ensure_ascii=False, sort_keys=True))
+    image.save(path, pnginfo=info, compress_level=4)
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """How a picture was made; empty where it does not say."""
+    with Image.open(path) as image:
+        return json.loads(getattr(image, "text", {}).get(KEY, "{}"))  # type: ignore[no-any-return]
+
+
+def _drawable(text: str) -> str:
+    """Control characters would break lines where none are wanted."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,181 @@
+"""Run folders: what a run is made from, where it stands, what it exports, and how any later step loads it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from training import config as configs
+from training.checkpoint import Checkpoints
+from training.errors import CHECKPOINT, DISK, UserError
+from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors, write_bytes, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from autoencoder.base import Autoencoder
+
+# Keys that may change between a run and its resumption; everything else is part of what the run is.
+MUTABLE = {f"train.{key}" for key in ("max_steps", "micro_batch_size", "num_workers", "compile", "log_every", "save_every", "keep_last", "sample_every", "validation_size")}
+MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
+
+
+class Run:
+    """A run folder being written by this program."""
+
+    def __init__(self, folder: Path, stage: str, config: configs.Config, resume: str | None) -> None:
+        """Claim `folder`. Raises UserError where it is not a folder, in use, another run, or a run not asked to be resumed."""
+        self.folder, self.stage, self.config = folder, stage, config
+        values = configs.to_values(config)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file", hint="choose another --output", code=DISK)
+        old = folder / "run.json"
+        if old.is_file():
+            self._same(read_json(old), values, resume)
+        elif folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no run", hint="choose another --output", code=CHECKPOINT)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(folder)
+        except OSError as failure:
+            raise disk_error(folder, failure) from None
+
+    def _same(self, old: dict[str, Any], values: configs.Values, resume: str | None) -> None:
+        if old["stage"] != self.stage:
+            raise UserError(f"{self.folder} holds a run of the {old['stage']} stage", hint="choose another --output", code=CHECKPOINT)
+        if not resume:
+            raise UserError(f"{self.folder} already holds a run", hint="use --resume auto to go on with it, or another --output", code=CHECKPOINT)
+        changes = configs.diff(read_json(self.folder / "config.json"), values)
+        fixed = [c for c in changes if (key := c.partition(":")[0]) not in MUTABLE and key.partition(".")[0] not in MUTABLE_SECTIONS]
+        if fixed:
+            raise UserError("the config differs from the run's:\n       " + "\n       ".join(fixed),
+                            hint=f"repeat the run's own with --config {self.folder}/config.json, or use another --output", code=CHECKPOINT)
+        for change in changes:
+            print(f"note: {change}")
+
+    def describe(self, status: str, step: int, facts: Mapping[str, Any]) -> None:
+        """Write config.json and run.json: versions, hashes and where the run stands."""
+        write_json(self.folder / "config.json", configs.to_values(self.config))
+        write_json(self.folder / "run.json", {"format": 1, "stage": self.stage, "status": status, "step": step, "versions": versions(), **facts})
+
+    def finished(self) -> bool:
+        """Whether the run has exported its last step, as far as its config asks now."""
+        record = self.folder / "run.json"
+        if not record.is_file():
+            return False
+        old = read_json(record)
+        return bool(old["status"] == "finished" and old["step"] >= self.config.train.max_steps)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder for this process's life; the system frees it when the process dies."""
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (kept open: closing it frees the lock)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another training", hint="wait for it, or choose another --output", code=CHECKPOINT) from None
+    return file
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run may depend on."""
+    known = {}
+    for package in ("torch", "torchvision", "transformers", "accelerate", "lpips", "numpy"):
+        known[package] = metadata.version(package)
+    return {"python": platform.python_version(), **known}
+
+
+def export(folder: Path, values: configs.Values, tensors: Mapping[str, Tensor], card: str) -> str:
+    """Write a model folder {config.json, model.safetensors, README.md}, whole; returns the weights' content hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = content_hash(tensors)
+    save_tensors(folder / ".tmp-model.safetensors", tensors, {"hash": identity})
+    (folder / ".tmp-model.safetensors").replace(folder / "model.safetensors")
+    write_json(folder / "config.json", values)
+    write_bytes(folder / "README.md", card.encode())
+    return identity
+
+
+def find(path: str | Path, stage: str) -> tuple[Path, Path]:
+    """(folder of config.json, file of weights) of RUN, RUN/final or a checkpoint; a run still training gives its newest checkpoint.
+
+    Raises UserError where there is no such model, or one of another stage.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run", hint="give a run folder, its final/ or one of its checkpoints", code=CHECKPOINT)
+    if path.parent.name == "checkpoints" and (path / "ema.safetensors").is_file():
+        home, weights = path.parent.parent, path
+    elif (path / "model.safetensors").is_file() and (path / "config.json").is_file():
+        home, weights = path, path / "model.safetensors"
+    elif (path / "final" / "model.safetensors").is_file():
+        home, weights = path / "final", path / "final" / "model.safetensors"
+    else:
+        newest = Checkpoints(path).newest()
+        if newest is None:
+            raise UserError(f"{path}: holds no model and no checkpoint", hint="give a run folder, its final/ or one of its checkpoints", code=CHECKPOINT)
+        home, weights = path, newest
+    values = read_json(home / "config.json")
+    found = "autoencoder" if "model" in values else "denoiser"
+    if found != stage:
+        raise UserError(f"{path} is a run of the {found} stage, expected {stage}", hint=f"give the folder of the {stage}", code=CHECKPOINT)
+    return home, weights
+
+
+def weights(file: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of network `name` from an exported file or, averaged where they are, from a checkpoint folder."""
+    if file.is_file():
+        return load_tensors(file)
+    checkpoint = Checkpoints(file.parent.parent).load(file)
+    tensors = {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Autoencoder:
+    """The autoencoder of a run (averaged weights), frozen, in eval mode."""
+    home, file = find(path, "autoencoder")
+    settings = configs.decode("autoencoder", read_json(home / "config.json"))
+    assert isinstance(settings, configs.AutoencoderConfig)
+    model: Autoencoder = settings.model.build()
+    fill(model, weights(file, "autoencoder"), file)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load weights, every one of them and nothing else. Raises UserError naming the first that does not fit."""
+    try:
+        model.load_state_dict(dict(tensors))
+    except RuntimeError as failure:
+        reason = str(failure).splitlines()[1].strip() if "\n" in str(failure) else str(failure)
+        raise UserError(f"{source} does not fit its config: {reason[:300]}", hint="is the config.json beside it its own?", code=CHECKPOINT) from None
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a model folder (final/ of a run) whole."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def autoencoder_hashes(model: Autoencoder) -> dict[str, str]:
+    """`encoder`: what latents depend on; `autoencoder`: what pictures depend on (decoder and normaliser too)."""
+    return {"encoder": content_hash(model.encoder_state()), "autoencoder": content_hash(model.state_dict())}
+
+
+def card(title: str, facts: Mapping[str, Any], values: configs.Values) -> str:
+    """A model card: what it is, its numbers, and the config that repeats it. Text from outside is fenced or escaped."""
+    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items())
+    return f"# {title}\n\n| | |\n| --- | --- |\n{rows}\n\nConfig:\n\n```json\n{json.dumps(values, indent=1)}\n```\n"
+
+
+def _cell(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return "".join(f"\\{c}" if c in "|<>[]`*_\\" else c for c in text)

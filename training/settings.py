@@ -1,0 +1,119 @@
+"""The settings of a run that are not models: optimiser, training budget, losses, sampling. Frozen, flat, free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def positive(owner: str, **values: float) -> None:
+    """Refuse values that are not > 0. Raises ValueError naming the key."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{owner}{name}: must be > 0 (got {value})")
+
+
+def fraction(owner: str, **values: float) -> None:
+    """Refuse values outside [0, 1). Raises ValueError naming the key."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{owner}{name}: must lie in [0, 1) (got {value})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and its learning rate as a pure function of the step: linear warm-up, then constant, cosine or linear decay."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup: int = 100
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    final_lr: float = 0.0  # the end of the decay, as a fraction of lr
+    clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+
+    def __post_init__(self) -> None:
+        positive("", lr=self.lr)
+        fraction("", beta1=self.betas[0], beta2=self.betas[1])
+        if min(self.warmup, self.weight_decay, self.final_lr, self.clip) < 0:
+            raise ValueError("warmup, weight_decay, final_lr and clip must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how much at once, and how often to save and look."""
+
+    max_steps: int = 10_000
+    batch_size: int = 64  # images per optimiser step, over all processes
+    micro_batch_size: int = 0  # images per process and backward pass; 0 = batch_size / processes
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = 0
+    flip: bool = False  # mirror half of the images, keyed by (seed, epoch, sample)
+    ema: float = 0.999  # decay of the averaged weights, reached through a warm-up; 0 turns averaging off
+    compile: bool = False
+    log_every: int = 20
+    save_every: int = 1000
+    keep_last: int = 2
+    sample_every: int = 1000  # pictures and validation
+    validation_size: int = 512  # held-out images looked at each time
+
+    def __post_init__(self) -> None:
+        positive("", max_steps=self.max_steps, batch_size=self.batch_size, log_every=self.log_every)
+        positive("", save_every=self.save_every, sample_every=self.sample_every)
+        fraction("", ema=self.ema)
+        if self.keep_last < 2:
+            raise ValueError(f"keep_last: keep at least 2 checkpoints (got {self.keep_last})")
+        if min(self.micro_batch_size, self.num_workers, self.validation_size) < 0:
+            raise ValueError("micro_batch_size, num_workers and validation_size must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Stage one: reconstruction + LPIPS + KL + adversarial, each with its weight (0 = off).
+
+    The discriminator learns from `discriminator_start`; its gradient reaches the decoder only from `adversarial_start`,
+    rising linearly over `adversarial_ramp` steps, so that an untrained critic never touches a reconstruction.
+    """
+
+    reconstruction: Literal["l1", "l2", "charbonnier"] = "l1"
+    perceptual: float = 1.0
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    perceptual_weights: str = "standard"  # "standard", or "random": a seeded random backbone, asked for by name
+    kl: float = 1e-6
+    adversarial: float = 0.5
+    adversarial_loss: Literal["hinge", "non-saturating", "least-squares"] = "hinge"
+    discriminator_start: int = 0
+    adversarial_start: int = 1000
+    adversarial_ramp: int = 1000
+    discriminator_lr: float = 1.0  # as a multiple of optimizer.lr
+
+    def __post_init__(self) -> None:
+        if min(self.perceptual, self.kl, self.adversarial, self.adversarial_ramp, self.discriminator_start) < 0:
+            raise ValueError("loss weights, starts and ramps must be >= 0")
+        if self.perceptual_weights not in ("standard", "random"):
+            raise ValueError(f'perceptual_weights: must be "standard" or "random" (got "{self.perceptual_weights}"); '
+                             "a file is named on the command line: --lpips-weights FILE")
+        if self.adversarial and self.adversarial_start < self.discriminator_start:
+            raise ValueError("adversarial_start must not come before discriminator_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """How the caption is used in training: `dropout` is the share of captions replaced by the empty one."""
+
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        fraction("", dropout=self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """How pictures are made by default: while training, and by generate where its flags are silent."""
+
+    steps: int = 25
+    size: tuple[int, int] = (0, 0)  # height and width in pixels; (0, 0) becomes those of the training pictures
+
+    def __post_init__(self) -> None:
+        positive("", steps=self.steps)

@@ -1,0 +1,127 @@
+"""Stage two's gradient step and evaluation: a denoiser of frozen latents, conditioned on captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Cond
+from ldm.diffusion import Diffusion
+from ldm.noise import Noise
+from ldm.objective import Objective
+from ldm.pipeline import Pipeline
+from ldm.text import TextEncoder
+from training import pictures
+from training.config import DenoiserConfig
+from training.data import Batch, Latents
+from training.loop import Stage
+from training.order import Slot
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from autoencoder.norm import LatentNorm
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of the validation loss
+SHOWN = 16
+VALIDATION_SEED = 1 << 40
+
+
+class Captioned(nn.Module):
+    """Backbone and, where it learns, text encoder as one module, so that a process wrapper sees every gradient."""
+
+    def __init__(self, backbone: nn.Module, text: TextEncoder) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.text = text if text.trainable else None
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | list[str]) -> Tensor:
+        """Captions (encoded here) or their encoding -> the backbone's prediction."""
+        if not isinstance(cond, Cond):
+            assert self.text is not None
+            cond = self.text(cond)
+        return self.backbone(x, noise_level, cond)
+
+
+class DenoiserStage(Stage):
+    """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
+
+    def __init__(self, config: DenoiserConfig, backbone: nn.Module, text: TextEncoder, norm: LatentNorm,
+                 dataset: Latents, held_out: Latents, pipeline: Pipeline, null: Cond | None = None) -> None:
+        self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
+        self.dataset, self.held_out = dataset, held_out
+        self.network = Captioned(backbone, text)
+        self.networks: dict[str, nn.Module] = {"denoiser": self.network}
+        self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
+        diffusion = Diffusion(schedule=config.schedule, prediction=config.prediction)
+        self.objective = Objective(diffusion=diffusion, times=config.times, weighting=config.weighting)
+        self.channels = self.norm.scale.numel()
+
+    def wrap(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.forward = accelerator.prepare(self.network)
+        if self.config.train.compile:
+            self.network.backbone.compile()
+        self.wrapped = {"denoiser": self.forward}
+        self.norm.to(accelerator.device)
+
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
+        noise = Noise(batch.slots.to(self.accelerator.device)).fold(self.config.train.seed, step)
+        latents = self.sample(batch, noise)
+        keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
+        with self.accelerator.autocast():
+            loss = self.objective(self.forward, latents, self.condition(batch, keep), noise).mean()
+        self.accelerator.backward(loss * share)
+        return {"loss": loss.detach()}
+
+    def sample(self, batch: Batch, noise: Noise) -> Tensor:
+        """Normalised latents of a fresh posterior draw."""
+        moments = batch.data.to(self.accelerator.device, non_blocking=True)
+        shape = (moments.shape[1] // (2 if self.norm.gaussian else 1), *moments.shape[2:])
+        return self.norm.latents(moments, noise.normal(shape, "posterior"))
+
+    def condition(self, batch: Batch, keep: Tensor) -> Cond | list[str]:
+        """The captions, or where the encoder is frozen their encoding; the empty caption where `keep` is False."""
+        if self.text.trainable:
+            return [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
+        if batch.text is None:
+            return self.text([caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)])
+        assert self.null is not None
+        return stored(batch.text).to(self.accelerator.device).where(keep, self.null.to(self.accelerator.device))
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
+        losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
+        count = min(self.config.train.validation_size, len(self.held_out)) or len(self.held_out)
+        for first in range(0, count, 64):
+            batch = self.held_out.__getitems__([Slot(i, 0, i) for i in range(first, min(count, first + 64))])
+            noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
+            latents, cond = self.sample(batch, noise), self.condition(batch, torch.ones(len(batch.slots), dtype=torch.bool))
+            with self.accelerator.autocast():
+                for t in LEVELS:
+                    at = torch.full((len(latents),), t, dtype=torch.float64, device=latents.device)
+                    losses[f"loss_t{t}"].append(self.objective.at(self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t))))
+        captions = self.shown()
+        with self.accelerator.autocast():
+            images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
+        pictures.grid(images, 8, captions=captions).save(folder / "grid.png")
+        numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
+        return {"loss": sum(numbers.values()) / len(numbers), **numbers}
+
+    def shown(self) -> list[str]:
+        """The first distinct held-out captions, over and over where they are few."""
+        known: dict[str, None] = {}
+        for i in range(min(len(self.held_out), 20 * SHOWN)):
+            known.setdefault(self.held_out.captions(i)[0])
+        names = list(known)[:SHOWN]
+        return [names[i % len(names)] for i in range(SHOWN)]
+
+
+def stored(text: list[dict[str, Tensor]]) -> Cond:
+    """Stored text embeddings, each trimmed to its own tokens, as one padded condition."""
+    parts = [Cond(t["context"][None].float(), torch.ones(1, len(t["context"]), dtype=torch.bool), t["pooled"][None].float() if "pooled" in t else None) for t in text]
+    return Cond.cat(parts)

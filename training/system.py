@@ -1,0 +1,143 @@
+"""A whole generating system, put together: from a latent data set to be trained on, or from a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from autoencoder.base import Autoencoder
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoiser
+from ldm.diffusion import Diffusion
+from ldm.pipeline import Pipeline, Sampling
+from ldm.text import HuggingFace, TextEncoder
+from training import config as configs
+from training import text as texts
+from training.data import Latents
+from training.errors import CHECKPOINT, DATA, UserError
+from training.files import content_hash, load_tensors, read_json, save_tensors
+from training.runs import autoencoder_hashes, copy_model, fill, find, load_autoencoder, weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What stage two trains and draws with."""
+
+    backbone: nn.Module
+    text: TextEncoder
+    autoencoder: Autoencoder
+    pipeline: Pipeline
+    null: Cond | None  # stored encoding of the empty caption, where embeddings are stored
+    shape: tuple[int, ...]  # one latent: (C, h, w)
+    hashes: dict[str, str]
+
+
+def assemble(config: configs.DenoiserConfig, latents: Path, dataset: Latents, home: Path | None, text_encoder: str | None, accelerator: Accelerator) -> Parts:
+    """Everything a denoiser is trained with; its frozen parts and vocabulary are stored in `home` (final/) from the start.
+
+    Raises UserError where the latents were made by another autoencoder than the one stored beside them.
+    """
+    autoencoder = load_autoencoder(latents / "autoencoder", accelerator.device)
+    hashes = autoencoder_hashes(autoencoder)
+    made_by = dataset.shards.summary["encoder"]
+    if made_by != hashes["encoder"]:
+        raise UserError(f"latents were made by autoencoder {made_by[:12]}, the one beside them is {hashes['encoder'][:12]}",
+                        hint="encode again with scripts/encode_latents.py", code=CHECKPOINT)
+    null = None
+    if home and accelerator.is_main_process:
+        copy_model(latents / "autoencoder", home / "autoencoder")
+    if isinstance(config.text, HuggingFace):
+        text, null = _frozen_text(config.text, latents, dataset, home, text_encoder, accelerator)
+        hashes["text_encoder"] = texts.identity(text)["hash"]
+    else:
+        if home and (home / "tokenizer" / texts.VOCABULARY).is_file():
+            vocabulary = texts.stored_vocabulary(home)
+        else:
+            captions = (c for i in range(len(dataset)) for c in dataset.captions(i))
+            vocabulary = texts.keep_vocabulary(config.text, captions, home) if home and accelerator.is_main_process else config.text.vocabulary(captions)
+        text = config.text.build(vocabulary)
+    shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
+    text = text.to(accelerator.device)
+    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim).to(accelerator.device)
+    return Parts(backbone, text, autoencoder, draw_with(config, autoencoder, backbone, text), null, shape, hashes)
+
+
+def _frozen_text(config: HuggingFace, latents: Path, dataset: Latents, home: Path | None, name: str | None, accelerator: Accelerator) -> tuple[TextEncoder, Cond | None]:
+    null = None
+    if dataset.text:
+        text = texts.load_kept(config, latents, name)
+        stored = load_tensors(latents / "text_encoder" / "null.safetensors")
+        null = Cond(stored["context"][None].float(), torch.ones(1, len(stored["context"]), dtype=torch.bool), stored["pooled"][None].float() if "pooled" in stored else None)
+        name = read_json(latents / "text_encoder" / "identity.json")["name"]
+    elif name:
+        text = texts.load_huggingface(config, name)
+    else:
+        raise UserError("the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
+                        hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or use --text.kind scratch", code=DATA)
+    if home and accelerator.is_main_process:
+        texts.keep(text, name or "", home)
+    return text, null
+
+
+def draw_with(config: configs.DenoiserConfig, autoencoder: Autoencoder, backbone: nn.Module, text: TextEncoder) -> Pipeline:
+    """The pipeline of a config and its networks."""
+    diffusion = Diffusion(schedule=config.schedule, prediction=config.prediction)
+    sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
+    return Pipeline(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size)
+
+
+def export_text(text: TextEncoder | None, home: Path) -> None:
+    """Store a text encoder that was trained with the denoiser (frozen ones were stored at the start)."""
+    if text is not None:
+        (home / "text_encoder").mkdir(parents=True, exist_ok=True)
+        save_tensors(home / "text_encoder" / "model.safetensors", text.state_dict())
+
+
+def load_pipeline(path: str | Path, device: torch.device | str = "auto", text_encoder: str | None = None) -> Pipeline:
+    """A denoiser's run (finished or still training) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`."""
+    from training.launch import resolve
+
+    target = resolve(device) if isinstance(device, str) else device
+    home, file = find(path, "denoiser")
+    config = configs.decode("denoiser", read_json(home / "config.json"))
+    assert isinstance(config, configs.DenoiserConfig)
+    final = home if (home / "autoencoder").is_dir() else home / "final"
+    autoencoder = load_autoencoder(final / "autoencoder", target)
+    if isinstance(config.text, HuggingFace):
+        text = texts.load_kept(config.text, final, text_encoder)
+    else:
+        text = config.text.build(texts.stored_vocabulary(final))
+    backbone = config.backbone.build(channels=autoencoder.latent_channels, context_dim=text.context_dim, pooled_dim=text.pooled_dim)
+    if file.is_file():
+        fill(backbone, weights(file, "backbone"), file)
+        if text.trainable:
+            fill(text, load_tensors(final / "text_encoder" / "model.safetensors"), final / "text_encoder")
+    else:
+        network = weights(file, "denoiser")
+        fill(backbone, {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}, file)
+        if text.trainable:
+            fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
+    for part in (backbone, text):
+        part.to(target).eval().requires_grad_(False)
+    return draw_with(config, autoencoder, backbone, text)
+
+
+def fill_network(network: Any, path: str) -> None:
+    """`--init-from`: the weights of another run of the same shape, nothing else."""
+    other = load_pipeline(path, "cpu")
+    fill(network.backbone, other.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
+    if network.text is not None:
+        fill(network.text, other.text.state_dict(), Path(path))
+
+
+def pipeline_hashes(pipeline: Pipeline) -> dict[str, str]:
+    """The content hashes a picture carries: whole autoencoder, backbone, text encoder."""
+    return {"autoencoder": content_hash(pipeline.autoencoder.state_dict()), "denoiser": content_hash(pipeline.denoiser.backbone.state_dict()),  # type: ignore[attr-defined]
+            "text_encoder": content_hash(pipeline.text.state_dict())}

@@ -1,0 +1,259 @@
+"""Tar archives as we write them (fixed bytes for fixed input) and as we read them: headers walked strictly, nothing
+ever extracted.
+
+Python's tarfile stops silently at a damaged header, so an archive that was cut reads as a shorter one. Here every fault
+is an error that names the byte and the member.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from tarfile import PAX_FORMAT, TarInfo
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.errors import DATA, UserError
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+MEMBER_LIMIT = 2**31  # bytes; an image or a latent is never larger, a forged header may claim to be
+LONGEST_NAME = 1024  # bytes
+KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a pipe",
+    b"S": "a sparse file",
+}
+NAME = re.compile(
+    r"((?:[^/]+/)*[^./][^./]*)\.([^/]+)"
+)  # webdataset's rule: key up to the first dot of the file's name, then the field
+
+Index = NDArray[
+    np.void
+]  # one row a sample: `key` bytes, then per field (`offset` u8, `size` u4); offset 0 = the sample lacks the field
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its data are the `size` bytes at `offset`."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def member_bytes(name: str, data: bytes) -> bytes:
+    """Header, data and padding of one member; the same bytes for the same input, always."""
+    info = TarInfo(name)
+    info.size = len(data)  # mtime, uid and gid are 0 and the mode 0644 by default
+    return info.tobuf(PAX_FORMAT) + data + bytes(-len(data) % BLOCK)
+
+
+def index_dtype(key_bytes: int, fields: tuple[str, ...]) -> np.dtype[np.void]:
+    """The row of an offset index."""
+    place = [("offset", "<u8"), ("size", "<u4")]
+    return np.dtype([("key", f"S{max(1, key_bytes)}"), *((field, place) for field in fields)])
+
+
+def make_index(samples: dict[str, dict[str, tuple[int, int]]]) -> Index:
+    """The offset index of samples given as key -> field -> (offset, size), in their order; fields sorted."""
+    fields = tuple(sorted({field for places in samples.values() for field in places}))
+    rows = [(key.encode(), *(places.get(field, (0, 0)) for field in fields)) for key, places in samples.items()]
+    index: Index = np.array(rows, dtype=index_dtype(max((len(row[0]) for row in rows), default=1), fields))
+    return index
+
+
+def _number(field: bytes) -> int:
+    """A header's number: octal text, or base 256 where the first bit is set."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    return int(field.strip(b"\0 ") or b"0", 8)
+
+
+def _pax(data: bytes) -> dict[str, bytes]:
+    """The records `LENGTH KEY=VALUE\\n` of an extended header."""
+    records: dict[str, bytes] = {}
+    while data.strip(b"\0"):
+        length = int(data.split(b" ", 1)[0])
+        key, _, value = data[:length].split(b" ", 1)[1].partition(b"=")
+        if length < 5 or length > len(data) or not value.endswith(b"\n"):
+            raise ValueError("bad extended header")
+        records[key.decode()] = value[:-1]
+        data = data[length:]
+    return records
+
+
+class _Walk:
+    """The state of one strict walk over a tar's headers."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self.descriptor = path, descriptor
+        self.end = os.fstat(descriptor).st_size
+        self.at = 0
+
+    def refuse(self, why: str, name: str = "") -> UserError:
+        where = f" (member {name})" if name else ""
+        return UserError(
+            f"{self.path}: damaged at byte {self.at:,}{where}: {why}", hint="fetch or pack this shard again", code=DATA
+        )
+
+    def unsafe(self, name: bytes, why: str) -> UserError:
+        shown = name[:80].decode(errors="backslashreplace")
+        return UserError(
+            f"{self.path}: unsafe member {shown!r}: {why}", hint="make the tar again without this member", code=DATA
+        )
+
+    def start(self) -> None:
+        """Refuses what is no tar at all, saying what it looks like."""
+        head = os.pread(self.descriptor, BLOCK, 0)
+        if not head:
+            raise UserError(f"{self.path}: is empty", hint="fetch or pack this shard again", code=DATA)
+        if not any(head):
+            raise UserError(f"{self.path}: is empty (only zeros)", hint="fetch or pack this shard again", code=DATA)
+        if head[257:262] != b"ustar" and not self._sound(head):
+            shown = "gzip data" if head[:2] == b"\x1f\x8b" else repr(head[:16].decode("latin-1"))[1:-1]
+            shown = f'starts with "{shown}"' if shown != "gzip data" else "it is gzip data"
+            hint = (
+                "gunzip it first: shards are read by offset" if "gzip" in shown else "check where this file came from"
+            )
+            raise UserError(f"{self.path}: is not a tar archive ({shown})", hint=hint, code=DATA)
+
+    @staticmethod
+    def _sound(header: bytes) -> bool:
+        if len(header) < BLOCK:
+            return False
+        try:
+            return _number(header[148:156]) == sum(header[:148]) + 256 + sum(header[156:])
+        except ValueError:
+            return False
+
+    def data(self, size: int, name: str) -> bytes:
+        """The data of a small extension member after the header at `at`."""
+        if size > 64 * LONGEST_NAME:
+            raise self.refuse(f"an extended header of {size:,} bytes", name)
+        data = os.pread(self.descriptor, size, self.at + BLOCK)
+        if len(data) < size:
+            raise self.refuse("unexpected end of data", name)
+        return data
+
+    def close(self) -> None:
+        """At the first zero block: the rest must be zeros too."""
+        while chunk := os.pread(self.descriptor, 1 << 20, self.at):
+            if any(chunk):
+                raise self.refuse("a zero block in the middle; data follow it")
+            self.at += len(chunk)
+
+    def members(self) -> Iterator[tuple[bytes, int, int]]:
+        """(raw name, offset, size) of every regular file."""
+        long_name, long_size = b"", -1
+        while header := os.pread(self.descriptor, BLOCK, self.at):
+            if len(header) == BLOCK and not any(header):
+                return self.close()
+            shown = header[:100].split(b"\0")[0].decode(errors="replace")
+            if not self._sound(header):
+                raise self.refuse(
+                    "cut inside a header" if len(header) < BLOCK else "bad header checksum", shown if self.at else ""
+                )
+            kind, size = header[156:157], self._size(header, shown)
+            if kind in b"xL" and kind != b"":
+                try:
+                    records = (
+                        _pax(self.data(size, shown)) if kind == b"x" else {"path": self.data(size, shown).rstrip(b"\0")}
+                    )
+                    long_name, long_size = records.get("path", long_name), int(records.get("size", long_size))
+                except (ValueError, IndexError):
+                    raise self.refuse("bad extended header", shown) from None
+            elif kind != b"g":  # a global header says nothing we need
+                name = long_name or self._name(header)
+                size = long_size if long_size >= 0 else size
+                long_name, long_size = b"", -1
+                if kind in KINDS or kind not in b"0\x005":
+                    raise self.unsafe(name, f"it is {KINDS.get(kind, f'of unknown type {kind!r}')}")
+                if self.at + BLOCK + size > self.end:
+                    raise self.refuse("unexpected end of data", name.decode(errors="replace"))
+                if kind != b"5":
+                    yield name, self.at + BLOCK, size
+            self.at += BLOCK + size + -size % BLOCK
+        raise self.refuse("the file ends without the end-of-archive mark; it was cut between two members")
+
+    @staticmethod
+    def _name(header: bytes) -> bytes:
+        name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
+        return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+
+    def _size(self, header: bytes, shown: str) -> int:
+        try:
+            size = _number(header[124:136])
+        except ValueError:
+            raise self.refuse("bad size", shown) from None
+        if size > MEMBER_LIMIT:
+            raise self.refuse(f"the member claims {size:,} bytes; at most {MEMBER_LIMIT:,} are read", shown)
+        return size
+
+
+def walk_tar(path: str | Path) -> Iterator[Member]:
+    """The regular files of a tar in order, directories left out. Nothing is extracted or followed.
+
+    Raises UserError(code 3) for anything but a sound tar: cut or damaged headers and data, a missing end mark, links,
+    devices, names that are absolute, hold `..` or control characters, or are not UTF-8.
+    """
+    path = Path(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror}", code=DATA) from None
+    try:
+        walk = _Walk(path, descriptor)
+        walk.start()
+        for raw, offset, size in walk.members():
+            yield Member(_safe_name(walk, raw), offset, size)
+    finally:
+        os.close(descriptor)
+
+
+def is_safe(name: str) -> bool:
+    """Whether a member's name stays inside the folder and can be shown."""
+    return bool(name) and name.isprintable() and "\\" not in name and name[0] != "/" and ".." not in name.split("/")
+
+
+def _safe_name(walk: _Walk, raw: bytes) -> str:
+    try:
+        name = raw.decode()
+    except UnicodeDecodeError:
+        raise walk.unsafe(raw, "its name is not UTF-8") from None
+    name = name.removeprefix("./")
+    if len(raw) > LONGEST_NAME:
+        raise walk.unsafe(raw, f"its name has {len(raw)} bytes; at most {LONGEST_NAME} are read")
+    if not is_safe(name):
+        raise walk.unsafe(raw, "its name is absolute, leaves the folder or holds control characters")
+    return name
+
+
+def index_tar(path: str | Path) -> Index:
+    """The offset index of any webdataset tar, grouped by key in order of first appearance.
+
+    Files without a field (no dot, or hidden such as `._a.jpg`) belong to no sample, as in webdataset, and are passed
+    over. Raises UserError(code 3) as `walk_tar` does, and for a field given twice or a tar without samples.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, offset, size in walk_tar(path):
+        if not (match := NAME.fullmatch(name)):
+            continue
+        key, field = match[1], match[2].lower()
+        if field == "key" or field in samples.setdefault(key, {}):
+            why = (
+                f"duplicate sample key {key} ({field} twice)"
+                if field != "key"
+                else f"sample {key} has a field named 'key'"
+            )
+            raise UserError(f"{path}: {why}", hint="every sample needs a key of its own", code=DATA)
+        samples[key][field] = (offset, size)
+    if not samples:
+        raise UserError(f"{path}: no samples in this tar (files named KEY.FIELD such as 000001.jpg)", code=DATA)
+    return make_index(samples)

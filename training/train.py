@@ -1,0 +1,233 @@
+"""The two training scripts' work: from parsed flags to a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training import config as configs
+from training.errors import USAGE, UserError
+from training.order import split_batch
+
+if TYPE_CHECKING:
+    import argparse
+
+    from accelerate import Accelerator
+
+    from training.loop import Loop
+    from training.runs import Run
+
+
+def resolve(args: argparse.Namespace, stage: str) -> configs.Config | None:
+    """The config that the flags mean; None where it was only to be printed."""
+    config = configs.load(stage, args.config, args.overrides)
+    if args.print_config:
+        print(json.dumps(configs.to_values(config), indent=1))
+        return None
+    if not args.output and not args.dry_run:
+        raise UserError("--output is missing", hint="name the run folder: --output runs/NAME")
+    return config
+
+
+def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
+    """(config with its settled global batch, micro-batch, accumulation)."""
+    train = config.train
+    batch, micro, accumulation = split_batch(train.batch_size, train.micro_batch_size, getattr(args, "gradient_accumulation_steps", None), processes,
+                                             batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides)
+    return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
+
+
+def train_autoencoder(args: argparse.Namespace) -> int:
+    """Stage one: train, measure the latent normaliser, export. Returns the exit code."""
+    config = resolve(args, "autoencoder")
+    if config is None:
+        return 0
+    import torch
+
+    from training import launch
+    from training.data import Images
+    from training.perceptual import load_perceptual
+    from training.runs import Run, autoencoder_hashes, load_autoencoder
+    from training.shards import ShardSet
+    from training.stage_one import AutoencoderStage
+
+    assert isinstance(config, configs.AutoencoderConfig)
+    shards = ShardSet(args.data, "train")
+    dataset, held_out = Images(shards, flip=config.train.flip, seed=config.train.seed), Images(_held_out(args.data))
+    check_images(config, dataset)
+    accelerator = launch.start(args.device, config.train.mixed_precision)
+    config, micro, accumulation = layout(config, args, accelerator.num_processes)
+    run = None if args.dry_run else open_run(args, "autoencoder", config, accelerator)
+    if run and run.finished():
+        return already(run)
+    torch.manual_seed(config.train.seed)
+    model, discriminator = config.model.build(), config.discriminator.build()
+    if args.init_from:
+        model.load_state_dict(load_autoencoder(args.init_from).state_dict())
+    loss = config.loss
+    perceptual = load_perceptual(loss.perceptual_net, loss.perceptual_weights, args.lpips_weights) if loss.perceptual else None
+    stage = AutoencoderStage(config, model, discriminator, perceptual, dataset, held_out)
+    announce(accelerator, f"autoencoder: {_count(model)} parameters, factor {model.factor}, {model.latent_channels} channels; {len(dataset):,} images")
+    if run is None:
+        return 0
+    facts = {"data": data_facts(args.data)}
+    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, facts)
+    if stopped:
+        return stopped
+    if accelerator.is_main_process:
+        with loop.ema.applied():
+            stage.normalise()
+            numbers = stage.evaluate(_folder(run.folder / "samples" / "final"))
+            facts |= {"hashes": autoencoder_hashes(model), "validation": numbers}
+            finish(run, model.state_dict(), "Autoencoder", facts)
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def train_denoiser(args: argparse.Namespace) -> int:
+    """Stage two: train on encoded latents, export a self-contained model. Returns the exit code."""
+    config = resolve(args, "denoiser")
+    if config is None:
+        return 0
+    import torch
+
+    from training import launch, system
+    from training.data import Latents
+    from training.shards import ShardSet
+    from training.stage_two import DenoiserStage
+
+    assert isinstance(config, configs.DenoiserConfig)
+    shards = ShardSet(args.latents, "train")
+    dataset = Latents(shards, flip=config.train.flip, seed=config.train.seed)
+    held_out = Latents(_held_out(args.latents))
+    accelerator = launch.start(args.device, config.train.mixed_precision)
+    config, micro, accumulation = layout(config, args, accelerator.num_processes)
+    if config.sample.size == (0, 0):
+        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, size=tuple(shards.summary["latent"]["picture"])))
+    run = None if args.dry_run else open_run(args, "denoiser", config, accelerator)
+    if run and run.finished():
+        return already(run)
+    torch.manual_seed(config.train.seed)
+    home = run.folder / "final" if run else None
+    parts = system.assemble(config, Path(args.latents), dataset, home, args.text_encoder, accelerator)
+    stage = DenoiserStage(config, parts.backbone, parts.text, parts.autoencoder.norm, dataset, held_out, parts.pipeline, parts.null)
+    if args.init_from:
+        system.fill_network(stage.network, args.init_from)
+    announce(accelerator, f"denoiser: {_count(stage.network)} parameters on latents {'x'.join(map(str, parts.shape))}; {len(dataset):,} latents")
+    if run is None:
+        return 0
+    facts = {"data": data_facts(args.latents), "hashes": parts.hashes}
+    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, facts)
+    if stopped:
+        return stopped
+    if accelerator.is_main_process:
+        with loop.ema.applied():
+            system.export_text(stage.network.text, run.folder / "final")
+            finish(run, parts.backbone.state_dict(), "Denoiser", facts)
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def fit(args: argparse.Namespace, config: Any, stage: Any, accelerator: Accelerator, run: Run, micro: int, accumulation: int,
+        facts: Mapping[str, Any]) -> tuple[Loop, int]:
+    """Build the loop, resume where asked, train. Returns the loop and the exit code of a signal (0: ran to the end)."""
+    from training.loop import Loop
+
+    if accelerator.is_main_process:
+        run.describe("training", 0, facts)
+    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
+    start = 0
+    if (path := loop.checkpoints.find(args.resume)) is not None:
+        checkpoint = loop.checkpoints.load(path)
+        loop.restore(checkpoint)
+        start = checkpoint.step
+        if start > config.train.max_steps:
+            raise UserError(f"the run is at step {start}, past train.max_steps {config.train.max_steps}", hint="raise --max-steps", code=USAGE)
+        announce(accelerator, f"resumed from step {start}")
+    elif args.resume:
+        announce(accelerator, "note: no checkpoint yet; starting fresh")
+    if number := loop.fit(start):
+        announce(accelerator, f"stopped by a signal: saved; resume with the same command and --resume auto ({run.folder})")
+        return loop, 128 + number
+    return loop, 0
+
+
+def open_run(args: argparse.Namespace, stage: str, config: Any, accelerator: Accelerator) -> Run | None:
+    """The run folder, claimed by the main process; the others only know its place."""
+    from training.runs import Run
+
+    if accelerator.is_main_process:
+        run = Run(Path(args.output), stage, config, args.resume)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        run = Run.__new__(Run)
+        run.folder, run.stage, run.config = Path(args.output), stage, config
+    return run
+
+
+def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
+    """Export final/ and close the books."""
+    from training.checkpoint import refuse_non_finite
+    from training.runs import card, export
+
+    values = configs.to_values(run.config)
+    refuse_non_finite(tensors)
+    flat = {key: value for key, value in facts.get("validation", {}).items()} | dict(facts["hashes"])
+    identity = export(run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values))
+    run.describe("finished", run.config.train.max_steps, {**facts, "model": identity})
+    print(f"finished: {run.folder / 'final'}", file=sys.stderr)
+
+
+def already(run: Run) -> int:
+    """A finished run asked to go on is done."""
+    print(f"{run.folder}: already complete at step {run.config.train.max_steps}", file=sys.stderr)
+    return 0
+
+
+def announce(accelerator: Accelerator, text: str) -> None:
+    """One line on stderr, from the main process."""
+    if accelerator.is_main_process:
+        print(text, file=sys.stderr, flush=True)
+
+
+def data_facts(folder: str) -> dict[str, Any]:
+    """What names the data of a run: the hash of its index."""
+    from training.files import file_sha256
+
+    return {"index_sha256": file_sha256(Path(folder) / "index.json")}
+
+
+def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
+    """Refuse pictures that the networks cannot take, before anything is built."""
+    height, width = dataset.picture(0).shape[:2]
+    factor, smallest = config.model.factor, config.discriminator.smallest_image
+    if height % factor or width % factor:
+        raise UserError(f"the packed pictures are {width}x{height}, not divisible by the autoencoder's factor {factor}",
+                        hint=f"pack again with --resolution {max(factor, height // factor * factor)} or {(height // factor + 1) * factor}, or choose another config")
+    if config.loss.adversarial and min(height, width) < smallest:
+        raise UserError(f"the packed pictures are {width}x{height}, the discriminator needs {smallest} pixels a side",
+                        hint=f"lower discriminator.layers (now {config.discriminator.layers})")
+
+
+def _held_out(folder: str) -> Any:
+    """The val split, or where there is none the training split, said aloud."""
+    from training.shards import ShardSet, read_index
+
+    splits = {info.split for info in read_index(folder)[1]}
+    name = next((s for s in ("val", "test") if s in splits), "train")
+    if name == "train":
+        print("warning: the data has no val split; validation looks at training images (pack with --val-fraction)", file=sys.stderr)
+    return ShardSet(folder, name)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _count(module: Any) -> str:
+    return f"{sum(p.numel() for p in module.parameters()):,}"
