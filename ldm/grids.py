@@ -1,18 +1,20 @@
 """Which times a sampler visits: steps + 1 of them, strictly decreasing to 0. A new grid is a class and an entry in `GRIDS`.
 
-A grid starts at 1 but for `leading`, whose DDPM-table rule starts lower. Positions are float64 on the CPU.
+A grid starts at 1 but for `leading`, whose DDPM-table rule starts lower, and `given`. Positions are float64 on the CPU.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldm.schedules import NoiseSchedule
+from ldm.schedules import NoiseSchedule, Table
 
 
 class Grid(ABC):
@@ -98,4 +100,123 @@ class Karras(Grid):
         return _through_sigmas((least + _levels(steps) * (most - least)) ** self.rho, schedule)
 
 
-GRIDS = (Uniform, Quadratic, Karras)
+@dataclass(frozen=True, kw_only=True)
+class Exponential(Grid):
+    """ln(sigma / alpha) falling from that of sigma_max to that of sigma_min as ramp^rho, then t = 0.
+
+    rho 1 is the exponential grid, any other the poly-exponential one of k-diffusion. The range is cut to the schedule's
+    own; the first time is always 1.
+    """
+
+    kind: Literal["exponential"] = "exponential"
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_max and self.rho > 0):
+            raise ValueError(f"exponential needs 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, "
+                             f"{self.sigma_max} and {self.rho}")
+
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        least, most = (end.log() for end in _range(self.sigma_min, self.sigma_max, schedule))
+        return _through_sigmas((least + _levels(steps) ** self.rho * (most - least)).exp(), schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformLogSNR(Grid):
+    """log-SNR in equal steps from logsnr_min to logsnr_max, then t = 0: DPM-Solver's own grid.
+
+    The range is cut to the schedule's own; the first time is always 1. Lu et al. 2022 (arXiv 2206.00927), section 3.3.
+    """
+
+    kind: Literal["uniform-logsnr"] = "uniform-logsnr"
+    logsnr_min: float = -10.0
+    logsnr_max: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.logsnr_min < self.logsnr_max:
+            raise ValueError(f"uniform-logsnr needs logsnr_min < logsnr_max, got {self.logsnr_min} and {self.logsnr_max}")
+
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        sigmas = math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
+        least, most = (end.log() for end in _range(*sigmas, schedule))
+        return _through_sigmas((least + _levels(steps) * (most - least)).exp(), schedule)
+
+
+def _table_steps(steps: int, schedule: NoiseSchedule) -> int:
+    """T of the table, or 1000 for a continuous schedule, whose network counts the same."""
+    total = schedule.steps if isinstance(schedule, Table) else 1000
+    if not 1 <= steps <= total:
+        raise ValueError(f"a table of {total} entries has grids of 1 to {total} steps, got {steps}")
+    return total
+
+
+def _of_indices(indices: Tensor, total: int) -> Tensor:
+    """Times (i + 1) / T of falling table indices, then 0."""
+    return torch.cat([(indices.double() + 1) / total, torch.zeros(1, dtype=torch.float64)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leading(Grid):
+    """Table entries k (T // steps) + offset: DDIM's own choice, which never visits the noisiest entries.
+
+    offset 1 is Stable Diffusion's. Lin et al. 2023 (arXiv 2305.08891), table 2.
+    """
+
+    kind: Literal["leading"] = "leading"
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.offset not in (0, 1):
+            raise ValueError(f"leading offset must be 0 or 1, got {self.offset}")
+
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        total = _table_steps(steps, schedule)
+        indices = torch.arange(steps - 1, -1, -1) * (total // steps) + self.offset
+        return _of_indices(indices.clamp(max=total - 1), total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linspace(Grid):
+    """Table entries from T - 1 to 0 in equal, rounded steps. Lin et al. 2023 (arXiv 2305.08891), table 2."""
+
+    kind: Literal["linspace"] = "linspace"
+
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        total = _table_steps(steps, schedule)
+        # One step alone must start at the noisy end.
+        indices = torch.linspace(0, total - 1, steps, dtype=torch.float64).flip(0) if steps > 1 else torch.tensor([total - 1])
+        return _of_indices(indices.round(), total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trailing(Grid):
+    """Table entries T - 1, T - 1 - T / steps, ..., rounded. Lin et al. 2023 (arXiv 2305.08891), table 2."""
+
+    kind: Literal["trailing"] = "trailing"
+
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        total = _table_steps(steps, schedule)
+        return _of_indices((total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round() - 1, total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Grid):
+    """The times of a list, falling to 0: one more of them than steps."""
+
+    kind: Literal["given"] = "given"
+    times: tuple[float, ...] = (1.0, 0.0)
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in pairwise(self.times))
+        if len(self.times) < 2 or self.times[0] > 1 or self.times[-1] != 0 or not falling:
+            raise ValueError(f"given times must fall strictly from at most 1 to exactly 0, got {self.times}")
+
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        if steps != len(self.times) - 1:
+            raise ValueError(f"{len(self.times)} given times make {len(self.times) - 1} steps, got steps = {steps}")
+        return torch.tensor(self.times, dtype=torch.float64)
+
+
+GRIDS = (Uniform, Quadratic, Karras, Exponential, UniformLogSNR, Leading, Linspace, Trailing, Given)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser
-from ldm.diffusion import Denoised
+from ldm.diffusion import Denoised, Diffusion
+from ldm.predictions import Velocity
 from ldm.schedules import NoiseSchedule
 
 
@@ -79,8 +80,7 @@ class ClassifierFree(Guidance):
     def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
         if self.scale == 1:
             return denoiser.bind(cond)
-        if null is None:
-            raise ValueError("guidance at a scale other than 1 needs a null condition: the encoding of the empty caption")
+        null = _needed(null)
         plain, pair = denoiser.bind(cond), both(denoiser, cond, null)
         absent = denoiser.bind(null.expand(len(cond.mask)))
 
@@ -105,4 +105,122 @@ def per_sample_std(x: Tensor) -> Tensor:
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-GUIDANCES = (ClassifierFree,)
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each pair of samples, kept broadcastable."""
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected(Guidance):
+    """Adaptive projected guidance in x0: D + (scale - 1) (d_across + parallel d_along), d = D - D_null.
+
+    d is first shortened to `max_norm` where that is positive, then split along and across D, per sample: the part along
+    D is what saturates. The paper's momentum is left out: a denoiser here remembers no earlier call. With parallel 1 and
+    no max_norm it is classifier-free guidance. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
+    """
+
+    kind: Literal["apg"] = "apg"
+    scale: float = 4.0
+    parallel: float = 0.0
+    max_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.scale >= 0 and self.max_norm >= 0):
+            raise ValueError(f"apg needs scale and max_norm of at least 0, got {self.scale} and {self.max_norm}")
+
+    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
+        if self.scale == 1:
+            return denoiser.bind(cond)
+        pair = both(denoiser, cond, _needed(null))
+
+        def call(x: Tensor, t: Tensor) -> Denoised:
+            with_cond, without = pair(x, t)
+            push = with_cond.x0 - without.x0
+            if self.max_norm:
+                push = push * (self.max_norm / _dot(push, push).sqrt().clamp(min=1e-12)).clamp(max=1)
+            along = with_cond.x0 * (_dot(push, with_cond.x0) / _dot(with_cond.x0, with_cond.x0).clamp(min=1e-12))
+            push = push - (1 - self.parallel) * along
+            return with_cond.with_x0(with_cond.x0 + (self.scale - 1) * push, x, denoiser.schedule(t))
+
+        return _Guided(denoiser.schedule, call)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFGZeroStar(Guidance):
+    """CFG-zero* in the velocity: k u_null + scale (u - k u_null), k = <u, u_null> / ||u_null||^2 per sample; and no
+    motion at all at times from `zero_from` on, where an under-trained model only does harm.
+
+    Fan et al. 2025 (arXiv 2503.18886), eq. 10 and algorithm 1.
+    """
+
+    kind: Literal["cfg-zero-star"] = "cfg-zero-star"
+    scale: float = 4.0
+    zero_from: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
+        if not 0 < self.zero_from:
+            raise ValueError(f"cfg-zero-star zero_from must be positive (above 1 is never), got {self.zero_from}")
+
+    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
+        if self.scale == 1:
+            return denoiser.bind(cond)
+        pair, process = both(denoiser, cond, _needed(null)), Diffusion(schedule=denoiser.schedule, prediction=Velocity())
+
+        def call(x: Tensor, t: Tensor) -> Denoised:
+            if t >= self.zero_from:
+                return process.recover(x, torch.zeros_like(x), t)
+            with_cond, without = (process.target(ends.x0, ends.eps, t) for ends in pair(x, t))
+            without = without * (_dot(with_cond, without) / _dot(without, without).clamp(min=1e-12))
+            return process.recover(x, torch.lerp(without, with_cond, self.scale), t)
+
+        return _Guided(denoiser.schedule, call)
+
+
+def _needed(null: Cond | None) -> Cond:
+    if null is None:
+        raise ValueError("guidance at a scale other than 1 needs a null condition: the encoding of the empty caption")
+    return null
+
+
+def autoguided(denoise: Denoise, weak: Denoise, scale: float) -> Denoise:
+    """weak + scale (strong - weak): guidance by a worse version of the same denoiser, both already conditioned.
+
+    Scale 1 never calls the weak one. Karras et al. 2024 (arXiv 2406.02507), eq. 2. Raises ValueError when the two walk
+    different schedules.
+    """
+    if denoise.schedule != weak.schedule:
+        raise ValueError("autoguidance needs two denoisers of one schedule; wrap one in ldm.denoiser.Rescheduled")
+    if scale == 1:
+        return denoise
+
+    def call(x: Tensor, t: Tensor) -> Denoised:
+        strong, poor = denoise(x, t), weak(x, t)
+        return strong._replace(x0=torch.lerp(poor.x0, strong.x0, scale), eps=torch.lerp(poor.eps, strong.eps, scale))
+
+    return _Guided(denoise.schedule, call)
+
+
+def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Denoise:
+    """Bayes' rule on scores, in eps: eps - scale sigma grad log p(y | x_t), and x0 + scale sigma^2 / alpha grad.
+
+    `log_prob(x_t, t)` is differentiable in x_t, (B,). At alpha = 0 x_t says nothing of y, and nothing is added. Scale 0
+    is the denoiser itself. Dhariwal & Nichol 2021 (arXiv 2105.05233), eq. 14.
+    """
+    if scale == 0:
+        return denoise
+
+    def call(x: Tensor, t: Tensor) -> Denoised:
+        ends, (alpha, sigma) = denoise(x, t), denoise.schedule(t)
+        if denoise.schedule.pure_noise and t == 1:
+            return ends
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_prob(leaf, t).sum(), leaf)
+        return ends._replace(x0=ends.x0 + (scale * sigma**2 / alpha) * gradient, eps=ends.eps - (scale * sigma) * gradient)
+
+    return _Guided(denoise.schedule, call)
+
+
+GUIDANCES = (ClassifierFree, Projected, CFGZeroStar)

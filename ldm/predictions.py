@@ -123,4 +123,4 @@ class EDMF(Prediction):
         return None
 
 
-PREDICTIONS = (Eps, X0, V, Velocity, Score, EDMF)
+PREDICTIONS = (Velocity, Eps, X0, V, Score, EDMF)

@@ -69,4 +69,4 @@ class LogNormal(TimeSampling):
         return schedule.trained(schedule.time(logsnr).clamp(0, 1))
 
 
-TIMES = (Uniform, LogitNormal, LogNormal)
+TIMES = (LogitNormal, Uniform, LogNormal)

@@ -61,4 +61,81 @@ class MinSNR(Weighting):
         return diffusion.schedule.logsnr(t).exp().clamp(max=self.gamma) * diffusion.gains(t)[0]
 
 
-WEIGHTINGS = (Uniform, SNR, MinSNR)
+@dataclass(frozen=True, kw_only=True)
+class SoftMinSNR(Weighting):
+    """SNR gamma / (SNR + gamma) on the error of x0. Crowson et al. 2024 (arXiv 2401.11605), section 4.5."""
+
+    kind: Literal["soft-min-snr"] = "soft-min-snr"
+    gamma: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.gamma <= 0:
+            raise ValueError(f"soft-min-snr gamma must be positive, got {self.gamma}")
+
+    def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
+        # 1 / (1 / SNR + 1 / gamma), which is 0 and not 0 / 0 at pure noise.
+        return diffusion.gains(t)[0] / ((-diffusion.schedule.logsnr(t)).exp() + 1 / self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ELBO(Weighting):
+    """-d logsnr / dt / 2 on the error of eps: the variational bound in nats, for times drawn uniformly.
+
+    Kingma et al. 2021 (arXiv 2107.00630), eq. 17. Written by determinants, since on `flow` the rate is infinite at 1.
+    """
+
+    kind: Literal["elbo"] = "elbo"
+
+    def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
+        (alpha, sigma), rates = diffusion.schedule(t), diffusion.schedule.rates(t)
+        # (alpha / det)^2 / (alpha sigma) = (alpha / det) / (sigma det), and both gains are known.
+        of_x0, of_eps = diffusion.gains(t)
+        return (alpha * rates.sigma - sigma * rates.alpha) * (of_x0 * of_eps).sqrt() / sigma**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class P2(Weighting):
+    """1 / (k + SNR)^gamma on the error of eps. Choi et al. 2022 (arXiv 2204.00227), eq. 8."""
+
+    kind: Literal["p2"] = "p2"
+    k: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.k <= 0 or self.gamma < 0:
+            raise ValueError(f"p2 needs k > 0 and gamma >= 0, got {self.k} and {self.gamma}")
+
+    def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
+        return diffusion.gains(t)[1] / (self.k + diffusion.schedule.logsnr(t).exp()) ** self.gamma
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(Weighting):
+    """sigmoid(bias - logsnr) on the error of eps. Kingma & Gao 2023 (arXiv 2303.00848); Hoogeboom et al. 2024
+    (arXiv 2410.19324), eq. 6."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    bias: float = -3.0
+
+    def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
+        return torch.sigmoid(self.bias - diffusion.schedule.logsnr(t)) * diffusion.gains(t)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(Weighting):
+    """SNR + 1 / sigma_data^2 on the error of x0, which is 1 on that of EDM's F. Karras et al. 2022 (arXiv 2206.00364),
+    table 1."""
+
+    kind: Literal["edm"] = "edm"
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.sigma_data <= 0:
+            raise ValueError(f"edm weighting needs a positive sigma_data, got {self.sigma_data}")
+
+    def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
+        of_x0, of_eps = diffusion.gains(t)
+        return of_x0 / self.sigma_data**2 + of_eps
+
+
+WEIGHTINGS = (Uniform, SNR, MinSNR, SoftMinSNR, ELBO, P2, Sigmoid, EDM)

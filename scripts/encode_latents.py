@@ -18,7 +18,9 @@ def main() -> None:
     add("--batch-size", type=int, default=64, help="images at once")
     add("--text-encoder", metavar="NAME|DIR", help="also store the embeddings of this frozen Hugging Face encoder")
     add("--text-length", type=int, default=77, help="tokens a caption may have")
-    add("--text-pooling", choices=("auto", "mean", "eos", "none"), default="auto", help="how one vector is made of them")
+    add(
+        "--text-pooling", choices=("auto", "mean", "eos", "none"), default="auto", help="how one vector is made of them"
+    )
     add("--text-lower", action="store_true", help="lower-case captions first")
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the encoder")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")

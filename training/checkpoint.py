@@ -67,7 +67,11 @@ class Checkpoints:
     def load(self, path: Path) -> Checkpoint:
         """Read one checkpoint, verified. Raises UserError naming the first damage."""
         if reason := damage(path):
-            raise UserError(f"checkpoint {path.name} is damaged ({reason})", hint="use --resume auto to take the newest sound one", code=CHECKPOINT)
+            raise UserError(
+                f"checkpoint {path.name} is damaged ({reason})",
+                hint="use --resume auto to take the newest sound one",
+                code=CHECKPOINT,
+            )
         tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
         manifest = json.loads((path / "manifest.json").read_text())
         return Checkpoint(int(manifest["step"]), tensors, json.loads((path / "state.json").read_text()))
@@ -89,7 +93,11 @@ class Checkpoints:
                 return path
             broken.append(f"checkpoint {path.name} is damaged ({reason})")
         if found:
-            raise UserError(f"no usable checkpoint in {self.folder} ({len(found)} found, all damaged)", hint="; ".join(broken), code=CHECKPOINT)
+            raise UserError(
+                f"no usable checkpoint in {self.folder} ({len(found)} found, all damaged)",
+                hint="; ".join(broken),
+                code=CHECKPOINT,
+            )
         return None
 
     def find(self, resume: str | None) -> Path | None:
@@ -99,12 +107,20 @@ class Checkpoints:
         if resume in ("auto", "latest"):
             path = self.newest()
             if path is None and resume == "latest":
-                raise UserError(f"no checkpoint in {self.folder}", hint="use --resume auto to start fresh where there is none", code=CHECKPOINT)
+                raise UserError(
+                    f"no checkpoint in {self.folder}",
+                    hint="use --resume auto to start fresh where there is none",
+                    code=CHECKPOINT,
+                )
             return path
         for path in (self.folder / resume, Path(resume)):
             if path.is_dir():
                 return path
-        raise UserError(f"no checkpoint {resume}", hint=f"known: {', '.join(sorted(p.name for p in self.folder.glob('step-*'))) or 'none'}", code=CHECKPOINT)
+        raise UserError(
+            f"no checkpoint {resume}",
+            hint=f"known: {', '.join(sorted(p.name for p in self.folder.glob('step-*'))) or 'none'}",
+            code=CHECKPOINT,
+        )
 
     def _prune(self) -> None:
         found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
@@ -124,7 +140,11 @@ def damage(path: Path) -> str:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
         files, written = manifest["files"], int(manifest["format"])
         if written > FORMAT:
-            raise UserError(f"checkpoint format {written} is newer than this program understands ({FORMAT})", hint="update this package", code=CHECKPOINT)
+            raise UserError(
+                f"checkpoint format {written} is newer than this program understands ({FORMAT})",
+                hint="update this package",
+                code=CHECKPOINT,
+            )
         for name in (*(f"{t}.safetensors" for t in TENSOR_FILES), "state.json"):
             if name not in files:
                 return f"{name} is not in the manifest"
@@ -143,4 +163,8 @@ def refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise UserError (exit 5) where any tensor holds NaN or infinity: bad weights never rotate good ones away."""
     bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise UserError(f"refusing to save: {len(bad)} tensors are not finite (first: {bad[0]})", hint="lower --lr, or use --mixed-precision no", code=NUMERICAL)
+        raise UserError(
+            f"refusing to save: {len(bad)} tensors are not finite (first: {bad[0]})",
+            hint="lower --lr, or use --mixed-precision no",
+            code=NUMERICAL,
+        )

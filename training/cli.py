@@ -22,9 +22,11 @@ KEYS = {
     "num-workers": ("train.num_workers", "loader processes", ["dataloader-num-workers"]),
     "mixed-precision": ("train.mixed_precision", "no, bf16 or fp16", []),
 }
-ALIASES = {"output-dir": "output", "resume-from-checkpoint": "resume", "gradient-accumulation": "gradient-accumulation-steps"} | {
-    alias: flag for flag, (_, _, aliases) in KEYS.items() for alias in aliases
-}
+ALIASES = {
+    "output-dir": "output",
+    "resume-from-checkpoint": "resume",
+    "gradient-accumulation": "gradient-accumulation-steps",
+} | {alias: flag for flag, (_, _, aliases) in KEYS.items() for alias in aliases}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -38,11 +40,38 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        raise UserError(message, hint=f"python {self.prog} --help lists the flags" if "/" in self.prog else f"{self.prog} --help lists the flags", code=USAGE)
+        raise UserError(
+            message,
+            hint=f"python {self.prog} --help lists the flags"
+            if "/" in self.prog
+            else f"{self.prog} --help lists the flags",
+            code=USAGE,
+        )
 
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
-        return self.parse_args([spelled(word) for word in (sys.argv[1:] if argv is None else argv)])
+        return self.parse_args(self._spelled(argv))
+
+    def read_with_keys(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """As `read`, but unknown `--section.key value` pairs are kept: `.overrides` maps `section.key` to its text."""
+        args, rest = self.parse_known_args(self._spelled(argv))
+        args.overrides = self._dotted(rest)
+        return args
+
+    def _spelled(self, argv: list[str] | None) -> list[str]:
+        return [spelled(word) for word in (sys.argv[1:] if argv is None else argv)]
+
+    def _dotted(self, rest: list[str]) -> dict[str, str]:
+        found, words = {}, iter(rest)
+        for word in words:
+            flag, equals, value = word[2:].partition("=")
+            if not word.startswith("--") or "." not in flag:
+                self.error(f"unrecognized argument: {word}")
+            text = value if equals else next(words, None)
+            if text is None:
+                self.error(f"{word}: expected a value")
+            found[flag] = text
+        return found
 
 
 def spelled(word: str) -> str:
@@ -58,12 +87,21 @@ class TrainParser(Parser):
     """The flags of both training scripts, plus any config key as `--section.key value`."""
 
     def __init__(self, description: str, stage: str, example: str) -> None:
-        super().__init__(description, epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.")
+        super().__init__(
+            description,
+            epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
+        )
         self.data = self.add_argument_group("data")
         run = self.add_argument_group("run")
-        run.add_argument("--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file")
+        run.add_argument(
+            "--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file"
+        )
         run.add_argument("--output", metavar="DIR", help="the run folder")
-        run.add_argument("--resume", metavar="auto|latest|PATH", help="auto: newest sound checkpoint, or start fresh; latest: it must exist")
+        run.add_argument(
+            "--resume",
+            metavar="auto|latest|PATH",
+            help="auto: newest sound checkpoint, or start fresh; latest: it must exist",
+        )
         run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
         run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
@@ -73,27 +111,20 @@ class TrainParser(Parser):
         for flag, (key, text, aliases) in KEYS.items():
             also = f" (also --{', --'.join(aliases)})" if aliases else ""
             keys.add_argument(f"--{flag}", metavar="X", default=argparse.SUPPRESS, help=f"{text}; sets {key}{also}")
-        keys.add_argument("--gradient-accumulation-steps", metavar="X", type=int, default=argparse.SUPPRESS,
-                          help="backward passes per optimiser step; follows from the batch sizes when not given")
+        keys.add_argument(
+            "--gradient-accumulation-steps",
+            metavar="X",
+            type=int,
+            default=argparse.SUPPRESS,
+            help="backward passes per optimiser step; follows from the batch sizes when not given",
+        )
 
-    def read(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parse `argv`; `.overrides` maps `section.key` to its text."""
-        args, rest = self.parse_known_args([spelled(word) for word in (sys.argv[1:] if argv is None else argv)])
-        overrides = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
-        args.overrides = overrides | self._dotted(rest)
+    def read_training(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """As `read_with_keys`, the flags that stand for a config key among the overrides."""
+        args = self.read_with_keys(argv)
+        flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
+        args.overrides = flags | args.overrides
         return args
-
-    def _dotted(self, rest: list[str]) -> dict[str, str]:
-        found, words = {}, iter(rest)
-        for word in words:
-            flag, equals, value = word[2:].partition("=")
-            if not word.startswith("--") or "." not in flag:
-                self.error(f"unrecognized argument: {word}")
-            text = value if equals else next(words, None)
-            if text is None:
-                self.error(f"{word}: expected a value")
-            found[flag] = text
-        return found
 
 
 def run_main(function: Callable[[], object]) -> None:

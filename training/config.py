@@ -80,7 +80,14 @@ def sections(stage: str) -> dict[str, tuple[type, ...]]:
 
     process = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
     sampling = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
-    return {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,), **process, **shared, **sampling}
+    return {
+        "backbone": BACKBONES,
+        "text": TEXT_ENCODERS,
+        "conditioning": (Conditioning,),
+        **process,
+        **shared,
+        **sampling,
+    }
 
 
 def kinds(members: tuple[type, ...]) -> list[str]:
@@ -90,7 +97,9 @@ def kinds(members: tuple[type, ...]) -> list[str]:
 
 def names(stage: str) -> list[str]:
     """The configs that come with the package, as `--config NAME` takes them."""
-    return sorted(p.name.removesuffix(".toml") for p in (resources.files("configs") / stage).iterdir() if p.name.endswith(".toml"))
+    return sorted(
+        p.name.removesuffix(".toml") for p in (resources.files("configs") / stage).iterdir() if p.name.endswith(".toml")
+    )
 
 
 def load(stage: str, source: str, overrides: Mapping[str, str] | None = None) -> Config:
@@ -99,12 +108,18 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None) ->
     Raises UserError listing every unknown key, wrong type and refused value.
     """
     text, where = _read(stage, source)
-    values = _parse(text, where)
-    for key, raw in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = _literal(raw)
+    values = overlay(_parse(text, where), overrides or {})
     lines = {key: f"{where}:{line}" for key, line in _lines(text)} | {key: f"--{key}" for key in overrides or {}}
     return decode(stage, values, lines)
+
+
+def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
+    """Values with `section.key -> text` laid over them."""
+    merged = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    for key, raw in overrides.items():
+        section, _, name = key.partition(".")
+        merged.setdefault(section, {})[name] = _literal(raw)
+    return merged
 
 
 def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
@@ -123,7 +138,10 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
         parts[name] = part
         problems += [_at(lines, key) + message for key, message in wrong]
     if problems:
-        raise UserError("\n       ".join(sorted(problems)), hint=f"see the keys with --print-config, or start from: {', '.join(names(stage))}")
+        raise UserError(
+            "\n       ".join(sorted(problems)),
+            hint=f"see the keys with --print-config, or start from: {', '.join(names(stage))}",
+        )
     return STAGES[stage](**parts)  # type: ignore[no-any-return]
 
 
@@ -150,9 +168,13 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
             return None, [(f"{name}.kind", said)]
     member = members[allowed.index(values["kind"])] if allowed else members[0]
     known = [f.name for f in dataclasses.fields(member)]
-    wrong = [(f"{name}.{k}", f"unknown key '{name}.{k}'{_meant(k, known, name + '.')}") for k in values if k not in known]
+    wrong = [
+        (f"{name}.{k}", f"unknown key '{name}.{k}'{_meant(k, known, name + '.')}") for k in values if k not in known
+    ]
     try:
-        return _adapter(member).validate_json(json.dumps({k: v for k, v in values.items() if k in known}), strict=True), wrong
+        return _adapter(member).validate_json(
+            json.dumps({k: v for k, v in values.items() if k in known}), strict=True
+        ), wrong
     except ValidationError as failure:
         for error in failure.errors():
             place = [str(p) for p in error["loc"]]
@@ -172,8 +194,15 @@ def _adapter(member: type) -> Any:
 
 def _reason(error: Any) -> str:
     got = json.dumps(error["input"], default=str)
-    expected = {"float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "bool_type": "true or false",
-                "string_type": "a text", "tuple_type": "a list", "finite_number": "a finite number"}.get(error["type"])
+    expected = {
+        "float_type": "a number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "tuple_type": "a list",
+        "finite_number": "a finite number",
+    }.get(error["type"])
     if expected:
         return f"expected {expected}, got {got}"
     return f"{error['msg'].removeprefix('Value error, ')}" + ("" if error["type"] == "value_error" else f", got {got}")
@@ -186,10 +215,16 @@ def _read(stage: str, source: str) -> tuple[str, str]:
     if not path.is_file():
         packaged = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
         if not packaged.is_file():
-            raise UserError(f"no config named '{source}'{_meant(source, names(stage))}", hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file")
+            raise UserError(
+                f"no config named '{source}'{_meant(source, names(stage))}",
+                hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file",
+            )
         return packaged.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
     if path.stat().st_size > LARGEST:
-        raise UserError(f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})", hint="is this the right file?")
+        raise UserError(
+            f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})",
+            hint="is this the right file?",
+        )
     try:
         return path.read_text("utf-8"), str(path)
     except UnicodeDecodeError as failure:
@@ -198,11 +233,16 @@ def _read(stage: str, source: str) -> tuple[str, str]:
 
 def _parse(text: str, where: str) -> Values:
     try:
-        values = json.loads(text) if text.lstrip()[:1] in ("{", "[") and where.endswith(".json") else tomllib.loads(text)
+        values = (
+            json.loads(text) if text.lstrip()[:1] in ("{", "[") and where.endswith(".json") else tomllib.loads(text)
+        )
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as failure:
         raise UserError(f"{where}: {failure}", hint="mend the file at the place named") from None
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected sections of keys, got a list", hint="start from a packaged config: --print-config shows one")
+        raise UserError(
+            f"{where}: expected sections of keys, got a list",
+            hint="start from a packaged config: --print-config shows one",
+        )
     return values
 
 

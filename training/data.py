@@ -38,7 +38,11 @@ class Images(Dataset[Batch]):
         self.shards, self.flip, self.seed = shards, flip, seed
         found = [ext for ext in PICTURES if ext in shards.fields]
         if not found:
-            raise UserError(f"the shards hold no pictures (fields: {', '.join(shards.fields)})", hint="make them with scripts/make_shards.py pack", code=DATA)
+            raise UserError(
+                f"the shards hold no pictures (fields: {', '.join(shards.fields)})",
+                hint="make them with scripts/make_shards.py pack",
+                code=DATA,
+            )
         self.extensions = found
 
     def __len__(self) -> int:
@@ -53,13 +57,21 @@ class Images(Dataset[Batch]):
         try:
             return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         except (OSError, ValueError) as failure:
-            raise UserError(f"{self.shards.key(index)}: not a readable picture ({failure})", hint="run: scripts/make_shards.py verify DIR", code=DATA) from None
+            raise UserError(
+                f"{self.shards.key(index)}: not a readable picture ({failure})",
+                hint="run: scripts/make_shards.py verify DIR",
+                code=DATA,
+            ) from None
 
     def __getitems__(self, slots: list[Slot]) -> Batch:
         pictures = [self.picture(s.index) for s in slots]
         if len({p.shape for p in pictures}) > 1:
             sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pictures})
-            raise UserError(f"pictures of different sizes in one batch ({', '.join(sizes[:4])})", hint="pack them with --resolution", code=DATA)
+            raise UserError(
+                f"pictures of different sizes in one batch ({', '.join(sizes[:4])})",
+                hint="pack them with --resolution",
+                code=DATA,
+            )
         data = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         if self.flip:
             data = torch.where(_coin(slots, self.seed, "flip")[:, None, None, None], data.flip(-1), data)
@@ -76,12 +88,20 @@ class Latents(Dataset[Batch]):
         self.shards, self.seed = shards, seed
         latent = shards.summary.get("latent")
         if not latent:
-            raise UserError("these shards hold no latents", hint="make them with: scripts/encode_latents.py --autoencoder RUN --data DIR --output DIR", code=DATA)
+            raise UserError(
+                "these shards hold no latents",
+                hint="make them with: scripts/encode_latents.py --autoencoder RUN --data DIR --output DIR",
+                code=DATA,
+            )
         self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
         self.mirrored = flip and "mirror.npy" in shards.fields
         self.text = "text.safetensors" in shards.fields
         if flip and not self.mirrored:
-            raise UserError("train.flip is on, but the latents hold no mirrored images", hint="encode again with --flip, or set --train.flip false", code=DATA)
+            raise UserError(
+                "train.flip is on, but the latents hold no mirrored images",
+                hint="encode again with --flip, or set --train.flip false",
+                code=DATA,
+            )
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -99,14 +119,19 @@ class Latents(Dataset[Batch]):
         from safetensors.torch import load
 
         mirror = _coin(slots, self.seed, "flip").tolist() if self.mirrored else [False] * len(slots)
-        moments = [self.moments(s.index, "mirror.npy" if m else "moments.npy") for s, m in zip(slots, mirror, strict=True)]
+        moments = [
+            self.moments(s.index, "mirror.npy" if m else "moments.npy") for s, m in zip(slots, mirror, strict=True)
+        ]
         choice = _uniform(slots, self.seed, "caption").tolist()
         captions = [self.captions(s.index) for s in slots]
         picked = [int(u * len(c)) for u, c in zip(choice, captions, strict=True)]
         text = None
         if self.text:
             stored = [load(self.shards.read_field(s.index, "text.safetensors")) for s in slots]
-            text = [{k.partition(".")[2]: v for k, v in t.items() if k.startswith(f"{p}.")} for t, p in zip(stored, picked, strict=True)]
+            text = [
+                {k.partition(".")[2]: v for k, v in t.items() if k.startswith(f"{p}.")}
+                for t, p in zip(stored, picked, strict=True)
+            ]
         data = torch.from_numpy(np.stack(moments).astype(np.float32))
         return Batch(data, _ids(slots), [c[p] for c, p in zip(captions, picked, strict=True)], text)
 
@@ -116,8 +141,14 @@ class Latents(Dataset[Batch]):
 
 def stream(dataset: Dataset[Batch], batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
     """The micro-batches of this process, in order, read ahead by `workers` processes."""
-    loader: Any = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_whole, pin_memory=pin,  # type: ignore[arg-type]
-                             prefetch_factor=4 if workers else None)
+    loader: Any = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_whole,
+        pin_memory=pin,  # type: ignore[arg-type]
+        prefetch_factor=4 if workers else None,
+    )
     return iter(loader)
 
 

@@ -18,7 +18,12 @@ class EMA:
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._live = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters() if p.requires_grad}
+        self._live = {
+            f"{name}.{key}": p
+            for name, module in modules.items()
+            for key, p in module.named_parameters()
+            if p.requires_grad
+        }
         self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
 
     @torch.no_grad()

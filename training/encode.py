@@ -39,12 +39,21 @@ def encode(args: argparse.Namespace) -> int:
     _, shards = read_index(source)
     home, weights = find(args.autoencoder, "autoencoder")
     if not weights.is_file():
-        raise UserError(f"{args.autoencoder}: the autoencoder is not finished (its latent normaliser is measured last)", hint="let its training end first", code=CHECKPOINT)
+        raise UserError(
+            f"{args.autoencoder}: the autoencoder is not finished (its latent normaliser is measured last)",
+            hint="let its training end first",
+            code=CHECKPOINT,
+        )
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, accelerator.device)
     hashes = autoencoder_hashes(model)
-    plan = {"encoder": hashes["encoder"], "data": {s.name: s.sha256 for s in shards}, "flip": args.flip, "dtype": args.dtype,
-            "text_encoder": text.identity(encoder)["hash"] if encoder else None}
+    plan = {
+        "encoder": hashes["encoder"],
+        "data": {s.name: s.sha256 for s in shards},
+        "flip": args.flip,
+        "dtype": args.dtype,
+        "text_encoder": text.identity(encoder)["hash"] if encoder else None,
+    }
     if accelerator.is_main_process:
         _claim(target, plan)
         copy_model(home, target / "autoencoder")
@@ -68,7 +77,9 @@ def encode(args: argparse.Namespace) -> int:
 class Encoder:
     """Reads one shard of images at a time and gives its samples encoded."""
 
-    def __init__(self, model: Autoencoder, encoder: TextEncoder | None, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(
+        self, model: Autoencoder, encoder: TextEncoder | None, args: argparse.Namespace, device: torch.device
+    ) -> None:
         self.model, self.text, self.device = model, encoder, device
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.done, self.since, self.precision = 0, time.perf_counter(), args.mixed_precision
@@ -105,13 +116,20 @@ class Encoder:
         stored: np.ndarray = moments.astype(self.dtype)
         bad = ~np.isfinite(stored).reshape(len(keys), -1).all(1)
         if bad.any():
-            raise UserError(f"{keys[int(bad.argmax())]}: latents are not finite (stored as {self.dtype})", hint="try --dtype float32 and --mixed-precision no", code=NUMERICAL)
+            raise UserError(
+                f"{keys[int(bad.argmax())]}: latents are not finite (stored as {self.dtype})",
+                hint="try --dtype float32 and --mixed-precision no",
+                code=NUMERICAL,
+            )
         return stored
 
     def progress(self, info: ShardInfo, total: int) -> None:
         """One line after each shard."""
         self.done += info.samples
-        print(f"encoded {info.name}: {self.done:,} of {total:,} images, {self.done / (time.perf_counter() - self.since):.0f} images/s", file=sys.stderr)
+        print(
+            f"encoded {info.name}: {self.done:,} of {total:,} images, {self.done / (time.perf_counter() - self.since):.0f} images/s",
+            file=sys.stderr,
+        )
 
 
 def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder | None:
@@ -131,20 +149,39 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
         before = read_json(old)
         changed = [key for key in plan if before.get(key) != plan[key]]
         if changed:
-            raise UserError(f"{target} holds latents made from something else ({', '.join(changed)} differ)", hint="choose another --output, or remove that folder", code=CHECKPOINT)
+            raise UserError(
+                f"{target} holds latents made from something else ({', '.join(changed)} differ)",
+                hint="choose another --output, or remove that folder",
+                code=CHECKPOINT,
+            )
     elif any(target.iterdir()):
         raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
     write_json(old, plan)
 
 
-def _finish(target: Path, source: Path, model: Autoencoder, plan: dict[str, Any], shards: list[ShardInfo], args: argparse.Namespace) -> None:
+def _finish(
+    target: Path,
+    source: Path,
+    model: Autoencoder,
+    plan: dict[str, Any],
+    shards: list[ShardInfo],
+    args: argparse.Namespace,
+) -> None:
     infos = [sound_shard(target, s.name.removesuffix(".tar")) for s in shards]
     picture = Images(ShardSet(source, shards[0].split)).picture(0).shape[:2]
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     latent = {"shape": shape, "dtype": args.dtype, "picture": list(picture), "factor": model.factor}
-    summary = {"latent": latent, "encoder": plan["encoder"], "text_encoder": plan["text_encoder"], "mirrored": args.flip}
+    summary = {
+        "latent": latent,
+        "encoder": plan["encoder"],
+        "text_encoder": plan["text_encoder"],
+        "mirrored": args.flip,
+    }
     write_index(target, [info for info in infos if info], summary, kind="latents")
-    print(f"latents: {target} ({sum(s.samples for s in shards):,} samples of {'x'.join(map(str, shape))})", file=sys.stderr)
+    print(
+        f"latents: {target} ({sum(s.samples for s in shards):,} samples of {'x'.join(map(str, shape))})",
+        file=sys.stderr,
+    )
 
 
 def _notes(record: dict[str, bytes]) -> dict[str, Any]:

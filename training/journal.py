@@ -56,9 +56,14 @@ class Journal:
         if not self.rows:
             return
         names = sorted(self.rows[-1][1].keys() & self.rows[0][1].keys())
-        table = torch.stack([torch.stack([values[n].detach().float().reshape(()) for n in names]) for _, values, _ in self.rows])
+        table = torch.stack(
+            [torch.stack([values[n].detach().float().reshape(()) for n in names]) for _, values, _ in self.rows]
+        )
         numbers = self.accelerator.reduce(table, "mean").tolist()
-        rows = [{"step": s, "lr": rate, **dict(zip(names, line, strict=True))} for (s, _, rate), line in zip(self.rows, numbers, strict=True)]
+        rows = [
+            {"step": s, "lr": rate, **dict(zip(names, line, strict=True))}
+            for (s, _, rate), line in zip(self.rows, numbers, strict=True)
+        ]
         self.rows = []
         if self.accelerator.is_main_process:
             self._append("metrics.jsonl", rows)
@@ -70,7 +75,9 @@ class Journal:
     def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
         """Write the numbers and pictures of an evaluation (main process)."""
         self._append("metrics.jsonl", [{"step": step, **{f"val/{k}": v for k, v in numbers.items()}}])
-        print(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}", file=sys.stderr)
+        print(
+            f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}", file=sys.stderr
+        )
         if self.board:
             for name, value in numbers.items():
                 self.board.add_scalar(f"val/{name}", value, step)
@@ -101,13 +108,20 @@ class Journal:
         share = self.waited / max(1e-9, now - self.since)
         self.since, self.waited, self.first = now, 0.0, step
         cuda = self.accelerator.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = (
+            torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         rate = self.train.batch_size / seconds
-        self._append("timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}])
+        self._append(
+            "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]
+        )
         mean = sum(row["loss"] for row in rows) / len(rows)
         eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
-        print(f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {rate:.1f} images/s  "
-              f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}", file=sys.stderr)
+        print(
+            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {rate:.1f} images/s  "
+            f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}",
+            file=sys.stderr,
+        )
 
     def _picture(self, path: Path, step: int) -> None:
         import numpy as np

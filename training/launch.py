@@ -34,8 +34,11 @@ def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
-        raise UserError(f"{started} processes were started but {accelerator.num_processes} is in the group",
-                        hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs", code=USAGE)
+        raise UserError(
+            f"{started} processes were started but {accelerator.num_processes} is in the group",
+            hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs",
+            code=USAGE,
+        )
     return accelerator
 
 

@@ -61,7 +61,16 @@ class Stage(ABC):
 class Loop:
     """Steps from a checkpoint (or 0) to `train.max_steps`: backward, clip, check, step, average, log, look, save."""
 
-    def __init__(self, stage: Stage, train: Train, optimizer: Optimizer, accelerator: Accelerator, run: Path, accumulation: int, micro: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        train: Train,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        run: Path,
+        accumulation: int,
+        micro: int,
+    ) -> None:
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.accumulation, self.micro = accumulation, micro
         self.ema = EMA(stage.averaged, train.ema)
@@ -81,8 +90,20 @@ class Loop:
         """
         train, stage = self.train, self.stage
         order = DataOrder(len(stage.dataset), train.batch_size, train.seed)  # type: ignore[arg-type]
-        batches = stream(stage.dataset, Batches(order, self.micro, self.accumulation, self.accelerator.process_index,
-                         self.accelerator.num_processes, start, train.max_steps), train.num_workers, pin=self.accelerator.device.type == "cuda")
+        batches = stream(
+            stage.dataset,
+            Batches(
+                order,
+                self.micro,
+                self.accumulation,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                start,
+                train.max_steps,
+            ),
+            train.num_workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
         self._listen()
         if start == 0:
             self.look(0)
@@ -126,8 +147,11 @@ class Loop:
         if self.accelerator.scaler is None:  # a scaler meets its overflows by skipping the step
             for name, norm in norms.items():
                 if not torch.isfinite(norm):
-                    raise UserError(f"{name.replace('/', ' of the ')} is not finite at step {step}", code=NUMERICAL,
-                                    hint="lower --lr, check the data with scripts/make_shards.py verify, or use --mixed-precision no")
+                    raise UserError(
+                        f"{name.replace('/', ' of the ')} is not finite at step {step}",
+                        code=NUMERICAL,
+                        hint="lower --lr, check the data with scripts/make_shards.py verify, or use --mixed-precision no",
+                    )
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -153,26 +177,43 @@ class Loop:
 
     def names(self) -> dict[int, str]:
         """id(parameter) -> its name in checkpoints."""
-        return {id(p): f"{n}.{key}" for n, network in self.stage.networks.items() for key, p in network.named_parameters()}
+        return {
+            id(p): f"{n}.{key}" for n, network in self.stage.networks.items() for key, p in network.named_parameters()
+        }
 
     def snapshot(self, step: int) -> Checkpoint:
         """Everything the run needs to go on from `step`."""
-        model = {f"{n}.{key}": v for n, network in self.stage.networks.items() for key, v in network.state_dict().items()}
+        model = {
+            f"{n}.{key}": v for n, network in self.stage.networks.items() for key, v in network.state_dict().items()
+        }
         names = self.names()
-        moments = {f"{name}/{key}": v for name, o in self.optimizers.items() for key, v in optim.pack(o.optimizer, names).items()}
+        moments = {
+            f"{name}/{key}": v
+            for name, o in self.optimizers.items()
+            for key, v in optim.pack(o.optimizer, names).items()
+        }
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
-        state = {"ema_updates": self.ema.updates, "scaler": scaler, "stage": self.stage.state(), "journal": self.journal.state()}
+        state = {
+            "ema_updates": self.ema.updates,
+            "scaler": scaler,
+            "stage": self.stage.state(),
+            "journal": self.journal.state(),
+        }
         return Checkpoint(step, {"model": model, "ema": self.ema.shadow, "optimizer": moments}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back a snapshot, in every process."""
         for n, network in self.stage.networks.items():
             prefix = f"{n}."
-            network.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint.tensors["model"].items() if k.startswith(prefix)})
+            network.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in checkpoint.tensors["model"].items() if k.startswith(prefix)}
+            )
         names = self.names()
         for name, optimizer in self.optimizers.items():
             prefix = f"{name}/"
-            mine = {k.removeprefix(prefix): v for k, v in checkpoint.tensors["optimizer"].items() if k.startswith(prefix)}
+            mine = {
+                k.removeprefix(prefix): v for k, v in checkpoint.tensors["optimizer"].items() if k.startswith(prefix)
+            }
             optim.unpack(optimizer.optimizer, names, mine)
         self.ema.load(dict(checkpoint.tensors["ema"]), int(checkpoint.state["ema_updates"]))
         if self.accelerator.scaler and checkpoint.state["scaler"]:

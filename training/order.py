@@ -33,13 +33,19 @@ class DataOrder:
 
     def __post_init__(self) -> None:
         if self.samples < self.batch_size:
-            raise UserError(f"dataset has {self.samples} samples, fewer than one global batch ({self.batch_size})",
-                            hint="lower --batch-size or pack more images", code=DATA)
+            raise UserError(
+                f"dataset has {self.samples} samples, fewer than one global batch ({self.batch_size})",
+                hint="lower --batch-size or pack more images",
+                code=DATA,
+            )
 
     def at(self, step: int, first: int, count: int) -> list[Slot]:
         """Slots [first, first + count) of the global batch of `step`."""
         places = range(step * self.batch_size + first, step * self.batch_size + first + count)
-        return [Slot(int(_permutation(self.seed, p // self.samples, self.samples)[p % self.samples]), p // self.samples, p) for p in places]
+        return [
+            Slot(int(_permutation(self.seed, p // self.samples, self.samples)[p % self.samples]), p // self.samples, p)
+            for p in places
+        ]
 
 
 @lru_cache(maxsize=2)
@@ -71,7 +77,9 @@ class Batches:
                 yield self.order.at(step, (part * self.processes + self.process) * self.micro, self.micro)
 
 
-def split_batch(batch: int, micro: int, accumulation: int | None, processes: int, *, batch_given: bool = True) -> tuple[int, int, int]:
+def split_batch(
+    batch: int, micro: int, accumulation: int | None, processes: int, *, batch_given: bool = True
+) -> tuple[int, int, int]:
     """Settle (global batch, micro-batch, accumulation) so that batch = processes * micro * accumulation.
 
     Raises UserError naming the nearest global batch that divides.
@@ -88,5 +96,7 @@ def split_batch(batch: int, micro: int, accumulation: int | None, processes: int
         near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
         raise UserError(
             f"train.batch_size {batch} cannot be split over {processes} process(es) with train.micro_batch_size {micro or 'unset'}"
-            f" and {accumulation or 'any number of'} accumulation step(s)", hint=f"nearest --batch-size: {' or '.join(map(str, near))}")
+            f" and {accumulation or 'any number of'} accumulation step(s)",
+            hint=f"nearest --batch-size: {' or '.join(map(str, near))}",
+        )
     return batch, micro, batch // (processes * micro)

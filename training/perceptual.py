@@ -30,32 +30,48 @@ def load_perceptual(net: str, weights: str, file: str | None = None) -> Perceptu
     if file is None and weights == "random":
         return Perceptual(ScaledTrunk(network.scaling_layer, network.net))
     state = _read(Path(file)) if file else _standard(net)
-    _fill(network.net, {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}, file or net)
+    _fill(
+        network.net,
+        {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")},
+        file or net,
+    )
     return Perceptual.from_lpips(network)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file of LPIPS backbone weights", hint="name torchvision's weights of that network", code=DATA)
+        raise UserError(
+            f"{path}: no such file of LPIPS backbone weights",
+            hint="name torchvision's weights of that network",
+            code=DATA,
+        )
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as failure:  # noqa: BLE001  (torch raises many kinds for one fact)
-        raise UserError(f"{path}: not a file of weights ({type(failure).__name__})", hint="name torchvision's weights of that network", code=DATA) from None
+        raise UserError(
+            f"{path}: not a file of weights ({type(failure).__name__})",
+            hint="name torchvision's weights of that network",
+            code=DATA,
+        ) from None
 
 
 def _standard(net: str) -> dict[str, Tensor]:
     from torchvision import models
 
-    weights = {"vgg": models.VGG16_Weights, "alex": models.AlexNet_Weights, "squeeze": models.SqueezeNet1_1_Weights}[net].IMAGENET1K_V1
+    weights = {"vgg": models.VGG16_Weights, "alex": models.AlexNet_Weights, "squeeze": models.SqueezeNet1_1_Weights}[
+        net
+    ].IMAGENET1K_V1
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except OSError:
         raise UserError(
             f"the standard {net} weights of LPIPS are not here and cannot be downloaded",
             hint=f"download torchvision's {weights.url.rpartition('/')[2]} elsewhere and give it with --lpips-weights FILE, "
-            "or ask for a random backbone: --loss.perceptual_weights random", code=DATA) from None
+            "or ask for a random backbone: --loss.perceptual_weights random",
+            code=DATA,
+        ) from None
 
 
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
@@ -63,5 +79,9 @@ def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> 
     own = network.state_dict()
     missing = [key for key in own if key.partition(".")[2] not in weights]
     if missing:
-        raise UserError(f"{source}: lacks features.{missing[0].partition('.')[2]}: weights of another network?", hint="name torchvision's weights of that network", code=DATA)
+        raise UserError(
+            f"{source}: lacks features.{missing[0].partition('.')[2]}: weights of another network?",
+            hint="name torchvision's weights of that network",
+            code=DATA,
+        )
     network.load_state_dict({key: weights[key.partition(".")[2]] for key in own})

@@ -22,7 +22,9 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def grid(pixels: Tensor | Sequence[Image.Image], columns: int, *, captions: Sequence[str] = (), rows: Sequence[str] = ()) -> Image.Image:
+def grid(
+    pixels: Tensor | Sequence[Image.Image], columns: int, *, captions: Sequence[str] = (), rows: Sequence[str] = ()
+) -> Image.Image:
     """Pictures in reading order, a caption under each or a label beside each row; enlarged by a whole factor where small."""
     images = to_pil(pixels) if isinstance(pixels, Tensor) else list(pixels)
     factor = max(1, -(-SMALLEST // max(images[0].size)))

@@ -23,7 +23,20 @@ if TYPE_CHECKING:
     from autoencoder.base import Autoencoder
 
 # Keys that may change between a run and its resumption; everything else is part of what the run is.
-MUTABLE = {f"train.{key}" for key in ("max_steps", "micro_batch_size", "num_workers", "compile", "log_every", "save_every", "keep_last", "sample_every", "validation_size")}
+MUTABLE = {
+    f"train.{key}"
+    for key in (
+        "max_steps",
+        "micro_batch_size",
+        "num_workers",
+        "compile",
+        "log_every",
+        "save_every",
+        "keep_last",
+        "sample_every",
+        "validation_size",
+    )
+}
 MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
 
 
@@ -49,21 +62,39 @@ class Run:
 
     def _same(self, old: dict[str, Any], values: configs.Values, resume: str | None) -> None:
         if old["stage"] != self.stage:
-            raise UserError(f"{self.folder} holds a run of the {old['stage']} stage", hint="choose another --output", code=CHECKPOINT)
+            raise UserError(
+                f"{self.folder} holds a run of the {old['stage']} stage",
+                hint="choose another --output",
+                code=CHECKPOINT,
+            )
         if not resume:
-            raise UserError(f"{self.folder} already holds a run", hint="use --resume auto to go on with it, or another --output", code=CHECKPOINT)
+            raise UserError(
+                f"{self.folder} already holds a run",
+                hint="use --resume auto to go on with it, or another --output",
+                code=CHECKPOINT,
+            )
         changes = configs.diff(read_json(self.folder / "config.json"), values)
-        fixed = [c for c in changes if (key := c.partition(":")[0]) not in MUTABLE and key.partition(".")[0] not in MUTABLE_SECTIONS]
+        fixed = [
+            c
+            for c in changes
+            if (key := c.partition(":")[0]) not in MUTABLE and key.partition(".")[0] not in MUTABLE_SECTIONS
+        ]
         if fixed:
-            raise UserError("the config differs from the run's:\n       " + "\n       ".join(fixed),
-                            hint=f"repeat the run's own with --config {self.folder}/config.json, or use another --output", code=CHECKPOINT)
+            raise UserError(
+                "the config differs from the run's:\n       " + "\n       ".join(fixed),
+                hint=f"repeat the run's own with --config {self.folder}/config.json, or use another --output",
+                code=CHECKPOINT,
+            )
         for change in changes:
             print(f"note: {change}")
 
     def describe(self, status: str, step: int, facts: Mapping[str, Any]) -> None:
         """Write config.json and run.json: versions, hashes and where the run stands."""
         write_json(self.folder / "config.json", configs.to_values(self.config))
-        write_json(self.folder / "run.json", {"format": 1, "stage": self.stage, "status": status, "step": step, "versions": versions(), **facts})
+        write_json(
+            self.folder / "run.json",
+            {"format": 1, "stage": self.stage, "status": status, "step": step, "versions": versions(), **facts},
+        )
 
     def finished(self) -> bool:
         """Whether the run has exported its last step, as far as its config asks now."""
@@ -80,7 +111,9 @@ def _lock(folder: Path) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder} is in use by another training", hint="wait for it, or choose another --output", code=CHECKPOINT) from None
+        raise UserError(
+            f"{folder} is in use by another training", hint="wait for it, or choose another --output", code=CHECKPOINT
+        ) from None
     return file
 
 
@@ -110,7 +143,9 @@ def find(path: str | Path, stage: str) -> tuple[Path, Path]:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run", hint="give a run folder, its final/ or one of its checkpoints", code=CHECKPOINT)
+        raise UserError(
+            f"{path}: no such run", hint="give a run folder, its final/ or one of its checkpoints", code=CHECKPOINT
+        )
     if path.parent.name == "checkpoints" and (path / "ema.safetensors").is_file():
         home, weights = path.parent.parent, path
     elif (path / "model.safetensors").is_file() and (path / "config.json").is_file():
@@ -120,12 +155,20 @@ def find(path: str | Path, stage: str) -> tuple[Path, Path]:
     else:
         newest = Checkpoints(path).newest()
         if newest is None:
-            raise UserError(f"{path}: holds no model and no checkpoint", hint="give a run folder, its final/ or one of its checkpoints", code=CHECKPOINT)
+            raise UserError(
+                f"{path}: holds no model and no checkpoint",
+                hint="give a run folder, its final/ or one of its checkpoints",
+                code=CHECKPOINT,
+            )
         home, weights = path, newest
     values = read_json(home / "config.json")
     found = "autoencoder" if "model" in values else "denoiser"
     if found != stage:
-        raise UserError(f"{path} is a run of the {found} stage, expected {stage}", hint=f"give the folder of the {stage}", code=CHECKPOINT)
+        raise UserError(
+            f"{path} is a run of the {found} stage, expected {stage}",
+            hint=f"give the folder of the {stage}",
+            code=CHECKPOINT,
+        )
     return home, weights
 
 
@@ -154,7 +197,11 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
         model.load_state_dict(dict(tensors))
     except RuntimeError as failure:
         reason = str(failure).splitlines()[1].strip() if "\n" in str(failure) else str(failure)
-        raise UserError(f"{source} does not fit its config: {reason[:300]}", hint="is the config.json beside it its own?", code=CHECKPOINT) from None
+        raise UserError(
+            f"{source} does not fit its config: {reason[:300]}",
+            hint="is the config.json beside it its own?",
+            code=CHECKPOINT,
+        ) from None
 
 
 def copy_model(source: Path, target: Path) -> None:

@@ -92,8 +92,10 @@ class Loss:
         if min(self.perceptual, self.kl, self.adversarial, self.adversarial_ramp, self.discriminator_start) < 0:
             raise ValueError("loss weights, starts and ramps must be >= 0")
         if self.perceptual_weights not in ("standard", "random"):
-            raise ValueError(f'perceptual_weights: must be "standard" or "random" (got "{self.perceptual_weights}"); '
-                             "a file is named on the command line: --lpips-weights FILE")
+            raise ValueError(
+                f'perceptual_weights: must be "standard" or "random" (got "{self.perceptual_weights}"); '
+                "a file is named on the command line: --lpips-weights FILE"
+            )
         if self.adversarial and self.adversarial_start < self.discriminator_start:
             raise ValueError("adversarial_start must not come before discriminator_start")
 

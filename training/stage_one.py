@@ -37,8 +37,15 @@ class AutoencoderStage(Stage):
     not depend on how the batch is split over micro-batches and processes.
     """
 
-    def __init__(self, config: AutoencoderConfig, model: Autoencoder, discriminator: nn.Module, perceptual: Perceptual | None,
-                 dataset: Images, held_out: Images) -> None:
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        model: Autoencoder,
+        discriminator: nn.Module,
+        perceptual: Perceptual | None,
+        dataset: Images,
+        held_out: Images,
+    ) -> None:
         self.config, self.loss, self.seed = config, config.loss, config.train.seed
         self.model, self.discriminator, self.perceptual = model, discriminator, perceptual
         self.dataset, self.held_out = dataset, held_out
@@ -82,10 +89,20 @@ class AutoencoderStage(Stage):
         split = split_gradients(x_hat, lambda x: self.reconstruction(x, images), self.fool if playing else None)
         gradient = split.reconstruction
         if playing:
-            self.sums = [a + share * b for a, b in zip(self.sums or [0, 0], last_layer_gradients(x_hat, self.model.last_layer, split), strict=True)]
+            self.sums = [
+                a + share * b
+                for a, b in zip(
+                    self.sums or [0, 0], last_layer_gradients(x_hat, self.model.last_layer, split), strict=True
+                )
+            ]
             gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
         self.accelerator.backward((surrogate(x_hat, gradient) + self.loss.kl * latent) * share)
-        values = {"loss": split.reconstruction_loss + self.loss.kl * latent, "kl": latent, "adversarial": split.adversarial_loss, "balance": self.balance}
+        values = {
+            "loss": split.reconstruction_loss + self.loss.kl * latent,
+            "kl": latent,
+            "adversarial": split.adversarial_loss,
+            "balance": self.balance,
+        }
         if self.loss.adversarial and step >= self.loss.discriminator_start:
             values["discriminator"] = self.judge_step(images, x_hat.detach(), share)
         return values
@@ -139,8 +156,13 @@ class AutoencoderStage(Stage):
             if self.perceptual:
                 rows["lpips"].append(self.perceptual(to_unit(ours), images))
             if len(rows["psnr"]) == 1:
-                shown = [p[:SHOWN].cpu() for p in (pixels, ours, (ours.int() - pixels.int()).abs().mul(2).clamp(max=255).byte())]
-                pictures.grid(torch.cat(shown), SHOWN, rows=["input", "reconstruction", "difference x2"]).save(folder / "grid.png")
+                shown = [
+                    p[:SHOWN].cpu()
+                    for p in (pixels, ours, (ours.int() - pixels.int()).abs().mul(2).clamp(max=255).byte())
+                ]
+                pictures.grid(torch.cat(shown), SHOWN, rows=["input", "reconstruction", "difference x2"]).save(
+                    folder / "grid.png"
+                )
         return {name: torch.cat(values).mean().item() for name, values in rows.items()}
 
     def looks(self, dataset: Images, count: int, size: int = 64) -> Any:

@@ -49,8 +49,17 @@ class Captioned(nn.Module):
 class DenoiserStage(Stage):
     """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
 
-    def __init__(self, config: DenoiserConfig, backbone: nn.Module, text: TextEncoder, norm: LatentNorm,
-                 dataset: Latents, held_out: Latents, pipeline: Pipeline, null: Cond | None = None) -> None:
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        backbone: nn.Module,
+        text: TextEncoder,
+        norm: LatentNorm,
+        dataset: Latents,
+        held_out: Latents,
+        pipeline: Pipeline,
+        null: Cond | None = None,
+    ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out = dataset, held_out
         self.network = Captioned(backbone, text)
@@ -89,7 +98,9 @@ class DenoiserStage(Stage):
         if self.text.trainable:
             return [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
         if batch.text is None:
-            return self.text([caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)])
+            return self.text(
+                [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
+            )
         assert self.null is not None
         return stored(batch.text).to(self.accelerator.device).where(keep, self.null.to(self.accelerator.device))
 
@@ -100,11 +111,18 @@ class DenoiserStage(Stage):
         for first in range(0, count, 64):
             batch = self.held_out.__getitems__([Slot(i, 0, i) for i in range(first, min(count, first + 64))])
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
-            latents, cond = self.sample(batch, noise), self.condition(batch, torch.ones(len(batch.slots), dtype=torch.bool))
+            latents, cond = (
+                self.sample(batch, noise),
+                self.condition(batch, torch.ones(len(batch.slots), dtype=torch.bool)),
+            )
             with self.accelerator.autocast():
                 for t in LEVELS:
                     at = torch.full((len(latents),), t, dtype=torch.float64, device=latents.device)
-                    losses[f"loss_t{t}"].append(self.objective.at(self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t))))
+                    losses[f"loss_t{t}"].append(
+                        self.objective.at(
+                            self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t))
+                        )
+                    )
         captions = self.shown()
         with self.accelerator.autocast():
             images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
@@ -123,5 +141,12 @@ class DenoiserStage(Stage):
 
 def stored(text: list[dict[str, Tensor]]) -> Cond:
     """Stored text embeddings, each trimmed to its own tokens, as one padded condition."""
-    parts = [Cond(t["context"][None].float(), torch.ones(1, len(t["context"]), dtype=torch.bool), t["pooled"][None].float() if "pooled" in t else None) for t in text]
+    parts = [
+        Cond(
+            t["context"][None].float(),
+            torch.ones(1, len(t["context"]), dtype=torch.bool),
+            t["pooled"][None].float() if "pooled" in t else None,
+        )
+        for t in text
+    ]
     return Cond.cat(parts)

@@ -39,7 +39,14 @@ class Parts:
     hashes: dict[str, str]
 
 
-def assemble(config: configs.DenoiserConfig, latents: Path, dataset: Latents, home: Path | None, text_encoder: str | None, accelerator: Accelerator) -> Parts:
+def assemble(
+    config: configs.DenoiserConfig,
+    latents: Path,
+    dataset: Latents,
+    home: Path | None,
+    text_encoder: str | None,
+    accelerator: Accelerator,
+) -> Parts:
     """Everything a denoiser is trained with; its frozen parts and vocabulary are stored in `home` (final/) from the start.
 
     Raises UserError where the latents were made by another autoencoder than the one stored beside them.
@@ -48,8 +55,11 @@ def assemble(config: configs.DenoiserConfig, latents: Path, dataset: Latents, ho
     hashes = autoencoder_hashes(autoencoder)
     made_by = dataset.shards.summary["encoder"]
     if made_by != hashes["encoder"]:
-        raise UserError(f"latents were made by autoencoder {made_by[:12]}, the one beside them is {hashes['encoder'][:12]}",
-                        hint="encode again with scripts/encode_latents.py", code=CHECKPOINT)
+        raise UserError(
+            f"latents were made by autoencoder {made_by[:12]}, the one beside them is {hashes['encoder'][:12]}",
+            hint="encode again with scripts/encode_latents.py",
+            code=CHECKPOINT,
+        )
     null = None
     if home and accelerator.is_main_process:
         copy_model(latents / "autoencoder", home / "autoencoder")
@@ -61,32 +71,49 @@ def assemble(config: configs.DenoiserConfig, latents: Path, dataset: Latents, ho
             vocabulary = texts.stored_vocabulary(home)
         else:
             captions = (c for i in range(len(dataset)) for c in dataset.captions(i))
-            vocabulary = texts.keep_vocabulary(config.text, captions, home) if home and accelerator.is_main_process else config.text.vocabulary(captions)
+            vocabulary = (
+                texts.keep_vocabulary(config.text, captions, home)
+                if home and accelerator.is_main_process
+                else config.text.vocabulary(captions)
+            )
         text = config.text.build(vocabulary)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
     text = text.to(accelerator.device)
-    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim).to(accelerator.device)
+    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim).to(
+        accelerator.device
+    )
     return Parts(backbone, text, autoencoder, draw_with(config, autoencoder, backbone, text), null, shape, hashes)
 
 
-def _frozen_text(config: HuggingFace, latents: Path, dataset: Latents, home: Path | None, name: str | None, accelerator: Accelerator) -> tuple[TextEncoder, Cond | None]:
+def _frozen_text(
+    config: HuggingFace, latents: Path, dataset: Latents, home: Path | None, name: str | None, accelerator: Accelerator
+) -> tuple[TextEncoder, Cond | None]:
     null = None
     if dataset.text:
         text = texts.load_kept(config, latents, name)
         stored = load_tensors(latents / "text_encoder" / "null.safetensors")
-        null = Cond(stored["context"][None].float(), torch.ones(1, len(stored["context"]), dtype=torch.bool), stored["pooled"][None].float() if "pooled" in stored else None)
+        null = Cond(
+            stored["context"][None].float(),
+            torch.ones(1, len(stored["context"]), dtype=torch.bool),
+            stored["pooled"][None].float() if "pooled" in stored else None,
+        )
         name = read_json(latents / "text_encoder" / "identity.json")["name"]
     elif name:
         text = texts.load_huggingface(config, name)
     else:
-        raise UserError("the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
-                        hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or use --text.kind scratch", code=DATA)
+        raise UserError(
+            "the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
+            hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or use --text.kind scratch",
+            code=DATA,
+        )
     if home and accelerator.is_main_process:
         texts.keep(text, name or "", home)
     return text, null
 
 
-def draw_with(config: configs.DenoiserConfig, autoencoder: Autoencoder, backbone: nn.Module, text: TextEncoder) -> Pipeline:
+def draw_with(
+    config: configs.DenoiserConfig, autoencoder: Autoencoder, backbone: nn.Module, text: TextEncoder
+) -> Pipeline:
     """The pipeline of a config and its networks."""
     diffusion = Diffusion(schedule=config.schedule, prediction=config.prediction)
     sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
@@ -114,7 +141,9 @@ def load_pipeline(path: str | Path, device: torch.device | str = "auto", text_en
         text = texts.load_kept(config.text, final, text_encoder)
     else:
         text = config.text.build(texts.stored_vocabulary(final))
-    backbone = config.backbone.build(channels=autoencoder.latent_channels, context_dim=text.context_dim, pooled_dim=text.pooled_dim)
+    backbone = config.backbone.build(
+        channels=autoencoder.latent_channels, context_dim=text.context_dim, pooled_dim=text.pooled_dim
+    )
     if file.is_file():
         fill(backbone, weights(file, "backbone"), file)
         if text.trainable:
@@ -139,5 +168,8 @@ def fill_network(network: Any, path: str) -> None:
 
 def pipeline_hashes(pipeline: Pipeline) -> dict[str, str]:
     """The content hashes a picture carries: whole autoencoder, backbone, text encoder."""
-    return {"autoencoder": content_hash(pipeline.autoencoder.state_dict()), "denoiser": content_hash(pipeline.denoiser.backbone.state_dict()),  # type: ignore[attr-defined]
-            "text_encoder": content_hash(pipeline.text.state_dict())}
+    return {
+        "autoencoder": content_hash(pipeline.autoencoder.state_dict()),
+        "denoiser": content_hash(pipeline.denoiser.backbone.state_dict()),  # type: ignore[attr-defined]
+        "text_encoder": content_hash(pipeline.text.state_dict()),
+    }

@@ -27,13 +27,21 @@ def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
     logging.set_verbosity_error()
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        family = {"t5": T5EncoderModel, "mt5": T5EncoderModel, "clip_text_model": CLIPTextModelWithProjection, "clip": CLIPTextModelWithProjection}
+        family = {
+            "t5": T5EncoderModel,
+            "mt5": T5EncoderModel,
+            "clip_text_model": CLIPTextModelWithProjection,
+            "clip": CLIPTextModelWithProjection,
+        }
         model = family.get(kind, AutoModel).from_pretrained(name, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name))
     except (OSError, ValueError, ImportError, KeyError) as failure:
         reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        raise UserError(f"text encoder '{name}' cannot be loaded ({reason[:200]})", code=DATA,
-                        hint="give a folder that holds config.json, model.safetensors and the tokenizer's files, downloaded where the hub can be reached") from None
+        raise UserError(
+            f"text encoder '{name}' cannot be loaded ({reason[:200]})",
+            code=DATA,
+            hint="give a folder that holds config.json, model.safetensors and the tokenizer's files, downloaded where the hub can be reached",
+        ) from None
     try:
         return config.build(model, tokenizer)
     except ValueError as failure:
@@ -78,8 +86,11 @@ def load_kept(config: HuggingFace, folder: Path, override: str | None = None) ->
     source = override or (str(folder / "text_encoder") if stored["copied"] else stored["name"])
     encoder = load_huggingface(config, source)
     if (found := identity(encoder)["hash"]) != stored["hash"]:
-        raise UserError(f"text encoder {source} is {found[:12]}, this model was trained with {stored['hash'][:12]} ({stored['name']})",
-                        hint="give the right one with --text-encoder", code=CHECKPOINT)
+        raise UserError(
+            f"text encoder {source} is {found[:12]}, this model was trained with {stored['hash'][:12]} ({stored['name']})",
+            hint="give the right one with --text-encoder",
+            code=CHECKPOINT,
+        )
     return encoder
 
 
@@ -96,4 +107,6 @@ def stored_vocabulary(folder: Path) -> str:
     try:
         return (folder / "tokenizer" / VOCABULARY).read_text("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{folder / 'tokenizer' / VOCABULARY}: no such file", hint="is this a denoiser's run?", code=CHECKPOINT) from None
+        raise UserError(
+            f"{folder / 'tokenizer' / VOCABULARY}: no such file", hint="is this a denoiser's run?", code=CHECKPOINT
+        ) from None

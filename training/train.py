@@ -36,8 +36,13 @@ def resolve(args: argparse.Namespace, stage: str) -> configs.Config | None:
 def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
     """(config with its settled global batch, micro-batch, accumulation)."""
     train = config.train
-    batch, micro, accumulation = split_batch(train.batch_size, train.micro_batch_size, getattr(args, "gradient_accumulation_steps", None), processes,
-                                             batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides)
+    batch, micro, accumulation = split_batch(
+        train.batch_size,
+        train.micro_batch_size,
+        getattr(args, "gradient_accumulation_steps", None),
+        processes,
+        batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
+    )
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
 
 
@@ -69,9 +74,14 @@ def train_autoencoder(args: argparse.Namespace) -> int:
     if args.init_from:
         model.load_state_dict(load_autoencoder(args.init_from).state_dict())
     loss = config.loss
-    perceptual = load_perceptual(loss.perceptual_net, loss.perceptual_weights, args.lpips_weights) if loss.perceptual else None
+    perceptual = (
+        load_perceptual(loss.perceptual_net, loss.perceptual_weights, args.lpips_weights) if loss.perceptual else None
+    )
     stage = AutoencoderStage(config, model, discriminator, perceptual, dataset, held_out)
-    announce(accelerator, f"autoencoder: {_count(model)} parameters, factor {model.factor}, {model.latent_channels} channels; {len(dataset):,} images")
+    announce(
+        accelerator,
+        f"autoencoder: {_count(model)} parameters, factor {model.factor}, {model.latent_channels} channels; {len(dataset):,} images",
+    )
     if run is None:
         return 0
     facts = {"data": data_facts(args.data)}
@@ -107,17 +117,24 @@ def train_denoiser(args: argparse.Namespace) -> int:
     accelerator = launch.start(args.device, config.train.mixed_precision)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
     if config.sample.size == (0, 0):
-        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, size=tuple(shards.summary["latent"]["picture"])))
+        config = dataclasses.replace(
+            config, sample=dataclasses.replace(config.sample, size=tuple(shards.summary["latent"]["picture"]))
+        )
     run = None if args.dry_run else open_run(args, "denoiser", config, accelerator)
     if run and run.finished():
         return already(run)
     torch.manual_seed(config.train.seed)
     home = run.folder / "final" if run else None
     parts = system.assemble(config, Path(args.latents), dataset, home, args.text_encoder, accelerator)
-    stage = DenoiserStage(config, parts.backbone, parts.text, parts.autoencoder.norm, dataset, held_out, parts.pipeline, parts.null)
+    stage = DenoiserStage(
+        config, parts.backbone, parts.text, parts.autoencoder.norm, dataset, held_out, parts.pipeline, parts.null
+    )
     if args.init_from:
         system.fill_network(stage.network, args.init_from)
-    announce(accelerator, f"denoiser: {_count(stage.network)} parameters on latents {'x'.join(map(str, parts.shape))}; {len(dataset):,} latents")
+    announce(
+        accelerator,
+        f"denoiser: {_count(stage.network)} parameters on latents {'x'.join(map(str, parts.shape))}; {len(dataset):,} latents",
+    )
     if run is None:
         return 0
     facts = {"data": data_facts(args.latents), "hashes": parts.hashes}
@@ -132,8 +149,16 @@ def train_denoiser(args: argparse.Namespace) -> int:
     return 0
 
 
-def fit(args: argparse.Namespace, config: Any, stage: Any, accelerator: Accelerator, run: Run, micro: int, accumulation: int,
-        facts: Mapping[str, Any]) -> tuple[Loop, int]:
+def fit(
+    args: argparse.Namespace,
+    config: Any,
+    stage: Any,
+    accelerator: Accelerator,
+    run: Run,
+    micro: int,
+    accumulation: int,
+    facts: Mapping[str, Any],
+) -> tuple[Loop, int]:
     """Build the loop, resume where asked, train. Returns the loop and the exit code of a signal (0: ran to the end)."""
     from training.loop import Loop
 
@@ -146,12 +171,18 @@ def fit(args: argparse.Namespace, config: Any, stage: Any, accelerator: Accelera
         loop.restore(checkpoint)
         start = checkpoint.step
         if start > config.train.max_steps:
-            raise UserError(f"the run is at step {start}, past train.max_steps {config.train.max_steps}", hint="raise --max-steps", code=USAGE)
+            raise UserError(
+                f"the run is at step {start}, past train.max_steps {config.train.max_steps}",
+                hint="raise --max-steps",
+                code=USAGE,
+            )
         announce(accelerator, f"resumed from step {start}")
     elif args.resume:
         announce(accelerator, "note: no checkpoint yet; starting fresh")
     if number := loop.fit(start):
-        announce(accelerator, f"stopped by a signal: saved; resume with the same command and --resume auto ({run.folder})")
+        announce(
+            accelerator, f"stopped by a signal: saved; resume with the same command and --resume auto ({run.folder})"
+        )
         return loop, 128 + number
     return loop, 0
 
@@ -177,7 +208,9 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
     values = configs.to_values(run.config)
     refuse_non_finite(tensors)
     flat = {key: value for key, value in facts.get("validation", {}).items()} | dict(facts["hashes"])
-    identity = export(run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values))
+    identity = export(
+        run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values)
+    )
     run.describe("finished", run.config.train.max_steps, {**facts, "model": identity})
     print(f"finished: {run.folder / 'final'}", file=sys.stderr)
 
@@ -206,11 +239,15 @@ def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
     height, width = dataset.picture(0).shape[:2]
     factor, smallest = config.model.factor, config.discriminator.smallest_image
     if height % factor or width % factor:
-        raise UserError(f"the packed pictures are {width}x{height}, not divisible by the autoencoder's factor {factor}",
-                        hint=f"pack again with --resolution {max(factor, height // factor * factor)} or {(height // factor + 1) * factor}, or choose another config")
+        raise UserError(
+            f"the packed pictures are {width}x{height}, not divisible by the autoencoder's factor {factor}",
+            hint=f"pack again with --resolution {max(factor, height // factor * factor)} or {(height // factor + 1) * factor}, or choose another config",
+        )
     if config.loss.adversarial and min(height, width) < smallest:
-        raise UserError(f"the packed pictures are {width}x{height}, the discriminator needs {smallest} pixels a side",
-                        hint=f"lower discriminator.layers (now {config.discriminator.layers})")
+        raise UserError(
+            f"the packed pictures are {width}x{height}, the discriminator needs {smallest} pixels a side",
+            hint=f"lower discriminator.layers (now {config.discriminator.layers})",
+        )
 
 
 def _held_out(folder: str) -> Any:
@@ -220,7 +257,10 @@ def _held_out(folder: str) -> Any:
     splits = {info.split for info in read_index(folder)[1]}
     name = next((s for s in ("val", "test") if s in splits), "train")
     if name == "train":
-        print("warning: the data has no val split; validation looks at training images (pack with --val-fraction)", file=sys.stderr)
+        print(
+            "warning: the data has no val split; validation looks at training images (pack with --val-fraction)",
+            file=sys.stderr,
+        )
     return ShardSet(folder, name)
 
 

@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu-tanh
 
 
 def blank(context: Tensor, mask: Tensor | None) -> Tensor:
-    """Context (B, L, D) with its padding (mask False) set to zero: whatever a padded token held can then reach nothing."""
+    """Context (B, L, D) with its padding (mask False) set to zero: whatever a padded token held reaches nothing."""
     return context if mask is None else context.masked_fill(~mask[..., None], 0.0)
 
 
@@ -29,12 +29,12 @@ def key_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ/√d) v over heads: q (B, heads, N, d), k and v (B, heads, L, d), mask (B, 1, 1, L) -> (B, N, heads·d)."""
+    """softmax(q kᵀ/√d) v: q (B, heads, N, d), k and v (B, heads, L, d), mask (B, 1, 1, L) -> (B, N, heads·d)."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over the channels of a head (Henry et al. 2020), in the dtype of its input so that it stays one kernel."""
+    """RMS norm over the channels of a head (Henry et al. 2020), in its input's dtype so that it stays one kernel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.out(attend(q, k, v, mask))
+        y: Tensor = self.out(attend(q, k, v, mask))
+        return y
 
 
 class CrossAttention(nn.Module):
@@ -80,7 +81,8 @@ class CrossAttention(nn.Module):
         """x (B, N, width), context (B, L, width), mask (B, 1, 1, L) -> (B, N, width)."""
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(attend(self.q_norm(q), self.k_norm(k), v, mask))
+        y: Tensor = self.out(attend(self.q_norm(q), self.k_norm(k), v, mask))
+        return y
 
 
 class FeedForward(nn.Module):
@@ -93,7 +95,8 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.activation(self.inner(x)))
+        y: Tensor = self.out(self.activation(self.inner(x)))
+        return y
 
 
 class SwiGLU(nn.Module):
@@ -106,7 +109,34 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.inner(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * value)
+        y: Tensor = self.out(F.silu(gate) * value)
+        return y
+
+
+class GEGLU(nn.Module):
+    """value·gelu(gate) with (value, gate) = proj(x) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        y: Tensor = value * F.gelu(gate)
+        return y
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # net.1 is the place of diffusers' dropout: it keeps the published key net.2
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
 
 
 def zero(module: nn.Module) -> None:

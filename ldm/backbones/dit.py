@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, SwiGLU, blank, key_mask, zero
+from ldm.backbones.attention import (
+    ACTIVATIONS,
+    CrossAttention,
+    FeedForward,
+    SelfAttention,
+    SwiGLU,
+    blank,
+    key_mask,
+    zero,
+)
 from ldm.backbones.base import Backbone, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
 
@@ -27,8 +36,8 @@ class DiT:
     `base_size`: the latent size whose position grid is not scaled; give the training size. `pooled` adds the text
     encoder's pooled vector to the time embedding: through a learned projection, or as it comes with
     `pooled_projection = False` (the published class embedding; pooled_dim must equal width). `cross_norm = False`:
-    cross-attention reads un-normalised tokens, as PixArt's does. `mlp = "gelu-tanh"` is what was published; exact GELU is
-    five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width.
+    cross-attention reads un-normalised tokens, as PixArt's does. `mlp = "gelu-tanh"` is what was published; exact GELU
+    is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width.
     """
 
     kind: Literal["dit"] = "dit"
@@ -61,10 +70,10 @@ class DiT:
             raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
         divided, dim = ("width", self.width) if self.position == "sincos" else ("width/heads", self.width // self.heads)
         if dim % 4:
-            raise ValueError(f"{divided} ({dim}) must be divisible by 4 for {self.position} positions in two dimensions")
+            raise ValueError(f"{divided} ({dim}) must be divisible by 4 for two-dimensional {self.position} positions")
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> DiffusionTransformer:
-        """The network for latents of `channels` and text of `context_dim` (and `pooled_dim`); ValueError on a misfit."""
+        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
         return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
 
 
@@ -78,7 +87,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 class OwnModulation(nn.Module):
-    """adaLN-zero: a block's own linear map of silu(embedding) (B, D) to `parts` shifts, scales and gates (B, parts, D)."""
+    """adaLN-zero: a block's own linear map of silu(embedding) (B, D) to shifts, scales and gates (B, parts, D)."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
@@ -86,7 +95,8 @@ class OwnModulation(nn.Module):
         self.parts = parts
 
     def forward(self, embedding: Tensor) -> Tensor:
-        return self.linear(embedding).unflatten(1, (self.parts, -1))
+        parts: Tensor = self.linear(embedding)
+        return parts.view(len(embedding), self.parts, -1)
 
 
 class TableModulation(nn.Module):
@@ -116,10 +126,11 @@ class Block(nn.Module):
         self.attention = SelfAttention(width, config.heads, qk_norm=config.qk_norm)
         self.cross = CrossAttention(width, config.heads, qk_norm=config.qk_norm) if config.text == "cross" else None
         self.cross_norm = _norm(config) if config.cross_norm else nn.Identity()
-        self.mlp: nn.Module = (
-            # a gated layer has three matrices instead of two; the multiple of 8 keeps matrix kernels aligned
-            SwiGLU(width, -(-hidden * 2 // 3 // 8) * 8) if config.mlp == "swiglu" else FeedForward(width, hidden, config.mlp)
-        )
+        self.mlp: nn.Module
+        if config.mlp == "swiglu":  # three matrices instead of two; the multiple of 8 keeps matrix kernels aligned
+            self.mlp = SwiGLU(width, -(-hidden * 2 // 3 // 8) * 8)
+        else:
+            self.mlp = FeedForward(width, hidden, config.mlp)
 
     def forward(
         self,
@@ -150,7 +161,7 @@ def _norm(config: DiT) -> nn.Module:
 
 
 class DiffusionTransformer(Backbone):
-    """DiT (Peebles & Xie 2023) and PixArt-alpha (Chen et al. 2023): latents cut into patches, a transformer, patches put back.
+    """DiT (Peebles & Xie 2023) and PixArt-alpha (Chen et al. 2023): a transformer over patches of the latents.
 
     Output exactly 0 and every block the identity at initialisation. Any latent size divisible by the patch.
     """
@@ -229,13 +240,14 @@ class DiffusionTransformer(Backbone):
 
     def _cut(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H/p·W/p, C·p·p)."""
-        p = self.config.patch
-        return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        p, (batch, channels, height, width) = self.config.patch, x.shape
+        grid = x.reshape(batch, channels, height // p, p, width // p, p)
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _join(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """(B, rows·columns, p·p·C) -> (B, C, rows·p, columns·p)."""
         p = self.config.patch
-        grid = patches.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))
+        grid = patches.reshape(len(patches), rows, columns, p, p, self.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 

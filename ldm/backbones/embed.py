@@ -16,13 +16,14 @@ def sinusoid(level: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     Float32 whatever the autocast, because bfloat16 rounds level 501 to 500 (Vaswani et al. 2017, sec. 3.5).
     """
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=level.device, dtype=torch.float32) * (-math.log(max_period) / half))
+    order = torch.arange(half, device=level.device, dtype=torch.float32)
+    frequencies = torch.exp(order * (-math.log(max_period) / half))
     phase = level.float()[:, None] * frequencies
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 class Projection(nn.Module):
-    """linear_2(activation(linear_1(x))): embeds noise levels, pooled text and caption tokens; (..., inputs) -> (..., width)."""
+    """linear_2(activation(linear_1(x))) of noise levels, pooled text, caption tokens: (..., inputs) -> (..., width)."""
 
     def __init__(self, inputs: int, width: int, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class Projection(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype))))
+        y: Tensor = self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype))))
+        return y
 
 
 def _positions(count: int, base: float, device: torch.device) -> Tensor:

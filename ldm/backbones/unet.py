@@ -1,4 +1,4 @@
-"""Cross-attention U-Net of latent diffusion and Stable Diffusion; parameter names are those of diffusers' UNet2DConditionModel."""
+"""Cross-attention U-Net of latent diffusion and Stable Diffusion, its parameters named as diffusers names them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.backbones.attention import attend, blank, key_mask, zero
+from ldm.backbones.attention import GatedFeedForward, attend, blank, key_mask, zero
 from ldm.backbones.base import Backbone, need_pooled
 from ldm.backbones.embed import Projection, sinusoid
 
@@ -52,14 +52,14 @@ class UNet:
         for level in {*self.attention, len(self.channels) - 1}:
             divisor = self.head_dim or self.heads
             if self.channels[level] % divisor:
-                raise ValueError(f"level {level} has {self.channels[level]} channels, which {divisor} does not divide into heads")
+                raise ValueError(f"cannot cut level {level} ({self.channels[level]} channels) into heads by {divisor}")
 
     def heads_at(self, level: int) -> int:
         """Attention heads at a level."""
         return self.channels[level] // self.head_dim if self.head_dim else self.heads
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> CrossAttentionUNet:
-        """The network for latents of `channels` and text of `context_dim` (and `pooled_dim`); ValueError on a misfit."""
+        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
         return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
 
 
@@ -79,7 +79,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, active_time: Tensor) -> Tensor:
         """x (B, inputs, H, W), silu of the time embedding (B, time_dim) -> (B, outputs, H, W)."""
         h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(active_time)[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        y: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        return y
 
 
 class Attention(nn.Module):
@@ -94,34 +95,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        return self.to_out[0](attend(q, k, v, mask))
-
-
-class GEGLU(nn.Module):
-    """value·gelu(gate) with (value, gate) = proj(x) (Shazeer 2020, eq. 6)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class GatedFeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # net.1 is the place of diffusers' dropout: it keeps the published key net.2
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        projected = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in projected)
+        y: Tensor = self.to_out[0](attend(q, k, v, mask))
+        return y
 
 
 class TransformerLayer(nn.Module):
@@ -138,7 +115,8 @@ class TransformerLayer(nn.Module):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), context, mask)
-        return x + self.ff(self.norm3(x))
+        x = x + self.ff(self.norm3(x))
+        return x
 
 
 class SpatialTransformer(nn.Module):
@@ -149,7 +127,8 @@ class SpatialTransformer(nn.Module):
         self.linear = config.linear_projection
         self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerLayer(width, context_dim, heads) for _ in range(config.depth))
+        layers = (TransformerLayer(width, context_dim, heads) for _ in range(config.depth))
+        self.transformer_blocks = nn.ModuleList(layers)
         self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
         zero(self.proj_out)
 
@@ -158,7 +137,7 @@ class SpatialTransformer(nn.Module):
         tokens = _pointwise(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))
         for layer in self.transformer_blocks:
             tokens = layer(tokens, context, mask)
-        return x + _pointwise(self.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + _pointwise(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
 
 
 def _pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
@@ -176,13 +155,16 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        return y
 
 
 class Stage(nn.Module):
     """Resnets of one level, each followed by a text transformer where the level has them."""
 
-    def __init__(self, config: UNet, sizes: list[tuple[int, int]], level: int, context_dim: int, transformers: int) -> None:
+    def __init__(
+        self, config: UNet, sizes: list[tuple[int, int]], level: int, context_dim: int, transformers: int
+    ) -> None:
         super().__init__()
         self.save_memory = config.gradient_checkpointing
         time_dim, outputs = 4 * config.channels[0], sizes[0][1]
@@ -197,9 +179,9 @@ class Stage(nn.Module):
         return self._call(self.attentions[j], x, given.context, given.mask) if j < len(self.attentions) else x
 
     def _call(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
-        if self.save_memory and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
+        saving = self.save_memory and torch.is_grad_enabled()
+        y: Tensor = checkpoint(module, *inputs, use_reentrant=False) if saving else module(*inputs)
+        return y
 
 
 class Given(NamedTuple):
@@ -297,4 +279,5 @@ class CrossAttentionUNet(Backbone):
         x = self.mid_block(kept[-1], given)
         for up in self.up_blocks:
             x = up(x, kept, given)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        y: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return y

@@ -8,7 +8,7 @@ from ldm.samplers.ode import RK4, Euler, Heun, Midpoint
 from ldm.samplers.stochastic import EulerMaruyama, Langevin, PredictorCorrector, ReverseDiffusion
 from ldm.samplers.unipc import UniPC
 
-SAMPLERS = (DDPM, DDIM, Euler, Midpoint, Heun, RK4, DPMpp2M, DPMpp3M, DPMpp2S, DPMpp3S, DPMppSDE2M, UniPC, DEIS, IPNDM,
+SAMPLERS = (DPMpp2M, DDPM, DDIM, Euler, Midpoint, Heun, RK4, DPMpp3M, DPMpp2S, DPMpp3S, DPMppSDE2M, UniPC, DEIS, IPNDM,
             LMS, EulerMaruyama, ReverseDiffusion, PredictorCorrector, Langevin)
 
 __all__ = ["DDIM", "DDIMInversion", "DDPM", "DEIS", "DPMpp2M", "DPMpp2S", "DPMpp3M", "DPMpp3S", "DPMppSDE2M", "Euler",

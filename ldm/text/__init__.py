@@ -1,4 +1,4 @@
-"""Text encoders: captions in, context tokens, padding mask and pooled vector out. `TEXT_ENCODERS` lists their configs."""
+"""Text encoders: captions in; context tokens, padding mask and pooled vector out. `TEXT_ENCODERS` lists them."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ POOLINGS = ("auto", "mean", "eos", "none")
 class TextEncoder(nn.Module, ABC):
     """Captions -> Cond. The unconditional is the encoding of "".
 
-    `context_dim` and `pooled_dim` (None: no pooled vector) are the widths of what it gives, `trainable` whether it learns
-    with the denoiser. What a caption becomes does not depend on the other captions of the batch.
+    `context_dim` and `pooled_dim` (None: no pooled vector) are the widths of what it gives, `trainable` whether it
+    learns with the denoiser. What a caption becomes does not depend on the other captions of the batch.
     """
 
     def __init__(self, *, context_dim: int, pooled_dim: int | None, trainable: bool) -> None:
@@ -80,7 +80,7 @@ class Scratch:
         """The encoder for a stored vocabulary; ValueError where that was made for another length."""
         tokenizer = WordTokenizer.from_json(vocabulary)
         if tokenizer.length != self.length:
-            raise ValueError(f"the vocabulary was made for {tokenizer.length} tokens, the config asks for {self.length}")
+            raise ValueError(f"the vocabulary is for {tokenizer.length} tokens, the config asks for {self.length}")
         return ScratchTextEncoder(self, tokenizer)
 
 
@@ -94,7 +94,8 @@ class ScratchLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attention(self.norm_1(x), mask)
-        return x + self.mlp(self.norm_2(x))
+        y: Tensor = x + self.mlp(self.norm_2(x))
+        return y
 
 
 class ScratchTextEncoder(TextEncoder):
@@ -162,7 +163,7 @@ class Label:
 
 
 class LabelEncoder(TextEncoder):
-    """One learned vector per class, given as the pooled vector and as a context of one token; row 0 is the null class."""
+    """One learned vector per class, given as the pooled vector and as a context of one token; row 0 is the null."""
 
     def __init__(self, config: Label, classes: tuple[str, ...]) -> None:
         super().__init__(context_dim=config.width, pooled_dim=config.width, trainable=True)
@@ -190,10 +191,10 @@ class LabelEncoder(TextEncoder):
 class HuggingFace:
     """Config of a frozen Hugging Face encoder: CLIP's text half, a T5 encoder, or one like BERT.
 
-    `pooling`: "auto" (the model's own projected or pooled text where it was trained to give one, as CLIP's; else the mean),
-    "mean" over real tokens, "eos" (last real token) or "none". `layer`: -1 the last hidden state, after the final norm;
-    otherwise an index into hidden_states, -2 the penultimate. `lower`: lower-case and strip, as PixArt does. `masked =
-    False` lets padding be attended to, as Stable Diffusion's U-Nets do.
+    `pooling`: "auto" (the model's own projected or pooled text where it was trained to give one, as CLIP's; else the
+    mean), "mean" over real tokens, "eos" (last real token) or "none". `layer`: -1 the last hidden state, after the
+    final norm; otherwise an index into hidden_states, -2 the penultimate. `lower`: lower-case and strip, as PixArt
+    does. `masked = False` lets padding be attended to, as Stable Diffusion's U-Nets do.
     """
 
     kind: Literal["huggingface"] = "huggingface"
@@ -210,7 +211,7 @@ class HuggingFace:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
 
     def build(self, model: nn.Module, tokenizer: Any) -> HuggingFaceTextEncoder:
-        """The encoder around a loaded transformers model and its tokenizer; freezes the model. ValueError on a misfit."""
+        """The encoder around a loaded transformers model, which it freezes; ValueError on a misfit."""
         return HuggingFaceTextEncoder(self, model, tokenizer)
 
 
@@ -243,8 +244,8 @@ class HuggingFaceTextEncoder(TextEncoder):
         numbers, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         self.model.eval()  # a trainer's train() reaches this model too, and would switch T5's dropout on
         output = self.model(input_ids=numbers, attention_mask=mask, output_hidden_states=self.config.layer != -1)
-        states = (output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]).float()
-        real = mask.bool()
+        states = output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
+        states, real = states.float(), mask.bool()
         pooled = self._pool(output, states, real)
         return Cond(states, real if self.config.masked else torch.ones_like(real), pooled)
 
@@ -258,7 +259,8 @@ class HuggingFaceTextEncoder(TextEncoder):
             return masked_mean(states, mask)
         if self.pooling == "eos":
             return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-        return (output.text_embeds if self.pooling == "projected" else output.pooler_output).float()
+        pooled: Tensor = output.text_embeds if self.pooling == "projected" else output.pooler_output
+        return pooled.float()
 
     def truncated(self, captions: Iterable[str]) -> int:
         """See `TextEncoder.truncated`."""
@@ -266,7 +268,7 @@ class HuggingFaceTextEncoder(TextEncoder):
 
 
 def _pooling(asked: str, model: nn.Module) -> str:
-    """What "auto" means for this model. BERT's pooler is left out: it was trained for sentence order, not for meaning."""
+    """What "auto" means for this model. BERT's pooler is left out: it learned sentence order, not meaning."""
     if asked != "auto":
         return asked
     if hasattr(model, "text_projection"):

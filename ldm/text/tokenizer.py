@@ -25,9 +25,9 @@ def split(caption: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WordTokenizer:
-    """Captions to `length` token numbers: <start>, words, <end>, padding; the empty caption is <start> <end>.
+    """Captions to `length` token numbers: <start>, words, <end>, padding; "" is <start> <end>.
 
-    `vocabulary` begins with <pad>, <unk>, <start>, <end>. ValueError for another beginning, repeats or a length under 2.
+    `vocabulary` begins with <pad>, <unk>, <start>, <end>. ValueError for another beginning, repeats, length < 2.
     """
 
     vocabulary: tuple[str, ...]
@@ -41,7 +41,7 @@ class WordTokenizer:
 
     @classmethod
     def build(cls, captions: Iterable[str], length: int, max_words: int) -> WordTokenizer:
-        """The `max_words` most frequent words, equally frequent ones in alphabetical order: the captions' order is nothing."""
+        """The `max_words` most frequent words, equally frequent ones by alphabet: the captions' order is nothing."""
         counts = Counter(word for caption in captions for word in split(caption))
         words = sorted(counts, key=lambda word: (-counts[word], word))
         return cls((*SPECIAL, *words[:max_words]), length)
@@ -63,8 +63,9 @@ class WordTokenizer:
         return {word: number for number, word in enumerate(self.vocabulary)}
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B captions -> token numbers (B, length) int64 and mask (B, length), True = real. Long captions lose their end."""
-        rows = [[START, *(self._numbers.get(word, UNKNOWN) for word in split(c)[: self.length - 2]), END] for c in captions]
+        """B captions -> token numbers (B, length) int64, mask (B, length), True = real; long ones lose their end."""
+        words = [[self._numbers.get(word, UNKNOWN) for word in split(caption)] for caption in captions]
+        rows = [[START, *row[: self.length - 2], END] for row in words]
         numbers = torch.tensor([row + [PAD] * (self.length - len(row)) for row in rows], dtype=torch.long)
         numbers = numbers.view(len(rows), self.length)
         return numbers, numbers != PAD

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised, Diffusion
 from ldm.noise import Noise
 from ldm.samplers import mix
@@ -73,6 +74,19 @@ def gaussian(schedule: NoiseSchedule, std: float = 0.5, mean: float = 0.0, dim: 
     return Mixture(schedule, torch.ones(1, dtype=F64), torch.full((1, dim), mean, dtype=F64), std**2 * eye[None])
 
 
+@dataclass(frozen=True)
+class Isotropic:
+    """N(0, std^2 I) for data of any shape, element by element: `gaussian` without its matrices."""
+
+    schedule: NoiseSchedule
+    std: float = 0.5
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        alpha, sigma = self.schedule(t)
+        variance = (alpha * self.std) ** 2 + sigma**2
+        return Denoised(x * (alpha * self.std**2 / variance), x * (sigma / variance))
+
+
 def two_modes(schedule: NoiseSchedule) -> Mixture:
     """Two unequal, differently shaped modes in the plane."""
     covariances = torch.tensor([[[0.10, 0.06], [0.06, 0.08]], [[0.05, -0.02], [-0.02, 0.12]]], dtype=F64)
@@ -100,7 +114,7 @@ class Through:
 class Counted:
     """Counts the calls of a denoiser."""
 
-    denoise: Mixture | Through
+    denoise: Denoise
     times: list[float] = field(default_factory=list)
 
     @property

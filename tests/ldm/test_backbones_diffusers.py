@@ -57,8 +57,8 @@ def test_pixart_has_the_published_size() -> None:
 def test_dit_equals_pixart(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     theirs = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32,
-        sample_size=8, patch_size=2, caption_channels=24, use_additional_conditions=False,
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=32, sample_size=8, patch_size=2, caption_channels=24, use_additional_conditions=False,
     ).eval()  # fmt: skip
     ours = DiT(
         width=32, depth=2, heads=4, mlp="gelu-tanh", conditioning="adaln-single", cross_norm=False, pooled=False,

@@ -17,7 +17,7 @@ CAPTIONS = ["a red circle", "", "a small blue square left of a red circle", "a p
 # --- the word tokenizer
 
 def test_words_and_punctuation() -> None:
-    assert split("A T-shirt,\tl'été — 2 don't!") == ["a", "t", "-", "shirt", ",", "l", "'", "été", "—", "2", "don", "'", "t", "!"]
+    assert split("A T-shirt,\tété — 2 don't!") == ["a", "t", "-", "shirt", ",", "été", "—", "2", "don", "'", "t", "!"]
     assert split("红色的圆 red") == ["红", "色", "的", "圆", "red"]
     assert split(" \n") == []
 
@@ -42,13 +42,13 @@ def test_json_round_trip_and_refusals() -> None:
     tokenizer = WordTokenizer.build(["été \" \\ 圆"], length=5, max_words=10)
     assert WordTokenizer.from_json(tokenizer.to_json()) == tokenizer
     for wrong in ("{}", "[1]", "not json", '{"length": 5, "vocabulary": ["a"]}', tokenizer.to_json().replace("5", "1")):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"vocabulary|Expecting|length"):
             WordTokenizer.from_json(wrong)
 
 
 # --- tiny Hugging Face models, built on the spot
 
-WORDS = "a red blue circle square small photo of t - shirt ! left".split()
+WORDS = ["a", "red", "blue", "circle", "square", "small", "photo", "of", "t", "-", "shirt", "!", "left"]
 
 
 def fast_tokenizer(start: str | None, end: str, pad: str) -> Any:
@@ -69,8 +69,9 @@ def clip(projected: bool) -> tuple[nn.Module, Any]:
     transformers = pytest.importorskip("transformers")
     tokenizer = fast_tokenizer("<start>", "<end>", "<end>")  # CLIP pads with its end token
     config = transformers.CLIPTextConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, projection_dim=12,
-        max_position_embeddings=12, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        projection_dim=12, max_position_embeddings=12, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config), tokenizer
@@ -120,7 +121,8 @@ def test_shapes_and_declared_widths(encoder: TextEncoder) -> None:
     assert cond.context.shape == (*cond.mask.shape, encoder.context_dim)
     assert cond.mask.dtype == torch.bool
     assert cond.mask.any(1).all()
-    assert cond.pooled is not None and cond.pooled.shape == (4, encoder.pooled_dim)
+    assert cond.pooled is not None
+    assert cond.pooled.shape == (4, encoder.pooled_dim)
     assert cond.context.dtype == cond.pooled.dtype == torch.float32
 
 
@@ -214,7 +216,8 @@ def test_pooling(name: str, pooling: str) -> None:
     encoder = HuggingFace(length=12, pooling=pooling).build(model, tokenizer)
     pooled = encoder(CAPTIONS).pooled
     if pooling == "none":
-        assert pooled is None and encoder.pooled_dim is None
+        assert pooled is None
+        assert encoder.pooled_dim is None
         return
     for i, output in enumerate(direct(model, tokenizer, CAPTIONS)[0]):
         own = {"clip": "pooler_output", "clip-projected": "text_embeds"}.get(name) if pooling == "auto" else None

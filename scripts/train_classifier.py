@@ -1,0 +1,28 @@
+"""Train a small classifier of captions on real packed pictures: a judge for generated ones."""
+
+from __future__ import annotations
+
+import sys
+
+from training.cli import Parser, run_main
+
+
+def main() -> None:
+    parser = Parser(__doc__ or "")
+    add = parser.add_argument
+    add("--data", metavar="DIR", required=True, help="packed pictures whose captions are classes")
+    add("--output", metavar="DIR", required=True, help="where the classifier goes")
+    add("--epochs", type=int, default=2, help="passes over the training pictures")
+    add("--batch-size", type=int, default=128, help="pictures per step")
+    add("--width", type=int, default=32, help="maps of the first layer")
+    add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.read()
+    from training.classifier import train_classifier
+
+    sys.exit(train_classifier(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.grids import GRIDS, Exponential, Given, Grid, Karras, Leading, Linspace, Quadratic, Trailing, Uniform, UniformLogSNR
+from ldm.samplers import check_grid
+from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, DDPMScaledLinear, Flow, NoiseSchedule, Table
+from oracles import F64
+
+ENDS: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [Flow(t_min=0.0)] + [
+    cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]  # type: ignore[call-arg]
+
+
+def build(cls: type[Grid], steps: int) -> Grid:
+    return Given(times=tuple(torch.linspace(1, 0, steps + 1).tolist())) if cls is Given else cls()
+
+
+@pytest.mark.parametrize("schedule", ENDS, ids=repr)
+@pytest.mark.parametrize("cls", GRIDS)
+def test_every_grid_falls_to_zero_on_every_schedule(cls: type[Grid], schedule: NoiseSchedule) -> None:
+    for steps in (1, 2, 3, 10, 50):
+        grid = build(cls, steps)(steps, schedule)
+        assert len(grid) == steps + 1 and grid.dtype == F64 and bool((check_grid(grid).diff() < 0).all())
+        assert grid[-1] == 0 and (grid[0] == 1 or cls is Leading)
+        assert bool((grid[:-1] >= schedule.t_min * (1 - 1e-9)).all())
+    with pytest.raises(ValueError, match="step"):
+        build(cls, 1)(0, schedule)
+
+
+def test_karras_is_edms_grid() -> None:
+    sigmas = Karras()(18, EDM()) * 80
+    torch.testing.assert_close(sigmas[[0, 1, 2, 3, 16, 17, 18]],
+                               torch.tensor([80, 57.586, 40.7856, 28.3746, 0.0075, 0.002, 0], dtype=F64), atol=5e-5, rtol=5e-6)
+
+
+def test_karras_on_a_table_ends_where_the_table_does() -> None:
+    grid = Karras()(10, DDPMScaledLinear())
+    assert grid[0] == 1 and grid[-2].item() == pytest.approx(0.001, abs=1e-12)
+
+
+def test_uniform_quadratic_and_shift() -> None:
+    torch.testing.assert_close(Uniform()(4, VP()), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=F64))
+    torch.testing.assert_close(Uniform(shift=3)(4, VP()), torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=F64))
+    torch.testing.assert_close(Quadratic()(4, VP()), torch.tensor([1, 0.5625, 0.25, 0.0625, 0], dtype=F64))
+
+
+def test_log_grids_are_even_in_their_own_variable() -> None:
+    for grid in (Exponential(), UniformLogSNR()):
+        steps = VP().logsnr(grid(12, VP())[:-1]).diff()
+        torch.testing.assert_close(steps, steps.mean().expand(11))
+    sigmas = Exponential(rho=2)(5, EDM())[:-1] * 80
+    torch.testing.assert_close((sigmas / 0.002).log() / (80 / 0.002), torch.linspace(1, 0, 5, dtype=F64) ** 2 * (
+        torch.tensor(40000.0, dtype=F64).log() / 40000))
+
+
+def test_table_grids_visit_the_published_entries() -> None:
+    def indices(grid: Grid, steps: int) -> list[int]:
+        return [round(value) for value in (grid(steps, DDPMLinear())[:-1] * 1000 - 1).tolist()]
+
+    assert indices(Leading(), 10) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    assert indices(Leading(offset=1), 4) == [751, 501, 251, 1]
+    assert indices(Linspace(), 5) == [999, 749, 500, 250, 0]
+    assert indices(Trailing(), 4) == [999, 749, 499, 249]
+    assert indices(Trailing(), 3) == [999, 666, 332]
+    with pytest.raises(ValueError, match="1000"):
+        Trailing()(1001, DDPMLinear())
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Karras(rho=0), lambda: Karras(sigma_min=2, sigma_max=1), lambda: Exponential(sigma_min=0), lambda: Uniform(shift=0),
+    lambda: UniformLogSNR(logsnr_min=3, logsnr_max=2), lambda: Leading(offset=2), lambda: Given(times=(1.0,)),
+    lambda: Given(times=(1.0, 0.5)), lambda: Given(times=(0.2, 0.5, 0.0)), lambda: Given()(3, Flow()),
+])
+def test_nonsense_is_refused(make: object) -> None:
+    with pytest.raises(ValueError):
+        make()  # type: ignore[operator]

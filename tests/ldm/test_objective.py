@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm import weighting
+from ldm.conditioning import Cond
+from ldm.diffusion import Diffusion
+from ldm.noise import Noise
+from ldm.objective import Objective
+from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, V, Velocity
+from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule, Table
+from ldm.times import TIMES, LogitNormal, LogNormal, TimeSampling, Uniform
+from ldm.weighting import WEIGHTINGS, Weighting
+from oracles import F64
+
+ALL: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [
+    cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]  # type: ignore[call-arg]
+PROCESSES = [Diffusion(schedule=schedule, prediction=cls()) for schedule, cls in itertools.product(ALL, PREDICTIONS)
+             if cls().refusal(schedule) is None]
+NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
+U = (torch.arange(4096, dtype=F64) + 0.5) / 4096
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=repr)
+@pytest.mark.parametrize("times", [cls() for cls in TIMES], ids=repr)
+def test_drawn_times_can_be_trained_at(times: TimeSampling, schedule: NoiseSchedule) -> None:
+    t = times.sample(U, schedule)
+    assert t.dtype == F64 and t.min() >= schedule.t_min and t.max() <= 1
+    if isinstance(schedule, Table):
+        torch.testing.assert_close(t * schedule.steps, (t * schedule.steps).round(), rtol=0, atol=1e-9)
+
+
+def test_the_distributions() -> None:
+    torch.testing.assert_close(Uniform().sample(U, Flow()), U)
+    counts = torch.bincount((Uniform().sample(U, DDPMLinear(steps=8)) * 8).round().long())
+    assert counts.tolist() == [0] + [512] * 8
+    logits = torch.logit(LogitNormal(mean=-0.4, std=0.7).sample(U, Flow()))
+    assert logits.mean().item() == pytest.approx(-0.4, abs=1e-6) and logits.std().item() == pytest.approx(0.7, abs=2e-3)
+    logs = (80 * LogNormal().sample(U, EDM())).log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=1e-3) and logs.std().item() == pytest.approx(1.2, abs=5e-3)
+
+
+@pytest.mark.parametrize("rule", [cls() for cls in WEIGHTINGS], ids=repr)
+def test_weights_are_finite_and_not_negative_everywhere(rule: Weighting) -> None:
+    for diffusion in PROCESSES:
+        weights = rule(diffusion, torch.linspace(max(diffusion.schedule.t_min, 1e-5), 1, 101, dtype=F64))
+        assert bool(weights.isfinite().all()) and bool((weights >= 0).all()), diffusion
+
+
+@pytest.mark.parametrize("rule", [cls() for cls in WEIGHTINGS if cls is not weighting.Uniform], ids=repr)
+def test_a_weighting_means_the_same_for_every_prediction(rule: Weighting) -> None:
+    """The same pair of ends, in error by the same amount, costs the same whatever the network was asked for."""
+    t = torch.linspace(0.05, 0.95, 7, dtype=F64)
+    for schedule in (VP(), Flow(), VE()):
+        alpha, sigma = schedule(t)
+        wrong_x0 = torch.ones(7, 1, dtype=F64)
+        wrong_eps = -(alpha / sigma)[:, None] * wrong_x0
+        costs = []
+        for diffusion in (process for process in PROCESSES if process.schedule == schedule):
+            error = diffusion.target(wrong_x0, wrong_eps, t)
+            costs.append(rule(diffusion, t) * error[:, 0] ** 2)
+        for cost in costs:
+            torch.testing.assert_close(cost, costs[0], rtol=1e-9, atol=0)
+
+
+def test_the_published_weights() -> None:
+    t = torch.linspace(0.02, 0.98, 9, dtype=F64)
+    snr = VP().logsnr(t).exp()
+
+    def weights(rule: Weighting, prediction: object, schedule: NoiseSchedule = VP()) -> Tensor:  # noqa: B008
+        return rule(Diffusion(schedule=schedule, prediction=prediction), t)  # type: ignore[arg-type]
+
+    torch.testing.assert_close(weights(weighting.SNR(), X0()), snr)
+    torch.testing.assert_close(weights(weighting.MinSNR(), X0()), snr.clamp(max=5))
+    torch.testing.assert_close(weights(weighting.MinSNR(), Eps()), snr.clamp(max=5) / snr)
+    torch.testing.assert_close(weights(weighting.MinSNR(), V()), snr.clamp(max=5) / (snr + 1))
+    torch.testing.assert_close(weights(weighting.SoftMinSNR(), X0()), 4 * snr / (snr + 4))
+    torch.testing.assert_close(weights(weighting.P2(), Eps()), 1 / (1 + snr))
+    torch.testing.assert_close(weights(weighting.Sigmoid(bias=-2), Eps()), torch.sigmoid(-2 - snr.log()))
+    torch.testing.assert_close(weights(weighting.ELBO(), Velocity(), Flow()), (1 - t) / t)
+    grown = (VP().logsnr(t + 1e-6) - VP().logsnr(t - 1e-6)) / 2e-6
+    torch.testing.assert_close(weights(weighting.ELBO(), Eps()), -grown / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights(weighting.EDM(), EDMF(), EDM()), torch.ones_like(t))
+    at_half = torch.tensor([0.5 / 80], dtype=F64)
+    assert weighting.EDM()(Diffusion(schedule=EDM(), prediction=X0()), at_half).item() == pytest.approx(8, abs=1e-9)
+
+
+def objective(diffusion: Diffusion, rule: Weighting | None = None) -> Objective:
+    return Objective(diffusion=diffusion, times=Uniform(), weighting=rule or weighting.Uniform())
+
+
+def test_the_loss_of_a_sample_depends_on_its_seed_alone() -> None:
+    loss = objective(Diffusion(schedule=Flow(), prediction=Velocity()))
+    x0, noise = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0)), Noise.from_seeds(list(range(6)))
+
+    def network(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        return x * (level.float() / 1000).view(-1, 1, 1, 1)
+
+    whole = loss(network, x0, NOTHING, noise)
+    assert whole.shape == (6,) and whole.dtype == torch.float32
+    torch.testing.assert_close(torch.cat([loss(network, x0[:2], NOTHING, noise[:2]), loss(network, x0[2:], NOTHING, noise[2:])]),
+                               whole, rtol=1e-6, atol=1e-7)
+
+
+def test_the_loss_at_given_times_is_the_error_of_the_target() -> None:
+    diffusion = Diffusion(schedule=VP(), prediction=V())
+    x0, eps = torch.ones(2, 3, 1, 1), torch.full((2, 3, 1, 1), 2.0)
+    t = torch.tensor([0.2, 0.9], dtype=F64)
+    loss = objective(diffusion).at(lambda x, level, cond: torch.zeros_like(x), x0, NOTHING, t, eps)
+    alpha, sigma = VP()(t)
+    torch.testing.assert_close(loss, (2 * alpha - sigma).float() ** 2)
+
+
+def test_the_weight_multiplies_the_loss() -> None:
+    diffusion, noise = Diffusion(schedule=VP(), prediction=Eps()), Noise.from_seeds([5, 6])
+    x0 = torch.ones(2, 1, 2, 2)
+
+    def silent(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        return torch.zeros_like(x)
+
+    t = Uniform().sample(noise.uniform((), "time"), VP())
+    plain, weighted = (objective(diffusion, rule)(silent, x0, NOTHING, noise) for rule in (None, weighting.P2()))
+    torch.testing.assert_close(weighted, plain * weighting.P2()(diffusion, t).float())
+
+
+def test_the_minimum_is_at_the_true_score() -> None:
+    """Denoising score matching on G(1): over linear denoisers c x_t, the loss is least where c is the exact answer."""
+    diffusion = Diffusion(schedule=VE(), prediction=X0())
+    x0 = Noise.from_seeds(list(range(64))).normal((4096,), "data")
+    eps = Noise.from_seeds(list(range(64))).normal((4096,), "eps")
+    t = torch.full((64,), 0.55, dtype=F64)
+    factor = torch.tensor(1 / (1 + VE()(t[:1]).sigma.item() ** 2), requires_grad=True)
+    scale = VE().input_scale(t[:1]).item()
+    loss = objective(diffusion).at(lambda x, level, cond: factor * x / scale, x0, NOTHING, t, eps).mean()
+    (gradient,) = torch.autograd.grad(loss, factor)
+    assert abs(gradient.item()) < 4.5 * 4 * math.sqrt(1 / x0.numel()) * (1 + VE()(t[:1]).sigma.item() ** 2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: LogitNormal(std=0), lambda: LogNormal(std=-1), lambda: weighting.MinSNR(gamma=0), lambda: weighting.P2(k=0),
+    lambda: weighting.SoftMinSNR(gamma=-1), lambda: weighting.EDM(sigma_data=0)])
+def test_nonsense_is_refused(make: object) -> None:
+    with pytest.raises(ValueError):
+        make()  # type: ignore[operator]

@@ -1,0 +1,127 @@
+"""A small classifier of packed pictures: names the class a caption states, and gives features to measure pictures in."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoder.images import to_unit
+from ldm.noise import Noise
+from training import launch
+from training.data import Images
+from training.errors import DATA, UserError
+from training.files import load_tensors, read_json, save_tensors, write_json
+from training.optim import adamw, learning_rate, set_learning_rate
+from training.order import DataOrder, Slot
+from training.settings import Optimizer
+from training.shards import ShardSet
+
+if TYPE_CHECKING:
+    import argparse
+
+
+class Classifier(nn.Module):
+    """uint8 pictures (B,3,H,W) -> logits (B, classes); `features` are the pooled maps before them (B, 4 * width)."""
+
+    def __init__(self, classes: tuple[str, ...], width: int = 32) -> None:
+        super().__init__()
+        self.classes, self.width = classes, width
+
+        def block(into: int, out: int) -> list[nn.Module]:
+            conv = nn.Conv2d(into, out, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(out), nn.ReLU()]
+
+        self.maps = nn.Sequential(*block(3, width), *block(width, width), nn.MaxPool2d(2), *block(width, 2 * width), *block(2 * width, 2 * width),
+                                  nn.MaxPool2d(2), *block(2 * width, 4 * width), *block(4 * width, 4 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, len(classes))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, 4 * width)."""
+        return self.maps(to_unit(pixels).contiguous(memory_format=torch.channels_last))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(F.dropout(self.features(pixels), 0.3, self.training))
+
+
+def train_classifier(args: argparse.Namespace) -> int:
+    """Train on the real training pictures alone, measure on the held-out ones, store {config.json, model.safetensors}."""
+    output = Path(args.output)
+    if (output / "model.safetensors").exists():
+        raise UserError(f"{output} already holds a classifier", hint="choose another --output")
+    device = launch.resolve(args.device)
+    launch.keep_memory()
+    train, held_out = Images(ShardSet(args.data, "train")), Images(ShardSet(args.data, "val"))
+    names = [caption(train, i) for i in range(len(train))]
+    classes = tuple(sorted(set(names)))
+    if not 2 <= len(classes) <= 1000:
+        raise UserError(f"{args.data}: {len(classes)} different captions cannot be classes", hint="a classifier needs 2 to 1000 of them", code=DATA)
+    torch.manual_seed(args.seed)
+    model = Classifier(classes, args.width).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _fit(model, train, torch.tensor([classes.index(n) for n in names]), args)
+    right = accuracy(model, held_out)
+    output.mkdir(parents=True, exist_ok=True)
+    save_tensors(output / "model.safetensors", model.state_dict())
+    write_json(output / "config.json", {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": right, "images": len(held_out)})
+    print(f"classifier: {right:.2%} of {len(held_out):,} held-out pictures named right -> {output}", file=sys.stderr)
+    return 0
+
+
+def _fit(model: Classifier, train: Images, labels: Tensor, args: argparse.Namespace) -> None:
+    device = next(model.parameters()).device
+    settings = Optimizer(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05, warmup=100, decay="cosine")
+    optimizer, order = adamw(settings, [model]), DataOrder(len(train), args.batch_size, args.seed)
+    steps = args.epochs * len(train) // args.batch_size
+    model.train()
+    for step in range(steps):
+        slots = order.at(step, 0, args.batch_size)
+        pixels = augment(train.__getitems__(slots).data.to(device), Noise(torch.tensor([s.slot for s in slots])).fold(args.seed))
+        set_learning_rate(optimizer, learning_rate(settings, step, steps))
+        loss = F.cross_entropy(model(pixels), labels[[s.index for s in slots]].to(device), label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"classifier step {step + 1}/{steps}  loss {loss.item():.4f}", file=sys.stderr)
+    model.eval()
+
+
+def augment(pixels: Tensor, noise: Noise) -> Tensor:
+    """Shifts of up to two pixels and mirror images, keyed by slot."""
+    u = noise.uniform((3,), "augment").to(pixels.device)
+    height, width = pixels.shape[-2:]
+    down, right = (u[:, :1] * 5 - 2).floor().long(), (u[:, 1:2] * 5 - 2).floor().long()
+    rows = (down + torch.arange(height, device=u.device)).clamp(0, height - 1)
+    columns = (right + torch.arange(width, device=u.device)).clamp(0, width - 1)
+    columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
+    batch = torch.arange(len(pixels), device=u.device)[:, None, None]
+    return pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> Classifier:
+    """A stored classifier, frozen."""
+    folder = Path(folder)
+    about = read_json(folder / "config.json")
+    model = Classifier(tuple(about["classes"]), about["width"])
+    model.load_state_dict(load_tensors(folder / "model.safetensors"))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def caption(images: Images, index: int) -> str:
+    """The first caption of a packed picture: its class."""
+    return images.shards.read_field(index, "txt").decode("utf-8").strip()
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, images: Images) -> float:
+    """The share of packed pictures whose caption the classifier names."""
+    right = 0
+    for first in range(0, len(images), 250):
+        index = range(first, min(first + 250, len(images)))
+        answer = model(images.__getitems__([Slot(i, 0, i) for i in index]).data.to(next(model.parameters()).device)).argmax(1).tolist()
+        right += sum(model.classes[a] == caption(images, i) for a, i in zip(answer, index, strict=True))
+    return right / len(images)

@@ -1,0 +1,222 @@
+"""The work of scripts/evaluate.py: numbers for a finished autoencoder or denoiser, with everything they depend on beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autoencoder.fidelity import psnr, ssim
+from autoencoder.images import to_uint8, to_unit
+from training import generate, launch, pictures
+from training import perceptual as lpips
+from training.classifier import Classifier, caption, load_classifier
+from training.data import Images
+from training.errors import DATA, UserError
+from training.features import Features, load_features
+from training.files import read_json, write_json
+from training.metrics import Moments, frechet_distance, kernel_distance, wilson
+from training.order import Slot
+from training.runs import autoencoder_hashes, find, load_autoencoder, versions
+from training.shards import ShardSet
+from training.system import load_pipeline, pipeline_hashes
+
+if TYPE_CHECKING:
+    import argparse
+
+CHUNK = 100
+KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
+    launch.keep_memory()
+    since = time.perf_counter()
+    values = read_json(find_any(args.model) / "config.json")
+    numbers = of_autoencoder(args) if "model" in values else of_denoiser(args)
+    numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
+    for key, value in numbers.items():
+        if isinstance(value, int | float | str):
+            print(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output), numbers)
+        print(f"wrote {args.output}", file=sys.stderr)
+    return 0
+
+
+def find_any(model: str) -> Path:
+    """The folder of a run's config, whichever its stage."""
+    for place in (Path(model) / "final", Path(model)):
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(f"{model}: no such run", hint="give a run folder or its final/", code=DATA)
+
+
+def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
+    """Stage one on held-out pictures: PSNR, SSIM, LPIPS where a network is named, Frechet distance of reconstructions."""
+    device = launch.resolve(args.device)
+    model = load_autoencoder(args.model, device)
+    images, features = held_out(args), load_features(args.features, device)
+    network = lpips.load_perceptual(args.lpips_net, "standard" if args.lpips == "standard" else "random", None if args.lpips in ("standard", "random") else args.lpips).to(device) if args.lpips else None
+    rows: dict[str, list[Tensor]] = {"psnr": [], "ssim": []} | ({"lpips": []} if network else {})
+    real, ours = Moments(features.dim), Moments(features.dim)
+    for pixels in chunks(images, chosen(images, args.count), device):
+        made = _reconstruct(model, pixels)
+        real.add(features(pixels))
+        ours.add(features(made))
+        inner, outer = crop(made, args.crop), crop(pixels, args.crop)
+        rows["psnr"].append(psnr(inner, outer))
+        rows["ssim"].append(ssim(inner, outer))
+        if network:
+            with torch.no_grad():
+                rows["lpips"].append(network(to_unit(made), to_unit(pixels)))
+    means = {name: torch.cat(parts).double().mean().item() for name, parts in rows.items()}
+    return {**means, "frechet": frechet_distance(real, ours), "images": real.count, "features": features.name, "crop": args.crop or 0,
+            "hashes": autoencoder_hashes(model)}
+
+
+@torch.no_grad()
+def _reconstruct(model: Any, pixels: Tensor) -> Tensor:
+    """Pictures through the posterior's mean, 8-bit."""
+    return to_uint8(model(to_unit(pixels), None)[0])
+
+
+def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
+    """Stage two: generated against held-out pictures, and how far captions are obeyed."""
+    device = launch.resolve(args.device)
+    pipeline = load_pipeline(args.model, device, args.text_encoder)
+    sampling, settings = generate.choose(args, pipeline)
+    numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "hashes": pipeline_hashes(pipeline)}
+    if args.obedience == "shapes":
+        numbers |= shapes_obedience(pipeline, sampling, args)
+    if args.data:
+        numbers |= distances(pipeline, sampling, args, device)
+    elif args.obedience != "shapes":
+        raise UserError("nothing to measure", hint="give --data DIR, or --obedience shapes")
+    return numbers
+
+
+def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Frechet and kernel distance of `count` generated pictures to the held-out ones, captions evenly from theirs."""
+    images, features = held_out(args), load_features(args.features, device)
+    judge = load_classifier(args.obedience, device) if args.obedience else None
+    requests = generate.ask(even_captions(images, args.count), 1, args.seed)
+    real, sets = Moments(features.dim), {"generated": Moments(features.dim), "reconstructed": Moments(features.dim), "training": Moments(features.dim)}
+    real_rows: list[Tensor] = []
+    for pixels in chunks(images, range(len(images)), device):
+        found = features(pixels)
+        real.add(found)
+        real_rows.append(found.cpu())
+    made_rows, right = [], 0
+    for first in range(0, len(requests), args.batch_size):
+        part = requests[first : first + args.batch_size]
+        pixels = next(pipeline.pixels([r.prompt for r in part], [r.seed for r in part], sampling=sampling, batch_size=len(part)))
+        found = features(pixels)
+        sets["generated"].add(found)
+        made_rows.append(found.cpu())
+        right += named(judge, pixels, [r.prompt for r in part]) if judge else 0
+        if first % (10 * args.batch_size) == 0:
+            print(f"generated {first + len(part)} of {len(requests)}", file=sys.stderr)
+    train = Images(ShardSet(args.data, "train"))
+    for pixels in chunks(images, even_indices(images, args.count), device):
+        sets["reconstructed"].add(features(_reconstruct(pipeline.autoencoder, pixels)))
+    for pixels in chunks(train, even_indices(train, args.count), device):
+        sets["training"].add(features(pixels))
+    numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, moments) for name, moments in sets.items()}
+    numbers |= {"frechet_ratio": numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"]),
+                "kernel_distance": kernel_distance(torch.cat(real_rows)[:: max(1, len(images) // KERNEL_SAMPLES)], torch.cat(made_rows)[:KERNEL_SAMPLES]),
+                "features": features.name, "pictures": len(requests), "real_pictures": real.count}
+    if judge:
+        low, high = wilson(right, len(requests))
+        numbers |= {"obedience": right / len(requests), "obedience_95": [low, high]}
+    return numbers
+
+
+def shapes_obedience(pipeline: Any, sampling: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Share of held-out captions obeyed, for one, two and three objects, by the rule-based checker; a grid of the first ones."""
+    from training.shapes import held_out_prompts
+    from training.shapes_checker import check
+
+    numbers: dict[str, Any] = {"prompts": args.count}
+    shown, captions = [], []
+    for objects in (1, 2, 3):
+        asked = generate.ask(held_out_prompts(args.count, objects, seed=args.seed), 1, args.seed)
+        verdicts = []
+        for pixels, first in zip(pipeline.pixels([r.prompt for r in asked], [r.seed for r in asked], sampling=sampling, batch_size=args.batch_size),
+                                 range(0, len(asked), args.batch_size), strict=True):
+            for image, request in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), asked[first:], strict=False):
+                verdicts.append(check(image, request.prompt))
+            if first == 0:
+                shown += pictures.to_pil(pixels[:16])
+                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {r.prompt}" for v, r in zip(verdicts[:16], asked, strict=False)]
+        obeyed = sum(v["obeyed"] for v in verdicts)
+        numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
+        numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))
+        for key in sorted(set().union(*verdicts) - {"obeyed"}):
+            said = [v[key] for v in verdicts if key in v]
+            numbers[f"obedience_{objects}_{key}"] = sum(said) / len(said)
+    if args.grid:
+        pictures.grid(shown, 8, captions=captions).save(args.grid)
+        numbers["grid"] = Path(args.grid).name
+    return numbers
+
+
+def held_out(args: argparse.Namespace) -> Images:
+    """The val split of --data."""
+    if not args.data:
+        raise UserError("--data is missing", hint="name the packed pictures the model is measured against")
+    return Images(ShardSet(args.data, "val"))
+
+
+def chosen(images: Images, count: int) -> range:
+    """The first `count` pictures, or all of them."""
+    return range(min(count, len(images)) if count else len(images))
+
+
+def chunks(images: Images, index: Any, device: torch.device) -> Iterator[Tensor]:
+    """uint8 batches of the pictures at `index`."""
+    for first in range(0, len(index), CHUNK):
+        yield images.__getitems__([Slot(i, 0, i) for i in index[first : first + CHUNK]]).data.to(device)
+
+
+def by_caption(images: Images) -> dict[str, list[int]]:
+    """Positions of each distinct first caption."""
+    places: dict[str, list[int]] = {}
+    for i in range(len(images)):
+        places.setdefault(caption(images, i), []).append(i)
+    return places
+
+
+def even_captions(images: Images, count: int) -> list[str]:
+    """`count` captions, the distinct ones equally often."""
+    names = sorted(by_caption(images))
+    return [names[i % len(names)] for i in range(count)]
+
+
+def even_indices(images: Images, count: int) -> list[int]:
+    """`count` pictures, each caption equally often where there are enough of it."""
+    places = by_caption(images)
+    each = -(-count // len(places))
+    return [i for name in sorted(places) for i in places[name][:each]][:count]
+
+
+def crop(pixels: Tensor, size: int | None) -> Tensor:
+    """The central size x size, where asked: padding is easy to reconstruct."""
+    if not size:
+        return pixels
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size]
+
+
+def named(judge: Classifier, pixels: Tensor, captions: list[str]) -> int:
+    """How many pictures the classifier gives the class their caption states."""
+    with torch.no_grad():
+        answers = judge(pixels).argmax(1).tolist()
+    return sum(judge.classes[a] == c for a, c in zip(answers, captions, strict=True))
