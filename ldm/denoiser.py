@@ -42,7 +42,7 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
         if t.ndim == 0 and t.item() < self.schedule.t_min * (1 - 1e-9):
-            raise ValueError(f"a network is called on [t_min, 1] = [{self.schedule.t_min:g}, 1], not at t = {t.item():g}; "
+            raise ValueError(f"a network is called on [t_min = {self.schedule.t_min:g}, 1], not at t = {t.item():g}; "
                              "t = 0 is only landed on")
         inputs, level = self.diffusion.condition(x, t)
         return self.diffusion.recover(x, self.backbone(inputs, _per_sample(level, x), cond), t)
@@ -92,6 +92,5 @@ class Rescheduled:
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
         trained = self.denoise.schedule
         time = trained.time(self.schedule.logsnr(t)).clamp(trained.t_min, 1)
-        (alpha, sigma), target = self.schedule(t), trained(time)
-        # Equal ratios of alpha and of sigma; sigma's has no zero where the network is called.
-        return self.denoise(match(target.sigma / sigma, x) * x, time)
+        # The ratios of alpha and of sigma are equal, and sigma is nowhere 0 where the network is called.
+        return self.denoise(match(trained(time).sigma / self.schedule(t).sigma, x) * x, time)

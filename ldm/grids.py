@@ -1,4 +1,5 @@
-"""Which times a sampler visits: steps + 1 of them, strictly decreasing to 0. A new grid is a class and an entry in `GRIDS`.
+"""Which times a sampler visits: steps + 1 of them, strictly decreasing to 0. A new grid is a class and an entry in
+`GRIDS`.
 
 A grid starts at 1 but for `leading`, whose DDPM-table rule starts lower, and `given`. Positions are float64 on the CPU.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.schedules import NoiseSchedule, Table
+from ldm.times import shifted
 
 
 class Grid(ABC):
@@ -34,9 +36,18 @@ def _fractions(steps: int) -> Tensor:
     return torch.arange(steps, -1, -1, dtype=torch.float64) / steps
 
 
+def _callable(times: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The times, the last of them spread out at multiples of t_min where they fall below the network's range."""
+    steps = len(times) - 1
+    if steps * schedule.t_min > 1 + 1e-9:
+        most = int(1 / schedule.t_min + 1e-9)
+        raise ValueError(f"a schedule with t_min = {schedule.t_min:g} has grids of at most {most} steps, got {steps}")
+    return times.maximum(_fractions(steps) * (steps * schedule.t_min))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Grid):
-    """t in equal steps, then moved towards noise: shift t / (1 + (shift - 1) t)."""
+    """t in equal steps, then `shifted` towards noise as in `ldm.times`."""
 
     kind: Literal["uniform"] = "uniform"
     shift: float = 1.0
@@ -46,8 +57,7 @@ class Uniform(Grid):
             raise ValueError(f"uniform shift must be positive, got {self.shift}")
 
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        t = _fractions(steps)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return _callable(shifted(_fractions(steps), self.shift), schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +67,7 @@ class Quadratic(Grid):
     kind: Literal["quadratic"] = "quadratic"
 
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        return _fractions(steps) ** 2
+        return _callable(_fractions(steps) ** 2, schedule)
 
 
 def _levels(steps: int) -> Tensor:
@@ -136,7 +146,8 @@ class UniformLogSNR(Grid):
 
     def __post_init__(self) -> None:
         if not self.logsnr_min < self.logsnr_max:
-            raise ValueError(f"uniform-logsnr needs logsnr_min < logsnr_max, got {self.logsnr_min} and {self.logsnr_max}")
+            raise ValueError(f"uniform-logsnr needs logsnr_min < logsnr_max, got {self.logsnr_min} and "
+                             f"{self.logsnr_max}")
 
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         sigmas = math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
@@ -185,9 +196,7 @@ class Linspace(Grid):
 
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         total = _table_steps(steps, schedule)
-        # One step alone must start at the noisy end.
-        indices = torch.linspace(0, total - 1, steps, dtype=torch.float64).flip(0) if steps > 1 else torch.tensor([total - 1])
-        return _of_indices(indices.round(), total)
+        return _of_indices((_levels(steps) * (total - 1)).round(), total)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,8 @@ def both(denoiser: Denoiser, cond: Cond, null: Cond) -> Callable[[Tensor, Tensor
 class ClassifierFree(Guidance):
     """uncond + scale (cond - uncond), on times in `interval`; the plain condition elsewhere.
 
-    Scale 1 never calls without the condition, scale 0 never with it. `rescale` in [0, 1] moves the standard deviation of
-    the guided x0, per sample, back to the conditional one's. Ho & Salimans 2022 (arXiv 2207.12598), eq. 6; interval:
+    Scale 1 never calls without the condition, scale 0 never with it. `rescale` in [0, 1] moves the standard deviation
+    of the guided x0, per sample, back to the conditional one's. Ho & Salimans 2022 (arXiv 2207.12598), eq. 6; interval:
     Kynkaanniemi et al. 2024 (arXiv 2404.07724); rescale: Lin et al. 2023 (arXiv 2305.08891), eq. 15 and 16, in x0.
     """
 
@@ -115,8 +115,8 @@ class Projected(Guidance):
     """Adaptive projected guidance in x0: D + (scale - 1) (d_across + parallel d_along), d = D - D_null.
 
     d is first shortened to `max_norm` where that is positive, then split along and across D, per sample: the part along
-    D is what saturates. The paper's momentum is left out: a denoiser here remembers no earlier call. With parallel 1 and
-    no max_norm it is classifier-free guidance. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
+    D is what saturates. The paper's momentum is left out: a denoiser here remembers no earlier call. With parallel 1
+    and no max_norm it is classifier-free guidance. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
     """
 
     kind: Literal["apg"] = "apg"
@@ -160,13 +160,14 @@ class CFGZeroStar(Guidance):
     def __post_init__(self) -> None:
         if not self.scale >= 0:
             raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
-        if not 0 < self.zero_from:
+        if not self.zero_from > 0:
             raise ValueError(f"cfg-zero-star zero_from must be positive (above 1 is never), got {self.zero_from}")
 
     def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
         if self.scale == 1:
             return denoiser.bind(cond)
-        pair, process = both(denoiser, cond, _needed(null)), Diffusion(schedule=denoiser.schedule, prediction=Velocity())
+        pair = both(denoiser, cond, _needed(null))
+        process = Diffusion(schedule=denoiser.schedule, prediction=Velocity())
 
         def call(x: Tensor, t: Tensor) -> Denoised:
             if t >= self.zero_from:
@@ -218,7 +219,8 @@ def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Ten
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(log_prob(leaf, t).sum(), leaf)
-        return ends._replace(x0=ends.x0 + (scale * sigma**2 / alpha) * gradient, eps=ends.eps - (scale * sigma) * gradient)
+        push = scale * sigma * gradient
+        return ends._replace(x0=ends.x0 + (sigma / alpha) * push, eps=ends.eps - push)
 
     return _Guided(denoise.schedule, call)
 

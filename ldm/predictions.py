@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.schedules import Level, NoiseSchedule
 
 _NO_X0 = "cannot tell x0 from pure noise: this schedule has alpha(1) = 0; use v, velocity, x0 or edm"
-_NO_EPS = "cannot tell eps from a clean sample: this schedule has t_min = 0; give it t_min > 0, or use v, velocity or edm"
+_NO_EPS = "cannot tell eps from a clean sample: this schedule has t_min = 0; give it more, or use v, velocity or edm"
 
 
 class Prediction(ABC):

@@ -26,30 +26,43 @@ class TimeSampling(ABC):
         """Times (B,) float64 at which a network may be called, from u (B,) uniform in (0, 1)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Uniform(TimeSampling):
-    """t uniform; on a DDPM table every entry equally often."""
-
-    kind: Literal["uniform"] = "uniform"
-
-    def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        return schedule.trained(u)
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """shift t / (1 + (shift - 1) t): on `flow`, log-SNR less 2 ln(shift). Esser et al. 2024 (arXiv 2403.03206), eq.
+    23."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal(TimeSampling):
-    """logit(t) ~ N(mean, std^2). Esser et al. 2024 (arXiv 2403.03206), eq. 19."""
+    """logit(t) ~ N(mean, std^2), then `shifted` towards noise. Esser et al. 2024 (arXiv 2403.03206), eq. 19."""
 
     kind: Literal["logit-normal"] = "logit-normal"
     mean: float = 0.0
     std: float = 1.0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ValueError(f"logit-normal std must be positive, got {self.std}")
+        if not (self.std > 0 and self.shift > 0):
+            raise ValueError(f"logit-normal std and shift must be positive, got {self.std} and {self.shift}")
 
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        return schedule.trained(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))
+        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        return schedule.trained(shifted(t, self.shift))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(TimeSampling):
+    """t uniform, then `shifted` towards noise; at shift 1 every entry of a DDPM table equally often."""
+
+    kind: Literal["uniform"] = "uniform"
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"uniform shift must be positive, got {self.shift}")
+
+    def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        return schedule.trained(shifted(u, self.shift))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,11 @@ def main() -> None:
     add("--data", metavar="DIR", help="packed pictures; their val split is the truth")
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
     add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
-    add("--obedience", metavar="JUDGE", help="shapes (the rule-based checker), or the folder of a classifier of captions")
+    add(
+        "--obedience",
+        metavar="JUDGE",
+        help="shapes (the rule-based checker), or the folder of a classifier of captions",
+    )
     add("--crop", metavar="N", type=int, help="measure PSNR and SSIM on the central N x N pixels")
     add("--lpips", metavar="WEIGHTS", help="standard, random, or a file of backbone weights")
     add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="backbone of LPIPS")

@@ -16,7 +16,9 @@ def main() -> None:
     source = what.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", action="append", help="a caption; may be given several times")
     source.add_argument("--prompts", metavar="FILE", help="a text file, one caption a line")
-    what.add_argument("--num-images", metavar="N", type=int, default=1, help="pictures per caption, with seeds seed, seed + 1, ...")
+    what.add_argument(
+        "--num-images", metavar="N", type=int, default=1, help="pictures per caption, with seeds seed, seed + 1, ..."
+    )
     what.add_argument("--negative-prompt", metavar="TEXT", default="", help="what guidance moves away from")
     what.add_argument("--seed", type=int, default=0, help="seed of each caption's first picture")
     what.add_argument("--size", metavar="N|HxW", help="pixels; the training size when not given")
@@ -25,11 +27,18 @@ def main() -> None:
     how.add_argument("--steps", metavar="N", type=int, help="steps of the sampler")
     how.add_argument("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
     run = parser.add_argument_group("run")
-    run.add_argument("--model", metavar="RUN", required=True, help="a denoiser's run (also while it trains), its final/, or a checkpoint")
+    run.add_argument(
+        "--model",
+        metavar="RUN",
+        required=True,
+        help="a denoiser's run (also while it trains), its final/, or a checkpoint",
+    )
     run.add_argument("--output", metavar="DIR", required=True, help="where 00000.png ... and grid.png go")
     run.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     run.add_argument("--batch-size", metavar="N", type=int, default=64, help="pictures at once; does not change them")
-    run.add_argument("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
+    run.add_argument(
+        "--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine"
+    )
     run.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the networks")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--debug", action="store_true", help="show tracebacks")

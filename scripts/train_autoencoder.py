@@ -9,7 +9,7 @@ from training.cli import TrainParser, run_main
 
 def main() -> None:
     parser = TrainParser(__doc__ or "", "autoencoder", "smoke")
-    parser.data.add_argument("--data", metavar="DIR", required=True, help="packed images (scripts/make_shards.py pack)")
+    parser.data.add_argument("--data", metavar="DIR", help="packed images (scripts/make_shards.py pack)")
     parser.data.add_argument("--lpips-weights", metavar="FILE", help="torchvision weights of the LPIPS backbone")
     args = parser.read_training()
     from training.train import train_autoencoder

@@ -12,7 +12,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", metavar="DIR", required=True, help="packed pictures whose captions are classes")
     add("--output", metavar="DIR", required=True, help="where the classifier goes")
-    add("--epochs", type=int, default=2, help="passes over the training pictures")
+    add("--epochs", type=int, default=4, help="passes over the training pictures")
     add("--batch-size", type=int, default=128, help="pictures per step")
     add("--width", type=int, default=32, help="maps of the first layer")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")

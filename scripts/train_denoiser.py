@@ -9,9 +9,7 @@ from training.cli import TrainParser, run_main
 
 def main() -> None:
     parser = TrainParser(__doc__ or "", "denoiser", "smoke")
-    parser.data.add_argument(
-        "--latents", metavar="DIR", required=True, help="encoded latents (scripts/encode_latents.py)"
-    )
+    parser.data.add_argument("--latents", metavar="DIR", help="encoded latents (scripts/encode_latents.py)")
     parser.data.add_argument(
         "--text-encoder", metavar="NAME|DIR", help="frozen Hugging Face text encoder, for --text.kind huggingface"
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: staged, fsynced, hashed in a manifest, renamed, pointed to, then pruned. One layout whatever the world size."""
+"""Checkpoints: staged, fsynced, hashed in a manifest, renamed, pointed to, pruned; one layout for any world size."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Checkpoints:
 
         Raises UserError for weights that are not finite (older checkpoints stay as they are) and for a full disk.
         """
-        refuse_non_finite(checkpoint.tensors["model"])
+        refuse_non_finite({**checkpoint.tensors["model"], **checkpoint.tensors["ema"]})
         target = self.folder / f"step-{checkpoint.step:08d}"
         staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
         try:
@@ -54,14 +54,14 @@ class Checkpoints:
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
             write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
             shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from an earlier one
-            os.replace(staging, target)
+            staging.replace(target)
             sync_folder(self.folder)
             write_bytes(self.folder / "latest", f"{target.name}\n".encode())
         except OSError as failure:
             raise disk_error(target, failure) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self._prune()
+        self._prune(target)
         return target
 
     def load(self, path: Path) -> Checkpoint:
@@ -81,9 +81,6 @@ class Checkpoints:
 
         Raises UserError where every checkpoint is damaged: a run never silently starts again from zero.
         """
-        for leftover in self.folder.glob(".tmp-step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-            print(f"note: removed unfinished checkpoint {leftover.name}", file=sys.stderr)
         found = sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
         broken: list[str] = []
         for path in found:
@@ -99,6 +96,12 @@ class Checkpoints:
                 code=CHECKPOINT,
             )
         return None
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left. Only for the process that holds the run: a reader would break its save."""
+        for leftover in self.folder.glob(".tmp-step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+            print(f"note: removed unfinished checkpoint {leftover.name}", file=sys.stderr)
 
     def find(self, resume: str | None) -> Path | None:
         """The checkpoint that `--resume auto|latest|PATH` means; None = start fresh."""
@@ -122,9 +125,11 @@ class Checkpoints:
             code=CHECKPOINT,
         )
 
-    def _prune(self) -> None:
+    def _prune(self, last: Path) -> None:
+        """Keep the newest ones up to `last`; later ones belong to a future that a resume from before them gave up."""
         found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
-        for path in found[: -self.keep_last]:
+        kept = [p for p in found if p.name <= last.name][-self.keep_last :]
+        for path in (p for p in found if p not in kept):
             try:
                 shutil.rmtree(path)
             except OSError as failure:
@@ -138,7 +143,7 @@ def damage(path: Path) -> str:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        files, written = manifest["files"], int(manifest["format"])
+        files, written, _ = manifest["files"], int(manifest["format"]), int(manifest["step"])
         if written > FORMAT:
             raise UserError(
                 f"checkpoint format {written} is newer than this program understands ({FORMAT})",

@@ -1,8 +1,9 @@
-"""The command line that every script shares: its flags, its aliases, and how errors leave the program. Free of torch."""
+"""The command line that every script shares: flags, aliases, and how errors leave the program. Free of torch."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,17 +37,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are UserErrors, and which reads `--a_b` as `--a-b`."""
 
-    def __init__(self, description: str, epilog: str = "", prog: str | None = None) -> None:
+    def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        raise UserError(
-            message,
-            hint=f"python {self.prog} --help lists the flags"
-            if "/" in self.prog
-            else f"{self.prog} --help lists the flags",
-            code=USAGE,
-        )
+        raise UserError(message, hint=f"{self.prog} --help lists the flags", code=USAGE)
 
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
@@ -62,15 +57,18 @@ class Parser(argparse.ArgumentParser):
         return [spelled(word) for word in (sys.argv[1:] if argv is None else argv)]
 
     def _dotted(self, rest: list[str]) -> dict[str, str]:
-        found, words = {}, iter(rest)
+        found: dict[str, str] = {}
+        words = iter(rest)
         for word in words:
             flag, equals, value = word[2:].partition("=")
             if not word.startswith("--") or "." not in flag:
-                self.error(f"unrecognized argument: {word}")
-            text = value if equals else next(words, None)
-            if text is None:
+                known = [option for option in self._option_string_actions if option.startswith("--")]
+                close = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.6)
+                self.error(f"unrecognized argument: {word}" + (f"; did you mean '{close[0]}'?" if close else ""))
+            try:
+                found[flag] = value if equals else next(words)
+            except StopIteration:
                 self.error(f"{word}: expected a value")
-            found[flag] = text
         return found
 
 

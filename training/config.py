@@ -118,7 +118,8 @@ def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
     merged = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     for key, raw in overrides.items():
         section, _, name = key.partition(".")
-        merged.setdefault(section, {})[name] = _literal(raw)
+        if isinstance(part := merged.setdefault(section, {}), dict):
+            part[name] = _literal(raw)
     return merged
 
 
@@ -164,22 +165,24 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
     if allowed:
         values = {"kind": allowed[0], **values}
         if values["kind"] not in allowed:
-            said = f'{name}.kind: unknown kind "{values["kind"]}"{_meant(str(values["kind"]), allowed)}; known: {", ".join(allowed)}'
-            return None, [(f"{name}.kind", said)]
+            said = f'{name}.kind: unknown kind "{values["kind"]}"{_meant(str(values["kind"]), allowed)}'
+            return None, [(f"{name}.kind", f"{said}; known: {', '.join(allowed)}")]
     member = members[allowed.index(values["kind"])] if allowed else members[0]
     known = [f.name for f in dataclasses.fields(member)]
     wrong = [
         (f"{name}.{k}", f"unknown key '{name}.{k}'{_meant(k, known, name + '.')}") for k in values if k not in known
     ]
     try:
-        return _adapter(member).validate_json(
-            json.dumps({k: v for k, v in values.items() if k in known}), strict=True
-        ), wrong
+        plain = json.dumps({k: v for k, v in values.items() if k in known}, default=str)  # TOML also has dates
+        return _adapter(member).validate_json(plain, strict=True), wrong
     except ValidationError as failure:
         for error in failure.errors():
             place = [str(p) for p in error["loc"]]
-            key = f"{name}.{place[0]}" if place else name
-            wrong.append((key, f"{key}: {_reason(error)}"))
+            reason, field = _reason(error), place[0] if place else ""
+            if not place and (found := re.match(r"(\w+): ", reason)) and found[1] in known:
+                reason, field = reason[found.end() :], found[1]  # a member's own check that names its key
+            key = f"{name}.{field}" if field else name
+            wrong.append((key, f"{key}: {reason}"))
         return None, wrong
 
 
@@ -233,10 +236,13 @@ def _read(stage: str, source: str) -> tuple[str, str]:
 
 def _parse(text: str, where: str) -> Values:
     try:
-        values = (
-            json.loads(text) if text.lstrip()[:1] in ("{", "[") and where.endswith(".json") else tomllib.loads(text)
-        )
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as failure:
+        in_json = where.endswith(".json") and text.lstrip()[:1] in ("{", "[")
+        values = json.loads(text, object_pairs_hook=_unique) if in_json else tomllib.loads(text)
+    except (ValueError, RecursionError) as failure:
+        found = re.search(r"(overwrite|twice).*\(at line (\d+)", str(failure))
+        if found:
+            key = text.splitlines()[int(found[2]) - 1].partition("=")[0].strip()
+            raise UserError(f"{where}:{found[2]}: '{key}' is given twice", hint="keep one of them") from None
         raise UserError(f"{where}: {failure}", hint="mend the file at the place named") from None
     if not isinstance(values, dict):
         raise UserError(
@@ -246,14 +252,23 @@ def _parse(text: str, where: str) -> Values:
     return values
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ: json itself silently keeps the last."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"'{twice[0]}' is given twice")
+    return dict(pairs)
+
+
 def _lines(text: str) -> Iterator[tuple[str, int]]:
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
         if found := re.match(r"\s*\[([\w-]+)\]", line):
             section = found[1]
             yield section, number
-        elif found := re.match(r"\s*\"?([\w-]+)\"?\s*[=:]", line):
-            yield f"{section}.{found[1]}" if section else found[1], number
+        elif found := re.match(r"\s*\"?([\w-]+)\"?\s*[=:]\s*({?)", line):
+            section = found[1] if found[2] else section
+            yield section if found[2] else f"{section}.{found[1]}" if section else found[1], number
 
 
 def _literal(raw: str) -> Any:

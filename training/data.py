@@ -23,7 +23,7 @@ PICTURES = ("png", "jpg", "jpeg", "webp")
 
 
 class Batch(NamedTuple):
-    """One micro-batch. `data` is images uint8 (B,3,H,W) or moments (B,2C,h,w); `slots` (B,) int64 seed its randomness."""
+    """One micro-batch. `data`: images uint8 (B,3,H,W) or moments (B,2C,h,w); `slots` (B,) int64 seed its randomness."""
 
     data: Tensor
     slots: Tensor
@@ -82,7 +82,7 @@ class Images(Dataset[Batch]):
 
 
 class Latents(Dataset[Batch]):
-    """Encoded moments and a caption by slot; the caption and the mirrored variant are chosen by (seed, epoch, sample)."""
+    """Encoded moments and a caption by slot; caption and mirrored variant are chosen by (seed, epoch, sample)."""
 
     def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0) -> None:
         self.shards, self.seed = shards, seed
@@ -139,20 +139,36 @@ class Latents(Dataset[Batch]):
         return self.__getitems__([Slot(index, 0, index)])
 
 
-def stream(dataset: Dataset[Batch], batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
+def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
     """The micro-batches of this process, in order, read ahead by `workers` processes."""
     loader: Any = DataLoader(
-        dataset,
+        _Fetched(dataset),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_whole,
-        pin_memory=pin,  # type: ignore[arg-type]
+        pin_memory=pin,
         prefetch_factor=4 if workers else None,
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
-def _whole(batch: Batch) -> Batch:
+class _Fetched(Dataset[Any]):
+    """Hands a UserError over as a value: raised in a loader process, it would lose its hint and code."""
+
+    def __init__(self, dataset: Images | Latents) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, slots: list[Slot]) -> Batch | UserError:
+        try:
+            return self.dataset.__getitems__(slots)
+        except UserError as problem:
+            return problem
+
+
+def _whole(batch: Any) -> Any:
     return batch
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Exponential moving average of parameters: e <- e + (1 - d)(p - e), d = min(decay, (1 + n) / (10 + n)) after n updates.
+    """Exponential moving average of parameters: e <- e + (1 - d)(p - e), d = min(decay, (1 + n)/(10 + n)), n updates.
 
     The warm-up keeps early averages short, so that a run of any length ends with sound weights (as in EMA of TF's
     `ExponentialMovingAverage(num_updates)`). Shadows are float32 whatever the model's dtype.

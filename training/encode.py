@@ -1,4 +1,4 @@
-"""Images to latents: un-normalised moments, captions copied, text embeddings where asked; one shard in, one shard out."""
+"""Images to latents: un-normalised moments, captions copied, text embeddings if asked; one shard in, one out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from autoencoder.images import to_unit
 from training import launch, text
 from training.data import Images
-from training.errors import CHECKPOINT, NUMERICAL, UserError
-from training.files import read_json, save_tensors, write_json
+from training.errors import CHECKPOINT, DATA, NUMERICAL, UserError, explained
+from training.files import read_json, remove_partials, save_tensors, write_json
 from training.order import Slot
 from training.runs import autoencoder_hashes, copy_model, find, load_autoencoder
 from training.shards import ShardInfo, ShardSet, read_index, sound_shard, write_index, write_shard
@@ -46,12 +46,12 @@ def encode(args: argparse.Namespace) -> int:
         )
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, accelerator.device)
-    hashes = autoencoder_hashes(model)
     plan = {
-        "encoder": hashes["encoder"],
+        "encoder": autoencoder_hashes(model)["encoder"],
         "data": {s.name: s.sha256 for s in shards},
+        "latent": _latent(Images(ShardSet(source, shards[0].split)), model, args.dtype),
         "flip": args.flip,
-        "dtype": args.dtype,
+        "precision": args.mixed_precision,
         "text_encoder": text.identity(encoder)["hash"] if encoder else None,
     }
     if accelerator.is_main_process:
@@ -59,9 +59,9 @@ def encode(args: argparse.Namespace) -> int:
         copy_model(home, target / "autoencoder")
         if encoder:
             text.keep(encoder, args.text_encoder, target)
-            save_tensors(target / "text_encoder" / "null.safetensors", _text_tensors(encoder, [""])[0])
+            save_tensors(target / "text_encoder" / "null.safetensors", _embeddings(encoder, [""])[0])
     accelerator.wait_for_everyone()
-    worker = Encoder(model, encoder, args, accelerator.device)
+    worker = Encoder(model, encoder, args, accelerator.device, plan["latent"]["shape"])
     for info in shards[accelerator.process_index :: accelerator.num_processes]:
         name = info.name.removesuffix(".tar")
         if sound_shard(target, name) is None:
@@ -69,7 +69,7 @@ def encode(args: argparse.Namespace) -> int:
         worker.progress(info, sum(s.samples for s in shards))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(target, source, model, plan, shards, args)
+        _finish(target, plan, shards)
     accelerator.wait_for_everyone()
     return 0
 
@@ -78,9 +78,14 @@ class Encoder:
     """Reads one shard of images at a time and gives its samples encoded."""
 
     def __init__(
-        self, model: Autoencoder, encoder: TextEncoder | None, args: argparse.Namespace, device: torch.device
+        self,
+        model: Autoencoder,
+        encoder: TextEncoder | None,
+        args: argparse.Namespace,
+        device: torch.device,
+        shape: list[int],
     ) -> None:
-        self.model, self.text, self.device = model, encoder, device
+        self.model, self.text, self.device, self.shape = model, encoder, device, tuple(shape)
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.done, self.since, self.precision = 0, time.perf_counter(), args.mixed_precision
 
@@ -97,17 +102,36 @@ class Encoder:
     def _batch(self, whole: ShardSet, index: list[int], pixels: Tensor) -> Iterator[tuple[str, dict[str, bytes]]]:
         records = [whole.read(i) for i in index]
         keys = [whole.key(i) for i in index]
-        notes = [_notes(record) for record in records]
+        notes = [_notes(key, record) for key, record in zip(keys, records, strict=True)]
         moments = {"moments.npy": self._moments(pixels, keys)}
         if self.flip:
             moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
+        embedded = self._texts([n["captions"] for n in notes], keys) if self.text else []
         for i, key in enumerate(keys):
             fields = {name: _npy(values[i]) for name, values in moments.items()}
             fields["txt"] = notes[i]["captions"][0].encode()
             fields["json"] = json.dumps(notes[i], ensure_ascii=False).encode()
-            if self.text:
-                fields["text.safetensors"] = _captions(self.text, notes[i]["captions"])
+            if embedded:
+                fields["text.safetensors"] = embedded[i]
             yield key, fields
+
+    def _texts(self, captions: list[list[str]], keys: list[str]) -> list[bytes]:
+        """The embeddings of each sample's captions, as `N.context` and `N.pooled` for its caption N."""
+        from safetensors.torch import save
+
+        assert self.text is not None
+        rows = iter(_embeddings(self.text, [caption for own in captions for caption in own]))
+        stored = []
+        for key, own in zip(keys, captions, strict=True):
+            named = {f"{n}.{name}": tensor for n in range(len(own)) for name, tensor in next(rows).items()}
+            if not all(tensor.isfinite().all() for tensor in named.values()):
+                raise UserError(
+                    f"{key}: the caption's embedding is not finite (stored as float16)",
+                    hint="leave --text-encoder out here and give it to scripts/train_denoiser.py instead",
+                    code=NUMERICAL,
+                )
+            stored.append(bytes(save(named)))
+        return stored
 
     @torch.no_grad()
     def _moments(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
@@ -121,13 +145,18 @@ class Encoder:
                 hint="try --dtype float32 and --mixed-precision no",
                 code=NUMERICAL,
             )
+        if stored.shape[1:] != self.shape:
+            raise UserError(
+                f"{keys[0]}: pictures of different sizes in one data set", hint="pack them with --resolution", code=DATA
+            )
         return stored
 
     def progress(self, info: ShardInfo, total: int) -> None:
         """One line after each shard."""
         self.done += info.samples
         print(
-            f"encoded {info.name}: {self.done:,} of {total:,} images, {self.done / (time.perf_counter() - self.since):.0f} images/s",
+            f"encoded {info.name}: {self.done:,} of {total:,} images,"
+            f" {self.done / (time.perf_counter() - self.since):.0f} images/s",
             file=sys.stderr,
         )
 
@@ -137,7 +166,8 @@ def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder
         return None
     from ldm.text import HuggingFace
 
-    config = HuggingFace(length=args.text_length, pooling=args.text_pooling, lower=args.text_lower)
+    with explained("change --text-length"):
+        config = HuggingFace(length=args.text_length, pooling=args.text_pooling, lower=args.text_lower)
     return text.load_huggingface(config, args.text_encoder).to(device)
 
 
@@ -154,41 +184,37 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
                 hint="choose another --output, or remove that folder",
                 code=CHECKPOINT,
             )
+        remove_partials(target)
     elif any(target.iterdir()):
         raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
     write_json(old, plan)
 
 
-def _finish(
-    target: Path,
-    source: Path,
-    model: Autoencoder,
-    plan: dict[str, Any],
-    shards: list[ShardInfo],
-    args: argparse.Namespace,
-) -> None:
-    infos = [sound_shard(target, s.name.removesuffix(".tar")) for s in shards]
-    picture = Images(ShardSet(source, shards[0].split)).picture(0).shape[:2]
+def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
+    """What one stored latent is: shape, type, and the size of its picture."""
+    picture = images.picture(0).shape[:2]
+    with explained("pack the pictures again with another --resolution", DATA):
+        model.check_images(torch.empty(1, 3, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
-    latent = {"shape": shape, "dtype": args.dtype, "picture": list(picture), "factor": model.factor}
-    summary = {
-        "latent": latent,
-        "encoder": plan["encoder"],
-        "text_encoder": plan["text_encoder"],
-        "mirrored": args.flip,
-    }
+    return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
+
+
+def _finish(target: Path, plan: dict[str, Any], shards: list[ShardInfo]) -> None:
+    infos = [sound_shard(target, s.name.removesuffix(".tar")) for s in shards]
+    summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
     write_index(target, [info for info in infos if info], summary, kind="latents")
-    print(
-        f"latents: {target} ({sum(s.samples for s in shards):,} samples of {'x'.join(map(str, shape))})",
-        file=sys.stderr,
-    )
+    shape = "x".join(map(str, plan["latent"]["shape"]))
+    print(f"latents: {target} ({sum(s.samples for s in shards):,} samples of {shape})", file=sys.stderr)
 
 
-def _notes(record: dict[str, bytes]) -> dict[str, Any]:
+def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
     notes = json.loads(record["json"]) if "json" in record else {}
     if not isinstance(notes, dict):
         notes = {}
-    captions = notes.get("captions") or [record.get("txt", b"").decode("utf-8").strip()]
+    try:
+        captions = notes.get("captions") or [record.get("txt", b"").decode("utf-8").strip()]
+    except UnicodeDecodeError as failure:
+        raise UserError(f"{key}: caption is not UTF-8 (byte {failure.start})", hint="pack again", code=DATA) from None
     return {**notes, "captions": captions}
 
 
@@ -198,18 +224,11 @@ def _npy(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _text_tensors(encoder: TextEncoder, captions: list[str]) -> list[dict[str, Tensor]]:
-    """One caption's context trimmed to its real tokens and its pooled vector, float16: padding would fill the disk."""
+def _embeddings(encoder: TextEncoder, captions: list[str]) -> list[dict[str, Tensor]]:
+    """Each caption's context trimmed to its real tokens, and pooled vector, float16: padding would fill the disk."""
     cond = encoder(captions).to("cpu")
     rows = []
     for i in range(len(captions)):
         row = {"context": cond.context[i][cond.mask[i]].half()}
         rows.append(row if cond.pooled is None else {**row, "pooled": cond.pooled[i].half()})
     return rows
-
-
-def _captions(encoder: TextEncoder, captions: list[str]) -> bytes:
-    from safetensors.torch import save
-
-    rows = _text_tensors(encoder, captions)
-    return save({f"{i}.{name}": value.contiguous() for i, row in enumerate(rows) for name, value in row.items()})

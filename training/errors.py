@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 USAGE, DATA, CHECKPOINT, NUMERICAL, DISK = 2, 3, 4, 5, 6
 
 
@@ -17,3 +20,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"error: {self.what}" + (f"\nhint: {self.hint}" if self.hint else "")
+
+
+@contextmanager
+def explained(hint: str, code: int = USAGE) -> Iterator[None]:
+    """Inside, a ValueError of the model packages, which is one clear sentence, becomes a UserError."""
+    try:
+        yield
+    except ValueError as failure:
+        raise UserError(str(failure).rstrip("."), hint=hint, code=code) from failure

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: staged beside their target, fsynced, then renamed. Content hashes of weights."""
+"""Files that are whole or absent: staged beside their target, fsynced, then renamed. Content hashes of weights."""
 
 from __future__ import annotations
 
@@ -6,32 +6,51 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from training.errors import CHECKPOINT, DISK, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PARTIAL = ".partial"  # how the names of staged files end
 LARGEST_HEADER = 100 << 20  # bytes; the safetensors format's own limit
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip archives of torch.save, and bare pickles
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` so that after a crash `path` holds all of it or what it held before."""
-    staged = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+@contextmanager
+def staged(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears at `path` whole, synced and at once; after a crash `path` is what it was before.
+
+    Raises UserError (code 6) where the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        with staged.open("wb") as file:
-            file.write(data)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        staged.replace(path)
+        partial.replace(path)
         sync_folder(path.parent)
     except OSError as failure:
-        staged.unlink(missing_ok=True)
         raise disk_error(path, failure) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what `staged` left in `folder` when its process was killed. Only for a folder that nobody else writes."""
+    for leftover in folder.glob(f".*{PARTIAL}"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` through `staged`."""
+    with staged(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,9 +78,9 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def disk_error(path: Path, failure: OSError) -> UserError:
-    """An OSError while writing `path`, as a sentence."""
-    reason = f"cannot write {path}: {failure.strerror or failure}"
+def disk_error(path: Path, failure: Exception) -> UserError:
+    """What went wrong while writing `path`, as a sentence."""
+    reason = f"cannot write {path}: {getattr(failure, 'strerror', None) or failure}"
     return UserError(reason, hint="free disk space, or choose another --output", code=DISK)
 
 
@@ -73,6 +92,7 @@ def file_sha256(path: Path) -> str:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file and fsync it (staging is the caller's: checkpoints rename a whole folder)."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -80,7 +100,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    except OSError as failure:
+    except (OSError, SafetensorError) as failure:  # safetensors wraps the system's own error
         raise disk_error(path, failure) from None
 
 
@@ -117,12 +137,13 @@ def check_safetensors(path: Path) -> None:
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes in order of name: the identity of weights, wherever they are stored."""
+    """sha256 over names, dtypes, shapes and bytes in order of name: the identity of weights, however stored."""
     import torch
 
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Collects values on the device and writes them every `log_every` steps, so that logging costs no synchronisation per step."""
+    """Collects values on the device and writes them every `log_every` steps: logging does not synchronise each step."""
 
     def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
         self.run, self.train, self.accelerator = run, train, accelerator
@@ -55,21 +55,15 @@ class Journal:
         """Write all noted steps, averaged over processes. Collective: every process calls it at the same step."""
         if not self.rows:
             return
-        names = sorted(self.rows[-1][1].keys() & self.rows[0][1].keys())
-        table = torch.stack(
-            [torch.stack([values[n].detach().float().reshape(()) for n in names]) for _, values, _ in self.rows]
-        )
-        numbers = self.accelerator.reduce(table, "mean").tolist()
-        rows = [
-            {"step": s, "lr": rate, **dict(zip(names, line, strict=True))}
-            for (s, _, rate), line in zip(self.rows, numbers, strict=True)
-        ]
+        flat = [values[n].detach().float().reshape(()) for _, values, _ in self.rows for n in sorted(values)]
+        numbers = iter(self.accelerator.reduce(torch.stack(flat), "mean").tolist())
+        rows = [{"step": s, "lr": rate, **{n: next(numbers) for n in sorted(values)}} for s, values, rate in self.rows]
         self.rows = []
         if self.accelerator.is_main_process:
             self._append("metrics.jsonl", rows)
             self._show(step, rows)
             for row in rows if self.board else []:
-                for name in names:
+                for name in row.keys() - {"step"}:
                     self.board.add_scalar(f"train/{name}", row[name], row["step"])
 
     def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
@@ -98,8 +92,12 @@ class Journal:
         if self.accelerator.is_main_process and path.exists():
             os.truncate(path, min(path.stat().st_size, int(state["metrics_bytes"])))
 
+    def restart(self) -> None:
+        """A run without a checkpoint starts over: what it had written is not part of it."""
+        self.resume(-1, {"metrics_bytes": 0})
+
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with open(self.run / name, "a", encoding="utf-8") as file:
+        with (self.run / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def _show(self, step: int, rows: list[dict[str, Any]]) -> None:

@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
     """The Accelerator of this process, the same under python, torchrun and accelerate launch, on CPU (gloo) and GPU.
 
-    Raises UserError for a device or precision that is not there, and where several processes were started but not joined.
+    Raises UserError for a device or precision that is not there, and where processes were started but not joined.
     """
     keep_memory()
     torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
-    on_cpu = resolve(device).type == "cpu"
+    wanted = resolve(device)
+    on_cpu = wanted.type == "cpu"
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if mixed_precision == "fp16":
             raise UserError("--mixed-precision fp16 needs a GPU", hint="use --mixed-precision no on a CPU", code=USAGE)
     elif mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
+    if wanted.index is not None:
+        torch.cuda.set_device(wanted)
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
@@ -39,6 +42,9 @@ def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
             hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs",
             code=USAGE,
         )
+    if on_cpu and started == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        # Without MPI, `accelerate launch --cpu --num_processes N` starts one process and says nothing.
+        print("note: accelerate launch --cpu starts one process; for N: torchrun --nproc-per-node N", file=sys.stderr)
     return accelerator
 
 

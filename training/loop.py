@@ -15,22 +15,21 @@ from torch import Tensor, nn
 
 from training import optim
 from training.checkpoint import Checkpoint, Checkpoints
-from training.data import Batch, stream
+from training.data import Batch, Images, Latents, stream
 from training.ema import EMA
-from training.errors import NUMERICAL, UserError
+from training.errors import NUMERICAL, UserError, explained
 from training.journal import Journal
 from training.order import Batches, DataOrder
 from training.settings import Optimizer, Train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.utils.data import Dataset
 
 
 class Stage(ABC):
     """What a stage gives the loop: its data, its networks, its gradient step and its evaluation."""
 
-    dataset: Dataset[Batch]
+    dataset: Images | Latents
     networks: dict[str, nn.Module]  # everything trained, by the name it has in checkpoints
     averaged: dict[str, nn.Module]  # the part of it that EMA averages and export uses
     wrapped: dict[str, Any]  # the same networks as the processes share them
@@ -40,13 +39,15 @@ class Stage(ABC):
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch, `share` of the global batch's; return its mean losses (0-dim)."""
 
+    @abstractmethod
     def after_backward(self, step: int) -> None:
         """Called once a step, gradients complete, before the optimisers."""
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """Plain state beyond weights, for checkpoints."""
-        return {}
 
+    @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
 
@@ -54,6 +55,7 @@ class Stage(ABC):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Write pictures into `folder`, return validation numbers. Runs in the main process with averaged weights."""
 
+    @abstractmethod
     def wrap(self, accelerator: Accelerator) -> None:
         """Replace the callables used by `backward` by their process wrappers."""
 
@@ -73,10 +75,10 @@ class Loop:
     ) -> None:
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.accumulation, self.micro = accumulation, micro
-        self.ema = EMA(stage.averaged, train.ema)
         stage.wrap(accelerator)
+        self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.optimizers = {
-            name: accelerator.prepare(optim.adamw(optimizer, [stage.networks[n] for n in networks], scale=scale))
+            name: optim.adamw(optimizer, [stage.networks[n] for n in networks], scale=scale)
             for name, (networks, scale) in stage.optimizers.items()
         }
         self.checkpoints = Checkpoints(run, train.keep_last)
@@ -89,7 +91,7 @@ class Loop:
         Raises UserError (exit 5) before the optimiser step where a loss or gradient is not finite.
         """
         train, stage = self.train, self.stage
-        order = DataOrder(len(stage.dataset), train.batch_size, train.seed)  # type: ignore[arg-type]
+        order = DataOrder(len(stage.dataset), train.batch_size, train.seed)
         batches = stream(
             stage.dataset,
             Batches(
@@ -106,7 +108,8 @@ class Loop:
         )
         self._listen()
         if start == 0:
-            self.look(0)
+            with explained("change the config"):  # the first pictures try sampler, grid and guidance together
+                self.look(0)
         for step in range(start, train.max_steps):
             rate = optim.learning_rate(self.settings, step, train.max_steps)
             values = self.gradients(batches, step)
@@ -139,28 +142,31 @@ class Loop:
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         """Clip and check gradients, step the optimisers, move the average. Returns the gradient norms."""
-        norms = {}
+        scaler, norms = self.accelerator.scaler, {}
+        moving = {name: learning(optimizer) for name, optimizer in self.optimizers.items()}
         for name, optimizer in self.optimizers.items():
-            owned = [p for network in self.stage.optimizers[name][0] for p in self.stage.networks[network].parameters()]
-            norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(owned, self.settings.clip or math.inf)
+            if scaler and moving[name]:
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(moving[name], self.settings.clip or math.inf)
+            norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
-        if self.accelerator.scaler is None:  # a scaler meets its overflows by skipping the step
-            for name, norm in norms.items():
-                if not torch.isfinite(norm):
-                    raise UserError(
-                        f"{name.replace('/', ' of the ')} is not finite at step {step}",
-                        code=NUMERICAL,
-                        hint="lower --lr, check the data with scripts/make_shards.py verify, or use --mixed-precision no",
-                    )
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        if scaler is None:  # a scaler meets its overflows by skipping the step
+            refuse_non_finite(norms, step)
+        for name, optimizer in self.optimizers.items():
+            if scaler and moving[name]:
+                scaler.step(optimizer)
+            elif moving[name]:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if scaler:
+            scaler.update()
         if self.train.ema:
             self.ema.update()
         return norms
 
     def look(self, step: int) -> None:
         """Pictures and validation with the averaged weights, in the main process; the others wait."""
+        self.journal.flush(step)  # so that metrics.jsonl is in the order of steps, however often it is flushed
         if self.accelerator.is_main_process:
             folder = self.run / "samples" / f"step-{step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -187,11 +193,7 @@ class Loop:
             f"{n}.{key}": v for n, network in self.stage.networks.items() for key, v in network.state_dict().items()
         }
         names = self.names()
-        moments = {
-            f"{name}/{key}": v
-            for name, o in self.optimizers.items()
-            for key, v in optim.pack(o.optimizer, names).items()
-        }
+        moments = {f"{name}/{key}": v for name, o in self.optimizers.items() for key, v in optim.pack(o, names).items()}
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         state = {
             "ema_updates": self.ema.updates,
@@ -214,7 +216,7 @@ class Loop:
             mine = {
                 k.removeprefix(prefix): v for k, v in checkpoint.tensors["optimizer"].items() if k.startswith(prefix)
             }
-            optim.unpack(optimizer.optimizer, names, mine)
+            optim.unpack(optimizer, names, mine)
         self.ema.load(dict(checkpoint.tensors["ema"]), int(checkpoint.state["ema_updates"]))
         if self.accelerator.scaler and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -238,3 +240,19 @@ class Loop:
             return self.signal
         flag = torch.tensor(self.signal, device=self.accelerator.device)
         return int(self.accelerator.gather(flag).max().item())
+
+
+def learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that have a gradient: none of a discriminator's before it starts."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def refuse_non_finite(norms: dict[str, Tensor], step: int) -> None:
+    """Raise UserError (exit 5) where a gradient is not finite, before it reaches the weights."""
+    for name, norm in norms.items():
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"{name.replace('/', ' of the ')} is not finite at step {step}",
+                hint="lower --lr, check the data with scripts/make_shards.py verify, or use --mixed-precision no",
+                code=NUMERICAL,
+            )

@@ -12,7 +12,7 @@ from training.settings import Optimizer
 
 
 def learning_rate(settings: Optimizer, step: int, max_steps: int) -> float:
-    """The rate used by 0-based `step`: lr * warm-up * decay, warm-up (step + 1) / warmup, decay from 1 to final_lr at max_steps."""
+    """The rate of 0-based `step`: lr * warm-up * decay; warm-up (step + 1) / warmup, decay from 1 to final_lr."""
     rate = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
     if settings.decay == "constant":
         return rate
@@ -22,7 +22,7 @@ def learning_rate(settings: Optimizer, step: int, max_steps: int) -> float:
 
 
 def adamw(settings: Optimizer, modules: Iterable[nn.Module], *, scale: float = 1.0) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices and kernels only. `scale` multiplies the rate for good.
+    """AdamW over the trainable parameters; weight decay on matrices and kernels only. `scale` multiplies the rate.
 
     The fused kernel is 5x the loop on a CPU and 2x on a GPU; it runs wherever torch offers it.
     """

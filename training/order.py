@@ -1,4 +1,4 @@
-"""Which sample fills which slot: a pure function of (seed, step), the same for every world size, worker and micro-batch."""
+"""Which sample fills which slot: a pure function of (seed, step), whatever the world size, workers and micro-batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from training.errors import DATA, UserError
 
 
 class Slot(NamedTuple):
-    """One place of one global batch: sample `index` of the split in its `epoch`-th pass; `slot` counts all places ever filled."""
+    """One place of one global batch: sample `index` of the split in its `epoch`-th pass; `slot` counts all places."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, of which slots have no use
     epoch: int
     slot: int
 
@@ -50,14 +50,14 @@ class DataOrder:
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(samples)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(samples)
 
 
 @dataclass(frozen=True)
 class Batches:
     """The micro-batches of one process from step `start` on, as lists of slots: a batch sampler for DataLoader.
 
-    Global batch = processes x accumulation x micro; backward pass a of process r takes the r-th block of the a-th stripe.
+    Global batch = processes x accumulation x micro; backward pass a of process r takes block r of stripe a.
     """
 
     order: DataOrder
@@ -95,7 +95,8 @@ def split_batch(
         unit = max(unit, processes * (accumulation or 1))
         near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
         raise UserError(
-            f"train.batch_size {batch} cannot be split over {processes} process(es) with train.micro_batch_size {micro or 'unset'}"
+            f"train.batch_size {batch} cannot be split over {processes} process(es)"
+            f" with train.micro_batch_size {micro or 'unset'}"
             f" and {accumulation or 'any number of'} accumulation step(s)",
             hint=f"nearest --batch-size: {' or '.join(map(str, near))}",
         )

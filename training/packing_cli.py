@@ -8,7 +8,7 @@ from glob import glob
 from pathlib import Path
 from typing import get_args
 
-from training.cli import Help
+from training.cli import Parser
 from training.errors import DATA, USAGE, UserError
 from training.images import Crop
 from training.made_sources import FashionMnist, Shapes
@@ -79,11 +79,11 @@ def find_source(arguments: argparse.Namespace, resolution: int) -> Source:
     raise UserError(f"{names[0]}: no such folder", hint=hint, code=DATA)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The verbs and their flags."""
-    parser = argparse.ArgumentParser(description="Captioned pictures to shards.", epilog=EXAMPLES, formatter_class=Help)
+    parser = Parser("Captioned pictures to shards.", epilog=EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    add = verbs.add_parser("pack", help="write shards from a source", formatter_class=Help).add_argument
+    add = verbs.add_parser("pack", help="write shards from a source").add_argument
     add("source", nargs="+", metavar="SOURCE", help="a folder, tars, fashion-mnist or shapes")
     add("--output", type=Path, required=True, metavar="DIR")
     add("--root", type=Path, metavar="DIR", help="where fashion-mnist's idx files are, or may be downloaded to")
@@ -127,7 +127,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one verb. Raises UserError."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().read(argv)
     if arguments.verb == "pack":
         _pack(arguments)
     elif arguments.verb == "index":

@@ -16,10 +16,10 @@ RANDOM_SEED = 0
 
 
 def load_perceptual(net: str, weights: str, file: str | None = None) -> Perceptual:
-    """LPIPS on `net` (vgg, alex, squeeze). `file`: its torchvision backbone weights; else `weights`: "standard" or "random".
+    """LPIPS on `net` (vgg, alex, squeeze) with torchvision's weights in `file`, else "standard" or "random" ones.
 
-    The linear layers of the `lpips` package weigh the channels of a trained backbone; a random one has no such channels and all
-    count 1. Raises UserError where standard weights cannot be had, never falling back by itself.
+    The linear layers of the `lpips` package weigh the channels of a trained backbone; in a random one all count 1.
+    Raises UserError where standard weights cannot be had, never falling back by itself.
     """
     import lpips
 
@@ -68,14 +68,14 @@ def _standard(net: str) -> dict[str, Tensor]:
     except OSError:
         raise UserError(
             f"the standard {net} weights of LPIPS are not here and cannot be downloaded",
-            hint=f"download torchvision's {weights.url.rpartition('/')[2]} elsewhere and give it with --lpips-weights FILE, "
-            "or ask for a random backbone: --loss.perceptual_weights random",
+            hint=f"download torchvision's {weights.url.rpartition('/')[2]} elsewhere and give it with --lpips-weights"
+            " FILE, or ask for a random backbone: --loss.perceptual_weights random",
             code=DATA,
         ) from None
 
 
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """lpips cuts torchvision's `features` into slices whose layers keep their numbers: slice2.5.weight is features.5.weight."""
+    """lpips cuts torchvision's `features` into slices that keep their layers' numbers: slice2.5 is features.5."""
     own = network.state_dict()
     missing = [key for key in own if key.partition(".")[2] not in weights]
     if missing:

@@ -25,7 +25,7 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 def grid(
     pixels: Tensor | Sequence[Image.Image], columns: int, *, captions: Sequence[str] = (), rows: Sequence[str] = ()
 ) -> Image.Image:
-    """Pictures in reading order, a caption under each or a label beside each row; enlarged by a whole factor where small."""
+    """Pictures in reading order, a caption under each or a label beside each row; small ones enlarged evenly."""
     images = to_pil(pixels) if isinstance(pixels, Tensor) else list(pixels)
     factor = max(1, -(-SMALLEST // max(images[0].size)))
     width, height = (side * factor for side in images[0].size)

@@ -44,7 +44,7 @@ class Run:
     """A run folder being written by this program."""
 
     def __init__(self, folder: Path, stage: str, config: configs.Config, resume: str | None) -> None:
-        """Claim `folder`. Raises UserError where it is not a folder, in use, another run, or a run not asked to be resumed."""
+        """Claim `folder`. Raises UserError where it is a file, in use, another run, or one not asked to be resumed."""
         self.folder, self.stage, self.config = folder, stage, config
         values = configs.to_values(config)
         if folder.exists() and not folder.is_dir():
@@ -96,6 +96,19 @@ class Run:
             {"format": 1, "stage": self.stage, "status": status, "step": step, "versions": versions(), **facts},
         )
 
+    def same_ingredients(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
+        record = self.folder / "run.json"
+        old = read_json(record) if record.is_file() else {}
+        for group, known in facts.items():
+            for name, value in known.items():
+                if (before := old.get(group, {}).get(name, value)) != value:
+                    raise UserError(
+                        f"this run was made with {group} {name} {before[:12]}, now given {value[:12]}",
+                        hint="give what the run began with, or start another from its weights with --init-from",
+                        code=CHECKPOINT,
+                    )
+
     def finished(self) -> bool:
         """Whether the run has exported its last step, as far as its config asks now."""
         record = self.folder / "run.json"
@@ -107,7 +120,7 @@ class Run:
 
 def _lock(folder: Path) -> IO[str]:
     """Hold the folder for this process's life; the system frees it when the process dies."""
-    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (kept open: closing it frees the lock)
+    file = (folder / ".lock").open("a+", encoding="utf-8")  # kept open: closing it frees the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,7 +150,7 @@ def export(folder: Path, values: configs.Values, tensors: Mapping[str, Tensor], 
 
 
 def find(path: str | Path, stage: str) -> tuple[Path, Path]:
-    """(folder of config.json, file of weights) of RUN, RUN/final or a checkpoint; a run still training gives its newest checkpoint.
+    """(folder of config.json, file of weights) of RUN, RUN/final or a checkpoint; RUN in training gives its newest one.
 
     Raises UserError where there is no such model, or one of another stage.
     """

@@ -1,4 +1,4 @@
-"""The settings of a run that are not models: optimiser, training budget, losses, sampling. Frozen, flat, free of torch."""
+"""The settings of a run that are not models: optimiser, budget, losses, sampling. Frozen, flat, free of torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fraction(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW and its learning rate as a pure function of the step: linear warm-up, then constant, cosine or linear decay."""
+    """AdamW; its rate is a pure function of the step: linear warm-up, then constant, cosine or linear decay."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
@@ -66,6 +66,8 @@ class Train:
             raise ValueError(f"keep_last: keep at least 2 checkpoints (got {self.keep_last})")
         if min(self.micro_batch_size, self.num_workers, self.validation_size) < 0:
             raise ValueError("micro_batch_size, num_workers and validation_size must be >= 0")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed: must lie in [0, 2^63) (got {self.seed})")
 
 
 @dataclass(frozen=True, kw_only=True)

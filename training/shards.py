@@ -26,8 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from training.errors import DATA, UserError
-from training.files import file_sha256, write_bytes, write_json
-from training.staging import staged
+from training.files import file_sha256, staged, write_bytes, write_json
 from training.tars import END, NAME, Index, index_tar, is_safe, make_index, member_bytes
 
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""Stage one's gradient step and evaluation: reconstruction + LPIPS + KL + patch-GAN, balanced at the decoder's last layer."""
+"""Stage one's gradient step and evaluation: reconstruction + LPIPS + KL + patch-GAN, balanced at the last layer."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ MEASURED = 10_000  # images that the latent normaliser is measured on
 class AutoencoderStage(Stage):
     """Trains `model` and, unless the adversarial weight is 0, its discriminator.
 
-    The two parts of the decoder's gradient are taken at the reconstruction and go through the network in one backward pass. Their
-    balance uses the last layer's gradients over the whole global batch of the step before (checkpointed state), so that it does
-    not depend on how the batch is split over micro-batches and processes.
+    The two parts of the decoder's gradient are taken at the reconstruction and go through the network in one backward
+    pass. Their balance uses the last layer's gradients over the whole global batch of the step before (checkpointed
+    state), so that it does not depend on how the batch is split over micro-batches and processes.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class AutoencoderStage(Stage):
         self.distance = next(member for member in RECONSTRUCTIONS if member().kind == self.loss.reconstruction)()
         self.game = next(member for member in ADVERSARIALS if member().kind == self.loss.adversarial_loss)()
         self.balance = torch.zeros(())
-        self.sums: list[Tensor] = []
+        self.sums: Tensor | None = None  # both gradients at the last layer, this step's so far
         self.forward: Any = model
         self.judge: Any = discriminator
 
@@ -74,7 +74,7 @@ class AutoencoderStage(Stage):
             self.discriminator.to(accelerator.device)
 
     def ramp(self, step: int) -> float:
-        """How much of the adversarial gradient reaches the decoder at `step`: 0 before its start, then linearly to 1."""
+        """The share of the adversarial gradient that reaches the decoder: 0 before its start, then linearly to 1."""
         if not self.loss.adversarial or step < self.loss.adversarial_start:
             return 0.0
         return min(1.0, (step - self.loss.adversarial_start + 1) / max(1, self.loss.adversarial_ramp))
@@ -89,15 +89,11 @@ class AutoencoderStage(Stage):
         split = split_gradients(x_hat, lambda x: self.reconstruction(x, images), self.fool if playing else None)
         gradient = split.reconstruction
         if playing:
-            self.sums = [
-                a + share * b
-                for a, b in zip(
-                    self.sums or [0, 0], last_layer_gradients(x_hat, self.model.last_layer, split), strict=True
-                )
-            ]
+            measured = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, split)) * share
+            self.sums = measured if self.sums is None else self.sums + measured
             gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
         self.accelerator.backward((surrogate(x_hat, gradient) + self.loss.kl * latent) * share)
-        values = {
+        values: dict[str, Tensor] = {
             "loss": split.reconstruction_loss + self.loss.kl * latent,
             "kl": latent,
             "adversarial": split.adversarial_loss,
@@ -115,7 +111,7 @@ class AutoencoderStage(Stage):
         return loss
 
     def fool(self, x_hat: Tensor) -> Tensor:
-        """The adversarial loss of the decoder; through the bare discriminator, whose own gradient is not wanted here."""
+        """The decoder's adversarial loss, through the bare discriminator: its own gradient is not wanted here."""
         with self.accelerator.autocast():
             logits = self.discriminator(x_hat)
         return self.game.generator(logits.float()).mean()
@@ -136,9 +132,9 @@ class AutoencoderStage(Stage):
 
     def after_backward(self, step: int) -> None:
         """Measure the balance that the next step uses: gradients averaged over the global batch before their norms."""
-        if self.sums:
-            rec, adv = (self.accelerator.reduce(g, "mean") for g in self.sums)
-            self.balance, self.sums = adaptive_weight(rec.norm(), adv.norm()), []
+        if self.sums is not None:
+            rec, adv = self.accelerator.reduce(self.sums, "mean")
+            self.balance, self.sums = adaptive_weight(rec.norm(), adv.norm()), None
 
     def state(self) -> dict[str, Any]:
         return {"balance": float(self.balance)}
@@ -147,8 +143,8 @@ class AutoencoderStage(Stage):
         self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
-        """PSNR, SSIM and LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, difference."""
-        rows: dict[str, list[Tensor]] = {"psnr": [], "ssim": []} | ({"lpips": []} if self.perceptual else {})
+        """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
+        rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips")[: 3 if self.perceptual else 2]}
         for images in self.looks(self.held_out, self.config.train.validation_size):
             pixels, ours = to_uint8(images), to_uint8(self.model(images, None)[0])
             rows["psnr"].append(psnr(ours, pixels))
@@ -174,7 +170,7 @@ class AutoencoderStage(Stage):
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """The last act: measure per-channel shift and scale of z with the weights in place (the averaged ones), evenly over the data."""
+        """The last act: measure per-channel shift and scale of z with the weights in place, evenly over the data."""
         statistics = LatentStatistics(self.model.norm, self.model.latent_channels)
         stride = max(1, len(self.dataset) // MEASURED)
         chosen = range(0, len(self.dataset), stride)[:MEASURED]

@@ -43,7 +43,8 @@ class Captioned(nn.Module):
         if not isinstance(cond, Cond):
             assert self.text is not None
             cond = self.text(cond)
-        return self.backbone(x, noise_level, cond)
+        prediction: Tensor = self.backbone(x, noise_level, cond)
+        return prediction
 
 
 class DenoiserStage(Stage):
@@ -87,14 +88,26 @@ class DenoiserStage(Stage):
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
+    def after_backward(self, step: int) -> None:
+        """Nothing is left to do."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing was saved."""
+
     def sample(self, batch: Batch, noise: Noise) -> Tensor:
         """Normalised latents of a fresh posterior draw."""
         moments = batch.data.to(self.accelerator.device, non_blocking=True)
         shape = (moments.shape[1] // (2 if self.norm.gaussian else 1), *moments.shape[2:])
         return self.norm.latents(moments, noise.normal(shape, "posterior"))
 
-    def condition(self, batch: Batch, keep: Tensor) -> Cond | list[str]:
-        """The captions, or where the encoder is frozen their encoding; the empty caption where `keep` is False."""
+    def condition(self, batch: Batch, keep: Tensor) -> Any:
+        """A Cond, the empty caption's where `keep` is False; for an encoder that learns, the captions to be encoded.
+
+        `Captioned` takes both, so that the objective need not know which.
+        """
         if self.text.trainable:
             return [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
         if batch.text is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +22,6 @@ from training.errors import CHECKPOINT, DATA, UserError
 from training.files import content_hash, load_tensors, read_json, save_tensors
 from training.runs import autoencoder_hashes, copy_model, fill, find, load_autoencoder, weights
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -37,6 +34,7 @@ class Parts:
     null: Cond | None  # stored encoding of the empty caption, where embeddings are stored
     shape: tuple[int, ...]  # one latent: (C, h, w)
     hashes: dict[str, str]
+    named: str  # what a frozen text encoder was loaded from, or the vocabulary of one that learns
 
 
 def assemble(
@@ -45,13 +43,13 @@ def assemble(
     dataset: Latents,
     home: Path | None,
     text_encoder: str | None,
-    accelerator: Accelerator,
+    device: torch.device,
 ) -> Parts:
-    """Everything a denoiser is trained with; its frozen parts and vocabulary are stored in `home` (final/) from the start.
+    """Everything a denoiser is trained with; the vocabulary is the one stored in `home` (final/), where there is one.
 
     Raises UserError where the latents were made by another autoencoder than the one stored beside them.
     """
-    autoencoder = load_autoencoder(latents / "autoencoder", accelerator.device)
+    autoencoder = load_autoencoder(latents / "autoencoder", device)
     hashes = autoencoder_hashes(autoencoder)
     made_by = dataset.shards.summary["encoder"]
     if made_by != hashes["encoder"]:
@@ -61,33 +59,34 @@ def assemble(
             code=CHECKPOINT,
         )
     null = None
-    if home and accelerator.is_main_process:
-        copy_model(latents / "autoencoder", home / "autoencoder")
     if isinstance(config.text, HuggingFace):
-        text, null = _frozen_text(config.text, latents, dataset, home, text_encoder, accelerator)
+        text, null, named = _frozen_text(config.text, latents, dataset, text_encoder)
         hashes["text_encoder"] = texts.identity(text)["hash"]
     else:
         if home and (home / "tokenizer" / texts.VOCABULARY).is_file():
-            vocabulary = texts.stored_vocabulary(home)
+            named = texts.stored_vocabulary(home)
         else:
-            captions = (c for i in range(len(dataset)) for c in dataset.captions(i))
-            vocabulary = (
-                texts.keep_vocabulary(config.text, captions, home)
-                if home and accelerator.is_main_process
-                else config.text.vocabulary(captions)
-            )
-        text = config.text.build(vocabulary)
+            named = config.text.vocabulary(c for i in range(len(dataset)) for c in dataset.captions(i))
+        text = config.text.build(named)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
-    text = text.to(accelerator.device)
-    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim).to(
-        accelerator.device
-    )
-    return Parts(backbone, text, autoencoder, draw_with(config, autoencoder, backbone, text), null, shape, hashes)
+    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim)
+    backbone, text = backbone.to(device), text.to(device)
+    pipeline = draw_with(config, autoencoder, backbone, text)
+    return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, named)
+
+
+def store(parts: Parts, latents: Path, home: Path) -> None:
+    """Put what does not change in training into `home` (final/): autoencoder, and vocabulary or frozen text encoder."""
+    copy_model(latents / "autoencoder", home / "autoencoder")
+    if parts.text.trainable:
+        texts.keep_vocabulary(parts.named, home)
+    else:
+        texts.keep(parts.text, parts.named, home)
 
 
 def _frozen_text(
-    config: HuggingFace, latents: Path, dataset: Latents, home: Path | None, name: str | None, accelerator: Accelerator
-) -> tuple[TextEncoder, Cond | None]:
+    config: HuggingFace, latents: Path, dataset: Latents, name: str | None
+) -> tuple[TextEncoder, Cond | None, str]:
     null = None
     if dataset.text:
         text = texts.load_kept(config, latents, name)
@@ -106,9 +105,7 @@ def _frozen_text(
             hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or use --text.kind scratch",
             code=DATA,
         )
-    if home and accelerator.is_main_process:
-        texts.keep(text, name or "", home)
-    return text, null
+    return text, null, str(name)
 
 
 def draw_with(
@@ -128,7 +125,7 @@ def export_text(text: TextEncoder | None, home: Path) -> None:
 
 
 def load_pipeline(path: str | Path, device: torch.device | str = "auto", text_encoder: str | None = None) -> Pipeline:
-    """A denoiser's run (finished or still training) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`."""
+    """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`."""
     from training.launch import resolve
 
     target = resolve(device) if isinstance(device, str) else device

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ldm.text import HuggingFace, TextEncoder
+from ldm.text.encoders import HuggingFaceTextEncoder
 from training.errors import CHECKPOINT, DATA, UserError
-from training.files import content_hash, write_bytes, write_json
+from training.files import content_hash, read_json, write_bytes, write_json
 
 LARGE = 200_000_000  # parameters up to which a frozen encoder is copied into every run
 VOCABULARY = "vocabulary.json"
 
 
 def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
-    """A frozen encoder by hub name or local folder (CLIP text, T5 encoder, BERT-like), safetensors only, no remote code.
+    """A frozen encoder by hub name or local folder (CLIP text, T5, BERT-like); safetensors only, no remote code.
 
     Raises UserError saying what to download where it cannot be had, or why it does not fit.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
     from transformers.utils import logging
 
@@ -35,12 +36,12 @@ def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
         }
         model = family.get(kind, AutoModel).from_pretrained(name, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name))
-    except (OSError, ValueError, ImportError, KeyError) as failure:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as failure:
         reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
         raise UserError(
             f"text encoder '{name}' cannot be loaded ({reason[:200]})",
             code=DATA,
-            hint="give a folder that holds config.json, model.safetensors and the tokenizer's files, downloaded where the hub can be reached",
+            hint="give a folder that holds config.json, model.safetensors and the tokenizer's files",
         ) from None
     try:
         return config.build(model, tokenizer)
@@ -57,7 +58,7 @@ def _tokenizer_folder(name: str) -> str:
 
 def identity(encoder: TextEncoder) -> dict[str, Any]:
     """What names a frozen text encoder: the hash of weights, vocabulary and settings, and each setting readable."""
-    assert hasattr(encoder, "model")
+    assert isinstance(encoder, HuggingFaceTextEncoder)
     settings = {key: value for key, value in vars(encoder.config).items() if key != "kind"}
     words = encoder.tokenizer.get_vocab()
     vocabulary = hashlib.sha256(json.dumps(sorted(words.items())).encode()).hexdigest()
@@ -67,12 +68,13 @@ def identity(encoder: TextEncoder) -> dict[str, Any]:
 
 
 def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
-    """Store a frozen encoder in a run's or data set's folder: whole where it is small, by name and hash where it is large."""
+    """Store a frozen encoder in a run's or data set's folder: whole where small, by name and hash where large."""
     folder.mkdir(parents=True, exist_ok=True)
-    assert hasattr(encoder, "model")
+    assert isinstance(encoder, HuggingFaceTextEncoder)
     large = sum(p.numel() for p in encoder.parameters()) > LARGE
     if not large:
-        encoder.model.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        model: Any = encoder.model
+        model.save_pretrained(folder / "text_encoder", safe_serialization=True)
         encoder.tokenizer.save_pretrained(folder / "tokenizer")
     # A hub name is worth keeping; a path of this machine is not.
     named = Path(name).name if Path(name).exists() else name
@@ -82,24 +84,22 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
 
 def load_kept(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
     """The encoder that `keep` stored, or `override` (name or folder); either way it must be the same one, by hash."""
-    stored = json.loads((folder / "text_encoder" / "identity.json").read_text("utf-8"))
+    stored = read_json(folder / "text_encoder" / "identity.json")
     source = override or (str(folder / "text_encoder") if stored["copied"] else stored["name"])
     encoder = load_huggingface(config, source)
     if (found := identity(encoder)["hash"]) != stored["hash"]:
         raise UserError(
-            f"text encoder {source} is {found[:12]}, this model was trained with {stored['hash'][:12]} ({stored['name']})",
+            f"text encoder {source} is {found[:12]}, the one asked for is {stored['hash'][:12]} ({stored['name']})",
             hint="give the right one with --text-encoder",
             code=CHECKPOINT,
         )
     return encoder
 
 
-def keep_vocabulary(config: Any, captions: Iterable[str], folder: Path) -> str:
-    """Build the vocabulary of a trainable encoder from the training captions and store it; returns it."""
-    vocabulary: str = config.vocabulary(captions)
+def keep_vocabulary(vocabulary: str, folder: Path) -> None:
+    """Store the vocabulary of a trainable encoder."""
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "tokenizer" / VOCABULARY, vocabulary.encode())
-    return vocabulary
 
 
 def stored_vocabulary(folder: Path) -> str:

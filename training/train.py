@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training import config as configs
-from training.errors import USAGE, UserError
+from training.errors import USAGE, UserError, explained
 from training.order import split_batch
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def resolve(args: argparse.Namespace, stage: str) -> configs.Config | None:
     if args.print_config:
         print(json.dumps(configs.to_values(config), indent=1))
         return None
+    source = {"autoencoder": "data", "denoiser": "latents"}[stage]
+    if not getattr(args, source):
+        raise UserError(f"--{source} is missing", hint=f"name the folder of shards: --{source} DIR")
     if not args.output and not args.dry_run:
         raise UserError("--output is missing", hint="name the run folder: --output runs/NAME")
     return config
@@ -51,14 +54,10 @@ def train_autoencoder(args: argparse.Namespace) -> int:
     config = resolve(args, "autoencoder")
     if config is None:
         return 0
-    import torch
-
     from training import launch
     from training.data import Images
-    from training.perceptual import load_perceptual
-    from training.runs import Run, autoencoder_hashes, load_autoencoder
+    from training.runs import autoencoder_hashes
     from training.shards import ShardSet
-    from training.stage_one import AutoencoderStage
 
     assert isinstance(config, configs.AutoencoderConfig)
     shards = ShardSet(args.data, "train")
@@ -69,23 +68,15 @@ def train_autoencoder(args: argparse.Namespace) -> int:
     run = None if args.dry_run else open_run(args, "autoencoder", config, accelerator)
     if run and run.finished():
         return already(run)
-    torch.manual_seed(config.train.seed)
-    model, discriminator = config.model.build(), config.discriminator.build()
-    if args.init_from:
-        model.load_state_dict(load_autoencoder(args.init_from).state_dict())
-    loss = config.loss
-    perceptual = (
-        load_perceptual(loss.perceptual_net, loss.perceptual_weights, args.lpips_weights) if loss.perceptual else None
-    )
-    stage = AutoencoderStage(config, model, discriminator, perceptual, dataset, held_out)
-    announce(
-        accelerator,
-        f"autoencoder: {_count(model)} parameters, factor {model.factor}, {model.latent_channels} channels; {len(dataset):,} images",
-    )
+    stage = stage_one(args, config, dataset, held_out)
+    model = stage.model
+    what = f"{_count(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
+    announce(accelerator, f"autoencoder: {what}; {len(dataset):,} images")
     if run is None:
         return 0
     facts = {"data": data_facts(args.data)}
-    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, facts)
+    path = begin(args, run, accelerator, facts)
+    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, path)
     if stopped:
         return stopped
     if accelerator.is_main_process:
@@ -98,17 +89,34 @@ def train_autoencoder(args: argparse.Namespace) -> int:
     return 0
 
 
+def stage_one(args: argparse.Namespace, config: configs.AutoencoderConfig, dataset: Any, held_out: Any) -> Any:
+    """The networks and losses of stage one, freshly initialised from the seed or from another run's weights."""
+    import torch
+
+    from training.perceptual import load_perceptual
+    from training.runs import fill, load_autoencoder
+    from training.stage_one import AutoencoderStage
+
+    torch.manual_seed(config.train.seed)
+    with explained("change the config"):
+        model, discriminator = config.model.build(), config.discriminator.build()
+    if args.init_from:
+        fill(model, load_autoencoder(args.init_from).state_dict(), Path(args.init_from))
+    loss = config.loss
+    perceptual = (
+        load_perceptual(loss.perceptual_net, loss.perceptual_weights, args.lpips_weights) if loss.perceptual else None
+    )
+    return AutoencoderStage(config, model, discriminator, perceptual, dataset, held_out)
+
+
 def train_denoiser(args: argparse.Namespace) -> int:
     """Stage two: train on encoded latents, export a self-contained model. Returns the exit code."""
     config = resolve(args, "denoiser")
     if config is None:
         return 0
-    import torch
-
     from training import launch, system
     from training.data import Latents
     from training.shards import ShardSet
-    from training.stage_two import DenoiserStage
 
     assert isinstance(config, configs.DenoiserConfig)
     shards = ShardSet(args.latents, "train")
@@ -123,22 +131,16 @@ def train_denoiser(args: argparse.Namespace) -> int:
     run = None if args.dry_run else open_run(args, "denoiser", config, accelerator)
     if run and run.finished():
         return already(run)
-    torch.manual_seed(config.train.seed)
-    home = run.folder / "final" if run else None
-    parts = system.assemble(config, Path(args.latents), dataset, home, args.text_encoder, accelerator)
-    stage = DenoiserStage(
-        config, parts.backbone, parts.text, parts.autoencoder.norm, dataset, held_out, parts.pipeline, parts.null
-    )
-    if args.init_from:
-        system.fill_network(stage.network, args.init_from)
-    announce(
-        accelerator,
-        f"denoiser: {_count(stage.network)} parameters on latents {'x'.join(map(str, parts.shape))}; {len(dataset):,} latents",
-    )
+    parts, stage = stage_two(args, config, dataset, held_out, run, accelerator)
+    what = f"{_count(stage.network)} parameters on latents {'x'.join(map(str, parts.shape))}"
+    announce(accelerator, f"denoiser: {what}; {len(dataset):,} latents")
     if run is None:
         return 0
     facts = {"data": data_facts(args.latents), "hashes": parts.hashes}
-    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, facts)
+    path = begin(args, run, accelerator, facts)
+    if accelerator.is_main_process:
+        system.store(parts, Path(args.latents), run.folder / "final")
+    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, path)
     if stopped:
         return stopped
     if accelerator.is_main_process:
@@ -149,6 +151,31 @@ def train_denoiser(args: argparse.Namespace) -> int:
     return 0
 
 
+def stage_two(
+    args: argparse.Namespace,
+    config: configs.DenoiserConfig,
+    dataset: Any,
+    held_out: Any,
+    run: Run | None,
+    accelerator: Accelerator,
+) -> tuple[Any, Any]:
+    """What stage two trains with, and its stage, freshly initialised from the seed or from another run's weights."""
+    import torch
+
+    from training import system
+    from training.stage_two import DenoiserStage
+
+    torch.manual_seed(config.train.seed)
+    home = run.folder / "final" if run else None
+    with explained("change the config"):
+        parts = system.assemble(config, Path(args.latents), dataset, home, args.text_encoder, accelerator.device)
+        norm = parts.autoencoder.norm
+        stage = DenoiserStage(config, parts.backbone, parts.text, norm, dataset, held_out, parts.pipeline, parts.null)
+    if args.init_from:
+        system.fill_network(stage.network, args.init_from)
+    return parts, stage
+
+
 def fit(
     args: argparse.Namespace,
     config: Any,
@@ -157,16 +184,14 @@ def fit(
     run: Run,
     micro: int,
     accumulation: int,
-    facts: Mapping[str, Any],
+    path: Path | None,
 ) -> tuple[Loop, int]:
-    """Build the loop, resume where asked, train. Returns the loop and the exit code of a signal (0: ran to the end)."""
+    """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
     from training.loop import Loop
 
-    if accelerator.is_main_process:
-        run.describe("training", 0, facts)
     loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
     start = 0
-    if (path := loop.checkpoints.find(args.resume)) is not None:
+    if path is not None:
         checkpoint = loop.checkpoints.load(path)
         loop.restore(checkpoint)
         start = checkpoint.step
@@ -179,12 +204,27 @@ def fit(
         announce(accelerator, f"resumed from step {start}")
     elif args.resume:
         announce(accelerator, "note: no checkpoint yet; starting fresh")
+        loop.journal.restart()
     if number := loop.fit(start):
         announce(
             accelerator, f"stopped by a signal: saved; resume with the same command and --resume auto ({run.folder})"
         )
         return loop, 128 + number
     return loop, 0
+
+
+def begin(args: argparse.Namespace, run: Run, accelerator: Accelerator, facts: Mapping[str, Any]) -> Path | None:
+    """Write down what the run is made of; returns the checkpoint to go on from. All that may be refused was tried."""
+    from training.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(run.folder)
+    if accelerator.is_main_process:
+        checkpoints.sweep()
+    path = checkpoints.find(args.resume)
+    if accelerator.is_main_process:
+        run.same_ingredients(facts)
+        run.describe("training", 0, facts)
+    return path
 
 
 def open_run(args: argparse.Namespace, stage: str, config: Any, accelerator: Accelerator) -> Run | None:
@@ -207,7 +247,7 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
 
     values = configs.to_values(run.config)
     refuse_non_finite(tensors)
-    flat = {key: value for key, value in facts.get("validation", {}).items()} | dict(facts["hashes"])
+    flat = {**facts.get("validation", {}), **facts["hashes"]}
     identity = export(
         run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values)
     )
@@ -241,7 +281,8 @@ def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
     if height % factor or width % factor:
         raise UserError(
             f"the packed pictures are {width}x{height}, not divisible by the autoencoder's factor {factor}",
-            hint=f"pack again with --resolution {max(factor, height // factor * factor)} or {(height // factor + 1) * factor}, or choose another config",
+            hint=f"pack again with --resolution {max(factor, height // factor * factor)}"
+            f" or {(height // factor + 1) * factor}, or choose another config",
         )
     if config.loss.adversarial and min(height, width) < smallest:
         raise UserError(

@@ -11,6 +11,9 @@ from ldm.samplers.unipc import UniPC
 SAMPLERS = (DPMpp2M, DDPM, DDIM, Euler, Midpoint, Heun, RK4, DPMpp3M, DPMpp2S, DPMpp3S, DPMppSDE2M, UniPC, DEIS, IPNDM,
             LMS, EulerMaruyama, ReverseDiffusion, PredictorCorrector, Langevin)
 
-__all__ = ["DDIM", "DDIMInversion", "DDPM", "DEIS", "DPMpp2M", "DPMpp2S", "DPMpp3M", "DPMpp3S", "DPMppSDE2M", "Euler",
-           "EulerMaruyama", "Heun", "IPNDM", "LMS", "Langevin", "Memory", "Midpoint", "PredictorCorrector", "RK4",
-           "ReverseDiffusion", "SAMPLERS", "Sampler", "Snapshot", "UniPC", "check_grid", "mix", "prior", "sample"]
+__all__ = [
+    "DDIM", "DDPM", "DEIS", "IPNDM", "LMS", "RK4", "SAMPLERS", "DDIMInversion", "DPMpp2M", "DPMpp2S", "DPMpp3M",
+    "DPMpp3S", "DPMppSDE2M", "Euler", "EulerMaruyama", "Heun", "Langevin", "Memory", "Midpoint",
+    "PredictorCorrector", "ReverseDiffusion", "Sampler", "Snapshot", "UniPC", "check_grid", "mix", "prior",
+    "sample",
+]

@@ -1,9 +1,9 @@
 """Adams-Bashforth rules on eps: with r = sigma / alpha the ODE is d(x / alpha) / dr = eps, and eps is extrapolated.
 
 x_s = alpha_s x0 + sigma_s eps + alpha_s sum_j C_j (eps_j - eps) over earlier eps_j. The rules differ in the variable in
-which eps is a polynomial: r itself (LMS), ln r (DEIS), or the number of the step (iPNDM, also known as PLMS). C_j is the
-integral over the step, in r, of the j-th Lagrange polynomial. From pure noise (r infinite) a step is of order 1. All
-start with lower orders, which leaves an error of h^2 from the first step.
+which eps is a polynomial: r itself (LMS), ln r (DEIS), or the number of the step (iPNDM, also known as PLMS). C_j is
+the integral over the step, in r, of the j-th Lagrange polynomial. From pure noise (r infinite) a step is of order 1.
+All start with lower orders, which leaves an error of h^2 from the first step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class _Slope(NamedTuple):
 
 
 class Adams(Sampler):
-    """The common step; a member says how much each earlier eps weighs. Raises ValueError on an order it has no rule for."""
+    """The common step; a member says how much each earlier eps weighs. Raises ValueError on an order it has no rule
+    for."""
 
     order: ClassVar[int] = 2
     calls: ClassVar[int] = 1
@@ -56,7 +57,8 @@ class Adams(Sampler):
 
 @lru_cache(maxsize=1)
 def _gauss() -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the 16-point Gauss-Legendre rule on [-1, 1], from its Jacobi matrix (Golub & Welsch 1969)."""
+    """Nodes and weights of the 16-point Gauss-Legendre rule on [-1, 1], from its Jacobi matrix (Golub & Welsch
+    1969)."""
     k = torch.arange(1, 16, dtype=torch.float64)
     beside = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
     nodes, vectors = torch.linalg.eigh(beside + beside.T)
@@ -65,7 +67,8 @@ def _gauss() -> tuple[Tensor, Tensor]:
 
 def lagrange(knots: list[float], at: Tensor) -> list[Tensor]:
     """The Lagrange polynomials of `knots` but the first, at the points `at`."""
-    return [math.prod(((at - other) / (knot - other) for other in knots[:j] + knots[j + 1 :]), start=torch.ones_like(at))
+    one = torch.ones_like(at)
+    return [math.prod(((at - other) / (knot - other) for other in knots[:j] + knots[j + 1 :]), start=one)
             for j, knot in enumerate(knots) if j]
 
 
@@ -84,7 +87,8 @@ class LMS(Adams):
 
 @dataclass(frozen=True, kw_only=True)
 class DEIS(Adams):
-    """eps a polynomial in ln(sigma / alpha); of order 1 onto t = 0. Zhang & Chen 2022 (arXiv 2204.13902), rho-AB in log."""
+    """eps a polynomial in ln(sigma / alpha); of order 1 onto t = 0. Zhang & Chen 2022 (arXiv 2204.13902), rho-AB in
+    log."""
 
     kind: Literal["deis"] = "deis"
     solver_order: int = 3

@@ -25,9 +25,10 @@ def _decay(denoise: Denoise, t: Tensor, s: Tensor) -> Tensor:
 class DDPM(Sampler):
     """Ancestral sampling with the posterior's mean and one of three variances. Order 1, one call a step.
 
-    `small` is the posterior's own, beta~; `large` is beta, the forward step's; `learned` lies between them in logarithm,
-    where the network says. No noise is added on the step that lands on t = 0. Ho et al. 2020 (arXiv 2006.11239),
-    algorithm 2; Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15. Raises ValueError for `learned` without such a network.
+    `small` is the posterior's own, beta~; `large` is beta, the forward step's; `learned` lies between them in
+    logarithm, where the network says. No noise is added on the step that lands on t = 0. Ho et al. 2020 (arXiv
+    2006.11239), algorithm 2; Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15. Raises ValueError for `learned`
+    without such a network.
     """
 
     order: ClassVar[int] = 1
@@ -88,7 +89,8 @@ class DDIM(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class DDIMInversion(Sampler):
-    """From a sample back to its noise, on a rising grid: x_s = (alpha_s / alpha_t) x + (sigma_s - alpha_s sigma_t / alpha_t) eps.
+    """From a sample back to its noise, on a rising grid: x_s = (alpha_s / alpha_t) x + (sigma_s - alpha_s sigma_t /
+    alpha_t) eps.
 
     eps is the network's at the target time s, where it may be called although t = 0 is where the walk starts. Order 1,
     one call a step. Mokady et al. 2023 (arXiv 2211.09794), eq. 3. Raises ValueError on a falling grid.

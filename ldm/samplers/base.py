@@ -23,8 +23,8 @@ Memory = Any
 class Sampler(ABC):
     """A way to go from x_t to x_s. Frozen and stateless: whatever a step needs to remember it returns as memory.
 
-    `order` is the power of the step with which its error falls (the variance's, where it adds noise), `calls` the number
-    of network calls a step away from the ends.
+    `order` is the power of the step with which its error falls (the variance's, where it adds noise), `calls` the
+    number of network calls a step away from the ends.
     """
 
     kind: str
@@ -62,7 +62,8 @@ class _Watched:
 
 
 def check_grid(grid: Tensor) -> Tensor:
-    """The grid in float64 on the CPU. Raises ValueError unless it has a step, lies in [0, 1] and is strictly monotone."""
+    """The grid in float64 on the CPU. Raises ValueError unless it has a step, lies in [0, 1] and is strictly
+    monotone."""
     grid = grid.detach().to("cpu", torch.float64)
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"a grid is a list of at least two times, got shape {tuple(grid.shape)}")

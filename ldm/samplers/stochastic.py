@@ -1,8 +1,8 @@
 """Samplers of the reverse SDE and of Langevin dynamics.
 
-With f = alpha' / alpha and g^2 = 2 sigma (sigma' - f sigma), the forward process is dx = f x dt + g dw. None of them can
-leave alpha = 0, where f is infinite: from there the first step is the exact posterior's (`ddpm`). Every last step lands
-on t = 0 without noise, from x0.
+With f = alpha' / alpha and g^2 = 2 sigma (sigma' - f sigma), the forward process is dx = f x dt + g dw. None of them
+can leave alpha = 0, where f is infinite: from there the first step is the exact posterior's (`ddpm`). Every last step
+lands on t = 0 without noise, from x0.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoise
@@ -29,9 +28,9 @@ def _ends(denoise: Denoise, t: Tensor, s: Tensor) -> bool:
 class EulerMaruyama(Sampler):
     """x_s = x + (s - t) (velocity + w eps / 2 sigma) + sqrt(w (t - s)) z. Weak order 1, one call a step.
 
-    `diffusion` is w: "sde" for g^2, the process's own, or "sigma" for w = `strength` sigma, which any process allows and
-    which is the usual stochastic sampler of flow matching. Song et al. 2021 (arXiv 2011.13456), eq. 6; Ma et al. 2024
-    (arXiv 2401.08740), eq. 4 and table 2.
+    `diffusion` is w: "sde" for g^2, the process's own, or "sigma" for w = `strength` sigma, which any process allows
+    and which is the usual stochastic sampler of flow matching. Song et al. 2021 (arXiv 2011.13456), eq. 6; Ma et al.
+    2024 (arXiv 2401.08740), eq. 4 and table 2.
     """
 
     order: ClassVar[int] = 1
@@ -47,7 +46,7 @@ class EulerMaruyama(Sampler):
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
              noise: Noise) -> tuple[Tensor, Memory]:
-        if s == 0 or self.diffusion == "sde" and _ends(denoise, t, s):
+        if s == 0 or (self.diffusion == "sde" and _ends(denoise, t, s)):
             return DDPM().step(denoise, x, t, s, None, noise)
         level, rates, ends = denoise.schedule(t), denoise.schedule.rates(t), denoise(x, t)
         # half = w / 2 sigma
@@ -83,7 +82,7 @@ class ReverseDiffusion(Sampler):
 
 def _norm(x: Tensor) -> Tensor:
     """The Euclidean norm of each sample, kept broadcastable."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    return x.square().sum(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
 
 
 def _walk(schedule: NoiseSchedule, x: Tensor, t: Tensor, eps: Tensor, size: Tensor, z: Tensor) -> Tensor:
@@ -131,7 +130,8 @@ class PredictorCorrector(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class Langevin(Sampler):
-    """Annealed Langevin dynamics: `inner_steps` Langevin steps of size `step_size` sigma^2 at t, then x alpha_s / alpha_t.
+    """Annealed Langevin dynamics: `inner_steps` Langevin steps of size `step_size` sigma^2 at t, then x alpha_s /
+    alpha_t.
 
     Not a discretisation of the process: its bias stays as the grid is refined, unless the steps shrink. The last
     step ends with x0. Song & Ermon 2020 (arXiv 2006.09011), algorithm 1: step_size 0.062 on 232 levels from 50 to 0.01.

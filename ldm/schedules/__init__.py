@@ -7,5 +7,7 @@ from ldm.schedules.tables import DDPMCosine, DDPMLinear, DDPMScaledLinear, DDPMS
 
 SCHEDULES = (Flow, GVP, VP, SubVP, VE, EDM, DDPMLinear, DDPMScaledLinear, DDPMCosine, DDPMSigmoid)
 
-__all__ = ["SCHEDULES", "DDPMCosine", "DDPMLinear", "DDPMScaledLinear", "DDPMSigmoid", "EDM", "Flow", "GVP", "Level",
-           "NoiseSchedule", "SubVP", "Table", "VE", "VP", "match"]
+__all__ = [
+    "EDM", "GVP", "SCHEDULES", "VE", "VP", "DDPMCosine", "DDPMLinear", "DDPMScaledLinear", "DDPMSigmoid", "Flow",
+    "Level", "NoiseSchedule", "SubVP", "Table", "match",
+]

@@ -96,5 +96,5 @@ class Continuous(NoiseSchedule):
 
 def check_t_min(t_min: float, *, zero_allowed: bool = False) -> None:
     """Raise ValueError unless t_min is a usable least time."""
-    if not (0 < t_min < 1 or zero_allowed and t_min == 0):
+    if not (0 < t_min < 1 or (zero_allowed and t_min == 0)):
         raise ValueError(f"t_min must be in {'[' if zero_allowed else '('}0, 1), got {t_min}")

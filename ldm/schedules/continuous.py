@@ -16,44 +16,34 @@ from ldm.schedules.base import Continuous, Level, check_t_min
 
 @dataclass(frozen=True, kw_only=True)
 class Flow(Continuous):
-    """Rectified flow: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t); u = t at shift 1.
+    """Rectified flow: alpha = 1 - t, sigma = t. Lipman et al. 2023 (arXiv 2210.02747); Liu et al. 2023 (arXiv
+    2209.03003).
 
-    `shift` moves time towards noise for larger images; the network sees 1000 u, so its weights mean the same under any
-    shift. Lipman et al. 2023 (arXiv 2210.02747); shift: Esser et al. 2024 (arXiv 2403.03206), eq. 23.
+    The shift of time for larger images belongs to the times trained at and the grid visited (`shift` of `times` and
+    `grids`), so that the same weights serve any of them.
     """
 
     kind: Literal["flow"] = "flow"
-    shift: float = 1.0
     t_min: float = 1e-5
 
     def __post_init__(self) -> None:
         check_t_min(self.t_min, zero_allowed=True)
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"flow shift must be positive and finite, got {self.shift}")
 
     @property
     def pure_noise(self) -> bool:
         return True
 
-    def _shifted(self, t: Tensor) -> Tensor:
-        return self.shift * t / (1 + (self.shift - 1) * t)
-
     def __call__(self, t: Tensor) -> Level:
-        # alpha is not 1 - sigma: near t = 1 that would lose its digits, and at t = 1 it might miss 0.
-        return Level((1 - t) / (1 + (self.shift - 1) * t), self._shifted(t))
+        return Level(1 - t, t)
 
     def rates(self, t: Tensor) -> Level:
-        rate = self.shift / (1 + (self.shift - 1) * t) ** 2
-        return Level(-rate, rate)
+        return Level(-torch.ones_like(t), torch.ones_like(t))
 
     def logsnr(self, t: Tensor) -> Tensor:
-        return 2 * ((1 - t).log() - t.log() - math.log(self.shift))
+        return 2 * ((1 - t).log() - t.log())
 
     def time(self, logsnr: Tensor) -> Tensor:
-        return torch.sigmoid(-(logsnr / 2 + math.log(self.shift)))
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return 1000 * self._shifted(t)
+        return torch.sigmoid(-logsnr / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,5 +164,5 @@ class SubVP(_LinearBeta):
         return -b - 2 * (-(-b).expm1()).log()
 
     def time(self, logsnr: Tensor) -> Tensor:
-        # alpha solves alpha / (1 - alpha^2) = r; in terms of q = 1 / r = 2 sinh(b / 2) it keeps its digits at both ends.
+        # sigma / alpha = (1 - alpha^2) / alpha = 2 sinh(b / 2), whose inverse keeps its digits at both ends.
         return self._time(2 * ((-logsnr / 2).exp() / 2).asinh())

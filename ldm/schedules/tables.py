@@ -81,7 +81,7 @@ class Table(NoiseSchedule):
 
     def rates(self, t: Tensor) -> Level:
         # With r = alpha / sigma: alpha = r / sqrt(1 + r^2), so d alpha = sigma^3 dr and d sigma = -alpha sigma^2 dr.
-        position, below, above = self._interval(t)
+        _, below, above = self._interval(t)
         alpha, sigma = self(t)
         slope = (alpha / sigma) * (above - below) / 2
         if self.zero_terminal_snr:
@@ -129,7 +129,8 @@ class DDPMLinear(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMScaledLinear(Table):
-    """sqrt(beta) linear in i: the table of latent diffusion and Stable Diffusion. Rombach et al. 2022, released code."""
+    """sqrt(beta) linear in i: the table of latent diffusion and Stable Diffusion. Rombach et al. 2022, released
+    code."""
 
     kind: Literal["ddpm-scaled-linear"] = "ddpm-scaled-linear"
     steps: int = 1000

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised, Diffusion
 from ldm.noise import Noise
-from ldm.samplers import mix
+from ldm.samplers import Sampler, mix, sample
 from ldm.schedules import NoiseSchedule
 
 F64 = torch.float64
@@ -24,7 +24,8 @@ def scalar(value: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of K Gaussians in D dimensions, noised by `schedule`: weights (K,), means (K, D), covariances (K, D, D).
+    """A mixture of K Gaussians in D dimensions, noised by `schedule`: weights (K,), means (K, D), covariances (K, D,
+    D).
 
     At a level (alpha, sigma) component k is N(alpha m, alpha^2 C + sigma^2 I), so everything is a weighted sum of
     linear functions of x; no formula divides by alpha or sigma.
@@ -42,8 +43,12 @@ class Mixture:
         covariance = alpha**2 * self.covariances + sigma**2 * torch.eye(dim, dtype=F64)
         residual = x[:, None] - alpha * self.means
         whitened = torch.linalg.solve(covariance, residual[..., None])[..., 0]
-        logs = (self.weights.log() - 0.5 * (residual * whitened).sum(-1)
-                - 0.5 * torch.linalg.slogdet(covariance)[1] - dim / 2 * math.log(2 * math.pi))
+        logs = (
+            self.weights.log()
+            - 0.5 * (residual * whitened).sum(-1)
+            - 0.5 * torch.linalg.slogdet(covariance)[1]
+            - dim / 2 * math.log(2 * math.pi)
+        )
         x0 = self.means + alpha * (self.covariances @ whitened[..., None])[..., 0]
         return logs, logs.softmax(1)[..., None], whitened, x0
 
@@ -76,15 +81,17 @@ def gaussian(schedule: NoiseSchedule, std: float = 0.5, mean: float = 0.0, dim: 
 
 @dataclass(frozen=True)
 class Isotropic:
-    """N(0, std^2 I) for data of any shape, element by element: `gaussian` without its matrices."""
+    """N(mean, std^2 I) for data of any shape, element by element: `gaussian` without its matrices."""
 
     schedule: NoiseSchedule
     std: float = 0.5
+    mean: float = 0.0
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
         alpha, sigma = self.schedule(t)
         variance = (alpha * self.std) ** 2 + sigma**2
-        return Denoised(x * (alpha * self.std**2 / variance), x * (sigma / variance))
+        residual = x - alpha * self.mean
+        return Denoised(self.mean + residual * (alpha * self.std**2 / variance), residual * (sigma / variance))
 
 
 def two_modes(schedule: NoiseSchedule) -> Mixture:
@@ -98,7 +105,7 @@ def two_modes(schedule: NoiseSchedule) -> Mixture:
 class Through:
     """An oracle seen through a network's prediction: what a perfect network of that prediction gives a sampler."""
 
-    oracle: Mixture
+    oracle: Denoise
     diffusion: Diffusion
 
     @property
@@ -154,3 +161,37 @@ def fitted_order(steps: list[int], errors: list[float]) -> float:
     y = torch.tensor(errors, dtype=F64).log()
     x, y = x - x.mean(), y - y.mean()
     return -(x @ y / (x @ x)).item()
+
+
+@dataclass
+class Smooth:
+    """A bounded, elementwise denoiser, so that the samples of a batch cannot meet inside it."""
+
+    schedule: NoiseSchedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        alpha, sigma = self.schedule(t)
+        x0 = torch.tanh(x * (alpha / (alpha**2 + sigma**2)))
+        return Denoised(x0, (x - alpha * x0) / sigma)
+
+
+def final_variance(sampler: Sampler, schedule: NoiseSchedule, grid: Tensor, std: float, start: float) -> float:
+    """The variance of the result on data N(0, std^2), the starting x having variance start^2.
+
+    Exact, by impulses, for every sampler that is linear on Gaussian data; one whose steps depend on norms (order 0) is
+    measured on 8192 numbers, within two per cent.
+    """
+    if sampler.order == 0:
+        noise = Noise.from_seeds(list(range(16)))
+        x = start * noise.normal((512,), "start", dtype=F64)
+        return sample(sampler, Isotropic(schedule, std), x, grid, noise).var().item()
+    batch = 2 + len(grid) * sampler.calls
+    x = torch.zeros(batch, 1, dtype=F64)
+    x[0] = start
+    return sample(sampler, Isotropic(schedule, std), x, grid, Impulses(batch)).square().sum().item()
+
+
+def marginal(schedule: NoiseSchedule, t: Tensor, std: float) -> float:
+    """The exact variance of x_t on data N(0, std^2)."""
+    alpha, sigma = schedule(t)
+    return ((alpha * std) ** 2 + sigma**2).item()

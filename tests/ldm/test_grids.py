@@ -2,14 +2,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from ldm.grids import GRIDS, Exponential, Given, Grid, Karras, Leading, Linspace, Quadratic, Trailing, Uniform, UniformLogSNR
-from ldm.samplers import check_grid
-from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, DDPMScaledLinear, Flow, NoiseSchedule, Table
 from oracles import F64
 
-ENDS: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [Flow(t_min=0.0)] + [
-    cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]  # type: ignore[call-arg]
+from ldm.grids import (
+    GRIDS,
+    Exponential,
+    Given,
+    Grid,
+    Karras,
+    Leading,
+    Linspace,
+    Quadratic,
+    Trailing,
+    Uniform,
+    UniformLogSNR,
+)
+from ldm.samplers import check_grid
+from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, DDPMScaledLinear, Flow, NoiseSchedule, Table
+
+ENDS: list[NoiseSchedule] = (
+    [cls() for cls in SCHEDULES]
+    + [Flow(t_min=0.0)]
+    + [cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]
+)  # type: ignore[call-arg]
 
 
 def build(cls: type[Grid], steps: int) -> Grid:
@@ -30,8 +45,12 @@ def test_every_grid_falls_to_zero_on_every_schedule(cls: type[Grid], schedule: N
 
 def test_karras_is_edms_grid() -> None:
     sigmas = Karras()(18, EDM()) * 80
-    torch.testing.assert_close(sigmas[[0, 1, 2, 3, 16, 17, 18]],
-                               torch.tensor([80, 57.586, 40.7856, 28.3746, 0.0075, 0.002, 0], dtype=F64), atol=5e-5, rtol=5e-6)
+    torch.testing.assert_close(
+        sigmas[[0, 1, 2, 3, 16, 17, 18]],
+        torch.tensor([80, 57.586, 40.7856, 28.3746, 0.0075, 0.002, 0], dtype=F64),
+        atol=5e-5,
+        rtol=5e-6,
+    )
 
 
 def test_karras_on_a_table_ends_where_the_table_does() -> None:
@@ -47,11 +66,13 @@ def test_uniform_quadratic_and_shift() -> None:
 
 def test_log_grids_are_even_in_their_own_variable() -> None:
     for grid in (Exponential(), UniformLogSNR()):
-        steps = VP().logsnr(grid(12, VP())[:-1]).diff()
+        steps = DDPMScaledLinear().logsnr(grid(12, DDPMScaledLinear())[:-1]).diff()
         torch.testing.assert_close(steps, steps.mean().expand(11))
     sigmas = Exponential(rho=2)(5, EDM())[:-1] * 80
-    torch.testing.assert_close((sigmas / 0.002).log() / (80 / 0.002), torch.linspace(1, 0, 5, dtype=F64) ** 2 * (
-        torch.tensor(40000.0, dtype=F64).log() / 40000))
+    torch.testing.assert_close(
+        (sigmas / 0.002).log() / (80 / 0.002),
+        torch.linspace(1, 0, 5, dtype=F64) ** 2 * (torch.tensor(40000.0, dtype=F64).log() / 40000),
+    )
 
 
 def test_table_grids_visit_the_published_entries() -> None:
@@ -65,13 +86,26 @@ def test_table_grids_visit_the_published_entries() -> None:
     assert indices(Trailing(), 3) == [999, 666, 332]
     with pytest.raises(ValueError, match="1000"):
         Trailing()(1001, DDPMLinear())
+    with pytest.raises(ValueError, match="at most 1000 steps"):
+        Uniform()(1001, DDPMLinear())
+    assert Quadratic()(1000, DDPMLinear())[-4:].tolist() == [0.003, 0.002, 0.001, 0]
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Karras(rho=0), lambda: Karras(sigma_min=2, sigma_max=1), lambda: Exponential(sigma_min=0), lambda: Uniform(shift=0),
-    lambda: UniformLogSNR(logsnr_min=3, logsnr_max=2), lambda: Leading(offset=2), lambda: Given(times=(1.0,)),
-    lambda: Given(times=(1.0, 0.5)), lambda: Given(times=(0.2, 0.5, 0.0)), lambda: Given()(3, Flow()),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Karras(rho=0),
+        lambda: Karras(sigma_min=2, sigma_max=1),
+        lambda: Exponential(sigma_min=0),
+        lambda: Uniform(shift=0),
+        lambda: UniformLogSNR(logsnr_min=3, logsnr_max=2),
+        lambda: Leading(offset=2),
+        lambda: Given(times=(1.0,)),
+        lambda: Given(times=(1.0, 0.5)),
+        lambda: Given(times=(0.2, 0.5, 0.0)),
+        lambda: Given()(3, Flow()),
+    ],
+)
 def test_nonsense_is_refused(make: object) -> None:
     with pytest.raises(ValueError):
         make()  # type: ignore[operator]

@@ -20,8 +20,15 @@ def test_a_sample_depends_on_its_seed_and_key_alone() -> None:
 
 def test_folding_is_a_key() -> None:
     noise = Noise.from_seeds(SEEDS)
-    draws = [noise.normal((4,)), noise.normal((4,), 0), noise.normal((4,), "0"), noise.normal((4,), 0, 0),
-             noise.fold(0).normal((4,), 1), noise.fold(1).normal((4,), 0), noise.normal((4,), -1)]
+    draws = [
+        noise.normal((4,)),
+        noise.normal((4,), 0),
+        noise.normal((4,), "0"),
+        noise.normal((4,), 0, 0),
+        noise.fold(0).normal((4,), 1),
+        noise.fold(1).normal((4,), 0),
+        noise.normal((4,), -1),
+    ]
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws)
 
 

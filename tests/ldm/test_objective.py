@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from oracles import F64
 from torch import Tensor
 
 from ldm import weighting
@@ -14,14 +15,17 @@ from ldm.noise import Noise
 from ldm.objective import Objective
 from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, V, Velocity
 from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule, Table
-from ldm.times import TIMES, LogitNormal, LogNormal, TimeSampling, Uniform
+from ldm.times import TIMES, LogitNormal, LogNormal, TimeSampling, Uniform, shifted
 from ldm.weighting import WEIGHTINGS, Weighting
-from oracles import F64
 
 ALL: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [
-    cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]  # type: ignore[call-arg]
-PROCESSES = [Diffusion(schedule=schedule, prediction=cls()) for schedule, cls in itertools.product(ALL, PREDICTIONS)
-             if cls().refusal(schedule) is None]
+    cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)
+]  # type: ignore[call-arg]
+PROCESSES = [
+    Diffusion(schedule=schedule, prediction=cls())
+    for schedule, cls in itertools.product(ALL, PREDICTIONS)
+    if cls().refusal(schedule) is None
+]
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 U = (torch.arange(4096, dtype=F64) + 0.5) / 4096
 
@@ -43,6 +47,14 @@ def test_the_distributions() -> None:
     assert logits.mean().item() == pytest.approx(-0.4, abs=1e-6) and logits.std().item() == pytest.approx(0.7, abs=2e-3)
     logs = (80 * LogNormal().sample(U, EDM())).log()
     assert logs.mean().item() == pytest.approx(-1.2, abs=1e-3) and logs.std().item() == pytest.approx(1.2, abs=5e-3)
+
+
+def test_shift_three() -> None:
+    t = torch.tensor([0.25, 0.5, 0.75], dtype=F64)
+    torch.testing.assert_close(shifted(t, 3), torch.tensor([0.5, 0.75, 0.9], dtype=F64))
+    torch.testing.assert_close(Flow().logsnr(shifted(t, 3)), Flow().logsnr(t) - 2 * math.log(3))
+    torch.testing.assert_close(Uniform(shift=3).sample(U, Flow()), shifted(U, 3))
+    torch.testing.assert_close(LogitNormal(shift=3).sample(U, Flow()), LogitNormal(mean=math.log(3)).sample(U, Flow()))
 
 
 @pytest.mark.parametrize("rule", [cls() for cls in WEIGHTINGS], ids=repr)
@@ -103,8 +115,12 @@ def test_the_loss_of_a_sample_depends_on_its_seed_alone() -> None:
 
     whole = loss(network, x0, NOTHING, noise)
     assert whole.shape == (6,) and whole.dtype == torch.float32
-    torch.testing.assert_close(torch.cat([loss(network, x0[:2], NOTHING, noise[:2]), loss(network, x0[2:], NOTHING, noise[2:])]),
-                               whole, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        torch.cat([loss(network, x0[:2], NOTHING, noise[:2]), loss(network, x0[2:], NOTHING, noise[2:])]),
+        whole,
+        rtol=1e-6,
+        atol=1e-7,
+    )
 
 
 def test_the_loss_at_given_times_is_the_error_of_the_target() -> None:
@@ -141,9 +157,19 @@ def test_the_minimum_is_at_the_true_score() -> None:
     assert abs(gradient.item()) < 4.5 * 4 * math.sqrt(1 / x0.numel()) * (1 + VE()(t[:1]).sigma.item() ** 2)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: LogitNormal(std=0), lambda: LogNormal(std=-1), lambda: weighting.MinSNR(gamma=0), lambda: weighting.P2(k=0),
-    lambda: weighting.SoftMinSNR(gamma=-1), lambda: weighting.EDM(sigma_data=0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LogitNormal(std=0),
+        lambda: Uniform(shift=0),
+        lambda: LogitNormal(shift=-1),
+        lambda: LogNormal(std=-1),
+        lambda: weighting.MinSNR(gamma=0),
+        lambda: weighting.P2(k=0),
+        lambda: weighting.SoftMinSNR(gamma=-1),
+        lambda: weighting.EDM(sigma_data=0),
+    ],
+)
 def test_nonsense_is_refused(make: object) -> None:
     with pytest.raises(ValueError):
         make()  # type: ignore[operator]

@@ -5,17 +5,20 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import F64, gaussian, scalar
 
 from ldm.denoiser import Denoiser, Rescheduled
 from ldm.diffusion import Denoised, Diffusion
 from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, Prediction, Score, V, Velocity
 from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, Flow, NoiseSchedule, Table
-from oracles import F64, gaussian, scalar
 
-ENDS: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [Flow(t_min=0.0)] + [
-    cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]  # type: ignore[call-arg]
+ENDS: list[NoiseSchedule] = (
+    [cls() for cls in SCHEDULES]
+    + [Flow(t_min=0.0)]
+    + [cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]
+)  # type: ignore[call-arg]
 PAIRS = [(schedule, cls()) for schedule, cls in itertools.product(ENDS, PREDICTIONS)]
 ALLOWED = [pair for pair in PAIRS if pair[1].refusal(pair[0]) is None]
 REFUSED = [pair for pair in PAIRS if pair[1].refusal(pair[0]) is not None]
@@ -23,6 +26,7 @@ allowed = pytest.mark.parametrize(("schedule", "prediction"), ALLOWED, ids=repr)
 
 
 @allowed
+@settings(max_examples=15)
 @given(u=st.floats(0, 1), dtype=st.sampled_from([torch.float32, F64]))
 def test_both_ends_come_back(schedule: NoiseSchedule, prediction: Prediction, u: float, dtype: torch.dtype) -> None:
     diffusion = Diffusion(schedule=schedule, prediction=prediction)
@@ -45,7 +49,10 @@ def test_the_ends_of_time_are_finite(schedule: NoiseSchedule, prediction: Predic
     diffusion = Diffusion(schedule=schedule, prediction=prediction)
     t = torch.tensor([schedule.t_min, 1.0], dtype=F64)
     y = torch.ones(2, 3, dtype=torch.bfloat16)
-    for value in (*diffusion.recover(torch.ones(2, 3), y, t)[:2], diffusion.target(torch.ones(2, 3), torch.ones(2, 3), t)):
+    for value in (
+        *diffusion.recover(torch.ones(2, 3), y, t)[:2],
+        diffusion.target(torch.ones(2, 3), torch.ones(2, 3), t),
+    ):
         assert value.dtype == torch.float32 and bool(value.isfinite().all())
 
 
@@ -56,8 +63,11 @@ def test_singular_pairs_are_refused_with_the_way_out(schedule: NoiseSchedule, pr
 
 
 def test_which_pairs_are_singular() -> None:
-    refused = {(schedule.kind, prediction.kind) for schedule, prediction in REFUSED
-               if not isinstance(schedule, Table) and schedule != Flow(t_min=0.0)}  # type: ignore[attr-defined]
+    refused = {
+        (schedule.kind, prediction.kind)
+        for schedule, prediction in REFUSED
+        if not isinstance(schedule, Table) and schedule != Flow(t_min=0.0)
+    }  # type: ignore[attr-defined]
     assert refused == {(schedule, prediction) for schedule in ("flow", "gvp") for prediction in ("eps", "score")}
     assert X0().refusal(Flow(t_min=0.0)) is not None and Velocity().refusal(Flow(t_min=0.0)) is None
     assert Eps().refusal(DDPMLinear(zero_terminal_snr=True)) is not None and Eps().refusal(DDPMLinear()) is None

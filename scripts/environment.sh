@@ -1,0 +1,28 @@
+# Makes or reuses the virtual environment and installs the project. Sourced by the other scripts; leaves $PYTHON set.
+# EXTRAS names optional dependencies to install too, as EXTRAS=test.
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$project/.venv}
+PYTHON=$venv/bin/python
+
+if [ ! -x "$PYTHON" ]; then
+    for candidate in python3.12 python3.11 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not sys.version_info >= (3, 11))' 2>/dev/null; then
+            "$candidate" -m venv "$venv"
+            break
+        fi
+    done
+    [ -x "$PYTHON" ] || { echo "error: Python 3.11 or newer was not found" >&2; exit 2; }
+fi
+# Installed once for each state of pyproject.toml: a second run starts at once.
+stamp=$venv/.installed-$(cat "$project/pyproject.toml" <(echo "${EXTRAS:-}") | sha256sum | cut -c1-16)
+if [ ! -e "$stamp" ]; then
+    echo "installing into $venv (PyTorch is large: a few minutes the first time)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e "$project${EXTRAS:+[$EXTRAS]}"
+    touch "$stamp"
+fi
+export TOKENIZERS_PARALLELISM=false
+
+run() { # print a command, then run it
+    echo "+ python ${*/#$project\//}"
+    "$PYTHON" "$@"
+}

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Fashion-MNIST, both stages, within an hour on two CPU cores: shards, latents and runs under --output, numbers in --output/*.json.
+# Usage: bash scripts/fashion_mnist.sh --root FOLDER_OF_IDX_FILES --output DIR
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+root= out=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --root) root=$(realpath -m "$2"); shift 2 ;;
+        --output) out=$(realpath -m "$2"); shift 2 ;;
+        *) echo "error: unknown argument $1; usage: $0 --root FOLDER_OF_IDX_FILES --output DIR" >&2; exit 2 ;;
+    esac
+done
+[ -n "$root" ] && [ -n "$out" ] || { echo "usage: $0 --root FOLDER_OF_IDX_FILES --output DIR" >&2; exit 2; }
+cd "$project"
+
+run scripts/make_shards.py pack fashion-mnist --root "$root" --output "$out/data"
+start=$SECONDS
+run scripts/train_autoencoder.py --config fashion --data "$out/data" --output "$out/autoencoder" --resume auto
+run scripts/encode_latents.py --autoencoder "$out/autoencoder" --data "$out/data" --output "$out/latents"
+run scripts/train_denoiser.py --config fashion --latents "$out/latents" --output "$out/denoiser" --resume auto
+echo "both stages: $((SECONDS - start)) s"
+
+[ -e "$out/classifier/model.safetensors" ] || run scripts/train_classifier.py --data "$out/data" --output "$out/classifier"
+run scripts/evaluate.py --model "$out/autoencoder" --data "$out/data" --count 0 --crop 28 --features "$out/classifier" --output "$out/autoencoder.json"
+run scripts/evaluate.py --model "$out/denoiser" --data "$out/data" --count 3000 --features "$out/classifier" --obedience "$out/classifier" --output "$out/denoiser.json"
+for class in t-shirt trouser pullover dress coat sandal shirt sneaker bag "ankle boot"; do
+    case $class in [aeiou]*) echo "a photo of an $class" ;; *) echo "a photo of a $class" ;; esac
+done > "$out/prompts.txt"
+run scripts/generate.py --model "$out/denoiser" --prompts "$out/prompts.txt" --num-images 8 --output "$out/pictures" --overwrite

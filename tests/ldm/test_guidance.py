@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import cast
+
+import pytest
+import torch
+from oracles import F64, gaussian, scalar
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoise, Denoiser
+from ldm.diffusion import Diffusion
+from ldm.grids import Karras, Uniform
+from ldm.guidance import GUIDANCES, CFGZeroStar, ClassifierFree, Guidance, Projected, autoguided, classifier_guided
+from ldm.noise import Noise
+from ldm.predictions import X0, Velocity
+from ldm.samplers import Heun, prior, sample
+from ldm.schedules import EDM, VP, Flow, NoiseSchedule
+
+
+class Network:
+    """The exact x0 of N(m, v), with m and v = 1 and 1/4 under the condition 1, and 0 and 5/4 under the condition 0.
+
+    It is told EDM's noise level ln(sigma) / 4 and given c_in x, as a network is. Records the batch of each call.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        self.batches.append(len(x))
+        told = cond.context[:, 0, 0].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        sigma = (4 * level).exp().to(x.dtype).view(told.shape)
+        mean, variance = told, 1.25 - told
+        x = x * (sigma**2 + 0.25).sqrt()
+        return (variance * x + sigma**2 * mean) / (variance + sigma**2)
+
+
+def cond(flag: float, batch: int) -> Cond:
+    return Cond(torch.full((batch, 1, 1), flag), torch.ones(batch, 1, dtype=torch.bool))
+
+
+def edm() -> tuple[Network, Denoiser]:
+    network = Network()
+    return network, Denoiser(network, Diffusion(schedule=EDM(), prediction=X0()))
+
+
+def mean_and_std(denoise: Denoise, steps: int = 512) -> tuple[float, float]:
+    """Of the result from N(0, 80^2), exactly: on these oracles the sampler is an affine map of its start."""
+    x = torch.tensor([[0.0], [80.0]], dtype=F64)
+    low, high = (
+        sample(Heun(variable="sigma"), denoise, x, Karras()(steps, EDM()), Noise.from_seeds([0, 0])).flatten().tolist()
+    )
+    return low, high - low
+
+
+@pytest.mark.parametrize(("scale", "mean", "std"), [(1.0, 0.99375, 0.50001), (2.0, 1.31721, 0.22364)])
+def test_classifier_free_guidance_of_two_gaussians(scale: float, mean: float, std: float) -> None:
+    _, denoiser = edm()
+    got = mean_and_std(ClassifierFree(scale=scale)(denoiser, cond(1, 2), cond(0, 1)))
+    assert got == (pytest.approx(mean, abs=1e-5), pytest.approx(std, abs=1e-5))
+
+
+@pytest.mark.parametrize("cls", GUIDANCES)
+def test_scale_one_is_the_condition_alone_bit_for_bit(cls: type[Guidance]) -> None:
+    network, denoiser = edm()
+    x, t = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), scalar(0.1)
+    guided = cls(scale=1.0)(denoiser, cond(1, 3), None)(x, t)  # type: ignore[call-arg]
+    assert network.batches == [3]
+    for got, expected in zip(guided[:2], denoiser(x, t, cond(1, 3))[:2], strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("cls", GUIDANCES)
+@pytest.mark.parametrize("schedule", [EDM(), VP(), Flow()], ids=repr)
+def test_a_guided_pair_makes_up_x_again_in_one_call(cls: type[Guidance], schedule: NoiseSchedule) -> None:
+    calls = []
+
+    def network(x: Tensor, level: Tensor, condition: Cond) -> Tensor:
+        calls.append(len(x))
+        return torch.tanh(x + condition.context.view(-1, 1, 1))
+
+    denoiser = Denoiser(network, Diffusion(schedule=schedule, prediction=Velocity()))
+    x = torch.randn(4, 3, 5, dtype=F64, generator=torch.Generator().manual_seed(1))
+    for t in (schedule.t_min, 0.3, 1.0):
+        calls.clear()
+        ends = cls(scale=3.0)(denoiser, cond(1, 4), cond(0, 1))(x, scalar(t))  # type: ignore[call-arg]
+        alpha, sigma = schedule(scalar(t))
+        torch.testing.assert_close(alpha * ends.x0 + sigma * ends.eps, x, rtol=1e-9, atol=1e-9)
+        assert calls in ([8], [])
+
+
+@pytest.mark.parametrize("cls", GUIDANCES)
+def test_guidance_is_per_sample(cls: type[Guidance]) -> None:
+    _, denoiser = edm()
+    x = torch.randn(5, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(2))
+    rule = cls(scale=3.0)  # type: ignore[call-arg]
+    whole = rule(denoiser, cond(1, 5), cond(0, 5))(x, scalar(0.01)).x0
+    parts = [rule(denoiser, cond(1, n), cond(0, 1))(part, scalar(0.01)).x0 for n, part in ((2, x[:2]), (3, x[2:]))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", GUIDANCES)
+def test_guidance_without_its_null_is_refused(cls: type[Guidance]) -> None:
+    with pytest.raises(ValueError, match="null condition"):
+        cls(scale=2.0)(edm()[1], cond(1, 1), None)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="scale"):
+        cls(scale=-1.0)  # type: ignore[call-arg]
+    assert dataclasses.is_dataclass(cls)
+
+
+def test_scale_zero_is_unconditional() -> None:
+    network, denoiser = edm()
+    x, t = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(3)), scalar(0.02)
+    got = ClassifierFree(scale=0.0)(denoiser, cond(1, 3), cond(0, 1))(x, t)
+    assert network.batches == [3] and torch.equal(got.x0, denoiser(x, t, cond(0, 3)).x0)
+
+
+def test_the_interval_spares_calls() -> None:
+    """Full is plain guidance, empty the condition; unconditional calls are made on the times inside, and no others."""
+    x, noise = 80 * torch.ones(1, 1, dtype=F64), Noise.from_seeds([0])
+    grid = Karras()(32, EDM())
+    low, high = (grid[22] * 1.0001).item(), (grid[17] * 1.0001).item()
+
+    def run(interval: tuple[float, float]) -> tuple[float, list[int]]:
+        network, denoiser = edm()
+        guided = ClassifierFree(scale=2.0, interval=interval)(denoiser, cond(1, 1), cond(0, 1))
+        return sample(Heun(variable="sigma"), guided, x, grid, noise).item(), network.batches
+
+    full, empty = run((0, 1)), run((0.5, 0.5))
+    assert set(full[1]) == {2} and set(empty[1]) == {1}
+    _, denoiser = edm()
+    assert empty[0] == sample(Heun(variable="sigma"), denoiser.bind(cond(1, 1)), x, grid, noise).item()
+    assert run((low, high))[1].count(2) == 2 * 5
+
+
+def test_six_steps_of_an_interval_cost_twice_six_calls_with_heun() -> None:
+    """EDM2's indices 17 to 22 of 32: each grid time inside is called by the step that ends and the one that starts
+    there."""
+    grid, network = Karras()(32, EDM()), edm()
+    guided = ClassifierFree(scale=2.0, interval=(grid[22].item(), grid[17].item()))(network[1], cond(1, 1), cond(0, 1))
+    sample(Heun(variable="sigma"), guided, torch.ones(1, 1, dtype=F64), grid, Noise.from_seeds([0]))
+    assert network[0].batches.count(2) == 2 * 6
+    torch.testing.assert_close(grid[[17, 22]] * 80, torch.tensor([1.609, 0.283], dtype=F64), rtol=2e-3, atol=0)
+
+
+def test_rescale_gives_the_conditional_spread_back() -> None:
+    _, denoiser = edm()
+    x, t = 3 * torch.randn(4, 64, dtype=F64, generator=torch.Generator().manual_seed(4)), scalar(0.01)
+    plain = denoiser(x, t, cond(1, 4))
+    guided = {
+        phi: ClassifierFree(scale=3.0, rescale=phi)(denoiser, cond(1, 4), cond(0, 1))(x, t) for phi in (0.0, 0.5, 1.0)
+    }
+    torch.testing.assert_close(guided[1.0].x0.std(1), plain.x0.std(1))
+    torch.testing.assert_close(guided[0.5].x0, (guided[0.0].x0 + guided[1.0].x0) / 2)
+
+
+def test_projected_guidance_pushes_across_only() -> None:
+    _, denoiser = edm()
+    x, t = torch.randn(4, 16, dtype=F64, generator=torch.Generator().manual_seed(5)), scalar(0.01)
+    plain = denoiser(x, t, cond(1, 4)).x0
+
+    def push(rule: Guidance) -> Tensor:
+        return rule(denoiser, cond(1, 4), cond(0, 1))(x, t).x0 - plain
+
+    torch.testing.assert_close(
+        (push(Projected(scale=3.0)) * plain).sum(1), torch.zeros(4, dtype=F64), atol=1e-10, rtol=0
+    )
+    torch.testing.assert_close(push(Projected(scale=3.0, parallel=1.0)), push(ClassifierFree(scale=3.0)))
+    short = push(Projected(scale=3.0, parallel=1.0, max_norm=0.1)).norm(dim=1)
+    torch.testing.assert_close(short, torch.full((4,), 0.2, dtype=F64))
+
+
+def test_cfg_zero_star() -> None:
+    """With an unconditional velocity that is a multiple of the conditional one, guidance has nothing left to add."""
+
+    def network(x: Tensor, level: Tensor, condition: Cond) -> Tensor:
+        return torch.ones_like(x) * (0.5 + condition.context.view(-1, 1))
+
+    denoiser = Denoiser(network, Diffusion(schedule=Flow(), prediction=Velocity()))
+    x = torch.randn(2, 4, dtype=F64, generator=torch.Generator().manual_seed(6))
+    guided = CFGZeroStar(scale=5.0)(denoiser, cond(1, 2), cond(0, 1))
+    torch.testing.assert_close(guided(x, scalar(0.5)).x0, denoiser(x, scalar(0.5), cond(1, 2)).x0)
+    still = guided(x, scalar(1.0))
+    torch.testing.assert_close(still.eps - still.x0, torch.zeros_like(x))
+
+
+def test_autoguidance() -> None:
+    strong, weak = gaussian(EDM(), 0.5), gaussian(EDM(), 0.8)
+    x, t = torch.ones(1, 1, dtype=F64), scalar(0.01)
+    got = autoguided(strong, weak, 2.0)(x, t)
+    torch.testing.assert_close(got.x0, 2 * strong(x, t).x0 - weak(x, t).x0)
+    assert autoguided(strong, weak, 1.0) is cast(Denoise, strong)
+    with pytest.raises(ValueError, match="schedule"):
+        autoguided(strong, gaussian(Flow()), 2.0)
+
+
+@pytest.mark.parametrize(("scale", "mean"), [(1.0, 0.496875), (2.0, 0.99375)])
+def test_classifier_guidance(scale: float, mean: float) -> None:
+    """p(y | x) ~ e^(2x) on G(.5) is N(.5, .25) in the limit; at sigma_max 80 the mean falls short by that start."""
+    oracle = gaussian(EDM())
+
+    def log_prob(x: Tensor, t: Tensor) -> Tensor:
+        return 2 * x[:, 0] * (0.25 / (0.25 + EDM()(t).sigma ** 2))
+
+    assert mean_and_std(classifier_guided(oracle, log_prob, scale))[0] == pytest.approx(mean, abs=2e-6)
+    assert classifier_guided(oracle, log_prob, 0.0) is cast(Denoise, oracle)
+
+
+def test_classifier_guidance_from_pure_noise_is_finite() -> None:
+    guided = classifier_guided(gaussian(Flow()), lambda x, t: 2 * x[:, 0], 1.0)
+    noise = Noise.from_seeds([0, 1])
+    drawn = sample(Heun(), guided, prior(Flow(), (1,), noise, dtype=F64), Uniform()(8, Flow()), noise)
+    assert bool(drawn.isfinite().all()) and math.isfinite(guided(drawn, scalar(1.0)).x0.sum().item())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ClassifierFree(interval=(0.6, 0.5)),
+        lambda: ClassifierFree(interval=(0.0, 1.5)),
+        lambda: ClassifierFree(rescale=2),
+        lambda: Projected(max_norm=-1),
+        lambda: CFGZeroStar(zero_from=0),
+        lambda: ClassifierFree(scale=math.nan),
+    ],
+)
+def test_nonsense_is_refused(make: object) -> None:
+    with pytest.raises(ValueError):
+        make()  # type: ignore[operator]

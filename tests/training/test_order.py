@@ -1,0 +1,92 @@
+"""The data order: every sample once an epoch, the same stream however the work is shared."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.errors import UserError
+from training.order import Batches, DataOrder, Slot, split_batch
+
+
+def stream(order: DataOrder, processes: int, micro: int, accumulation: int, steps: int) -> list[list[Slot]]:
+    """The global batches that all processes together see, in the order of their slots."""
+    shares = [list(Batches(order, micro, accumulation, rank, processes, 0, steps)) for rank in range(processes)]
+    assert all(len(share) == steps * accumulation for share in shares)
+    batches = []
+    for step in range(steps):
+        parts = slice(step * accumulation, (step + 1) * accumulation)
+        batches.append(sorted((s for share in shares for m in share[parts] for s in m), key=lambda s: s.slot))
+    return batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    processes=st.integers(1, 4),
+    micro=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    extra=st.integers(0, 40),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_the_stream_is_one(processes: int, micro: int, accumulation: int, extra: int, seed: int) -> None:
+    batch = processes * micro * accumulation
+    order = DataOrder(batch + extra, batch, seed)
+    steps = 2 * order.samples // batch + 2
+    batches = stream(order, processes, micro, accumulation, steps)
+    assert batches == stream(order, 1, batch, 1, steps)
+    flat = [slot for one in batches for slot in one]
+    assert [s.slot for s in flat] == list(range(steps * batch))
+    for epoch in range(2):  # two whole epochs, joined end to end
+        seen = flat[epoch * order.samples : (epoch + 1) * order.samples]
+        assert sorted(s.index for s in seen) == list(range(order.samples))
+        assert {s.epoch for s in seen} == {epoch}
+
+
+def test_a_resumed_stream_is_the_rest() -> None:
+    order = DataOrder(13, 4, 5)
+    whole = list(Batches(order, 2, 2, 0, 1, 0, 9))
+    for start in range(10):
+        assert list(Batches(order, 2, 2, 0, 1, start, 9)) == whole[2 * start :]
+
+
+def test_seeds_and_epochs_differ() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        return [s.index for s in DataOrder(100, 10, seed).at(10 * number, 0, 100)]
+
+    orders = [epoch(seed, number) for seed in (0, 1) for number in range(4)]
+    for i, ours in enumerate(orders):
+        for theirs in orders[:i]:  # two unrelated permutations agree in one place on average
+            assert sum(a == b for a, b in zip(ours, theirs, strict=True)) < 8
+
+
+def test_too_few_samples() -> None:
+    with pytest.raises(UserError, match=r"7 samples, fewer than one global batch \(8\)") as caught:
+        DataOrder(7, 8, 0)
+    assert caught.value.code == 3
+
+
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 200),
+    micro=st.integers(0, 9),
+    accumulation=st.none() | st.integers(1, 5),
+    processes=st.integers(1, 5),
+    given_=st.booleans(),
+)
+def test_split(batch: int, micro: int, accumulation: int | None, processes: int, given_: bool) -> None:
+    try:
+        whole, each, passes = split_batch(batch, micro, accumulation, processes, batch_given=given_)
+    except UserError as problem:
+        near = [int(n) for n in problem.hint.removeprefix("nearest --batch-size: ").split(" or ")]
+        for size in near:  # the advice works
+            assert split_batch(size, micro, accumulation, processes)[0] == size
+        return
+    assert whole == each * passes * processes and each >= 1
+    assert whole == batch or (not given_ and micro)
+    assert accumulation in (None, passes) and micro in (0, each)
+
+
+def test_split_refuses_no_accumulation() -> None:
+    with pytest.raises(UserError, match="must be >= 1"):
+        split_batch(8, 0, 0, 1)

@@ -1,0 +1,75 @@
+"""The user's doors called in this process on tiny models, so that a test pays for torch once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from training.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+
+SHORT = "--batch-size 32 --max-steps 6 --save-every 100 --sample-every 4 --train.validation_size 8 --device cpu".split()
+AUTOENCODER = [
+    *"--config smoke --model.channels 8,8,8 --model.groups 4 --discriminator.width 4".split(),
+    *"--loss.discriminator_start 2 --loss.adversarial_start 3 --loss.adversarial_ramp 2".split(),
+    *SHORT,
+]
+DENOISER = [
+    *"--config smoke --backbone.width 16 --backbone.depth 1 --text.width 16 --text.depth 1 --sample.steps 2".split(),
+    *SHORT,
+]
+
+
+def call(script: str, *words: object) -> int:
+    """The exit code of `scripts/SCRIPT.py WORDS`, run here. Raises UserError as the script's main does."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    main = runpy.run_path(str(SCRIPTS / f"{script}.py"))["main"]
+    try:
+        with patch.object(sys, "argv", [script, *map(str, words)]):
+            main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    except UserError as problem:
+        raise problem.with_traceback(None) from None  # whose frames would keep the run's lock
+    finally:
+        gc.collect()
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def refused(script: str, *words: object) -> UserError:
+    """The UserError that `scripts/SCRIPT.py WORDS` ends with."""
+    try:
+        call(script, *words)
+    except UserError as problem:
+        return problem
+    raise AssertionError(f"{script} {' '.join(map(str, words))} was not refused")
+
+
+def spawn(*words: object, limit: float = 120) -> subprocess.CompletedProcess[str]:
+    """A real process: `python WORDS`, output captured."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=limit, check=False)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, parsed."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_checkpoint(run: Path) -> dict[str, bytes]:
+    """The bytes of every file of the newest checkpoint."""
+    newest = max((run / "checkpoints").glob("step-*"))
+    return {path.name: path.read_bytes() for path in sorted(newest.iterdir())}
