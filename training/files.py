@@ -97,7 +97,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+        save_file(whole, path, metadata=dict(metadata or {"format": "pt"}))  # one key: the order of several varies
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as failure:  # safetensors wraps the system's own error

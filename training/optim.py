@@ -60,4 +60,11 @@ def unpack(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dic
     for group in optimizer.param_groups:
         for p in group["params"]:
             if state := states.get(names[id(p)]):
-                optimizer.state[p] = {moment: value.to(p.device, copy=True) for moment, value in state.items()}
+                optimizer.state[p] = {moment: _laid_out(value, p) for moment, value in state.items()}
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A copy with the memory layout of the parameter: the fused kernel walks both by address."""
+    if value.shape != like.shape:
+        return value.to(like.device, copy=True)
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)

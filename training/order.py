@@ -88,16 +88,15 @@ def split_batch(
         raise UserError(f"--gradient-accumulation-steps: must be >= 1 (got {accumulation})")
     if not batch_given and micro:
         batch = micro * processes * (accumulation or 1)
-    if not micro:
-        micro = batch // (processes * (accumulation or 1))
-    unit = processes * micro * (accumulation or 1)
-    if not unit or batch % unit or (accumulation and batch != unit):
-        unit = max(unit, processes * (accumulation or 1))
-        near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
+    unit = processes * (micro or 1) * (accumulation or 1)
+    settled = bool(micro and accumulation)  # both given: only one global batch is their product
+    if batch % unit or (settled and batch != unit):
+        near = [unit] if settled else sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
         raise UserError(
             f"train.batch_size {batch} cannot be split over {processes} process(es)"
             f" with train.micro_batch_size {micro or 'unset'}"
             f" and {accumulation or 'any number of'} accumulation step(s)",
             hint=f"nearest --batch-size: {' or '.join(map(str, near))}",
         )
+    micro = micro or batch // unit
     return batch, micro, batch // (processes * micro)

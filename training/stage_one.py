@@ -66,7 +66,8 @@ class AutoencoderStage(Stage):
         self.accelerator = accelerator
         self.forward, self.balance = accelerator.prepare(self.model), self.balance.to(accelerator.device)
         self.wrapped = {"autoencoder": self.forward}
-        self.perceptual = self.perceptual.to(accelerator.device) if self.perceptual else None
+        if self.perceptual:
+            self.perceptual.to(accelerator.device).to(memory_format=torch.channels_last)
         if self.loss.adversarial:
             self.judge = accelerator.prepare(self.discriminator)
             self.wrapped["discriminator"] = self.judge

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from training import config as configs
 from training.errors import USAGE, UserError, explained
-from training.order import split_batch
+from training.settle import check_images, data_facts, held_out_shards, layout
 
 if TYPE_CHECKING:
     import argparse
@@ -36,19 +36,6 @@ def resolve(args: argparse.Namespace, stage: str) -> configs.Config | None:
     return config
 
 
-def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
-    """(config with its settled global batch, micro-batch, accumulation)."""
-    train = config.train
-    batch, micro, accumulation = split_batch(
-        train.batch_size,
-        train.micro_batch_size,
-        getattr(args, "gradient_accumulation_steps", None),
-        processes,
-        batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
-    )
-    return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
-
-
 def train_autoencoder(args: argparse.Namespace) -> int:
     """Stage one: train, measure the latent normaliser, export. Returns the exit code."""
     config = resolve(args, "autoencoder")
@@ -61,7 +48,8 @@ def train_autoencoder(args: argparse.Namespace) -> int:
 
     assert isinstance(config, configs.AutoencoderConfig)
     shards = ShardSet(args.data, "train")
-    dataset, held_out = Images(shards, flip=config.train.flip, seed=config.train.seed), Images(_held_out(args.data))
+    dataset = Images(shards, flip=config.train.flip, seed=config.train.seed)
+    held_out = Images(held_out_shards(args.data))
     check_images(config, dataset)
     accelerator = launch.start(args.device, config.train.mixed_precision)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
@@ -100,6 +88,8 @@ def stage_one(args: argparse.Namespace, config: configs.AutoencoderConfig, datas
     torch.manual_seed(config.train.seed)
     with explained("change the config"):
         model, discriminator = config.model.build(), config.discriminator.build()
+    for network in (model, discriminator):  # convolutions run 10-50 % faster with channels innermost
+        network.to(memory_format=torch.channels_last)
     if args.init_from:
         fill(model, load_autoencoder(args.init_from).state_dict(), Path(args.init_from))
     loss = config.loss
@@ -121,7 +111,7 @@ def train_denoiser(args: argparse.Namespace) -> int:
     assert isinstance(config, configs.DenoiserConfig)
     shards = ShardSet(args.latents, "train")
     dataset = Latents(shards, flip=config.train.flip, seed=config.train.seed)
-    held_out = Latents(_held_out(args.latents))
+    held_out = Latents(held_out_shards(args.latents))
     accelerator = launch.start(args.device, config.train.mixed_precision)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
     if config.sample.size == (0, 0):
@@ -265,44 +255,6 @@ def announce(accelerator: Accelerator, text: str) -> None:
     """One line on stderr, from the main process."""
     if accelerator.is_main_process:
         print(text, file=sys.stderr, flush=True)
-
-
-def data_facts(folder: str) -> dict[str, Any]:
-    """What names the data of a run: the hash of its index."""
-    from training.files import file_sha256
-
-    return {"index_sha256": file_sha256(Path(folder) / "index.json")}
-
-
-def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
-    """Refuse pictures that the networks cannot take, before anything is built."""
-    height, width = dataset.picture(0).shape[:2]
-    factor, smallest = config.model.factor, config.discriminator.smallest_image
-    if height % factor or width % factor:
-        raise UserError(
-            f"the packed pictures are {width}x{height}, not divisible by the autoencoder's factor {factor}",
-            hint=f"pack again with --resolution {max(factor, height // factor * factor)}"
-            f" or {(height // factor + 1) * factor}, or choose another config",
-        )
-    if config.loss.adversarial and min(height, width) < smallest:
-        raise UserError(
-            f"the packed pictures are {width}x{height}, the discriminator needs {smallest} pixels a side",
-            hint=f"lower discriminator.layers (now {config.discriminator.layers})",
-        )
-
-
-def _held_out(folder: str) -> Any:
-    """The val split, or where there is none the training split, said aloud."""
-    from training.shards import ShardSet, read_index
-
-    splits = {info.split for info in read_index(folder)[1]}
-    name = next((s for s in ("val", "test") if s in splits), "train")
-    if name == "train":
-        print(
-            "warning: the data has no val split; validation looks at training images (pack with --val-fraction)",
-            file=sys.stderr,
-        )
-    return ShardSet(folder, name)
 
 
 def _folder(path: Path) -> Path:

@@ -116,3 +116,27 @@ class IPNDM(Adams):
     def weights(self, ratios: list[float], end: float) -> list[float]:
         fixed = {1: (), 2: (-1 / 2,), 3: (-16 / 12, 5 / 12), 4: (-59 / 24, 37 / 24, -9 / 24)}[len(ratios)]
         return [(end - ratios[0]) * weight for weight in fixed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PNDM(Sampler):
+    """`ipndm` after a first step by Heun's rule in sigma / alpha, which costs one call more: Stable Diffusion's PLMS.
+
+    Liu et al. 2022 (arXiv 2202.09778), section 3.5, with the start of latent diffusion's released code.
+    """
+
+    order: ClassVar[int] = 1
+    calls: ClassVar[int] = 1
+    kind: Literal["pndm"] = "pndm"
+
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[_Slope, ...] | None,
+             noise: Noise) -> tuple[Tensor, Memory]:
+        if memory is not None:
+            return IPNDM().step(denoise, x, t, s, memory, noise)
+        ends, level = denoise(x, t), denoise.schedule(s)
+        ratio, end = ((-denoise.schedule.logsnr(time) / 2).exp().item() for time in (t, s))
+        x = mix(level, ends)
+        if s < denoise.schedule.t_min or math.isinf(ratio) or math.isinf(end):
+            return x, None
+        x = x + (level.alpha * (end - ratio) / 2) * (denoise(x, s).eps - ends.eps)
+        return x, (_Slope(ends.eps, ratio),)

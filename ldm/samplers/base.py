@@ -23,8 +23,8 @@ Memory = Any
 class Sampler(ABC):
     """A way to go from x_t to x_s. Frozen and stateless: whatever a step needs to remember it returns as memory.
 
-    `order` is the power of the step with which its error falls (the variance's, where it adds noise), `calls` the
-    number of network calls a step away from the ends.
+    `order` is the power of the step with which its error falls (the variance's, where it adds noise), 0 where that is
+    not what sets it; `calls` the number of network calls a step away from the ends, 0 where it depends on grid or data.
     """
 
     kind: str
@@ -39,18 +39,21 @@ class Sampler(ABC):
 
 
 class Snapshot(NamedTuple):
-    """What `watch` is shown after each step: its index, the time reached, x there, and the last estimate of x0."""
+    """What `watch` is shown after each step: its index, the time reached, x there, the last estimate of x0, and the
+    number of network calls so far."""
 
     step: int
     t: float
     x: Tensor
     x0: Tensor
+    calls: int
 
 
 @dataclass
 class _Watched:
     denoise: Denoise
     last: list[Denoised] = field(default_factory=list)
+    calls: int = 0
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -58,6 +61,7 @@ class _Watched:
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
         self.last[:] = [self.denoise(x, t)]
+        self.calls += 1
         return self.last[0]
 
 
@@ -89,7 +93,7 @@ def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Tensor, noise: N
         for index, (t, s) in enumerate(pairwise(check_grid(grid).unbind())):
             x, memory = sampler.step(watched if watch else denoise, x, t, s, memory, noise.fold("step", index))
             if watch is not None:
-                watch(Snapshot(index, s.item(), x, watched.last[0].x0))
+                watch(Snapshot(index, s.item(), x, watched.last[0].x0, watched.calls))
     return x
 
 

@@ -109,7 +109,7 @@ def test_killed(
     def die(self: Loop) -> int:
         raise MemoryError
 
-    run, every = tmp_path / "run", ("--save-every", save_every, "--log-every", 1)
+    run, every = tmp_path / "run", ("--save-every", save_every, "--train.log_every", 1)
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
         patch.setattr(signal, "SIGTERM", 15)
@@ -128,7 +128,7 @@ Loop_save = Loop.save
 
 def test_a_real_signal(latents: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["--latents", latents, "--output", run, *tiny.DENOISER, "--max-steps", "100000", "--log-every", "1"]
+    words = ["--latents", latents, "--output", run, *tiny.DENOISER, "--max-steps", "100000", "--train.log_every", "1"]
     words += ["--sample-every", "100000", "--save-every", "100000"]
     command = [sys.executable, str(tiny.SCRIPTS / "train_denoiser.py"), *map(str, words)]
     with subprocess.Popen(command, env=tiny.ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:

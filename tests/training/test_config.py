@@ -1,0 +1,204 @@
+"""Configs: what comes with the package builds; every mistake is told at once, with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.diffusion import Diffusion
+from training import config as configs
+from training.cli import KEYS, TrainParser
+from training.errors import UserError
+
+ALL = [(stage, name) for stage in configs.STAGES for name in configs.names(stage)]
+
+
+@pytest.mark.parametrize(("stage", "name"), ALL)
+def test_every_packaged_config_builds(stage: str, name: str) -> None:
+    config = configs.load(stage, name)
+    assert configs.decode(stage, configs.to_values(config)) == config
+    with torch.device("meta"):
+        if isinstance(config, configs.AutoencoderConfig):
+            assert config.model.build().factor == config.model.factor
+            config.discriminator.build()
+        else:
+            Diffusion(schedule=config.schedule, prediction=config.prediction)
+            backbone = config.backbone.build(channels=4, context_dim=64, pooled_dim=64)
+            assert sum(p.numel() for p in backbone.parameters()) > 0
+
+
+def told(stage: str, source: object, overrides: dict[str, str] | None = None) -> UserError:
+    with pytest.raises(UserError) as caught:
+        configs.load(stage, str(source), overrides)
+    assert caught.value.code == 2 and caught.value.hint
+    return caught.value
+
+
+def write(folder: Path, text: str | bytes, name: str = "my.toml") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_all_mistakes_at_once_with_their_places(tmp_path: Path) -> None:
+    text = """
+[model]
+chanels = [8, 8]
+blocks = "two"
+
+[optimizer]
+lrate = 1e-4
+lr = "no"
+warmup = -1
+
+[trian]
+x = 1
+
+[train]
+ema = 1.5
+"""
+    path = write(tmp_path, text)
+    what = told("autoencoder", path).what
+    for line, expected in [
+        (3, "unknown key 'model.chanels'; did you mean 'model.channels'?"),
+        (4, 'model.blocks: expected a whole number, got "two"'),
+        (7, "unknown key 'optimizer.lrate'; did you mean 'optimizer.lr'?"),
+        (8, 'optimizer.lr: expected a number, got "no"'),
+        (11, "unknown section [trian]; did you mean 'train'?"),
+        (15, "train.ema: must lie in [0, 1) (got 1.5)"),
+    ]:
+        assert f"{path}:{line}: {expected}" in what, what
+    assert "Traceback" not in what and "Value error" not in what
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("optimizer.lr", "-1", "--optimizer.lr: optimizer.lr: must be > 0 (got -1"),
+        ("optimizer.lr", "nan", "a finite number"),
+        ("optimizer.lr", "1e999", "a finite number"),
+        ("optimizer.betas", "0.9", "expected a list"),
+        ("train.max_steps", "2.5", "expected a whole number, got 2.5"),
+        ("train.flip", "1", "expected true or false, got 1"),
+        ("train.keep_last", "1", "keep at least 2 checkpoints (got 1)"),
+        ("train.seed", "-3", "seed: must lie in"),
+        ("train.mixed_precision", "fp8", "'no', 'bf16' or 'fp16'"),
+        ("schedule.kind", "flwo", 'unknown kind "flwo"; did you mean \'flow\'?'),
+        ("backbone.heads", "7", "width"),
+        ("nonsense", "1", "unknown section [nonsense]"),
+    ],
+)
+def test_wrong_values(key: str, text: str, expected: str) -> None:
+    assert expected in told("denoiser", "smoke", {key: text}).what
+
+
+def test_spellings_of_numbers_and_lists() -> None:
+    for text, value in [("1e-4", 1e-4), ("1E-4", 1e-4), (".5", 0.5), ("3", 3.0)]:
+        config = configs.load("denoiser", "smoke", {"optimizer.lr": text})
+        assert config.optimizer.lr == value
+    for text in ("0.8,0.95", "[0.8, 0.95]"):
+        assert configs.load("denoiser", "smoke", {"optimizer.betas": text}).optimizer.betas == (0.8, 0.95)
+    assert configs.load("denoiser", "smoke", {"train.flip": "true"}).train.flip is True
+
+
+def test_json_repeats_the_run(tmp_path: Path) -> None:
+    for stage, name in ALL:
+        config = configs.load(stage, name, {"train.seed": "5"})
+        text = json.dumps(configs.to_values(config), indent=1)
+        assert configs.load(stage, str(write(tmp_path, text, "config.json"))) == config
+        assert configs.load(stage, str(tmp_path)) == config  # a run folder stands for its config
+    path = write(tmp_path, '{\n "optimizer": {\n  "lr": 0.1,\n  "lrate": 1\n }\n}', "config.json")
+    assert f"{path}:4: unknown key 'optimizer.lrate'" in told("denoiser", path).what
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.toml", b"\xff\xfe[train]", "not UTF-8 (byte 0)"),
+        ("a.toml", b"#" * (configs.LARGEST + 1), "too large"),
+        ("a.toml", "[train\n", "a.toml: "),
+        ("a.toml", "[optimizer]\nlr = 1.0\nwarmup = 1\nlr = 2.0\n", "a.toml:4: 'lr' is given twice"),
+        ("a.toml", "[train]\n[optimizer]\n[train]\n", "a.toml:3: '[train]' is given twice"),
+        ("a.toml", "train = 3\n", "a.toml:1: train: expected a section [train], got 3"),
+        ("a.toml", "[optimizer]\nlr = 2020-01-01\n", "a.toml:2: optimizer.lr: expected a number"),
+        ("a.toml", "[optimizer]\nlr = nan\n", "a finite number"),
+        ("a.toml", "[optimizer.lr]\nx = 1\n", "optimizer.lr"),
+        ("a.toml", "[schedule]\nkind = ['flow']\n", "schedule.kind: unknown kind"),
+        ("a.json", "[1, 2]", "expected sections of keys, got a list"),
+        ("a.json", '{"train": {"seed": 1, "seed": 2}}', "'seed' is given twice"),
+        ("a.json", '{"train": {"seed": 1}', "a.json: "),
+        ("a.json", "[" * 100_000, "a.json: "),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str | bytes, expected: str) -> None:
+    assert expected in told("denoiser", write(tmp_path, text, name)).what
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    assert configs.load("denoiser", str(write(tmp_path, ""))) == configs.decode("denoiser", {})
+
+
+def test_unknown_name() -> None:
+    problem = told("autoencoder", "smok")
+    assert "no config named 'smok'; did you mean 'smoke'?" in problem.what and "fashion" in problem.hint
+
+
+def test_an_override_on_a_broken_section(tmp_path: Path) -> None:
+    assert "expected a section [train]" in told("denoiser", write(tmp_path, "train = 3"), {"train.seed": "1"}).what
+
+
+def test_diff() -> None:
+    old = configs.to_values(configs.load("denoiser", "smoke"))
+    new = configs.to_values(configs.load("denoiser", "smoke", {"optimizer.lr": "0.5"}))
+    assert configs.diff(old, old) == [] and configs.diff(old, new) == ["optimizer.lr: 0.001 -> 0.5"]
+
+
+def overrides(*argv: str) -> dict[str, str]:
+    parser = TrainParser("", "denoiser", "smoke")
+    return dict(parser.read_training(list(argv)).overrides)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--train-batch-size 4", {"train.micro_batch_size": "4"}),
+        ("--train_batch_size=4", {"train.micro_batch_size": "4"}),
+        ("--learning_rate 1e-3", {"optimizer.lr": "1e-3"}),
+        ("--max-train-steps 9", {"train.max_steps": "9"}),
+        ("--max_steps 9", {"train.max_steps": "9"}),
+        ("--checkpointing_steps 7", {"train.save_every": "7"}),
+        ("--dataloader_num_workers 2", {"train.num_workers": "2"}),
+        ("--train.max-steps 9", {"train.max_steps": "9"}),
+        ("--train.max_steps=9 --model.kind kl", {"train.max_steps": "9", "model.kind": "kl"}),
+        ("--optimizer.lr -1", {"optimizer.lr": "-1"}),
+        ("--lr 1 --optimizer.lr 2", {"optimizer.lr": "2"}),
+    ],
+)
+def test_flags(argv: str, expected: dict[str, str]) -> None:
+    assert overrides(*argv.split()) == expected
+
+
+def test_every_alias_sets_its_key() -> None:
+    for flag, (key, _, aliases) in KEYS.items():
+        for name in (flag, *aliases):
+            for spelled in (name, name.replace("-", "_")):
+                assert overrides(f"--{spelled}", "1") == {key: "1"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--max-stps 5", "unrecognized argument: --max-stps; did you mean '--max-steps'?"),
+        ("stray", "unrecognized argument: stray"),
+        ("--train.seed", "--train.seed: expected a value"),
+        ("--gradient-accumulation-steps two", "invalid int value"),
+    ],
+)
+def test_bad_flags(argv: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        overrides(*argv.split())
+    assert expected in caught.value.what and caught.value.code == 2 and "--help" in caught.value.hint

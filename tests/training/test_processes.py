@@ -1,0 +1,105 @@
+"""Two processes give the training of one at equal global batch: real processes, joined by gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+STAGES = {"autoencoder": tiny.AUTOENCODER, "denoiser": tiny.DENOISER}
+LAYOUTS = {"plain": ["--micro-batch-size", "16"], "accumulated": ["--gradient-accumulation-steps", "2"]}
+FLAGS = ["--train.flip", "true", "--train.log_every", "2"]
+
+
+@pytest.fixture(scope="module")
+def together(shapes: Path, latents: Path, autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages in both layouts, and the latents, made by two processes in one launch."""
+    home = tmp_path_factory.mktemp("together")
+    data = {"autoencoder": ["--data", str(shapes)], "denoiser": ["--latents", str(latents)]}
+    commands = [
+        [f"train_{stage}", *data[stage], "--output", str(home / f"{stage}-{name}"), *flags, *FLAGS, *layout]
+        for stage, flags in STAGES.items()
+        for name, layout in LAYOUTS.items()
+    ]
+    encode = ["--autoencoder", str(autoencoder), "--data", str(shapes), "--flip", "--device", "cpu"]
+    commands.append(["encode_latents", *encode, "--output", str(home / "latents")])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = tiny.spawn(*launch, Path(__file__).with_name("several.py"), json.dumps(commands), limit=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home
+
+
+@pytest.fixture(scope="module")
+def alone(shapes: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each stage trained by one process."""
+    home = tmp_path_factory.mktemp("alone")
+    for stage, words in (("autoencoder", ("--data", shapes)), ("denoiser", ("--latents", latents))):
+        assert tiny.call(f"train_{stage}", *words, "--output", home / stage, *STAGES[stage], *FLAGS) == 0
+    return home
+
+
+def close(ours: Path, theirs: Path) -> None:
+    """Values of every step within 1e-5, weights within a small part of what they moved."""
+    first, second = tiny.rows(ours), tiny.rows(theirs)
+    assert [row.keys() for row in first] == [row.keys() for row in second]
+    for a, b in zip(first, second, strict=True):
+        loose = {"balance", "adversarial", "val/psnr", "val/ssim"}  # a quotient, and 8-bit pictures
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-2 if name in loose else 1e-4, abs=1e-6), (a["step"], name)
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    before = load_file(ours / "final" / "model.safetensors")
+    for name, weight in load_file(theirs / "final" / "model.safetensors").items():
+        assert torch.allclose(before[name], weight, rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_train_as_one(stage: str, layout: str, together: Path, alone: Path) -> None:
+    close(together / f"{stage}-{layout}", alone / stage)
+
+
+def test_two_encode_as_one(together: Path, latents: Path) -> None:
+    names = {path.name for path in latents.iterdir()}
+    assert names == {path.name for path in (together / "latents").iterdir()}
+    for name in names - {"autoencoder"}:
+        assert (latents / name).read_bytes() == (together / "latents" / name).read_bytes(), name
+
+
+def test_checkpoints_do_not_know_the_world_size(together: Path, shapes: Path, tmp_path: Path) -> None:
+    """What two processes saved, one continues."""
+    run = together / "autoencoder-plain"
+    words = ("--data", shapes, "--output", run, *tiny.AUTOENCODER, *FLAGS, "--resume", "auto", "--max-steps", 7)
+    assert tiny.call("train_autoencoder", *words) == 0
+    assert tiny.rows(run)[-1]["step"] == 7
+
+
+def test_accelerate_launch(latents: Path, alone: Path, tmp_path: Path) -> None:
+    flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = ["-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
+    words = ["--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, *FLAGS]
+    done = tiny.spawn(*launch, tiny.SCRIPTS / "train_denoiser.py", *words, limit=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    close(tmp_path / "run", alone / "denoiser")
+
+
+def test_accelerate_alone_on_a_cpu_says_so(latents: Path) -> None:
+    """Without MPI, Accelerate starts one process on a CPU whatever it is asked for: not silently here."""
+    flags = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    words = ["--latents", latents, *tiny.DENOISER, "--dry-run"]
+    done = tiny.spawn("-m", "accelerate.commands.launch", *flags, tiny.SCRIPTS / "train_denoiser.py", *words, limit=240)
+    assert done.returncode == 0 and "torchrun --nproc-per-node" in done.stderr, done.stderr[-3000:]
+
+
+def test_batch_that_does_not_split() -> None:
+    from training.errors import UserError
+    from training.order import split_batch
+
+    with pytest.raises(UserError, match="cannot be split over 2 process") as caught:
+        split_batch(33, 0, None, 2)
+    assert "32 or 34" in caught.value.hint and sys.version_info >= (3, 11)

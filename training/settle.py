@@ -1,0 +1,64 @@
+"""What is settled before a training starts: how the batch is split, that the pictures fit, what names the data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from training import config as configs
+from training.errors import UserError
+from training.order import split_batch
+
+
+def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
+    """(config with its settled global batch, micro-batch, accumulation)."""
+    train = config.train
+    batch, micro, accumulation = split_batch(
+        train.batch_size,
+        train.micro_batch_size,
+        getattr(args, "gradient_accumulation_steps", None),
+        processes,
+        batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
+    )
+    return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
+
+
+def data_facts(folder: str) -> dict[str, Any]:
+    """What names the data of a run: the hash of its index."""
+    from training.files import file_sha256
+
+    return {"index_sha256": file_sha256(Path(folder) / "index.json")}
+
+
+def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
+    """Refuse pictures that the networks cannot take, before anything is built."""
+    height, width = dataset.picture(0).shape[:2]
+    factor, smallest = config.model.factor, config.discriminator.smallest_image
+    if height % factor or width % factor:
+        raise UserError(
+            f"the packed pictures are {width}x{height}, not divisible by the autoencoder's factor {factor}",
+            hint=f"pack again with --resolution {max(factor, height // factor * factor)}"
+            f" or {(height // factor + 1) * factor}, or choose another config",
+        )
+    if config.loss.adversarial and min(height, width) < smallest:
+        raise UserError(
+            f"the packed pictures are {width}x{height}, the discriminator needs {smallest} pixels a side",
+            hint=f"lower discriminator.layers (now {config.discriminator.layers})",
+        )
+
+
+def held_out_shards(folder: str) -> Any:
+    """The val split, or where there is none the training split, said aloud."""
+    from training.shards import ShardSet, read_index
+
+    splits = {info.split for info in read_index(folder)[1]}
+    name = next((s for s in ("val", "test") if s in splits), "train")
+    if name == "train":
+        print(
+            "warning: the data has no val split; validation looks at training images (pack with --val-fraction)",
+            file=sys.stderr,
+        )
+    return ShardSet(folder, name)
