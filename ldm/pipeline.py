@@ -31,11 +31,20 @@ class Sampling:
 class Pipeline:
     """A trained run, ready to draw: `pipeline(["a red circle"], seeds=[0])` gives PIL images.
 
-    A picture depends on its caption, its seed and the settings alone, not on its batch: the noise is keyed by the seed, bit for bit.
+    A picture depends on its caption, its seed and the settings alone, not on its batch: the noise is keyed by the seed,
+    bit for bit.
     """
 
-    def __init__(self, autoencoder: Autoencoder, denoiser: Denoiser, text: TextEncoder, sampling: Sampling, size: tuple[int, int]) -> None:
-        self.autoencoder, self.denoiser, self.text, self.sampling, self.size = autoencoder, denoiser, text, sampling, size
+    def __init__(
+        self, autoencoder: Autoencoder, denoiser: Denoiser, text: TextEncoder, sampling: Sampling, size: tuple[int, int]
+    ) -> None:
+        self.autoencoder, self.denoiser, self.text, self.sampling, self.size = (
+            autoencoder,
+            denoiser,
+            text,
+            sampling,
+            size,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -43,19 +52,28 @@ class Pipeline:
         return next(self.autoencoder.parameters()).device
 
     def __call__(self, captions: Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
-        """One PIL image per caption. `seeds`: one each, or the first of a run of them; `settings` as `pixels` takes them."""
+        """One PIL image per caption. `seeds`: one each, or the first of a run; `settings`: as `pixels` takes them."""
         from PIL import Image
 
         pixels = torch.cat(list(self.pixels(captions, seeds, **settings)))
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     @torch.no_grad()
-    def pixels(self, captions: Sequence[str], seeds: int | Sequence[int] = 0, *, negative: str | Sequence[str] = "", sampling: Sampling | None = None,
-               size: tuple[int, int] | None = None, batch_size: int = 64, watch: Callable[[Snapshot], None] | None = None) -> Iterator[Tensor]:
+    def pixels(
+        self,
+        captions: Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        *,
+        negative: str | Sequence[str] = "",
+        sampling: Sampling | None = None,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 64,
+        watch: Callable[[Snapshot], None] | None = None,
+    ) -> Iterator[Tensor]:
         """uint8 (b,3,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
-        `negative`: what guidance moves away from (one, or one per caption); `size`: pixels (height, width). Raises ValueError for a
-        size the autoencoder's factor does not divide, and where captions and seeds differ in number.
+        `negative`: what guidance moves away from (one, or one per caption); `size`: pixels (height, width). Raises
+        ValueError for a size the autoencoder's factor does not divide, and where captions and seeds differ in number.
         """
         seeds = list(range(seeds, seeds + len(captions))) if isinstance(seeds, int) else list(seeds)
         if len(seeds) != len(captions):
@@ -65,11 +83,20 @@ class Pipeline:
         for first in range(0, len(captions), batch_size):
             part = slice(first, first + batch_size)
             cond, null = self.text(captions[part]), self.text(negatives[part])
-            latents = self.latents(cond, null, Noise.from_seeds(seeds[part], self.device), shape, sampling or self.sampling, watch)
+            latents = self.latents(
+                cond, null, Noise.from_seeds(seeds[part], self.device), shape, sampling or self.sampling, watch
+            )
             yield to_uint8(self.autoencoder.decode(latents))
 
-    def latents(self, cond: Cond, null: Cond, noise: Noise, shape: tuple[int, ...], sampling: Sampling,
-                watch: Callable[[Snapshot], None] | None = None) -> Tensor:
+    def latents(
+        self,
+        cond: Cond,
+        null: Cond,
+        noise: Noise,
+        shape: tuple[int, ...],
+        sampling: Sampling,
+        watch: Callable[[Snapshot], None] | None = None,
+    ) -> Tensor:
         """Normalised latents (B, *shape), from the noise of t = 1."""
         schedule = self.denoiser.schedule
         denoise = sampling.guidance(self.denoiser, cond, null)
@@ -82,5 +109,6 @@ class Pipeline:
         for side in size:
             if side <= 0 or side % factor:
                 near = sorted({max(factor, side // factor * factor), (max(side, 0) // factor + 1) * factor})
-                raise ValueError(f"size {size[1]}x{size[0]} is not divisible by the autoencoder's factor {factor}: nearest {' or '.join(map(str, near))}.")
+                said = f"size {size[1]}x{size[0]} is not divisible by the autoencoder's factor {factor}"
+                raise ValueError(f"{said}: nearest {' or '.join(map(str, near))}.")
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor

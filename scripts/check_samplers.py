@@ -80,8 +80,10 @@ def oracle_table(args: Any) -> Iterator[str]:
                     refused[f"{schedule.kind} x {grid.kind}"] = str(error)
                     continue
                 calls, mean, variance, spread = measured(sampler, schedule, times, allowed)
-                yield (f"| {sampler.kind} | {schedule.kind} | {grid.kind} | {calls} | {mean - MEAN:+.1e} | "
-                       f"{variance / STD**2 - 1:+.1e} | {order} | {spread:.0e} |")
+                yield (
+                    f"| {sampler.kind} | {schedule.kind} | {grid.kind} | {calls} | {mean - MEAN:+.1e} | "
+                    f"{variance / STD**2 - 1:+.1e} | {order} | {spread:.0e} |"
+                )
     yield "\nRefused when built:\n"
     for pair, reason in refused.items():
         yield f"- {pair}: {reason}"

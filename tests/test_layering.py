@@ -18,8 +18,8 @@ MAY_IMPORT = {
 PURE = {"autoencoder", "ldm"}
 # What the model packages may use besides torch: nothing that reads a disk, a clock or a process, or is heavy.
 PURE_IMPORTS = {
-    *"__future__ abc bisect collections contextlib copy dataclasses enum fractions functools itertools json math".split(),
-    *"numbers operator re string typing warnings zlib torch".split(),
+    *["__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "fractions", "functools", "itertools", "json", "math"],
+    *["numbers", "operator", "re", "string", "typing", "warnings", "zlib", "torch"],
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]

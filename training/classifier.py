@@ -1,4 +1,4 @@
-"""A small classifier of packed pictures: names the class a caption states, and gives features to measure pictures in."""
+"""A small classifier of packed pictures: names the class a caption states, and gives features to measure in."""
 
 from __future__ import annotations
 
@@ -36,20 +36,32 @@ class Classifier(nn.Module):
             conv = nn.Conv2d(into, out, 3, padding=1, bias=False)
             return [conv, nn.BatchNorm2d(out), nn.ReLU()]
 
-        self.maps = nn.Sequential(*block(3, width), *block(width, width), nn.MaxPool2d(2), *block(width, 2 * width), *block(2 * width, 2 * width),
-                                  nn.MaxPool2d(2), *block(2 * width, 4 * width), *block(4 * width, 4 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.maps = nn.Sequential(
+            *block(3, width),
+            *block(width, width),
+            nn.MaxPool2d(2),
+            *block(width, 2 * width),
+            *block(2 * width, 2 * width),
+            nn.MaxPool2d(2),
+            *block(2 * width, 4 * width),
+            *block(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
         self.head = nn.Linear(4 * width, len(classes))
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 4 * width)."""
-        return self.maps(to_unit(pixels).contiguous(memory_format=torch.channels_last))
+        found: Tensor = self.maps(to_unit(pixels).contiguous(memory_format=torch.channels_last))
+        return found
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(F.dropout(self.features(pixels), 0.3, self.training))
+        logits: Tensor = self.head(F.dropout(self.features(pixels), 0.3, self.training))
+        return logits
 
 
 def train_classifier(args: argparse.Namespace) -> int:
-    """Train on the real training pictures alone, measure on the held-out ones, store {config.json, model.safetensors}."""
+    """Train on the real training pictures alone, measure on held-out ones, store {config.json, model.safetensors}."""
     output = Path(args.output)
     if (output / "model.safetensors").exists():
         raise UserError(f"{output} already holds a classifier", hint="choose another --output")
@@ -59,14 +71,21 @@ def train_classifier(args: argparse.Namespace) -> int:
     names = [caption(train, i) for i in range(len(train))]
     classes = tuple(sorted(set(names)))
     if not 2 <= len(classes) <= 1000:
-        raise UserError(f"{args.data}: {len(classes)} different captions cannot be classes", hint="a classifier needs 2 to 1000 of them", code=DATA)
+        raise UserError(
+            f"{args.data}: {len(classes)} different captions cannot be classes",
+            hint="a classifier needs 2 to 1000 of them",
+            code=DATA,
+        )
     torch.manual_seed(args.seed)
     model = Classifier(classes, args.width).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     _fit(model, train, torch.tensor([classes.index(n) for n in names]), args)
     right = accuracy(model, held_out)
     output.mkdir(parents=True, exist_ok=True)
     save_tensors(output / "model.safetensors", model.state_dict())
-    write_json(output / "config.json", {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": right, "images": len(held_out)})
+    write_json(
+        output / "config.json",
+        {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": right, "images": len(held_out)},
+    )
     print(f"classifier: {right:.2%} of {len(held_out):,} held-out pictures named right -> {output}", file=sys.stderr)
     return 0
 
@@ -79,11 +98,13 @@ def _fit(model: Classifier, train: Images, labels: Tensor, args: argparse.Namesp
     model.train()
     for step in range(steps):
         slots = order.at(step, 0, args.batch_size)
-        pixels = augment(train.__getitems__(slots).data.to(device), Noise(torch.tensor([s.slot for s in slots])).fold(args.seed))
+        pixels = augment(
+            train.__getitems__(slots).data.to(device), Noise(torch.tensor([s.slot for s in slots])).fold(args.seed)
+        )
         set_learning_rate(optimizer, learning_rate(settings, step, steps))
         loss = F.cross_entropy(model(pixels), labels[[s.index for s in slots]].to(device), label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % 100 == 0:
             print(f"classifier step {step + 1}/{steps}  loss {loss.item():.4f}", file=sys.stderr)
@@ -122,6 +143,10 @@ def accuracy(model: Classifier, images: Images) -> float:
     right = 0
     for first in range(0, len(images), 250):
         index = range(first, min(first + 250, len(images)))
-        answer = model(images.__getitems__([Slot(i, 0, i) for i in index]).data.to(next(model.parameters()).device)).argmax(1).tolist()
+        answer = (
+            model(images.__getitems__([Slot(i, 0, i) for i in index]).data.to(next(model.parameters()).device))
+            .argmax(1)
+            .tolist()
+        )
         right += sum(model.classes[a] == caption(images, i) for a, i in zip(answer, index, strict=True))
     return right / len(images)

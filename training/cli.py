@@ -30,8 +30,12 @@ ALIASES = {
 } | {alias: flag for flag, (_, _, aliases) in KEYS.items() for alias in aliases}
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the layout of the description."""
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults where there are any, and keeps the layout of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, False, "", argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")
 
 
 class Parser(argparse.ArgumentParser):

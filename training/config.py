@@ -109,7 +109,7 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None) ->
     """
     text, where = _read(stage, source)
     values = overlay(_parse(text, where), overrides or {})
-    lines = {key: f"{where}:{line}" for key, line in _lines(text)} | {key: f"--{key}" for key in overrides or {}}
+    lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
 
 

@@ -1,8 +1,7 @@
-"""The work of scripts/evaluate.py: numbers for a finished autoencoder or denoiser, with everything they depend on beside them."""
+"""The work of scripts/evaluate.py: numbers for a run of either stage, with all they depend on beside them."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from training import perceptual as lpips
 from training.classifier import Classifier, caption, load_classifier
 from training.data import Images
 from training.errors import DATA, UserError
-from training.features import Features, load_features
+from training.features import load_features
 from training.files import read_json, write_json
 from training.metrics import Moments, frechet_distance, kernel_distance, wilson
 from training.order import Slot
-from training.runs import autoencoder_hashes, find, load_autoencoder, versions
+from training.runs import autoencoder_hashes, load_autoencoder, versions
 from training.shards import ShardSet
 from training.system import load_pipeline, pipeline_hashes
 
@@ -60,12 +59,20 @@ def find_any(model: str) -> Path:
 
 
 def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
-    """Stage one on held-out pictures: PSNR, SSIM, LPIPS where a network is named, Frechet distance of reconstructions."""
+    """Stage one on held-out pictures: PSNR, SSIM, LPIPS where asked, Frechet distance of reconstructions."""
     device = launch.resolve(args.device)
     model = load_autoencoder(args.model, device)
     images, features = held_out(args), load_features(args.features, device)
-    network = lpips.load_perceptual(args.lpips_net, "standard" if args.lpips == "standard" else "random", None if args.lpips in ("standard", "random") else args.lpips).to(device) if args.lpips else None
-    rows: dict[str, list[Tensor]] = {"psnr": [], "ssim": []} | ({"lpips": []} if network else {})
+    network = (
+        lpips.load_perceptual(
+            args.lpips_net,
+            "standard" if args.lpips == "standard" else "random",
+            None if args.lpips in ("standard", "random") else args.lpips,
+        ).to(device)
+        if args.lpips
+        else None
+    )
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", *(["lpips"] if network else []))}
     real, ours = Moments(features.dim), Moments(features.dim)
     for pixels in chunks(images, chosen(images, args.count), device):
         made = _reconstruct(model, pixels)
@@ -78,8 +85,14 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
             with torch.no_grad():
                 rows["lpips"].append(network(to_unit(made), to_unit(pixels)))
     means = {name: torch.cat(parts).double().mean().item() for name, parts in rows.items()}
-    return {**means, "frechet": frechet_distance(real, ours), "images": real.count, "features": features.name, "crop": args.crop or 0,
-            "hashes": autoencoder_hashes(model)}
+    return {
+        **means,
+        "frechet": frechet_distance(real, ours),
+        "images": real.count,
+        "features": features.name,
+        "crop": args.crop or 0,
+        "hashes": autoencoder_hashes(model),
+    }
 
 
 @torch.no_grad()
@@ -108,7 +121,10 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
     images, features = held_out(args), load_features(args.features, device)
     judge = load_classifier(args.obedience, device) if args.obedience else None
     requests = generate.ask(even_captions(images, args.count), 1, args.seed)
-    real, sets = Moments(features.dim), {"generated": Moments(features.dim), "reconstructed": Moments(features.dim), "training": Moments(features.dim)}
+    real, sets = (
+        Moments(features.dim),
+        {"generated": Moments(features.dim), "reconstructed": Moments(features.dim), "training": Moments(features.dim)},
+    )
     real_rows: list[Tensor] = []
     for pixels in chunks(images, range(len(images)), device):
         found = features(pixels)
@@ -117,7 +133,9 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
     made_rows, right = [], 0
     for first in range(0, len(requests), args.batch_size):
         part = requests[first : first + args.batch_size]
-        pixels = next(pipeline.pixels([r.prompt for r in part], [r.seed for r in part], sampling=sampling, batch_size=len(part)))
+        pixels = next(
+            pipeline.pixels([r.prompt for r in part], [r.seed for r in part], sampling=sampling, batch_size=len(part))
+        )
         found = features(pixels)
         sets["generated"].add(found)
         made_rows.append(found.cpu())
@@ -130,9 +148,15 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
     for pixels in chunks(train, even_indices(train, args.count), device):
         sets["training"].add(features(pixels))
     numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, moments) for name, moments in sets.items()}
-    numbers |= {"frechet_ratio": numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"]),
-                "kernel_distance": kernel_distance(torch.cat(real_rows)[:: max(1, len(images) // KERNEL_SAMPLES)], torch.cat(made_rows)[:KERNEL_SAMPLES]),
-                "features": features.name, "pictures": len(requests), "real_pictures": real.count}
+    numbers |= {
+        "frechet_ratio": numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"]),
+        "kernel_distance": kernel_distance(
+            torch.cat(real_rows)[:: max(1, len(images) // KERNEL_SAMPLES)], torch.cat(made_rows)[:KERNEL_SAMPLES]
+        ),
+        "features": features.name,
+        "pictures": len(requests),
+        "real_pictures": real.count,
+    }
     if judge:
         low, high = wilson(right, len(requests))
         numbers |= {"obedience": right / len(requests), "obedience_95": [low, high]}
@@ -140,7 +164,7 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
 
 
 def shapes_obedience(pipeline: Any, sampling: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Share of held-out captions obeyed, for one, two and three objects, by the rule-based checker; a grid of the first ones."""
+    """Share of held-out captions obeyed, for one, two and three objects, by the rule-based checker; a grid."""
     from training.shapes import held_out_prompts
     from training.shapes_checker import check
 
@@ -149,13 +173,20 @@ def shapes_obedience(pipeline: Any, sampling: Any, args: argparse.Namespace) -> 
     for objects in (1, 2, 3):
         asked = generate.ask(held_out_prompts(args.count, objects, seed=args.seed), 1, args.seed)
         verdicts = []
-        for pixels, first in zip(pipeline.pixels([r.prompt for r in asked], [r.seed for r in asked], sampling=sampling, batch_size=args.batch_size),
-                                 range(0, len(asked), args.batch_size), strict=True):
+        for pixels, first in zip(
+            pipeline.pixels(
+                [r.prompt for r in asked], [r.seed for r in asked], sampling=sampling, batch_size=args.batch_size
+            ),
+            range(0, len(asked), args.batch_size),
+            strict=True,
+        ):
             for image, request in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), asked[first:], strict=False):
                 verdicts.append(check(image, request.prompt))
             if first == 0:
                 shown += pictures.to_pil(pixels[:16])
-                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {r.prompt}" for v, r in zip(verdicts[:16], asked, strict=False)]
+                captions += [
+                    f"{'yes' if v['obeyed'] else 'NO'}: {r.prompt}" for v, r in zip(verdicts[:16], asked, strict=False)
+                ]
         obeyed = sum(v["obeyed"] for v in verdicts)
         numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
         numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))

@@ -1,4 +1,4 @@
-"""Feature networks to measure pictures in: Inception where its weights are given, a seeded random one, or a user's classifier."""
+"""Feature networks to measure pictures in: Inception from given weights, seeded random ones, a user's classifier."""
 
 from __future__ import annotations
 
@@ -42,13 +42,17 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> Features:
     if spec.startswith("inception"):
         return _inception(spec.partition(":")[2], device)
     if not (Path(spec) / "model.safetensors").is_file():
-        raise UserError(f"--features {spec}: no such feature network", code=DATA, hint="use random, inception:FILE, or the folder of scripts/train_classifier.py")
+        raise UserError(
+            f"--features {spec}: no such feature network",
+            code=DATA,
+            hint="use random, inception:FILE, or the folder of scripts/train_classifier.py",
+        )
     model = load_classifier(spec, device)
     return Features(f"classifier {content_hash(model.state_dict())[:12]}", model.head.in_features, model.features)
 
 
 class RandomFeatures(nn.Module):
-    """Four seeded random convolutions of stride 2 (32 to 256 maps); mean and deviation of every map, together 960 numbers."""
+    """Four seeded random convolutions of stride 2 (32 to 256 maps); mean and deviation of every map: 960 numbers."""
 
     dim = 2 * (32 + 64 + 128 + 256)
 
@@ -71,17 +75,26 @@ class RandomFeatures(nn.Module):
 
 def _inception(file: str, device: torch.device | str) -> Features:
     if not file or not Path(file).is_file():
-        raise UserError(f"--features inception: no weights at '{file}'", code=DATA,
-                        hint="download torchvision's inception_v3 weights elsewhere and give them as inception:FILE, or use --features random")
+        raise UserError(
+            f"--features inception: no weights at '{file}'",
+            code=DATA,
+            hint="give torchvision's inception_v3 weights as inception:FILE, or use --features random",
+        )
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, init_weights=False, aux_logits=True)
     path = Path(file)
-    state = load_tensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    state = (
+        load_tensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    )
     try:
         network.load_state_dict(state)
     except RuntimeError:
-        raise UserError(f"{file}: not the weights of torchvision's inception_v3", hint="its file name begins with inception_v3", code=DATA) from None
+        raise UserError(
+            f"{file}: not the weights of torchvision's inception_v3",
+            hint="its file name begins with inception_v3",
+            code=DATA,
+        ) from None
     network.fc = nn.Identity()
     network.to(device).eval().requires_grad_(False)
 

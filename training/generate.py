@@ -46,7 +46,13 @@ def generate(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args.model, device, args.text_encoder)
     sampling, settings = choose(args, pipeline)
     size = parse_size(args.size) or pipeline.size
-    facts = {"settings": settings, "negative_prompt": args.negative_prompt, "size": list(size), "hashes": pipeline_hashes(pipeline), "versions": versions()}
+    facts = {
+        "settings": settings,
+        "negative_prompt": args.negative_prompt,
+        "size": list(size),
+        "hashes": pipeline_hashes(pipeline),
+        "versions": versions(),
+    }
     mine = requests[rank::world]
     output.mkdir(parents=True, exist_ok=True)
     since = time.perf_counter()
@@ -56,23 +62,43 @@ def generate(args: argparse.Namespace) -> int:
             draw(pipeline, part, sampling, size, output, {**facts, "batch": args.batch_size}, args)
             if rank == 0:
                 done, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
-                print(f"{done * world if done < len(mine) else len(requests)}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
+                made = len(requests) if done == len(mine) else done * world
+                print(f"{made}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
     except ValueError as failure:
         raise UserError(str(failure), hint="see --help for sizes, samplers and guidance") from None
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
         shown = requests[:GRID]
-        sheet = pictures.grid([Image.open(output / name(r)).convert("RGB") for r in shown], min(8, len(shown)), captions=[r.prompt for r in shown])
+        sheet = pictures.grid(
+            [Image.open(output / name(r)).convert("RGB") for r in shown],
+            min(8, len(shown)),
+            captions=[r.prompt for r in shown],
+        )
         sheet.save(output / "grid.png")
         print(f"wrote {len(requests)} pictures and {output / 'grid.png'}", file=sys.stderr)
     return 0
 
 
-def draw(pipeline: Pipeline, part: list[Request], sampling: Sampling, size: tuple[int, int], output: Path, facts: dict[str, Any], args: argparse.Namespace) -> None:
+def draw(
+    pipeline: Pipeline,
+    part: list[Request],
+    sampling: Sampling,
+    size: tuple[int, int],
+    output: Path,
+    facts: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
     """One batch, written."""
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-        images = pipeline([r.prompt for r in part], [r.seed for r in part], negative=args.negative_prompt, sampling=sampling, size=size, batch_size=len(part))
+        images = pipeline(
+            [r.prompt for r in part],
+            [r.seed for r in part],
+            negative=args.negative_prompt,
+            sampling=sampling,
+            size=size,
+            batch_size=len(part),
+        )
     for request, image in zip(part, images, strict=True):
         pictures.save(image, output / name(request), {"prompt": request.prompt, "seed": request.seed, **facts})
 
@@ -83,11 +109,11 @@ def name(request: Request) -> str:
 
 
 def ask(captions: list[str], copies: int, seed: int) -> list[Request]:
-    """Prompt by prompt, `copies` of each. The k-th picture of a prompt has seed + k, wherever in the list the prompt stands."""
+    """Prompt by prompt, `copies` of each. A prompt's k-th picture has seed + k, wherever in the list it stands."""
     if copies < 1:
         raise UserError(f"--num-images: must be at least 1 (got {copies})")
     seen: Counter[str] = Counter()
-    requests = []
+    requests: list[Request] = []
     for caption in captions:
         for _ in range(copies):
             requests.append(Request(len(requests), caption, seed + seen[caption]))
@@ -96,7 +122,7 @@ def ask(captions: list[str], copies: int, seed: int) -> list[Request]:
 
 
 def prompts(args: argparse.Namespace) -> list[str]:
-    """The captions asked for: --prompt TEXT (repeatable), or the lines of --prompts FILE, blank and # lines skipped aloud."""
+    """The captions asked for: --prompt TEXT (repeatable), or the lines of --prompts FILE but blank and # ones."""
     if args.prompt is not None:
         return list(args.prompt)
     path = Path(args.prompts)
@@ -117,19 +143,27 @@ def prompts(args: argparse.Namespace) -> list[str]:
 def choose(args: argparse.Namespace, pipeline: Pipeline) -> tuple[Sampling, configs.Values]:
     """The run's own sampling, with the flags' changes laid over it; also as plain values."""
     home, _ = find(args.model, "denoiser")
-    values = {name: section for name, section in read_json(home / "config.json").items() if name in ("sampler", "grid", "guidance", "sample")}
+    values = {
+        name: section
+        for name, section in read_json(home / "config.json").items()
+        if name in ("sampler", "grid", "guidance", "sample")
+    }
     given = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
     changes = {key: str(value) for key, value in given.items() if value is not None} | args.overrides
     for key in changes:
         if key.partition(".")[0] not in values:
-            raise UserError(f"--{key}: generate takes keys of {', '.join(values)}", hint="other keys are settled by training")
+            raise UserError(
+                f"--{key}: generate takes keys of {', '.join(values)}", hint="other keys are settled by training"
+            )
         if key.endswith(".kind") and values[key.partition(".")[0]].get("kind") != changes[key]:
             values[key.partition(".")[0]] = {}  # another kind has other keys
     whole = configs.overlay({**read_json(home / "config.json"), **values}, changes)
-    config = configs.decode("denoiser", whole, {key: f"--{key}" for key in changes})
+    config = configs.decode("denoiser", whole, dict.fromkeys(changes, "command line"))
     assert isinstance(config, configs.DenoiserConfig)
     decoded = configs.to_values(config)
-    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {n: decoded[n] for n in values}
+    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {
+        n: decoded[n] for n in values
+    }
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 class Moments:
-    """Mean and covariance of feature vectors (N, D), gathered batch by batch in float64; order and batch size change nothing."""
+    """Mean and covariance of features (N, D), gathered in float64; order and batch size change nothing."""
 
     def __init__(self, dim: int) -> None:
-        self.count, self.total, self.outer = 0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+        self.count, self.total, self.outer = (
+            0,
+            torch.zeros(dim, dtype=torch.float64),
+            torch.zeros(dim, dim, dtype=torch.float64),
+        )
 
     def add(self, features: Tensor) -> Moments:
         """Count a batch (N, D)."""
@@ -39,11 +43,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     root = _root(a.covariance) @ _root(b.covariance)
     cross = torch.linalg.svdvals(root).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(0.0, distance.item())
+    return max(0.0, float(distance))
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD with the cubic kernel (x.y / D + 1)^3 (Binkowski et al. 2018, KID), features (N, D) and (M, D), float64."""
+    """Unbiased squared MMD, cubic kernel (x.y / D + 1)^3 (Binkowski et al. 2018, KID), of features (N, D), (M, D)."""
     a, b = a.double(), b.double()
     n, m, dim = len(a), len(b), a.shape[1]
     if min(n, m) < 2:
@@ -68,4 +72,5 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return root

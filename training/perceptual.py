@@ -49,7 +49,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_tensors(path)
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as failure:  # noqa: BLE001  (torch raises many kinds for one fact)
+    except Exception as failure:
         raise UserError(
             f"{path}: not a file of weights ({type(failure).__name__})",
             hint="name torchvision's weights of that network",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,25 @@ from ldm.diffusion import Diffusion
 from ldm.grids import Grid, Karras, Leading, Linspace, Trailing, Uniform
 from ldm.noise import Noise
 from ldm.predictions import Eps, Prediction, V, Velocity
-from ldm.samplers import DDIM, DDPM, DEIS, LMS, DPMpp2M, DPMpp3M, DPMppSDE2M, Euler, Heun, Sampler, UniPC, prior, sample
-from ldm.schedules import DDPMScaledLinear, Flow, NoiseSchedule
+from ldm.samplers import (
+    DDIM,
+    DDPM,
+    DEIS,
+    IPNDM,
+    LMS,
+    PNDM,
+    DPMpp2M,
+    DPMpp3M,
+    DPMppSDE2M,
+    Euler,
+    Heun,
+    Sampler,
+    UniPC,
+    prior,
+    sample,
+)
+from ldm.schedules import DDPMScaledLinear, Flow, Level, NoiseSchedule
+from ldm.schedules.base import Continuous
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -167,6 +185,54 @@ def test_deis(order: int) -> None:
     close(ours(DEIS(solver_order=order), grid), theirs(scheduler, NOISE.normal(SHAPE)))
 
 
+def test_pndm() -> None:
+    """Stable Diffusion's PLMS, with its last step onto the data."""
+    scheduler = diffusers.PNDMScheduler(**COMMON, skip_prk_steps=True, set_alpha_to_one=True)
+    scheduler.set_timesteps(20)
+    close(ours(PNDM(), Trailing()(20, TABLE)), theirs(scheduler, NOISE.normal(SHAPE)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheirIPNDM(Continuous):
+    """The process of diffusers' IPNDM scheduler, whose time is only known at its own steps: sigma = sin(u)^2 and alpha =
+    sqrt(1 - sigma^2), where tan(pi t / 2) = sigma / alpha."""
+
+    kind: str = "their-ipndm"
+    t_min: float = 1e-9
+
+    @property
+    def pure_noise(self) -> bool:
+        return True
+
+    def __call__(self, t: Tensor) -> Level:
+        return Level((torch.pi / 2 * (1 - t)).sin(), (torch.pi / 2 * t).sin())
+
+    def rates(self, t: Tensor) -> Level:
+        alpha, sigma = self(t)
+        return Level(-torch.pi / 2 * sigma, torch.pi / 2 * alpha)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        alpha, sigma = self(t)
+        return 2 * (alpha.log() - sigma.log())
+
+    def time(self, logsnr: Tensor) -> Tensor:
+        return 2 / torch.pi * (-logsnr / 2).exp().atan()
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        return t
+
+
+def test_ipndm() -> None:
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(20)
+    # It cannot start from pure noise, where it divides by alpha = 0: both start one step later.
+    grid = torch.cat([scheduler.timesteps[1:].double(), torch.zeros(1, dtype=torch.float64)])
+    scheduler.timesteps = scheduler.timesteps[1:]
+    scheduler.set_begin_index(0)
+    scheduler.betas, scheduler.alphas = scheduler.betas[1:], scheduler.alphas[1:]
+    close(ours(IPNDM(), grid, TheirIPNDM(), V()), theirs(scheduler, NOISE.normal(SHAPE)))
+
+
 def test_flow_matching_euler() -> None:
     for shift in (1.0, 3.0):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -182,9 +248,35 @@ def test_flow_matching_heun() -> None:
     close(ours(Heun(), grid, Flow(), Velocity()), theirs(scheduler, NOISE.normal(SHAPE)))
 
 
+class Mended(diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """Theirs, with D2 twice what it is: the second derivative, as in their own singlestep rule of order 3."""
+
+    def multistep_dpm_solver_third_order_update(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        x = super().multistep_dpm_solver_third_order_update(outputs, *args, **kwargs)
+        sigmas = [self.sigmas[self.step_index + offset] for offset in (1, 0, -1, -2)]
+        alphas, levels = zip(*(self._sigma_to_alpha_sigma_t(sigma) for sigma in sigmas), strict=True)
+        lambdas = [(alpha / level).log() for alpha, level in zip(alphas, levels, strict=True)]
+        h, h0, h1 = (lambdas[i] - lambdas[i + 1] for i in range(3))
+        r0, r1 = h0 / h, h1 / h
+        second = ((outputs[-1] - outputs[-2]) / r0 - (outputs[-2] - outputs[-3]) / r1) / (r0 + r1)
+        return x - alphas[0] * (((-h).exp() - 1 + h) / h**2 - 0.5) * second
+
+
+def test_dpm_solver_three_is_theirs_with_the_second_derivative_mended() -> None:
+    scheduler = Mended(
+        **COMMON, algorithm_type="dpmsolver++", solver_order=3, final_sigmas_type="zero", lower_order_final=False
+    )
+    scheduler.set_timesteps(20)
+    # Onto t = 0 theirs of order 3 is not finite; ours falls to order 1 there.
+    scheduler.timesteps = scheduler.timesteps[:-1]
+    grid = Trailing()(20, TABLE)[:-1]
+    close(ours(DPMpp3M(), grid), theirs(scheduler, NOISE.normal(SHAPE)))
+
+
 @pytest.mark.parametrize("steps", [40, 80])
 def test_dpm_solver_three_is_nearer_the_exact_answer_than_theirs(steps: int) -> None:
-    """The released 3M weighs the second derivative by half of what its own Taylor expansion asks: see `DPMpp3M`."""
+    """The released 3M (diffusers PR 1132, of LuChengTHU/dpm-solver) multiplies the second derivative's weight by a
+    second divided difference, which is half of it; its own singlestep rule has the 2 that is missing. See `DPMpp3M`."""
     oracle: Denoise = gaussian(TABLE)
     scheduler = diffusers.DPMSolverMultistepScheduler(
         **COMMON,

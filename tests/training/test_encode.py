@@ -16,8 +16,8 @@ from autoencoder.kl import KLAutoencoder
 from training.data import Images, Latents
 from training.order import Slot
 from training.runs import load_autoencoder
-from training.shards import ShardSet
 from training.shard_checks import verify
+from training.shards import ShardSet
 
 SLOTS = [Slot(i, 0, i) for i in range(20)]
 

@@ -283,7 +283,7 @@ def test_shapes(tmp_path: Path) -> None:
 )
 def test_bad_settings(folder: Path, tmp_path: Path, flags: list[str]) -> None:
     error = refused(folder, tmp_path / "out", *flags)
-    assert error.code == 2 and error.what.startswith(flags[0]) or "--limit" in error.what
+    assert (error.code == 2 and error.what.startswith(flags[0])) or "--limit" in error.what
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

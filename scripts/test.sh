@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The whole test suite: makes or reuses the environment, installs what tests need. Arguments go to pytest.
+set -euo pipefail
+export EXTRAS=${EXTRAS:-test}
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$project"
+exec "$PYTHON" -m pytest "$@"
