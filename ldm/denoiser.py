@@ -30,11 +30,14 @@ class Denoiser:
     """A backbone and the process it was trained on: (x (B, ...), t () or (B,), cond) -> both ends of x.
 
     Latents keep their dtype (float32); the network runs under the caller's autocast. Raises ValueError at a time below
-    t_min, where it was not trained.
+    t_min, where it was not trained. `weak` is a poorer model and `log_prob` a noisy classifier, log p(cond | x_t) (B,)
+    of (x_t, t, cond), for the guidances that ask for one.
     """
 
     backbone: Backbone
     diffusion: Diffusion
+    weak: Denoiser | None = None
+    log_prob: Callable[[Tensor, Tensor, Cond], Tensor] | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:

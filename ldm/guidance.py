@@ -34,7 +34,9 @@ class Guidance(ABC):
 
 
 @dataclass(frozen=True)
-class _Guided:
+class Guided:
+    """A guided denoiser: a schedule and what is called for both ends."""
+
     schedule: NoiseSchedule
     call: Callable[[Tensor, Tensor], Denoised]
 
@@ -97,7 +99,7 @@ class ClassifierFree(Guidance):
             ratio = per_sample_std(with_cond.x0) / per_sample_std(guided.x0)
             return guided.with_x0(guided.x0 * (1 + self.rescale * (ratio - 1)), x, denoiser.schedule(t))
 
-        return _Guided(denoiser.schedule, call)
+        return Guided(denoiser.schedule, call)
 
 
 def per_sample_std(x: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ class Projected(Guidance):
             push = push - (1 - self.parallel) * along
             return with_cond.with_x0(with_cond.x0 + (self.scale - 1) * push, x, denoiser.schedule(t))
 
-        return _Guided(denoiser.schedule, call)
+        return Guided(denoiser.schedule, call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +178,7 @@ class CFGZeroStar(Guidance):
             without = without * (_dot(with_cond, without) / _dot(without, without).clamp(min=1e-12))
             return process.recover(x, torch.lerp(without, with_cond, self.scale), t)
 
-        return _Guided(denoiser.schedule, call)
+        return Guided(denoiser.schedule, call)
 
 
 def _needed(null: Cond | None) -> Cond:
@@ -200,7 +202,52 @@ def autoguided(denoise: Denoise, weak: Denoise, scale: float) -> Denoise:
         strong, poor = denoise(x, t), weak(x, t)
         return strong._replace(x0=torch.lerp(poor.x0, strong.x0, scale), eps=torch.lerp(poor.eps, strong.eps, scale))
 
-    return _Guided(denoise.schedule, call)
+    return Guided(denoise.schedule, call)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoguidance(Guidance):
+    """`autoguided` under the same condition by the weaker model that the denoiser carries; no null is needed.
+
+    The weaker model is the same network trained for less, or smaller. Karras et al. 2024 (arXiv 2406.02507), eq. 2.
+    """
+
+    kind: Literal["autoguidance"] = "autoguidance"
+    scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
+
+    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
+        if self.scale == 1:
+            return denoiser.bind(cond)
+        if denoiser.weak is None:
+            raise ValueError("autoguidance needs a weaker model of the same process beside the denoiser")
+        return autoguided(denoiser.bind(cond), denoiser.weak.bind(cond), self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByClassifier(Guidance):
+    """`classifier_guided` by the log p(condition | x_t) that the denoiser carries, on top of the condition.
+
+    `strength` 1 is Bayes' rule, and 0 is off. Dhariwal & Nichol 2021 (arXiv 2105.05233), eq. 14.
+    """
+
+    kind: Literal["classifier"] = "classifier"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ValueError(f"classifier strength must be at least 0 (0 is off), got {self.strength}")
+
+    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
+        judge = denoiser.log_prob
+        if self.strength == 0:
+            return denoiser.bind(cond)
+        if judge is None:
+            raise ValueError("classifier guidance needs a log p(condition | x_t) beside the denoiser")
+        return classifier_guided(denoiser.bind(cond), lambda x, t: judge(x, t, cond), self.strength)
 
 
 def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Denoise:
@@ -222,7 +269,7 @@ def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Ten
         push = scale * sigma * gradient
         return ends._replace(x0=ends.x0 + (sigma / alpha) * push, eps=ends.eps - push)
 
-    return _Guided(denoise.schedule, call)
+    return Guided(denoise.schedule, call)
 
 
-GUIDANCES = (ClassifierFree, Projected, CFGZeroStar)
+GUIDANCES = (ClassifierFree, Projected, CFGZeroStar, Autoguidance, ByClassifier)

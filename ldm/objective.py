@@ -2,37 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Backbone
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.times import TimeSampling
+from ldm.pairing import Independent, Pairing
+from ldm.times import LossAware, Places, TimeSampling
+from ldm.uncertainty import Weighed
+from ldm.variational import bound_at, walk_steps
 from ldm.weighting import Weighting
+
+Network = Backbone | Callable[[Tensor, Tensor, Cond], Tensor | Weighed]
+
+
+class Draw(NamedTuple):
+    """What a batch is trained on: times (B,) float64, noise (B, ...), and the factor (B,) that undoes their choice."""
+
+    t: Tensor
+    eps: Tensor
+    factor: Tensor
+
+
+class Losses(NamedTuple):
+    """(B,) float32 each: what is minimised, and the same before the factor that undoes the choice of times."""
+
+    total: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """weight(t) ||network(c_in x_t, noise level, cond) - y||^2, a mean over all but the batch.
 
-    x0 (B, ...) are normalised latents; noise has one seed per sample, folded by the caller with the training step.
+    x0 (B, ...) are normalised latents; noise has one seed per sample, folded by the caller with the training step. With
+    a learned variance T / 1000 times the variational bound is added, through which only the variance learns (Nichol &
+    Dhariwal 2021, arXiv 2102.09672, eq. 16); where the network answers `Weighed` the loss is divided by exp(u) and u
+    is added.
     """
 
     diffusion: Diffusion
     times: TimeSampling
     weighting: Weighting
+    pairing: Pairing = Independent()  # noqa: RUF009  # frozen, without state
 
-    def __call__(self, backbone: Backbone, x0: Tensor, cond: Cond, noise: Noise) -> Tensor:
-        """The loss of each sample, (B,) float32."""
-        t = self.times.sample(noise.uniform((), "time"), self.diffusion.schedule)
-        eps = noise.normal(x0.shape[1:], "eps", dtype=x0.dtype)
-        return self.weighting(self.diffusion, t).float() * self.at(backbone, x0, cond, t, eps)
+    def __call__(self, backbone: Network, x0: Tensor, cond: Cond, noise: Noise, places: Places | None = None) -> Tensor:
+        """The loss of each sample, (B,) float32. `places` in the global batch are needed where times are stratified."""
+        return self.losses(backbone, x0, cond, self.draw(x0, noise, places)).total
 
-    def at(self, backbone: Backbone, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
-        """The unweighted loss at given times (B,) and noise, (B,) float32: what validation by noise level reads."""
-        inputs, level = self.diffusion.condition(self.diffusion.perturb(x0, eps, t), t)
-        error = backbone(inputs, level, cond).float() - self.diffusion.target(x0, eps, t).float()
-        return error.square().flatten(1).mean(1)
+    def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None) -> Draw:
+        """Times and noise for a batch; `seen` is what loss-aware times go by, none being uniform times.
+
+        Raises ValueError where stratified times lack the places of their samples.
+        """
+        u, schedule = noise.uniform((), "time"), self.diffusion.schedule
+        if self.times.stratified:
+            if places is None:
+                raise ValueError("stratified times need the places of the samples in their global batch")
+            u = places.stratify(u)
+        factor = torch.ones_like(u)
+        if isinstance(self.times, LossAware) and seen is not None:
+            t, factor = self.times.important(u, schedule, seen)
+        else:
+            t = self.times.sample(u, schedule)
+        return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype)), factor)
+
+    def losses(self, backbone: Network, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
+        """What a batch costs at the times and with the noise drawn for it."""
+        error, answer, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
+        loss = self.weighting(self.diffusion, draw.t).float() * error
+        if isinstance(answer, Weighed):
+            loss = loss * (-answer.log_var).exp() + answer.log_var
+        if self.diffusion.learned_variance:
+            schedule, (mean, v) = self.diffusion.schedule, _prediction(answer).chunk(2, dim=1)
+            ends = self.diffusion.recover(x_t, torch.cat([mean.detach(), v], dim=1), draw.t)
+            loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (walk_steps(schedule) / 1000)
+        return Losses(draw.factor.float() * loss, loss)
+
+    def at(self, backbone: Network, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
+        """The unweighted error at given times (B,) and noise, (B,) float32: what validation by noise level reads."""
+        return self._compared(backbone, x0, cond, t, eps)[0]
+
+    def _compared(self, backbone: Network, x0: Tensor, cond: Cond, t: Tensor,
+                  eps: Tensor) -> tuple[Tensor, Tensor | Weighed, Tensor]:
+        x_t = self.diffusion.perturb(x0, eps, t)
+        answer = backbone(*self.diffusion.condition(x_t, t), cond)
+        y = _prediction(answer)
+        if self.diffusion.learned_variance:
+            y = y.chunk(2, dim=1)[0]
+        error = y.float() - self.diffusion.target(x0, eps, t).float()
+        return error.square().flatten(1).mean(1), answer, x_t
+
+
+def _prediction(answer: Tensor | Weighed) -> Tensor:
+    return answer.prediction if isinstance(answer, Weighed) else answer

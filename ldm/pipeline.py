@@ -14,7 +14,7 @@ from autoencoder.images import to_uint8
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.noise import Noise
-from ldm.samplers import Snapshot, prior, sample
+from ldm.samplers import DDIMInversion, Snapshot, prior, sample
 from ldm.text import TextEncoder
 
 
@@ -96,12 +96,25 @@ class Pipeline:
         shape: tuple[int, ...],
         sampling: Sampling,
         watch: Callable[[Snapshot], None] | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """Normalised latents (B, *shape), from the noise of t = 1."""
+        """Normalised latents (B, *shape), from the noise of t = 1: each seed's own, or `start` where it is given."""
         schedule = self.denoiser.schedule
         denoise = sampling.guidance(self.denoiser, cond, null)
-        start = prior(schedule, shape, noise)
+        start = prior(schedule, shape, noise) if start is None else start
         return sample(sampling.sampler, denoise, start, sampling.grid(sampling.steps, schedule), noise, watch=watch)
+
+    @torch.no_grad()
+    def invert(self, images: Tensor, captions: Sequence[str], sampling: Sampling | None = None) -> Tensor:
+        """The noise at t = 1 from which `ddim` draws pictures (B,3,H,W) in [-1, 1] again: DDIM inversion, unguided.
+
+        It walks the grid of `sampling` upwards from the encoder's mean; the more steps, the nearer the way back.
+        """
+        plan = sampling or self.sampling
+        denoise = self.denoiser.bind(self.text(captions))
+        x0 = self.autoencoder.norm.mean_latents(self.autoencoder.encode(images))
+        grid = plan.grid(plan.steps, self.denoiser.schedule).flip(0)
+        return sample(DDIMInversion(), denoise, x0, grid, Noise.from_seeds([0] * len(x0), self.device))
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of pictures of `size` pixels. Raises ValueError where the factor does not divide them."""

@@ -7,8 +7,9 @@ Randomness stays outside: `sample` turns uniform numbers into times. A new distr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,31 @@ from torch import Tensor
 from ldm.schedules import NoiseSchedule
 
 
+@dataclass(frozen=True, kw_only=True)
 class TimeSampling(ABC):
-    """A distribution of training times on [t_min, 1]."""
+    """A distribution of training times on [t_min, 1].
+
+    `stratified` takes one time from each of as many equally probable shares as the global batch has places, so that
+    every batch sees every noise level (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
+    """
 
     kind: str
+    stratified: bool = False
 
     @abstractmethod
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         """Times (B,) float64 at which a network may be called, from u (B,) uniform in (0, 1)."""
+
+
+class Places(NamedTuple):
+    """Where samples stand in their global batch: positions (B,) int64 in [0, places), whoever computes them."""
+
+    position: Tensor
+    places: int
+
+    def stratify(self, u: Tensor) -> Tensor:
+        """(position + u) / places: still uniform over a batch, with one number in each of as many equal shares."""
+        return (self.position + u) / self.places
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -82,4 +100,83 @@ class LogNormal(TimeSampling):
         return schedule.trained(schedule.time(logsnr).clamp(0, 1))
 
 
-TIMES = (LogitNormal, Uniform, LogNormal)
+@dataclass(frozen=True, kw_only=True)
+class LossAware(TimeSampling):
+    """t in `bins` equal bins, each as probable as the root of its mean squared loss, and every loss divided by that.
+
+    The mean of the loss stays that of uniform times; its variance falls. What has been seen is a tensor (bins,) that
+    the caller keeps, zero where nothing was; until every bin was met, times are uniform. `floor` is the share of times
+    that stays uniform. Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17, with an exponential mean in place of the
+    last ten losses. Raises ValueError on nonsense.
+    """
+
+    kind: Literal["loss-aware"] = "loss-aware"
+    bins: int = 100
+    memory: float = 0.9
+    floor: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.bins < 1 or not (0 <= self.memory < 1 and 0 < self.floor <= 1):
+            raise ValueError(f"loss-aware needs bins of at least 1, memory in [0, 1) and floor in (0, 1], got "
+                             f"{self.bins}, {self.memory} and {self.floor}")
+
+    def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Uniform times: what it knows before it has seen a loss."""
+        return schedule.trained(u)
+
+    def start(self, device: torch.device | str = "cpu") -> Tensor:
+        """What has been seen before the first step."""
+        return torch.zeros(self.bins, dtype=torch.float64, device=device)
+
+    def probabilities(self, seen: Tensor) -> Tensor:
+        """Of each bin, (bins,), without a synchronisation."""
+        flat = torch.full_like(seen, 1 / self.bins)
+        wanted = seen.sqrt()
+        aimed = self.floor * flat + (1 - self.floor) * wanted / wanted.sum().clamp(min=1e-300)
+        return torch.where((seen > 0).all(), aimed, flat)
+
+    def important(self, u: Tensor, schedule: NoiseSchedule, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Times (B,) and the factors (B,) on their losses, 1 / (bins p), from u (B,) uniform in (0, 1)."""
+        p = self.probabilities(seen)
+        ends = p.cumsum(0)
+        bin_ = torch.searchsorted(ends, u).clamp(max=self.bins - 1)
+        inside = ((u - (ends - p)[bin_]) / p[bin_]).clamp(0, 1)
+        return schedule.trained((bin_ + inside) / self.bins), 1 / (self.bins * p[bin_])
+
+    def updated(self, seen: Tensor, t: Tensor, loss: Tensor,
+                reduce: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """What has been seen after losses (B,), before their factors, at t (B,). `reduce` sums over all processes."""
+        # Entry i of a table of T is trained for t in (i / T, (i + 1) / T], so a bin holds its upper end.
+        bin_ = (t * self.bins - 1e-9).floor().long().clamp(0, self.bins - 1)
+        sums = torch.zeros(2, self.bins, dtype=torch.float64, device=t.device)
+        sums[0].index_add_(0, bin_, loss.detach().double() ** 2)
+        sums[1].index_add_(0, bin_, torch.ones_like(t))
+        total, count = reduce(sums)
+        mean = total / count.clamp(min=1)
+        fresh = torch.where(seen > 0, self.memory * seen + (1 - self.memory) * mean, mean)
+        return torch.where(count > 0, fresh, seen)
+
+
+TIMES = (LogitNormal, Uniform, LogNormal, LossAware)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Two times r <= t of the distribution `times`, apart in a share `different` of samples: what MeanFlow learns from.
+
+    Geng et al. 2025 (arXiv 2505.13447), section 4.2: logit-normal(-0.4, 1) and 25 %. Raises ValueError on a share
+    outside [0, 1].
+    """
+
+    times: TimeSampling
+    different: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.different <= 1:
+            raise ValueError(f"the share of different times must be in [0, 1], got {self.different}")
+
+    def sample(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+        """(r, t), each (B,) float64, from u (B, 3) uniform in (0, 1): two times and the choice whether r differs."""
+        first, second = (self.times.sample(u[:, i], schedule) for i in range(2))
+        t = first.maximum(second)
+        return torch.where(u[:, 2] < self.different, first.minimum(second), t), t

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import Diffusion
+from ldm.schedules import NoiseSchedule
+from ldm.uncertainty import Uncertainty
 
 
 class Weighting(ABC):
@@ -138,4 +140,29 @@ class EDM(Weighting):
         return of_x0 / self.sigma_data**2 + of_eps
 
 
-WEIGHTINGS = (Uniform, SNR, MinSNR, SoftMinSNR, ELBO, P2, Sigmoid, EDM)
+@dataclass(frozen=True, kw_only=True)
+class Learned(Weighting):
+    """EDM's weight divided by the loss that a small module has learned to expect at each noise level, so that every
+    level counts the same. Karras et al. 2024 (arXiv 2312.02696), eq. 14 and 15.
+
+    The module is `build`'s: it belongs into the network that is trained, which then answers `Weighed`.
+    """
+
+    kind: Literal["learned"] = "learned"
+    sigma_data: float = 0.5
+    terms: int = 32
+
+    def __post_init__(self) -> None:
+        EDM(sigma_data=self.sigma_data)
+        if self.terms < 1:
+            raise ValueError(f"learned weighting needs at least 1 term, got {self.terms}")
+
+    def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
+        return EDM(sigma_data=self.sigma_data)(diffusion, t)
+
+    def build(self, schedule: NoiseSchedule) -> Uncertainty:
+        """The module that learns u, from 0."""
+        return Uncertainty(schedule, self.terms)
+
+
+WEIGHTINGS = (Uniform, SNR, MinSNR, SoftMinSNR, ELBO, P2, Sigmoid, EDM, Learned)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,19 @@ def main() -> None:
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     lines: list[str] = []
-    for line in run_table(args) if args.model else oracle_table(args):
+    title = "# Samplers against each other\n" if args.model else "# Samplers against the exact answer\n"
+    for line in chain((title, *command()), run_table(args) if args.model else oracle_table(args)):
         print(line, flush=True)
         lines.append(line)
     if args.output:
         Path(args.output).write_text("\n".join(lines) + "\n")
+
+
+def command() -> tuple[str, ...]:
+    """How this table was made."""
+    import shlex
+
+    return "```bash", f"python scripts/check_samplers.py {shlex.join(sys.argv[1:])}".rstrip(), "```\n"
 
 
 def chosen(members: tuple[type, ...], names: str, flag: str) -> list[Any]:

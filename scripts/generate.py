@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 
 from training.cli import Parser, run_main
+from training.names import SAMPLING, listing
 
 
 def main() -> None:
-    parser = Parser(__doc__ or "")
+    parser = Parser(__doc__ or "", epilog=listing(SAMPLING))
     what = parser.add_argument_group("what to draw")
     source = what.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", action="append", help="a caption; may be given several times")
@@ -23,9 +24,10 @@ def main() -> None:
     what.add_argument("--seed", type=int, default=0, help="seed of each caption's first picture")
     what.add_argument("--size", metavar="N|HxW", help="pixels; the training size when not given")
     how = parser.add_argument_group("how to draw it (the run's own settings when not given)")
-    how.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, euler, heun, dpmpp-2m, ...")
+    how.add_argument("--sampler", metavar="NAME", help="the kind of sampler: one of those below")
     how.add_argument("--steps", metavar="N", type=int, help="steps of the sampler")
     how.add_argument("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
+    how.add_argument("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")
     run = parser.add_argument_group("run")
     run.add_argument(
         "--model",

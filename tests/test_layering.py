@@ -18,7 +18,21 @@ MAY_IMPORT = {
 PURE = {"autoencoder", "ldm"}
 # What the model packages may use besides torch: nothing that reads a disk, a clock or a process, or is heavy.
 PURE_IMPORTS = {
-    *["__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "fractions", "functools", "itertools", "json", "math"],
+    *[
+        "__future__",
+        "abc",
+        "bisect",
+        "collections",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "enum",
+        "fractions",
+        "functools",
+        "itertools",
+        "json",
+        "math",
+    ],
     *["numbers", "operator", "re", "string", "typing", "warnings", "zlib", "torch"],
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }

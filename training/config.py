@@ -47,6 +47,7 @@ class DenoiserConfig:
     prediction: Any
     times: Any
     weighting: Any
+    pairing: Any
     optimizer: Optimizer
     train: Train
     sample: Sample
@@ -71,6 +72,7 @@ def sections(stage: str) -> dict[str, tuple[type, ...]]:
     from ldm.backbones import BACKBONES
     from ldm.grids import GRIDS
     from ldm.guidance import GUIDANCES
+    from ldm.pairing import PAIRINGS
     from ldm.predictions import PREDICTIONS
     from ldm.samplers import SAMPLERS
     from ldm.schedules import SCHEDULES
@@ -85,6 +87,7 @@ def sections(stage: str) -> dict[str, tuple[type, ...]]:
         "text": TEXT_ENCODERS,
         "conditioning": (Conditioning,),
         **process,
+        "pairing": PAIRINGS,
         **shared,
         **sampling,
     }

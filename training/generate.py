@@ -19,7 +19,7 @@ from training import launch, pictures
 from training.errors import DATA, UserError
 from training.files import read_json
 from training.runs import find, versions
-from training.system import load_pipeline, pipeline_hashes
+from training.system import add_weak, load_pipeline, pipeline_hashes
 
 if TYPE_CHECKING:
     import argparse
@@ -44,6 +44,8 @@ def generate(args: argparse.Namespace) -> int:
     device, rank, world = processes(args)
     launch.keep_memory()
     pipeline = load_pipeline(args.model, device, args.text_encoder)
+    if args.weak_model:
+        add_weak(pipeline, args.weak_model)
     sampling, settings = choose(args, pipeline)
     size = parse_size(args.size) or pipeline.size
     facts = {

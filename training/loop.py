@@ -20,6 +20,7 @@ from training.ema import EMA
 from training.errors import NUMERICAL, UserError, explained
 from training.journal import Journal
 from training.order import Batches, DataOrder
+from training.posthoc import PowerAverages
 from training.settings import Optimizer, Train
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Loop:
         self.accumulation, self.micro = accumulation, micro
         stage.wrap(accelerator)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
+        self.powers = PowerAverages(stage.averaged, train.ema_lengths)
         self.optimizers = {
             name: optim.adamw(optimizer, [stage.networks[n] for n in networks], scale=scale)
             for name, (networks, scale) in stage.optimizers.items()
@@ -119,6 +121,8 @@ class Loop:
             if done % train.sample_every == 0 or done == train.max_steps:
                 self.look(done)
             stopped = self._stopped()
+            if self.accelerator.is_main_process and (done % train.ema_every == 0 or done == train.max_steps):
+                self.powers.keep(self.run, done)
             if done % train.save_every == 0 or done == train.max_steps or stopped:
                 self.save(done)
             if stopped:
@@ -162,6 +166,7 @@ class Loop:
             scaler.update()
         if self.train.ema:
             self.ema.update()
+        self.powers.update(step + 1)
         return norms
 
     def look(self, step: int) -> None:
@@ -201,7 +206,8 @@ class Loop:
             "stage": self.stage.state(),
             "journal": self.journal.state(),
         }
-        return Checkpoint(step, {"model": model, "ema": self.ema.shadow, "optimizer": moments}, state)
+        averages = {**self.ema.shadow, **self.powers.tensors()}
+        return Checkpoint(step, {"model": model, "ema": averages, "optimizer": moments}, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back a snapshot, in every process."""
@@ -218,6 +224,7 @@ class Loop:
             }
             optim.unpack(optimizer, names, mine)
         self.ema.load(dict(checkpoint.tensors["ema"]), int(checkpoint.state["ema_updates"]))
+        self.powers.load(checkpoint.tensors["ema"])
         if self.accelerator.scaler and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.stage.load_state(checkpoint.state["stage"])

@@ -73,7 +73,9 @@ class Run:
                 hint="use --resume auto to go on with it, or another --output",
                 code=CHECKPOINT,
             )
-        changes = configs.diff(read_json(self.folder / "config.json"), values)
+        # Decoded, so that keys newer than the run stand at their defaults.
+        before = configs.to_values(configs.decode(self.stage, read_json(self.folder / "config.json")))
+        changes = configs.diff(before, values)
         fixed = [
             c
             for c in changes

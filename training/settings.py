@@ -51,6 +51,8 @@ class Train:
     num_workers: int = 0
     flip: bool = False  # mirror half of the images, keyed by (seed, epoch, sample)
     ema: float = 0.999  # decay of the averaged weights, reached through a warm-up; 0 turns averaging off
+    ema_lengths: tuple[float, ...] = ()  # power-function averages kept besides, as shares of the steps trained (EDM2)
+    ema_every: int = 1000  # steps between their snapshots, of which posthoc_ema.py makes an average of any length
     compile: bool = False
     log_every: int = 20
     save_every: int = 1000
@@ -61,7 +63,10 @@ class Train:
     def __post_init__(self) -> None:
         positive("", max_steps=self.max_steps, batch_size=self.batch_size, log_every=self.log_every)
         positive("", save_every=self.save_every, sample_every=self.sample_every)
+        positive("", ema_every=self.ema_every)
         fraction("", ema=self.ema)
+        if not all(0 < length <= 12**-0.5 for length in self.ema_lengths):
+            raise ValueError(f"ema_lengths: each must lie in (0, {12**-0.5:.4f}] (got {list(self.ema_lengths)})")
         if self.keep_last < 2:
             raise ValueError(f"keep_last: keep at least 2 checkpoints (got {self.keep_last})")
         if min(self.micro_batch_size, self.num_workers, self.validation_size) < 0:

@@ -14,6 +14,9 @@ from ldm.noise import Noise
 from ldm.objective import Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
+from ldm.times import LossAware, Places
+from ldm.uncertainty import Uncertainty, Weighed
+from ldm.weighting import Learned
 from training import pictures
 from training.config import DenoiserConfig
 from training.data import Batch, Latents
@@ -31,20 +34,22 @@ VALIDATION_SEED = 1 << 40
 
 
 class Captioned(nn.Module):
-    """Backbone and, where it learns, text encoder as one module, so that a process wrapper sees every gradient."""
+    """Backbone and, where they learn, text encoder and weighting as one module: a process wrapper sees every
+    gradient."""
 
-    def __init__(self, backbone: nn.Module, text: TextEncoder) -> None:
+    def __init__(self, backbone: nn.Module, text: TextEncoder, uncertainty: Uncertainty | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.text = text if text.trainable else None
+        self.uncertainty = uncertainty
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | list[str]) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | list[str]) -> Tensor | Weighed:
         """Captions (encoded here) or their encoding -> the backbone's prediction."""
         if not isinstance(cond, Cond):
             assert self.text is not None
             cond = self.text(cond)
         prediction: Tensor = self.backbone(x, noise_level, cond)
-        return prediction
+        return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
 
 
 class DenoiserStage(Stage):
@@ -63,11 +68,18 @@ class DenoiserStage(Stage):
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out = dataset, held_out
-        self.network = Captioned(backbone, text)
+        learned = config.weighting.build(config.schedule) if isinstance(config.weighting, Learned) else None
+        self.network = Captioned(backbone, text, learned)
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
-        diffusion = Diffusion(schedule=config.schedule, prediction=config.prediction)
-        self.objective = Objective(diffusion=diffusion, times=config.times, weighting=config.weighting)
+        diffusion = Diffusion(
+            schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
+        )
+        self.objective = Objective(
+            diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
+        )
+        self.seen = config.times.start() if isinstance(config.times, LossAware) else None
+        self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
         self.channels = self.norm.scale.numel()
 
     def wrap(self, accelerator: Accelerator) -> None:
@@ -77,25 +89,37 @@ class DenoiserStage(Stage):
             self.network.backbone.compile()
         self.wrapped = {"denoiser": self.forward}
         self.norm.to(accelerator.device)
+        self.network.to(accelerator.device)  # the learned weighting, which no one else has moved
+        self.seen = None if self.seen is None else self.seen.to(accelerator.device)
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
-        noise = Noise(batch.slots.to(self.accelerator.device)).fold(self.config.train.seed, step)
+        slots, places = batch.slots.to(self.accelerator.device), self.config.train.batch_size
+        noise = Noise(slots).fold(self.config.train.seed, step)
         latents = self.sample(batch, noise)
         keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
         with self.accelerator.autocast():
-            loss = self.objective(self.forward, latents, self.condition(batch, keep), noise).mean()
+            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen)
+            losses = self.objective.losses(self.forward, latents, self.condition(batch, keep), draw)
+            loss = losses.total.mean()
+        if self.seen is not None:
+            self.losses.append((draw.t, losses.seen.detach()))
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
     def after_backward(self, step: int) -> None:
-        """Nothing is left to do."""
+        """Loss-aware times take in the whole global batch at once, however it was split."""
+        if self.seen is not None:
+            t, loss = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
+            self.losses.clear()
+            self.seen = self.config.times.updated(self.seen, t, loss, lambda s: self.accelerator.reduce(s, "sum"))
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {} if self.seen is None else {"seen": self.seen.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing was saved."""
+        if self.seen is not None:
+            self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=self.accelerator.device)
 
     def sample(self, batch: Batch, noise: Noise) -> Tensor:
         """Normalised latents of a fresh posterior draw."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ def draw_with(
     config: configs.DenoiserConfig, autoencoder: Autoencoder, backbone: nn.Module, text: TextEncoder
 ) -> Pipeline:
     """The pipeline of a config and its networks."""
-    diffusion = Diffusion(schedule=config.schedule, prediction=config.prediction)
+    diffusion = Diffusion(
+        schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
+    )
     sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
     return Pipeline(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size)
 
@@ -155,6 +158,22 @@ def load_pipeline(path: str | Path, device: torch.device | str = "auto", text_en
     return draw_with(config, autoencoder, backbone, text)
 
 
+def add_weak(pipeline: Pipeline, path: str | Path) -> None:
+    """Put the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
+
+    Raises UserError where it was made for other captions or another process.
+    """
+    other = load_pipeline(path, pipeline.device)
+    widths = [(text.context_dim, text.pooled_dim) for text in (other.text, pipeline.text)]
+    if widths[0] != widths[1] or other.denoiser.schedule != pipeline.denoiser.schedule:
+        raise UserError(
+            f"{path} has another schedule or text encoder than the model it is to guide",
+            hint="give an earlier checkpoint of the same run, or a smaller model trained with the same settings",
+            code=CHECKPOINT,
+        )
+    pipeline.denoiser = dataclasses.replace(pipeline.denoiser, weak=other.denoiser)
+
+
 def fill_network(network: Any, path: str) -> None:
     """`--init-from`: the weights of another run of the same shape, nothing else."""
     other = load_pipeline(path, "cpu")
@@ -165,8 +184,11 @@ def fill_network(network: Any, path: str) -> None:
 
 def pipeline_hashes(pipeline: Pipeline) -> dict[str, str]:
     """The content hashes a picture carries: whole autoencoder, backbone, text encoder."""
-    return {
+    hashes = {
         "autoencoder": content_hash(pipeline.autoencoder.state_dict()),
         "denoiser": content_hash(pipeline.denoiser.backbone.state_dict()),  # type: ignore[attr-defined]
         "text_encoder": content_hash(pipeline.text.state_dict()),
     }
+    if pipeline.denoiser.weak is not None:
+        hashes["weak"] = content_hash(pipeline.denoiser.weak.backbone.state_dict())  # type: ignore[attr-defined]
+    return hashes

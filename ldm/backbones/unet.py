@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.backbones.attention import GatedFeedForward, attend, blank, key_mask, zero
 from ldm.backbones.base import Backbone, need_pooled
-from ldm.backbones.embed import Projection, sinusoid
+from ldm.backbones.embed import Projection, sincos_table, sinusoid
 
 if TYPE_CHECKING:
     from ldm.conditioning import Cond
+
+EXTENT = 32.0  # tokens that the position table covers, whatever the size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,10 @@ class UNet:
 
     `attention`: the levels (0 = full size) with text transformers; the middle always has one. `heads` per attention, or
     channels per head where `head_dim` is not 0. `depth`: transformer layers per attention. `pooled` adds pooled text to
-    the time embedding (diffusers' class_embed_type "projection"). The defaults are Stable Diffusion 1.x, 859,520,964
-    parameters with 4 latent channels and a context of 768.
+    the time embedding (diffusers' class_embed_type "projection"). `scale_shift`: that embedding scales and shifts the
+    normalised features instead of being added to them (ADM; diffusers' resnet_time_scale_shift). `position`: a fixed
+    position table joins the first features, so that text can name places from the start. The defaults are Stable
+    Diffusion 1.x, 859,520,964 parameters with 4 latent channels and a context of 768.
     """
 
     kind: Literal["unet"] = "unet"
@@ -37,6 +41,8 @@ class UNet:
     depth: int = 1
     linear_projection: bool = False
     pooled: bool = False
+    scale_shift: bool = False
+    position: bool = False
     groups: int = 32
     learned_variance: bool = False
     gradient_checkpointing: bool = False
@@ -54,6 +60,9 @@ class UNet:
             if self.channels[level] % divisor:
                 raise ValueError(f"cannot cut level {level} ({self.channels[level]} channels) into heads by {divisor}")
 
+        if self.position and self.channels[0] % 4:
+            raise ValueError(f"a position table needs channels divisible by 4 at level 0, not {self.channels[0]}")
+
     def heads_at(self, level: int) -> int:
         """Attention heads at a level."""
         return self.channels[level] // self.head_dim if self.head_dim else self.heads
@@ -64,13 +73,17 @@ class UNet:
 
 
 class ResnetBlock(nn.Module):
-    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + linear(silu(time))))); the branch starts at zero."""
+    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + linear(silu(time))))); the branch starts at zero.
 
-    def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int) -> None:
+    With `scale_shift` the linear layer gives (scale, shift), and norm2(h) (1 + scale) + shift goes on.
+    """
+
+    def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int, scale_shift: bool) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-5)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, outputs)
+        self.time_emb_proj = nn.Linear(time_dim, 2 * outputs if scale_shift else outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
@@ -78,8 +91,13 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, active_time: Tensor) -> Tensor:
         """x (B, inputs, H, W), silu of the time embedding (B, time_dim) -> (B, outputs, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(active_time)[:, :, None, None]
-        y: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h, time = self.conv1(F.silu(self.norm1(x))), self.time_emb_proj(active_time)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + time)
+        y: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(h))
         return y
 
 
@@ -168,7 +186,7 @@ class Stage(nn.Module):
         super().__init__()
         self.save_memory = config.gradient_checkpointing
         time_dim, outputs = 4 * config.channels[0], sizes[0][1]
-        self.resnets = nn.ModuleList(ResnetBlock(*size, time_dim, config.groups) for size in sizes)
+        self.resnets = nn.ModuleList(ResnetBlock(*size, time_dim, config.groups, config.scale_shift) for size in sizes)
         self.attentions = nn.ModuleList(
             SpatialTransformer(config, outputs, context_dim, config.heads_at(level)) for _ in range(transformers)
         )
@@ -273,6 +291,10 @@ class CrossAttentionUNet(Backbone):
             time = time + self.class_embedding(cond.pooled)
         given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask))
         x = self.conv_in(x)
+        if self.config.position:
+            height, width = x.shape[2:]
+            table = sincos_table(x.shape[1], height, width, EXTENT, x.device).to(x.dtype)
+            x = x + table.T.reshape(1, -1, height, width)
         kept = [x]
         for down in self.down_blocks:
             kept += down(kept[-1], given)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.backbones.attention import FeedForward, SelfAttention, key_mask
+from ldm.backbones.attention import FeedForward, SelfAttention, key_mask, zero
 from ldm.conditioning import Cond
 from ldm.text.tokenizer import WordTokenizer
 
@@ -91,6 +91,8 @@ class ScratchLayer(nn.Module):
         super().__init__()
         self.norm_1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
         self.norm_2, self.mlp = nn.LayerNorm(width), FeedForward(width, 4 * width)
+        zero(self.attention.out)
+        zero(self.mlp.out)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attention(self.norm_1(x), mask)
@@ -99,9 +101,11 @@ class ScratchLayer(nn.Module):
 
 
 class ScratchTextEncoder(TextEncoder):
-    """Words -> embeddings -> bidirectional transformer; pooled = projection of the mean over real tokens.
+    """Words -> embeddings -> bidirectional transformer; pooled = projection of the normalised mean over real tokens.
 
     (Rombach et al. 2022, sec. 4.3.1: a transformer over tokenised captions, learned with the denoiser.)
+    Words begin as random vectors of unit variance and the layers as the identity: from its first step the denoiser reads
+    distinct words of full strength. With the usual small embeddings short runs end before captions are heard.
     """
 
     def __init__(self, config: Scratch, tokenizer: WordTokenizer) -> None:
@@ -111,9 +115,9 @@ class ScratchTextEncoder(TextEncoder):
         self.positions = nn.Parameter(torch.empty(config.length, config.width))
         self.layers = nn.ModuleList(ScratchLayer(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
-        self.pool = nn.Linear(config.width, config.width)
-        nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
+        self.pool = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.width))
+        nn.init.normal_(self.words.weight)
+        nn.init.normal_(self.positions, std=0.1)
 
     def encode(self, captions: list[str]) -> Cond:
         """See `TextEncoder.encode`."""

@@ -142,7 +142,9 @@ def test_a_pickle_is_refused_by_content(kept: Checkpoints, tmp_path: Path) -> No
         assert caught.value.code == 4 and not canary.exists()
 
 
-@pytest.mark.parametrize("head", [b"", b"1234567", b"\xff" * 8 + b"{}", (1 << 63).to_bytes(8, "little"), b"<html></html>"])
+@pytest.mark.parametrize(
+    "head", [b"", b"1234567", b"\xff" * 8 + b"{}", (1 << 63).to_bytes(8, "little"), b"<html></html>"]
+)
 def test_what_is_no_safetensors(tmp_path: Path, head: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(head)
     with pytest.raises(UserError) as caught:

@@ -86,7 +86,7 @@ ema = 1.5
         ("train.keep_last", "1", "keep at least 2 checkpoints (got 1)"),
         ("train.seed", "-3", "seed: must lie in"),
         ("train.mixed_precision", "fp8", "'no', 'bf16' or 'fp16'"),
-        ("schedule.kind", "flwo", 'unknown kind "flwo"; did you mean \'flow\'?'),
+        ("schedule.kind", "flwo", "unknown kind \"flwo\"; did you mean 'flow'?"),
         ("backbone.heads", "7", "width"),
         ("nonsense", "1", "unknown section [nonsense]"),
     ],

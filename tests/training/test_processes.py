@@ -90,7 +90,17 @@ def test_accelerate_launch(latents: Path, alone: Path, tmp_path: Path) -> None:
 
 def test_accelerate_alone_on_a_cpu_says_so(latents: Path) -> None:
     """Without MPI, Accelerate starts one process on a CPU whatever it is asked for: not silently here."""
-    flags = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     words = ["--latents", latents, *tiny.DENOISER, "--dry-run"]
     done = tiny.spawn("-m", "accelerate.commands.launch", *flags, tiny.SCRIPTS / "train_denoiser.py", *words, limit=240)
     assert done.returncode == 0 and "torchrun --nproc-per-node" in done.stderr, done.stderr[-3000:]

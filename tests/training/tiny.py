@@ -19,14 +19,40 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
 
-SHORT = ["--batch-size", "32", "--max-steps", "6", "--save-every", "100", "--sample-every", "4", "--train.validation_size", "8", "--device", "cpu"]
+SHORT = [
+    "--batch-size",
+    "32",
+    "--max-steps",
+    "6",
+    "--save-every",
+    "100",
+    "--sample-every",
+    "4",
+    "--train.validation_size",
+    "8",
+    "--device",
+    "cpu",
+]
 AUTOENCODER = [
     *["--config", "smoke", "--model.channels", "8,8,8", "--model.groups", "4", "--discriminator.width", "4"],
     *["--loss.discriminator_start", "2", "--loss.adversarial_start", "3", "--loss.adversarial_ramp", "2"],
     *SHORT,
 ]
 DENOISER = [
-    *["--config", "smoke", "--backbone.width", "16", "--backbone.depth", "1", "--text.width", "16", "--text.depth", "1", "--sample.steps", "2"],
+    *[
+        "--config",
+        "smoke",
+        "--backbone.width",
+        "16",
+        "--backbone.depth",
+        "1",
+        "--text.width",
+        "16",
+        "--text.depth",
+        "1",
+        "--sample.steps",
+        "2",
+    ],
     *SHORT,
 ]
 

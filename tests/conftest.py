@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode alone would not find `tiny`
+sys.path.insert(0, str(Path(__file__).parent / "training"))  # importlib mode alone would not find `tiny`
 
 import tiny
 

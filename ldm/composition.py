@@ -1,0 +1,45 @@
+"""Guidance by several conditions at once, each with its own weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoise, Denoiser
+from ldm.diffusion import Denoised
+from ldm.guidance import Guided
+
+
+def composed(denoiser: Denoiser, conds: Sequence[tuple[Cond, float]], null: Cond) -> Denoise:
+    """uncond + sum_i w_i (cond_i - uncond): one call of as many times the batch as there are conditions, and null.
+
+    A negative weight moves away from its condition; one of weight 0 is not called, nor is `null` (batch 1 or B) where
+    the weights sum to 1. Liu et al. 2022 (arXiv 2206.01714), eq. 11. Raises ValueError without conditions, and where
+    they are of different batches.
+    """
+    used = [(cond, weight) for cond, weight in conds if weight != 0]
+    sizes = {len(cond.mask) for cond, _ in conds}
+    if len(sizes) != 1:
+        raise ValueError(f"composed guidance needs conditions of one batch size, got {sorted(sizes)}")
+    (batch,) = sizes
+    rest = 1 - sum(weight for _, weight in used)
+    if abs(rest) > 1e-12:
+        used.append((null.expand(batch), rest))
+    if len(used) == 1:
+        return denoiser.bind(used[0][0])
+    joint = Cond.cat([cond for cond, _ in used])
+
+    def call(x: Tensor, t: Tensor) -> Denoised:
+        ends = denoiser(torch.cat([x] * len(used)), t, joint)
+        x0, eps = (_weighed(part, [weight for _, weight in used]) for part in (ends.x0, ends.eps))
+        return Denoised(x0, eps, None if ends.log_var_frac is None else ends.log_var_frac[:batch])
+
+    return Guided(denoiser.schedule, call)
+
+
+def _weighed(stacked: Tensor, weights: list[float]) -> Tensor:
+    parts = stacked.chunk(len(weights))
+    return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)

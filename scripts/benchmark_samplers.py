@@ -1,0 +1,87 @@
+"""How much each sampler costs beyond the network's own calls: a DiT-S at batch 1 on the CPU, in processor time.
+
+Prints a Markdown table: calls, seconds in the network, seconds outside it and their share, per sampler. Noise, time
+embedding and guidance are outside only where they are not the network's. Processor time, so that a busy machine does
+not change the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from training.cli import Parser, run_main
+from training.errors import UserError
+
+
+def main() -> None:
+    parser = Parser(__doc__ or "")
+    parser.add_argument("--samplers", metavar="NAME,...", default="all", help="which samplers, by name")
+    parser.add_argument("--steps", metavar="N", type=int, default=8, help="steps of each run")
+    parser.add_argument("--side", metavar="N", type=int, default=32, help="latents of N x N, in patches of 2")
+    parser.add_argument("--threads", metavar="N", type=int, default=1, help="processor threads")
+    parser.add_argument("--output", metavar="FILE", help="write the table there too")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.read()
+    if min(args.steps, args.side, args.threads) < 1:
+        raise UserError("--steps, --side and --threads must be at least 1")
+    lines = table(args)
+    print("\n".join(lines))
+    if args.output:
+        Path(args.output).write_text("\n".join(lines) + "\n")
+
+
+class Timed:
+    """A network that adds up its processor time."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.seconds, self.calls = network, 0.0, 0
+
+    def __call__(self, *inputs: Any) -> Any:
+        since = time.process_time()
+        answer = self.network(*inputs)
+        self.seconds, self.calls = self.seconds + time.process_time() - since, self.calls + 1
+        return answer
+
+
+def table(args: Any) -> list[str]:
+    """One row a sampler."""
+    import torch
+
+    from ldm.backbones.dit import DiT
+    from ldm.conditioning import Cond
+    from ldm.denoiser import Denoiser
+    from ldm.diffusion import Diffusion
+    from ldm.grids import Uniform
+    from ldm.noise import Noise
+    from ldm.predictions import Velocity
+    from ldm.samplers import SAMPLERS, prior, sample
+    from ldm.schedules import Flow
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    kinds = {str(member.kind): member for member in SAMPLERS}  # type: ignore[attr-defined]
+    names = list(kinds) if args.samplers == "all" else args.samplers.split(",")
+    if unknown := [name for name in names if name not in kinds]:
+        raise UserError(f"--samplers: unknown name {unknown[0]!r}", hint=f"choose from {', '.join(kinds)} or all")
+    network = DiT(width=384, depth=12, heads=6, patch=2, pooled=False).build(channels=4, context_dim=384)
+    network.eval().requires_grad_(False)
+    cond = Cond(torch.zeros(1, 16, 384), torch.ones(1, 16, dtype=torch.bool))
+    noise, grid = Noise.from_seeds([0]), Uniform()(args.steps, Flow())
+    lines = [f"DiT-S/2, latents 1x4x{args.side}x{args.side}, {args.steps} steps, {args.threads} thread(s).\n",
+             "| sampler | calls | in the network (s) | outside (s) | share |", "|---|---:|---:|---:|---:|"]
+    for warm, name in enumerate(["euler", *names]):
+        timed = Timed(network)
+        denoise = Denoiser(timed, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
+        x, since = prior(Flow(), (4, args.side, args.side), noise), time.process_time()
+        sample(kinds[name](), denoise, x, grid, noise)
+        outside = time.process_time() - since - timed.seconds
+        if warm:
+            lines.append(f"| {name} | {timed.calls} | {timed.seconds:.3f} | {outside:.4f} | "
+                         f"{100 * outside / timed.seconds:.2f} % |")
+    return lines
+
+
+if __name__ == "__main__":
+    run_main(main)

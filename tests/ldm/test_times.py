@@ -1,0 +1,223 @@
+"""Times that depend on more than one sample: strata of a batch, losses seen, pairs; and the learned weighting."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracles import F64, gaussian, scalar
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.diffusion import Diffusion
+from ldm.noise import Noise
+from ldm.objective import Objective
+from ldm.predictions import EDMF, Velocity
+from ldm.samplers import RK4, sample
+from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, Flow
+from ldm.times import TIMES, LogitNormal, LossAware, Pairs, Places, Uniform
+from ldm.uncertainty import Uncertainty, Weighed
+from ldm.weighting import EDM as EDMWeight
+from ldm.weighting import Learned
+from ldm.weighting import Uniform as Plain
+
+U = (torch.arange(20000, dtype=F64) + 0.5) / 20000
+NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
+
+
+def objective(times: object, weighting: object = None) -> Objective:
+    diffusion = Diffusion(schedule=Flow(), prediction=Velocity())
+    return Objective(diffusion=diffusion, times=times, weighting=weighting or Plain())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cls", TIMES)
+def test_strata_hold_one_time_each_whatever_the_process_layout(cls: type) -> None:
+    rule, count = objective(cls(stratified=True)), 32
+    noise, x0 = Noise.from_seeds(list(range(100, 100 + count))), torch.zeros(count, 1)
+    position = torch.arange(100, 100 + count) % count
+    whole = rule.draw(x0, noise, Places(position, count)).t
+    u = cls().sample((torch.arange(count + 1, dtype=F64) / count).clamp(1e-12, 1 - 1e-12), Flow())
+    for t, p in zip(whole, position, strict=True):
+        assert u[p] <= t <= u[p + 1]
+    split = [rule.draw(x0[part], noise[part], Places(position[part], count)).t for part in (slice(0, 5), slice(5, 32))]
+    torch.testing.assert_close(torch.cat(split), whole, rtol=1e-14, atol=0)
+    with pytest.raises(ValueError, match="places"):
+        rule.draw(x0, noise)
+
+
+def test_stratified_means_vary_less() -> None:
+    means: dict[bool, list[Tensor]] = {False: [], True: []}
+    for step in range(40):
+        noise = Noise.from_seeds(list(range(64))).fold(step)
+        for strict, found in means.items():
+            t = objective(Uniform(stratified=strict)).draw(torch.zeros(64, 1), noise, Places(torch.arange(64), 64)).t
+            found.append(t.mean())
+    assert torch.stack(means[True]).std() < 0.1 * torch.stack(means[False]).std()
+
+
+# Loss-aware times
+
+
+def seen_after(rule: LossAware, loss: Tensor, t: Tensor) -> Tensor:
+    return rule.updated(rule.start(), t, loss)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), DDPMLinear(), VP()], ids=repr)
+def test_loss_aware_times_keep_the_mean_and_lower_the_variance(schedule: Flow) -> None:
+    """Exactly, up to the width of the strata: the mean of factor * loss is that of the loss at uniform times."""
+    rule, t = LossAware(bins=20), schedule.trained(U)
+    plain = (4 * t).exp()
+    drawn, factor = rule.important(U, schedule, seen_after(rule, plain, t))
+    weighed = factor * (4 * drawn).exp()
+    assert weighed.mean().item() == pytest.approx(plain.mean().item(), rel=1e-3)
+    assert weighed.std() < 0.1 * plain.std()
+    assert drawn.min() >= schedule.t_min and drawn.max() <= 1
+
+
+def test_probabilities_are_the_roots_of_the_mean_squares() -> None:
+    rule = LossAware(bins=4, floor=0.2, memory=0.5)
+    t = torch.tensor([0.1, 0.2, 0.3, 0.6, 0.9], dtype=F64)
+    seen = seen_after(rule, torch.tensor([1.0, 7.0, 2.0, 3.0, 4.0], dtype=F64), t)
+    assert seen.tolist() == [25, 4, 9, 16]
+    torch.testing.assert_close(
+        rule.probabilities(seen), 0.05 + 0.8 * torch.tensor([5, 2, 3, 4], dtype=F64) / 14
+    )
+    again = rule.updated(seen, t[:1], torch.tensor([1.0]))
+    assert again.tolist() == [13, 4, 9, 16]
+
+
+def test_until_every_bin_was_met_times_are_uniform() -> None:
+    rule = LossAware(bins=3)
+    half = seen_after(rule, torch.ones(2), torch.tensor([0.1, 0.5], dtype=F64))
+    for seen in (rule.start(), half):
+        t, factor = rule.important(U, Flow(), seen)
+        torch.testing.assert_close(t, Flow().trained(U))
+        torch.testing.assert_close(factor, torch.ones_like(U))
+
+
+def test_statistics_are_those_of_the_global_batch() -> None:
+    """Two processes that sum their parts come to what one would have seen."""
+    rule = LossAware(bins=5)
+    t, loss = U[::400], (U[::400] * 3).exp()
+    parts: list[Tensor] = []
+
+    def record(sums: Tensor) -> Tensor:
+        parts.append(sums)
+        return sums
+
+    for share in (slice(0, 17), slice(17, 50)):
+        rule.updated(rule.start(), t[share], loss[share], record)
+    both = rule.updated(rule.start(), t[:17], loss[:17], lambda sums: parts[0] + parts[1])
+    torch.testing.assert_close(both, seen_after(rule, loss, t))
+
+
+def test_the_objective_divides_by_the_probability() -> None:
+    rule, noise = LossAware(bins=4), Noise.from_seeds(list(range(8)))
+    x0, seen = noise.normal((2,), "data"), torch.tensor([1.0, 4.0, 9.0, 16.0], dtype=F64)
+    draw = objective(rule).draw(x0, noise, seen=seen)
+    losses = objective(rule).losses(lambda x, level, cond: torch.zeros_like(x), x0, NOTHING, draw)
+    t, factor = rule.important(noise.uniform((), "time"), Flow(), seen)
+    torch.testing.assert_close(draw.t, t)
+    torch.testing.assert_close(losses.total, losses.seen * factor.float())
+
+
+# Pairs
+
+
+@pytest.mark.parametrize("schedule", [cls() for cls in SCHEDULES], ids=repr)
+def test_pairs_of_times(schedule: Flow) -> None:
+    u = Noise.from_seeds(list(range(4000))).uniform((3,))
+    r, t = Pairs(times=LogitNormal(mean=-0.4)).sample(u, schedule)
+    assert bool((r <= t).all()) and r.min() >= schedule.t_min
+    assert (r < t).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert bool((Pairs(times=Uniform(), different=0).sample(u, schedule)[0] == Pairs(
+        times=Uniform(), different=0).sample(u, schedule)[1]).all())
+
+
+def test_the_mean_velocity_identity_that_pairs_are_for() -> None:
+    """u(z, r, t) = (z_t - z_r) / (t - r) on G(.5): u(1, 0, 1) = 0.5 and u + (t - r) du/dt = v = 1.2195122 at 0.7."""
+    oracle = gaussian(Flow(t_min=0.0))
+
+    def mean_velocity(z: float, r: float, t: float) -> float:
+        grid = torch.linspace(t, r, 201, dtype=F64)
+        back = sample(RK4(variable="t"), oracle, torch.full((1, 1), z, dtype=F64), grid, Noise.from_seeds([0]))
+        return (z - back.item()) / (t - r)
+
+    assert mean_velocity(1.0, 0.0, 1.0) == pytest.approx(0.5, abs=1e-8)
+    v, h = oracle.velocity(torch.ones(1, 1, dtype=F64), scalar(0.7)).item(), 1e-4
+    assert v == pytest.approx(1.2195122, abs=5e-8)
+    along = (mean_velocity(1 + h * v, 0.2, 0.7 + h) - mean_velocity(1 - h * v, 0.2, 0.7 - h)) / (2 * h)
+    assert mean_velocity(1.0, 0.2, 0.7) + 0.5 * along == pytest.approx(v, abs=1e-6)
+
+
+# Learned weighting
+
+
+def test_a_fresh_uncertainty_changes_no_loss() -> None:
+    noise = Noise.from_seeds(list(range(6)))
+    x0, module = noise.normal((2, 3), "data"), Learned().build(Flow())
+
+    def network(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        return 0.5 * x
+
+    def weighed(x: Tensor, level: Tensor, cond: Cond) -> Weighed:
+        return Weighed(0.5 * x, module(level))
+
+    fresh = objective(Uniform(), Learned())(weighed, x0, NOTHING, noise)
+    assert torch.equal(fresh, objective(Uniform(), EDMWeight())(network, x0, NOTHING, noise))
+    with torch.no_grad():
+        module.series[0] = math.log(4)
+    moved = objective(Uniform(), Learned())(weighed, x0, NOTHING, noise)
+    torch.testing.assert_close(moved, fresh / 4 + math.log(4))
+    eps, t = noise.normal((2, 3), "eps"), torch.full((6,), 0.4, dtype=F64)
+    plain = objective(Uniform()).at(network, x0, NOTHING, t, eps)
+    assert torch.equal(objective(Uniform(), Learned()).at(weighed, x0, NOTHING, t, eps), plain)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), EDM(), DDPMLinear()], ids=repr)
+def test_it_learns_the_loss_at_every_noise_level(schedule: Flow) -> None:
+    """Minimising loss exp(-u) + u makes exp(u) the loss, here one of 1 to 20 over the noise levels."""
+    module = Uncertainty(schedule, terms=8)
+    level = schedule.noise_level(schedule.trained(torch.linspace(0.001, 1, 200, dtype=F64)))
+    place = (level - level[0]) / (level[-1] - level[0])
+    loss = (3 * torch.cos(math.pi * place) ** 2).exp().float()
+    optimizer = torch.optim.LBFGS(module.parameters(), lr=1, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        u = module(level)
+        total = (loss * (-u).exp() + u).mean()
+        total.backward()
+        return total
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(module(level).exp(), loss, rtol=0.05, atol=0)
+    assert set(module.state_dict()) == {"series"}
+
+
+def test_at_unit_weight_it_is_edm2s_loss() -> None:
+    """weight / exp(u) ||F - y||^2 + u, with EDM's weight 1 on F."""
+    noise, diffusion = Noise.from_seeds([0, 1]), Diffusion(schedule=EDM(), prediction=EDMF())
+    rule = Objective(diffusion=diffusion, times=Uniform(), weighting=Learned())
+    x0, u = noise.normal((3,), "data"), torch.tensor([0.3, -0.2])
+    draw = rule.draw(x0, noise)
+    error = rule.at(lambda x, level, cond: torch.zeros_like(x), x0, NOTHING, draw.t, draw.eps)
+    got = rule.losses(lambda x, level, cond: Weighed(torch.zeros_like(x), u), x0, NOTHING, draw).total
+    torch.testing.assert_close(got, error / u.exp() + u)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LossAware(bins=0),
+        lambda: LossAware(memory=1),
+        lambda: LossAware(floor=0),
+        lambda: Pairs(times=Uniform(), different=1.5),
+        lambda: Learned(terms=0),
+        lambda: Learned(sigma_data=0),
+    ],
+)
+def test_nonsense_is_refused(make: object) -> None:
+    with pytest.raises(ValueError):
+        make()  # type: ignore[operator]

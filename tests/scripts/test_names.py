@@ -1,0 +1,27 @@
+"""What --help and the README list is what there is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tiny
+
+from training import config as configs
+from training.names import KINDS, SAMPLING, TRAINING, listing
+
+
+@pytest.mark.parametrize("section", KINDS)
+def test_the_listed_kinds_are_the_families_members(section: str) -> None:
+    assert KINDS[section].split(", ") == configs.kinds(configs.sections("denoiser")[section])
+
+
+@pytest.mark.parametrize("section", KINDS)
+def test_the_readme_lists_them_too(section: str) -> None:
+    rows = dict(re.findall(r"^\| (\S+) \| (.*) \|$", (tiny.ROOT / "README.md").read_text(), re.MULTILINE))
+    assert rows[section] == KINDS[section]
+
+
+@pytest.mark.parametrize(("script", "sections"), [("generate", SAMPLING), ("train_denoiser", (*TRAINING, *SAMPLING))])
+def test_help_lists_them(script: str, sections: tuple[str, ...]) -> None:
+    assert listing(sections) in tiny.spawn(tiny.SCRIPTS / f"{script}.py", "--help").stdout

@@ -1,0 +1,124 @@
+"""Every choice of the diffusion core by name: trained with, resumed, drawn with, and averaged after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from ldm.denoiser import Denoiser
+from ldm.grids import Uniform
+from ldm.guidance import ClassifierFree
+from ldm.noise import Noise
+from ldm.pipeline import Sampling
+from ldm.samplers import DDIM
+from training.checkpoint import Checkpoints
+from training.files import load_tensors
+from training.system import load_pipeline
+
+CHOICES = {
+    "learned-variance": "--schedule.kind ddpm-linear --prediction.kind eps --backbone.learned_variance true "
+    "--sampler.kind ddpm --sampler.variance learned --weighting.kind min-snr",
+    "loss-aware": "--times.kind loss-aware --times.bins 4 --times.stratified true",
+    "learned-weighting": "--weighting.kind learned --pairing.kind minibatch-ot --times.stratified true",
+    "edm": "--schedule.kind edm --prediction.kind edm --times.kind log-normal --weighting.kind edm "
+    "--sampler.kind heun-churn --grid.kind karras",
+    "averages": "--train.ema_lengths 0.05,0.1 --train.ema_every 2 --sampler.kind dopri5 --sampler.tolerance 0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny run for each set of choices."""
+    folder = tmp_path_factory.mktemp("choices")
+    for name, flags in CHOICES.items():
+        assert tiny.call("train_denoiser", "--latents", latents, "--output", folder / name, *tiny.DENOISER,
+                         *flags.split()) == 0
+    return {name: folder / name for name in CHOICES}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_run_stopped_and_resumed_ends_with_the_same_bytes(
+    name: str, runs: dict[str, Path], latents: Path, tmp_path: Path
+) -> None:
+    words = ("train_denoiser", "--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER,
+             *CHOICES[name].split(), "--train.save_every", "3")
+    assert tiny.call(*words) == 0
+    for path in (tmp_path / "run" / "checkpoints").glob("step-00000006"):
+        path.rename(tmp_path / "gone")
+    (tmp_path / "run" / "run.json").write_text((tmp_path / "run" / "run.json").read_text().replace("finished", "x"))
+    assert tiny.call(*words, "--resume", "auto") == 0
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (run / "checkpoints" / "step-00000006" / file for run in (tmp_path / "run", runs[name]))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_what_was_seen_is_in_the_checkpoint(runs: dict[str, Path]) -> None:
+    newest = Checkpoints(runs["loss-aware"]).newest()
+    assert newest is not None
+    seen = Checkpoints(runs["loss-aware"]).load(newest).state["stage"]["seen"]
+    assert len(seen) == 4 and all(value > 0 for value in seen)
+
+
+def test_the_learned_weighting_is_trained_and_checkpointed(runs: dict[str, Path]) -> None:
+    newest = Checkpoints(runs["learned-weighting"]).newest()
+    assert newest is not None
+    model = load_tensors(newest / "model.safetensors")
+    assert bool((model["denoiser.uncertainty.series"] != 0).any())
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_pictures_by_name(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    words = ("--model", runs[name], "--prompt", "a red circle", "--steps", "3", "--device", "cpu")
+    assert tiny.call("generate", *words, "--output", tmp_path / "own") == 0
+    assert tiny.call("generate", *words, "--output", tmp_path / "restart", "--sampler", "restart",
+                     "--grid.kind", "exponential") == 0
+
+
+def test_an_average_of_another_length(runs: dict[str, Path], tmp_path: Path) -> None:
+    run, output = runs["averages"], tmp_path / "rebuilt"
+    assert tiny.call("posthoc_ema", "--model", run, "--length", "0.1", "--output", output) == 0
+    kept = load_tensors(run / "ema" / "step-00000006.safetensors")
+    pipeline = load_pipeline(output, "cpu")
+    assert isinstance(pipeline.denoiser, Denoiser)
+    for key, value in pipeline.denoiser.backbone.state_dict().items():  # type: ignore[attr-defined]
+        torch.testing.assert_close(value, kept[f"0.100/denoiser.backbone.{key}"])
+    assert tiny.call("posthoc_ema", "--model", run, "--length", "0.15", "--output", tmp_path / "longer") == 0
+    assert "already exists" in str(tiny.refused("posthoc_ema", "--model", run, "--length", "0.1", "--output", output))
+    bare = tiny.refused("posthoc_ema", "--model", runs["edm"], "--length", "0.1", "--output", tmp_path / "no")
+    assert "no snapshots" in str(bare) and bare.code == 4
+
+
+def test_autoguidance_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
+    words = ("--model", runs["averages"], "--prompt", "a red circle", "--device", "cpu", "--steps", "2",
+             "--guidance.kind", "autoguidance", "--sampler.kind", "heun")
+    assert "weaker model" in str(tiny.refused("generate", *words, "--output", tmp_path / "none"))
+    weak = ("--weak-model", runs["learned-weighting"])
+    assert tiny.call("generate", *words, *weak, "--output", tmp_path / "pictures") == 0
+    other = tiny.refused("generate", *words, "--weak-model", runs["edm"], "--output", tmp_path / "other")
+    assert other.code == 4 and "another schedule" in str(other)
+
+
+def test_inversion_finds_the_noise_that_draws_a_picture(runs: dict[str, Path]) -> None:
+    """With more steps the picture's latents come back nearer."""
+    pipeline = load_pipeline(runs["averages"], "cpu")
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    captions, noise, errors = ["a red circle"] * 2, Noise.from_seeds([0, 1]), []
+    wanted = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(images))
+    for steps in (5, 40):
+        plan = Sampling(sampler=DDIM(), grid=Uniform(), guidance=ClassifierFree(scale=1.0), steps=steps)
+        start = pipeline.invert(images, captions, plan)
+        cond = pipeline.text(captions)
+        back = pipeline.latents(cond, cond, noise, tuple(wanted.shape[1:]), plan, start=start)
+        errors.append((back - wanted).square().mean().item())
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_the_samplers_agree_on_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    words = ("--model", runs["averages"], "--samplers", "heun,ddim,dopri5,ddpm", "--steps", "12")
+    assert tiny.call("check_samplers", *words, "--output", tmp_path / "table.md") == 0
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 5
+    assert tiny.refused("check_samplers", "--model", tmp_path / "nothing").code == 4

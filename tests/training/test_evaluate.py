@@ -1,0 +1,93 @@
+"""The numbers of scripts/evaluate.py, against the same quantities computed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from autoencoder.fidelity import psnr
+from autoencoder.images import to_uint8, to_unit
+from training.classifier import Classifier, augment, load_classifier
+from training.data import Images
+from training.features import load_features
+from training.metrics import Moments, frechet_distance
+from training.order import Slot
+from training.runs import load_autoencoder
+from training.shards import ShardSet
+
+
+def report(tmp_path: Path, *words: object) -> dict[str, object]:
+    assert tiny.call("evaluate", "--device", "cpu", "--output", tmp_path / "out.json", *words) == 0
+    return dict(json.loads((tmp_path / "out.json").read_text()))
+
+
+def test_autoencoder_numbers(autoencoder: Path, shapes: Path, tmp_path: Path) -> None:
+    numbers = report(tmp_path, "--model", autoencoder, "--data", shapes, "--count", 0, "--crop", 28)
+    images, model, features = Images(ShardSet(shapes, "val")), load_autoencoder(autoencoder), load_features("random")
+    pixels = images.__getitems__([Slot(i, 0, i) for i in range(len(images))]).data
+    with torch.no_grad():
+        made = to_uint8(model(to_unit(pixels), None)[0])
+    inner = (slice(None), slice(None), slice(2, 30), slice(2, 30))
+    assert numbers["images"] == len(images)
+    assert numbers["psnr"] == pytest.approx(psnr(made[inner], pixels[inner]).mean().item(), abs=0.05)
+    sets = [Moments(features.dim).add(features(p)) for p in (pixels, made)]
+    assert numbers["frechet"] == pytest.approx(frechet_distance(*sets), rel=0.02)
+    assert "seed 0" in str(numbers["features"])
+
+
+def test_shapes_obedience_counts_the_checkers_verdicts(denoiser: Path, tmp_path: Path) -> None:
+    """Six steps of training draw nothing: no caption is obeyed, and the grid says so."""
+    words = ("--obedience", "shapes", "--count", 6, "--grid", tmp_path / "grid.png")
+    numbers = report(tmp_path, "--model", denoiser, *words)
+    assert [numbers[f"obedience_{n}"] for n in (1, 2, 3)] == [0, 0, 0]
+    assert (tmp_path / "grid.png").exists() and numbers["prompts"] == 6
+
+
+def test_distances_and_judge(denoiser: Path, shapes: Path, tmp_path: Path) -> None:
+    """A classifier of captions is trained, stored, loaded, and judges; the sets it measures are named beside the numbers."""
+    judge = tmp_path / "judge"
+    assert tiny.call("train_classifier", "--data", shapes, "--output", judge, "--epochs", 1, "--batch-size", 32, "--width", 4) == 0
+    about = json.loads((judge / "config.json").read_text())
+    assert len(about["classes"]) > 10 and 0 <= about["accuracy"] <= 1
+    words = ("--data", shapes, "--count", 12, "--features", judge, "--obedience", judge)
+    numbers = report(tmp_path, "--model", denoiser, *words)
+    assert numbers["pictures"] == 12 and 0 <= float(str(numbers["obedience"])) <= 1
+    for name in ("generated", "reconstructed", "training"):
+        assert float(str(numbers[f"frechet_{name}"])) >= 0
+    assert str(numbers["features"]).startswith("classifier ")
+
+
+def test_nothing_to_measure_is_said(denoiser: Path) -> None:
+    assert "nothing to measure" in tiny.refused("evaluate", "--model", denoiser, "--device", "cpu").what
+    problem = tiny.refused("evaluate", "--model", denoiser, "--features", "inception:nowhere", "--data", "nowhere")
+    assert problem.code == 3
+
+
+def test_augmentation_is_keyed_and_only_moves_pixels() -> None:
+    from ldm.noise import Noise
+
+    pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    noise = Noise(torch.arange(5))
+    moved = augment(pixels, noise)
+    assert moved.dtype == torch.uint8 and torch.equal(moved[2:], augment(pixels[2:], noise[2:]))
+    assert not torch.equal(moved, pixels)
+    inner = moved[:, :, 2:-2, 2:-2]
+    found = [
+        any(torch.equal(inner[i], side[:, y : y + 28, x : x + 28]) for side in (p, p.flip(-1)) for y in range(5) for x in range(5))
+        for i, p in enumerate(pixels)
+    ]
+    assert all(found)
+
+
+def test_classifier_round_trip(tmp_path: Path) -> None:
+    from training.files import save_tensors, write_json
+
+    model = Classifier(("a", "b"), 4).eval()
+    save_tensors(tmp_path / "model.safetensors", model.state_dict())
+    write_json(tmp_path / "config.json", {"classes": ["a", "b"], "width": 4})
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(model(pixels), load_classifier(tmp_path)(pixels))
