@@ -26,10 +26,9 @@ class UNet:
 
     `attention`: the levels (0 = full size) with text transformers; the middle always has one. `heads` per attention, or
     channels per head where `head_dim` is not 0. `depth`: transformer layers per attention. `pooled` adds pooled text to
-    the time embedding (diffusers' class_embed_type "projection"). `scale_shift`: that embedding scales and shifts the
-    normalised features instead of being added to them (ADM; diffusers' resnet_time_scale_shift). `position`: a fixed
-    position table joins the first features, so that text can name places from the start. The defaults are Stable
-    Diffusion 1.x, 859,520,964 parameters with 4 latent channels and a context of 768.
+    the time embedding (diffusers' class_embed_type "projection"). `scale_shift`: that embedding scales and shifts
+    normalised features instead of joining them (ADM). `position`: a fixed position table joins the first features, so
+    that text can name places from the start. The defaults are Stable Diffusion 1.x: 859,520,964 parameters.
     """
 
     kind: Literal["unet"] = "unet"
@@ -74,9 +73,7 @@ class UNet:
 
 class ResnetBlock(nn.Module):
     """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + linear(silu(time))))); the branch starts at zero.
-
-    With `scale_shift` the linear layer gives (scale, shift), and norm2(h) (1 + scale) + shift goes on.
-    """
+    With `scale_shift` the linear layer gives (scale, shift), and norm2(h) (1 + scale) + shift goes on."""
 
     def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int, scale_shift: bool) -> None:
         super().__init__()
@@ -262,8 +259,7 @@ class UpBlock(Stage):
 class CrossAttentionUNet(Backbone):
     """U-Net of latent diffusion (Rombach et al. 2022), its text read by cross-attention.
 
-    Output exactly 0 at initialisation: the last convolution, the residual branches and the transformers' projections
-    start at zero, as in ADM (Dhariwal & Nichol 2021). Sizes must be divisible by 2^(levels - 1).
+    Output exactly 0 at initialisation, as in ADM (Dhariwal & Nichol 2021). Sizes: multiples of 2^(levels - 1).
     """
 
     def __init__(self, config: UNet, channels: int, context_dim: int, pooled_dim: int) -> None:
@@ -292,9 +288,8 @@ class CrossAttentionUNet(Backbone):
         given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask))
         x = self.conv_in(x)
         if self.config.position:
-            height, width = x.shape[2:]
-            table = sincos_table(x.shape[1], height, width, EXTENT, x.device).to(x.dtype)
-            x = x + table.T.reshape(1, -1, height, width)
+            table = sincos_table(x.shape[1], *x.shape[2:], EXTENT, x.device)
+            x = x + table.T.reshape(1, *x.shape[1:]).to(x.dtype)
         kept = [x]
         for down in self.down_blocks:
             kept += down(kept[-1], given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import re
 
 import pytest
@@ -74,7 +76,8 @@ def test_dit_equals_pixart(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_unet_equals_diffusers(linear: bool, pooled: bool) -> None:
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_unet_equals_diffusers(linear: bool, pooled: bool, scale_shift: bool) -> None:
     torch.manual_seed(0)
     theirs = diffusers.UNet2DConditionModel(
         block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, cross_attention_dim=24,
@@ -82,16 +85,33 @@ def test_unet_equals_diffusers(linear: bool, pooled: bool) -> None:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         class_embed_type="projection" if pooled else None, projection_class_embeddings_input_dim=20 if pooled else None,
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default",
     ).eval()  # fmt: skip
     ours = UNet(
-        channels=(16, 32, 32), attention=(0, 1), heads=4, depth=2, groups=8, linear_projection=linear, pooled=pooled
-    ).build(channels=4, context_dim=24, pooled_dim=20)
+        channels=(16, 32, 32), attention=(0, 1), heads=4, depth=2, groups=8, linear_projection=linear, pooled=pooled,
+        scale_shift=scale_shift,
+    ).build(channels=4, context_dim=24, pooled_dim=20)  # fmt: skip
     ours.load_state_dict(theirs.state_dict())
     x, level, context = torch.randn(3, 4, 16, 8), torch.tensor([0.0, 501.0, 999.0]), torch.randn(3, 7, 24)
     mask, vector = torch.arange(7)[None] < torch.tensor([7, 1, 4])[:, None], torch.randn(3, 20)
     with torch.no_grad():
         wanted = theirs(x, level, context, encoder_attention_mask=mask, class_labels=vector if pooled else None).sample
         torch.testing.assert_close(ours(x, level, Cond(context, mask, vector)), wanted, rtol=0, atol=1e-5)
+
+
+def test_position_table_tells_places_apart() -> None:
+    """On a constant input, a network of 1x1 reach would answer alike everywhere but for the table; and it costs no key."""
+    torch.manual_seed(0)
+    config = UNet(channels=(16, 16), attention=(), heads=4, groups=8, position=True)
+    with_table, without = (c.build(channels=4, context_dim=8) for c in (config, replace(config, position=False)))
+    without.load_state_dict(with_table.state_dict())
+    seen: list[torch.Tensor] = []
+    for network in (with_table, without):
+        network.down_blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        network(torch.zeros(1, 4, 8, 8), torch.tensor([10.0]), Cond(torch.zeros(1, 2, 8), torch.ones(1, 2, dtype=torch.bool)))
+    table = (seen[0] - seen[1])[0].flatten(1).T
+    torch.testing.assert_close(table, sincos_table(16, 8, 8, 32.0, torch.device("cpu")), rtol=0, atol=1e-6)
+    assert len(torch.unique(table, dim=0)) == 64
 
 
 def test_stable_diffusion_keys_and_shapes() -> None:

@@ -46,7 +46,7 @@ def test_help_shows_defaults_and_aliases(script: str) -> None:
     assert "default" in text and "==SUPPRESS==" not in text and "None" not in text
     if script != "train_classifier":
         for name in ("--train-batch-size", "--learning-rate", "--checkpointing-steps", "--resume", "--print-config"):
-            assert name in text
+            assert name in "".join(text.split())  # argparse breaks lines at hyphens
 
 
 MISTAKES = {

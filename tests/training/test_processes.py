@@ -44,15 +44,13 @@ def alone(shapes: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def close(ours: Path, theirs: Path) -> None:
-    """Values of every step within 1e-5, weights within a small part of what they moved."""
+    """Each loss, and all of the first step, within 1e-5; later norms less: Adam steps on rounding in dead weights."""
     first, second = tiny.rows(ours), tiny.rows(theirs)
     assert [row.keys() for row in first] == [row.keys() for row in second]
     for a, b in zip(first, second, strict=True):
-        loose = {"balance", "adversarial", "val/psnr", "val/ssim"}  # a quotient, and 8-bit pictures
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-2 if name in loose else 1e-4, abs=1e-6), (a["step"], name)
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            exact = name == "loss" or a["step"] <= 1
+            assert a[name] == pytest.approx(b[name], rel=1e-5 if exact else 1e-2, abs=1e-6), (a["step"], name)
     before = load_file(ours / "final" / "model.safetensors")
     for name, weight in load_file(theirs / "final" / "model.safetensors").items():
         assert torch.allclose(before[name], weight, rtol=1e-3, atol=1e-4), name

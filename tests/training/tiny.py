@@ -67,7 +67,8 @@ def call(script: str, *words: object) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except UserError as problem:
-        raise problem.with_traceback(None) from None  # whose frames would keep the run's lock
+        problem.__context__ = None  # frames, here and in the traceback, would keep the run's lock
+        raise problem.with_traceback(None) from None
     finally:
         gc.collect()
         for number, handler in kept.items():
