@@ -104,8 +104,8 @@ class ScratchTextEncoder(TextEncoder):
     """Words -> embeddings -> bidirectional transformer; pooled = projection of the normalised mean over real tokens.
 
     (Rombach et al. 2022, sec. 4.3.1: a transformer over tokenised captions, learned with the denoiser.)
-    Words begin as random vectors of unit variance and the layers as the identity: from its first step the denoiser reads
-    distinct words of full strength. With the usual small embeddings short runs end before captions are heard.
+    Words begin as random vectors of unit variance and layers as the identity: from the first step the denoiser reads
+    distinct words at full strength. With the usual small embeddings, short runs end before captions are heard.
     """
 
     def __init__(self, config: Scratch, tokenizer: WordTokenizer) -> None:

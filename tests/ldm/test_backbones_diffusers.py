@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,7 +99,7 @@ def test_unet_equals_diffusers(linear: bool, pooled: bool, scale_shift: bool) ->
 
 
 def test_position_table_tells_places_apart() -> None:
-    """On a constant input, a network of 1x1 reach would answer alike everywhere but for the table; and it costs no key."""
+    """The first features differ by the table, whose 64 places are all different; and it costs no key."""
     torch.manual_seed(0)
     config = UNet(channels=(16, 16), attention=(), heads=4, groups=8, position=True)
     with_table, without = (c.build(channels=4, context_dim=8) for c in (config, replace(config, position=False)))
@@ -108,7 +107,8 @@ def test_position_table_tells_places_apart() -> None:
     seen: list[torch.Tensor] = []
     for network in (with_table, without):
         network.down_blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        network(torch.zeros(1, 4, 8, 8), torch.tensor([10.0]), Cond(torch.zeros(1, 2, 8), torch.ones(1, 2, dtype=torch.bool)))
+        cond = Cond(torch.zeros(1, 2, 8), torch.ones(1, 2, dtype=torch.bool))
+        network(torch.zeros(1, 4, 8, 8), torch.tensor([10.0]), cond)
     table = (seen[0] - seen[1])[0].flatten(1).T
     torch.testing.assert_close(table, sincos_table(16, 8, 8, 32.0, torch.device("cpu")), rtol=0, atol=1e-6)
     assert len(torch.unique(table, dim=0)) == 64

@@ -48,9 +48,14 @@ def test_shapes_obedience_counts_the_checkers_verdicts(denoiser: Path, tmp_path:
 
 
 def test_distances_and_judge(denoiser: Path, shapes: Path, tmp_path: Path) -> None:
-    """A classifier of captions is trained, stored, loaded, and judges; the sets it measures are named beside the numbers."""
+    """A classifier of captions is trained, stored, loaded, and judges; features are named beside the numbers."""
     judge = tmp_path / "judge"
-    assert tiny.call("train_classifier", "--data", shapes, "--output", judge, "--epochs", 1, "--batch-size", 32, "--width", 4) == 0
+    assert (
+        tiny.call(
+            "train_classifier", "--data", shapes, "--output", judge, "--epochs", 1, "--batch-size", 32, "--width", 4
+        )
+        == 0
+    )
     about = json.loads((judge / "config.json").read_text())
     assert len(about["classes"]) > 10 and 0 <= about["accuracy"] <= 1
     words = ("--data", shapes, "--count", 12, "--features", judge, "--obedience", judge)
@@ -77,7 +82,12 @@ def test_augmentation_is_keyed_and_only_moves_pixels() -> None:
     assert not torch.equal(moved, pixels)
     inner = moved[:, :, 2:-2, 2:-2]
     found = [
-        any(torch.equal(inner[i], side[:, y : y + 28, x : x + 28]) for side in (p, p.flip(-1)) for y in range(5) for x in range(5))
+        any(
+            torch.equal(inner[i], side[:, y : y + 28, x : x + 28])
+            for side in (p, p.flip(-1))
+            for y in range(5)
+            for x in range(5)
+        )
         for i, p in enumerate(pixels)
     ]
     assert all(found)

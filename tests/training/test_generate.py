@@ -99,7 +99,10 @@ def test_prompt_files(denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     words = ("--model", denoiser, "--output", tmp_path / "out", "--device", "cpu", "--prompts", file)
     assert tiny.call("generate", *words) == 0
     assert "2 blank or comment lines skipped" in capsys.readouterr().err
-    assert [pictures.facts(tmp_path / "out" / f"0000{i}.png")["prompt"] for i in (0, 1)] == ["a red circle", "a blue square"]
+    assert [pictures.facts(tmp_path / "out" / f"0000{i}.png")["prompt"] for i in (0, 1)] == [
+        "a red circle",
+        "a blue square",
+    ]
 
 
 @pytest.mark.parametrize(
