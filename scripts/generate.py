@@ -36,6 +36,7 @@ def main() -> None:
         help="a denoiser's run (also while it trains), its final/, or a checkpoint",
     )
     run.add_argument("--output", metavar="DIR", required=True, help="where 00000.png ... and grid.png go")
+    run.add_argument("--strip", action="store_true", help="also draw strips/: what each picture was on its way")
     run.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     run.add_argument("--batch-size", metavar="N", type=int, default=64, help="pictures at once; does not change them")
     run.add_argument(

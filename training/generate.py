@@ -19,6 +19,7 @@ from training import launch, pictures
 from training.errors import DATA, UserError
 from training.files import read_json
 from training.runs import find, versions
+from training.strips import Strip
 from training.system import add_weak, load_pipeline, pipeline_hashes
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def draw(
     args: argparse.Namespace,
 ) -> None:
     """One batch, written."""
+    strip = Strip(pipeline, sampling.steps) if args.strip else None
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
         images = pipeline(
             [r.prompt for r in part],
@@ -100,9 +102,14 @@ def draw(
             sampling=sampling,
             size=size,
             batch_size=len(part),
+            watch=strip,
         )
-    for request, image in zip(part, images, strict=True):
-        pictures.save(image, output / name(request), {"prompt": request.prompt, "seed": request.seed, **facts})
+    for index, (request, image) in enumerate(zip(part, images, strict=True)):
+        own = {"prompt": request.prompt, "seed": request.seed, **facts}
+        pictures.save(image, output / name(request), own)
+        if strip:
+            (output / "strips").mkdir(exist_ok=True)
+            pictures.save(strip.draw(index), output / "strips" / name(request), own)
 
 
 def name(request: Request) -> str:

@@ -30,7 +30,7 @@ COLOURS = {
     "pink": (255, 120, 190),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
-SIZES = {"small": (9.0, 10.0), "large": (12.2, 13.6)}  # the side of the bounding square, drawn uniformly in the range
+SIZES = {"small": (9.4, 10.0), "large": (13.0, 13.6)}  # the side of the bounding square, drawn uniformly in the range
 POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT = (("green", "circle"), ("yellow", "square"), ("blue", "triangle"), ("red", "cross"))
@@ -39,12 +39,9 @@ COUNT_WEIGHTS = (0.45, 0.35, 0.20)  # of scenes with one, two and three objects
 UNIT = 32.0  # lengths are in thirty-seconds of the side
 MARGIN = 1.0  # from the border: the outermost pixels are always background
 GAP = 2.0  # between two bounding squares
-CELL_REACH = (
-    (0.0, 9.0),
-    (14.0, 18.0),
-    (23.0, UNIT),
-)  # where a centre may lie to be called left / centre / right (top / … / bottom)
-SLANT = 0.6  # a relation's cross-axis offset is at most this times its main-axis distance, so only one relation is true
+CENTRES = (8.0, 16.0, 24.0)  # of left / centre / right (top / … / bottom)
+JITTER = 1.0  # a centre lies at most this far from its cell's, along each axis
+SLANT = 4.0  # a relation's objects lie at most this far from the middle line, so only one relation is true of them
 CROSS_ARM = 1 / 3  # width of a cross's arms over its side
 AREA = {
     "circle": math.pi / 4,
@@ -107,10 +104,14 @@ def _draw_size(rng: Random) -> tuple[str, float]:
 
 def _in_cell(rng: Random, position: int, extent: float) -> tuple[float, float]:
     """A jittered centre in the cell, with the object inside the margin."""
-    low, high = MARGIN + extent / 2, UNIT - MARGIN - extent / 2
-    reaches = (CELL_REACH[position % 3], CELL_REACH[position // 3])
-    x, y = (_between(rng, max(low, near), min(high, far)) for near, far in reaches)
+    x, y = (_near(rng, CENTRES[cell], JITTER, extent) for cell in (position % 3, position // 3))
     return x, y
+
+
+def _near(rng: Random, centre: float, reach: float, extent: float) -> float:
+    """A coordinate within `reach` of `centre` that keeps an object of this extent inside the margin."""
+    low, high = MARGIN + extent / 2, UNIT - MARGIN - extent / 2
+    return _between(rng, max(low, centre - reach), min(high, centre + reach))
 
 
 def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
@@ -135,21 +136,16 @@ def _draw_cells(rng: Random, count: int) -> list[tuple[str, str, tuple[float, fl
 def _draw_related(rng: Random, relation: str) -> list[tuple[str, None, tuple[float, float, float]]]:
     """Two objects, the first in `relation` to the second, clearly along one axis."""
     (size_a, extent_a), (size_b, extent_b) = _draw_size(rng), _draw_size(rng)
-    swapped = relation in ("right of", "below")
-    near, far = (extent_b, extent_a) if swapped else (extent_a, extent_b)
-    low, high = MARGIN + near / 2, UNIT - MARGIN - far / 2
-    distance = _between(rng, (near + far) / 2 + GAP, high - low)
-    first = _between(rng, low, high - distance)
     while True:
-        cross_near = _between(rng, MARGIN + near / 2, UNIT - MARGIN - near / 2)
-        cross_far = _between(rng, MARGIN + far / 2, UNIT - MARGIN - far / 2)
-        if abs(cross_near - cross_far) <= SLANT * distance:
+        ends = [(_near(rng, CENTRES[end], JITTER, extent), _near(rng, CENTRES[1], SLANT, extent), extent)
+                for end, extent in ((0, extent_a), (2, extent_b))]  # fmt: skip
+        if _apart(*ends):
             break
-    ends = [(first, cross_near), (first + distance, cross_far)]
+    if relation in ("right of", "below"):
+        ends = [(UNIT - x, y, extent) for x, y, extent in ends]
     if relation in ("above", "below"):
-        ends = [(y, x) for x, y in ends]
-    (xa, ya), (xb, yb) = reversed(ends) if swapped else ends
-    return [(size_a, None, (xa, ya, extent_a)), (size_b, None, (xb, yb, extent_b))]
+        ends = [(y, x, extent) for x, y, extent in ends]
+    return [(size_a, None, ends[0]), (size_b, None, ends[1])]
 
 
 def scene(seed: int, *, objects: int | None = None, held_out: bool = False) -> Scene:

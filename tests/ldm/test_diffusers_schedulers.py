@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,7 @@ from ldm.samplers import (
     prior,
     sample,
 )
-from ldm.schedules import DDPMScaledLinear, Flow, Level, NoiseSchedule
-from ldm.schedules.base import Continuous
+from ldm.schedules import GVP, DDPMScaledLinear, Flow, NoiseSchedule
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -192,37 +190,8 @@ def test_pndm() -> None:
     close(ours(PNDM(), Trailing()(20, TABLE)), theirs(scheduler, NOISE.normal(SHAPE)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class TheirIPNDM(Continuous):
-    """The process of diffusers' IPNDM scheduler in its own time: tan(pi t / 2) = sigma / alpha, alpha^2 + sigma^2 = 1,
-    and the network is told t itself. Its grid alone, sigma = sin(pi k / 2)^2, is its own."""
-
-    kind: str = "their-ipndm"
-    t_min: float = 1e-9
-
-    @property
-    def pure_noise(self) -> bool:
-        return True
-
-    def __call__(self, t: Tensor) -> Level:
-        return Level((torch.pi / 2 * (1 - t)).sin(), (torch.pi / 2 * t).sin())
-
-    def rates(self, t: Tensor) -> Level:
-        alpha, sigma = self(t)
-        return Level(-torch.pi / 2 * sigma, torch.pi / 2 * alpha)
-
-    def logsnr(self, t: Tensor) -> Tensor:
-        alpha, sigma = self(t)
-        return 2 * (alpha.log() - sigma.log())
-
-    def time(self, logsnr: Tensor) -> Tensor:
-        return 2 / torch.pi * (-logsnr / 2).exp().atan()
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        return t
-
-
 def test_ipndm() -> None:
+    """Its process is `gvp` on a grid of its own, its network is told t and answers v."""
     scheduler = diffusers.IPNDMScheduler()
     scheduler.set_timesteps(20)
     # It cannot start from pure noise, where it divides by alpha = 0: both start one step later.
@@ -230,7 +199,8 @@ def test_ipndm() -> None:
     scheduler.timesteps = scheduler.timesteps[1:]
     scheduler.set_begin_index(0)
     scheduler.betas, scheduler.alphas = scheduler.betas[1:], scheduler.alphas[1:]
-    close(ours(IPNDM(), grid, TheirIPNDM(), V()), theirs(scheduler, NOISE.normal(SHAPE)))
+    expected = theirs(scheduler, NOISE.normal(SHAPE), model=lambda x, t: network(x, 1000 * t))
+    close(ours(IPNDM(), grid, GVP(), V()), expected)
 
 
 def test_flow_matching_euler() -> None:

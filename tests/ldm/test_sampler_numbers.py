@@ -25,6 +25,8 @@ from ldm.samplers import (
     DPMpp2S,
     DPMpp3M,
     DPMpp3S,
+    DPMSolver2,
+    DPMSolver3,
     Euler,
     EulerMaruyama,
     Heun,
@@ -197,6 +199,36 @@ def test_no_corrector_is_the_predictor_bit_for_bit() -> None:
     expected = sample(ReverseDiffusion(), Smooth(schedule), x, grid, noise)
     for idle in (PredictorCorrector(snr=0.0), PredictorCorrector(corrector_steps=0)):
         assert torch.equal(sample(idle, Smooth(schedule), x, grid, noise), expected)
+
+
+def test_one_dpm_solver_step_is_the_papers_formula() -> None:
+    """DPM-Solver-2 and -3 as they are written, dividing by alpha, for one step on G(.5) under the VP process."""
+    schedule, t, s = VP(), scalar(0.6), scalar(0.5)
+    lam, h = schedule.logsnr(t) / 2, (schedule.logsnr(s) - schedule.logsnr(t)) / 2
+
+    def at(fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+        time = schedule.time(2 * (lam + fraction * h))
+        return time, *schedule(time)
+
+    def eps(x: Tensor, time: Tensor) -> Tensor:
+        alpha, sigma = schedule(time)
+        return sigma * x / (alpha**2 / 4 + sigma**2)
+
+    x, ((alpha_t, _), (alpha, sigma)) = torch.tensor([[0.7]], dtype=F64), (schedule(t), schedule(s))
+    time, middle, level = at(0.5)
+    u = middle / alpha_t * x - level * (h / 2).expm1() * eps(x, t)
+    second = alpha / alpha_t * x - sigma * h.expm1() * eps(u, time)
+    torch.testing.assert_close(DPMSolver2().step(gaussian(schedule), x, t, s, None, ONE)[0], second)
+    r1, r2 = 1 / 3, 2 / 3
+    time, middle, level = at(r1)
+    slope = eps(middle / alpha_t * x - level * (r1 * h).expm1() * eps(x, t), time) - eps(x, t)
+    time, middle, level = at(r2)
+    u = middle / alpha_t * x - level * (r2 * h).expm1() * eps(x, t)
+    u = u - level * r2 / r1 * ((r2 * h).expm1() / (r2 * h) - 1) * slope
+    third = alpha / alpha_t * x - sigma * h.expm1() * eps(x, t) - sigma / r2 * (h.expm1() / h - 1) * (
+        eps(u, time) - eps(x, t)
+    )
+    torch.testing.assert_close(DPMSolver3().step(gaussian(schedule), x, t, s, None, ONE)[0], third)
 
 
 MULTISTEP = [DPMpp2M(), DPMpp3M(), UniPC(solver_order=3, corrector=False), DEIS(), LMS(solver_order=3), LMS()]

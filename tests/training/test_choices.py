@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from ldm.denoiser import Denoiser
 from ldm.grids import Uniform
@@ -29,19 +30,27 @@ CHOICES = {
 }
 
 
+class Runs(dict[str, Path]):
+    """One tiny run for each set of choices, trained when it is first asked for."""
+
+    def __init__(self, latents: Path, folder: Path) -> None:
+        super().__init__()
+        self.latents, self.folder = latents, folder
+
+    def __missing__(self, name: str) -> Path:
+        words = ("--latents", self.latents, "--output", self.folder / name, *tiny.DENOISER, *CHOICES[name].split())
+        assert tiny.call("train_denoiser", *words) == 0
+        return self.setdefault(name, self.folder / name)
+
+
 @pytest.fixture(scope="module")
-def runs(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tiny run for each set of choices."""
-    folder = tmp_path_factory.mktemp("choices")
-    for name, flags in CHOICES.items():
-        assert tiny.call("train_denoiser", "--latents", latents, "--output", folder / name, *tiny.DENOISER,
-                         *flags.split()) == 0
-    return {name: folder / name for name in CHOICES}
+def runs(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(latents, tmp_path_factory.mktemp("choices"))
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_run_stopped_and_resumed_ends_with_the_same_bytes(
-    name: str, runs: dict[str, Path], latents: Path, tmp_path: Path
+    name: str, runs: Runs, latents: Path, tmp_path: Path
 ) -> None:
     words = ("train_denoiser", "--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER,
              *CHOICES[name].split(), "--train.save_every", "3")
@@ -55,14 +64,14 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bytes(
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_what_was_seen_is_in_the_checkpoint(runs: dict[str, Path]) -> None:
+def test_what_was_seen_is_in_the_checkpoint(runs: Runs) -> None:
     newest = Checkpoints(runs["loss-aware"]).newest()
     assert newest is not None
     seen = Checkpoints(runs["loss-aware"]).load(newest).state["stage"]["seen"]
     assert len(seen) == 4 and all(value > 0 for value in seen)
 
 
-def test_the_learned_weighting_is_trained_and_checkpointed(runs: dict[str, Path]) -> None:
+def test_the_learned_weighting_is_trained_and_checkpointed(runs: Runs) -> None:
     newest = Checkpoints(runs["learned-weighting"]).newest()
     assert newest is not None
     model = load_tensors(newest / "model.safetensors")
@@ -70,14 +79,16 @@ def test_the_learned_weighting_is_trained_and_checkpointed(runs: dict[str, Path]
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_pictures_by_name(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_pictures_by_name(name: str, runs: Runs, tmp_path: Path) -> None:
     words = ("--model", runs[name], "--prompt", "a red circle", "--steps", "3", "--device", "cpu")
-    assert tiny.call("generate", *words, "--output", tmp_path / "own") == 0
+    assert tiny.call("generate", *words, "--output", tmp_path / "own", "--strip") == 0
+    with Image.open(tmp_path / "own" / "strips" / "00000.png") as strip:
+        assert strip.width > 3 * 96 and strip.height > 2 * 96, strip.size
     assert tiny.call("generate", *words, "--output", tmp_path / "restart", "--sampler", "restart",
                      "--grid.kind", "exponential") == 0
 
 
-def test_an_average_of_another_length(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_average_of_another_length(runs: Runs, tmp_path: Path) -> None:
     run, output = runs["averages"], tmp_path / "rebuilt"
     assert tiny.call("posthoc_ema", "--model", run, "--length", "0.1", "--output", output) == 0
     kept = load_tensors(run / "ema" / "step-00000006.safetensors")
@@ -91,7 +102,7 @@ def test_an_average_of_another_length(runs: dict[str, Path], tmp_path: Path) -> 
     assert "no snapshots" in str(bare) and bare.code == 4
 
 
-def test_autoguidance_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_autoguidance_by_name(runs: Runs, tmp_path: Path) -> None:
     words = ("--model", runs["averages"], "--prompt", "a red circle", "--device", "cpu", "--steps", "2",
              "--guidance.kind", "autoguidance", "--sampler.kind", "heun")
     assert "weaker model" in str(tiny.refused("generate", *words, "--output", tmp_path / "none"))
@@ -101,7 +112,7 @@ def test_autoguidance_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
     assert other.code == 4 and "another schedule" in str(other)
 
 
-def test_inversion_finds_the_noise_that_draws_a_picture(runs: dict[str, Path]) -> None:
+def test_inversion_finds_the_noise_that_draws_a_picture(runs: Runs) -> None:
     """With more steps the picture's latents come back nearer."""
     pipeline = load_pipeline(runs["averages"], "cpu")
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
@@ -116,7 +127,7 @@ def test_inversion_finds_the_noise_that_draws_a_picture(runs: dict[str, Path]) -
     assert errors[1] < 0.2 * errors[0]
 
 
-def test_the_samplers_agree_on_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_samplers_agree_on_a_run(runs: Runs, tmp_path: Path) -> None:
     words = ("--model", runs["averages"], "--samplers", "heun,ddim,dopri5,ddpm", "--steps", "12")
     assert tiny.call("check_samplers", *words, "--output", tmp_path / "table.md") == 0
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]

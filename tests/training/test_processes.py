@@ -11,6 +11,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.timeout(1200)  # seconds of work, but many of them where the cores are shared
+
 STAGES = {"autoencoder": tiny.AUTOENCODER, "denoiser": tiny.DENOISER}
 LAYOUTS = {"plain": ["--micro-batch-size", "16"], "accumulated": ["--gradient-accumulation-steps", "2"]}
 FLAGS = ["--train.flip", "true", "--train.log_every", "2"]
@@ -29,7 +31,7 @@ def together(shapes: Path, latents: Path, autoencoder: Path, tmp_path_factory: p
     encode = ["--autoencoder", str(autoencoder), "--data", str(shapes), "--flip", "--device", "cpu"]
     commands.append(["encode_latents", *encode, "--output", str(home / "latents")])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = tiny.spawn(*launch, Path(__file__).with_name("several.py"), json.dumps(commands), limit=240)
+    done = tiny.spawn(*launch, Path(__file__).with_name("several.py"), json.dumps(commands), limit=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return home
 
@@ -81,7 +83,7 @@ def test_accelerate_launch(latents: Path, alone: Path, tmp_path: Path) -> None:
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch = ["-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
     words = ["--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, *FLAGS]
-    done = tiny.spawn(*launch, tiny.SCRIPTS / "train_denoiser.py", *words, limit=240)
+    done = tiny.spawn(*launch, tiny.SCRIPTS / "train_denoiser.py", *words, limit=900)
     assert done.returncode == 0, done.stderr[-3000:]
     close(tmp_path / "run", alone / "denoiser")
 
@@ -100,7 +102,7 @@ def test_accelerate_alone_on_a_cpu_says_so(latents: Path) -> None:
         "no",
     ]
     words = ["--latents", latents, *tiny.DENOISER, "--dry-run"]
-    done = tiny.spawn("-m", "accelerate.commands.launch", *flags, tiny.SCRIPTS / "train_denoiser.py", *words, limit=240)
+    done = tiny.spawn("-m", "accelerate.commands.launch", *flags, tiny.SCRIPTS / "train_denoiser.py", *words, limit=900)
     assert done.returncode == 0 and "torchrun --nproc-per-node" in done.stderr, done.stderr[-3000:]
 
 
