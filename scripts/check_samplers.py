@@ -69,7 +69,8 @@ def oracle_table(args: Any) -> Iterator[str]:
     processes = chosen(SCHEDULES, args.processes, "--processes")
     samplers, grids = chosen(SAMPLERS, args.samplers, "--samplers"), chosen(GRIDS, args.grids, "--grids")
     yield f"Data N({MEAN}, {STD}^2), {args.steps} steps. Order: of the variance's error from log-SNR -4.6 to 4.6. "
-    yield "Between predictions: the largest difference their coefficients make to a result (float64).\n"
+    yield "Between predictions: the largest difference their coefficients make to a result (float64). "
+    yield "Order -: its bias is not set by the step; measured on 2^17 numbers, which alone vary by 0.4 % in variance.\n"
     yield "| sampler | process | grid | calls | mean - exact | variance / exact - 1 | order | between predictions |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"
     refused: dict[str, str] = {}

@@ -288,8 +288,8 @@ class CrossAttentionUNet(Backbone):
         given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask))
         x = self.conv_in(x)
         if self.config.position:
-            table = sincos_table(x.shape[1], *x.shape[2:], EXTENT, x.device)
-            x = x + table.T.reshape(1, *x.shape[1:]).to(x.dtype)
+            table = sincos_table(x.shape[1], x.shape[2], x.shape[3], EXTENT, x.device)
+            x = x + table.T.reshape(x.shape[1:]).to(x.dtype)
         kept = [x]
         for down in self.down_blocks:
             kept += down(kept[-1], given)

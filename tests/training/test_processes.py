@@ -15,7 +15,8 @@ pytestmark = pytest.mark.timeout(1200)  # seconds of work, but many of them wher
 
 STAGES = {"autoencoder": tiny.AUTOENCODER, "denoiser": tiny.DENOISER}
 LAYOUTS = {"plain": ["--micro-batch-size", "16"], "accumulated": ["--gradient-accumulation-steps", "2"]}
-FLAGS = ["--train.flip", "true", "--train.log_every", "2"]
+# A low rate: Adam turns the rounding of dead weights into whole steps, which would drown what is compared here.
+FLAGS = ["--train.flip", "true", "--train.log_every", "2", "--lr", "1e-4"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def close(ours: Path, theirs: Path) -> None:
     for a, b in zip(first, second, strict=True):
         for name in a:
             exact = name == "loss" or a["step"] <= 1
-            assert a[name] == pytest.approx(b[name], rel=1e-5 if exact else 1e-2, abs=1e-6), (a["step"], name)
+            assert a[name] == pytest.approx(b[name], rel=1e-5 if exact else 5e-3, abs=1e-6), (a["step"], name)
     before = load_file(ours / "final" / "model.safetensors")
     for name, weight in load_file(theirs / "final" / "model.safetensors").items():
         assert torch.allclose(before[name], weight, rtol=1e-3, atol=1e-4), name
