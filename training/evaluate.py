@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from training import perceptual as lpips
 from training.classifier import Classifier, caption, load_classifier
 from training.data import Images
 from training.errors import DATA, UserError
-from training.features import load_features
+from training.features import Features, load_features
 from training.files import read_json, write_json
 from training.metrics import Moments, frechet_distance, kernel_distance, wilson
 from training.order import Slot
@@ -119,48 +119,59 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
 def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Frechet and kernel distance of `count` generated pictures to the held-out ones, captions evenly from theirs."""
     images, features = held_out(args), load_features(args.features, device)
-    judge = load_classifier(args.obedience, device) if args.obedience else None
-    requests = generate.ask(even_captions(images, args.count), 1, args.seed)
-    real, sets = (
-        Moments(features.dim),
-        {"generated": Moments(features.dim), "reconstructed": Moments(features.dim), "training": Moments(features.dim)},
-    )
-    real_rows: list[Tensor] = []
-    for pixels in chunks(images, range(len(images)), device):
-        found = features(pixels)
-        real.add(found)
-        real_rows.append(found.cpu())
-    made_rows, right = [], 0
-    for first in range(0, len(requests), args.batch_size):
-        part = requests[first : first + args.batch_size]
-        pixels = next(
-            pipeline.pixels([r.prompt for r in part], [r.seed for r in part], sampling=sampling, batch_size=len(part))
-        )
-        found = features(pixels)
-        sets["generated"].add(found)
-        made_rows.append(found.cpu())
-        right += named(judge, pixels, [r.prompt for r in part]) if judge else 0
-        if first % (10 * args.batch_size) == 0:
-            print(f"generated {first + len(part)} of {len(requests)}", file=sys.stderr)
     train = Images(ShardSet(args.data, "train"))
-    for pixels in chunks(images, even_indices(images, args.count), device):
-        sets["reconstructed"].add(features(_reconstruct(pipeline.autoencoder, pixels)))
-    for pixels in chunks(train, even_indices(train, args.count), device):
-        sets["training"].add(features(pixels))
-    numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, moments) for name, moments in sets.items()}
+    judge = load_classifier(args.obedience, device) if args.obedience else None
+    requests, verdicts = generate.ask(even_captions(images, args.count), 1, args.seed), [0]
+    copies = (_reconstruct(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, args.count), device))
+    real, real_rows = gather(features, chunks(images, range(len(images)), device))
+    sets = {
+        "generated": gather(features, drawn(pipeline, sampling, requests, args.batch_size, judge, verdicts)),
+        "reconstructed": gather(features, copies),
+        "training": gather(features, chunks(train, even_indices(train, args.count), device)),
+    }
+    numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
     numbers |= {
         "frechet_ratio": numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"]),
         "kernel_distance": kernel_distance(
-            torch.cat(real_rows)[:: max(1, len(images) // KERNEL_SAMPLES)], torch.cat(made_rows)[:KERNEL_SAMPLES]
+            real_rows[:: max(1, len(images) // KERNEL_SAMPLES)], sets["generated"][1][:KERNEL_SAMPLES]
         ),
         "features": features.name,
         "pictures": len(requests),
         "real_pictures": real.count,
     }
     if judge:
-        low, high = wilson(right, len(requests))
-        numbers |= {"obedience": right / len(requests), "obedience_95": [low, high]}
+        low, high = wilson(verdicts[0], len(requests))
+        numbers |= {"obedience": verdicts[0] / len(requests), "obedience_95": [low, high]}
     return numbers
+
+
+def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tensor]:
+    """Moments and features (N, D) of pictures given batch by batch."""
+    moments, rows = Moments(features.dim), []
+    for pixels in batches:
+        found = features(pixels)
+        moments.add(found)
+        rows.append(found.cpu())
+    return moments, torch.cat(rows)
+
+
+def drawn(
+    pipeline: Any,
+    sampling: Any,
+    requests: list[generate.Request],
+    batch: int,
+    judge: Classifier | None,
+    right: list[int],
+) -> Iterator[Tensor]:
+    """The pictures asked for, batch by batch; adds to `right[0]` how many the judge names as asked."""
+    for first in range(0, len(requests), batch):
+        part = requests[first : first + batch]
+        captions, seeds = [r.prompt for r in part], [r.seed for r in part]
+        pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
+        right[0] += named(judge, pixels, captions) if judge else 0
+        if first % (10 * batch) == 0:
+            print(f"generated {first + len(part)} of {len(requests)}", file=sys.stderr)
+        yield pixels
 
 
 def shapes_obedience(pipeline: Any, sampling: Any, args: argparse.Namespace) -> dict[str, Any]:

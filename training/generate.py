@@ -72,15 +72,16 @@ def generate(args: argparse.Namespace) -> int:
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        shown = requests[:GRID]
-        sheet = pictures.grid(
-            [Image.open(output / name(r)).convert("RGB") for r in shown],
-            min(8, len(shown)),
-            captions=[r.prompt for r in shown],
-        )
-        sheet.save(output / "grid.png")
+        draw_grid(requests[:GRID], output)
         print(f"wrote {len(requests)} pictures and {output / 'grid.png'}", file=sys.stderr)
     return 0
+
+
+def draw_grid(shown: list[Request], output: Path) -> None:
+    """grid.png of pictures already written, each with its caption."""
+    images = [Image.open(output / name(request)).convert("RGB") for request in shown]
+    sheet = pictures.grid(images, min(8, len(shown)), captions=[request.prompt for request in shown])
+    sheet.save(output / "grid.png")
 
 
 def draw(

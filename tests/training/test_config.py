@@ -77,7 +77,7 @@ ema = 1.5
 @pytest.mark.parametrize(
     ("key", "text", "expected"),
     [
-        ("optimizer.lr", "-1", "--optimizer.lr: optimizer.lr: must be > 0 (got -1"),
+        ("optimizer.lr", "-1", "command line: optimizer.lr: must be > 0 (got -1"),
         ("optimizer.lr", "nan", "a finite number"),
         ("optimizer.lr", "1e999", "a finite number"),
         ("optimizer.betas", "0.9", "expected a list"),

@@ -113,7 +113,7 @@ def test_perceptual_gradient(make: Callable[..., tuple[AutoencoderStage, Loop]])
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_give_the_same_gradients(make: Callable[..., tuple[AutoencoderStage, Loop]], parts: int) -> None:
-    (whole, whole_loop), (split, split_loop) = make(), make()
+    (whole, whole_loop), (split, split_loop) = (make(loss__reconstruction="l2") for _ in range(2))  # l1 has kinks
     for number in range(6):
         step(whole, whole_loop, number), step(split, split_loop, number, parts)
         for ours, theirs in ((whole.model, split.model), (whole.discriminator, split.discriminator)):
