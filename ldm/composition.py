@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser
 from ldm.diffusion import Denoised
-from ldm.guidance import Guided
+from ldm.guidance import ClassifierFree, Guidance, Guided
 
 
 def composed(denoiser: Denoiser, conds: Sequence[tuple[Cond, float]], null: Cond) -> Denoise:
@@ -38,6 +38,18 @@ def composed(denoiser: Denoiser, conds: Sequence[tuple[Cond, float]], null: Cond
         return Denoised(x0, eps, None if ends.log_var_frac is None else ends.log_var_frac[:batch])
 
     return Guided(denoiser.schedule, call)
+
+
+def beside(
+    guidance: Guidance, denoiser: Denoiser, cond: Cond, also: Sequence[tuple[Cond, float]], null: Cond
+) -> Denoise:
+    """Classifier-free guidance by further conditions too: uncond + scale (cond - uncond) + sum_i w_i (also_i - uncond).
+
+    Raises ValueError for other guidances, and where it has an interval or rescales: both are defined for one condition.
+    """
+    if not isinstance(guidance, ClassifierFree) or guidance.rescale or guidance.interval != (0.0, 1.0):
+        raise ValueError("several conditions need classifier-free guidance, over the whole interval and not rescaled")
+    return composed(denoiser, [(cond, guidance.scale), *also], null)
 
 
 def _weighed(stacked: Tensor, weights: list[float]) -> Tensor:

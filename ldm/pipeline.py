@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from autoencoder.base import Autoencoder
 from autoencoder.images import to_uint8
-from ldm.conditioning import Cond
-from ldm.denoiser import Denoiser
+from ldm.composition import beside
+from ldm.denoiser import Denoise, Denoiser
 from ldm.noise import Noise
 from ldm.samplers import DDIMInversion, Snapshot, prior, sample
 from ldm.text import TextEncoder
@@ -32,8 +32,11 @@ class Pipeline:
     """A trained run, ready to draw: `pipeline(["a red circle"], seeds=[0])` gives PIL images.
 
     A picture depends on its caption, its seed and the settings alone, not on its batch: the noise is keyed by the seed,
-    bit for bit.
+    bit for bit. `judge`, for classifier guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their
+    captions.
     """
+
+    judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
 
     def __init__(
         self, autoencoder: Autoencoder, denoiser: Denoiser, text: TextEncoder, sampling: Sampling, size: tuple[int, int]
@@ -65,6 +68,8 @@ class Pipeline:
         seeds: int | Sequence[int] = 0,
         *,
         negative: str | Sequence[str] = "",
+        also: Sequence[tuple[str, float]] = (),
+        start: Tensor | None = None,
         sampling: Sampling | None = None,
         size: tuple[int, int] | None = None,
         batch_size: int = 64,
@@ -72,8 +77,10 @@ class Pipeline:
     ) -> Iterator[Tensor]:
         """uint8 (b,3,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
-        `negative`: what guidance moves away from (one, or one per caption); `size`: pixels (height, width). Raises
-        ValueError for a size the autoencoder's factor does not divide, and where captions and seeds differ in number.
+        `negative`: what guidance moves away from (one, or one per caption); `also`: further captions for every picture,
+        each with its weight (`ldm.composition`); `start`: latents of t = 1 to begin from, as `invert` gives them (one,
+        or one per caption); `size`: pixels (height, width). Raises ValueError for a size the autoencoder's factor does
+        not divide, and where captions and seeds differ in number.
         """
         seeds = list(range(seeds, seeds + len(captions))) if isinstance(seeds, int) else list(seeds)
         if len(seeds) != len(captions):
@@ -82,27 +89,46 @@ class Pipeline:
         negatives = [negative] * len(captions) if isinstance(negative, str) else list(negative)
         for first in range(0, len(captions), batch_size):
             part = slice(first, first + batch_size)
-            cond, null = self.text(captions[part]), self.text(negatives[part])
-            latents = self.latents(
-                cond, null, Noise.from_seeds(seeds[part], self.device), shape, sampling or self.sampling, watch
-            )
-            yield to_uint8(self.autoencoder.decode(latents))
+            own = start if start is None or len(start) == 1 else start[part]
+            plan, noise = sampling or self.sampling, Noise.from_seeds(seeds[part], self.device)
+            denoise = self.guided(captions[part], negatives[part], also, plan)
+            yield to_uint8(self.autoencoder.decode(self.latents(denoise, noise, shape, plan, own, watch)))
 
     def latents(
         self,
-        cond: Cond,
-        null: Cond,
+        denoise: Denoise,
         noise: Noise,
         shape: tuple[int, ...],
-        sampling: Sampling,
-        watch: Callable[[Snapshot], None] | None = None,
+        plan: Sampling,
         start: Tensor | None = None,
+        watch: Callable[[Snapshot], None] | None = None,
     ) -> Tensor:
         """Normalised latents (B, *shape), from the noise of t = 1: each seed's own, or `start` where it is given."""
-        schedule = self.denoiser.schedule
-        denoise = sampling.guidance(self.denoiser, cond, null)
-        start = prior(schedule, shape, noise) if start is None else start
-        return sample(sampling.sampler, denoise, start, sampling.grid(sampling.steps, schedule), noise, watch=watch)
+        begin = prior(denoise.schedule, shape, noise) if start is None else start.expand(len(noise), *shape)
+        return sample(plan.sampler, denoise, begin, plan.grid(plan.steps, denoise.schedule), noise, watch=watch)
+
+    def guided(
+        self,
+        captions: Sequence[str],
+        negatives: Sequence[str] | None = None,
+        also: Sequence[tuple[str, float]] = (),
+        plan: Sampling | None = None,
+    ) -> Denoise:
+        """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over."""
+        plan = plan or self.sampling
+        cond, null = self.text(captions), self.text(negatives or [""])
+        if also:
+            weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
+            return beside(plan.guidance, self.denoiser, cond, weighed, null)
+        denoiser, judge = self.denoiser, self.judge
+        if judge is not None:
+            # A classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023, arXiv 2302.07121).
+            denoiser = replace(
+                denoiser,
+                log_prob=lambda x, t, cond: judge(self.autoencoder.decode(self.denoiser(x, t, cond).x0), captions),
+            )
+        guided: Denoise = plan.guidance(denoiser, cond, null)
+        return guided
 
     @torch.no_grad()
     def invert(self, images: Tensor, captions: Sequence[str], sampling: Sampling | None = None) -> Tensor:

@@ -174,7 +174,7 @@ def run_table(args: Any) -> Iterator[str]:
     def draw(sampler: Any, source: Noise = noise) -> torch.Tensor:
         plan = Sampling(sampler=sampler, grid=Uniform(), guidance=ClassifierFree(scale=1.0), steps=args.steps)
         with torch.no_grad():
-            return pipeline.latents(pipeline.text([args.prompt] * 2), pipeline.text([""] * 2), source, shape, plan)
+            return pipeline.latents(pipeline.guided([args.prompt] * 2, plan=plan), source, shape, plan)
 
     exact = draw(RK4())
     yield f"Latents of 2 seeds after {args.steps} uniform steps, against rk4 (standard deviation {exact.std():.3f}).\n"

@@ -17,10 +17,21 @@ def main() -> None:
     source = what.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", action="append", help="a caption; may be given several times")
     source.add_argument("--prompts", metavar="FILE", help="a text file, one caption a line")
+    source.add_argument("--like", metavar="PICTURE", help="draw again what generate drew: all is read from its PNG")
     what.add_argument(
         "--num-images", metavar="N", type=int, default=1, help="pictures per caption, with seeds seed, seed + 1, ..."
     )
     what.add_argument("--negative-prompt", metavar="TEXT", default="", help="what guidance moves away from")
+    what.add_argument(
+        "--also",
+        metavar=("WEIGHT", "TEXT"),
+        nargs=2,
+        action="append",
+        default=[],
+        help="a further caption for every picture, with its own guidance weight (below 0: away from it); repeatable",
+    )
+    what.add_argument("--invert", metavar="IMAGE", help="begin from the noise that DDIM inversion finds for it")
+    what.add_argument("--invert-prompt", metavar="TEXT", default="", help="what --invert's picture shows")
     what.add_argument("--seed", type=int, default=0, help="seed of each caption's first picture")
     what.add_argument("--size", metavar="N|HxW", help="pixels; the training size when not given")
     how = parser.add_argument_group("how to draw it (the run's own settings when not given)")
@@ -28,6 +39,9 @@ def main() -> None:
     how.add_argument("--steps", metavar="N", type=int, help="steps of the sampler")
     how.add_argument("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
     how.add_argument("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")
+    how.add_argument(
+        "--classifier", metavar="DIR", help="one of train_classifier.py, for --guidance.kind classifier"
+    )
     run = parser.add_argument_group("run")
     run.add_argument(
         "--model",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Classifier(nn.Module):
-    """uint8 pictures (B,3,H,W) -> logits (B, classes); `features` are the pooled maps before them (B, 4 * width)."""
+    """Pictures (B,3,H,W), uint8 or in [-1, 1] -> logits (B, classes); `features`: the maps before them (B, 4 width)."""
 
     def __init__(self, classes: tuple[str, ...], width: int = 32) -> None:
         super().__init__()
@@ -52,7 +54,8 @@ class Classifier(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 4 * width)."""
-        found: Tensor = self.maps(to_unit(pixels).contiguous(memory_format=torch.channels_last))
+        images = pixels if pixels.is_floating_point() else to_unit(pixels)
+        found: Tensor = self.maps(images.contiguous(memory_format=torch.channels_last))
         return found
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -123,9 +126,28 @@ def augment(pixels: Tensor, noise: Noise) -> Tensor:
     return pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class Judge:
+    """log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1]; ValueError for a caption that is not a class."""
+
+    model: Classifier
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        places = {caption: row for row, caption in enumerate(self.model.classes)}
+        for caption in captions:
+            if caption not in places:
+                known = ", ".join(map(repr, self.model.classes[:3]))
+                raise ValueError(f"{caption!r} is not one of the classifier's {len(places)} classes ({known} ...)")
+        chosen = torch.tensor([places[caption] for caption in captions], device=images.device)
+        belief: Tensor = self.model(images).log_softmax(dim=1)
+        return belief.gather(1, chosen[:, None])[:, 0]
+
+
 def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> Classifier:
     """A stored classifier, frozen."""
     folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} holds no classifier", hint="scripts/train_classifier.py makes one", code=DATA)
     about = read_json(folder / "config.json")
     model = Classifier(tuple(about["classes"]), about["width"])
     model.load_state_dict(load_tensors(folder / "model.safetensors"))

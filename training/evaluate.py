@@ -13,8 +13,9 @@ from torch import Tensor
 
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
-from training import generate, launch, pictures
+from training import launch, pictures
 from training import perceptual as lpips
+from training.asking import Request, ask, choose
 from training.classifier import Classifier, caption, load_classifier
 from training.data import Images
 from training.errors import DATA, UserError
@@ -105,7 +106,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
     device = launch.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
-    sampling, settings = generate.choose(args, pipeline)
+    sampling, settings = choose(args)
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "hashes": pipeline_hashes(pipeline)}
     if args.obedience == "shapes":
         numbers |= shapes_obedience(pipeline, sampling, args)
@@ -121,11 +122,18 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
     images, features = held_out(args), load_features(args.features, device)
     train = Images(ShardSet(args.data, "train"))
     judge = load_classifier(args.obedience, device) if args.obedience else None
-    requests, verdicts = generate.ask(even_captions(images, args.count), 1, args.seed), [0]
+    requests = ask(even_captions(images, args.count), 1, args.seed)
+    verdicts: list[bool] = []
+
+    def judged() -> Iterator[Tensor]:
+        for pixels, captions in drawn(pipeline, sampling, requests, args.batch_size):
+            verdicts.extend(named(judge, pixels, captions) if judge else [])
+            yield pixels
+
     copies = (_reconstruct(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, args.count), device))
     real, real_rows = gather(features, chunks(images, range(len(images)), device))
     sets = {
-        "generated": gather(features, drawn(pipeline, sampling, requests, args.batch_size, judge, verdicts)),
+        "generated": gather(features, judged()),
         "reconstructed": gather(features, copies),
         "training": gather(features, chunks(train, even_indices(train, args.count), device)),
     }
@@ -140,8 +148,8 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
         "real_pictures": real.count,
     }
     if judge:
-        low, high = wilson(verdicts[0], len(requests))
-        numbers |= {"obedience": verdicts[0] / len(requests), "obedience_95": [low, high]}
+        low, high = wilson(sum(verdicts), len(verdicts))
+        numbers |= {"obedience": sum(verdicts) / len(verdicts), "obedience_95": [low, high]}
     return numbers
 
 
@@ -156,22 +164,15 @@ def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tens
 
 
 def drawn(
-    pipeline: Any,
-    sampling: Any,
-    requests: list[generate.Request],
-    batch: int,
-    judge: Classifier | None,
-    right: list[int],
-) -> Iterator[Tensor]:
-    """The pictures asked for, batch by batch; adds to `right[0]` how many the judge names as asked."""
+    pipeline: Any, sampling: Any, requests: list[Request], batch: int
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """The pictures asked for and their captions, batch by batch."""
     for first in range(0, len(requests), batch):
         part = requests[first : first + batch]
         captions, seeds = [r.prompt for r in part], [r.seed for r in part]
-        pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
-        right[0] += named(judge, pixels, captions) if judge else 0
         if first % (10 * batch) == 0:
-            print(f"generated {first + len(part)} of {len(requests)}", file=sys.stderr)
-        yield pixels
+            print(f"generating {first + len(part)} of {len(requests)}", file=sys.stderr)
+        yield next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part))), captions
 
 
 def shapes_obedience(pipeline: Any, sampling: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -180,24 +181,18 @@ def shapes_obedience(pipeline: Any, sampling: Any, args: argparse.Namespace) -> 
     from training.shapes_checker import check
 
     numbers: dict[str, Any] = {"prompts": args.count}
-    shown, captions = [], []
+    shown: list[Any] = []
+    captions: list[str] = []
     for objects in (1, 2, 3):
-        asked = generate.ask(held_out_prompts(args.count, objects, seed=args.seed), 1, args.seed)
-        verdicts = []
-        for pixels, first in zip(
-            pipeline.pixels(
-                [r.prompt for r in asked], [r.seed for r in asked], sampling=sampling, batch_size=args.batch_size
-            ),
-            range(0, len(asked), args.batch_size),
-            strict=True,
-        ):
-            for image, request in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), asked[first:], strict=False):
-                verdicts.append(check(image, request.prompt))
-            if first == 0:
+        asked = ask(held_out_prompts(args.count, objects, seed=args.seed), 1, args.seed)
+        verdicts: list[dict[str, bool]] = []
+        for pixels, prompts in drawn(pipeline, sampling, asked, args.batch_size):
+            images = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            found = [check(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+            if not verdicts:
                 shown += pictures.to_pil(pixels[:16])
-                captions += [
-                    f"{'yes' if v['obeyed'] else 'NO'}: {r.prompt}" for v, r in zip(verdicts[:16], asked, strict=False)
-                ]
+                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(found, prompts, strict=True)][:16]
+            verdicts += found
         obeyed = sum(v["obeyed"] for v in verdicts)
         numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
         numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))
@@ -257,8 +252,8 @@ def crop(pixels: Tensor, size: int | None) -> Tensor:
     return pixels[..., top : top + size, left : left + size]
 
 
-def named(judge: Classifier, pixels: Tensor, captions: list[str]) -> int:
-    """How many pictures the classifier gives the class their caption states."""
+def named(judge: Classifier, pixels: Tensor, captions: list[str]) -> list[bool]:
+    """Whether the classifier gives each picture the class its caption states."""
     with torch.no_grad():
         answers = judge(pixels).argmax(1).tolist()
-    return sum(judge.classes[a] == c for a, c in zip(answers, captions, strict=True))
+    return [judge.classes[a] == c for a, c in zip(answers, captions, strict=True)]

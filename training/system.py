@@ -18,6 +18,7 @@ from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
 from training import config as configs
 from training import text as texts
+from training.classifier import Judge
 from training.data import Latents
 from training.errors import CHECKPOINT, DATA, UserError
 from training.files import content_hash, load_tensors, read_json, save_tensors
@@ -191,4 +192,6 @@ def pipeline_hashes(pipeline: Pipeline) -> dict[str, str]:
     }
     if pipeline.denoiser.weak is not None:
         hashes["weak"] = content_hash(pipeline.denoiser.weak.backbone.state_dict())  # type: ignore[attr-defined]
+    if isinstance(pipeline.judge, Judge):
+        hashes["classifier"] = content_hash(pipeline.judge.model.state_dict())
     return hashes

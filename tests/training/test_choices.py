@@ -121,8 +121,7 @@ def test_inversion_finds_the_noise_that_draws_a_picture(runs: Runs) -> None:
     for steps in (5, 40):
         plan = Sampling(sampler=DDIM(), grid=Uniform(), guidance=ClassifierFree(scale=1.0), steps=steps)
         start = pipeline.invert(images, captions, plan)
-        cond = pipeline.text(captions)
-        back = pipeline.latents(cond, cond, noise, tuple(wanted.shape[1:]), plan, start=start)
+        back = pipeline.latents(pipeline.guided(captions, plan=plan), noise, tuple(wanted.shape[1:]), plan, start)
         errors.append((back - wanted).square().mean().item())
     assert errors[1] < 0.2 * errors[0]
 

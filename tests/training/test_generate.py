@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
+from autoencoder.images import to_uint8, to_unit
 from training import pictures
-from training.generate import ask
+from training.asking import ask
+from training.classifier import Classifier, Judge
+from training.files import load_tensors, save_tensors
 from training.system import load_pipeline
 
 CAPTIONS = ["a red circle at the top", "a small blue square", "a <b>bold</b> claim | ../../x"]
@@ -25,6 +30,11 @@ def generate(run: Path, output: Path, *words: object) -> Path:
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
+
+
+def unit(path: Path) -> torch.Tensor:
+    """The picture as the networks see it, (1,3,H,W) in [-1, 1]."""
+    return to_unit(torch.from_numpy(pixels(path).astype(np.uint8)).permute(2, 0, 1)[None])
 
 
 def test_pictures_carry_how_they_were_made(denoiser: Path, tmp_path: Path) -> None:
@@ -79,8 +89,6 @@ def test_python_does_what_the_script_does(denoiser: Path, tmp_path: Path) -> Non
 
 def test_final_is_self_contained(denoiser: Path, tmp_path: Path) -> None:
     """A copy of final/ elsewhere draws the same picture."""
-    import shutil
-
     shutil.copytree(denoiser / "final", tmp_path / "elsewhere")
     here, there = (load_pipeline(p, "cpu")(CAPTIONS[:1], seeds=3)[0] for p in (denoiser, tmp_path / "elsewhere"))
     assert np.array_equal(np.asarray(here), np.asarray(there))
@@ -137,3 +145,92 @@ def test_empty_prompt_files_and_overwriting(denoiser: Path, tmp_path: Path) -> N
 def test_a_run_of_the_other_stage_is_refused(autoencoder: Path, tmp_path: Path) -> None:
     problem = tiny.refused("generate", "--model", autoencoder, "--output", tmp_path / "out", "--prompt", "x")
     assert problem.code == 4 and "expected denoiser" in problem.what
+
+
+def drawn(run: Path, output: Path, *words: object) -> Path:
+    assert tiny.call("generate", "--model", run, "--output", output, "--device", "cpu", *words) == 0
+    return output / "00000.png"
+
+
+@pytest.fixture(scope="module")
+def listening(denoiser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The denoiser with noise in all its weights: a few steps of training leave it deaf to captions."""
+    home = tmp_path_factory.mktemp("listening") / "final"
+    shutil.copytree(denoiser / "final", home)
+    noise = torch.Generator().manual_seed(0)
+    tensors = load_tensors(home / "model.safetensors")
+    changed = {name: x + 0.3 * torch.randn(x.shape, generator=noise) for name, x in tensors.items()}
+    save_tensors(home / "model.safetensors", changed)
+    return home
+
+
+def test_further_captions_have_their_own_weights(listening: Path, tmp_path: Path) -> None:
+    """Weight 0 changes nothing, the prompt again with the rest of its scale makes it up, another caption matters."""
+    words = ("--prompt", CAPTIONS[0], "--guidance-scale")
+    plain = pixels(drawn(listening, tmp_path / "plain", *words, 3))
+    assert np.abs(pixels(drawn(listening, tmp_path / "unguided", *words, 1)) - plain).max() > 1
+    nothing = drawn(listening, tmp_path / "nothing", *words, 3, "--also", 0, CAPTIONS[1])
+    rest = drawn(listening, tmp_path / "rest", *words, 1, "--also", 2, CAPTIONS[0])
+    assert np.abs(pixels(nothing) - plain).max() <= 1 and np.abs(pixels(rest) - plain).max() <= 1
+    other = drawn(listening, tmp_path / "other", *words, 3, "--also", -2, CAPTIONS[1])
+    assert np.abs(pixels(other) - plain).max() > 1
+    assert pictures.facts(other)["also"] == [[CAPTIONS[1], -2.0]]
+    words = ("--model", listening, "--output", tmp_path / "no", "--device", "cpu", "--prompt", "x", "--also")
+    assert "expected a number" in str(tiny.refused("generate", *words, "x", "y"))
+    assert "not rescaled" in str(tiny.refused("generate", *words, "1", "y", "--guidance.rescale", "0.5"))
+
+
+def test_a_picture_is_inverted_and_drawn_again(denoiser: Path, autoencoder: Path, tmp_path: Path) -> None:
+    """With its own caption the decoder's picture of it comes back; without inversion another one does."""
+    words = ("--sampler", "ddim", "--guidance-scale", "1", "--steps", "60", "--prompt", CAPTIONS[0])
+    first = drawn(denoiser, tmp_path / "first", *words)
+    back = ("--seed", "5", "--invert", first, "--invert-prompt", CAPTIONS[0])
+    again = drawn(denoiser, tmp_path / "again", *words, *back)
+    other = drawn(denoiser, tmp_path / "other", *words, "--seed", "5")
+    pipeline = load_pipeline(denoiser, "cpu")
+    with torch.no_grad():
+        moments = pipeline.autoencoder.encode(unit(first))
+        decoded = to_uint8(pipeline.autoencoder.decode(pipeline.autoencoder.norm.mean_latents(moments)))
+    wanted = decoded[0].permute(1, 2, 0).numpy().astype(int)
+    far, near = np.abs(pixels(other) - wanted).mean(), np.abs(pixels(again) - wanted).mean()
+    assert near < 0.2 * far, (near, far)
+    missing = tiny.refused("generate", "--model", denoiser, "--output", tmp_path / "no", *words, "--invert", "none.png")
+    assert missing.code == 3 and "none.png" in str(missing)
+
+
+def test_classifier_guidance_raises_what_its_classifier_believes(denoiser: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, folder = Classifier((CAPTIONS[0], CAPTIONS[1]), 4).eval(), tmp_path / "classifier"
+    folder.mkdir()
+    save_tensors(folder / "model.safetensors", model.state_dict())
+    (folder / "config.json").write_text(json.dumps({"classes": model.classes, "width": 4}))
+    belief = []
+    for strength in (0, 200):
+        words = ("--guidance.kind", "classifier", "--guidance.strength", strength, "--steps", 8, "--classifier", folder)
+        picture = drawn(denoiser, tmp_path / str(strength), *words, "--prompt", CAPTIONS[0])
+        belief.append(Judge(model)(unit(picture), [CAPTIONS[0]]).item())
+    assert belief[1] > belief[0] and "classifier" in pictures.facts(picture)["hashes"]
+    words = ("--model", denoiser, "--output", tmp_path / "no", "--device", "cpu", "--guidance.kind", "classifier")
+    assert "log p(condition" in str(tiny.refused("generate", *words, "--prompt", CAPTIONS[0]))
+    other = tiny.refused("generate", *words, "--prompt", CAPTIONS[2], "--classifier", folder)
+    assert "not one of the classifier's 2 classes" in str(other)
+    assert tiny.refused("generate", *words, "--prompt", "x", "--classifier", tmp_path).code == 3
+
+
+def test_like_makes_the_same_pixels_or_says_what_differs(
+    denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = generate(denoiser, tmp_path / "made", "--seed", 7, "--sampler", "euler", "--steps", 3, "--guidance-scale", 2,
+                    "--negative-prompt", "a cross", "--also", "0.5", "a green cross")  # fmt: skip
+    again = drawn(denoiser, tmp_path / "again", "--like", made / "00001.png")
+    assert "the same pixels as" in capsys.readouterr().err
+    assert again.read_bytes() == (made / "00001.png").read_bytes()  # what it says of itself too
+    twice = tiny.refused("generate", "--model", denoiser, "--output", tmp_path / "no", "--like", again, "--steps", "4")
+    assert "--steps has no place" in str(twice)
+    facts = pictures.facts(again)
+    pictures.save(Image.open(again), again, facts | {"hashes": facts["hashes"] | {"text_encoder": "0" * 64}})
+    words = ("--model", denoiser, "--output", tmp_path / "other", "--device", "cpu")
+    changed = tiny.refused("generate", *words, "--like", again)
+    assert changed.code == 4 and "made with text_encoder 000000000000, this is" in str(changed)
+    Image.open(again).save(again)
+    assert "does not say how it was made" in str(tiny.refused("generate", *words, "--like", again))
