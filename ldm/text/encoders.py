@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.backbones.attention import FeedForward, SelfAttention, key_mask, zero
+from ldm.backbones.attention import FeedForward, SelfAttention, zero
 from ldm.conditioning import Cond
 from ldm.text.tokenizer import WordTokenizer
 
@@ -85,17 +85,27 @@ class Scratch:
 
 
 class ScratchLayer(nn.Module):
-    """x + attention(norm x), then + mlp(norm x)."""
+    """x + attention(norm x), then + mlp(norm x); attention adds a learned bias per head and distance (T5's).
 
-    def __init__(self, width: int, heads: int) -> None:
+    Head h begins on one neighbour: the next word, the one before, the second next ... (bias 0 there, falling by 2 a
+    word to -5). Which words belong together ("red circle above a blue square") is then heard from the first steps.
+    """
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
         super().__init__()
         self.norm_1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
         self.norm_2, self.mlp = nn.LayerNorm(width), FeedForward(width, 4 * width)
         zero(self.attention.out)
         zero(self.mlp.out)
+        place = torch.arange(length)
+        self.register_buffer("distance", place - place[:, None] + length - 1, persistent=False)  # an index into bias
+        neighbour = torch.tensor([(-1) ** h * (1 + h // 2) for h in range(heads)])[:, None]
+        self.bias = nn.Parameter(-2.0 * (torch.arange(1 - length, length) - neighbour).abs().clamp(max=2.5))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.norm_1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, L, width), mask (B, 1, 1, L) -> (B, L, width)."""
+        bias = self.bias[:, self.get_buffer("distance")].masked_fill(~mask, -torch.inf)
+        x = x + self.attention(self.norm_1(x), bias)
         y: Tensor = x + self.mlp(self.norm_2(x))
         return y
 
@@ -113,7 +123,8 @@ class ScratchTextEncoder(TextEncoder):
         self.tokenizer = tokenizer
         self.words = nn.Embedding(len(tokenizer.vocabulary), config.width)
         self.positions = nn.Parameter(torch.empty(config.length, config.width))
-        self.layers = nn.ModuleList(ScratchLayer(config.width, config.heads) for _ in range(config.depth))
+        shape = config.width, config.heads, config.length
+        self.layers = nn.ModuleList(ScratchLayer(*shape) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.pool = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.width))
         nn.init.normal_(self.words.weight)
@@ -122,9 +133,9 @@ class ScratchTextEncoder(TextEncoder):
     def encode(self, captions: list[str]) -> Cond:
         """See `TextEncoder.encode`."""
         numbers, mask = (tensor.to(self.positions.device) for tensor in self.tokenizer(captions))
-        x, keys = self.words(numbers) + self.positions, key_mask(mask)
+        x = self.words(numbers) + self.positions
         for layer in self.layers:
-            x = layer(x, keys)
+            x = layer(x, mask[:, None, None])
         context = self.norm(x)
         return Cond(context, mask, self.pool(masked_mean(context, mask)))
 

@@ -159,6 +159,24 @@ def test_scratch_ignores_what_padding_holds() -> None:
     assert torch.equal(before.pooled, after.pooled)
 
 
+def test_heads_begin_on_neighbouring_words() -> None:
+    """Next, previous, second next, ...: with the word's own vector as value, the output is mostly that neighbour's."""
+    config = Scratch(width=64, heads=4, depth=1, length=12)
+    layer = config.build(config.vocabulary(CAPTIONS)).layers[0]
+    with torch.no_grad():
+        layer.attention.qkv.weight[:128].zero_()
+        layer.attention.qkv.weight[128:].copy_(torch.eye(64))
+        layer.attention.out.weight.copy_(torch.eye(64))
+        words = torch.nn.functional.layer_norm(torch.randn(1, 12, 64), (64,))
+        words = words - words.mean(-1, keepdim=True)
+        heard = (layer(words, torch.ones(1, 1, 1, 12, dtype=torch.bool)) - words)[0].unflatten(1, (4, 16))
+    for head, neighbour in enumerate((1, -1, 2, -2)):
+        at = 5 + neighbour
+        wanted = layer.norm_1(words)[0, :, 16 * head : 16 * (head + 1)]
+        assert torch.nn.functional.cosine_similarity(heard[5, head], wanted[at], dim=0) > 0.8
+        assert torch.nn.functional.cosine_similarity(heard[5, head], wanted, dim=1).argmax() == at
+
+
 def test_scratch_reads_order_and_rebuilds_from_its_vocabulary() -> None:
     config = Scratch(width=16, heads=2, length=12)
     encoder = config.build(config.vocabulary(CAPTIONS))
