@@ -6,7 +6,6 @@ A new pairing is a class and an entry in `PAIRINGS`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,10 +48,9 @@ class MinibatchOT(Pairing):
         return eps[optimal(x0, eps).to(eps.device)]
 
 
-def optimal(x0: Tensor, eps: Tensor, gather: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """For each x0 the index of its noise, (B,) int64 on the CPU. With `gather`, which joins the tensors of all
-    processes along the batch, the pairing is that of the global batch, in its order."""
-    data, noise = (gather(part.detach()).flatten(1).to("cpu", torch.float64) for part in (x0, eps))
+def optimal(x0: Tensor, eps: Tensor) -> Tensor:
+    """For each x0 the index of its noise, (B,) int64 on the CPU."""
+    data, noise = (part.detach().flatten(1).to("cpu", torch.float64) for part in (x0, eps))
     # The squares are the same for every permutation.
     return assignment(-2 * data @ noise.T)
 

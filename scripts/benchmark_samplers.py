@@ -2,11 +2,13 @@
 
 Prints a Markdown table: calls, seconds in the network, seconds outside it and their share, per sampler. Noise, time
 embedding and guidance are outside only where they are not the network's. Processor time, so that a busy machine does
-not change the answer.
+not change the answer. Then what a GPU would feel: how often a step makes the host wait for the device (counted on the
+meta device, which has no values to wait for), and how many tensors of a sample's size are held after 10 and 24 steps.
 """
 
 from __future__ import annotations
 
+import runpy
 import time
 from pathlib import Path
 from typing import Any
@@ -65,12 +67,14 @@ def table(args: Any) -> list[str]:
     names = list(kinds) if args.samplers == "all" else args.samplers.split(",")
     if unknown := [name for name in names if name not in kinds]:
         raise UserError(f"--samplers: unknown name {unknown[0]!r}", hint=f"choose from {', '.join(kinds)} or all")
+    meters = runpy.run_path(str(Path(__file__).with_name("check_samplers.py")))["bench"]("meters")
     network = DiT(width=384, depth=12, heads=6, patch=2, pooled=False).build(channels=4, context_dim=384)
     network.eval().requires_grad_(False)
     cond = Cond(torch.zeros(1, 16, 384), torch.ones(1, 16, dtype=torch.bool))
     noise, grid = Noise.from_seeds([0]), Uniform()(args.steps, Flow())
     lines = [f"DiT-S/2, latents 1x4x{args.side}x{args.side}, {args.steps} steps, {args.threads} thread(s).\n",
-             "| sampler | calls | in the network (s) | outside (s) | share |", "|---|---:|---:|---:|---:|"]
+             "| sampler | calls | in the network (s) | outside (s) | share | waits a step | held |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
     for warm, name in enumerate(["euler", *names]):
         timed = Timed(network)
         denoise = Denoiser(timed, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
@@ -78,8 +82,9 @@ def table(args: Any) -> list[str]:
         sample(kinds[name](), denoise, x, grid, noise)
         outside = time.process_time() - since - timed.seconds
         if warm:
+            waits, (early, late) = len(meters.waits(kinds[name](), args.steps)), meters.holding(kinds[name]())
             lines.append(f"| {name} | {timed.calls} | {timed.seconds:.3f} | {outside:.4f} | "
-                         f"{100 * outside / timed.seconds:.2f} % |")
+                         f"{100 * outside / timed.seconds:.2f} % | {waits / args.steps:g} | {early}, {late} |")
     return lines
 
 

@@ -3,7 +3,8 @@
 Without --model: data N(0.3, 0.5^2), for which the perfect network is known. A sampler is then an affine map of its
 start and its noise, so one run gives mean and variance of its result exactly. Prints a Markdown table of
 network calls, bias of mean and variance, fitted order of convergence, and the combinations that are refused, with
-reasons. With --model: all samplers draw from the run's own network with many steps; the deterministic ones must agree.
+reasons. With --model: all samplers draw from the run's own network with many steps, and those without noise of their
+own must agree: the command ends with code 5 where one does not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from training.cli import Parser, run_main
 from training.errors import UserError
 
 MEAN, STD = 0.3, 0.5
+AGREEMENT = 0.05  # of the latents' standard deviation, root mean square
 
 
 def main() -> None:
@@ -25,12 +27,14 @@ def main() -> None:
     parser.add_argument("--samplers", metavar="NAME,...", default="all", help="which samplers, by name")
     parser.add_argument("--processes", metavar="NAME,...", default="all", help="which schedules, by name")
     parser.add_argument("--grids", metavar="NAME,...", default="karras", help="which grids, by name, or all")
-    parser.add_argument("--steps", metavar="N", type=int, default=32, help="steps of each run (--model: try 200)")
+    parser.add_argument("--steps", metavar="N", type=int, help="steps of each run (32; with --model 200)")
     parser.add_argument("--model", metavar="RUN", help="check the samplers on this denoiser's run instead")
     parser.add_argument("--prompt", metavar="TEXT", default="", help="with --model: the caption to draw")
     parser.add_argument("--output", metavar="FILE", help="write the table there too")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.read()
+    if args.steps is None:
+        args.steps = 200 if args.model else 32
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     lines: list[str] = []
@@ -40,6 +44,9 @@ def main() -> None:
         lines.append(line)
     if args.output:
         Path(args.output).write_text("\n".join(lines) + "\n")
+    if strays := [line.split("|")[1].strip() for line in lines if line.endswith("| no |")]:
+        raise UserError(f"{', '.join(strays)}: further than {AGREEMENT:.0%} from rk4 after {args.steps} steps",
+                        hint="ask for more --steps; a sampler that stays away is wrong for this model", code=5)
 
 
 def command() -> tuple[str, ...]:
@@ -178,24 +185,26 @@ def run_table(args: Any) -> Iterator[str]:
 
     exact = draw(RK4())
     yield f"Latents of 2 seeds after {args.steps} uniform steps, against rk4 (standard deviation {exact.std():.3f}).\n"
-    yield "| sampler | root mean square difference | standard deviation |"
-    yield "|---|---:|---:|"
+    yield "| sampler | root mean square difference | standard deviation | agrees |"
+    yield "|---|---:|---:|---|"
     for sampler in chosen(SAMPLERS, args.samplers, "--samplers"):
         drawn = draw(sampler)
-        yield f"| {sampler.kind} | {(drawn - exact).square().mean().sqrt():.4f} | {drawn.std():.3f} |"
+        apart = (drawn - exact).square().mean().sqrt()
+        agrees = ("yes" if apart <= AGREEMENT * exact.std() else "no") if sampler.rises else "stochastic"
+        yield f"| {sampler.kind} | {apart:.4f} | {drawn.std():.3f} | {agrees} |"
     yield "\nStochastic samplers draw other pictures of the same distribution: compare their standard deviation alone."
 
 
-def bench() -> Any:
-    """The oracles, which live with the tests of this checkout. Raises UserError where there is none."""
+def bench(module: str = "oracles") -> Any:
+    """A judge that lives with the tests of this checkout. Raises UserError where there is none."""
+    import importlib
+
     folder = Path(__file__).resolve().parent.parent / "tests" / "ldm"
-    if not (folder / "oracles.py").is_file():
-        raise UserError(f"the oracles are not at {folder}", hint="run this from a checkout of the repository")
+    if not (folder / f"{module}.py").is_file():
+        raise UserError(f"the {module} are not at {folder}", hint="run this from a checkout of the repository")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    import oracles
-
-    return oracles
+    return importlib.import_module(module)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,13 @@ def main() -> None:
         metavar="JUDGE",
         help="shapes (the rule-based checker), or the folder of a classifier of captions",
     )
+    add(
+        "--likelihood",
+        metavar="N",
+        type=int,
+        default=0,
+        help="log p of the latents of N held-out pictures instead, in nats and bits/dim, over the sampler's grid",
+    )
     add("--crop", metavar="N", type=int, help="measure PSNR and SSIM on the central N x N pixels")
     add("--lpips", metavar="WEIGHTS", help="standard, random, or a file of backbone weights")
     add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="backbone of LPIPS")

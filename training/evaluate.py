@@ -13,6 +13,8 @@ from torch import Tensor
 
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
+from ldm.likelihood import bits_per_dim, log_likelihood
+from ldm.noise import Noise
 from training import launch, pictures
 from training import perceptual as lpips
 from training.asking import Request, ask, choose
@@ -110,11 +112,34 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "hashes": pipeline_hashes(pipeline)}
     if args.obedience == "shapes":
         numbers |= shapes_obedience(pipeline, sampling, args)
-    if args.data:
+    if args.likelihood:
+        numbers |= likelihood(pipeline, sampling, args, device)
+    elif args.data:
         numbers |= distances(pipeline, sampling, args, device)
     elif args.obedience != "shapes":
         raise UserError("nothing to measure", hint="give --data DIR, or --obedience shapes")
     return numbers
+
+
+def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """log p of held-out pictures' latents given their captions, by the probability-flow ODE with Hutchinson's trace."""
+    images = held_out(args)
+    found = []
+    for first, pixels in enumerate(chunks(images, chosen(images, args.likelihood), device)):
+        index = range(first * CHUNK, first * CHUNK + len(pixels))
+        latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
+        denoise = pipeline.denoiser.bind(pipeline.text([caption(images, i) for i in index]))
+        probe = Noise.from_seeds([args.seed + i for i in index], device)
+        found.append(log_likelihood(denoise, latents, sampling.grid(sampling.steps, denoise.schedule), probe).cpu())
+        print(f"log-likelihood of {index.stop} pictures", file=sys.stderr)
+    nats, dims = torch.cat(found).double(), latents[0].numel()
+    return {
+        "log_likelihood": nats.mean().item(),
+        "log_likelihood_error": (nats.std() / len(nats) ** 0.5).item() if len(nats) > 1 else None,
+        "bits_per_dim": bits_per_dim(nats.mean(), dims).item(),
+        "latent_dims": dims,
+        "pictures": len(nats),
+    }
 
 
 def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler, mix
+from ldm.samplers.base import Memory, Sampler, mix, noise_ratio
 
 
 class _Slope(NamedTuple):
@@ -33,6 +33,7 @@ class Adams(Sampler):
 
     order: ClassVar[int] = 2
     calls: ClassVar[int] = 1
+    rises: ClassVar[bool] = True
     solver_order: int
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class Adams(Sampler):
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[_Slope, ...] | None,
              noise: Noise) -> tuple[Tensor, Memory]:
         ends, level = denoise(x, t), denoise.schedule(s)
-        ratio, end = ((-denoise.schedule.logsnr(time) / 2).exp().item() for time in (t, s))
+        ratio, end = (noise_ratio(denoise.schedule, time) for time in (t, s))
         x, past = mix(level, ends), memory or ()
         if math.isinf(ratio) or math.isinf(end):
             return x, None
@@ -127,6 +128,7 @@ class PNDM(Sampler):
 
     order: ClassVar[int] = 1
     calls: ClassVar[int] = 1
+    rises: ClassVar[bool] = True
     kind: Literal["pndm"] = "pndm"
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[_Slope, ...] | None,
@@ -134,7 +136,7 @@ class PNDM(Sampler):
         if memory is not None:
             return IPNDM().step(denoise, x, t, s, memory, noise)
         ends, level = denoise(x, t), denoise.schedule(s)
-        ratio, end = ((-denoise.schedule.logsnr(time) / 2).exp().item() for time in (t, s))
+        ratio, end = (noise_ratio(denoise.schedule, time) for time in (t, s))
         x = mix(level, ends)
         if s < denoise.schedule.t_min or math.isinf(ratio) or math.isinf(end):
             return x, None

@@ -48,6 +48,7 @@ class Embedded(Sampler):
 
     order: ClassVar[int] = 0
     calls: ClassVar[int] = 0
+    rises: ClassVar[bool] = True
     tableau: ClassVar[Tableau]
     difference: ClassVar[tuple[float, ...]]
     tolerance: float

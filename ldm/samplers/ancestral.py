@@ -68,6 +68,7 @@ class DDIM(Sampler):
 
     order: ClassVar[int] = 1
     calls: ClassVar[int] = 1
+    rises: ClassVar[bool] = True
     kind: Literal["ddim"] = "ddim"
     eta: float = 0.0
 
@@ -98,6 +99,7 @@ class DDIMInversion(Sampler):
 
     order: ClassVar[int] = 1
     calls: ClassVar[int] = 1
+    rises: ClassVar[bool] = True
     kind: Literal["ddim-inversion"] = "ddim-inversion"
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,

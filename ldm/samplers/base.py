@@ -24,12 +24,14 @@ class Sampler(ABC):
     """A way to go from x_t to x_s. Frozen and stateless: whatever a step needs to remember it returns as memory.
 
     `order` is the power of the step with which its error falls (the variance's, where it adds noise), 0 where that is
-    not what sets it; `calls` the number of network calls a step away from the ends, 0 where it depends on grid or data.
+    not what sets it; `calls` the number of network calls a step away from the ends, 0 where it depends on grid or data;
+    `rises` whether it also walks away from the data, as rules without noise can: s > t.
     """
 
     kind: str
     order: ClassVar[int]
     calls: ClassVar[int]
+    rises: ClassVar[bool] = False
 
     @abstractmethod
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
@@ -83,14 +85,18 @@ def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Tensor, noise: N
            watch: Callable[[Snapshot], None] | None = None) -> Tensor:
     """Walk x (B, ...) along `grid`, from x at grid[0] to x at grid[-1], calling `watch` after every step.
 
-    `noise` has one seed per sample. Raises ValueError on a bad grid or a wrong number of seeds.
+    `noise` has one seed per sample. Raises ValueError on a bad grid, one that rises where the sampler cannot, or a
+    wrong number of seeds.
     """
     if len(noise) != len(x):
         raise ValueError(f"{len(x)} samples need as many seeds, got {len(noise)}")
+    times = check_grid(grid).unbind()
+    if times[1] > times[0] and not sampler.rises:
+        raise ValueError(f"{sampler.kind} walks from noise to data: its grid must fall, and this one rises")
     watched = _Watched(denoise)
     memory: Memory = None
     with torch.no_grad():
-        for index, (t, s) in enumerate(pairwise(check_grid(grid).unbind())):
+        for index, (t, s) in enumerate(pairwise(times)):
             x, memory = sampler.step(watched if watch else denoise, x, t, s, memory, noise.fold("step", index))
             if watch is not None:
                 watch(Snapshot(index, s.item(), x, watched.last[0].x0, watched.calls))
@@ -100,6 +106,11 @@ def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Tensor, noise: N
 def prior(schedule: NoiseSchedule, shape: tuple[int, ...], noise: Noise, dtype: torch.dtype = torch.float32) -> Tensor:
     """x at t = 1, shape (B, *shape): Gaussian noise of the schedule's own scale."""
     return schedule.prior_std * noise.normal(shape, "prior", dtype=dtype)
+
+
+def noise_ratio(schedule: NoiseSchedule, t: Tensor) -> float:
+    """sigma / alpha at t, infinite at pure noise."""
+    return (-schedule.logsnr(t) / 2).exp().item()
 
 
 def mix(level: Level, ends: Denoised) -> Tensor:

@@ -98,6 +98,7 @@ class RungeKutta(Sampler):
     """x_s = c_s (x / c_t + (w_s - w_t) sum_i b_i dz/dw_i), by the first tableau whose stages the network may be called
     at. Raises ValueError on an unknown variable."""
 
+    rises: ClassVar[bool] = True
     variable: str
     tableaux: ClassVar[tuple[Tableau, ...]]
 

@@ -6,6 +6,7 @@ noise is taken out again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler
+from ldm.samplers.base import Memory, Sampler, noise_ratio
 from ldm.samplers.ode import Heun, Variable
 from ldm.schedules import NoiseSchedule
 
@@ -58,9 +59,8 @@ class HeunChurn(Sampler):
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
              noise: Noise) -> tuple[Tensor, Memory]:
         schedule = denoise.schedule
-        logsnr = schedule.logsnr(t)
-        if self.churn and self.ratio_min <= (-logsnr / 2).exp().item() <= self.ratio_max:
-            above = schedule.time(logsnr - 2 * torch.full_like(t, self.churn).log1p())
+        if self.churn and self.ratio_min <= noise_ratio(schedule, t) <= self.ratio_max:
+            above = schedule.time(schedule.logsnr(t) - 2 * math.log1p(self.churn))
             if t < above <= 1:
                 z = self.noise_scale * noise.normal(x.shape[1:], "churn", dtype=x.dtype)
                 x, t = renoised(schedule, x, t, above, z), above
@@ -97,7 +97,7 @@ class Restart(Sampler):
              noise: Noise) -> tuple[Tensor, Memory]:
         heun, schedule = Heun(variable=self.variable), denoise.schedule
         x, _ = heun.step(denoise, x, t, s, None, noise)
-        before, after = ((-schedule.logsnr(time) / 2).exp().item() for time in (t, s))
+        before, after = (noise_ratio(schedule, time) for time in (t, s))
         for index, (low, high) in enumerate(self.intervals):
             if s >= schedule.t_min and 0 < after <= low < before:
                 inner = self._inner(schedule, s, after, high)
@@ -109,7 +109,7 @@ class Restart(Sampler):
         return x, None
 
     def _inner(self, schedule: NoiseSchedule, s: Tensor, low: float, high: float) -> Tensor:
-        most = (-schedule.logsnr(torch.ones_like(s)) / 2).exp().item()
+        most = noise_ratio(schedule, torch.ones_like(s))
         ends = torch.tensor([min(high, most), low], dtype=torch.float64) ** (1 / 7)
         ratios = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, self.inner_steps + 1, dtype=torch.float64)) ** 7
         return torch.cat([schedule.time(-2 * ratios[:-1].log()).clamp(max=1), s[None]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,12 +13,6 @@ from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.base import Memory, Sampler
 from ldm.samplers.dpm import Past, half_logsnr
-
-
-class _Trail(NamedTuple):
-    """The estimates of x0 so far, newest first."""
-
-    past: tuple[Past, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +27,7 @@ class UniPC(Sampler):
 
     order: ClassVar[int] = 2
     calls: ClassVar[int] = 1
+    rises: ClassVar[bool] = True
     kind: Literal["unipc"] = "unipc"
     solver_order: int = 2
     corrector: bool = True
@@ -41,10 +36,10 @@ class UniPC(Sampler):
         if self.solver_order not in (1, 2, 3):
             raise ValueError(f"unipc solver_order must be 1, 2 or 3, got {self.solver_order}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: _Trail | None,
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[Past, ...] | None,
              noise: Noise) -> tuple[Tensor, Memory]:
         schedule, lam = denoise.schedule, half_logsnr(denoise, t)
-        past = memory.past if memory else (Past(denoise(x, t).x0, lam),)
+        past = memory or (Past(denoise(x, t).x0, lam),)
         level, now = schedule(s), past[0]
         h = half_logsnr(denoise, s) - lam
         base = (level.sigma / schedule(t).sigma) * x - (level.alpha * (-h).expm1()) * now.x0
@@ -56,16 +51,17 @@ class UniPC(Sampler):
         slopes = [(other.x0 - now.x0) / ratio for other, ratio in zip(older, ratios, strict=True)]
         scale = level.alpha * -(-h).expm1()
         predicted = base + _combine(scale, _weights(ratios, h.item()), slopes)
-        trail = self._next(denoise, predicted, s, past)
-        if trail is None or not self.corrector:
-            return predicted, trail
-        slopes.append(trail.past[0].x0 - now.x0)
-        return base + _combine(scale, _weights([*ratios, 1.0], h.item()), slopes), trail
+        estimates = self._next(denoise, predicted, s, past)
+        if estimates is None or not self.corrector:
+            return predicted, estimates
+        slopes.append(estimates[0].x0 - now.x0)
+        return base + _combine(scale, _weights([*ratios, 1.0], h.item()), slopes), estimates
 
-    def _next(self, denoise: Denoise, x: Tensor, s: Tensor, past: tuple[Past, ...]) -> _Trail | None:
+    def _next(self, denoise: Denoise, x: Tensor, s: Tensor, past: tuple[Past, ...]) -> tuple[Past, ...] | None:
+        """The estimates of x0 at s and before it, newest first; None where the network may not be called."""
         if s < denoise.schedule.t_min:
             return None
-        return _Trail((Past(denoise(x, s).x0, half_logsnr(denoise, s)), *past[: self.solver_order - 1]))
+        return Past(denoise(x, s).x0, half_logsnr(denoise, s)), *past[: self.solver_order - 1]
 
 
 def _combine(scale: Tensor, weights: list[float], slopes: list[Tensor]) -> Tensor | float:

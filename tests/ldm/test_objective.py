@@ -13,7 +13,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.objective import Objective
-from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, V, Velocity
+from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, Score, V, Velocity
 from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule, Table
 from ldm.times import TIMES, LogitNormal, LogNormal, TimeSampling, Uniform, shifted
 from ldm.weighting import WEIGHTINGS, Weighting
@@ -144,17 +144,27 @@ def test_the_weight_multiplies_the_loss() -> None:
     torch.testing.assert_close(weighted, plain * weighting.P2()(diffusion, t).float())
 
 
-def test_the_minimum_is_at_the_true_score() -> None:
-    """Denoising score matching on G(1): over linear denoisers c x_t, the loss is least where c is the exact answer."""
-    diffusion = Diffusion(schedule=VE(), prediction=X0())
-    x0 = Noise.from_seeds(list(range(64))).normal((4096,), "data")
-    eps = Noise.from_seeds(list(range(64))).normal((4096,), "eps")
-    t = torch.full((64,), 0.55, dtype=F64)
-    factor = torch.tensor(1 / (1 + VE()(t[:1]).sigma.item() ** 2), requires_grad=True)
-    scale = VE().input_scale(t[:1]).item()
-    loss = objective(diffusion).at(lambda x, level, cond: factor * x / scale, x0, NOTHING, t, eps).mean()
-    (gradient,) = torch.autograd.grad(loss, factor)
-    assert abs(gradient.item()) < 4.5 * 4 * math.sqrt(1 / x0.numel()) * (1 + VE()(t[:1]).sigma.item() ** 2)
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.7, 1.0])
+def test_denoising_score_matching_is_least_at_the_true_score(t: float) -> None:
+    """NCSN's loss, weight sigma^2: 1/2 ||sigma s(x_t) + eps||^2 is half of ours, and on G(1) its gradient is 0 at
+    s = -x / (1 + sigma^2). Exactly: four points have the moments of (x0, eps) that a quadratic sees."""
+    diffusion, root = Diffusion(schedule=VE(), prediction=Score()), 2**0.5
+    x0 = torch.tensor([[root], [-root], [0.0], [0.0]], dtype=F64)
+    eps, times = x0.flip(0), torch.full((4,), max(t, VE().t_min), dtype=F64)
+    sigma = VE()(times).sigma[0].item()
+    slope = torch.tensor(-1 / (1 + sigma**2), dtype=F64, requires_grad=True)
+    seen = []
+
+    def network(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        seen.append(slope * x / VE().input_scale(times)[:, None])
+        return seen[-1]
+
+    error = objective(diffusion).at(network, x0, NOTHING, times, eps)
+    loss = weighting.SNR()(diffusion, times).float() * error
+    torch.testing.assert_close(loss / 2, 0.5 * (sigma * seen[0] + eps).square().mean(1).float())
+    (gradient,) = torch.autograd.grad(loss.mean(), slope)
+    scale = (sigma * seen[0].detach()).abs().max().item() * (1 + sigma**2)
+    assert abs(gradient.item()) < 1e-6 * scale
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.objective import Objective
-from ldm.pairing import PAIRINGS, Independent, MinibatchOT, Pairing, assignment, optimal
+from ldm.pairing import PAIRINGS, Independent, MinibatchOT, Pairing, assignment
 from ldm.predictions import Velocity
 from ldm.schedules import Flow
 from ldm.times import Uniform
@@ -62,24 +62,6 @@ def test_in_one_dimension_the_pairing_is_monotone() -> None:
     x0, eps = noise.normal((1,), "data"), noise.normal((1,), "eps")
     paired = MinibatchOT()(x0, eps)
     assert torch.equal(x0.flatten().argsort(), paired.flatten().argsort())
-
-
-class Joined:
-    """What a process is handed for its own part: the parts of all, data first."""
-
-    def __init__(self, wholes: list[torch.Tensor]) -> None:
-        self.wholes = wholes
-
-    def __call__(self, mine: torch.Tensor) -> torch.Tensor:
-        return self.wholes.pop(0)
-
-
-def test_processes_that_gather_pair_over_the_global_batch() -> None:
-    noise = Noise.from_seeds(list(range(12)))
-    x0, eps = noise.normal((3,), "data"), noise.normal((3,), "eps")
-    whole = optimal(x0, eps)
-    for part in (slice(0, 5), slice(5, 12)):
-        assert torch.equal(optimal(x0[part], eps[part], Joined([x0, eps])), whole)
 
 
 def test_the_objective_trains_on_the_paired_noise() -> None:

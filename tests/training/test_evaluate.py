@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from training.metrics import Moments, frechet_distance
 from training.order import Slot
 from training.runs import load_autoencoder
 from training.shards import ShardSet
+from training.system import load_pipeline
 
 
 def report(tmp_path: Path, *words: object) -> dict[str, object]:
@@ -64,6 +66,19 @@ def test_distances_and_judge(denoiser: Path, shapes: Path, tmp_path: Path) -> No
     for name in ("generated", "reconstructed", "training"):
         assert float(str(numbers[f"frechet_{name}"])) >= 0
     assert str(numbers["features"]).startswith("classifier ")
+
+
+def test_likelihood_of_a_velocity_of_zero_is_the_priors(denoiser: Path, shapes: Path, tmp_path: Path) -> None:
+    """A denoiser hardly trained moves nothing, so that p at t = 0 is the standard normal that it is at t = 1."""
+    numbers = report(tmp_path, "--model", denoiser, "--data", shapes, "--likelihood", 6, "--steps", 4)
+    pipeline, images = load_pipeline(denoiser, "cpu"), Images(ShardSet(shapes, "val"))
+    pixels = images.__getitems__([Slot(i, 0, i) for i in range(6)]).data
+    latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
+    wanted = -0.5 * (latents.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    nats, bits = float(str(numbers["log_likelihood"])), float(str(numbers["bits_per_dim"]))
+    assert nats == pytest.approx(wanted.mean().item(), rel=0.03)
+    assert bits == pytest.approx(-nats / (256 * math.log(2)), rel=1e-6)
+    assert numbers["latent_dims"] == 256 and numbers["pictures"] == 6
 
 
 def test_nothing_to_measure_is_said(denoiser: Path) -> None:

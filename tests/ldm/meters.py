@@ -1,0 +1,82 @@
+"""What a sampler costs beside its network: where the host would wait for a GPU, and how much it holds on to."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from oracles import Smooth
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm.grids import Uniform
+from ldm.noise import Noise
+from ldm.samplers import Sampler, prior, sample
+from ldm.schedules import Flow
+
+aten = torch.ops.aten
+# A CPU scalar enters these as an argument of their kernel.
+ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+
+class Waits(TorchDispatchMode):
+    """Lists where the host would wait for a GPU, for which the meta device stands.
+
+    A tensor there has a shape and no values. Reading one is listed, and answered with True; so is a copy from the host
+    that blocks, and any operation but arithmetic that mixes devices, since it would copy. A copy back, and an
+    operation whose result has the shape of its values (`nonzero`, a mask), are refused by the device itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            self.found.append("a value is read")
+            return True
+        parts = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
+        devices = {part.device.type for part in parts if isinstance(part, Tensor)}
+        if kwargs.get("device") is not None and devices:
+            devices.add(torch.device(kwargs["device"]).type)
+        mixed = len(devices) > 1 and not kwargs.get("non_blocking") and func not in ARITHMETIC
+        if mixed or (func is aten.lift_fresh.default and args[0].is_meta):
+            self.found.append(str(func))
+        return func(*args, **kwargs)
+
+
+def waits(sampler: Sampler, steps: int) -> list[str]:
+    """Where `steps` steps of a sampler would wait, the network apart."""
+    noise, grid = Noise.from_seeds([0, 1], "meta"), Uniform()(steps, Flow())
+    x = prior(Flow(), (3, 4, 4), noise)
+    with Waits() as found:
+        sample(sampler, Smooth(Flow()), x, grid, noise)
+    return found.found
+
+
+class Alive(TorchDispatchMode):
+    """Knows which results of operations, of one shape, something still refers to."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.made, self.tensors = shape, 0, WeakValueDictionary[int, Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(part, Tensor) and part.shape == self.shape:
+                self.tensors[self.made] = part
+                self.made += 1
+        return result
+
+
+def holding(sampler: Sampler) -> tuple[int, int]:
+    """The most tensors of a sample's size that a sampler holds beside x, after 8 to 10 and after 23 and 24 steps."""
+    size, noise, counts = (3, 4, 4), Noise.from_seeds([0, 1]), dict[int, int]()
+    x = prior(Flow(), size, noise)
+    with Alive((2, *size)) as alive:
+        sample(sampler, Smooth(Flow()), x, Uniform()(25, Flow()), noise,
+               lambda shot: counts.update({shot.step: len(alive.tensors) - 1}))
+    return max(counts[step] for step in (7, 8, 9)), max(counts[step] for step in (22, 23))
