@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from autoencoder.dc import DC
 from autoencoder.kl import KL
-from autoencoder.vq import VQ
+from autoencoder.tiny import Tiny
+from autoencoder.vq import FSQ, LFQ, VQ
 
-AUTOENCODERS = (KL, VQ)
+AUTOENCODERS = (KL, VQ, FSQ, LFQ, DC, Tiny)

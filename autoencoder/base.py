@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from autoencoder.norm import LatentNorm
+from autoencoder.quantizer import Codebook, Reduce, identity
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -25,11 +27,17 @@ class Autoencoder(nn.Module, ABC):
     image_channels: int
     latent_channels: int
     norm: LatentNorm
+    quantize: Codebook | None  # what z is replaced by inside `decode`
     encoder_parts: tuple[str, ...]  # prefixes of the state that decides the moments
 
     @abstractmethod
-    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(reconstruction, moments); noise (B, C, h, w) ~ N(0, I), None = posterior mean. The only call in training."""
+    def forward(
+        self, images: Tensor, noise: Tensor | None, move: Callable[[Tensor], Tensor] = identity
+    ) -> tuple[Tensor, Tensor]:
+        """(reconstruction, moments); noise (B, C, h, w) ~ N(0, I), None = posterior mean. The only call in training.
+
+        `move` maps the z that is decoded, for what compares the decoder's answer with a moved image.
+        """
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -40,8 +48,11 @@ class Autoencoder(nn.Module, ABC):
         """Normalised latents -> images, float32 or better, not clipped."""
 
     @abstractmethod
-    def regularisation(self, moments: Tensor) -> Tensor:
-        """The latent regulariser per image (B,), from the moments of `forward`: KL in nats or a quantiser's terms."""
+    def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
+        """The latent regulariser per image (B,), from the moments of `forward`: KL in nats or a quantiser's terms.
+
+        `reduce` averages a tensor over processes, for terms that couple the whole batch.
+        """
 
     @property
     @abstractmethod

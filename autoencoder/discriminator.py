@@ -1,23 +1,24 @@
-"""The patch discriminator of stage one (Isola et al. 2017, section 3.2; LDM's layout)."""
+"""The patch discriminators of stage one (Isola et al. 2017, section 3.2; LDM's layout)."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchGAN:
-    """Shape of a patch discriminator: `layers` strided convolutions, receptive field 16, 34, 70, 142 for layers 1, 2,
-    3, 4.
+class PatchShape(ABC):
+    """What one patch discriminator is made of: `layers` strided convolutions, receptive field 16, 34, 70, 142 for 1, 2,
+    3, 4 layers.
 
     norm: "group" keeps images independent of each other; "batch" is LDM's (2,765,633 parameters at the defaults).
     """
 
-    kind: Literal["patch"] = "patch"
     width: int = 64
     layers: int = 3
     norm: Literal["group", "batch", "none"] = "group"
@@ -30,23 +31,59 @@ class PatchGAN:
             raise ValueError(f'the discriminator\'s norm must be "group", "batch" or "none", got "{self.norm}".')
 
     @property
+    @abstractmethod
     def smallest_image(self) -> int:
         """The least side of an image that leaves one patch."""
-        return 3 << self.layers
 
-    def build(self) -> PatchDiscriminator:
+    @abstractmethod
+    def build(self) -> nn.Module:
         """A freshly initialised discriminator: convolutions N(0, 0.02²), norm weights N(1, 0.02²), biases 0, as in
         LDM.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchGAN(PatchShape):
+    """One patch discriminator (Isola et al. 2017)."""
+
+    kind: Literal["patch"] = "patch"
+
+    @property
+    def smallest_image(self) -> int:
+        return 3 << self.layers
+
+    def build(self) -> PatchDiscriminator:
         return PatchDiscriminator(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiScale(PatchShape):
+    """`scales` patch discriminators of one shape, on the image, its half, its quarter, ...: the coarser ones see larger
+    structures (pix2pixHD, Wang et al. 2018, section 3.2).
+    """
+
+    kind: Literal["multi-scale"] = "multi-scale"
+    scales: int = 2
+
+    def __post_init__(self) -> None:
+        PatchShape.__post_init__(self)  # super() does not survive pydantic's copy of a dataclass
+        if self.scales < 1:
+            raise ValueError(f"a multi-scale discriminator needs at least 1 scale, got {self.scales}.")
+
+    @property
+    def smallest_image(self) -> int:
+        return 3 << self.layers + self.scales - 1
+
+    def build(self) -> MultiScaleDiscriminator:
+        return MultiScaleDiscriminator(self)
 
 
 class PatchDiscriminator(nn.Module):
     """images (B, C, H, W) -> logits of being real (B, 1, h, w), one per overlapping patch."""
 
-    def __init__(self, config: PatchGAN) -> None:
+    def __init__(self, config: PatchShape) -> None:
         super().__init__()
-        self.smallest_image = config.smallest_image
+        self.smallest_image = 3 << config.layers
         widths = [config.width * min(2**n, 8) for n in range(config.layers + 1)]
         parts: list[nn.Module] = [nn.Conv2d(config.image_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for n in range(1, config.layers + 1):
@@ -59,13 +96,41 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """ValueError if a side is below `smallest_image`."""
-        if min(images.shape[-2:]) < self.smallest_image:
-            raise ValueError(
-                f"the discriminator needs images of at least {self.smallest_image} pixels a side, "
-                f"got {images.shape[-2]}x{images.shape[-1]}: take fewer layers."
-            )
+        check_side(images, self.smallest_image)
         logits: Tensor = self.main(images)
         return logits
+
+
+class MultiScaleDiscriminator(nn.Module):
+    """images (B, C, H, W) -> one map of logits per scale, finest first."""
+
+    def __init__(self, config: MultiScale) -> None:
+        super().__init__()
+        self.smallest_image = config.smallest_image
+        self.scales = nn.ModuleList(PatchDiscriminator(config) for _ in range(config.scales))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """ValueError if a side is below `smallest_image`."""
+        check_side(images, self.smallest_image)
+        found = []
+        for k, scale in enumerate(self.scales):
+            images = F.avg_pool2d(images, 2) if k else images
+            found.append(scale(images))
+        return tuple(found)
+
+
+def maps(logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The logits of any discriminator as float32 maps, over which a loss is averaged."""
+    return tuple(part.float() for part in ((logits,) if isinstance(logits, Tensor) else logits))
+
+
+def check_side(images: Tensor, smallest: int) -> None:
+    """ValueError if a side of the images is below `smallest`."""
+    if min(images.shape[-2:]) < smallest:
+        raise ValueError(
+            f"the discriminator needs images of at least {smallest} pixels a side, "
+            f"got {images.shape[-2]}x{images.shape[-1]}: take fewer layers."
+        )
 
 
 def _norm(norm: str, channels: int) -> list[nn.Module]:
@@ -83,4 +148,4 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-DISCRIMINATORS = (PatchGAN,)
+DISCRIMINATORS = (PatchGAN, MultiScale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from autoencoder.base import Autoencoder, full_precision
 from autoencoder.blocks import Decoder, Encoder, check_network
 from autoencoder.norm import LatentNorm
 from autoencoder.posterior import Posterior
+from autoencoder.quantizer import Reduce, identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class KLAutoencoder(Autoencoder):
     """Encoder, Gaussian posterior, decoder; moments (B, 2C, h, w). Keys as diffusers' AutoencoderKL, and `norm`."""
 
     encoder_parts = ("encoder.", "quant_conv.")
+    quantize = None
 
     def __init__(self, config: KL) -> None:
         super().__init__()
@@ -63,10 +66,12 @@ class KLAutoencoder(Autoencoder):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.norm = LatentNorm(config.latent_channels)
 
-    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, noise: Tensor | None, move: Callable[[Tensor], Tensor] = identity
+    ) -> tuple[Tensor, Tensor]:
         moments = self.encode(images)
         posterior = Posterior.split(moments)
-        return self._decode(posterior.mode() if noise is None else posterior.sample(noise)), moments
+        return self._decode(move(posterior.mode() if noise is None else posterior.sample(noise))), moments
 
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)
@@ -79,7 +84,7 @@ class KLAutoencoder(Autoencoder):
     def _decode(self, z: Tensor) -> Tensor:
         return full_precision(self.decoder(self.post_quant_conv(z.to(self.last_layer.dtype))))
 
-    def regularisation(self, moments: Tensor) -> Tensor:
+    def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
         return Posterior.split(moments).kl()
 
     @property

@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -61,6 +62,21 @@ class Charbonnier(Reconstruction):
 
 
 RECONSTRUCTIONS = (L1, L2, Charbonnier)
+
+
+class LogVariance(nn.Module):
+    """The learned s of loss·exp(−s) + s, the balance of reconstruction against all else (Dai and Wipf 2019; LDM).
+
+    Its best value is the logarithm of the loss, from which on the reconstruction term counts as 1 however small it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(()))
+
+    def forward(self, loss: Tensor) -> Tensor:
+        """() -> (), differentiable in the loss and in s."""
+        return loss * (-self.value).exp() + self.value
 
 
 class Adversarial(ABC):

@@ -18,7 +18,7 @@ from training.errors import UserError
 from training.settings import Conditioning, Loss, Optimizer, Sample, Train
 
 if TYPE_CHECKING:
-    from autoencoder.discriminator import PatchGAN
+    from autoencoder.discriminator import PatchShape
     from ldm.schedules import NoiseSchedule
 
 LARGEST = 1 << 20  # bytes a config file may have
@@ -31,7 +31,8 @@ class AutoencoderConfig:
 
     model: Any
     loss: Loss
-    discriminator: PatchGAN
+    latent: Any
+    discriminator: PatchShape
     optimizer: Optimizer
     train: Train
 
@@ -67,8 +68,10 @@ def sections(stage: str) -> dict[str, tuple[type, ...]]:
     if stage == "autoencoder":
         from autoencoder import AUTOENCODERS
         from autoencoder.discriminator import DISCRIMINATORS
+        from autoencoder.regularisers import LATENT_REGULARISERS
 
-        return {"model": AUTOENCODERS, "loss": (Loss,), "discriminator": DISCRIMINATORS, **shared}
+        losses = {"loss": (Loss,), "latent": LATENT_REGULARISERS, "discriminator": DISCRIMINATORS}
+        return {"model": AUTOENCODERS, **losses, **shared}
     from ldm.backbones import BACKBONES
     from ldm.grids import GRIDS
     from ldm.guidance import GUIDANCES

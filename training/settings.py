@@ -56,7 +56,9 @@ class Train:
     compile: bool = False
     log_every: int = 20
     save_every: int = 1000
-    keep_last: int = 2
+    keep_last: int = 2  # checkpoints kept, besides pinned ones (that hold a file `pinned`) and the best
+    keep_best: bool = True  # keep the checkpoint of the best validation, too
+    spike_factor: float = 0.0  # skip a step whose gradient norm is this many times the running median; 0 = never
     sample_every: int = 1000  # pictures and validation
     validation_size: int = 512  # held-out images looked at each time
 
@@ -69,6 +71,8 @@ class Train:
             raise ValueError(f"ema_lengths: each must lie in (0, {12**-0.5:.4f}] (got {list(self.ema_lengths)})")
         if self.keep_last < 2:
             raise ValueError(f"keep_last: keep at least 2 checkpoints (got {self.keep_last})")
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ValueError(f"spike_factor: must be 0 (off) or > 1 (got {self.spike_factor})")
         if min(self.micro_batch_size, self.num_workers, self.validation_size) < 0:
             raise ValueError("micro_batch_size, num_workers and validation_size must be >= 0")
         if not 0 <= self.seed < 1 << 63:
@@ -87,17 +91,27 @@ class Loss:
     perceptual: float = 1.0
     perceptual_net: Literal["vgg", "alex", "squeeze"] = "vgg"
     perceptual_weights: str = "standard"  # "standard", or "random": a seeded random backbone, asked for by name
+    log_variance: Literal["fixed", "learned"] = "fixed"  # learned: reconstruction * exp(-s) + s, s trained too
     kl: float = 1e-6
+    codebook: float = 1.0  # a quantiser's own terms, where the model has one instead of a posterior
     adversarial: float = 0.5
     adversarial_loss: Literal["hinge", "non-saturating", "least-squares"] = "hinge"
     discriminator_start: int = 0
     adversarial_start: int = 1000
     adversarial_ramp: int = 1000
+    plateau: float = 0.0  # > 0: start, after adversarial_start, where reconstruction falls less than this share
+    plateau_steps: int = 1000  # in so many steps
     discriminator_lr: float = 1.0  # as a multiple of optimizer.lr
+    r1: float = 0.0  # gamma of the gradient penalty on real images
+    lecam: float = 0.0
+    augment: tuple[Literal["colour", "translation", "cutout"], ...] = ()  # what the discriminator sees (DiffAug)
 
     def __post_init__(self) -> None:
-        if min(self.perceptual, self.kl, self.adversarial, self.adversarial_ramp, self.discriminator_start) < 0:
+        weights = (self.perceptual, self.kl, self.codebook, self.adversarial, self.r1, self.lecam)
+        if min(*weights, self.adversarial_ramp, self.discriminator_start) < 0:
             raise ValueError("loss weights, starts and ramps must be >= 0")
+        fraction("", plateau=self.plateau)
+        positive("", plateau_steps=self.plateau_steps)
         if self.perceptual_weights not in ("standard", "random"):
             raise ValueError(
                 f'perceptual_weights: must be "standard" or "random" (got "{self.perceptual_weights}"); '

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from autoencoder.adversarial import adaptive_weight, last_layer_gradients, split_gradients, surrogate
+from autoencoder.adversarial import Split, adaptive_weight, last_layer_gradients, split_gradients, surrogate
 from autoencoder.base import Autoencoder
+from autoencoder.critic import AUGMENTED_BY, Plateau, augment, lecam, move_anchors, r1
+from autoencoder.discriminator import maps
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
-from autoencoder.losses import ADVERSARIALS, RECONSTRUCTIONS
+from autoencoder.losses import ADVERSARIALS, RECONSTRUCTIONS, LogVariance
 from autoencoder.norm import LatentStatistics
 from autoencoder.perceptual import Perceptual
+from autoencoder.quantizer import Quantizer, code_counts, perplexity, usage
+from autoencoder.regularisers import Move
 from ldm.noise import Noise
 from training import pictures
 from training.config import AutoencoderConfig
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # columns of the picture grid
 MEASURED = 10_000  # images that the latent normaliser is measured on
+SMALLEST = 32  # pixels a side that every LPIPS network can take
+COLLAPSED = 0.05  # share of codes in use below which a codebook is said to have collapsed
 
 
 class AutoencoderStage(Stage):
@@ -53,11 +60,22 @@ class AutoencoderStage(Stage):
         if self.loss.adversarial:
             self.networks["discriminator"] = discriminator
             self.optimizers["discriminator"] = (["discriminator"], self.loss.discriminator_lr)
-        self.averaged = {"autoencoder": model}
+        self.log_variance = LogVariance() if self.loss.log_variance == "learned" else None
+        if self.log_variance:
+            self.networks["log_variance"] = self.log_variance
+            self.optimizers["log_variance"] = (["log_variance"], 1.0)
+        self.averaged, self.score = {"autoencoder": model}, ("psnr", -1.0)
         self.distance = next(member for member in RECONSTRUCTIONS if member().kind == self.loss.reconstruction)()
         self.game = next(member for member in ADVERSARIALS if member().kind == self.loss.adversarial_loss)()
         self.balance = torch.zeros(())
         self.sums: Tensor | None = None  # both gradients at the last layer, this step's so far
+        self.anchors: Tensor | None = None  # moving averages of the logits of images and reconstructions
+        self.logits: Tensor | None = None  # their means, this step's so far
+        self.plateau = Plateau(self.loss.plateau, self.loss.plateau_steps)
+        self.level: Tensor | None = None  # the reconstruction loss, this step's so far
+        self.start = None if self.loss.plateau else self.loss.adversarial_start
+        self.codes = model.quantize if isinstance(model.quantize, Quantizer) and model.quantize.adapts else None
+        self.seen: list[tuple[Tensor, Tensor]] = []  # slots and z of this step, for a codebook that follows them
         self.forward: Any = model
         self.judge: Any = discriminator
 
@@ -73,36 +91,85 @@ class AutoencoderStage(Stage):
             self.wrapped["discriminator"] = self.judge
         else:
             self.discriminator.to(accelerator.device)
+        if self.log_variance:
+            self.wrapped["log_variance"] = accelerator.prepare(self.log_variance)
+        model: Any = self.model  # compiled but for its last layer, through which alone the balance takes its gradients
+        groups = [[*c] if isinstance(c, nn.ModuleList | nn.Sequential) else [c] for c in model.decoder.children()]
+        blocks = [block for group in groups for block in group if any(True for _ in block.children())]
+        for part in filter(None, (model.encoder, *blocks, self.discriminator, self.perceptual)):
+            if self.config.train.compile and not any(p is model.last_layer for p in part.parameters()):
+                part.compile()
 
     def ramp(self, step: int) -> float:
         """The share of the adversarial gradient that reaches the decoder: 0 before its start, then linearly to 1."""
-        if not self.loss.adversarial or step < self.loss.adversarial_start:
+        if not self.loss.adversarial or self.start is None or step < self.start:
             return 0.0
-        return min(1.0, (step - self.loss.adversarial_start + 1) / max(1, self.loss.adversarial_ramp))
+        return min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch: the decoder's balanced gradient, then the discriminator's own."""
         images = to_unit(batch.data.to(self.accelerator.device, non_blocking=True))
+        slots, move = batch.slots.to(images.device), self.move(images, step)
         with self.accelerator.autocast():
-            x_hat, moments = self.forward(images, self.noise(batch.slots, images, step))
-        latent = self.model.regularisation(moments).mean() / images[0].numel()
+            x_hat, moments = self.forward(images, self.noise(slots, images, step), *([move] if move else []))
+        latent, penalty = self.latent_terms(moments, images)
+        images = move(images, self.model.factor) if move else images
+        uniform = Noise(slots).uniform((AUGMENTED_BY,), self.seed, step, "augment")
         playing = self.ramp(step + 1) > 0  # the step before the start measures the first balance
-        split = split_gradients(x_hat, lambda x: self.reconstruction(x, images), self.fool if playing else None)
+        fool = (lambda x: self.fool(x, uniform)) if playing else None
+        split, spread = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
         gradient = split.reconstruction
         if playing:
             measured = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, split)) * share
             self.sums = measured if self.sums is None else self.sums + measured
             gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
-        self.accelerator.backward((surrogate(x_hat, gradient) + self.loss.kl * latent) * share)
+        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + spread) * share)
+        self.note(split, moments, slots, share)
         values: dict[str, Tensor] = {
-            "loss": split.reconstruction_loss + self.loss.kl * latent,
-            "kl": latent,
+            "loss": split.reconstruction_loss + penalty.detach(),
+            "codebook" if self.model.quantize else "kl": latent.detach(),
             "adversarial": split.adversarial_loss,
             "balance": self.balance,
         }
         if self.loss.adversarial and step >= self.loss.discriminator_start:
-            values["discriminator"] = self.judge_step(images, x_hat.detach(), share)
+            values["discriminator"] = self.judge_step(images, x_hat.detach(), uniform, share)
         return values
+
+    def move(self, images: Tensor, step: int) -> Move | None:
+        """How this step's latents and images are moved, the same for all its micro-batches and processes."""
+        uniform = Noise.from_seeds([self.seed]).uniform((3,), step, "move")[0]
+        cells = images.shape[-2] // self.model.factor, images.shape[-1] // self.model.factor
+        smallest = SMALLEST if self.perceptual else 1
+        if self.loss.adversarial:
+            smallest = max(smallest, self.config.discriminator.smallest_image)
+        move: Move | None = self.config.latent.move(uniform, cells, -(-smallest // self.model.factor))
+        return move
+
+    def latent_terms(self, moments: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own regulariser (KL in nats per image value), and all that is asked of the latents, weighted."""
+        latent = self.model.regularisation(moments, lambda value: self.accelerator.reduce(value, "mean")).mean()
+        if self.model.norm.gaussian:
+            latent = latent / images[0].numel()
+        penalty = (self.loss.kl if self.model.norm.gaussian else self.loss.codebook) * latent
+        more = self.config.latent.term(self.model.norm.mean_latents(moments), images)
+        return latent, penalty if more is None else penalty + more.mean()
+
+    def weigh(self, split: Split) -> tuple[Split, Tensor | float]:
+        """The split under the learned log-variance s, and the loss that trains s (0 where s is fixed)."""
+        if self.log_variance is None:
+            return split, 0.0
+        spread: Tensor = self.wrapped["log_variance"](split.reconstruction_loss)
+        scale = (-self.log_variance.value.detach()).exp()
+        scaled = split._replace(reconstruction=split.reconstruction * scale, reconstruction_loss=spread.detach())
+        return scaled, spread
+
+    def note(self, split: Split, moments: Tensor, slots: Tensor, share: float) -> None:
+        """Keep what `after_backward` needs of this micro-batch."""
+        if self.loss.plateau:
+            level = split.reconstruction_loss * share
+            self.level = level if self.level is None else self.level + level
+        if self.codes:
+            self.seen.append((slots, moments.detach()))
 
     def reconstruction(self, x_hat: Tensor, images: Tensor) -> Tensor:
         """Mean over the batch of distance + weight * LPIPS."""
@@ -111,19 +178,30 @@ class AutoencoderStage(Stage):
             loss = loss + self.loss.perceptual * self.perceptual(x_hat, images).mean()
         return loss
 
-    def fool(self, x_hat: Tensor) -> Tensor:
+    def fool(self, x_hat: Tensor, uniform: Tensor) -> Tensor:
         """The decoder's adversarial loss, through the bare discriminator: its own gradient is not wanted here."""
         with self.accelerator.autocast():
-            logits = self.discriminator(x_hat)
-        return self.game.generator(logits.float()).mean()
+            logits = maps(self.discriminator(augment(x_hat, uniform, self.loss.augment)))
+        return torch.stack([self.game.generator(fake).mean() for fake in logits]).mean()
 
-    def judge_step(self, images: Tensor, fakes: Tensor, share: float) -> Tensor:
+    def judge_step(self, images: Tensor, fakes: Tensor, uniform: Tensor, share: float) -> Tensor:
         """Add the discriminator's gradient, from images and detached reconstructions."""
+        images = images.requires_grad_(bool(self.loss.r1))
+        both = augment(torch.cat([images, fakes]), uniform.repeat(2, 1), self.loss.augment)
         with self.accelerator.autocast():
-            logits = self.judge(torch.cat([images, fakes])).float()
-        real, fake = logits.chunk(2)
-        loss = self.game.discriminator(real, fake).mean()
-        self.accelerator.backward(loss * share)
+            logits = maps(self.judge(both))
+        pairs = [part.chunk(2) for part in logits]
+        loss = torch.stack([self.game.discriminator(real, fake).mean() for real, fake in pairs]).mean()
+        total = loss
+        if self.loss.r1:
+            total = total + self.loss.r1 * r1([real for real, _ in pairs], images).mean()
+        if self.loss.lecam:
+            means = torch.stack([torch.stack([real.mean(), fake.mean()]) for real, fake in pairs]).mean(0) * share
+            self.logits = means.detach() if self.logits is None else self.logits + means.detach()
+            if self.anchors is not None:
+                pull = torch.stack([lecam(real, fake, self.anchors).mean() for real, fake in pairs]).mean()
+                total = total + self.loss.lecam * pull
+        self.accelerator.backward(total * share)
         return loss.detach()
 
     def noise(self, slots: Tensor, images: Tensor, step: int) -> Tensor:
@@ -132,35 +210,59 @@ class AutoencoderStage(Stage):
         return Noise(slots.to(images.device)).normal((self.model.latent_channels, h, w), self.seed, step, "posterior")
 
     def after_backward(self, step: int) -> None:
-        """Measure the balance that the next step uses: gradients averaged over the global batch before their norms."""
+        """Measure what the next step uses, over the global batch: gradients are averaged before their norms."""
         if self.sums is not None:
             rec, adv = self.accelerator.reduce(self.sums, "mean")
             self.balance, self.sums = adaptive_weight(rec.norm(), adv.norm()), None
+        if self.logits is not None:
+            self.anchors = move_anchors(self.anchors, self.accelerator.reduce(self.logits, "mean"))
+            self.logits = None
+        if self.level is not None:
+            reached = self.plateau.add(self.accelerator.reduce(self.level, "mean"))
+            if reached and self.start is None:
+                self.start = max(self.loss.adversarial_start, step + 2)  # the step between measures the balance
+            self.level = None
+        if self.codes:
+            slots, z = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+            uniform = Noise.from_seeds([self.seed], z.device).uniform((self.codes.codes,), step, "revival")[0]
+            self.codes.adapt_(
+                step, z, slots, uniform, lambda value: self.accelerator.reduce(value, "sum"), self.accelerator.gather
+            )
+            self.seen.clear()
 
     def state(self) -> dict[str, Any]:
-        return {"balance": float(self.balance)}
+        plateau = {**vars(self.plateau), "total": float(self.plateau.total), "start": self.start}
+        anchors = None if self.anchors is None else self.anchors.tolist()
+        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)
+        if state.get("anchors"):  # absent from checkpoints of earlier versions
+            self.anchors = torch.tensor(state["anchors"], device=self.accelerator.device)
+        if self.loss.plateau and "plateau" in state:
+            plateau = dict(state["plateau"])
+            self.start = plateau.pop("start")
+            self.plateau = Plateau(**{**plateau, "share": self.loss.plateau, "steps": self.loss.plateau_steps})
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
         rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips")[: 3 if self.perceptual else 2]}
+        counts: Tensor | int = 0
         for images in self.looks(self.held_out, self.config.train.validation_size):
-            pixels, ours = to_uint8(images), to_uint8(self.model(images, None)[0])
+            reconstruction, moments = self.model(images, None)
+            pixels, ours = to_uint8(images), to_uint8(reconstruction)
+            if self.model.quantize:
+                counts = counts + code_counts(self.model.quantize.indices(moments), self.model.quantize.codes)
             rows["psnr"].append(psnr(ours, pixels))
             rows["ssim"].append(ssim(ours, pixels))
             if self.perceptual:
                 rows["lpips"].append(self.perceptual(to_unit(ours), images))
             if len(rows["psnr"]) == 1:
-                shown = [
-                    p[:SHOWN].cpu()
-                    for p in (pixels, ours, (ours.int() - pixels.int()).abs().mul(2).clamp(max=255).byte())
-                ]
-                pictures.grid(torch.cat(shown), SHOWN, rows=["input", "reconstruction", "difference x2"]).save(
-                    folder / "grid.png"
-                )
-        return {name: torch.cat(values).mean().item() for name, values in rows.items()}
+                error = (ours.int() - pixels.int()).abs().mul(2).clamp(max=255).byte()
+                shown = torch.cat([part[:SHOWN].cpu() for part in (pixels, ours, error)])
+                pictures.grid(shown, SHOWN, rows=["input", "reconstruction", "difference x2"]).save(folder / "grid.png")
+        numbers = {name: torch.cat(values).mean().item() for name, values in rows.items()}
+        return numbers if isinstance(counts, int) else numbers | told_of_codes(counts)
 
     def looks(self, dataset: Images, count: int, size: int = 64) -> Any:
         """The first `count` images as float batches."""
@@ -179,3 +281,15 @@ class AutoencoderStage(Stage):
             batch = self.dataset.__getitems__([Slot(i, 0, i) for i in chosen[first : first + 64]])
             statistics.add(self.model.encode(to_unit(batch.data.to(self.accelerator.device))))
         statistics.fit()
+
+
+def told_of_codes(counts: Tensor) -> dict[str, float]:
+    """Usage and perplexity of code counts (codes,), and a warning where they tell of a collapse."""
+    used = usage(counts).item()
+    if used < COLLAPSED and used * len(counts) < 0.5 * counts.sum():  # few, though there was occasion for more
+        print(
+            f"warning: only {used:.1%} of the {len(counts):,} codes are in use; "
+            "see model.normalize, model.codebook_decay and model.revive_every",
+            file=sys.stderr,
+        )
+    return {"usage": used, "perplexity": perplexity(counts).item()}

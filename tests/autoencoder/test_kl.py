@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,14 +17,18 @@ FAMILY = {
     83_653_863: KL(),
     69_610_963: KL(channels=(128, 128, 256, 256, 512), latent_channels=16, attention_at=(16,)),
     103_880_131: KL(channels=(128, 128, 256, 256, 512, 512), latent_channels=64, attention_at=(16, 32)),
+    83_821_011: KL(latent_channels=16),  # Stable Diffusion 3's 83,819,683 and the two 1x1 convolutions it leaves out
+    69_836_067: KL(channels=(128, 128, 256, 256, 512), latent_channels=32, attention_at=(16,)),
 }
+MIDDLE = 2 * (4 * (512 * 512 + 512) + 2 * 512)  # attention of 512 channels in encoder and decoder
 
 
 @pytest.mark.parametrize("count", FAMILY)
 def test_parameter_counts_of_the_ldm_family(count: int) -> None:
     with torch.device("meta"):
-        model = FAMILY[count].build()
+        model, plain = FAMILY[count].build(), dataclasses.replace(FAMILY[count], mid_attention=False).build()
     assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(p.numel() for p in plain.parameters()) == count - MIDDLE
 
 
 def diffusers_twin(config: KL) -> Any:

@@ -18,6 +18,20 @@ SMALL = VQ(channels=(8, 16), blocks=1, latent_channels=2, encoder_channels=3, gr
     [
         (55_322_782, VQ()),
         (
+            67_717_295,
+            VQ(channels=(128, 256, 256, 512), latent_channels=4, encoder_channels=4, attention_at=(8,), codes=16384),
+        ),
+        (
+            69_593_371,
+            VQ(
+                channels=(128, 128, 256, 256, 512),
+                latent_channels=8,
+                encoder_channels=8,
+                attention_at=(16,),
+                codes=16384,
+            ),
+        ),
+        (
             72_141_699,
             VQ(
                 channels=(128, 128, 256, 256, 512),
@@ -30,8 +44,19 @@ SMALL = VQ(channels=(8, 16), blocks=1, latent_channels=2, encoder_channels=3, gr
     ],
 )
 def test_parameter_counts(count: int, config: VQ) -> None:
+    """LDM's VQ-f4, f8, f16 and VQGAN-f16; the same as diffusers' VQModel of that shape."""
+    diffusers = pytest.importorskip("diffusers")
+    levels = range(len(config.channels))
+    down = ["AttnDownEncoderBlock2D" if 2**i in config.attention_at else "DownEncoderBlock2D" for i in levels]
+    up = ["AttnUpDecoderBlock2D" if 2**i in config.attention_at else "UpDecoderBlock2D" for i in reversed(levels)]
     with torch.device("meta"):
-        assert sum(p.numel() for p in config.build().parameters()) == count
+        theirs = diffusers.VQModel(
+            down_block_types=tuple(down), up_block_types=tuple(up), block_out_channels=config.channels,
+            layers_per_block=config.blocks, latent_channels=config.encoder_channels, num_vq_embeddings=config.codes,
+            vq_embed_dim=config.latent_channels,
+        )  # fmt: skip
+        for model in (config.build(), theirs):
+            assert sum(p.numel() for p in model.parameters()) == count
 
 
 def test_keys_and_values_are_those_of_diffusers() -> None:

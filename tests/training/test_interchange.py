@@ -153,7 +153,7 @@ def test_a_single_file_of_ldms_is_read(kind: str, prefix: str, tmp_path: Path) -
     # diffusers' converter leaves a level's attention by its old name: there only ours is asked
     own = {"codes": 16, "encoder_channels": 4, "attention_at": [4]} if kind == "vq" else {}
     model = {"kind": kind, "channels": [32, 32, 64], "blocks": 2, "latent_channels": 4}
-    home, ours = stored(tmp_path / "ours", model | own)
+    _, ours = stored(tmp_path / "ours", model | own)
     plain = {key: value for key, value in ours.state_dict().items() if not key.startswith("norm.")}
     if kind == "vq":
         plain = {key: value for key, value in plain.items() if "quantize." not in key or "embedding" in key}
@@ -167,6 +167,28 @@ def test_a_single_file_of_ldms_is_read(kind: str, prefix: str, tmp_path: Path) -
     read = load_autoencoder(convert("import", tmp_path / "a.safetensors", tmp_path / "read")).state_dict()
     assert all(torch.equal(read[key], value) for key, value in plain.items())
     assert (read["norm.scale"] == 4).all() and (read["norm.shift"] == 0).all()
+
+
+@torch.no_grad()
+def test_a_tiny_and_a_deep_compression_folder_are_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kinds, scales = ("ResBlock", "ResBlock", "EfficientViTBlock"), ((), (), (5,))
+    tiny_one = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "scaling_factor": 0.5,
+                "num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1), "latent_channels": 2}  # fmt: skip
+    deep = {"encoder_block_types": kinds, "decoder_block_types": kinds, "encoder_block_out_channels": (8, 16, 32),
+            "decoder_block_out_channels": (8, 16, 32), "encoder_layers_per_block": (0, 1, 2), "latent_channels": 4,
+            "decoder_layers_per_block": (1, 1, 1), "encoder_qkv_multiscales": scales, "scaling_factor": 0.5,
+            "decoder_qkv_multiscales": scales}  # fmt: skip
+    for number, peer in enumerate((diffusers.AutoencoderTiny(**tiny_one), diffusers.AutoencoderDC(**deep))):
+        peer.eval().save_pretrained(tmp_path / f"{number}")
+        ours = load_autoencoder(convert("import", tmp_path / f"{number}", tmp_path / f"{number}-ours"))
+        z = peer.encode(images())[0]
+        torch.testing.assert_close(ours.encode(images()), z, **CLOSE)
+        torch.testing.assert_close(ours.decode(z * 0.5), peer.decode(z).sample, **CLOSE)
+    other = diffusers.AutoencoderDC(**deep | {"upsample_block_type": "interpolate"})
+    other.save_pretrained(tmp_path / "other")
+    said = str(tiny.refused("convert_autoencoder", "import", tmp_path / "other", "--output", tmp_path / "no"))
+    assert "upsample_block_type = 'interpolate' has no counterpart" in said
 
 
 def test_attention_of_old_files_is_read(tmp_path: Path) -> None:

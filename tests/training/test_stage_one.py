@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ from training.shards import ShardSet
 from training.stage_one import AutoencoderStage
 
 SHAPE = {"model.channels": "8,8,8", "model.groups": "4", "discriminator.width": "4", "train.validation_size": "8"}
+NETWORK: dict[str, Any] = {"channels": [8, 8, 8], "blocks": 1, "groups": 4, "mid_attention": False}
+DEEP: dict[str, Any] = {"kind": "dc", "channels": [8, 8, 32], "latent_channels": 4, "attention_at": [4]}
+DEEP |= {"encoder_blocks": [1, 1, 1], "decoder_blocks": [1, 1, 1]}
 TIMES = {"loss.discriminator_start": "2", "loss.adversarial_start": "4", "loss.adversarial_ramp": "1"}
 
 
@@ -26,15 +31,18 @@ TIMES = {"loss.discriminator_start": "2", "loss.adversarial_start": "4", "loss.a
 def make(shapes: Path, tmp_path: Path) -> Callable[..., tuple[AutoencoderStage, Loop]]:
     """A stage and its loop; overrides as `section__key="text"`."""
 
-    def build(**changes: str) -> tuple[AutoencoderStage, Loop]:
+    def build(model: dict[str, Any] | None = None, **changes: str) -> tuple[AutoencoderStage, Loop]:
         overrides = {**SHAPE, **TIMES, **{key.replace("__", "."): text for key, text in changes.items()}}
         config = configs.load("autoencoder", "smoke", overrides)
+        if model:
+            values = configs.to_values(config)
+            config = configs.decode("autoencoder", {**values, "model": model})
         assert isinstance(config, configs.AutoencoderConfig)
         torch.manual_seed(0)
-        model, discriminator = config.model.build(), config.discriminator.build()
+        network, discriminator = config.model.build(), config.discriminator.build()
         perceptual = load_perceptual("squeeze", "random") if config.loss.perceptual else None
         images, held_out = Images(ShardSet(shapes, "train")), Images(ShardSet(shapes, "val"))
-        stage = AutoencoderStage(config, model, discriminator, perceptual, images, held_out)
+        stage = AutoencoderStage(config, network, discriminator, perceptual, images, held_out)
         loop = Loop(stage, config.train, config.optimizer, Accelerator(cpu=True), tmp_path / "run", 1, 8)
         return stage, loop
 
@@ -137,6 +145,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     assert caught.value.code == 5 and torch.equal(weights(stage.model), before)
 
 
+def test_compiled(make: Callable[..., tuple[AutoencoderStage, Loop]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.compile` compiles the networks and leaves the gradients as they are."""
+    compiled: list[torch.nn.Module] = []
+    compile_ = torch.nn.Module.compile
+
+    def eager(self: torch.nn.Module, *_: object, **__: object) -> None:
+        compiled.append(self)
+        compile_(self, backend="aot_eager")  # traced and differentiated as for a real compiler, which takes minutes
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    (stage, loop), (plain, plain_loop) = make(train__compile="true"), make()
+    assert stage.model.encoder in compiled and stage.discriminator in compiled
+    assert plain.model.encoder not in compiled
+    for number in (2, 4):  # without and with the adversary
+        step(stage, loop, number), step(plain, plain_loop, number)
+        for ours, theirs in ((stage.model, plain.model), (stage.discriminator, plain.discriminator)):
+            torch.testing.assert_close(gradients(ours), gradients(theirs), rtol=1e-3, atol=1e-6)
+        loop.step(number, 1e-5), plain_loop.step(number, 1e-5)
+
+
 def test_the_normaliser(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
     """The last act: latents of the data have mean 0 and variance 1 per channel."""
     stage, _ = make()
@@ -146,3 +174,116 @@ def test_the_normaliser(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> N
     latents = torch.cat([stage.model.norm.latents(moments, torch.randn(96, 4, 8, 8)) for _ in range(20)])
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=0.05)
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.05)
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "log-variance": {"loss__log_variance": "learned"},
+    "critic": {"loss__r1": "0.1", "loss__lecam": "0.1", "loss__augment": '["colour", "translation", "cutout"]'},
+    "multi-scale": {"discriminator__kind": "multi-scale", "discriminator__layers": "1"},
+    "equivariance": {"latent__kind": "equivariance", "latent__probability": "1"},
+    "spectral": {"latent__kind": "spectral"},
+    "plateau": {"loss__plateau": "0.9", "loss__plateau_steps": "1"},
+    "vq": {"model": {**NETWORK, "kind": "vq", "codes": 64, "codebook_decay": 0.9, "revive_every": 2}},
+    "vq-gradient": {"model": {**NETWORK, "kind": "vq", "codes": 64, "normalize": True, "revive_every": 2}},
+    "fsq": {"model": {**NETWORK, "kind": "fsq", "levels": [5, 5, 5]}},
+    "lfq": {"model": {**NETWORK, "kind": "lfq", "latent_channels": 6, "temperature": 1.0}},
+    "dc": {"model": DEEP},
+    "tiny": {"model": {"kind": "tiny", "width": 8, "encoder_blocks": [1, 1, 1], "decoder_blocks": [1, 1, 1]}},
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extras_do_not_depend_on_the_split_and_survive_a_resume(
+    make: Callable[..., tuple[AutoencoderStage, Loop]], name: str
+) -> None:
+    """Steps in one piece, steps in two micro-batches, and steps from a checkpoint half way: the same training."""
+    changes = {"loss__perceptual": "0", "loss__reconstruction": "l2", **EXTRAS[name]}
+    (whole, whole_loop), (split, split_loop), (later, later_loop) = (make(**changes) for _ in range(3))
+    for number in range(6):
+        if number == 3:
+            later_loop.restore(whole_loop.snapshot(3))
+        values = step(whole, whole_loop, number)
+        assert all(value.ndim == 0 and value.isfinite() for value in values.values())
+        step(split, split_loop, number, 2)
+        if name != "lfq":  # its batch entropy is that of a micro-batch
+            for ours, theirs in ((whole.model, split.model), (whole.discriminator, split.discriminator)):
+                assert (gradients(ours) - gradients(theirs)).norm() <= 2e-3 * gradients(ours).norm(), number
+        whole_loop.step(number, 1e-5), split_loop.step(number, 1e-5)
+        if number >= 3:
+            step(later, later_loop, number), later_loop.step(number, 1e-5)
+    assert whole.ramp(5) > 0
+    for key, tensor in whole_loop.snapshot(6).tensors["model"].items():
+        assert torch.equal(later_loop.snapshot(6).tensors["model"][key], tensor), key
+    assert later.state() == whole.state()
+
+
+def test_learned_log_variance(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
+    """s has the gradient 1 − loss·exp(−s), is in an optimiser, and scales the decoder's gradient by exp(−s)."""
+    changes = {"loss__log_variance": "learned", "loss__kl": "0", "loss__adversarial": "0"}
+    (stage, loop), (plain, plain_loop) = make(**changes), make(**{**changes, "loss__log_variance": "fixed"})
+    spread = stage.log_variance
+    assert spread is not None
+    with torch.no_grad():
+        spread.value.fill_(0.7)
+    values, fixed = step(stage, loop, 0), step(plain, plain_loop, 0)
+    loss, scale = fixed["loss"].item(), torch.tensor(-0.7).exp().item()
+    assert values["loss"].item() == pytest.approx(loss * scale + 0.7, rel=1e-5)
+    assert spread.value.grad is not None
+    assert spread.value.grad.item() == pytest.approx(1 - loss * scale, rel=1e-5)
+    torch.testing.assert_close(gradients(stage.model), scale * gradients(plain.model), rtol=1e-3, atol=1e-6)
+    loop.step(0, 1e-2)
+    towards = 1 if math.log(loss) > 0.7 else -1  # its best value is log loss
+    assert spread.value.item() == pytest.approx(0.7 + towards * 1e-2, abs=1e-4)  # Adam's first step
+    assert "log_variance.value" in loop.snapshot(1).tensors["model"]
+
+
+def test_start_by_plateau(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
+    """No adversarial gradient until the reconstruction stalls; the step between measures the balance."""
+    stage, loop = make(loss__plateau="0.5", loss__plateau_steps="2", loss__perceptual="0", loss__adversarial_start="2")
+    for number in range(4):
+        assert stage.ramp(number) == 0
+        step(stage, loop, number)
+        assert stage.balance == 0
+    assert stage.start == 5  # two windows of two steps without the wanted fall
+    step(stage, loop, 4)
+    assert stage.balance > 0 and stage.ramp(5) == 1
+
+
+def test_equivariance_moves_target_and_latents_alike(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
+    """The step's loss is that of D(τ∘z) against τ∘x, at every size that the critic and LPIPS can take."""
+    changes = {"latent__kind": "equivariance", "latent__probability": "1", "loss__perceptual": "0", "loss__kl": "0"}
+    stage, _ = make(loss__adversarial="0", **changes)
+    images, sizes = next(iter(stage.looks(stage.dataset, 8))), set()
+    for number in range(5):
+        move = stage.move(images, number)
+        assert move is not None and move == stage.move(images[:1], number)
+        sizes.add(move.height)
+        with torch.no_grad():
+            x_hat, _ = stage.model(images, stage.noise(torch.arange(8) + 8 * number, images, number), move)
+            expected = (x_hat - move(images, 4)).abs().mean()
+        batch = stage.dataset.__getitems__([Slot(i, 0, 8 * number + i) for i in range(8)])
+        values = stage.backward(batch, number, 1.0)
+        assert values["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert len(sizes) > 1 and max(sizes) <= 8
+    seen, _ = make(**changes)  # the smallest picture of two layers is 12 pixels, 3 latents
+    assert min(m.height for n in range(60) if (m := seen.move(images, n))) == 3
+
+
+def test_a_codebook_is_watched(
+    make: Callable[..., tuple[AutoencoderStage, Loop]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, loop = make(model={**NETWORK, "kind": "vq", "codes": 64}, loss__perceptual="0", loss__codebook="2")
+    values = step(stage, loop, 0)
+    assert values["loss"] > 2 * values["codebook"] > 0
+    torch.nn.init.normal_(stage.model.quantize.embedding.weight)  # type: ignore[union-attr, arg-type]
+    with torch.no_grad():
+        numbers = stage.evaluate(tmp_path)
+    assert 0 < numbers["usage"] <= 1 and 1 <= numbers["perplexity"] <= 64
+    capsys.readouterr()
+    with torch.no_grad():
+        stage.model.quantize.embedding.weight[1:] += 1e3  # type: ignore[union-attr, operator]
+        collapsed = stage.evaluate(tmp_path)
+    assert collapsed["usage"] == 1 / 64 and collapsed["perplexity"] == pytest.approx(1)
+    assert "only 1.6% of the 64 codes are in use" in capsys.readouterr().err
+    with torch.no_grad():
+        assert "usage" not in make()[0].evaluate(tmp_path)

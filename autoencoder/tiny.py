@@ -1,0 +1,157 @@
+"""A tiny autoencoder for previews, distilled from a trained one (the layout of TAESD)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.base import Autoencoder, full_precision
+from autoencoder.norm import LatentNorm
+from autoencoder.quantizer import Reduce, identity
+
+REACH = 3.0  # latents beyond, which hardly occur, are squashed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """Shape of a tiny autoencoder of factor 2^(len(encoder_blocks) - 1) and one width; the default is TAESD's.
+
+    encoder_blocks count from the finest level, decoder_blocks from the coarsest. ValueError for what cannot be built.
+    """
+
+    kind: Literal["tiny"] = "tiny"
+    width: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_channels: int = 4
+    image_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.latent_channels, self.image_channels) < 1:
+            raise ValueError("width, latent_channels and image_channels must be at least 1.")
+        if len(self.encoder_blocks) != len(self.decoder_blocks) or not self.encoder_blocks:
+            raise ValueError("encoder_blocks and decoder_blocks must name the blocks of the same levels, at least one.")
+        if min(*self.encoder_blocks, *self.decoder_blocks) < 0:
+            raise ValueError("a level cannot have fewer than 0 blocks.")
+
+    @property
+    def factor(self) -> int:
+        """Image size over latent size."""
+        return 1 << (len(self.encoder_blocks) - 1)
+
+    def build(self) -> TinyAutoencoder:
+        """A freshly initialised model (torch's default initialisation, seeded by the caller)."""
+        return TinyAutoencoder(self)
+
+
+class TinyBlock(nn.Module):
+    """relu(x + conv(relu(conv(relu(conv(x)))))): (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        first, second, third = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (self.conv(x) + x).relu()
+        return y
+
+
+class TinyEncoder(nn.Module):
+    """images in [-1, 1] -> z."""
+
+    def __init__(self, config: Tiny) -> None:
+        super().__init__()
+        width = config.width
+        parts: list[nn.Module] = [nn.Conv2d(config.image_channels, width, 3, padding=1)]
+        for i, count in enumerate(config.encoder_blocks):
+            parts += [nn.Conv2d(width, width, 3, 2, 1, bias=False)] if i else []
+            parts += [TinyBlock(width) for _ in range(count)]
+        self.layers = nn.Sequential(*parts, nn.Conv2d(width, config.latent_channels, 3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        z: Tensor = self.layers((images + 1) / 2)
+        return z
+
+
+class TinyDecoder(nn.Module):
+    """z -> images."""
+
+    def __init__(self, config: Tiny) -> None:
+        super().__init__()
+        width = config.width
+        parts: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+        for i, count in enumerate(config.decoder_blocks):
+            parts += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)] if i else []
+            parts += [TinyBlock(width) for _ in range(count)]
+        self.layers = nn.Sequential(*parts, nn.Conv2d(width, config.image_channels, 3, padding=1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.layers((z / REACH).tanh() * REACH)
+        return images * 2 - 1
+
+
+class TinyAutoencoder(Autoencoder):
+    """Encoder and decoder without a posterior: moments are z. Keys as diffusers' AutoencoderTiny, and `norm`.
+
+    Distilled (`distillation`), z are the teacher's normalised latents and `norm` stays the identity.
+    """
+
+    encoder_parts = ("encoder.",)
+    quantize = None
+
+    def __init__(self, config: Tiny) -> None:
+        super().__init__()
+        self.factor = config.factor
+        self.image_channels, self.latent_channels = config.image_channels, config.latent_channels
+        self.encoder, self.decoder = TinyEncoder(config), TinyDecoder(config)
+        self.norm = LatentNorm(config.latent_channels, gaussian=False)
+
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, move: Callable[[Tensor], Tensor] = identity
+    ) -> tuple[Tensor, Tensor]:
+        z = self.encode(images)
+        return self._decode(move(z)), z
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.check_images(images)
+        return full_precision(self.encoder(images.to(self.last_layer.dtype)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.check_latents(latents)
+        return self._decode(self.norm.inverse(latents))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return full_precision(self.decoder(z.to(self.last_layer.dtype)))
+
+    def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
+        """0: nothing holds z but the network, or its teacher."""
+        return moments.new_zeros(len(moments))
+
+    @property
+    def last_layer(self) -> Tensor:
+        weight: Tensor = self.decoder.layers[-1].weight  # type: ignore[assignment]
+        return weight
+
+
+def distillation(student: Autoencoder, teacher: Autoencoder, images: Tensor, noise: Tensor | None) -> Tensor:
+    """mean (D_s(z) − D_t(z))² + mean (E_s(x) − z̄)² per image (B,): z the teacher's normalised latents, z̄ their mean.
+
+    The teacher gets no gradient. noise (B, C, h, w) ~ N(0, I), None = its posterior mean. ValueError where the two do
+    not share factor and latent channels.
+    """
+    if (student.factor, student.latent_channels) != (teacher.factor, teacher.latent_channels):
+        raise ValueError(
+            f"the teacher has factor {teacher.factor} and {teacher.latent_channels} latent channels, "
+            f"the student {student.factor} and {student.latent_channels}."
+        )
+    with torch.no_grad():
+        moments = teacher.encode(images)
+        mean, latents = teacher.norm.mean_latents(moments), teacher.norm.latents(moments, noise)
+        target = teacher.decode(latents)
+    pictures = (student.decode(latents) - target).square().flatten(1).mean(1)
+    return pictures + (student.norm.mean_latents(student.encode(images)) - mean).square().flatten(1).mean(1)
