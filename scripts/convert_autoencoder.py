@@ -10,8 +10,9 @@ from training.cli import Parser, run_main
 def main() -> None:
     parser = Parser(
         __doc__ or "",
-        epilog="import reads diffusers' AutoencoderKL and VQModel (a folder, a pipeline's, or ORG/NAME) and LDM's\n"
-        "single safetensors files; what it writes serves wherever an autoencoder's run does.",
+        epilog="import reads diffusers' AutoencoderKL, VQModel, AutoencoderTiny and AutoencoderDC (a folder, a\n"
+        "pipeline's, or ORG/NAME) and LDM's single safetensors files; what it writes serves wherever an\n"
+        "autoencoder's run does. export writes kl and vq models.",
     )
     parser.add_argument("verb", choices=("import", "export"), help="which way")
     parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")

@@ -23,6 +23,12 @@ def main() -> None:
     )
     add("--text-lower", action="store_true", help="lower-case captions first")
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the encoder")
+    add(
+        "--on-bad-data",
+        choices=("error", "skip"),
+        default="skip",
+        help="a sample that cannot be read: an error, or left out and counted, up to 1 %%",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read()

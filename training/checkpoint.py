@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import CHECKPOINT, NUMERICAL, UserError
+from training.faults import fault
 from training.files import disk_error, file_sha256, load_tensors, save_tensors, sync_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -31,10 +33,14 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run. Only one process may write."""
+    """The `checkpoints/` folder of a run. Only one process may write.
 
-    def __init__(self, run: Path, keep_last: int = 2) -> None:
-        self.folder, self.keep_last = run / "checkpoints", keep_last
+    Kept are the newest `keep_last`, any that holds a file named `pinned`, and with `keep_best` the one of the lowest
+    `score` in its state.
+    """
+
+    def __init__(self, run: Path, keep_last: int = 2, *, keep_best: bool = False) -> None:
+        self.folder, self.keep_last, self.keep_best = run / "checkpoints", keep_last, keep_best
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write one checkpoint durably, point `latest` to it, prune old ones.
@@ -48,20 +54,27 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
+            fault("checkpoint.staging")
             for name in TENSOR_FILES:
                 save_tensors(staging / f"{name}.safetensors", checkpoint.tensors[name])
+                fault("checkpoint.file")
             write_json(staging / "state.json", dict(checkpoint.state))
+            fault("checkpoint.file")
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
             write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
-            shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from an earlier one
+            fault("checkpoint.manifest")
+            if target.exists():  # the same step again, after a resume from an earlier one
+                self._remove(target)
+            fault("checkpoint.rename")
             staging.replace(target)
             sync_folder(self.folder)
+            fault("checkpoint.latest")
             write_bytes(self.folder / "latest", f"{target.name}\n".encode())
         except OSError as failure:
             raise disk_error(target, failure) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self._prune(target)
+        self.prune(target)
         return target
 
     def load(self, path: Path) -> Checkpoint:
@@ -125,15 +138,35 @@ class Checkpoints:
             code=CHECKPOINT,
         )
 
-    def _prune(self, last: Path) -> None:
+    def prune(self, last: Path) -> None:
         """Keep the newest ones up to `last`; later ones belong to a future that a resume from before them gave up."""
         found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
-        kept = [p for p in found if p.name <= last.name][-self.keep_last :]
+        past = [p for p in found if p.name <= last.name]
+        kept = {*past[-self.keep_last :], *(p for p in found if (p / "pinned").exists())}
+        if self.keep_best and (scores := {p: s for p in past if (s := score(p)) is not None}):
+            kept.add(min(scores, key=lambda p: scores[p]))
         for path in (p for p in found if p not in kept):
             try:
-                shutil.rmtree(path)
+                self._remove(path)
             except OSError as failure:
                 print(f"warning: could not remove old checkpoint {path.name}: {failure}", file=sys.stderr)
+            fault("checkpoint.prune")
+
+    def _remove(self, path: Path) -> None:
+        """Rename, then delete: a kill in between leaves no half checkpoint, only a folder that `sweep` removes."""
+        gone = path.with_name(f".tmp-{path.name}-old")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.replace(gone)
+        shutil.rmtree(gone)
+
+
+def score(path: Path) -> float | None:
+    """The validation score saved with a checkpoint, lower is better; None where it has none."""
+    try:
+        value = json.loads((path / "state.json").read_text("utf-8")).get("score")
+        return float(value) if value is not None and math.isfinite(value) else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def damage(path: Path) -> str:

@@ -34,7 +34,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Shows defaults where there are any, and keeps the layout of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, False, "", argparse.SUPPRESS)
+        shown = action.default not in (None, False, "", [], argparse.SUPPRESS)
         return (action.help or "") + (" (default: %(default)s)" if shown else "")
 
 
@@ -94,6 +94,8 @@ class TrainParser(Parser):
             epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
         )
         self.data = self.add_argument_group("data")
+        text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
+        self.data.add_argument("--on-bad-data", choices=("error", "skip"), default="skip", help=text)
         run = self.add_argument_group("run")
         run.add_argument(
             "--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file"
@@ -103,6 +105,9 @@ class TrainParser(Parser):
             "--resume",
             metavar="auto|latest|PATH",
             help="auto: newest sound checkpoint, or start fresh; latest: it must exist",
+        )
+        run.add_argument(
+            "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
         )
         run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
         run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm.noise import Noise
-from training.errors import DATA, UserError
-from training.order import Batches, Slot
+from training.errors import DATA, NUMERICAL, UserError
+from training.order import Batches, Slot, substitute
 
 if TYPE_CHECKING:
     from training.shards import ShardSet
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
+Policy = Literal["error", "skip"]
+LIMIT = 0.01  # the share of a split that may be left out, at least one sample; beyond it the data are not sound
+ATTEMPTS = 8  # unreadable samples drawn for one slot before reading is given up
+SHOWN = 5  # of the samples left out
+Loaded = TypeVar("Loaded")
 
 
 class Batch(NamedTuple):
@@ -29,114 +36,205 @@ class Batch(NamedTuple):
     slots: Tensor
     captions: list[str]
     text: list[dict[str, Tensor]] | None = None  # stored text embeddings, where the shards hold them
+    bad: Mapping[int, str] = {}  # samples that could not be read, another in the slot of each: index -> why
 
 
-class Images(Dataset[Batch]):
-    """Packed pictures by slot; half of them mirrored when `flip`, keyed by (seed, epoch, sample)."""
+class Samples(Dataset[Batch], ABC, Generic[Loaded]):
+    """The samples of a split by slot.
 
-    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0) -> None:
-        self.shards, self.flip, self.seed = shards, flip, seed
-        found = [ext for ext in PICTURES if ext in shards.fields]
-        if not found:
-            raise UserError(
-                f"the shards hold no pictures (fields: {', '.join(shards.fields)})",
-                hint="make them with scripts/make_shards.py pack",
-                code=DATA,
-            )
-        self.extensions = found
+    One that cannot be read follows `on_bad_data`: "error" raises its UserError; "skip" fills its slot with another,
+    drawn by (seed, slot), says so once, and counts it in `bad`. Raises UserError(code 3) where more than 1 % of the
+    split (at least one sample) is left out.
+    """
+
+    def __init__(self, shards: ShardSet, seed: int, on_bad_data: Policy) -> None:
+        self.shards, self.seed, self.on_bad_data = shards, seed, on_bad_data
+        self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def picture(self, index: int) -> np.ndarray:
-        """Sample `index` as uint8 (H,W,3)."""
-        from PIL import Image
+    @abstractmethod
+    def load(self, slots: list[Slot]) -> list[Loaded | UserError]:
+        """The sample of each slot, or why it cannot be read."""
 
-        record = self.shards.read(index)
-        data = next((record[ext] for ext in self.extensions if record.get(ext)), b"")
-        try:
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        except (OSError, ValueError) as failure:
-            raise UserError(
-                f"{self.shards.key(index)}: not a readable picture ({failure})",
-                hint="run: scripts/make_shards.py verify DIR",
-                code=DATA,
-            ) from None
+    @abstractmethod
+    def join(self, slots: list[Slot], samples: list[Loaded]) -> Batch:
+        """The samples of slots as one batch."""
 
     def __getitems__(self, slots: list[Slot]) -> Batch:
-        pictures = [self.picture(s.index) for s in slots]
-        if len({p.shape for p in pictures}) > 1:
-            sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pictures})
+        filled, bad = list(slots), {}
+        found = self.load(filled)
+        for attempt in range(ATTEMPTS):
+            wrong = [(i, sample) for i, sample in enumerate(found) if isinstance(sample, UserError)]
+            if not wrong:
+                break
+            for i, problem in wrong:
+                if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
+                    raise problem
+                bad[filled[i].index] = problem.what
+                filled[i] = substitute(slots[i], attempt, len(self), self.seed)
+            for (i, _), sample in zip(wrong, self.load([filled[i] for i, _ in wrong]), strict=True):
+                found[i] = sample
+        batch = self.join(filled, [sample for sample in found if not isinstance(sample, UserError)])._replace(bad=bad)
+        if get_worker_info() is None:
+            self.count(bad)
+        return batch
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([Slot(index, 0, index)])
+
+    def count(self, bad: Mapping[int, str]) -> None:
+        """Takes note of samples left out. Raises UserError (code 3) beyond the limit."""
+        for index, why in bad.items():
+            if index not in self.bad and len(self.bad) < SHOWN:
+                print(f"warning: sample left out, another in its place: {why}", file=sys.stderr)
+            self.bad[index] = why
+        if len(self.bad) > math.ceil(LIMIT * len(self)):
+            first = "; ".join(list(self.bad.values())[:SHOWN])
+            what = f"{len(self.bad):,} of {len(self):,} samples cannot be read, more than {LIMIT:.0%}: {first}"
+            raise UserError(what, hint=f"run: scripts/make_shards.py verify {self.shards.directory}", code=DATA)
+
+
+class Images(Samples[np.ndarray]):
+    """Packed pictures by slot; half of them mirrored when `flip`, keyed by (seed, epoch, sample)."""
+
+    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip") -> None:
+        super().__init__(shards, seed, on_bad_data)
+        self.flip = flip
+        self.extensions = [ext for ext in PICTURES if ext in shards.fields]
+        if not self.extensions:
+            what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
+            raise UserError(what, hint="make them with scripts/make_shards.py pack", code=DATA)
+
+    def picture(self, index: int) -> np.ndarray:
+        """Sample `index` as uint8 (H,W,3). Raises UserError(code 3) where it cannot be decoded."""
+        from training.images import load_image
+
+        record = self.shards.read(index, self.extensions)
+        data = next((record[ext] for ext in self.extensions if record.get(ext)), b"")
+        try:
+            return np.asarray(load_image(data))
+        except UserError as failure:
+            what = f"{self.shards.key(index)}: not a readable picture ({failure.what})"
+            raise UserError(
+                what, hint=f"run: scripts/make_shards.py verify {self.shards.directory}", code=DATA
+            ) from None
+
+    def load(self, slots: list[Slot]) -> list[np.ndarray | UserError]:
+        """The picture of each slot."""
+        return [_tried(self.picture, slot.index) for slot in slots]
+
+    def join(self, slots: list[Slot], samples: list[np.ndarray]) -> Batch:
+        """Stacked, some mirrored. Raises UserError where pictures differ in size."""
+        if len({p.shape for p in samples}) > 1:
+            sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in samples})
             raise UserError(
                 f"pictures of different sizes in one batch ({', '.join(sizes[:4])})",
                 hint="pack them with --resolution",
                 code=DATA,
             )
-        data = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        data = torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2)
         if self.flip:
             data = torch.where(_coin(slots, self.seed, "flip")[:, None, None, None], data.flip(-1), data)
         return Batch(data, _ids(slots), [""] * len(slots))
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([Slot(index, 0, index)])
+
+class Latent(NamedTuple):
+    """One sample of `Latents`."""
+
+    moments: np.ndarray
+    caption: str
+    text: dict[str, Tensor] | None
 
 
-class Latents(Dataset[Batch]):
+class Latents(Samples[Latent]):
     """Encoded moments and a caption by slot; caption and mirrored variant are chosen by (seed, epoch, sample)."""
 
-    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0) -> None:
-        self.shards, self.seed = shards, seed
+    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip") -> None:
+        super().__init__(shards, seed, on_bad_data)
         latent = shards.summary.get("latent")
         if not latent:
-            raise UserError(
-                "these shards hold no latents",
-                hint="make them with: scripts/encode_latents.py --autoencoder RUN --data DIR --output DIR",
-                code=DATA,
-            )
+            hint = "make them with: scripts/encode_latents.py --autoencoder RUN --data DIR --output DIR"
+            raise UserError("these shards hold no latents", hint=hint, code=DATA)
         self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
         self.mirrored = flip and "mirror.npy" in shards.fields
         self.text = "text.safetensors" in shards.fields
         if flip and not self.mirrored:
-            raise UserError(
-                "train.flip is on, but the latents hold no mirrored images",
-                hint="encode again with --flip, or set --train.flip false",
-                code=DATA,
-            )
-
-    def __len__(self) -> int:
-        return len(self.shards)
+            hint = "encode again with --flip, or set --train.flip false"
+            raise UserError("train.flip is on, but the latents hold no mirrored images", hint=hint, code=DATA)
 
     def moments(self, index: int, field: str = "moments.npy") -> np.ndarray:
-        """Sample `index` as (2C,h,w). The npy header's length stands in its bytes 8-9."""
-        data = self.shards.read_field(index, field)
-        return np.frombuffer(data, self.dtype, offset=10 + int.from_bytes(data[8:10], "little")).reshape(self.shape)
+        """Sample `index` as (2C,h,w)."""
+        return self._moments(index, self.shards.read(index, (field,)).get(field, b""))
 
     def captions(self, index: int) -> list[str]:
-        """All captions of sample `index`."""
-        return list(json.loads(self.shards.read_field(index, "json"))["captions"])
+        """All captions of sample `index`; the empty one where they cannot be read, unless `on_bad_data` is "error"."""
+        try:
+            return self._captions(index, self.shards.read(index, ("json",)).get("json", b""))
+        except UserError:
+            if self.on_bad_data == "error":
+                raise
+            return [""]
 
-    def __getitems__(self, slots: list[Slot]) -> Batch:
+    def load(self, slots: list[Slot]) -> list[Latent | UserError]:
+        """The variant of each slot's sample that its epoch asks for."""
+        mirror = _coin(slots, self.seed, "flip").tolist() if self.mirrored else [False] * len(slots)
+        choice = _uniform(slots, self.seed, "caption").tolist()
+        return [
+            _tried(self._sample, slot.index, "mirror.npy" if mirrored else "moments.npy", share)
+            for slot, mirrored, share in zip(slots, mirror, choice, strict=True)
+        ]
+
+    def join(self, slots: list[Slot], samples: list[Latent]) -> Batch:
+        """Stacked, in float32."""
+        data = torch.from_numpy(np.stack([sample.moments for sample in samples]).astype(np.float32))
+        text = [sample.text for sample in samples if sample.text is not None] if self.text else None
+        return Batch(data, _ids(slots), [sample.caption for sample in samples], text)
+
+    def _sample(self, index: int, field: str, share: float) -> Latent:
+        record = self.shards.read(index, (field, "json", "text.safetensors"))
+        moments = self._moments(index, record.get(field, b""))
+        if not np.isfinite(moments).all():
+            hint = "encode again: scripts/encode_latents.py --dtype float32 --mixed-precision no"
+            raise UserError(f"{self.shards.key(index)}: stored latents are not finite", hint=hint, code=NUMERICAL)
+        captions = self._captions(index, record.get("json", b""))
+        picked = int(share * len(captions))
+        text = self._text(index, record.get("text.safetensors", b""), picked) if self.text else None
+        return Latent(moments, captions[picked], text)
+
+    def _moments(self, index: int, data: bytes) -> np.ndarray:
+        """The array of an npy file; the length of its header stands in bytes 8-9."""
+        start = 10 + int.from_bytes(data[8:10], "little")
+        if data[:6] != b"\x93NUMPY" or len(data) - start != self.dtype.itemsize * math.prod(self.shape):
+            raise self._damaged(index, f"moments are no {'x'.join(map(str, self.shape))} array of {self.dtype}")
+        return np.frombuffer(data, self.dtype, offset=start).reshape(self.shape)
+
+    def _captions(self, index: int, data: bytes) -> list[str]:
+        try:
+            captions = json.loads(data)["captions"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            captions = None
+        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+            raise self._damaged(index, "no captions")
+        return captions
+
+    def _text(self, index: int, data: bytes, picked: int) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        mirror = _coin(slots, self.seed, "flip").tolist() if self.mirrored else [False] * len(slots)
-        moments = [
-            self.moments(s.index, "mirror.npy" if m else "moments.npy") for s, m in zip(slots, mirror, strict=True)
-        ]
-        choice = _uniform(slots, self.seed, "caption").tolist()
-        captions = [self.captions(s.index) for s in slots]
-        picked = [int(u * len(c)) for u, c in zip(choice, captions, strict=True)]
-        text = None
-        if self.text:
-            stored = [load(self.shards.read_field(s.index, "text.safetensors")) for s in slots]
-            text = [
-                {k.partition(".")[2]: v for k, v in t.items() if k.startswith(f"{p}.")}
-                for t, p in zip(stored, picked, strict=True)
-            ]
-        data = torch.from_numpy(np.stack(moments).astype(np.float32))
-        return Batch(data, _ids(slots), [c[p] for c, p in zip(captions, picked, strict=True)], text)
+        try:
+            stored = load(data)
+        except (SafetensorError, ValueError) as failure:
+            raise self._damaged(index, f"text embedding ({failure})") from None
+        own = {name.partition(".")[2]: tensor for name, tensor in stored.items() if name.startswith(f"{picked}.")}
+        if "context" not in own:
+            raise self._damaged(index, f"no embedding of caption {picked}")
+        return own
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([Slot(index, 0, index)])
+    def _damaged(self, index: int, what: str) -> UserError:
+        hint = f"run: scripts/make_shards.py verify {self.shards.directory}"
+        return UserError(f"{self.shards.key(index)}: damaged sample: {what}", hint=hint, code=DATA)
 
 
 def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
@@ -152,6 +250,8 @@ def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bo
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
+        if workers:  # what a loader process counts, it counts in a copy
+            dataset.count(batch.bad)
         yield batch
 
 
@@ -166,6 +266,16 @@ class _Fetched(Dataset[Any]):
             return self.dataset.__getitems__(slots)
         except UserError as problem:
             return problem
+
+
+def _tried(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
+    """What `read` gives, or why it could not."""
+    try:
+        return read(*arguments)
+    except UserError as problem:
+        if problem.code not in (DATA, NUMERICAL):
+            raise
+        return problem
 
 
 def _whole(batch: Any) -> Any:

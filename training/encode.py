@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import sys
-import time
-from collections.abc import Iterator
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from autoencoder.images import to_unit
 from training import launch, text
-from training.data import Images
-from training.errors import CHECKPOINT, DATA, NUMERICAL, UserError, explained
-from training.files import read_json, remove_partials, save_tensors, write_json
-from training.order import Slot
+from training.data import Images, Latents
+from training.encoder import Encoder, embeddings, refuse_many
+from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
 from training.runs import autoencoder_hashes, copy_model, find, load_autoencoder
 from training.shards import ShardInfo, ShardSet, read_index, sound_shard, write_index, write_shard
 
@@ -30,12 +28,16 @@ if TYPE_CHECKING:
     from ldm.text import TextEncoder
 
 PLAN = "encoding.json"  # what a folder of latents is being made from, so that a restart continues the same thing
+BESIDE = 3000  # bytes of a sample beyond its moments: captions, metadata, headers
+DEAD = 1e-4  # standard deviation of a channel that says nothing
+PROBED = 256  # latents looked at for dead channels
 
 
 def encode(args: argparse.Namespace) -> int:
     """Encode every shard of a data set; several processes share the shards. Restartable: sound shards are kept."""
     accelerator = launch.start(args.device)
     source, target = Path(args.data), Path(args.output)
+    check_output(target)
     _, shards = read_index(source)
     home, weights = find(args.autoencoder, "autoencoder")
     if not weights.is_file():
@@ -49,116 +51,32 @@ def encode(args: argparse.Namespace) -> int:
     plan = {
         "encoder": autoencoder_hashes(model)["encoder"],
         "data": {s.name: s.sha256 for s in shards},
-        "latent": _latent(Images(ShardSet(source, shards[0].split)), model, args.dtype),
+        "latent": _latent(_images(source, shards[0].split, args), model, args.dtype),
         "flip": args.flip,
         "precision": args.mixed_precision,
         "text_encoder": text.identity(encoder)["hash"] if encoder else None,
     }
+    total = sum(s.samples for s in shards)
     if accelerator.is_main_process:
-        _claim(target, plan)
-        copy_model(home, target / "autoencoder")
-        if encoder:
-            text.keep(encoder, args.text_encoder, target)
-            save_tensors(target / "text_encoder" / "null.safetensors", _embeddings(encoder, [""])[0])
+        _prepare(target, plan, total, home, encoder, args)
     accelerator.wait_for_everyone()
-    worker = Encoder(model, encoder, args, accelerator.device, plan["latent"]["shape"])
+    worker = Encoder(model, encoder, args, accelerator.device, plan["latent"], total)
     for info in shards[accelerator.process_index :: accelerator.num_processes]:
         name = info.name.removesuffix(".tar")
-        if sound_shard(target, name) is None:
-            write_shard(target, name, worker.samples(source, info))
-        worker.progress(info, sum(s.samples for s in shards))
+        samples = iter(()) if sound_shard(target, name) else worker.samples(_images(source, info.split, args), info)
+        if first := next(samples, None):  # none: done before, or nothing of it can be read
+            write_shard(target, name, chain([first], samples))
+        worker.progress(info)
+    worker.tell()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(target, plan, shards)
+        _finish(source, target, plan, shards, model.latent_channels)
     accelerator.wait_for_everyone()
     return 0
 
 
-class Encoder:
-    """Reads one shard of images at a time and gives its samples encoded."""
-
-    def __init__(
-        self,
-        model: Autoencoder,
-        encoder: TextEncoder | None,
-        args: argparse.Namespace,
-        device: torch.device,
-        shape: list[int],
-    ) -> None:
-        self.model, self.text, self.device, self.shape = model, encoder, device, tuple(shape)
-        self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
-        self.done, self.since, self.precision = 0, time.perf_counter(), args.mixed_precision
-
-    def samples(self, source: Path, info: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """(key, fields) of every sample of a shard, in its order."""
-        whole = ShardSet(source, info.split)
-        first = sum(s.samples for s in whole.shards if s.name < info.name)
-        images = Images(whole)
-        for start in range(first, first + info.samples, self.batch):
-            index = range(start, min(start + self.batch, first + info.samples))
-            pixels = images.__getitems__([Slot(i, 0, i) for i in index]).data
-            yield from self._batch(whole, list(index), pixels)
-
-    def _batch(self, whole: ShardSet, index: list[int], pixels: Tensor) -> Iterator[tuple[str, dict[str, bytes]]]:
-        records = [whole.read(i) for i in index]
-        keys = [whole.key(i) for i in index]
-        notes = [_notes(key, record) for key, record in zip(keys, records, strict=True)]
-        moments = {"moments.npy": self._moments(pixels, keys)}
-        if self.flip:
-            moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
-        embedded = self._texts([n["captions"] for n in notes], keys) if self.text else []
-        for i, key in enumerate(keys):
-            fields = {name: _npy(values[i]) for name, values in moments.items()}
-            fields["txt"] = notes[i]["captions"][0].encode()
-            fields["json"] = json.dumps(notes[i], ensure_ascii=False).encode()
-            if embedded:
-                fields["text.safetensors"] = embedded[i]
-            yield key, fields
-
-    def _texts(self, captions: list[list[str]], keys: list[str]) -> list[bytes]:
-        """The embeddings of each sample's captions, as `N.context` and `N.pooled` for its caption N."""
-        from safetensors.torch import save
-
-        assert self.text is not None
-        rows = iter(_embeddings(self.text, [caption for own in captions for caption in own]))
-        stored = []
-        for key, own in zip(keys, captions, strict=True):
-            named = {f"{n}.{name}": tensor for n in range(len(own)) for name, tensor in next(rows).items()}
-            if not all(tensor.isfinite().all() for tensor in named.values()):
-                raise UserError(
-                    f"{key}: the caption's embedding is not finite (stored as float16)",
-                    hint="leave --text-encoder out here and give it to scripts/train_denoiser.py instead",
-                    code=NUMERICAL,
-                )
-            stored.append(bytes(save(named)))
-        return stored
-
-    @torch.no_grad()
-    def _moments(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            moments = self.model.encode(to_unit(pixels.to(self.device))).float().cpu().numpy()
-        stored: np.ndarray = moments.astype(self.dtype)
-        bad = ~np.isfinite(stored).reshape(len(keys), -1).all(1)
-        if bad.any():
-            raise UserError(
-                f"{keys[int(bad.argmax())]}: latents are not finite (stored as {self.dtype})",
-                hint="try --dtype float32 and --mixed-precision no",
-                code=NUMERICAL,
-            )
-        if stored.shape[1:] != self.shape:
-            raise UserError(
-                f"{keys[0]}: pictures of different sizes in one data set", hint="pack them with --resolution", code=DATA
-            )
-        return stored
-
-    def progress(self, info: ShardInfo, total: int) -> None:
-        """One line after each shard."""
-        self.done += info.samples
-        print(
-            f"encoded {info.name}: {self.done:,} of {total:,} images,"
-            f" {self.done / (time.perf_counter() - self.since):.0f} images/s",
-            file=sys.stderr,
-        )
+def _images(source: Path, split: str, args: argparse.Namespace) -> Images:
+    return Images(ShardSet(source, split), on_bad_data=args.on_bad_data)
 
 
 def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder | None:
@@ -171,16 +89,36 @@ def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder
     return text.load_huggingface(config, args.text_encoder).to(device)
 
 
+def _prepare(
+    target: Path, plan: dict[str, Any], total: int, home: Path, encoder: TextEncoder | None, args: argparse.Namespace
+) -> None:
+    """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
+    size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize * (2 if args.flip else 1) + BESIDE
+    written = sum(path.stat().st_size for path in target.glob("*.tar"))
+    check_output(target, total * size - written)
+    _claim(target, plan)
+    try:
+        copy_model(home, target / "autoencoder")
+        if encoder:
+            text.keep(encoder, args.text_encoder, target)
+            save_tensors(target / "text_encoder" / "null.safetensors", embeddings(encoder, [""])[0])
+    except OSError as failure:
+        raise disk_error(target, failure) from None
+
+
 def _claim(target: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     old = target / PLAN
     if old.is_file():
         before = read_json(old)
-        changed = [key for key in plan if before.get(key) != plan[key]]
+        before = before if isinstance(before, dict) else {}
+        changed = [
+            f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
+        ]
         if changed:
             raise UserError(
-                f"{target} holds latents made from something else ({', '.join(changed)} differ)",
+                f"{target} holds latents made from something else ({'; '.join(changed)})",
                 hint="choose another --output, or remove that folder",
                 code=CHECKPOINT,
             )
@@ -192,43 +130,38 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
 
 def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
     """What one stored latent is: shape, type, and the size of its picture."""
-    picture = images.picture(0).shape[:2]
+    picture = tuple(images[0].data.shape[2:])
     with explained("pack the pictures again with another --resolution", DATA):
         model.check_images(torch.empty(1, 3, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
 
 
-def _finish(target: Path, plan: dict[str, Any], shards: list[ShardInfo]) -> None:
-    infos = [sound_shard(target, s.name.removesuffix(".tar")) for s in shards]
+def _short(value: object) -> str:
+    """A hash by its beginning, anything else as it is, a table by the hash of all its entries."""
+    if isinstance(value, dict) and len(value) > 4:
+        return f"{len(value)} shards {sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]}"
+    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _finish(source: Path, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int) -> None:
+    infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
-    write_index(target, [info for info in infos if info], summary, kind="latents")
+    asked, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
+    if asked > total:
+        refuse_many(asked - total, asked, str(source))
+        summary["left_out"] = asked - total
+    write_index(target, infos, summary, kind="latents")
+    if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
+        print(f"warning: latent channels {dead} hardly vary (std below {DEAD:g})", file=sys.stderr)
     shape = "x".join(map(str, plan["latent"]["shape"]))
-    print(f"latents: {target} ({sum(s.samples for s in shards):,} samples of {shape})", file=sys.stderr)
+    said = f", {asked - total:,} left out" if asked > total else ""
+    print(f"latents: {target} ({total:,} samples of {shape}{said})", file=sys.stderr)
 
 
-def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
-    notes = json.loads(record["json"]) if "json" in record else {}
-    if not isinstance(notes, dict):
-        notes = {}
-    try:
-        captions = notes.get("captions") or [record.get("txt", b"").decode("utf-8").strip()]
-    except UnicodeDecodeError as failure:
-        raise UserError(f"{key}: caption is not UTF-8 (byte {failure.start})", hint="pack again", code=DATA) from None
-    return {**notes, "captions": captions}
-
-
-def _npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()
-
-
-def _embeddings(encoder: TextEncoder, captions: list[str]) -> list[dict[str, Tensor]]:
-    """Each caption's context trimmed to its real tokens, and pooled vector, float16: padding would fill the disk."""
-    cond = encoder(captions).to("cpu")
-    rows = []
-    for i in range(len(captions)):
-        row = {"context": cond.context[i][cond.mask[i]].half()}
-        rows.append(row if cond.pooled is None else {**row, "pooled": cond.pooled[i].half()})
-    return rows
+def _dead_channels(shards: ShardSet, channels: int) -> list[int]:
+    """The channels whose mean hardly varies over some latents: the autoencoder leaves them unused."""
+    latents = Latents(shards)
+    some = range(0, len(shards), max(1, len(shards) // PROBED))
+    values = np.stack([latents.moments(i) for i in some]).astype(np.float64)
+    return [channel for channel in range(channels) if values[:, channel].std() < DEAD]

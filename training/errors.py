@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-USAGE, DATA, CHECKPOINT, NUMERICAL, DISK = 2, 3, 4, 5, 6
+LOST, USAGE, DATA, CHECKPOINT, NUMERICAL, DISK = 1, 2, 3, 4, 5, 6
 
 
 class UserError(Exception):
     """Something the user can mend: WHAT went wrong, the HINT that mends it, and the exit CODE.
 
-    Codes: 2 usage or configuration, 3 data, 4 checkpoint or compatibility, 5 numerical, 6 disk or memory.
+    Codes: 1 another process was lost, 2 usage or configuration, 3 data, 4 checkpoint or compatibility, 5 numerical,
+    6 disk or memory.
     """
 
     def __init__(self, what: str, *, hint: str = "", code: int = USAGE) -> None:

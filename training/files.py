@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"  # how the names of staged files end
-LARGEST_HEADER = 100 << 20  # bytes; the safetensors format's own limit
+LARGEST_HEADER = 8 << 20  # bytes: some 80,000 tensors; the format allows more, which only a forged file uses
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip archives of torch.save, and bare pickles
 
 
@@ -81,7 +83,46 @@ def sync_folder(folder: Path) -> None:
 def disk_error(path: Path, failure: Exception) -> UserError:
     """What went wrong while writing `path`, as a sentence."""
     reason = f"cannot write {path}: {getattr(failure, 'strerror', None) or failure}"
-    return UserError(reason, hint="free disk space, or choose another --output", code=DISK)
+    if getattr(failure, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(reason, hint="choose another --output, or look at the folder's rights", code=DISK)
+    free = shutil.disk_usage(_standing(path)).free
+    return UserError(f"{reason} ({gigabytes(free)} free)", hint="free disk space, or another --output", code=DISK)
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
+
+
+def _standing(path: Path) -> Path:
+    """The nearest folder above `path` (or itself) that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def check_output(folder: Path, size: int = 0) -> None:
+    """Raises UserError (code 6) where `folder` cannot become a folder to write `size` bytes in. Creates nothing."""
+    place = _standing(folder)
+    if not place.is_dir():
+        raise UserError(f"{place} is not a folder", hint="choose another --output", code=DISK)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} cannot be written to", hint="choose another --output", code=DISK)
+    if size > (free := shutil.disk_usage(place).free):
+        reason = f"{folder}: needs {gigabytes(size)}, {gigabytes(free)} free"
+        raise UserError(reason, hint="free disk space, or choose another --output", code=DISK)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder to write in, parents too. Raises UserError (code 6) where that cannot be."""
+    check_output(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise disk_error(folder, failure) from None
+
+
+def leads_out(path: Path) -> bool:
+    """Whether `path` is a symbolic link out of its folder: an index names files of its own folder alone."""
+    return path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())
 
 
 def file_sha256(path: Path) -> str:
@@ -122,18 +163,34 @@ def check_safetensors(path: Path) -> None:
     try:
         with path.open("rb") as file:
             head = file.read(8)
+            size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            fits = 2 <= size <= min(LARGEST_HEADER, os.fstat(file.fileno()).st_size - 8)
+            header = file.read(size) if fits else b""
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", hint="is this the right folder?", code=CHECKPOINT) from None
     except OSError as failure:
         reason = f"{path}: cannot be read ({failure.strerror})"
         raise UserError(reason, hint="is this the right file?", code=CHECKPOINT) from None
-    if head.startswith(PICKLES):
+    if head.startswith(PICKLES) and not fits:  # a header of 640 bytes begins as a pickle does
         reason = f"{path}: refusing to load a pickle file; only safetensors is read"
         raise UserError(reason, hint="convert it to safetensors where you trust its source", code=CHECKPOINT)
-    size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-    if not 2 <= size <= min(LARGEST_HEADER, path.stat().st_size - 8):
-        reason = f"{path}: not a safetensors file (header of {size:,} bytes)"
-        raise UserError(reason, hint="is the file complete?", code=CHECKPOINT)
+    try:
+        if not fits:
+            raise ValueError(f"header of {size:,} bytes")
+        json.loads(header, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as failure:
+        reason = f"{path}: not a safetensors file ({failure})"
+        raise UserError(reason, hint="is the file complete?", code=CHECKPOINT) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of its names given twice: readers would disagree on which of the two counts."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r:.80} is given twice")
+        found[name] = value
+    return found
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

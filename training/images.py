@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from functools import cache
 from pathlib import Path
 from random import Random
+from stat import S_ISREG
 from typing import Literal
 
 import numpy as np
@@ -16,13 +16,18 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from training.errors import DATA, USAGE, UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")  # none that starts a program
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2"),
+    *(".heic", ".heif"),
+)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")  # none starts a program
 MAX_PIXELS = 100_000_000  # refused before decoding: a file of 100 kB can claim gigabytes
-ELSEWHERE = {".heic": "HEIC needs: pip install pillow-heif", ".heif": "HEIC needs: pip install pillow-heif"}
+MOST_PIXELS = 178_000_000  # that MAX_PIXELS may be raised to: there Pillow's own guard stands, which is never lifted
+LARGEST_FILE = 256 << 20  # bytes of a picture's file
+HEIC = "HEIC needs: pip install pillow-heif"
+RAW = (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
+ELSEWHERE = {".svg": "SVG is a drawing, not a picture", **dict.fromkeys(RAW, "RAW is not developed here")}
 Crop = Literal["center", "random"]
-# What Pillow's decoders raise on damaged files, beyond OSError.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 
 
 def refuse(reason: str) -> UserError:
@@ -34,37 +39,60 @@ def load_image(source: bytes | Path, background: str = "white", max_pixels: int 
     """The picture as upright sRGB, 8 bits: EXIF turn done, transparency laid on `background`, first frame of an
     animation.
 
-    CMYK, Lab, palette, grey, 16-bit and float pictures are converted, embedded colour profiles applied.
+    CMYK, Lab, palette, grey, 16-bit and float pictures are converted, embedded colour profiles applied. Nothing of the
+    file's metadata is kept; `info["animated"]` says whether it has more frames.
     Raises UserError(code 3) with a one-sentence reason for what is broken, too large, of no known format or all
     transparent.
     """
-    try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError as error:
-        raise refuse(f"unreadable file ({error.strerror})") from None
+    data = source if isinstance(source, bytes) else read_file(source, LARGEST_FILE)
     if not data:
         raise refuse("empty file (0 bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of size, which the cap judges, and of odd metadata
             image = _open(data, max_pixels)
+            # A phone's JPEG holds a preview or a depth map beside the picture.
+            animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
             image.load()
-            image = ImageOps.exif_transpose(image)
-            return _to_rgb(image, background)
+            image = _to_rgb(ImageOps.exif_transpose(image), background)
+            image.info = {"animated": animated}  # a profile holds the time it was made: other bytes for each packing
+            return image
     except UnidentifiedImageError:
         heic = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"hevc")
-        raise refuse(ELSEWHERE[".heic"] if heic else "not an image of a known format") from None
+        raise refuse(HEIC if heic else "not an image of a known format") from None
     except Image.DecompressionBombError:
         raise refuse(f"too many pixels (at most {max_pixels:,} are decoded)") from None
-    except DAMAGE as error:
+    except UserError:
+        raise
+    except Exception as error:  # a dozen decoders raise what they like on damaged files
         kind = "truncated image" if "truncated" in str(error).lower() else "broken image"
         raise refuse(f"{kind} ({_size(len(data))}: {error})") from None
 
 
+def read_file(path: Path, limit: int) -> bytes:
+    """A regular file's bytes. Raises UserError(code 3) for pipes and devices, which would hold us up, and beyond
+    `limit` bytes."""
+    try:
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            raise refuse("unreadable file (not a regular file)")
+        if status.st_size > limit:
+            raise refuse(f"file too large ({_size(status.st_size)}; at most {_size(limit)} are read)")
+        return path.read_bytes()
+    except OSError as error:
+        raise refuse(f"unreadable file ({error.strerror})") from None
+
+
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with."""
+    """Those of `FORMATS` that this Pillow was built with, HEIF where pillow-heif is installed."""
     Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -84,6 +112,8 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     profile = image.info.get("icc_profile")
     transparent = image.has_transparency_data
+    if profile and image.mode in ("P", "PA", "LA"):
+        image = image.convert("RGBA" if transparent else "RGB")
     if image.mode == "LAB":
         image = _managed(image, ImageCms.createProfile("LAB"))
     elif profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):

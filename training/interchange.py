@@ -1,6 +1,6 @@
 """Autoencoders of other programs: diffusers' folders and LDM's single files, read; diffusers' folders, written.
 
-Our keys are those of diffusers' `AutoencoderKL` and `VQModel`, plus `norm`, the latent normaliser. Only safetensors is
+Our keys are those of diffusers' classes, plus `norm`, the latent normaliser. Only safetensors is
 read. diffusers itself is not needed.
 """
 
@@ -92,10 +92,10 @@ def read_folder(folder: Path) -> Imported:
         pickled = next((p.name for p in sorted(home.iterdir()) if p.suffix in PICKLES), None)
         said = f"{home} holds {pickled}, a pickle, which is not read" if pickled else f"{home} holds no {WEIGHTS}"
         raise UserError(said, hint="save it with safe_serialization=True", code=CHECKPOINT)
-    read = {"AutoencoderKL": _kl, "VQModel": _vq}.get(about.get("_class_name", ""))
+    read = READERS.get(about.get("_class_name", ""))
     if read is None:
         said = f"{home}: a {about.get('_class_name')} has no counterpart here"
-        raise UserError(said, hint="AutoencoderKL and VQModel are read", code=CHECKPOINT)
+        raise UserError(said, hint=f"{', '.join(READERS)} are read", code=CHECKPOINT)
     return read(about, modernised(load_tensors(home / WEIGHTS)))
 
 
@@ -131,10 +131,52 @@ def _kl(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
 
 def _vq(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
     codes = tensors["quantize.embedding.weight"]
-    scale = torch.full((1, 1, 1, 1), 1 / about.get("scaling_factor", 0.18215))
-    norm = {"norm.shift": torch.zeros(1, 1, 1, 1), "norm.scale": scale}
+    norm = _scaled(1, about.get("scaling_factor", 0.18215))
     model = {"kind": "vq", **_shape(about), "encoder_channels": about.get("latent_channels", 3)}
     return Imported(model | {"codes": len(codes), "latent_channels": codes.shape[1]}, tensors | norm)
+
+
+def _tiny(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
+    widths = {*about["encoder_block_out_channels"], *about["decoder_block_out_channels"]}
+    _expect(about, {"act_fn": "relu", "upsampling_scaling_factor": 2, "latent_magnitude": 3, "latent_shift": 0.5})
+    if len(widths) > 1:
+        raise UserError(f"levels of different width ({sorted(widths)}) have no counterpart here", code=CHECKPOINT)
+    model = {"kind": "tiny", "width": widths.pop(), "latent_channels": about["latent_channels"],
+             "image_channels": about["in_channels"], "encoder_blocks": about["num_encoder_blocks"],
+             "decoder_blocks": about["num_decoder_blocks"]}  # fmt: skip
+    return Imported(model, tensors | _scaled(about["latent_channels"], about.get("scaling_factor", 1.0)))
+
+
+def _dc(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
+    twice = {"encoder_block_types": "decoder_block_types", "encoder_qkv_multiscales": "decoder_qkv_multiscales",
+             "encoder_block_out_channels": "decoder_block_out_channels"}  # fmt: skip
+    _expect(about, {ours: about[key] for key, ours in twice.items()})
+    _expect(about, {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "upsample_block_type": "pixel_shuffle",
+                    "downsample_block_type": "pixel_unshuffle"})  # fmt: skip
+    types = about["encoder_block_types"]
+    types = [types] * len(about["encoder_block_out_channels"]) if isinstance(types, str) else types
+    model = {"kind": "dc", "channels": about["encoder_block_out_channels"], "image_channels": about["in_channels"],
+             "encoder_blocks": about["encoder_layers_per_block"], "decoder_blocks": about["decoder_layers_per_block"],
+             "latent_channels": about["latent_channels"],
+             "attention_at": [2**i for i, kind in enumerate(types) if kind == "EfficientViTBlock"]}  # fmt: skip
+    return Imported(model, tensors | _scaled(about["latent_channels"], about.get("scaling_factor", 1.0)))
+
+
+def _expect(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError at the first setting that is there and is another one: it would be another network."""
+    for key, value in wanted.items():
+        if about.get(key, value) != value:
+            said = f"{key} = {about[key]!r} has no counterpart here"
+            raise UserError(said, hint=f"only {value!r} is read", code=CHECKPOINT)
+
+
+def _scaled(channels: int, factor: float) -> dict[str, Tensor]:
+    """The normaliser of latents that are z times one number."""
+    scale = torch.full((1, channels, 1, 1), 1 / factor)
+    return {"norm.shift": torch.zeros_like(scale), "norm.scale": scale}
+
+
+READERS = {"AutoencoderKL": _kl, "VQModel": _vq, "AutoencoderTiny": _tiny, "AutoencoderDC": _dc}
 
 
 def read_file(path: Path) -> Imported:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from training.faults import fault
+from training.files import disk_error
 from training.settings import Train
 
 if TYPE_CHECKING:
@@ -31,12 +33,10 @@ class Journal:
         self.board: Any = None
         if accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
-            try:
+            with self._optional():
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(run / "tensorboard"))
-            except ImportError as missing:
-                print(f"warning: no TensorBoard log ({missing}); metrics.jsonl holds everything", file=sys.stderr)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -62,9 +62,10 @@ class Journal:
         if self.accelerator.is_main_process:
             self._append("metrics.jsonl", rows)
             self._show(step, rows)
-            for row in rows if self.board else []:
-                for name in row.keys() - {"step"}:
-                    self.board.add_scalar(f"train/{name}", row[name], row["step"])
+            with self._optional():
+                for row in rows if self.board else []:
+                    for name in row.keys() - {"step"}:
+                        self.board.add_scalar(f"train/{name}", row[name], row["step"])
 
     def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
         """Write the numbers and pictures of an evaluation (main process)."""
@@ -73,17 +74,22 @@ class Journal:
             f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}", file=sys.stderr
         )
         if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(f"val/{name}", value, step)
-            for picture in sorted(folder.glob("*.png")):
-                self._picture(picture, step)
-            self.board.flush()
+            with self._optional():
+                for name, value in numbers.items():
+                    self.board.add_scalar(f"val/{name}", value, step)
+                for picture in sorted(folder.glob("*.png")):
+                    self._picture(picture, step)
+                self.board.flush()
         self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
 
     def state(self) -> dict[str, Any]:
-        """Plain state for checkpoints: how far metrics.jsonl reached."""
+        """Plain state for checkpoints: how far metrics.jsonl reached, and that far it is on disk."""
         path = self.run / "metrics.jsonl"
-        return {"metrics_bytes": path.stat().st_size if path.exists() else 0}
+        if not path.exists():
+            return {"metrics_bytes": 0}
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return {"metrics_bytes": path.stat().st_size}
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Cut metrics.jsonl back to the checkpoint, so that no step is logged twice."""
@@ -97,8 +103,22 @@ class Journal:
         self.resume(-1, {"metrics_bytes": 0})
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with (self.run / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        path = self.run / name
+        try:
+            fault("metrics")
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as failure:
+            raise disk_error(path, failure) from None
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Whatever goes wrong with TensorBoard inside turns it off, said once: metrics.jsonl holds everything."""
+        try:
+            yield
+        except Exception as failure:
+            self.board = None
+            print(f"warning: no TensorBoard log ({failure}); metrics.jsonl holds everything", file=sys.stderr)
 
     def _show(self, step: int, rows: list[dict[str, Any]]) -> None:
         now, done = time.perf_counter(), step - max(self.first, rows[0]["step"] - 1)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.errors import USAGE, UserError
+from training.errors import LOST, USAGE, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 
 def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
@@ -38,14 +44,62 @@ def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
-            f"{started} processes were started but {accelerator.num_processes} is in the group",
+            f"{started} processes were started but only {accelerator.num_processes} is in the group",
             hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs",
             code=USAGE,
         )
-    if on_cpu and started == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-        # Without MPI, `accelerate launch --cpu --num_processes N` starts one process and says nothing.
-        print("note: accelerate launch --cpu starts one process; for N: torchrun --nproc-per-node N", file=sys.stderr)
+    if on_cpu and started == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"} <= os.environ.keys():
+        # Without MPI, `accelerate launch --cpu --num_processes N` starts one process, and names the port it would join.
+        raise UserError(
+            "accelerate launch --cpu was asked for several processes but started only 1",
+            hint="for N processes on a CPU: torchrun --nproc-per-node N SCRIPT FLAGS; "
+            "for one: --num_processes 1, and no MASTER_PORT in the environment",
+            code=USAGE,
+        )
     return accelerator
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, what ends one process ends all, with one message and one exit code.
+
+    Whoever fails first says why, and leaves it in the store that the processes met at; the others, who fail on the
+    lost connection or for the same reason, leave quietly with the same code.
+    """
+    try:
+        yield
+    except Exception as failure:
+        if not joined():
+            raise
+        if lost(failure):
+            hint = "see what the other process said; then go on with the same command and --resume auto"
+            failure = UserError("lost another process", hint=hint, code=LOST)
+        code = failure.code if isinstance(failure, UserError) else LOST
+        mine = json.dumps([torch.distributed.get_rank(), code])
+        first = _claim(mine)
+        if first == mine:
+            raise failure from None
+        raise SystemExit(json.loads(first)[1]) from None
+
+
+def joined() -> bool:
+    """Whether this process is one of several."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+def lost(failure: Exception) -> bool:
+    """Whether a failure is that of the connection to another process."""
+    return joined() and isinstance(failure, RuntimeError) and PEER.search(str(failure)) is not None
+
+
+def _claim(mine: str) -> str:
+    """What the first process to fail left in the store; `mine` where that is this one or where the store is gone."""
+    try:
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        return str(store.compare_set("training/failure", "", mine).decode())
+    except (RuntimeError, ValueError):
+        return mine
 
 
 def resolve(device: str) -> torch.device:

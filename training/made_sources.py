@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from PIL import Image
 from training.errors import DATA, UserError
 from training.shapes import choose_captions, render, scene
 from training.sources import Remark, Sample, Source
+
+LARGEST = 64 << 20  # bytes of an idx file unpacked: the greatest has 47 million
 
 
 class FashionMnist(Source):
@@ -65,12 +68,13 @@ class FashionMnist(Source):
         path = self._path(self.root, name)
         assert path is not None, name
         try:
-            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            if data[:3] != b"\0\0\x08":
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                data = file.read(LARGEST + 1)
+            if data[:3] != b"\0\0\x08" or len(data) > LARGEST:
                 raise ValueError("not an idx file of bytes")
             shape = np.frombuffer(data, ">u4", data[3], 4)
             return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
             raise UserError(f"{path}: damaged ({error})", hint="fetch it again", code=DATA) from None
 
     def state(self) -> str:

@@ -24,12 +24,15 @@ class Slot(NamedTuple):
 class DataOrder:
     """A keyed permutation per epoch, epochs joined end to end: place p holds permutation(seed, p // n)[p % n].
 
-    Every sample is seen exactly once an epoch. Raises UserError where there are fewer samples than one global batch.
+    Every sample is seen exactly once an epoch. Step `base[0]` begins at place `base[1]`, which is its step times the
+    batch size unless a run went on with another batch. Raises UserError where there are fewer samples than one global
+    batch.
     """
 
     samples: int
     batch_size: int
     seed: int
+    base: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if self.samples < self.batch_size:
@@ -41,11 +44,21 @@ class DataOrder:
 
     def at(self, step: int, first: int, count: int) -> list[Slot]:
         """Slots [first, first + count) of the global batch of `step`."""
-        places = range(step * self.batch_size + first, step * self.batch_size + first + count)
+        places = range(self.place(step) + first, self.place(step) + first + count)
         return [
             Slot(int(_permutation(self.seed, p // self.samples, self.samples)[p % self.samples]), p // self.samples, p)
             for p in places
         ]
+
+    def place(self, step: int) -> int:
+        """Where the global batch of `step` begins: the samples seen before it."""
+        return self.base[1] + (step - self.base[0]) * self.batch_size
+
+
+def substitute(slot: Slot, attempt: int, samples: int, seed: int) -> Slot:
+    """Who stands in where the sample of `slot` cannot be read: drawn by (seed, slot, attempt), the slot kept."""
+    draw = np.random.default_rng([seed, slot.slot, attempt]).integers(samples)
+    return slot._replace(index=int(draw))
 
 
 @lru_cache(maxsize=2)
@@ -74,7 +87,11 @@ class Batches:
     def __iter__(self) -> Iterator[list[Slot]]:
         for step in range(self.start, self.stop):
             for part in range(self.accumulation):
-                yield self.order.at(step, (part * self.processes + self.process) * self.micro, self.micro)
+                yield self.share(step, part, self.process)
+
+    def share(self, step: int, part: int, process: int) -> list[Slot]:
+        """The slots of backward pass `part` of `process`."""
+        return self.order.at(step, (part * self.processes + process) * self.micro, self.micro)
 
 
 def split_batch(

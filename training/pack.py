@@ -14,8 +14,8 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 
 from training.errors import DATA, USAGE, UserError
-from training.files import write_json
-from training.images import Crop, background_colour, encode_jpg, encode_png, fit, load_image
+from training.files import make_folder, write_json
+from training.images import MAX_PIXELS, MOST_PIXELS, Crop, background_colour, encode_jpg, encode_png, fit, load_image
 from training.shards import INDEX, ShardInfo, ShardWriter, write_index
 from training.sources import Remark, Sample, Source
 
@@ -42,6 +42,8 @@ class Settings:
     upscale: bool = False
     limit: int | None = None
     samples_per_shard: int = 2000
+    animated: Literal["first", "reject"] = "first"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.resolution < 8:
@@ -50,6 +52,8 @@ class Settings:
             raise UserError(f"--val-fraction: must be at least 0 and below 1 (got {self.val_fraction})")
         if self.samples_per_shard < 1 or (self.limit is not None and self.limit < 1):
             raise UserError("--samples-per-shard and --limit: must be at least 1")
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise UserError(f"--max-pixels: must lie in 1 … {MOST_PIXELS:,} (got {self.max_pixels:,})")
         background_colour(self.background)
 
 
@@ -127,6 +131,8 @@ class Packer:
         try:
             self._pack(item, exact)
         except UserError as error:
+            if error.code != DATA:  # a full disk is no fault of the sample's
+                raise
             self._skip(item.key, error.what, error.hint)
 
     def _skip(self, key: str, reason: str, hint: str = "") -> None:
@@ -159,7 +165,11 @@ class Packer:
         if isinstance(sample.image, Image.Image):
             image = sample.image
         else:
-            image = load_image(sample.image, settings.background)
+            image = load_image(sample.image, settings.background, settings.max_pixels)
+            if image.info["animated"]:
+                if settings.animated == "reject":
+                    raise UserError("animated picture", hint="--animated first takes its first frame", code=DATA)
+                self.notes.add("animated picture, first frame taken", sample.key)
             digest = hashlib.blake2b(sample.image, digest_size=16).digest()
             if self._seen.setdefault(digest, sample.key) != sample.key:
                 self.notes.add("same picture twice", f"{sample.key} = {self._seen[digest]}")
@@ -167,12 +177,12 @@ class Packer:
         return fit(image, settings.resolution, crop, Random(f"{settings.seed} {sample.key}"), settings.upscale)
 
     def _pack(self, sample: Sample, exact: bool) -> None:
-        captions, split = self._captions(sample), self._split(sample)
-        image = self._picture(sample, split)
+        split = self._split(sample)
+        image, captions = self._picture(sample, split), self._captions(sample)
         encode = encode_png if self.settings.format == "png" else encode_jpg
         meta = json.dumps(
             {**sample.meta, "captions": list(captions)}, ensure_ascii=False, default=str, separators=(",", ":")
-        ).encode()
+        ).encode("utf-8", "replace")
         texts = {"txt": captions[0].encode(), "json": meta}
         writer = self.writers.setdefault(split, ShardWriter(self.output, split, self.settings.samples_per_shard))
         writer.add(sample.key, {self.settings.format: encode(image), **texts})
@@ -186,25 +196,26 @@ def _prepare(output: Path, packing: dict[str, Any]) -> bool:
 
     Raises UserError where the folder holds anything else.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is not a folder", hint="give another --output", code=USAGE)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     mark = output / PACKING
     try:
         found = json.loads(mark.read_bytes()) if mark.is_file() else None
-    except ValueError:
+        if found is not None:  # settings newer than the packing stood at their defaults
+            found["settings"] = {**asdict(Settings()), **found["settings"]}
+    except (ValueError, LookupError, TypeError):
         found = None
     if found is None and any(output.iterdir()):
         raise UserError(f"{output} is not empty", hint="give another --output; nothing is overwritten", code=USAGE)
-    if found is not None and found != packing:
+    finished = (output / INDEX).is_file()
+    if finished and found != packing:
         raise UserError(
             f"{output} holds another packing (other source or settings)",
             hint="give another --output, or delete it",
             code=USAGE,
         )
-    if found is None:
+    if not finished:  # one that was stopped is begun anew, with other settings too
         write_json(mark, packing)
-    return (output / INDEX).is_file()
+    return finished
 
 
 def _finish(packer: Packer, source: Source, packing: dict[str, Any]) -> list[ShardInfo]:

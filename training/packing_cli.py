@@ -10,12 +10,15 @@ from typing import get_args
 
 from training.cli import Parser
 from training.errors import DATA, USAGE, UserError
-from training.images import Crop
+from training.images import MAX_PIXELS, Crop
 from training.made_sources import FashionMnist, Shapes
 from training.pack import Settings, pack
 from training.shard_checks import index_folder, verify
+from training.shards import read_index
 from training.sources import Folder, Source, Tars
 
+ADDRESS = re.compile(r"pipe:|[a-z0-9]+://")
+MOST_SHARDS = 1_000_000  # that one pattern may mean
 EXAMPLES = """examples:
   make_shards.py pack photos/ --output data/photos --resolution 64
   make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
@@ -26,16 +29,31 @@ EXAMPLES = """examples:
 
 
 def braces(pattern: str) -> list[str]:
-    """`a{00..02}b` or `a{x,y}b` written out, ranges keeping their width."""
+    """`a{00..02}b` or `a{x,y}b` written out, ranges keeping their width. Raises UserError for more than MOST_SHARDS."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if ends:
+        if int(ends[2]) - int(ends[1]) >= MOST_SHARDS:
+            raise UserError(f"{pattern}: more than {MOST_SHARDS:,} shards", hint="name them in several packings")
         words = [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
     else:
         words = match[1].split(",")
     return [rest for word in words for rest in braces(pattern[: match.start()] + word + pattern[match.end() :])]
+
+
+def _local(pattern: str) -> list[Path]:
+    """The files that a pattern means: all that a star matches, every one that braces write out."""
+    names = braces(pattern)
+    if "*" in pattern:
+        return [path for name in names for path in map(Path, sorted(glob(name))) if path.is_file()]
+    found = [path for path in map(Path, names) if path.is_file()]
+    if found and len(found) < len(names):
+        missing = [name for name in names if not Path(name).is_file()]
+        what = f"{len(missing)} of the {len(names)} shards of '{pattern}' are missing (first: {missing[0]})"
+        raise UserError(what, hint="name those that are there, or use a star", code=DATA)
+    return found
 
 
 def find_tars(patterns: list[str]) -> list[Path]:
@@ -43,14 +61,9 @@ def find_tars(patterns: list[str]) -> list[Path]:
     file."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        if re.match(r"pipe:|[a-z0-9]+://", pattern):
+        if ADDRESS.match(pattern):
             raise UserError(f"{pattern}: only local files are read", hint="download the tars first", code=USAGE)
-        paths = [
-            path
-            for name in braces(pattern)
-            for path in map(Path, sorted(glob(name)) if "*" in name else [name])
-            if path.is_file()
-        ]
+        paths = _local(pattern)
         if not paths:
             raise UserError(f"no shards match '{pattern}'", hint="quote brace and star patterns", code=DATA)
         found.update(dict.fromkeys(paths))
@@ -73,7 +86,7 @@ def find_source(arguments: argparse.Namespace, resolution: int) -> Source:
         return Shapes(arguments.samples, max(held, 1) if arguments.val_fraction else 0, arguments.seed, resolution)
     if len(names) == 1 and Path(names[0]).is_dir():
         return Folder(Path(names[0]))
-    if all(name.endswith((".tar", "}")) or "*" in name for name in names):
+    if all(name.endswith((".tar", "}")) or "*" in name or ADDRESS.match(name) for name in names):
         return Tars(find_tars(names))
     hint = "SOURCE is a folder of pictures, tars (braces and stars allowed), fashion-mnist or shapes"
     raise UserError(f"{names[0]}: no such folder", hint=hint, code=DATA)
@@ -100,8 +113,13 @@ def build_parser() -> Parser:
     add("--upscale", action="store_true", help="take pictures smaller than --resolution")
     add("--limit", type=int, help="stop after so many pictures")
     add("--samples-per-shard", type=int, default=2000)
+    add("--animated", choices=("first", "reject"), default="first", help="take the first frame, or treat as bad data")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="largest picture that is decoded")
     for verb, text in (("index", "index tars in place"), ("verify", "check every byte against the index")):
-        verbs.add_parser(verb, help=text).add_argument("directory", type=Path, metavar="DIR")
+        add = verbs.add_parser(verb, help=text).add_argument
+        add("directory", type=Path, metavar="DIR")
+        left = "leave bad tars and members out" if verb == "index" else "name what is bad and exit with 0"
+        add("--on-bad-data", choices=("error", "skip"), default="error", help=f"skip: {left}")
     return parser
 
 
@@ -121,6 +139,8 @@ def _pack(arguments: argparse.Namespace) -> None:
         upscale=arguments.upscale,
         limit=arguments.limit,
         samples_per_shard=arguments.samples_per_shard,
+        animated=arguments.animated,
+        max_pixels=arguments.max_pixels,
     )
     pack(find_source(arguments, resolution), arguments.output, settings)
 
@@ -131,18 +151,23 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.verb == "pack":
         _pack(arguments)
     elif arguments.verb == "index":
-        infos = index_folder(arguments.directory)
+        infos = index_folder(arguments.directory, skip=arguments.on_bad_data == "skip")
+        for note in read_index(arguments.directory)[0]["summary"]["index_notes"]:
+            print(f"note: {note}")
         print(f"{arguments.directory}: indexed {len(infos)} shards, {sum(info.samples for info in infos):,} samples")
     else:
-        report = verify(arguments.directory)
-        if report.problems:
-            listed = "\n  ".join(report.problems)
-            raise UserError(
-                f"{len(report.problems)} problems in {arguments.directory}:\n  {listed}",
-                hint="pack the folder again",
-                code=DATA,
-            )
-        print(
-            f"{arguments.directory}: {report.shards} shards, {report.samples:,} samples, "
-            f"{report.bytes:,} bytes: all sound"
-        )
+        _verify(arguments.directory, arguments.on_bad_data)
+
+
+def _verify(directory: Path, on_bad_data: str) -> None:
+    report = verify(directory)
+    said = f"{directory}: {report.shards} shards, {report.samples:,} samples, {report.bytes:,} bytes"
+    if not report.problems:
+        print(f"{said}: all sound")
+        return
+    listed = "\n  ".join(report.problems)
+    what = f"{len(report.problems)} problems in {directory}:\n  {listed}"
+    if on_bad_data == "error":
+        hint = f"fetch or pack them again; if they were changed on purpose: scripts/make_shards.py index {directory}"
+        raise UserError(what, hint=hint, code=DATA)
+    print(f"{said}\nwarning: {what}")

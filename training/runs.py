@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import shutil
+import sys
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.errors import CHECKPOINT, DISK, UserError
+from training.faults import fault
 from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ MUTABLE = {
         "log_every",
         "save_every",
         "keep_last",
+        "keep_best",
+        "spike_factor",
         "sample_every",
         "validation_size",
     )
@@ -43,9 +49,17 @@ MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
 class Run:
     """A run folder being written by this program."""
 
-    def __init__(self, folder: Path, stage: str, config: configs.Config, resume: str | None) -> None:
-        """Claim `folder`. Raises UserError where it is a file, in use, another run, or one not asked to be resumed."""
+    def __init__(
+        self, folder: Path, stage: str, config: configs.Config, resume: str | None, *, other_batch: bool = False
+    ) -> None:
+        """Claim `folder`; `other_batch` allows another global batch than the run's.
+
+        Raises UserError where it is a file, in use, another run, or one not asked to be resumed.
+        """
         self.folder, self.stage, self.config = folder, stage, config
+        self.mutable = MUTABLE | ({"train.batch_size"} if other_batch else set())
+        self.resumes: list[dict[str, Any]] = []
+        self.environment: dict[str, Any] = {}
         values = configs.to_values(config)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file", hint="choose another --output", code=DISK)
@@ -79,7 +93,7 @@ class Run:
         fixed = [
             c
             for c in changes
-            if (key := c.partition(":")[0]) not in MUTABLE and key.partition(".")[0] not in MUTABLE_SECTIONS
+            if (key := c.partition(":")[0]) not in self.mutable and key.partition(".")[0] not in MUTABLE_SECTIONS
         ]
         if fixed:
             raise UserError(
@@ -88,15 +102,30 @@ class Run:
                 code=CHECKPOINT,
             )
         for change in changes:
-            print(f"note: {change}")
+            print(f"note: {change}", file=sys.stderr)
 
     def describe(self, status: str, step: int, facts: Mapping[str, Any]) -> None:
         """Write config.json and run.json: versions, hashes and where the run stands."""
+        stands = {"format": 1, "stage": self.stage, "status": status, "step": step}
+        made_with = {"versions": versions(), "environment": self.environment, "resumes": self.resumes}
         write_json(self.folder / "config.json", configs.to_values(self.config))
-        write_json(
-            self.folder / "run.json",
-            {"format": 1, "stage": self.stage, "status": status, "step": step, "versions": versions(), **facts},
-        )
+        write_json(self.folder / "run.json", {**stands, **made_with, **facts})
+
+    def went_on(self, step: int, environment: Mapping[str, Any]) -> None:
+        """Note what this part of the run is computed with; a resume at `step` with something else is said aloud."""
+        self.environment = dict(environment)
+        record = self.folder / "run.json"
+        old = read_json(record) if record.is_file() else {}
+        self.resumes = list(old.get("resumes", []))
+        before = {**old.get("versions", {}), **old.get("environment", {})}
+        changed = [
+            f"{name} {before[name]} -> {value}"
+            for name, value in {**versions(), **environment}.items()
+            if before.get(name, value) != value
+        ]
+        if step and changed:
+            self.resumes.append({"step": step, "changed": changed})
+            print(f"warning: bit-exactness is not guaranteed across {', '.join(changed)}", file=sys.stderr)
 
     def same_ingredients(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
@@ -111,6 +140,11 @@ class Run:
                         code=CHECKPOINT,
                     )
 
+    def leave(self) -> None:
+        """Give the folder back."""
+        self.lock.truncate(0)
+        self.lock.close()
+
     def finished(self) -> bool:
         """Whether the run has exported its last step, as far as its config asks now."""
         record = self.folder / "run.json"
@@ -121,14 +155,26 @@ class Run:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Hold the folder for this process's life; the system frees it when the process dies."""
+    """Hold the folder for this process's life; the system frees it when the process dies, the name of the owner stays.
+
+    An owner that ends as it should leaves no name: `Run.leave`.
+    """
     file = (folder / ".lock").open("a+", encoding="utf-8")  # kept open: closing it frees the lock
+    file.seek(0)
+    owner = file.read().strip()[:80]
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"{folder} is in use by another training", hint="wait for it, or choose another --output", code=CHECKPOINT
+            f"{folder} is in use by {owner or 'another training'}",
+            hint="wait for it, or choose another --output",
+            code=CHECKPOINT,
         ) from None
+    if owner:
+        print(f"note: {folder} was left by {owner}, which is no longer there; taken over", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} since {time.strftime('%H:%M')}")
+    file.flush()
     return file
 
 
@@ -142,8 +188,12 @@ def versions() -> dict[str, str]:
 
 def export(folder: Path, values: configs.Values, tensors: Mapping[str, Tensor], card: str) -> str:
     """Write a model folder {config.json, model.safetensors, README.md}, whole; returns the weights' content hash."""
-    folder.mkdir(parents=True, exist_ok=True)
     identity = content_hash(tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fault("export")
+    except OSError as failure:
+        raise disk_error(folder, failure) from None
     save_tensors(folder / ".tmp-model.safetensors", tensors, {"hash": identity})
     (folder / ".tmp-model.safetensors").replace(folder / "model.safetensors")
     write_json(folder / "config.json", values)

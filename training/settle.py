@@ -6,11 +6,15 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training import config as configs
 from training.errors import UserError
+from training.files import check_output
 from training.order import split_batch
+
+if TYPE_CHECKING:
+    from training.loop import Loop
 
 
 def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
@@ -35,7 +39,7 @@ def data_facts(folder: str) -> dict[str, Any]:
 
 def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
     """Refuse pictures that the networks cannot take, before anything is built."""
-    height, width = dataset.picture(0).shape[:2]
+    height, width = dataset[0].data.shape[-2:]
     factor, smallest = config.model.factor, config.discriminator.smallest_image
     if height % factor or width % factor:
         raise UserError(
@@ -62,3 +66,28 @@ def held_out_shards(folder: str) -> Any:
             file=sys.stderr,
         )
     return ShardSet(folder, name)
+
+
+def check_starts(config: configs.AutoencoderConfig) -> None:
+    """Say aloud where a part of the losses begins only after the run has ended."""
+    for key in ("discriminator_start", "adversarial_start"):
+        start = getattr(config.loss, key)
+        if config.loss.adversarial and start >= config.train.max_steps:
+            print(
+                f"warning: loss.{key} {start} is not before train.max_steps {config.train.max_steps}: it never begins",
+                file=sys.stderr,
+            )
+
+
+def check_room(loop: Loop) -> None:
+    """Refuse, before the first step, a disk that cannot hold the checkpoints kept and the one being written.
+
+    Raises UserError (exit 6) with what is needed and what is free.
+    """
+    trained = [p for network in loop.stage.networks.values() for p in network.parameters() if p.requires_grad]
+    states = [value for network in loop.stage.networks.values() for value in network.state_dict().values()]
+    held = [*states, *loop.ema.shadow.values(), *loop.powers.tensors().values(), *trained, *trained]  # two moments
+    size = sum(value.nbytes for value in held)
+    folder = loop.checkpoints.folder
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_output(loop.run, max(size, 3 * size - there))

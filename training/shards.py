@@ -1,4 +1,4 @@
-"""Shards: plain webdataset tars, each with a memory-mapped offset index beside it, and one `index.json` for the folder.
+"""Shards: plain webdataset tars, each with an offset index beside it, and one `index.json` for the folder.
 
     DIR/train-000000.tar        KEY.png, KEY.txt, KEY.json … ; readable by anything that reads tars
     DIR/train-000000.index.npy  per sample: key, and per field offset and size
@@ -12,27 +12,28 @@ own; one then writes the index.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from struct import error as StructError
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from training.errors import DATA, UserError
-from training.files import file_sha256, staged, write_bytes, write_json
-from training.tars import END, NAME, Index, index_tar, is_safe, make_index, member_bytes
+from training.files import file_sha256, leads_out, staged, write_json
+from training.offsets import Descriptors, Layout, again, index_path, open_index, write_tar_index
+from training.tars import BLOCK, END, NAME, index_tar, is_safe, make_index, member_bytes, stands_before
 
 FORMAT = 1
 INDEX = "index.json"
 Kind = Literal["images", "latents"]
-OPEN_FILES = 128  # per ShardSet and process; the least recently used is closed first
+LARGEST_INDEX = 64 << 20  # bytes: some 300,000 shards
+OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
+SPAN = 16 << 10  # bytes; members of a sample this close are read at once, headers between them and all
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,6 @@ class ShardInfo:
     samples: int
     bytes: int
     sha256: str
-
-
-def index_path(tar: Path) -> Path:
-    """Where a tar's offset index lies."""
-    return tar.with_suffix(".index.npy")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -85,22 +81,16 @@ def write_shard(directory: Path, name: str, samples: Iterable[tuple[str, Mapping
     return ShardInfo(tar.name, name.rpartition("-")[0], len(places), at, digest.hexdigest())
 
 
-def write_tar_index(tar: Path, index: Index) -> None:
-    """Writes a tar's offset index beside it."""
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    write_bytes(index_path(tar), buffer.getvalue())
-
-
 def sound_shard(directory: Path, name: str) -> ShardInfo | None:
     """The finished shard `NAME` (as `write_shard` names it) if tar and index are there and agree; None where it must be
     written (again)."""
     tar = directory / f"{name}.tar"
     try:
+        open_index(tar)
         index = np.load(index_path(tar), allow_pickle=False)
         if not np.array_equal(index, index_tar(tar)):
             return None
-    except (OSError, ValueError, EOFError, UserError):
+    except (OSError, UserError):
         return None
     return ShardInfo(tar.name, name.rpartition("-")[0], len(index), tar.stat().st_size, file_sha256(tar))
 
@@ -115,11 +105,9 @@ def write_index(directory: Path, infos: Iterable[ShardInfo], summary: Mapping[st
         raise ValueError("an index needs at least one shard")
     fields: set[str] = set()
     for info in shards:
-        fields.update((_load_index(directory / info.name).dtype.names or ())[1:])
-    counts = {
-        split: sum(info.samples for info in shards if info.split == split)
-        for split in sorted({info.split for info in shards})
-    }
+        fields.update(open_index(directory / info.name).fields)
+    splits = sorted({info.split for info in shards})
+    counts = {split: sum(info.samples for info in shards if info.split == split) for split in splits}
     index = {
         "format": FORMAT,
         "kind": kind,
@@ -137,7 +125,7 @@ class ShardWriter:
     `add(key, fields)` for every sample, then `finish()` for the split's shards, to hand to `write_index`.
     """
 
-    def __init__(self, directory: Path, split: str, samples_per_shard: int = 2000, max_bytes: int = 2**30) -> None:
+    def __init__(self, directory: Path, split: str, samples_per_shard: int = 2000, max_bytes: int = 2**28) -> None:
         if samples_per_shard < 1 or max_bytes < 1:
             raise ValueError("samples_per_shard and max_bytes must be at least 1")
         self.directory, self.split = directory, split
@@ -167,21 +155,11 @@ class ShardWriter:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _again(directory: Path) -> str:
-    return f"run: scripts/make_shards.py index {directory}"
-
-
-def _load_index(tar: Path) -> Index:
-    """A tar's offset index, memory-mapped."""
-    path = index_path(tar)
-    try:
-        index: Index = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not index.dtype.names or index.dtype.names[0] != "key":
-            raise ValueError("no keys")
-    except (OSError, ValueError, EOFError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise UserError(f"{path}: the shard's offset index {reason}", hint=_again(tar.parent), code=DATA) from None
-    return index
+def _is_sound(info: ShardInfo) -> bool:
+    """Whether what index.json says of a shard has the right types, and a name that stays in the folder."""
+    numbers = all(type(number) is int and number >= 0 for number in (info.samples, info.bytes))
+    texts = all(isinstance(text, str) for text in (info.name, info.split, info.sha256))
+    return numbers and texts and is_safe(info.name) and Path(info.name).name == info.name and info.name[-4:] == ".tar"
 
 
 def read_index(directory: str | Path) -> tuple[dict[str, Any], list[ShardInfo]]:
@@ -189,31 +167,34 @@ def read_index(directory: str | Path) -> tuple[dict[str, Any], list[ShardInfo]]:
     format."""
     path = Path(directory) / INDEX
     try:
+        if path.stat().st_size > LARGEST_INDEX or leads_out(path):
+            raise ValueError
         index = json.loads(path.read_bytes())
-        shards = [ShardInfo(**shard) for shard in index["shards"]]
-        version, kind = int(index["format"]), index["kind"]
-        sound = kind in get_args(Kind) and all(Path(info.name).name == info.name for info in shards)
+        version = int(index["format"])
+        shards = [ShardInfo(**shard) for shard in index["shards"]] if version <= FORMAT else []
+        sound = index["kind"] in get_args(Kind) and isinstance(index["summary"], dict) and all(map(_is_sound, shards))
+        sound = sound and len({info.name for info in shards}) == len(shards)
+        sound = sound and all(isinstance(field, str) for field in index["fields"])
     except FileNotFoundError:
         why = "holds no index.json" if Path(directory).is_dir() else "is not a folder"
-        hint = f"pack one with scripts/make_shards.py pack, or index its tars: scripts/make_shards.py index {directory}"
+        hint = f"pack one with scripts/make_shards.py pack, or index its tars; {again(Path(directory))}"
         raise UserError(f"{directory} {why}", hint=hint, code=DATA) from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         sound, version = False, FORMAT
     if version > FORMAT:
-        raise UserError(
-            f"{path}: format {version} is newer than this program understands ({FORMAT})", hint="update it", code=DATA
-        )
+        what = f"{path}: format {version} is newer than this program understands ({FORMAT})"
+        raise UserError(what, hint="update it", code=DATA)
     if not sound:
-        raise UserError(f"{path}: is not an index of shards", hint=_again(Path(directory)), code=DATA)
+        raise UserError(f"{path}: is not an index of shards", hint=again(Path(directory)), code=DATA)
     return index, shards
 
 
 class ShardSet:
     """One split of a folder of shards, read by position: `len`, `key(i)`, `read(i)`, `read_field(i, field)`.
 
-    Indices are memory-mapped and tars opened when first read, in whichever process reads; pickling carries the path
-    alone. Raises UserError(code 3) where the folder has no index or no such split, or where a shard is not as long as
-    its index says.
+    Rows and data are read when asked for, in whichever process asks; pickling carries the path alone. Raises
+    UserError(code 3) where the folder has no index or no such split, or where a shard is not as long as its index says;
+    when reading, where the data are not where the index says.
     """
 
     def __init__(self, directory: str | Path, split: str = "train") -> None:
@@ -225,59 +206,55 @@ class ShardSet:
         self.shards = tuple(info for info in shards if info.split == split)
         if not self.shards:
             found = ", ".join(sorted({info.split for info in shards}))
-            raise UserError(
-                f"{directory} has no split {split!r} (it has: {found})", hint="pack with --val-fraction", code=DATA
-            )
-        self._indices = [self._open_index(info) for info in self.shards]
-        self._ends = list(accumulate(map(len, self._indices)))
-        self._files: OrderedDict[int, int] = OrderedDict()
+            what = f"{directory} has no split {split!r} (it has: {found})"
+            raise UserError(what, hint="pack with --val-fraction", code=DATA)
+        tars = [self.directory / info.name for info in self.shards]
+        self._tars, self._indices = list(map(str, tars)), [str(index_path(tar)) for tar in tars]
+        self._layouts = [self._checked(info, tar) for info, tar in zip(self.shards, tars, strict=True)]
+        self._ends = list(accumulate(info.samples for info in self.shards))
+        self._files = Descriptors(OPEN_FILES)
 
     def __reduce__(self) -> tuple[type[ShardSet], tuple[Path, str]]:
         return ShardSet, (self.directory, self.split)
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        if hasattr(self, "_files"):
+            self._files.close()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        shard, row = self._locate(i)
-        return bytes(self._indices[shard][row]["key"]).decode()
+        return self._row(*self._locate(i))[0]
 
-    def read(self, i: int) -> dict[str, bytes]:
-        """The fields of sample i, those it has."""
+    def read(self, i: int, fields: Container[str] | None = None) -> dict[str, bytes]:
+        """The fields of sample i, those it has; of these only `fields` where given."""
         shard, row = self._locate(i)
-        index = self._indices[shard]
-        sample = index[row].item()  # one conversion of the whole row: (key, (offset, size), …)
-        places = zip((index.dtype.names or ())[1:], sample[1:], strict=True)
-        return {field: self._bytes(shard, offset, size) for field, (offset, size) in places if offset}
+        key, places = self._row(shard, row)
+        wanted = places if fields is None else {name: place for name, place in places.items() if name in fields}
+        return self._data(shard, key, wanted)
 
     def read_field(self, i: int, field: str) -> bytes:
         """One field of sample i. Raises UserError(code 3) where the sample lacks it."""
-        shard, row = self._locate(i)
-        index = self._indices[shard]
-        offset, size = index[field][row].item() if field in (index.dtype.names or ()) else (0, 0)
-        if not offset:
-            raise UserError(f"{self.shards[shard].name}: sample {self.key(i)} has no {field}", code=DATA)
-        return self._bytes(shard, offset, size)
+        found = self.read(i, (field,))
+        if field not in found:
+            raise UserError(f"{self.shards[self._locate(i)[0]].name}: sample {self.key(i)} has no {field}", code=DATA)
+        return found[field]
 
-    def _open_index(self, info: ShardInfo) -> Index:
-        tar = self.directory / info.name
+    def _checked(self, info: ShardInfo, tar: Path) -> Layout:
         if not tar.is_file():
-            raise UserError(f"{tar}: listed in {INDEX} but not there", hint=_again(self.directory), code=DATA)
-        index = _load_index(tar)
-        size = tar.stat().st_size
+            raise UserError(f"{tar}: listed in {INDEX} but not there", hint=again(self.directory), code=DATA)
+        if leads_out(tar):
+            raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
+        size, layout = tar.stat().st_size, open_index(tar)
         if size != info.bytes:
-            raise UserError(
-                f"{tar}: has {size:,} bytes, its index says {info.bytes:,}", hint=_again(self.directory), code=DATA
-            )
-        if len(index) != info.samples:
-            what = f"{tar}: its index lists {len(index)} samples, {INDEX} says {info.samples}"
-            raise UserError(what, hint=_again(self.directory), code=DATA)
-        return index
+            what = f"{tar}: has {size:,} bytes, its index says {info.bytes:,}"
+            raise UserError(what, hint=again(self.directory), code=DATA)
+        if layout.rows != info.samples:
+            what = f"{tar}: its index lists {layout.rows} samples, {INDEX} says {info.samples}"
+            raise UserError(what, hint=again(self.directory), code=DATA)
+        return layout
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self._ends[-1]:
@@ -285,15 +262,38 @@ class ShardSet:
         shard = bisect_right(self._ends, i)
         return shard, i - (self._ends[shard - 1] if shard else 0)
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-        else:
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.directory / self.shards[shard].name, os.O_RDONLY)
-        data = os.pread(self._files[shard], size, offset)
-        if len(data) != size:
-            what = f"{self.directory / self.shards[shard].name}: damaged at byte {offset:,}: unexpected end of data"
-            raise UserError(what, hint="run: scripts/make_shards.py verify " + str(self.directory), code=DATA)
-        return data
+    def _row(self, shard: int, row: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        layout = self._layouts[shard]
+        data = self._files.read(self._indices[shard], layout.row.size, layout.start + row * layout.row.size)
+        try:
+            raw, places = layout.places(data)
+            key = raw.decode()
+            if is_safe(key):
+                return key, places
+            raise ValueError(key)
+        except (StructError, ValueError):
+            raise UserError(f"{self._indices[shard]}: damaged", hint=again(self.directory), code=DATA) from None
+
+    def _data(self, shard: int, key: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+        """The bytes at `places`, in one read where they lie together, as those of one sample do."""
+        found: dict[str, bytes] = {}
+        if not places:
+            return found
+        tar, end = self._tars[shard], self.shards[shard].bytes
+        low = min(offset for offset, _ in places.values()) - BLOCK
+        high = max(offset + size for offset, size in places.values())
+        near = high - low <= SPAN + 2 * sum(size for _, size in places.values())
+        block = self._files.read(tar, high - low, low) if near and 0 <= low < high <= end else b""
+        for field, (offset, size) in places.items():
+            if not near:
+                low = offset - BLOCK
+                block = self._files.read(tar, BLOCK + size, low) if low >= 0 and offset + size <= end else b""
+            data = block[offset - low : offset - low + size]
+            if len(data) != size or low < 0:
+                what = f"{tar}: damaged at byte {offset:,} ({key}.{field}): unexpected end of data"
+                raise UserError(what, hint=f"run: scripts/make_shards.py verify {self.directory}", code=DATA)
+            if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
+                what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
+                raise UserError(what, hint=again(self.directory), code=DATA)
+            found[field] = data
+        return found

@@ -14,19 +14,21 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from training.captions import clean_captions, decode_text
 from training.errors import DATA, UserError
-from training.images import ELSEWHERE, SUFFIXES
-from training.tars import index_tar
+from training.images import ELSEWHERE, LARGEST_FILE, SUFFIXES, read_file, refuse
+from training.tars import Index, index_tar
 
 SPLITS = ("train", "val", "test")
-CAPTION_LIMIT = 20_000  # characters; beyond is no caption but a wrong file
+METADATA = ("metadata.jsonl", "metadata.csv")
+LARGEST_TEXT = 4 << 20  # bytes of one picture's captions or metadata
 
 
 @dataclass(frozen=True)
@@ -72,33 +74,6 @@ def safe_key(path: str) -> str:
     become `_`."""
     parts = [re.sub(r"[.\\]", "_", part) for part in path.split("/")]
     return "".join(letter if letter.isprintable() else "_" for letter in "/".join(parts))
-
-
-def decode_text(data: bytes) -> str:
-    """UTF-8 text, with or without a byte order mark; UTF-16 with one. Raises UserError(code 3) for others."""
-    try:
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return data.decode("utf-16")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"caption not UTF-8 (byte {error.start})", hint="save it as UTF-8", code=DATA) from None
-
-
-def clean_captions(texts: Iterable[object]) -> tuple[str, ...]:
-    """Captions with white space and control characters made single spaces; blank ones and repetitions left out.
-
-    Raises UserError(code 3) for anything but strings and for endless ones.
-    """
-    found: dict[str, None] = {}
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"caption not a string ({text!r:.40})", code=DATA)
-        cleaned = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufeff]", " ", text).split())
-        if len(cleaned) > CAPTION_LIMIT:
-            raise UserError(f"caption too long ({len(cleaned):,} characters)", code=DATA)
-        if cleaned:
-            found[cleaned] = None
-    return tuple(found)
 
 
 def _as_list(value: object) -> list[object]:
@@ -165,21 +140,22 @@ class Folder(Source):
             used.add(key)
             yield self._sample(path, key, records.get(path))
         for path in self._files:
-            if path.suffix.lower() in ELSEWHERE:
-                yield Remark(present[path], ELSEWHERE[path.suffix.lower()])
-            elif path.suffix == ".txt" and safe_key(present[path][:-4]) not in used:
+            suffix = path.suffix.lower()
+            if suffix in ELSEWHERE:
+                yield Remark(present[path], ELSEWHERE[suffix])
+            elif suffix == ".txt" and safe_key(present[path][:-4]) not in used:
                 yield Remark(present[path], "caption without image", harmless=True)
+            elif suffix not in SUFFIXES and suffix != ".txt" and path.name not in METADATA:
+                yield Remark(present[path], "neither picture nor caption", harmless=True)
 
     def _sample(self, path: Path, key: str, record: dict[str, Any] | None) -> Sample | Remark:
         sidecar = path.with_suffix(".txt")
         try:
-            texts: list[object] = list(decode_text(sidecar.read_bytes()).splitlines()) if sidecar.is_file() else []
-            captions = clean_captions(texts) or clean_captions(_captions_of(record or {}))
-            image = path.read_bytes()
+            text = decode_text(read_file(sidecar, LARGEST_TEXT)) if sidecar.is_file() else ""
+            captions = clean_captions(text.splitlines()) or clean_captions(_captions_of(record or {}))
+            image = read_file(path, LARGEST_FILE)
         except UserError as error:
             return Remark(key, error.what)
-        except OSError as error:
-            return Remark(key, f"unreadable file ({error.strerror})")
         meta = {
             name: value
             for name, value in (record or {}).items()
@@ -192,7 +168,7 @@ class Folder(Source):
         records: dict[Path, dict[str, Any]] = {}
         remarks = []
         for path in self._files:
-            if path.name not in ("metadata.jsonl", "metadata.csv"):
+            if path.name not in METADATA:
                 continue
             for number, row in enumerate(_rows(path), 1):
                 name = row.get("file_name")
@@ -213,13 +189,17 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     except UserError as error:
         raise UserError(f"{path}: {error.what}", hint=error.hint, code=DATA) from None
     if path.suffix == ".csv":
-        yield from csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            for row in csv.DictReader(io.StringIO(text, newline="")):
+                yield {name: value for name, value in row.items() if isinstance(name, str)}
+        except csv.Error as error:
+            raise UserError(f"{path}: not readable as CSV ({error})", code=DATA) from None
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error})", code=DATA) from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is not a JSON object", code=DATA)
@@ -228,7 +208,10 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 class Tars(Source):
     """Existing webdataset tars: a picture, `txt` and `json` per key (img2dataset's layout, and our own). Splits by
-    name: `train-…tar`."""
+    name: `train-…tar`.
+
+    A damaged tar is left out whole, with a remark; of a sound one, members that are unsafe or of no use.
+    """
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths, self.name = paths, f"{len(paths)} tars" if len(paths) > 1 else str(paths[0])
@@ -240,31 +223,46 @@ class Tars(Source):
     def samples(self) -> Iterator[Sample | Remark]:
         home: dict[str, str] = {}
         for path in self.paths:
-            index = index_tar(path)
-            fields = (index.dtype.names or ())[1:]
-            prefix = path.name.split("-")[0]
-            split = prefix if prefix in SPLITS else None
-            with path.open("rb") as file:
-                for row in index:
-                    key = row["key"].decode()
-                    if key in home:
-                        yield Remark(key, f"duplicate sample key {key} ({home[key]}, {path.name})")
-                        continue
-                    home[key] = path.name
-                    places = {name: row[name].item() for name in fields if row[name]["offset"]}
-                    yield self._sample(file.fileno(), key, places, split)
+            left_out: list[str] = []
+            try:
+                index = index_tar(path, left_out)
+            except UserError as error:
+                yield Remark(path.name, f"damaged tar ({error.what.removeprefix(f'{path}: ')})")
+                continue
+            yield from (Remark(path.name, f"unusable member ({why})") for why in left_out)
+            yield from self._rows(path, index, home)
+
+    def _rows(self, path: Path, index: Index, home: dict[str, str]) -> Iterator[Sample | Remark]:
+        fields = (index.dtype.names or ())[1:]
+        prefix = path.name.split("-")[0]
+        split = prefix if prefix in SPLITS else None
+        with path.open("rb") as file:
+            for row in index:
+                key = row["key"].decode()
+                if key in home:
+                    yield Remark(key, f"duplicate sample key ({home[key]}, {path.name})")
+                    continue
+                home[key] = path.name
+                places = {name: row[name].item() for name in fields if row[name]["offset"]}
+                picture = next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in places), None)
+                if picture is None:
+                    yield Remark(key, f"no image (it has: {', '.join(places)})")
+                    continue
+                for name in sorted(places.keys() - {picture, "txt", "json"}):
+                    yield Remark(key, f"field {name} left out", harmless=True)
+                yield self._sample(file.fileno(), key, places, picture, split)
 
     def _sample(
-        self, descriptor: int, key: str, places: dict[str, tuple[int, int]], split: str | None
+        self, descriptor: int, key: str, places: dict[str, tuple[int, int]], picture: str, split: str | None
     ) -> Sample | Remark:
-        def data(name: str) -> bytes:
+        def data(name: str, limit: int = LARGEST_TEXT) -> bytes:
             offset, size = places[name]
+            if size > limit:
+                raise refuse(f"{name} too large ({size:,} bytes; at most {limit:,} are read)")
             return os.pread(descriptor, size, offset)
 
-        picture = next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in places), None)
-        if picture is None:
-            return Remark(key, f"no image (it has: {', '.join(places)})")
         try:
+            image = data(picture, LARGEST_FILE)
             record = json.loads(data("json")) if "json" in places else {}
             record = record if isinstance(record, dict) else {"json": record}
             captions = clean_captions(
@@ -273,7 +271,7 @@ class Tars(Source):
             captions = captions or clean_captions(_captions_of(record))
         except UserError as error:
             return Remark(key, error.what)
-        except ValueError:
+        except (ValueError, RecursionError):
             return Remark(key, "metadata not JSON")
         meta = {name: value for name, value in record.items() if name not in ("captions", "caption", "text")}
-        return Sample(safe_key(key), data(picture), captions, meta, split)
+        return Sample(safe_key(key), image, captions, meta, split)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond
@@ -72,6 +73,7 @@ class DenoiserStage(Stage):
         self.network = Captioned(backbone, text, learned)
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
+        self.score = ("loss", 1.0)
         diffusion = Diffusion(
             schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
         )
@@ -84,6 +86,9 @@ class DenoiserStage(Stage):
 
     def wrap(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        if self.text.trainable and not getattr(self.config.backbone, "pooled", True):
+            # Nothing reads the encoder's pooled vector: processes must not wait for the gradients of its projection.
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.forward = accelerator.prepare(self.network)
         if self.config.train.compile:
             self.network.backbone.compile()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from tarfile import PAX_FORMAT, TarInfo
@@ -23,7 +24,8 @@ BLOCK = 512
 END = bytes(2 * BLOCK)
 MEMBER_LIMIT = 2**31  # bytes; an image or a latent is never larger, a forged header may claim to be
 LONGEST_NAME = 1024  # bytes
-KINDS = {
+MOST_FIELDS = 64  # of one tar; names full of dots would make a field of each, and an index without end
+KINDS = {  # what is neither a file nor a folder
     b"1": "a hard link",
     b"2": "a symbolic link",
     b"3": "a device",
@@ -98,6 +100,7 @@ class _Walk:
         self.at = 0
 
     def refuse(self, why: str, name: str = "") -> UserError:
+        name = "".join(letter if letter.isprintable() else "?" for letter in name)  # no escapes to a terminal
         where = f" (member {name})" if name else ""
         return UserError(
             f"{self.path}: damaged at byte {self.at:,}{where}: {why}", hint="fetch or pack this shard again", code=DATA
@@ -149,8 +152,8 @@ class _Walk:
                 raise self.refuse("a zero block in the middle; data follow it")
             self.at += len(chunk)
 
-    def members(self) -> Iterator[tuple[bytes, int, int]]:
-        """(raw name, offset, size) of every regular file."""
+    def members(self) -> Iterator[tuple[bytes, bytes, int, int]]:
+        """(raw name, kind, offset, size) of everything but folders; checks that it lies within the file."""
         long_name, long_size = b"", -1
         while header := os.pread(self.descriptor, BLOCK, self.at):
             if len(header) == BLOCK and not any(header):
@@ -166,19 +169,18 @@ class _Walk:
                     records = (
                         _pax(self.data(size, shown)) if kind == b"x" else {"path": self.data(size, shown).rstrip(b"\0")}
                     )
-                    long_name, long_size = records.get("path", long_name), int(records.get("size", long_size))
+                    long_name = records.get("path", long_name)
+                    long_size = self._limited(int(records["size"]), shown) if "size" in records else long_size
                 except (ValueError, IndexError):
                     raise self.refuse("bad extended header", shown) from None
             elif kind != b"g":  # a global header says nothing we need
                 name = long_name or self._name(header)
                 size = long_size if long_size >= 0 else size
                 long_name, long_size = b"", -1
-                if kind in KINDS or kind not in b"0\x005":
-                    raise self.unsafe(name, f"it is {KINDS.get(kind, f'of unknown type {kind!r}')}")
                 if self.at + BLOCK + size > self.end:
                     raise self.refuse("unexpected end of data", name.decode(errors="replace"))
                 if kind != b"5":
-                    yield name, self.at + BLOCK, size
+                    yield name, kind, self.at + BLOCK, size
             self.at += BLOCK + size + -size % BLOCK
         raise self.refuse("the file ends without the end-of-archive mark; it was cut between two members")
 
@@ -192,27 +194,40 @@ class _Walk:
             size = _number(header[124:136])
         except ValueError:
             raise self.refuse("bad size", shown) from None
-        if size > MEMBER_LIMIT:
+        return self._limited(size, shown)
+
+    def _limited(self, size: int, shown: str) -> int:
+        if not 0 <= size <= MEMBER_LIMIT:  # a negative one would walk backwards, for ever
             raise self.refuse(f"the member claims {size:,} bytes; at most {MEMBER_LIMIT:,} are read", shown)
         return size
 
 
-def walk_tar(path: str | Path) -> Iterator[Member]:
+def walk_tar(path: str | Path, left_out: list[str] | None = None) -> Iterator[Member]:
     """The regular files of a tar in order, directories left out. Nothing is extracted or followed.
 
     Raises UserError(code 3) for anything but a sound tar: cut or damaged headers and data, a missing end mark, links,
-    devices, names that are absolute, hold `..` or control characters, or are not UTF-8.
+    devices, names that are absolute, hold `..` or control characters, or are not UTF-8. Where `left_out` is given,
+    members that are unsafe are described there instead, and passed over.
     """
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of this name must not hold us up
     except OSError as error:
         raise UserError(f"{path}: cannot be opened: {error.strerror}", code=DATA) from None
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path}: is not a regular file", code=DATA)
         walk = _Walk(path, descriptor)
         walk.start()
-        for raw, offset, size in walk.members():
-            yield Member(_safe_name(walk, raw), offset, size)
+        for raw, kind, offset, size in walk.members():
+            try:
+                member = Member(_safe_name(walk, raw, kind), offset, size)
+            except UserError as error:
+                if left_out is None:
+                    raise
+                left_out.append(error.what.removeprefix(f"{path}: "))
+            else:
+                yield member
     finally:
         os.close(descriptor)
 
@@ -222,7 +237,9 @@ def is_safe(name: str) -> bool:
     return bool(name) and name.isprintable() and "\\" not in name and name[0] != "/" and ".." not in name.split("/")
 
 
-def _safe_name(walk: _Walk, raw: bytes) -> str:
+def _safe_name(walk: _Walk, raw: bytes, kind: bytes) -> str:
+    if kind not in (b"0", b"\0"):
+        raise walk.unsafe(raw, f"it is {KINDS.get(kind, f'of unknown type {kind!r}')}")
     try:
         name = raw.decode()
     except UnicodeDecodeError:
@@ -235,25 +252,44 @@ def _safe_name(walk: _Walk, raw: bytes) -> str:
     return name
 
 
-def index_tar(path: str | Path) -> Index:
+def stands_before(header: bytes, name: str, size: int) -> bool:
+    """Whether a member's header block is that of `name` with `size` bytes: cheap, so asked at every read.
+
+    Long and foreign names are told by their size alone, for they stand in an extended header.
+    """
+    try:
+        found = _number(header[124:136])
+    except (ValueError, IndexError):
+        return False
+    own = header[:100].split(b"\0", 1)[0].removeprefix(b"./").lower()
+    known = name.isascii() and len(name) < 98
+    return found == size and (not known or name.lower().encode().endswith(own))
+
+
+def index_tar(path: str | Path, left_out: list[str] | None = None) -> Index:
     """The offset index of any webdataset tar, grouped by key in order of first appearance.
 
     Files without a field (no dot, or hidden such as `._a.jpg`) belong to no sample, as in webdataset, and are passed
-    over. Raises UserError(code 3) as `walk_tar` does, and for a field given twice or a tar without samples.
+    over. Raises UserError(code 3) as `walk_tar` does, and for a field given twice or a tar without samples; where
+    `left_out` is given, single members that cannot be used are described there instead.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, size in walk_tar(path):
+    fields: set[str] = set()
+    for name, offset, size in walk_tar(path, left_out):
         if not (match := NAME.fullmatch(name)):
             continue
         key, field = match[1], match[2].lower()
-        if field == "key" or field in samples.setdefault(key, {}):
-            why = (
-                f"duplicate sample key {key} ({field} twice)"
-                if field != "key"
-                else f"sample {key} has a field named 'key'"
-            )
+        if field != "key" and field not in samples.setdefault(key, {}):
+            samples[key][field] = (offset, size)
+            fields.add(field)
+            if len(fields) > MOST_FIELDS:
+                what = f"{path}: more than {MOST_FIELDS} fields ({', '.join(sorted(fields)[:4])}, …)"
+                raise UserError(what, hint="a key ends at the first dot of the file's name: KEY.jpg", code=DATA)
+            continue
+        why = f"duplicate sample key {key} ({field} twice)" if field != "key" else f"sample {key} has a field 'key'"
+        if left_out is None:
             raise UserError(f"{path}: {why}", hint="every sample needs a key of its own", code=DATA)
-        samples[key][field] = (offset, size)
+        left_out.append(why)
     if not samples:
         raise UserError(f"{path}: no samples in this tar (files named KEY.FIELD such as 000001.jpg)", code=DATA)
     return make_index(samples)

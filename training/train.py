@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training import config as configs
-from training.errors import USAGE, UserError, explained
-from training.settle import check_images, data_facts, held_out_shards, layout
+from training.errors import UserError, explained
+from training.opening import announce, begin, open_run, resume
+from training.settle import check_images, check_room, check_starts, data_facts, held_out_shards, layout
 
 if TYPE_CHECKING:
     import argparse
@@ -38,22 +42,39 @@ def resolve(args: argparse.Namespace, stage: str) -> configs.Config | None:
 
 def train_autoencoder(args: argparse.Namespace) -> int:
     """Stage one: train, measure the latent normaliser, export. Returns the exit code."""
-    config = resolve(args, "autoencoder")
+    return _train(args, "autoencoder", _autoencoder)
+
+
+def train_denoiser(args: argparse.Namespace) -> int:
+    """Stage two: train on encoded latents, export a self-contained model. Returns the exit code."""
+    return _train(args, "denoiser", _denoiser)
+
+
+def _train(args: argparse.Namespace, stage: str, body: Callable[[argparse.Namespace, Any, ExitStack], int]) -> int:
+    """One stage's work, in which all processes end together and the run folder is given back."""
+    config = resolve(args, stage)
     if config is None:
         return 0
+    from training.launch import together
+
+    with together(), ExitStack() as ending:
+        return body(args, config, ending)
+
+
+def _autoencoder(args: argparse.Namespace, config: configs.AutoencoderConfig, ending: ExitStack) -> int:
     from training import launch
     from training.data import Images
     from training.runs import autoencoder_hashes
     from training.shards import ShardSet
 
-    assert isinstance(config, configs.AutoencoderConfig)
     shards = ShardSet(args.data, "train")
-    dataset = Images(shards, flip=config.train.flip, seed=config.train.seed)
+    dataset = Images(shards, flip=config.train.flip, seed=config.train.seed, on_bad_data=args.on_bad_data)
     held_out = Images(held_out_shards(args.data))
     check_images(config, dataset)
     accelerator = launch.start(args.device, config.train.mixed_precision)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
-    run = None if args.dry_run else open_run(args, "autoencoder", config, accelerator)
+    check_starts(config)
+    run = None if args.dry_run else open_run(args, "autoencoder", config, accelerator, ending)
     if run and run.finished():
         return already(run)
     stage = stage_one(args, config, dataset, held_out)
@@ -64,7 +85,7 @@ def train_autoencoder(args: argparse.Namespace) -> int:
         return 0
     facts = {"data": data_facts(args.data)}
     path = begin(args, run, accelerator, facts)
-    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, path)
+    loop, stopped = fit(args, stage, accelerator, run, micro, accumulation, path, facts)
     if stopped:
         return stopped
     if accelerator.is_main_process:
@@ -99,18 +120,13 @@ def stage_one(args: argparse.Namespace, config: configs.AutoencoderConfig, datas
     return AutoencoderStage(config, model, discriminator, perceptual, dataset, held_out)
 
 
-def train_denoiser(args: argparse.Namespace) -> int:
-    """Stage two: train on encoded latents, export a self-contained model. Returns the exit code."""
-    config = resolve(args, "denoiser")
-    if config is None:
-        return 0
+def _denoiser(args: argparse.Namespace, config: configs.DenoiserConfig, ending: ExitStack) -> int:
     from training import launch, system
     from training.data import Latents
     from training.shards import ShardSet
 
-    assert isinstance(config, configs.DenoiserConfig)
     shards = ShardSet(args.latents, "train")
-    dataset = Latents(shards, flip=config.train.flip, seed=config.train.seed)
+    dataset = Latents(shards, flip=config.train.flip, seed=config.train.seed, on_bad_data=args.on_bad_data)
     held_out = Latents(held_out_shards(args.latents))
     accelerator = launch.start(args.device, config.train.mixed_precision)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
@@ -118,7 +134,7 @@ def train_denoiser(args: argparse.Namespace) -> int:
         config = dataclasses.replace(
             config, sample=dataclasses.replace(config.sample, size=tuple(shards.summary["latent"]["picture"]))
         )
-    run = None if args.dry_run else open_run(args, "denoiser", config, accelerator)
+    run = None if args.dry_run else open_run(args, "denoiser", config, accelerator, ending)
     if run and run.finished():
         return already(run)
     parts, stage = stage_two(args, config, dataset, held_out, run, accelerator)
@@ -130,7 +146,7 @@ def train_denoiser(args: argparse.Namespace) -> int:
     path = begin(args, run, accelerator, facts)
     if accelerator.is_main_process:
         system.store(parts, Path(args.latents), run.folder / "final")
-    loop, stopped = fit(args, config, stage, accelerator, run, micro, accumulation, path)
+    loop, stopped = fit(args, stage, accelerator, run, micro, accumulation, path, facts)
     if stopped:
         return stopped
     if accelerator.is_main_process:
@@ -168,66 +184,35 @@ def stage_two(
 
 def fit(
     args: argparse.Namespace,
-    config: Any,
     stage: Any,
     accelerator: Accelerator,
     run: Run,
     micro: int,
     accumulation: int,
     path: Path | None,
+    facts: Mapping[str, Any],
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
     from training.loop import Loop
 
+    config: Any = run.config
     loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
-    start = 0
-    if path is not None:
-        checkpoint = loop.checkpoints.load(path)
-        loop.restore(checkpoint)
-        start = checkpoint.step
-        if start > config.train.max_steps:
-            raise UserError(
-                f"the run is at step {start}, past train.max_steps {config.train.max_steps}",
-                hint="raise --max-steps",
-                code=USAGE,
-            )
-        announce(accelerator, f"resumed from step {start}")
-    elif args.resume:
-        announce(accelerator, "note: no checkpoint yet; starting fresh")
-        loop.journal.restart()
-    if number := loop.fit(start):
-        announce(
-            accelerator, f"stopped by a signal: saved; resume with the same command and --resume auto ({run.folder})"
-        )
-        return loop, 128 + number
-    return loop, 0
-
-
-def begin(args: argparse.Namespace, run: Run, accelerator: Accelerator, facts: Mapping[str, Any]) -> Path | None:
-    """Write down what the run is made of; returns the checkpoint to go on from. All that may be refused was tried."""
-    from training.checkpoint import Checkpoints
-
-    checkpoints = Checkpoints(run.folder)
     if accelerator.is_main_process:
-        checkpoints.sweep()
-    path = checkpoints.find(args.resume)
-    if accelerator.is_main_process:
-        run.same_ingredients(facts)
-        run.describe("training", 0, facts)
-    return path
-
-
-def open_run(args: argparse.Namespace, stage: str, config: Any, accelerator: Accelerator) -> Run | None:
-    """The run folder, claimed by the main process; the others only know its place."""
-    from training.runs import Run
-
-    if accelerator.is_main_process:
-        run = Run(Path(args.output), stage, config, args.resume)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        run = Run.__new__(Run)
-        run.folder, run.stage, run.config = Path(args.output), stage, config
-    return run
+        check_room(loop)
+    start = resume(args, loop, path, accelerator)
+    try:
+        number = loop.fit(start)
+    except UserError:
+        if accelerator.is_main_process:
+            with suppress(UserError):  # a full disk, say: the first reason is the one to tell
+                run.describe("failed", loop.done, facts)
+        raise
+    if number and accelerator.is_main_process:
+        run.describe("stopped", loop.done, facts)
+        again = shlex.join(sys.argv) + ("" if args.resume == "auto" else " --resume auto")
+        stopped = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
+        print(f"{stopped}; resume with: {again}", file=sys.stderr)
+    return loop, 128 + number if number else 0
 
 
 def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
@@ -247,14 +232,10 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
 
 def already(run: Run) -> int:
     """A finished run asked to go on is done."""
-    print(f"{run.folder}: already complete at step {run.config.train.max_steps}", file=sys.stderr)
+    from training.files import read_json
+
+    print(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}", file=sys.stderr)
     return 0
-
-
-def announce(accelerator: Accelerator, text: str) -> None:
-    """One line on stderr, from the main process."""
-    if accelerator.is_main_process:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _folder(path: Path) -> Path:

@@ -84,7 +84,7 @@ def test_the_stream_does_not_depend_on_workers(shapes: Path, workers: int) -> No
 def test_an_error_keeps_its_code_and_hint_across_processes(tmp_path: Path, workers: int) -> None:
     shards = pack(tmp_path / "x", [{"png": png((32, 32))}, {"png": b"no picture"}], {})
     with pytest.raises(UserError, match="0001: not a readable picture") as caught:
-        list(stream(Images(shards), Batches(DataOrder(2, 2, 0), 2, 1, 0, 1, 0, 1), workers))
+        list(stream(Images(shards, on_bad_data="error"), Batches(DataOrder(2, 2, 0), 2, 1, 0, 1, 0, 1), workers))
     assert caught.value.code == 3 and "verify" in caught.value.hint and "Traceback" not in caught.value.what
 
 

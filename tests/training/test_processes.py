@@ -6,6 +6,7 @@ import json
 import sys
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,22 +101,28 @@ def test_accelerate_launch(latents: Path, alone: Path, tmp_path: Path) -> None:
     close(tmp_path / "run", alone / "denoiser")
 
 
-def test_accelerate_alone_on_a_cpu_says_so(latents: Path) -> None:
-    """Without MPI, Accelerate starts one process on a CPU whatever it is asked for: not silently here."""
-    flags = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+def test_accelerate_alone_on_a_cpu_is_refused(latents: Path) -> None:
+    """Without MPI, Accelerate starts one process on a CPU whatever it is asked for: that one must not train alone."""
+    flags = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = ["-m", "accelerate.commands.launch", *flags.split()]
     words = ["--latents", latents, *tiny.DENOISER, "--dry-run"]
-    done = tiny.spawn("-m", "accelerate.commands.launch", *flags, tiny.SCRIPTS / "train_denoiser.py", *words, limit=900)
-    assert done.returncode == 0 and "torchrun --nproc-per-node" in done.stderr, done.stderr[-3000:]
+    done = tiny.spawn(*launch, tiny.SCRIPTS / "train_denoiser.py", *words, limit=900)
+    assert done.returncode != 0 and "returned non-zero exit status 2" in done.stderr, done.stderr[-3000:]
+    assert "error: accelerate launch --cpu was asked for several processes but started only 1" in done.stderr
+    assert "torchrun --nproc-per-node" in done.stderr
+
+
+def test_two_started_but_one_in_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    from training import launch
+    from training.errors import UserError
+
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started but only 1 is in the group") as caught:
+        launch.start("cpu")
+    assert caught.value.code == 2
 
 
 def test_batch_that_does_not_split() -> None:

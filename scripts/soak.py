@@ -1,0 +1,27 @@
+"""Kill a small training at random moments, resume it each time, and compare its end with that of a calm one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from training.cli import Parser, run_main
+
+
+def main() -> None:
+    parser = Parser(__doc__ or "")
+    add = parser.add_argument
+    add("--stage", choices=("autoencoder", "denoiser"), default="autoencoder", help="what to train")
+    add("--kills", metavar="N", type=int, default=100, help="kills in all")
+    add("--steps", metavar="N", type=int, default=40, help="steps of each training")
+    add("--seed", type=int, default=0, help="seed of the moments")
+    add("--folder", metavar="DIR", help="where to work; a temporary folder when not given")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.read()
+    from training.soak import soak
+
+    sys.exit(soak(args, Path(__file__).parent))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,115 @@
+"""Two processes: whatever happens to one happens to both, at the same step and with one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ranks
+import tiny
+
+from training.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.timeout(900)  # seconds of work, but many of them where the cores are shared
+
+ALONE = 1  # the rank that something happens to
+
+
+@pytest.fixture(scope="module")
+def words(latents: Path) -> list[object]:
+    flags = ["--save-every", "2", "--train.log_every", "1", "--sample-every", "100", "--lr", "1e-4"]
+    return ["train_denoiser", "--latents", latents, *tiny.DENOISER, *flags]
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(words: list[object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    codes = ranks.start(2, tmp_path, *words, "--output", run, wrong={ALONE: "step:3=term"})
+    assert codes == [143, 143], ranks.said(tmp_path)
+    assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000003"
+    assert "stopped by SIGTERM: saved step 3; resume with: " in ranks.said(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["step"], record["environment"]["processes"]) == ("stopped", 3, 2)
+
+
+def test_death_of_one_ends_the_other(words: list[object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    codes = ranks.start(2, tmp_path, *words, "--output", run, wrong={ALONE: "step:4=kill"})
+    assert codes == [1, -9], ranks.said(tmp_path)
+    assert "error: lost another process at step 3" in ranks.said(tmp_path)
+    assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002"  # nothing was saved after the loss
+    assert "Traceback" not in ranks.said(tmp_path)
+
+
+def test_death_of_the_writer_in_a_save(words: list[object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    codes = ranks.start(2, tmp_path, *words, "--output", run, wrong={0: "checkpoint.file:6=kill"})
+    assert codes == [-9, 1], ranks.said(tmp_path)
+    assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002"
+    assert list((run / "checkpoints").glob(".tmp-*"))
+    assert ranks.start(2, tmp_path, *words, "--output", run, "--resume", "auto") == [0, 0]
+    assert "note: removed unfinished checkpoint .tmp-step-00000004" in ranks.said(tmp_path)
+    assert [row["step"] for row in tiny.rows(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "message"),
+    [
+        ({ALONE: "bad_sample:3"}, 3, "error: 000007: broken sample"),
+        ({ALONE: "nan_loss:3"}, 5, "error: loss is not finite at step 3 (samples "),
+        ({ALONE: "unsynchronised:3"}, 5, "tensors differ between processes at step 4 (first: denoiser."),
+        ({0: "checkpoint.file:6=enospc"}, 6, "No space left on device"),
+    ],
+    ids=["bad sample", "NaN", "unsynchronised", "disk full"],
+)
+def test_both_stop_with_one_message(
+    wrong: dict[int, str], code: int, message: str, words: list[object], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    codes = ranks.start(2, tmp_path, *words, "--output", run, wrong=wrong)
+    said = ranks.said(tmp_path)
+    assert codes == [code, code], said
+    assert said.count("error: ") == 1 and message in said and "Traceback" not in said, said
+    assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002" and not list(run.rglob(".tmp-*"))
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    if "nan_loss:3" in wrong.values():  # the half of the batch that process 1 read
+        report = json.loads((run / "stopped-at-step-00000003.json").read_text())
+        assert len(report["samples"]) == 16 and report["by_process"][ALONE][0] == "nan"
+
+
+def test_a_spike_in_one_is_skipped_by_both(words: list[object], tmp_path: Path) -> None:
+    """The 23rd step: spikes are judged from the 21st on."""
+    run, flags = tmp_path / "run", ["--train.spike_factor", "10", "--max-steps", "24", "--save-every", "100"]
+    codes = ranks.start(2, tmp_path, *words, "--output", run, *flags, wrong={ALONE: "spike:22"})
+    assert codes == [0, 0], ranks.said(tmp_path)
+    rows = [row for row in tiny.rows(run) if "loss" in row]
+    assert [row["step"] for row in rows if "skipped" in row] == [23]
+    assert rows[22]["grad_norm/denoiser"] > 100 * rows[21]["grad_norm/denoiser"] > 0
+    assert rows[23]["grad_norm/denoiser"] < 10 * rows[21]["grad_norm/denoiser"]
+    assert ranks.said(tmp_path).count("warning: step 22 is skipped: grad_norm/denoiser ") == 1
+
+
+def test_saved_by_two_resumed_by_one_and_by_four(words: list[object], tmp_path: Path) -> None:
+    """The same samples in every step, whoever reads them: losses as those of one process all the way."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    assert tiny.call(*words, "--output", alone) == 0
+    again = [*words, "--output", run, "--resume", "auto"]
+    assert ranks.start(2, tmp_path, *again, wrong={ALONE: "step:2=term"}) == [143, 143], ranks.said(tmp_path)
+    assert ranks.start(1, tmp_path, *again, wrong={0: "step:2=term"}) == [143], ranks.said(tmp_path)
+    assert "processes 2 -> 1" in ranks.said(tmp_path)
+    assert ranks.start(4, tmp_path, *again) == [0] * 4, ranks.said(tmp_path)
+    for ours, theirs in zip(tiny.rows(run), tiny.rows(alone), strict=True):
+        assert ours["step"] == theirs["step"] and ours.keys() == theirs.keys()
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert [entry["step"] for entry in json.loads((run / "run.json").read_text())["resumes"]] == [2, 4]
+
+
+def test_a_part_of_the_encoder_that_nothing_reads(words: list[object], tmp_path: Path) -> None:
+    """Without pooled text its projection has no gradient: two processes must neither wait for it nor stop."""
+    flags = ["--backbone.pooled", "false", "--max-steps", "3"]
+    codes = ranks.start(2, tmp_path, *words, "--output", tmp_path / "two", *flags)
+    assert codes == [0, 0], ranks.said(tmp_path)
+    assert tiny.call(*words, "--output", tmp_path / "one", *flags) == 0
+    ours, theirs = ([row["loss"] for row in tiny.rows(tmp_path / name) if "loss" in row] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=1e-5)

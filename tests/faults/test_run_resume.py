@@ -1,0 +1,129 @@
+"""What may change between a run and its resumption, what is said of it, and the two drills that users can repeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from training import faults
+from training.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(autouse=True)
+def unvisited() -> Iterator[None]:
+    faults.visits.clear()
+    yield
+    faults.visits.clear()
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, step: int, *words: object) -> None:
+    """Train until a SIGTERM in `step`."""
+    faults.visits.clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("LDM_FAULT", f"step:{step}=term")
+        assert tiny.call(*words) == 143
+
+
+def test_the_split_may_change_and_with_leave_the_batch(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, "--train.log_every", "1"]
+    stopped(monkeypatch, 2, *words)
+    again = [*words, "--resume", "auto"]
+    stopped(monkeypatch, 2, *again, "--micro-batch-size", "8")  # four passes a step, the same global batch
+    assert "note: train.micro_batch_size: 0 -> 8" in capsys.readouterr().err
+    problem = tiny.refused(*again, "--batch-size", "16")
+    assert problem.code == 4 and "train.batch_size: 32 -> 16" in problem.what
+    assert tiny.call(*again, "--batch-size", "16", "--allow-batch-change") == 0
+    places = {p.name: Checkpoints(run).load(p).state["place"] for p in (run / "checkpoints").glob("step-*")}
+    assert places == {"step-00000004": 4 * 32, "step-00000006": 4 * 32 + 2 * 16}  # no sample twice, none left out
+    assert [row["step"] for row in tiny.rows(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_software_is_said_and_recorded(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER]
+    stopped(monkeypatch, 2, *words)
+    record = json.loads((run / "run.json").read_text())
+    record["versions"]["torch"], record["environment"]["device"] = "2.0.0", "cuda"
+    (run / "run.json").write_text(json.dumps(record))
+    stopped(monkeypatch, 1, *words, "--resume", "auto")
+    said = capsys.readouterr().err
+    assert "warning: bit-exactness is not guaranteed across torch 2.0.0 -> " in said and "device cuda -> cpu" in said
+    assert tiny.call(*words, "--resume", "auto") == 0
+    assert "bit-exactness" not in capsys.readouterr().err  # nothing changed since
+    (entry,) = json.loads((run / "run.json").read_text())["resumes"]
+    assert entry["step"] == 2 and len(entry["changed"]) == 2
+    assert tiny.call(*words, "--resume", "auto") == 0
+    assert "already complete at step 6" in capsys.readouterr().err
+
+
+def test_a_future_given_up_is_not_gone_back_to(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed by name from step 2 and killed before the next save, a run goes on from 2, not from its old step 4."""
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, "--train.log_every", "1"]
+    words += ["--save-every", "2"]
+    stopped(monkeypatch, 4, *words)
+    monkeypatch.setenv("LDM_FAULT", "step:2=raise")
+    faults.visits.clear()
+    with pytest.raises(RuntimeError, match="fault at step"):
+        tiny.call(*words, "--resume", "step-00000002")
+    monkeypatch.delenv("LDM_FAULT")
+    assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002"
+    assert tiny.call(*words, "--resume", "auto") == 0
+    assert [row["step"] for row in tiny.rows(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_losses_that_never_begin_are_said(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("train_autoencoder", "--data", shapes, *tiny.AUTOENCODER, "--dry-run")
+    assert tiny.call(*words, "--loss.adversarial_start", "6") == 0
+    said = capsys.readouterr().err
+    assert "warning: loss.adversarial_start 6 is not before train.max_steps 6" in said
+    assert "discriminator_start" not in said
+
+
+def test_verify_resume(latents: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
+    flags = [*tiny.DENOISER[2:], "--train.flip", "true"]
+    words = ["--config", "smoke", "--latents", latents, "--steps", "5", *flags]
+    assert tiny.call("verify_resume", *words) == 0
+    said = capfd.readouterr().out
+    assert "exact: 5 steps with 5 interruptions end with the bytes of 5 steps without" in said
+    assert said.count("exit code 143") == 2 and said.count("exit code -9") == 3
+    assert tiny.refused("verify_resume", "--config", "smoke").code == 2
+
+
+def test_verify_resume_finds_what_is_not_exact(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One character of the interrupted training's log is another before its last part."""
+    from training import verify_resume
+
+    kept, begun = verify_resume.run, iter(range(9))
+
+    def tampered(script: Path, words: list[str], log: Path, *, fault: str = "") -> int:
+        if next(begun) == 6:
+            with (tmp_path / "interrupted" / "metrics.jsonl").open("r+") as file:
+                file.write("[")
+        return kept(script, words, log, fault=fault)
+
+    monkeypatch.setattr(verify_resume, "run", tampered)
+    words = ["--latents", latents, "--folder", tmp_path, "--steps", "4", *tiny.DENOISER[2:]]
+    problem = tiny.refused("verify_resume", *words)
+    assert problem.code == 4 and "differs in metrics.jsonl" in problem.what
+
+
+@pytest.mark.parametrize(("stage", "kills"), [("autoencoder", 3), ("denoiser", 2)])
+def test_five_kills(stage: str, kills: int, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert tiny.call("soak", "--kills", kills, "--steps", "12", "--stage", stage, "--folder", tmp_path) == 0
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"{stage}: {kills} kills, \d+ trainings ended with the bytes of the calm one", last)

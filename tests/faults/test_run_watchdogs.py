@@ -1,0 +1,143 @@
+"""Watchdogs: what stops a step, what skips it, and that the detector's memory survives a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+
+from training.errors import UserError
+from training.settings import Train
+from training.stage_two import DenoiserStage
+from training.watchdogs import IN_A_ROW, LEAST, Watchdogs, checksum, explain
+
+
+@pytest.fixture
+def dogs(tmp_path: Path) -> Watchdogs:
+    return Watchdogs(tmp_path, Train(spike_factor=10), Accelerator(cpu=True))
+
+
+def judge(dogs: Watchdogs, step: int, loss: float = 1.0, norm: float = 1.0) -> bool:
+    return dogs.judge(step, [torch.tensor(1.0), torch.tensor(loss)], {"grad_norm/net": torch.tensor(norm)}, keys)
+
+
+def keys(process: int, part: int) -> list[str]:
+    return [f"{process}-{part}-{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stops(dogs: Watchdogs, bad: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        judge(dogs, 57, loss=bad)
+    assert caught.value.code == 5
+    assert caught.value.what == "loss is not finite at step 57 (samples 0-1-0, 0-1-1, 0-1-2, 0-1-3, 0-1-4, ...)"
+    assert json.loads((tmp_path / "stopped-at-step-00000057.json").read_text())["samples"] == keys(0, 1)
+    with pytest.raises(UserError, match="grad_norm of the net is not finite at step 58") as caught:
+        judge(dogs, 58, norm=abs(bad))
+    assert caught.value.code == 5
+    assert len(json.loads((tmp_path / "stopped-at-step-00000058.json").read_text())["samples"]) == 12
+
+
+def test_a_finite_spike_is_skipped_and_counted(dogs: Watchdogs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert judge(dogs, 0, norm=1e9)  # nothing is usual yet
+    assert all(judge(dogs, n) for n in range(1, LEAST))
+    assert judge(dogs, 20, norm=9.9) and not judge(dogs, 21, norm=10.1) and judge(dogs, 22)
+    assert not judge(dogs, 23, norm=1e9) and dogs.skipped == 2
+    assert "step 23 is skipped: grad_norm/net 1e+09 is over 10 times its median 1 (2 skipped" in capsys.readouterr().err
+
+
+def test_the_detector_goes_on_after_a_resume(dogs: Watchdogs, tmp_path: Path) -> None:
+    values = [1.0, 2.0, 0.1 + 0.2] * 10 + [30.0]
+    for n, value in enumerate(values):
+        judge(dogs, n, norm=value)
+    other = Watchdogs(tmp_path, Train(spike_factor=10), Accelerator(cpu=True))
+    other.load(json.loads(json.dumps(dogs.state())))
+    assert other.state() == dogs.state() and other.skipped == other.in_a_row == 1
+    assert other.recent["grad_norm/net"].maxlen == dogs.recent["grad_norm/net"].maxlen
+
+
+def test_too_many_in_a_row(dogs: Watchdogs) -> None:
+    assert all(judge(dogs, n) for n in range(40))
+    assert not any(judge(dogs, 40 + n, norm=1e3) for n in range(IN_A_ROW - 1))
+    with pytest.raises(UserError, match="20 steps in a row were skipped, the last at step 59") as caught:
+        judge(dogs, 59, norm=1e3)
+    assert caught.value.code == 5
+
+
+def test_an_overflow_is_routine_under_a_scaler(dogs: Watchdogs) -> None:
+    class Scaled:
+        scaler = object()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(accelerator, name)
+
+    accelerator, dogs.accelerator = dogs.accelerator, Scaled()  # type: ignore[assignment]
+    assert not any(judge(dogs, n, norm=float("inf")) for n in range(IN_A_ROW - 1)) and dogs.skipped == 0
+    assert judge(dogs, 19) and not judge(dogs, 20, norm=float("nan"))
+    with pytest.raises(UserError, match="loss is not finite"):  # scaling down does not mend a loss
+        judge(dogs, 21, loss=float("nan"))
+
+
+def test_off_by_default(tmp_path: Path) -> None:
+    dogs = Watchdogs(tmp_path, Train(), Accelerator(cpu=True))
+    assert all(judge(dogs, n, norm=10.0 ** (n % 9)) for n in range(60)) and not dogs.recent
+
+
+def test_checksum() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    assert checksum(weight) == checksum(weight.to(memory_format=torch.channels_last))
+    other = weight.clone()
+    other[3, 2, 1, 0] = torch.nextafter(other[3, 2, 1, 0], torch.tensor(9.0))  # the last bit of one number
+    assert checksum(weight) != checksum(other)
+    for dtype in (torch.bfloat16, torch.float64, torch.int8):
+        assert checksum(torch.ones(3, dtype=dtype)).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_is_explained(failure: RuntimeError) -> None:
+    told = explain(failure, 3, 16, 64)
+    assert isinstance(told, UserError) and told.code == 6
+    assert told.what == "out of memory at step 3 with a micro-batch of 16"
+    assert "--micro-batch-size 8 trains the same" in told.hint and "64" in told.hint
+    other = RuntimeError("shapes do not match")
+    assert explain(other, 3, 16, 64) is other
+
+
+def test_a_compiler_that_is_not_there_is_explained() -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    told = explain(InvalidCxxCompiler(), 0, 16, 64)
+    assert isinstance(told, UserError) and told.code == 2 and "--train.compile false" in told.hint
+
+
+@pytest.mark.parametrize("kind", ["NaN", "memory"])
+def test_a_training_stops_before_the_weights(
+    kind: str, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, run = DenoiserStage.backward, tmp_path / "run"
+
+    def backward(self: DenoiserStage, batch: Any, step: int, share: float) -> Any:
+        if step == 3 and kind == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        values = kept(self, batch, step, share)
+        return {**values, "loss": values["loss"] * float("nan")} if step == 3 else values
+
+    monkeypatch.setattr(DenoiserStage, "backward", backward)
+    words = ("--latents", latents, "--output", run, *tiny.DENOISER, "--save-every", "2", "--train.log_every", "100")
+    problem = tiny.refused("train_denoiser", *words)
+    assert problem.code == {"NaN": 5, "memory": 6}[kind] and "at step 3" in problem.what
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    if kind == "NaN":  # on a step that is not a logging one; what led to it is in the log
+        assert [row["step"] for row in tiny.rows(run) if "loss" in row] == [1, 2, 3]
+        assert len(json.loads((run / "stopped-at-step-00000003.json").read_text())["samples"]) == 32
+    monkeypatch.setattr(DenoiserStage, "backward", kept)
+    assert tiny.call("train_denoiser", *words, "--resume", "auto") == 0

@@ -1,0 +1,41 @@
+"""Captions as they are found, to clean text: one line, no control characters, valid Unicode."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from training.errors import DATA, UserError
+
+CAPTION_LIMIT = 20_000  # characters; beyond is no caption but a wrong file
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 text, with or without a byte order mark; UTF-16 with one. Raises UserError(code 3) for others."""
+    try:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return data.decode("utf-16")
+        if 3 * data.count(0) > len(data):
+            raise UserError("caption not UTF-8 (UTF-16 without its mark?)", hint="save it as UTF-8", code=DATA)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"caption not UTF-8 (byte {error.start})", hint="save it as UTF-8", code=DATA) from None
+
+
+def clean_captions(texts: Iterable[object]) -> tuple[str, ...]:
+    """Captions with white space and control characters made single spaces; blank ones and repetitions left out.
+
+    Raises UserError(code 3) for anything but strings and for endless ones.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"caption not a string ({text!r:.40})", code=DATA)
+        cleaned = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufeff]", " ", text).split())
+        if len(cleaned) > CAPTION_LIMIT:
+            raise UserError(f"caption too long ({len(cleaned):,} characters)", code=DATA)
+        if any("\ud800" <= letter <= "\udfff" for letter in cleaned):  # JSON can spell half a character
+            raise UserError("caption not valid Unicode (a lone surrogate)", code=DATA)
+        if cleaned:
+            found[cleaned] = None
+    return tuple(found)
