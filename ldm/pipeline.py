@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autoencoder.base import Autoencoder
 from autoencoder.images import to_uint8
+from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.composition import beside
 from ldm.denoiser import Denoise, Denoiser
 from ldm.noise import Noise
@@ -33,10 +34,12 @@ class Pipeline:
 
     A picture depends on its caption, its seed and the settings alone, not on its batch: the noise is keyed by the seed,
     bit for bit. `judge`, for classifier guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their
-    captions.
+    captions. `tile`, 0 or at least 16: the side, in latents, of the overlapping tiles that the autoencoder works in, so
+    that its memory is that of one tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal).
     """
 
     judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    tile: int = 0
 
     def __init__(
         self, autoencoder: Autoencoder, denoiser: Denoiser, text: TextEncoder, sampling: Sampling, size: tuple[int, int]
@@ -92,7 +95,7 @@ class Pipeline:
             own = start if start is None or len(start) == 1 else start[part]
             plan, noise = sampling or self.sampling, Noise.from_seeds(seeds[part], self.device)
             denoise = self.guided(captions[part], negatives[part], also, plan)
-            yield to_uint8(self.autoencoder.decode(self.latents(denoise, noise, shape, plan, own, watch)))
+            yield to_uint8(self.decode(self.latents(denoise, noise, shape, plan, own, watch)))
 
     def latents(
         self,
@@ -125,7 +128,7 @@ class Pipeline:
             # A classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023, arXiv 2302.07121).
             denoiser = replace(
                 denoiser,
-                log_prob=lambda x, t, cond: judge(self.autoencoder.decode(self.denoiser(x, t, cond).x0), captions),
+                log_prob=lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions),
             )
         guided: Denoise = plan.guidance(denoiser, cond, null)
         return guided
@@ -138,9 +141,21 @@ class Pipeline:
         """
         plan = sampling or self.sampling
         denoise = self.denoiser.bind(self.text(captions))
-        x0 = self.autoencoder.norm.mean_latents(self.autoencoder.encode(images))
+        x0 = self.autoencoder.norm.mean_latents(self.encode(images))
         grid = plan.grid(plan.steps, self.denoiser.schedule).flip(0)
         return sample(DDIMInversion(), denoise, x0, grid, Noise.from_seeds([0] * len(x0), self.device))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents -> images, in tiles where `tile` is set."""
+        if not self.tile:
+            return self.autoencoder.decode(latents)
+        return decode_tiled(self.autoencoder, latents, tile=self.tile, overlap=self.tile // 4)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images -> moments, in tiles where `tile` is set."""
+        if not self.tile:
+            return self.autoencoder.encode(images)
+        return encode_tiled(self.autoencoder, images, tile=self.tile, overlap=self.tile // 4)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of pictures of `size` pixels. Raises ValueError where the factor does not divide them."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import argparse
 
 GRID = 64  # pictures the grid shows at most
+SMALLEST_TILE = 16  # latents; neighbours share a quarter of them
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def prepare(args: argparse.Namespace, device: torch.device, original: likeness.O
         add_weak(pipeline, args.weak_model)
     if args.classifier:
         pipeline.judge = Judge(load_classifier(args.classifier, device))
+    pipeline.tile = chosen_tile(args, original)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = parse_size(args.size) or pipeline.size
     also, start = weighed(args.also), inverted(args, pipeline, size, sampling)
@@ -100,6 +102,7 @@ def prepare(args: argparse.Namespace, device: torch.device, original: likeness.O
         "also": also,
         "invert": {"prompt": args.invert_prompt, "sha256": file_sha256(Path(args.invert))} if args.invert else None,
         "size": list(size),
+        "tile": pipeline.tile,
         "precision": args.mixed_precision,
         "hashes": pipeline_hashes(pipeline),
         "versions": versions(),
@@ -110,6 +113,13 @@ def prepare(args: argparse.Namespace, device: torch.device, original: likeness.O
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)
+
+
+def chosen_tile(args: argparse.Namespace, original: likeness.Original | None) -> int:
+    """The side of the autoencoder's tiles in latents: --tile, else as `original` was drawn, else 0 for none."""
+    if args.tile and args.tile < SMALLEST_TILE:
+        raise UserError(f"--tile: must be 0 (off) or at least {SMALLEST_TILE} (got {args.tile})")
+    return int(args.tile or (original.facts.get("tile", 0) if original else 0))
 
 
 def draw_grid(shown: list[Request], output: Path) -> None:

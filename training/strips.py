@@ -29,7 +29,7 @@ class Strip:
         # Processes of growing variance are shown at the scale of the others.
         x = shot.x / per_sample_std(shot.x).clamp(min=1)
         for row, latents in ((self.noisy, x), (self.clean, shot.x0)):
-            row.append(to_uint8(self.pipeline.autoencoder.decode(latents)).cpu())
+            row.append(to_uint8(self.pipeline.decode(latents)).cpu())
         self.times.append(shot.t)
 
     def draw(self, index: int) -> Image.Image:

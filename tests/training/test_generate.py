@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from autoencoder.images import to_uint8, to_unit
+from autoencoder.tiles import decode_tiled, encode_tiled
 from training import pictures
 from training.asking import ask
 from training.classifier import Classifier, Judge
@@ -234,3 +235,26 @@ def test_like_makes_the_same_pixels_or_says_what_differs(
     assert changed.code == 4 and "made with text_encoder 000000000000, this is" in str(changed)
     Image.open(again).save(again)
     assert "does not say how it was made" in str(tiny.refused("generate", *words, "--like", again))
+
+
+def test_tiles(denoiser: Path, tmp_path: Path) -> None:
+    """A picture within one tile is that of the whole, bit for bit; a larger one is put together of tiles."""
+    whole = generate(denoiser, tmp_path / "whole", "--size", "48x96")
+    one = generate(denoiser, tmp_path / "one", "--size", "48x96", "--tile", 24)
+    tiled = generate(denoiser, tmp_path / "tiled", "--size", "48x96", "--tile", 16)
+    assert np.array_equal(pixels(one / "00000.png"), pixels(whole / "00000.png"))
+    assert pictures.facts(tiled / "00000.png")["tile"] == 16 and pictures.facts(whole / "00000.png")["tile"] == 0
+    pipeline = load_pipeline(denoiser, "cpu")
+    pipeline.tile = 16
+    latents, images = torch.randn(1, 4, 12, 24), torch.rand(1, 3, 48, 96) * 2 - 1
+    with torch.no_grad():
+        wanted = decode_tiled(pipeline.autoencoder, latents, tile=16, overlap=4)
+        assert torch.equal(pipeline.decode(latents), wanted)
+        assert torch.equal(pipeline.encode(images), encode_tiled(pipeline.autoencoder, images, tile=16, overlap=4))
+    drawn = torch.from_numpy(pixels(tiled / "00000.png").astype(np.uint8)).permute(2, 0, 1)
+    assert torch.equal(drawn, next(pipeline.pixels([CAPTIONS[0]], [0], size=(48, 96)))[0])
+    again = ("--model", denoiser, "--output", tmp_path / "again", "--device", "cpu", "--like", tiled / "00000.png")
+    assert tiny.call("generate", *again) == 0
+    assert pictures.facts(tmp_path / "again" / "00000.png")["tile"] == 16
+    assert np.array_equal(pixels(tmp_path / "again" / "00000.png"), pixels(tiled / "00000.png"))
+    assert "--tile" in tiny.refused("generate", *again, "--overwrite", "--tile", 3).what
