@@ -14,7 +14,7 @@ from training.errors import USAGE, UserError
 KEYS = {
     "max-steps": ("train.max_steps", "optimiser steps in all", ["max-train-steps"]),
     "batch-size": ("train.batch_size", "images per optimiser step, over all processes", []),
-    "micro-batch-size": ("train.micro_batch_size", "images per process and backward pass", ["train-batch-size"]),
+    "micro-batch-size": ("train.micro_batch_size", "images per process and backward, or auto", ["train-batch-size"]),
     "lr": ("optimizer.lr", "learning rate", ["learning-rate"]),
     "seed": ("train.seed", "seed of weights, order and noise", []),
     "save-every": ("train.save_every", "steps between checkpoints", ["checkpointing-steps"]),
@@ -96,6 +96,7 @@ class TrainParser(Parser):
         self.data = self.add_argument_group("data")
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
         self.data.add_argument("--on-bad-data", choices=("error", "skip"), default="skip", help=text)
+        add_cache(self.data)
         run = self.add_argument_group("run")
         run.add_argument(
             "--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file"
@@ -132,6 +133,14 @@ class TrainParser(Parser):
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         return args
+
+
+def add_cache(group: Any) -> None:
+    """The flags of data that lie at an address."""
+    text = "where shards read from an address (s3://, https:// ...) are kept; the user's cache folder if not given"
+    group.add_argument("--cache-dir", metavar="DIR", help=text)
+    text = "of these shards, GB; those not read for longest are removed"
+    group.add_argument("--cache-size", metavar="GB", type=float, default=20.0, help=text)
 
 
 def run_main(function: Callable[[], object]) -> None:

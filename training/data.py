@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm.noise import Noise
-from training.errors import DATA, NUMERICAL, UserError
+from training.ahead import followed
+from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.order import Batches, Slot, substitute
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bo
     """The micro-batches of this process, in order, read ahead by `workers` processes."""
     loader: Any = DataLoader(
         _Fetched(dataset),
-        batch_sampler=batches,
+        batch_sampler=followed(batches, dataset.shards),
         num_workers=workers,
         collate_fn=_whole,
         pin_memory=pin,
@@ -273,7 +274,7 @@ def _tried(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
     try:
         return read(*arguments)
     except UserError as problem:
-        if problem.code not in (DATA, NUMERICAL):
+        if isinstance(problem, Unreachable) or problem.code not in (DATA, NUMERICAL):
             raise
         return problem
 

@@ -18,6 +18,7 @@ from training.data import Images, Latents
 from training.encoder import Encoder, embeddings, refuse_many
 from training.errors import CHECKPOINT, DATA, UserError, explained
 from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
+from training.remote import Remote, located
 from training.runs import autoencoder_hashes, copy_model, find, load_autoencoder
 from training.shards import ShardInfo, ShardSet, read_index, sound_shard, write_index, write_shard
 
@@ -36,7 +37,7 @@ PROBED = 256  # latents looked at for dead channels
 def encode(args: argparse.Namespace) -> int:
     """Encode every shard of a data set; several processes share the shards. Restartable: sound shards are kept."""
     accelerator = launch.start(args.device)
-    source, target = Path(args.data), Path(args.output)
+    source, target = located(args.data, args.cache_dir, args.cache_size), Path(args.output)
     check_output(target)
     _, shards = read_index(source)
     home, weights = find(args.autoencoder, "autoencoder")
@@ -75,7 +76,7 @@ def encode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _images(source: Path, split: str, args: argparse.Namespace) -> Images:
+def _images(source: Path | Remote, split: str, args: argparse.Namespace) -> Images:
     return Images(ShardSet(source, split), on_bad_data=args.on_bad_data)
 
 
@@ -144,7 +145,7 @@ def _short(value: object) -> str:
     return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def _finish(source: Path, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int) -> None:
+def _finish(source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int) -> None:
     infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
     asked, total = sum(s.samples for s in shards), sum(info.samples for info in infos)

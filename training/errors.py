@@ -23,6 +23,13 @@ class UserError(Exception):
         return f"error: {self.what}" + (f"\nhint: {self.hint}" if self.hint else "")
 
 
+class Unreachable(UserError):
+    """Data that lie elsewhere cannot be had: no fault of a sample, so that no other may stand in for it."""
+
+    def __init__(self, what: str, *, hint: str = "", code: int = DATA) -> None:
+        super().__init__(what, hint=hint, code=code)
+
+
 @contextmanager
 def explained(hint: str, code: int = USAGE) -> Iterator[None]:
     """Inside, a ValueError of the model packages, which is one clear sentence, becomes a UserError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
@@ -18,9 +19,10 @@ import numpy as np
 
 from training.errors import DATA, UserError
 from training.files import leads_out, write_bytes
-from training.tars import Index, index_dtype
+from training.tars import BLOCK, Index, index_dtype, stands_before
 
 HEAD = 4096  # bytes that hold the npy header of any index of ours
+SPAN = 16 << 10  # bytes; members of a sample this close are read at once, headers between them and all
 
 
 def index_path(tar: Path) -> Path:
@@ -118,3 +120,30 @@ class Descriptors:
         """Closes all of them."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+def members(
+    read: Callable[[int, int], bytes], tar: str, end: int, key: str, places: Mapping[str, tuple[int, int]]
+) -> dict[str, bytes]:
+    """The bytes at `places` of a tar of `end` bytes, in one `read(size, offset)` where they lie together, as those of
+    one sample do. Raises UserError(code 3) where they are not what the index says."""
+    found: dict[str, bytes] = {}
+    if not places:
+        return found
+    low = min(offset for offset, _ in places.values()) - BLOCK
+    high = max(offset + size for offset, size in places.values())
+    near = high - low <= SPAN + 2 * sum(size for _, size in places.values())
+    block = read(high - low, low) if near and 0 <= low < high <= end else b""
+    for field, (offset, size) in places.items():
+        if not near:
+            low = offset - BLOCK
+            block = read(BLOCK + size, low) if low >= 0 and offset + size <= end else b""
+        data = block[offset - low : offset - low + size]
+        if len(data) != size or low < 0:
+            what = f"{tar}: damaged at byte {offset:,} ({key}.{field}): unexpected end of data"
+            raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(tar).parent}", code=DATA)
+        if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
+            what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
+            raise UserError(what, hint=again(Path(tar).parent), code=DATA)
+        found[field] = data
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,14 +25,17 @@ class DataOrder:
     """A keyed permutation per epoch, epochs joined end to end: place p holds permutation(seed, p // n)[p % n].
 
     Every sample is seen exactly once an epoch. Step `base[0]` begins at place `base[1]`, which is its step times the
-    batch size unless a run went on with another batch. Raises UserError where there are fewer samples than one global
-    batch.
+    batch size unless a run went on with another batch. Where `shards` gives the samples of each shard, the permutation
+    has two levels: shards, then samples within each `window` of them. Raises UserError where there are fewer samples
+    than one global batch.
     """
 
     samples: int
     batch_size: int
     seed: int
     base: tuple[int, int] = (0, 0)
+    shards: tuple[int, ...] = ()
+    window: int = 0
 
     def __post_init__(self) -> None:
         if self.samples < self.batch_size:
@@ -45,10 +48,21 @@ class DataOrder:
     def at(self, step: int, first: int, count: int) -> list[Slot]:
         """Slots [first, first + count) of the global batch of `step`."""
         places = range(self.place(step) + first, self.place(step) + first + count)
-        return [
-            Slot(int(_permutation(self.seed, p // self.samples, self.samples)[p % self.samples]), p // self.samples, p)
-            for p in places
-        ]
+        epochs = {epoch: self._epoch(epoch) for epoch in {p // self.samples for p in places}}
+        return [Slot(int(epochs[p // self.samples][p % self.samples]), p // self.samples, p) for p in places]
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if not self.shards:
+            return _permutation(self.seed, epoch, self.samples)
+        return _windows(self.seed, epoch, self.shards, self.window)[0]
+
+    def ahead(self, place: int) -> tuple[int, ...]:
+        """The shards of the window that `place` lies in, then those of the next."""
+        epoch, position = divmod(place, self.samples)
+        _, groups, ends = _windows(self.seed, epoch, self.shards, self.window)
+        at = int(np.searchsorted(ends, position, side="right"))
+        later = groups[at + 1 :] or _windows(self.seed, epoch + 1, self.shards, self.window)[1]
+        return groups[at] + later[0]
 
     def place(self, step: int) -> int:
         """Where the global batch of `step` begins: the samples seen before it."""
@@ -66,7 +80,20 @@ def _permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(samples)
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=3)
+def _windows(
+    seed: int, epoch: int, shards: tuple[int, ...], window: int
+) -> tuple[np.ndarray, list[tuple[int, ...]], np.ndarray]:
+    """An epoch's permutation in two levels, the shards of each window, and the place at which each window ends."""
+    draw = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 0, 1]))
+    starts = np.cumsum([0, *shards])
+    mixed = draw.permutation(len(shards)).tolist()
+    groups = [tuple(mixed[i : i + window]) for i in range(0, len(mixed), window)]
+    parts = [np.concatenate([np.arange(starts[s], starts[s + 1]) for s in group]) for group in groups]
+    return np.concatenate([draw.permutation(part) for part in parts]), groups, np.cumsum([len(part) for part in parts])
+
+
+@dataclass
 class Batches:
     """The micro-batches of one process from step `start` on, as lists of slots: a batch sampler for DataLoader.
 
@@ -88,6 +115,10 @@ class Batches:
         for step in range(self.start, self.stop):
             for part in range(self.accumulation):
                 yield self.share(step, part, self.process)
+
+    def arrange(self, shards: tuple[int, ...], window: int) -> None:
+        """Mix samples within windows of shards, as whoever reads them asks for."""
+        self.order = replace(self.order, shards=shards, window=window)
 
     def share(self, step: int, part: int, process: int) -> list[Slot]:
         """The slots of backward pass `part` of `process`."""

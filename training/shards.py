@@ -16,6 +16,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from struct import error as StructError
@@ -25,15 +26,15 @@ import numpy as np
 
 from training.errors import DATA, UserError
 from training.files import file_sha256, leads_out, staged, write_json
-from training.offsets import Descriptors, Layout, again, index_path, open_index, write_tar_index
-from training.tars import BLOCK, END, NAME, index_tar, is_safe, make_index, member_bytes, stands_before
+from training.offsets import Descriptors, Layout, again, index_path, members, open_index, write_tar_index
+from training.remote import INDEX as INDEX  # pack and verify take it from here
+from training.remote import Remote
+from training.tars import END, NAME, index_tar, is_safe, make_index, member_bytes
 
 FORMAT = 1
-INDEX = "index.json"
 Kind = Literal["images", "latents"]
 LARGEST_INDEX = 64 << 20  # bytes: some 300,000 shards
 OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
-SPAN = 16 << 10  # bytes; members of a sample this close are read at once, headers between them and all
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _is_sound(info: ShardInfo) -> bool:
     return numbers and texts and is_safe(info.name) and Path(info.name).name == info.name and info.name[-4:] == ".tar"
 
 
-def read_index(directory: str | Path) -> tuple[dict[str, Any], list[ShardInfo]]:
+def read_index(directory: str | Path | Remote) -> tuple[dict[str, Any], list[ShardInfo]]:
     """`DIR/index.json` as (the whole, its shards). Raises UserError(code 3) where it is missing, damaged or of a newer
     format."""
     path = Path(directory) / INDEX
@@ -197,8 +198,9 @@ class ShardSet:
     when reading, where the data are not where the index says.
     """
 
-    def __init__(self, directory: str | Path, split: str = "train") -> None:
+    def __init__(self, directory: str | Path | Remote, split: str = "train") -> None:
         self.directory, self.split = Path(directory), split
+        self.remote = directory if isinstance(directory, Remote) else None
         index, shards = read_index(directory)
         self.kind: Kind = index["kind"]
         self.fields: tuple[str, ...] = tuple(index["fields"])
@@ -209,13 +211,15 @@ class ShardSet:
             what = f"{directory} has no split {split!r} (it has: {found})"
             raise UserError(what, hint="pack with --val-fraction", code=DATA)
         tars = [self.directory / info.name for info in self.shards]
+        if self.remote:
+            self.remote.bring(index_path(tar).name for tar in tars)
         self._tars, self._indices = list(map(str, tars)), [str(index_path(tar)) for tar in tars]
         self._layouts = [self._checked(info, tar) for info, tar in zip(self.shards, tars, strict=True)]
         self._ends = list(accumulate(info.samples for info in self.shards))
         self._files = Descriptors(OPEN_FILES)
 
-    def __reduce__(self) -> tuple[type[ShardSet], tuple[Path, str]]:
-        return ShardSet, (self.directory, self.split)
+    def __reduce__(self) -> tuple[type[ShardSet], tuple[Path | Remote, str]]:
+        return ShardSet, (self.remote or self.directory, self.split)
 
     def __del__(self) -> None:
         if hasattr(self, "_files"):
@@ -243,11 +247,11 @@ class ShardSet:
         return found[field]
 
     def _checked(self, info: ShardInfo, tar: Path) -> Layout:
-        if not tar.is_file():
+        if not (self.remote or tar.is_file()):
             raise UserError(f"{tar}: listed in {INDEX} but not there", hint=again(self.directory), code=DATA)
         if leads_out(tar):
             raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
-        size, layout = tar.stat().st_size, open_index(tar)
+        size, layout = info.bytes if self.remote else tar.stat().st_size, open_index(tar)
         if size != info.bytes:
             what = f"{tar}: has {size:,} bytes, its index says {info.bytes:,}"
             raise UserError(what, hint=again(self.directory), code=DATA)
@@ -275,25 +279,7 @@ class ShardSet:
             raise UserError(f"{self._indices[shard]}: damaged", hint=again(self.directory), code=DATA) from None
 
     def _data(self, shard: int, key: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-        """The bytes at `places`, in one read where they lie together, as those of one sample do."""
-        found: dict[str, bytes] = {}
-        if not places:
-            return found
-        tar, end = self._tars[shard], self.shards[shard].bytes
-        low = min(offset for offset, _ in places.values()) - BLOCK
-        high = max(offset + size for offset, size in places.values())
-        near = high - low <= SPAN + 2 * sum(size for _, size in places.values())
-        block = self._files.read(tar, high - low, low) if near and 0 <= low < high <= end else b""
-        for field, (offset, size) in places.items():
-            if not near:
-                low = offset - BLOCK
-                block = self._files.read(tar, BLOCK + size, low) if low >= 0 and offset + size <= end else b""
-            data = block[offset - low : offset - low + size]
-            if len(data) != size or low < 0:
-                what = f"{tar}: damaged at byte {offset:,} ({key}.{field}): unexpected end of data"
-                raise UserError(what, hint=f"run: scripts/make_shards.py verify {self.directory}", code=DATA)
-            if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
-                what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
-                raise UserError(what, hint=again(self.directory), code=DATA)
-            found[field] = data
-        return found
+        info, tar = self.shards[shard], self._tars[shard]
+        if self.remote is None:
+            return members(partial(self._files.read, tar), tar, info.bytes, key, places)
+        return members(partial(self.remote.read, info), tar, info.bytes, key, places)

@@ -43,6 +43,47 @@ def test_the_stream_is_one(processes: int, micro: int, accumulation: int, extra:
         assert {s.epoch for s in seen} == {epoch}
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    shards=st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    window=st.integers(1, 10),
+    seed=st.integers(0, 2**63 - 1),
+    layout=st.sampled_from([(1, 4, 1), (2, 2, 1), (4, 1, 1), (2, 1, 2)]),
+)
+def test_shards_in_windows(shards: list[int], window: int, seed: int, layout: tuple[int, int, int]) -> None:
+    shards = [*shards, 4]  # at least a batch
+    order = DataOrder(sum(shards), 4, seed, shards=tuple(shards), window=window)
+    steps = 2 * order.samples // 4 + 2
+    batches = stream(order, *layout, steps)
+    assert batches == stream(order, 1, 4, 1, steps)
+    flat = [slot for one in batches for slot in one]
+    home = [number for number, size in enumerate(shards) for _ in range(size)]
+    for epoch in range(2):
+        seen = flat[epoch * order.samples : (epoch + 1) * order.samples]
+        assert sorted(s.index for s in seen) == list(range(order.samples))
+        visited = list(dict.fromkeys(home[s.index] for s in seen))  # in order of first sight
+        for first in range(0, len(shards), window):  # the shards of a window are read out before any other
+            group = visited[first : first + window]
+            now = [s for s in seen if home[s.index] in group]
+            assert [s.slot for s in now] == list(range(now[0].slot, now[0].slot + sum(shards[i] for i in group)))
+            for s in now:
+                ahead = order.ahead(s.slot)
+                assert set(ahead[: len(group)]) == set(group) and len(ahead) <= 2 * window
+            after = flat[now[-1].slot + 1 : now[-1].slot + 2]
+            assert all(home[s.index] in order.ahead(now[0].slot)[len(group) :] for s in after)
+
+
+def test_windows_differ_by_seed_and_epoch() -> None:
+    orders = [DataOrder(90, 9, seed, shards=(9,) * 10, window=3) for seed in (0, 1)]
+    epochs = [tuple(s.index for s in order.at(10 * epoch, 0, 90)) for order in orders for epoch in range(3)]
+    assert len({epoch[:9] for epoch in epochs}) == 6
+
+
+def test_the_order_of_a_folder_is_what_it_was() -> None:
+    """Runs of earlier versions go on: these places are of the first version."""
+    assert [s.index for s in DataOrder(10, 5, 7).at(1, 0, 10)] == [0, 5, 7, 8, 4, 1, 9, 2, 8, 5]
+
+
 def test_a_resumed_stream_is_the_rest() -> None:
     order = DataOrder(13, 4, 5)
     whole = list(Batches(order, 2, 2, 0, 1, 0, 9))
