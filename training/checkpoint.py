@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training import optim
 from training.errors import CHECKPOINT, NUMERICAL, UserError
 from training.faults import fault
 from training.files import disk_error, file_sha256, load_tensors, save_tensors, sync_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from training.loop import Loop
 
 FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
@@ -158,6 +161,55 @@ class Checkpoints:
         shutil.rmtree(gone, ignore_errors=True)
         path.replace(gone)
         shutil.rmtree(gone)
+
+
+def snapshot(loop: Loop, step: int) -> Checkpoint:
+    """Everything a run needs to go on from `step`: its tensors themselves, not copies."""
+    networks, names = loop.stage.networks.items(), _names(loop)
+    model = {f"{n}.{key}": value for n, network in networks for key, value in network.state_dict().items()}
+    moments = {f"{name}/{key}": v for name, o in loop.optimizers.items() for key, v in optim.pack(o, names).items()}
+    state = {
+        "ema_updates": loop.ema.updates,
+        "scaler": loop.accelerator.scaler.state_dict() if loop.accelerator.scaler else {},
+        "stage": loop.stage.state(),
+        "journal": loop.journal.state(),
+        "watchdogs": loop.watchdogs.state(),
+        "place": loop.batches.order.place(step),
+        "score": loop.scored[1] if loop.scored and loop.scored[0] == step else None,
+        **({"micro": loop.micro} if loop.shrinks else {}),
+    }
+    averages = {**loop.ema.shadow, **loop.powers.tensors()}
+    return Checkpoint(step, {"model": model, "ema": averages, "optimizer": moments}, state)
+
+
+def restore(loop: Loop, checkpoint: Checkpoint) -> None:
+    """The inverse of `snapshot`, in every process."""
+    tensors, state, names = checkpoint.tensors, checkpoint.state, _names(loop)
+    for name, network in loop.stage.networks.items():
+        network.load_state_dict(_under(f"{name}.", tensors["model"]))
+    for name, optimizer in loop.optimizers.items():
+        optim.unpack(optimizer, names, _under(f"{name}/", tensors["optimizer"]))
+    loop.ema.load(dict(tensors["ema"]), int(state["ema_updates"]))
+    loop.powers.load(tensors["ema"])
+    if loop.accelerator.scaler and state["scaler"]:
+        loop.accelerator.scaler.load_state_dict(state["scaler"])
+    loop.stage.load_state(state["stage"])
+    loop.journal.resume(checkpoint.step, state["journal"])
+    if "watchdogs" in state:  # not in checkpoints of earlier versions
+        loop.watchdogs.load(state["watchdogs"])
+        loop.base = checkpoint.step, int(state["place"])
+    held = loop.micro * loop.accumulation
+    if loop.shrinks and "micro" in state and held % int(state["micro"]) == 0:  # what was found to fit
+        loop.micro, loop.accumulation = int(state["micro"]), held // int(state["micro"])
+
+
+def _names(loop: Loop) -> dict[int, str]:
+    """id(parameter) -> its name in checkpoints."""
+    return {id(p): f"{n}.{key}" for n, network in loop.stage.networks.items() for key, p in network.named_parameters()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def score(path: Path) -> float | None:

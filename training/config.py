@@ -85,15 +85,8 @@ def sections(stage: str) -> dict[str, tuple[type, ...]]:
 
     process = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
     sampling = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
-    return {
-        "backbone": BACKBONES,
-        "text": TEXT_ENCODERS,
-        "conditioning": (Conditioning,),
-        **process,
-        "pairing": PAIRINGS,
-        **shared,
-        **sampling,
-    }
+    networks = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
+    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling}
 
 
 def kinds(members: tuple[type, ...]) -> list[str]:
@@ -175,9 +168,7 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
             return None, [(f"{name}.kind", f"{said}; known: {', '.join(allowed)}")]
     member = members[allowed.index(values["kind"])] if allowed else members[0]
     known = [f.name for f in dataclasses.fields(member)]
-    wrong = [
-        (f"{name}.{k}", f"unknown key '{name}.{k}'{_meant(k, known, name + '.')}") for k in values if k not in known
-    ]
+    wrong = [(f"{name}.{k}", _unknown(name, k, known, members, values)) for k in values if k not in known]
     try:
         plain = json.dumps({k: v for k, v in values.items() if k in known}, default=str)  # TOML also has dates
         return _adapter(member).validate_json(plain, strict=True), wrong
@@ -190,6 +181,15 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
             key = f"{name}.{field}" if field else name
             wrong.append((key, f"{key}: {reason}"))
         return None, wrong
+
+
+def _unknown(name: str, key: str, known: list[str], members: tuple[type, ...], values: dict[str, Any]) -> str:
+    """What to say of a key that the chosen kind does not have: whose it is, or what may have been meant."""
+    owners = kinds(tuple(m for m in members if key in {f.name for f in dataclasses.fields(m)}))
+    if not owners:
+        return f"unknown key '{name}.{key}'{_meant(key, known, name + '.')}"
+    takes = ", ".join(k for k in known if k != "kind") or "no keys"
+    return f"'{name}.{key}' belongs to kind {', '.join(owners)}; kind {values['kind']} takes {takes}"
 
 
 @cache
@@ -230,10 +230,8 @@ def _read(stage: str, source: str) -> tuple[str, str]:
             )
         return packaged.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
     if path.stat().st_size > LARGEST:
-        raise UserError(
-            f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})",
-            hint="is this the right file?",
-        )
+        what = f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})"
+        raise UserError(what, hint="is this the right file?")
     try:
         return path.read_text("utf-8"), str(path)
     except UnicodeDecodeError as failure:

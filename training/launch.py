@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 
-def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
+def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool = False) -> Accelerator:
     """The Accelerator of this process, the same under python, torchrun and accelerate launch, on CPU (gloo) and GPU.
 
-    Raises UserError for a device or precision that is not there, and where processes were started but not joined.
+    Raises UserError for a device, precision or (where the run `compiles`) compiler that is not there, and where
+    processes were started but not joined.
     """
     keep_memory()
     torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
@@ -36,6 +37,8 @@ def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
             raise UserError("--mixed-precision fp16 needs a GPU", hint="use --mixed-precision no on a CPU", code=USAGE)
     elif mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
+    if compiles:
+        check_compiler(wanted)
     if wanted.index is not None:
         torch.cuda.set_device(wanted)
     from accelerate import Accelerator
@@ -57,6 +60,24 @@ def start(device: str = "auto", mixed_precision: str = "no") -> Accelerator:
             code=USAGE,
         )
     return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile would fail at the first step, by what it needs: nothing is compiled here."""
+    from torch._dynamo.eval_frame import check_if_dynamo_supported
+    from torch._inductor import cpp_builder
+    from torch.utils import _triton
+
+    try:
+        check_if_dynamo_supported()
+        if device.type == "cpu":
+            cpp_builder.get_cpp_compiler()
+        elif not _triton.has_triton():
+            raise RuntimeError("no working Triton for this GPU")
+    except RuntimeError as failure:
+        reason = str(failure).strip().partition("\n")[0][:200] or type(failure).__name__
+        hint = "use --train.compile false, or install the compiler it names"
+        raise UserError(f"torch.compile does not work here ({reason})", hint=hint) from None
 
 
 @contextmanager

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from training import optim
-from training.checkpoint import Checkpoint, Checkpoints
+from training.background import Writer
+from training.checkpoint import Checkpoint, Checkpoints, restore, snapshot
 from training.data import Batch, Images, Latents, stream
 from training.ema import EMA
 from training.errors import UserError, explained
 from training.faults import fault
 from training.files import disk_error
 from training.journal import Journal
+from training.opening import announce
 from training.order import Batches, DataOrder
 from training.posthoc import PowerAverages
 from training.settings import Optimizer, Train
 from training.signals import Signals
-from training.watchdogs import Watchdogs, explain
+from training.watchdogs import Attempt, Watchdogs, explain, out_of_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,7 +83,7 @@ class Loop:
         micro: int,
     ) -> None:
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
-        self.accumulation, self.micro = accumulation, micro
+        self.accumulation, self.micro, self.shrinks = accumulation, micro, train.micro_batch_size == "auto"
         stage.wrap(accelerator)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
@@ -91,11 +92,10 @@ class Loop:
             for name, (networks, scale) in stage.optimizers.items()
         }
         self.checkpoints = Checkpoints(run, train.keep_last, keep_best=train.keep_best)
-        self.journal = Journal(run, train, accelerator)
-        self.watchdogs = Watchdogs(run, train, accelerator)
-        self.signals = Signals()
-        self.base = (0, 0)  # of the data order
-        self.batches = self.planned(0)
+        self.writer = Writer(self.checkpoints)
+        self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
+        self.signals, self.base = Signals(), (0, 0)  # of the data order
+        self.read(0)
         self.done, self.saving = 0, False
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
@@ -112,28 +112,34 @@ class Loop:
         Raises UserError before the optimiser step where a loss or gradient is not finite (exit 5), where memory runs
         out (6) and where another process is gone (1).
         """
-        self.done, self.batches = start, self.planned(start)
-        pin = self.accelerator.device.type == "cuda"
-        batches = stream(self.stage.dataset, self.batches, self.train.num_workers, pin=pin)
+        self.done = start
+        self.read(start)
         self.signals.listen()
         try:
-            return self._steps(start, batches)
-        except RuntimeError as failure:
+            return self._steps(start)
+        except Exception as failure:
+            with suppress(Exception):  # what is being written is sound; the first failure is the one to tell
+                self.writer.finish()
             told = explain(failure, self.done, self.micro, self.train.batch_size)
             if told is failure:
                 raise
             raise told from failure
 
-    def _steps(self, start: int, batches: Iterator[Batch]) -> int:
+    def read(self, start: int) -> None:
+        """Have the micro-batches from step `start` on read."""
+        self.batches = self.planned(start)
+        pin = self.accelerator.device.type == "cuda"
+        self.incoming = stream(self.stage.dataset, self.batches, self.train.num_workers, pin=pin)
+
+    def _steps(self, start: int) -> int:
         train = self.train
         if start == 0:
             with explained("change the config"):  # the first pictures try sampler, grid and guidance together
                 self.look(0)
         for step in range(start, train.max_steps):
+            self.writer.check()
             rate = optim.learning_rate(self.settings, step, train.max_steps)
-            values = self.gradients(batches, step)
-            norms = self.step(step, rate)
-            self.journal.record(step + 1, {**values, **norms}, rate)
+            self.journal.record(step + 1, self.gradients(step) | self.step(step, rate), rate)
             done = self.done = step + 1
             last = done == train.max_steps
             if done % train.sample_every == 0 or last:
@@ -145,29 +151,70 @@ class Loop:
             if saving or step == start or done % COMPARED_EVERY == 0:
                 self.watchdogs.compare(done, self.shared())
             if saving:
-                self.save(done)
+                self.save(done, wait=not train.save_async or last or bool(stopped) or self.saving)
             if stopped:
                 return stopped
         return 0
 
-    def gradients(self, batches: Any, step: int) -> dict[str, Tensor]:
-        """All backward passes of one step; the process wrappers average on the last."""
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        """The gradients of one step, averaged over processes; returns the mean losses.
+
+        With the micro-batch "auto", where memory runs out in any process, all drop what they have of the step and take
+        it again in smaller parts. They then agree before they exchange gradients, or one would wait for another's.
+        """
         fault("step")
+        while self.shrinks:
+            attempt, reason = Attempt(self.stage), ""
+            try:
+                values = self.passes(step)
+            except RuntimeError as failure:
+                if not out_of_memory(failure):
+                    raise
+                reason = str(failure) or "out of memory"  # the exception itself would hold the activations
+            failures = self.accelerator.reduce(torch.tensor(float(bool(reason)), device=self.accelerator.device), "sum")
+            if not failures:
+                self.average()
+                break
+            attempt.drop()
+            self._shrink(step, reason or "out of memory in another process")
+        else:
+            values = self.passes(step)
+        self.stage.after_backward(step)
+        return values
+
+    def average(self) -> None:
+        """Average gradients over processes, where the process wrappers have not."""
+        if self.accelerator.num_processes > 1:
+            for p in (p for optimizer in self.optimizers.values() for p in learning(optimizer)):
+                p.grad = self.accelerator.reduce(p.grad, "mean")
+
+    def passes(self, step: int) -> dict[str, Tensor]:
+        """All backward passes of one step; the process wrappers average on the last, but where micro-batches shrink."""
         sums: dict[str, Tensor] = {}
         self.losses.clear()
         for part in range(self.accumulation):
             with self.journal.waiting():
-                batch: Batch = next(batches)
+                batch = next(self.incoming)
             with ExitStack() as stack:
-                if part < self.accumulation - 1:
+                if self.shrinks or part < self.accumulation - 1:
                     for network in self.stage.wrapped.values():
                         stack.enter_context(self.accelerator.no_sync(network))
                 values = self.stage.backward(batch, step, 1 / self.accumulation)
             self.losses.append(torch.stack([value.detach().float() for value in values.values()]).sum())
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / self.accumulation
-        self.stage.after_backward(step)
         return sums
+
+    def _shrink(self, step: int, reason: str) -> None:
+        """Halve the micro-batch (to a number that divides it) at equal global batch, and read again from `step`."""
+        smaller = next((n for n in range(self.micro // 2, 0, -1) if self.micro % n == 0), 0)
+        if not smaller:
+            raise torch.OutOfMemoryError(reason)
+        now = f"going on with {smaller} (the global batch stays {self.train.batch_size})"
+        announce(self.accelerator, f"note: out of memory at step {step} with a micro-batch of {self.micro}; {now}")
+        self.accumulation, self.micro = self.accumulation * self.micro // smaller, smaller
+        self.read(step)
+        torch.cuda.empty_cache()
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         """Clip and check gradients, step the optimisers, move the average. Returns what is to be logged of it."""
@@ -221,62 +268,20 @@ class Loop:
             self.journal.look(step, numbers, folder)
         self.accelerator.wait_for_everyone()
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint (main process); the others wait."""
+    def save(self, step: int, *, wait: bool) -> None:
+        """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
         self.journal.flush(step)
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self.snapshot(step))
+            self.writer.save(self.snapshot(step), wait=wait)
         self.accelerator.wait_for_everyone()
-
-    def names(self) -> dict[int, str]:
-        """id(parameter) -> its name in checkpoints."""
-        return {
-            id(p): f"{n}.{key}" for n, network in self.stage.networks.items() for key, p in network.named_parameters()
-        }
 
     def snapshot(self, step: int) -> Checkpoint:
         """Everything the run needs to go on from `step`."""
-        model = {
-            f"{n}.{key}": v for n, network in self.stage.networks.items() for key, v in network.state_dict().items()
-        }
-        names = self.names()
-        moments = {f"{name}/{key}": v for name, o in self.optimizers.items() for key, v in optim.pack(o, names).items()}
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
-        state = {
-            "ema_updates": self.ema.updates,
-            "scaler": scaler,
-            "stage": self.stage.state(),
-            "journal": self.journal.state(),
-            "watchdogs": self.watchdogs.state(),
-            "place": self.batches.order.place(step),
-            "score": self.scored[1] if self.scored and self.scored[0] == step else None,
-        }
-        averages = {**self.ema.shadow, **self.powers.tensors()}
-        return Checkpoint(step, {"model": model, "ema": averages, "optimizer": moments}, state)
+        return snapshot(self, step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back a snapshot, in every process."""
-        for n, network in self.stage.networks.items():
-            prefix = f"{n}."
-            network.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in checkpoint.tensors["model"].items() if k.startswith(prefix)}
-            )
-        names = self.names()
-        for name, optimizer in self.optimizers.items():
-            prefix = f"{name}/"
-            mine = {
-                k.removeprefix(prefix): v for k, v in checkpoint.tensors["optimizer"].items() if k.startswith(prefix)
-            }
-            optim.unpack(optimizer, names, mine)
-        self.ema.load(dict(checkpoint.tensors["ema"]), int(checkpoint.state["ema_updates"]))
-        self.powers.load(checkpoint.tensors["ema"])
-        if self.accelerator.scaler and checkpoint.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        self.stage.load_state(checkpoint.state["stage"])
-        self.journal.resume(checkpoint.step, checkpoint.state["journal"])
-        if "watchdogs" in checkpoint.state:  # not in checkpoints of earlier versions
-            self.watchdogs.load(checkpoint.state["watchdogs"])
-            self.base = checkpoint.step, int(checkpoint.state["place"])
+        restore(self, checkpoint)
 
     def _stopped(self) -> int:
         """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`)."""

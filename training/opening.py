@@ -71,7 +71,7 @@ def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator:
     if checkpoint.step > loop.train.max_steps:
         raise UserError(
             f"the run is at step {checkpoint.step}, past train.max_steps {loop.train.max_steps}",
-            hint="raise --max-steps",
+            hint=f"give --max-steps {checkpoint.step} or more, or --resume an earlier checkpoint by name",
             code=USAGE,
         )
     loop.restore(checkpoint)

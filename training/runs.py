@@ -36,6 +36,7 @@ MUTABLE = {
         "compile",
         "log_every",
         "save_every",
+        "save_async",
         "keep_last",
         "keep_best",
         "spike_factor",

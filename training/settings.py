@@ -45,10 +45,12 @@ class Train:
 
     max_steps: int = 10_000
     batch_size: int = 64  # images per optimiser step, over all processes
-    micro_batch_size: int = 0  # images per process and backward pass; 0 = batch_size / processes
+    # Images per process and backward pass; 0 = batch_size / processes; "auto" = so too, halved where memory runs out.
+    micro_batch_size: int | Literal["auto"] = 0
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0
+    window_shards: int = 16  # shards at an address are mixed so many at a time; those of a folder all together
     flip: bool = False  # mirror half of the images, keyed by (seed, epoch, sample)
     ema: float = 0.999  # decay of the averaged weights, reached through a warm-up; 0 turns averaging off
     ema_lengths: tuple[float, ...] = ()  # power-function averages kept besides, as shares of the steps trained (EDM2)
@@ -56,6 +58,7 @@ class Train:
     compile: bool = False
     log_every: int = 20
     save_every: int = 1000
+    save_async: bool = False  # write checkpoints beside the training, from a copy in the CPU's memory
     keep_last: int = 2  # checkpoints kept, besides pinned ones (that hold a file `pinned`) and the best
     keep_best: bool = True  # keep the checkpoint of the best validation, too
     spike_factor: float = 0.0  # skip a step whose gradient norm is this many times the running median; 0 = never
@@ -64,6 +67,7 @@ class Train:
 
     def __post_init__(self) -> None:
         positive("", max_steps=self.max_steps, batch_size=self.batch_size, log_every=self.log_every)
+        positive("", window_shards=self.window_shards)
         positive("", save_every=self.save_every, sample_every=self.sample_every)
         positive("", ema_every=self.ema_every)
         fraction("", ema=self.ema)
@@ -73,7 +77,8 @@ class Train:
             raise ValueError(f"keep_last: keep at least 2 checkpoints (got {self.keep_last})")
         if self.spike_factor and self.spike_factor <= 1:
             raise ValueError(f"spike_factor: must be 0 (off) or > 1 (got {self.spike_factor})")
-        if min(self.micro_batch_size, self.num_workers, self.validation_size) < 0:
+        micro = self.micro_batch_size if isinstance(self.micro_batch_size, int) else 0
+        if min(micro, self.num_workers, self.validation_size) < 0:
             raise ValueError("micro_batch_size, num_workers and validation_size must be >= 0")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed: must lie in [0, 2^63) (got {self.seed})")

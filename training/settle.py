@@ -22,12 +22,22 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
     train = config.train
     batch, micro, accumulation = split_batch(
         train.batch_size,
-        train.micro_batch_size,
+        0 if train.micro_batch_size == "auto" else train.micro_batch_size,
         getattr(args, "gradient_accumulation_steps", None),
         processes,
         batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
+
+
+def check_shrinking(config: configs.AutoencoderConfig, model: Any, processes: int) -> None:
+    """Refuse a micro-batch "auto" where processes meet inside a backward pass, which one of them may not come to."""
+    if config.train.micro_batch_size == "auto" and processes > 1 and model.quantize:
+        raise UserError(
+            f"--micro-batch-size auto: not with several processes and a {config.model.kind} model,"
+            " whose loss is taken over all of them",
+            hint="give a number",
+        )
 
 
 def data_facts(folder: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from training import config as configs
 from training.errors import UserError, explained
 from training.opening import announce, begin, open_run, resume
-from training.settle import check_images, check_room, check_starts, data_facts, held_out_shards, layout
+from training.settle import check_images, check_room, check_shrinking, check_starts, data_facts, held_out_shards, layout
 
 if TYPE_CHECKING:
     import argparse
@@ -64,14 +64,16 @@ def _train(args: argparse.Namespace, stage: str, body: Callable[[argparse.Namesp
 def _autoencoder(args: argparse.Namespace, config: configs.AutoencoderConfig, ending: ExitStack) -> int:
     from training import launch
     from training.data import Images
+    from training.remote import located
     from training.runs import autoencoder_hashes
     from training.shards import ShardSet
 
+    args.data = located(args.data, args.cache_dir, args.cache_size, config.train.window_shards)
     shards = ShardSet(args.data, "train")
     dataset = Images(shards, flip=config.train.flip, seed=config.train.seed, on_bad_data=args.on_bad_data)
     held_out = Images(held_out_shards(args.data))
     check_images(config, dataset)
-    accelerator = launch.start(args.device, config.train.mixed_precision)
+    accelerator = launch.start(args.device, config.train.mixed_precision, compiles=config.train.compile)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
     check_starts(config)
     run = None if args.dry_run else open_run(args, "autoencoder", config, accelerator, ending)
@@ -79,6 +81,7 @@ def _autoencoder(args: argparse.Namespace, config: configs.AutoencoderConfig, en
         return already(run)
     stage = stage_one(args, config, dataset, held_out)
     model = stage.model
+    check_shrinking(config, model, accelerator.num_processes)
     what = f"{_count(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
     announce(accelerator, f"autoencoder: {what}; {len(dataset):,} images")
     if run is None:
@@ -123,12 +126,16 @@ def stage_one(args: argparse.Namespace, config: configs.AutoencoderConfig, datas
 def _denoiser(args: argparse.Namespace, config: configs.DenoiserConfig, ending: ExitStack) -> int:
     from training import launch, system
     from training.data import Latents
+    from training.remote import Remote, located
     from training.shards import ShardSet
 
+    args.latents = located(args.latents, args.cache_dir, args.cache_size, config.train.window_shards)
     shards = ShardSet(args.latents, "train")
     dataset = Latents(shards, flip=config.train.flip, seed=config.train.seed, on_bad_data=args.on_bad_data)
     held_out = Latents(held_out_shards(args.latents))
-    accelerator = launch.start(args.device, config.train.mixed_precision)
+    if isinstance(args.latents, Remote):
+        args.latents.bring_models(text=dataset.text)
+    accelerator = launch.start(args.device, config.train.mixed_precision, compiles=config.train.compile)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
     if config.sample.size == (0, 0):
         config = dataclasses.replace(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import resource
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,17 +17,20 @@ import torch
 from torch import Tensor
 
 from training.errors import DISK, LOST, NUMERICAL, USAGE, UserError
-from training.files import write_json
+from training.files import gigabytes, write_json
 from training.launch import lost
 from training.settings import Train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from training.loop import Stage
+
 WINDOW = 100  # gradient norms whose median a spike is measured against
 LEAST = 20  # norms seen before the first is judged
 IN_A_ROW = 20  # steps skipped one after the other before the run stops
 MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 
 
 class Watchdogs:
@@ -120,19 +125,60 @@ class Watchdogs:
             print(text, file=sys.stderr, flush=True)
 
 
+class Attempt:
+    """A step begun, that it can be undone: what the stage gathers over its passes, and the buffers they may change."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.networks = stage, list(stage.networks.values())
+        self.gathered = {name: [*value] if isinstance(value, list) else value for name, value in vars(stage).items()}
+        self.buffers = [(buffer, buffer.clone()) for network in self.networks for buffer in network.buffers()]
+
+    def drop(self) -> None:
+        """Undo the passes made since, gradients too."""
+        vars(self.stage).update(self.gathered)
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+        for network in self.networks:
+            network.zero_grad(set_to_none=True)
+
+
 def checksum(value: Tensor) -> Tensor:
     """The sum of the tensor's bits read as integers, modulo 2^64: exact, in any order, and quick on any device."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
     return value.detach().view(whole).sum(dtype=torch.int64)
 
 
-def explain(failure: RuntimeError, step: int, micro: int, batch: int) -> Exception:
+def out_of_memory(failure: RuntimeError) -> bool:
+    """Whether memory ran out, on any device."""
+    return isinstance(failure, torch.OutOfMemoryError) or MEMORY.search(str(failure)) is not None
+
+
+def needed(text: str) -> str:
+    """The least memory that an out-of-memory message tells was needed, and what there is; empty where it tells none.
+
+    The peak so far and the one allocation that failed: a lower bound.
+    """
+    if not (found := TRIED.search(text)):
+        return ""
+    tried = float(found[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB").index(found[2])
+    if torch.cuda.is_available() and "CUDA" in text:
+        held, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f" (at least {gigabytes(int(held + tried))} needed, {gigabytes(there)} there)"
+
+
+def explain(failure: Exception, step: int, micro: int, batch: int) -> Exception:
     """What a failure inside a step means, as a UserError where its kind is known; else the failure itself."""
     text = str(failure)
-    if isinstance(failure, torch.OutOfMemoryError) or MEMORY.search(text):
-        less = f"--micro-batch-size {max(1, micro // 2)} trains the same with less (the global batch stays {batch})"
-        what = f"out of memory at step {step} with a micro-batch of {micro}"
-        return UserError(what, hint=f"{less}; or --mixed-precision bf16; or a smaller model", code=DISK)
+    if not isinstance(failure, RuntimeError):
+        return failure
+    if out_of_memory(failure):
+        half = f"--micro-batch-size {micro // 2}, or auto, trains the same with less (the global batch stays {batch})"
+        least = half if micro > 1 else "more processes"
+        what = f"out of memory at step {step} with a micro-batch of {micro}{needed(text)}"
+        return UserError(what, hint=f"{least}; or --mixed-precision bf16; or a smaller model", code=DISK)
     if lost(failure):
         hint = "see what the other process said; then go on with the same command and --resume auto"
         return UserError(f"lost another process at step {step}", hint=hint, code=LOST)

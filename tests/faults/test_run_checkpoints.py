@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from training import faults
+from training.background import Writer
 from training.checkpoint import Checkpoint, Checkpoints
 from training.errors import UserError
+from training.loop import Loop
 from training.verify_resume import launch
 
 WRITER = """
@@ -139,3 +145,133 @@ def test_a_failing_removal_is_a_warning(
     kept.save(checkpoint(30))
     assert "warning: could not remove old checkpoint step-00000010" in capsys.readouterr().err
     assert kept.newest() == kept.folder / "step-00000030"
+
+
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Saves wait, as on a slow disk, until the event is set."""
+    go, kept = threading.Event(), Checkpoints.save
+
+    def save(self: Checkpoints, taken: Checkpoint) -> Path:
+        assert go.wait(60)
+        return kept(self, taken)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    return go
+
+
+def test_a_background_save_writes_the_bytes_of_its_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, averages and state all change while the writer has not even begun."""
+    calm, busy = Checkpoints(tmp_path / "calm"), Checkpoints(tmp_path / "busy")
+    wide = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    tensors = {name: {"w": torch.arange(12.0).view(3, 4), "wide": wide} for name in ("model", "ema", "optimizer")}
+    taken = Checkpoint(30, tensors, {"stage": {"seen": [1.0, 2.0]}})
+    calm.save(taken)
+    go, writer = held(monkeypatch), Writer(busy)
+    writer.save(taken, wait=False)
+    for part in tensors.values():
+        part["w"].add_(1)
+    wide.zero_()
+    taken.state["stage"]["seen"][0] = 9.0
+    assert not busy.folder.exists()
+    go.set()
+    writer.finish()
+    for path in (calm.folder / "step-00000030").iterdir():
+        assert (busy.folder / "step-00000030" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert (busy.folder / "latest").read_text() == "step-00000030\n"
+
+
+def test_one_background_save_at_a_time(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, writer = held(monkeypatch), Writer(kept)
+    writer.save(checkpoint(30), wait=False)
+    second = threading.Thread(target=writer.save, args=(checkpoint(40),), kwargs={"wait": False})
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and len([t for t in threading.enumerate() if t.name == "checkpoint"]) == 1
+    go.set()
+    second.join()
+    writer.save(checkpoint(50), wait=True)
+    assert names(kept) == ["step-00000040", "step-00000050"] and writer.pending is None
+
+
+@pytest.mark.parametrize("action", ["enospc", "raise"])
+def test_a_failing_background_save_surfaces_later(
+    action: str, kept: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_FAULT", f"checkpoint.file:2={action}")
+    go, writer = held(monkeypatch), Writer(kept)
+    writer.save(checkpoint(30), wait=False)
+    writer.check()  # nothing has failed yet
+    go.set()
+    assert writer.pending is not None and writer.pending.exception(60) is not None
+    with pytest.raises(UserError if action == "enospc" else RuntimeError) as caught:
+        writer.check()
+    assert not isinstance(caught.value, UserError) or caught.value.code == 6
+    assert (kept.folder / "latest").read_text() == "step-00000020\n" and not list(kept.folder.glob(".tmp-*"))
+    writer.check()  # told once
+    writer.save(checkpoint(40), wait=True)
+    assert kept.newest() == kept.folder / "step-00000040"
+
+
+def test_weights_that_are_not_finite_are_refused_in_the_background_too(kept: Checkpoints) -> None:
+    writer, bad = Writer(kept), checkpoint(30)
+    bad.tensors["model"]["w"][1] = float("nan")
+    writer.save(bad, wait=False)
+    with pytest.raises(UserError, match="refusing to save: 1 tensors are not finite") as caught:
+        writer.finish()
+    assert caught.value.code == 5 and names(kept) == ["step-00000010", "step-00000020"]
+
+
+ASYNC = ["--save-every", "2", "--train.log_every", "1", "--train.save_async", "true"]
+
+
+def test_a_training_saves_in_the_background_with_the_same_bytes(latents: Path, tmp_path: Path) -> None:
+    words = ["train_denoiser", "--latents", latents, *tiny.DENOISER, "--train.keep_last", "9"]
+    assert tiny.call(*words, *ASYNC[:-1], "false", "--output", tmp_path / "calm") == 0
+    assert tiny.call(*words, *ASYNC, "--output", tmp_path / "busy") == 0
+    files = sorted(path.relative_to(tmp_path / "calm") for path in (tmp_path / "calm/checkpoints").rglob("*.*"))
+    assert len([path for path in files if path.name == "manifest.json"]) == 3
+    for path in files:
+        assert (tmp_path / "busy" / path).read_bytes() == (tmp_path / "calm" / path).read_bytes(), path
+
+
+def test_a_training_ends_at_the_step_after_a_failing_background_save(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, step = tmp_path / "run", Loop.step
+
+    def slowly(self: Loop, number: int, rate: float) -> Any:
+        if self.writer.pending:  # the step that the save is beside ends after it
+            self.writer.pending.exception(60)
+        return step(self, number, rate)
+
+    monkeypatch.setattr(Loop, "step", slowly)
+    monkeypatch.setenv("LDM_FAULT", "checkpoint.file:6=enospc")
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, *ASYNC]
+    problem = tiny.refused(*words)
+    assert problem.code == 6 and "No space left on device" in problem.what
+    assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002"
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], tiny.rows(run)[-1]["step"]) == ("failed", 5)  # step 5 was beside the save of step 4
+    monkeypatch.delenv("LDM_FAULT")
+    assert tiny.call(*words, "--resume", "auto") == 0
+
+
+def test_a_writer_killed_in_the_background(latents: Path, tmp_path: Path) -> None:
+    """kill -9 inside the background save ends the training; the checkpoint before it is what it goes on from."""
+    run, script = tmp_path / "run", tiny.SCRIPTS / "train_denoiser.py"
+    words = [str(w) for w in ("--latents", latents, "--output", run, *tiny.DENOISER, *ASYNC, "--resume", "auto")]
+    process = launch(script, words, tmp_path / "log", {"LDM_FAULT": "checkpoint.rename:2=kill"})
+    process.join(240)
+    assert process.exitcode == -9, (tmp_path / "log").read_text()
+    assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002"
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"
+    assert tiny.call("train_denoiser", *words) == 0
+    assert [row["step"] for row in tiny.rows(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_waits_for_its_save(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("LDM_FAULT", "step:3=term")
+    assert tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, *ASYNC) == 143
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000003\n"
+    assert not any(thread.name == "checkpoint" for thread in threading.enumerate())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
 import tiny
 
 from training.checkpoint import Checkpoints
+from training.verify_resume import launch
 
 pytestmark = pytest.mark.timeout(900)  # seconds of work, but many of them where the cores are shared
 
@@ -113,3 +115,107 @@ def test_a_part_of_the_encoder_that_nothing_reads(words: list[object], tmp_path:
     assert tiny.call(*words, "--output", tmp_path / "one", *flags) == 0
     ours, theirs = ([row["loss"] for row in tiny.rows(tmp_path / name) if "loss" in row] for name in ("two", "one"))
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+DOUBLE = """
+import json, os
+from pathlib import Path
+import torch
+from training import system
+from training.data import Latents
+from training.stage_two import DenoiserStage
+
+hashes, join, backward = system.autoencoder_hashes, Latents.join, DenoiserStage.backward
+
+def built_in_double(autoencoder):
+    found = hashes(autoencoder)  # of the weights as they are stored; what is built from here on is double
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # so that losses are not rounded to single precision either
+    return found
+
+def in_double(self, slots, samples):
+    batch = join(self, slots, samples)
+    return batch._replace(data=batch.data.double())
+
+def told(self, batch, step, share):
+    values = backward(self, batch, step, share)
+    assert values["loss"].dtype == torch.float64 == next(self.network.parameters()).dtype
+    with Path(os.environ["LOSSES"] + os.environ["RANK"]).open("a") as file:
+        file.write(json.dumps([batch.slots.tolist(), values["loss"].item()]) + "\\n")
+    return values
+
+system.autoencoder_hashes, Latents.join, DenoiserStage.backward = built_in_double, in_double, told
+DenoiserStage.evaluate = lambda self, folder: {"loss": 0.0}  # the pictures' noise is float32
+"""
+
+NARROW = """
+import os
+import torch
+from training.stage_two import DenoiserStage
+
+backward = DenoiserStage.backward
+
+def narrow(self, batch, step, share):
+    values = backward(self, batch, step, share)
+    if step >= 2 and len(batch.slots) > 8 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return values
+
+DenoiserStage.backward = narrow
+"""
+
+START = """
+import runpy, sys
+name, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_path(name, run_name="__main__")
+"""
+
+
+def begin_with(source: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the processes of `ranks.start` run `source` before their script; LOSSES + rank names a file of theirs."""
+    (home / "begin.py").write_text(source + START)
+
+    def begin(_: Path, words: list[str], log: Path, environment: dict[str, str]) -> Any:
+        script, losses = str(tiny.SCRIPTS / f"{words[0]}.py"), str(home / f"losses-{environment['WORLD_SIZE']}-")
+        return launch(home / "begin.py", [script, *words[1:]], log, {**environment, "LOSSES": losses})
+
+    monkeypatch.setattr(ranks, "launch", begin)
+
+
+def test_two_in_double_precision_train_as_one(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 steps: the same samples in every step, the mean of both halves' losses that of the whole, within 1e-9."""
+    begin_with(DOUBLE, tmp_path, monkeypatch)
+    flags = ["--batch-size", "8", "--max-steps", "50", "--save-every", "100"]
+    seen: dict[int, list[list[tuple[list[int], float]]]] = {}
+    for count in (1, 2):
+        codes = ranks.start(count, tmp_path, *words, *flags, "--output", tmp_path / f"of-{count}")
+        assert codes == [0] * count, ranks.said(tmp_path)
+        logs = [(tmp_path / f"losses-{count}-{rank}").read_text().splitlines() for rank in range(count)]
+        seen[count] = [[json.loads(line) for line in lines] for lines in zip(*logs, strict=True)]
+    assert len(seen[1]) == len(seen[2]) == 50
+    for ((slots, loss),), halves in zip(seen[1], seen[2], strict=True):
+        assert slots == [slot for half, _ in halves for slot in half]
+        assert abs(loss - sum(part for _, part in halves) / 2) < 1e-9
+    assert len({step[0][1] for step in seen[1]}) == 50  # it does train: no two steps tell the same loss
+
+
+def test_memory_that_runs_out_in_one_halves_the_micro_batch_of_both(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert tiny.call(*words, "--output", alone) == 0
+    begin_with(NARROW, tmp_path, monkeypatch)
+    codes = ranks.start(2, tmp_path, *words, "--output", run, "--micro-batch-size", "auto")
+    said = ranks.said(tmp_path)
+    assert codes == [0, 0], said
+    note = "note: out of memory at step 2 with a micro-batch of 16; going on with 8 (the global batch stays 32)"
+    assert said.count(note) == said.count("out of memory") == 1, said
+    for ours, theirs in zip(tiny.rows(run), tiny.rows(alone), strict=True):
+        assert ours["step"] == theirs["step"] and ours.keys() == theirs.keys()
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["grad_norm/denoiser"] == pytest.approx(theirs["grad_norm/denoiser"], rel=5e-3)
+    state = json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["micro"] == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import tiny
 import torch
 from accelerate import Accelerator
 
+from training import faults
 from training.errors import UserError
+from training.files import load_tensors
 from training.settings import Train
 from training.stage_two import DenoiserStage
-from training.watchdogs import IN_A_ROW, LEAST, Watchdogs, checksum, explain
+from training.watchdogs import IN_A_ROW, LEAST, Watchdogs, checksum, explain, needed
 
 
 @pytest.fixture
@@ -106,9 +109,25 @@ def test_out_of_memory_is_explained(failure: RuntimeError) -> None:
     told = explain(failure, 3, 16, 64)
     assert isinstance(told, UserError) and told.code == 6
     assert told.what == "out of memory at step 3 with a micro-batch of 16"
-    assert "--micro-batch-size 8 trains the same" in told.hint and "64" in told.hint
+    assert "--micro-batch-size 8, or auto, trains the same" in told.hint and "64" in told.hint
+    assert told.hint.count("; or ") == 2  # three ways on
+    assert "--micro-batch-size" not in getattr(explain(failure, 3, 1, 64), "hint", "")  # there is no smaller one
     other = RuntimeError("shapes do not match")
     assert explain(other, 3, 16, 64) is other
+
+
+def test_what_was_needed_is_estimated() -> None:
+    """The peak so far and what could not be had: more than the latter alone."""
+    text = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate {}."
+    small, large = (needed(text.format(size)) for size in ("512 bytes", "4398046511104 bytes. Error code 12"))
+    first = re.compile(r" \(at least ([\d,.]+) GB needed, ([\d.]+) GB there\)")
+    held, there = (float(number) for number in (first.match(small) or pytest.fail(small)).groups())
+    assert 0 < held < there
+    more = float((first.match(large) or pytest.fail(large))[1])
+    assert 4398 + held - 0.2 < more < 4398 + held + 1
+    assert needed("Tried to allocate 2.00 GiB. GPU") and not needed("out of memory")
+    told = explain(RuntimeError(text.format("512 bytes")), 3, 16, 64)
+    assert isinstance(told, UserError) and told.what.startswith("out of memory at step 3 with a micro-batch of 16 (at")
 
 
 def test_a_compiler_that_is_not_there_is_explained() -> None:
@@ -141,3 +160,66 @@ def test_a_training_stops_before_the_weights(
         assert len(json.loads((run / "stopped-at-step-00000003.json").read_text())["samples"]) == 32
     monkeypatch.setattr(DenoiserStage, "backward", kept)
     assert tiny.call("train_denoiser", *words, "--resume", "auto") == 0
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Memory for 8 images at a time from step 2 on, running out after the backward pass; (step, images) of each."""
+    kept = DenoiserStage.backward
+    tried: list[tuple[int, int]] = []
+
+    def backward(self: DenoiserStage, batch: Any, step: int, share: float) -> Any:
+        tried.append((step, len(batch.slots)))
+        values = kept(self, batch, step, share)
+        if step >= 2 and len(batch.slots) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return values
+
+    monkeypatch.setattr(DenoiserStage, "backward", backward)
+    return tried
+
+
+def test_a_micro_batch_that_shrinks(
+    narrow: list[tuple[int, int]],
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The losses, and but for rounding the weights, of a run that began with what fits; resumed, it goes on so."""
+    run, flags = tmp_path / "run", ["--train.log_every", "1", "--save-every", "3", "--lr", "1e-4"]
+    flags += ["--times.kind", "loss-aware", "--times.bins", "4"]  # the stage gathers losses over a step's passes
+    words = ["train_denoiser", "--latents", latents, *tiny.DENOISER, *flags]
+    auto = [*words, "--output", run, "--micro-batch-size", "auto", "--resume", "auto"]
+    faults.visits.clear()
+    monkeypatch.setenv("LDM_FAULT", "step:5=term")
+    assert tiny.call(*auto) == 143
+    said = capsys.readouterr().err
+    assert said.count("note: out of memory at step 2 with a micro-batch of 32; going on with 16 (the global batch") == 1
+    assert said.count("note: out of memory at step 2 with a micro-batch of 16; going on with 8 (the global batch") == 1
+    monkeypatch.delenv("LDM_FAULT")
+    assert tiny.call(*auto) == 0 and "out of memory" not in capsys.readouterr().err
+    sizes = {step: [size for other, size in narrow if other == step] for step, _ in narrow}
+    assert sizes == {0: [32], 1: [32], 2: [32, 16, 8, 8, 8, 8], **{step: [8] * 4 for step in (3, 4, 5)}}
+    assert tiny.call(*words, "--output", tmp_path / "begun", "--micro-batch-size", "8") == 0
+    ours, theirs = tiny.rows(run), tiny.rows(tmp_path / "begun")
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+    weights, begun = (load_tensors(r / "final" / "model.safetensors") for r in (run, tmp_path / "begun"))
+    for name, weight in begun.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_micro_batch_of_one_that_does_not_fit(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def backward(self: DenoiserStage, batch: Any, step: int, share: float) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(DenoiserStage, "backward", backward)
+    words = ("--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, "--micro-batch-size", "auto")
+    problem = tiny.refused("train_denoiser", *words, "--batch-size", "12")
+    assert problem.code == 6 and problem.what == "out of memory at step 0 with a micro-batch of 1"
+    halved = re.findall(r"a micro-batch of (\d+); going on with (\d+)", capsys.readouterr().err)
+    assert halved == [("12", "6"), ("6", "3"), ("3", "1")]

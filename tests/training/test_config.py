@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from ldm.diffusion import Diffusion
 from training import config as configs
+from training import faults
 from training.cli import KEYS, TrainParser
 from training.errors import UserError
 
@@ -202,3 +205,73 @@ def test_bad_flags(argv: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         overrides(*argv.split())
     assert expected in caught.value.what and caught.value.code == 2 and "--help" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "expected"),
+    [
+        ("autoencoder", {"model.codes": "512"}, "'model.codes' belongs to kind vq; kind kl takes channels, "),
+        ("denoiser", {"sampler.kind": "heun", "sampler.eta": ".5"}, "'sampler.eta' belongs to kind ddim; kind heun "),
+        ("denoiser", {"sampler.kind": "euler", "sampler.eta": ".5"}, "; kind euler takes "),
+        ("autoencoder", {"model.kind": "kl", "model.levels": "[8]"}, "'model.levels' belongs to kind fsq; kind kl"),
+    ],
+)
+def test_a_key_of_another_kind_is_said_to_be_its(stage: str, overrides: dict[str, str], expected: str) -> None:
+    problem = told(stage, "smoke", overrides)
+    assert expected in problem.what
+    assert "did you mean" not in problem.what
+    takes = problem.what.rpartition(" takes ")[2].split(", ")
+    (section,) = {key.partition(".")[0] for key in overrides}
+    kind = overrides.get(f"{section}.kind", "kl")
+    (member,) = [m for m in configs.sections(stage)[section] if configs.kinds((m,)) == [kind]]
+    assert takes == ([f.name for f in dataclasses.fields(member) if f.name != "kind"] or ["no keys"])
+
+
+def test_an_unknown_preset_lists_the_presets() -> None:
+    for stage in configs.STAGES:
+        problem = told(stage, "xyzzy")
+        assert problem.what == "no config named 'xyzzy'"
+        assert f"known names: {', '.join(configs.names(stage))};" in problem.hint
+
+
+def test_the_micro_batch_is_a_number_or_auto() -> None:
+    for text, value in [("auto", "auto"), ("0", 0), ("4", 4)]:
+        config = configs.load("denoiser", "smoke", {"train.micro_batch_size": text})
+        assert config.train.micro_batch_size == value
+        assert configs.decode("denoiser", configs.to_values(config)) == config
+    for text, expected in [("-1", "must be >= 0"), ("2.5", "expected a whole number, got 2.5"), ("atuo", "'auto'")]:
+        assert expected in told("denoiser", "smoke", {"train.micro_batch_size": text}).what
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", "torch.compile does not work here (No working C++ compiler"), ("cuda", "no CUDA")]
+)
+def test_what_the_machine_lacks_is_told_before_the_start(
+    device: str, expected: str, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def absent() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", absent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ("--data", shapes, *tiny.AUTOENCODER, "--device", device, "--train.compile", "true", "--dry-run")
+    problem = tiny.refused("train_autoencoder", *words)
+    assert problem.code == 2 and expected in problem.what and problem.hint
+    half = ("--data", shapes, *tiny.AUTOENCODER, "--mixed-precision", "fp16", "--dry-run")
+    assert "fp16 needs a GPU" in tiny.refused("train_autoencoder", *half).what
+
+
+def test_fewer_steps_than_were_trained_are_explained(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults.visits.clear()
+    words = ("train_autoencoder", "--data", shapes, "--output", tmp_path / "run", *tiny.AUTOENCODER)
+    monkeypatch.setenv("LDM_FAULT", "step:3=term")
+    assert tiny.call(*words) == 143
+    monkeypatch.delenv("LDM_FAULT")
+    problem = tiny.refused(*words, "--resume", "auto", "--max-steps", "2", "--loss.adversarial_start", "3")
+    assert problem.code == 2 and problem.what == "the run is at step 3, past train.max_steps 2"
+    assert "--max-steps 3 or more" in problem.hint

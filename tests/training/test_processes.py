@@ -132,3 +132,18 @@ def test_batch_that_does_not_split() -> None:
     with pytest.raises(UserError, match="cannot be split over 2 process") as caught:
         split_batch(33, 0, None, 2)
     assert "32 or 34" in caught.value.hint and sys.version_info >= (3, 11)
+
+
+def test_a_shrinking_micro_batch_is_refused_where_processes_meet_within_a_pass() -> None:
+    from training import config as configs
+    from training.errors import UserError
+    from training.settle import check_shrinking
+
+    config = configs.load("autoencoder", "smoke", {"train.micro_batch_size": "auto"})
+    assert isinstance(config, configs.AutoencoderConfig)
+    quantising = SimpleNamespace(quantize=object())
+    check_shrinking(config, quantising, 1)
+    check_shrinking(config, SimpleNamespace(quantize=None), 2)
+    with pytest.raises(UserError, match="auto: not with several processes and a kl model") as caught:
+        check_shrinking(config, quantising, 2)
+    assert caught.value.code == 2 and caught.value.hint == "give a number"

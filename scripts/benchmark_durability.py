@@ -1,0 +1,163 @@
+"""What durability costs a training: checkpoints, checksums and watchdogs, as shares of the time of a step.
+
+One run on made-up latents. In each round come a step without watchdogs, a step with them, the checksums of all weights
+(which several processes compare), and a checkpoint: written as always, then begun in the background. Prints a Markdown
+table: medians over the rounds, each spread over the steps between two of its kind at the default cadence. Of a save in
+the background only the time for which it holds the training up is told; on a CPU its writing takes from the next steps.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from training.cli import Parser, run_main
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    from training.loop import Loop
+
+
+def main() -> None:
+    parser = Parser(__doc__ or "")
+    add = parser.add_argument
+    add("--config", metavar="NAME|FILE", default="dit-s", help="a denoiser whose text encoder learns")
+    add("--batch-size", metavar="N", type=int, default=64, help="images a step")
+    add("--side", metavar="N", type=int, default=32, help="latents of 4 x N x N")
+    add("--rounds", metavar="N", type=int, default=5, help="how often everything is timed, after once for nothing")
+    add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
+    add("--threads", metavar="N", type=int, default=0, help="processor threads; 0: torch's own choice")
+    add("--folder", metavar="DIR", help="on the disk to write to; a temporary folder when not given")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.read()
+    if min(args.batch_size, args.side, args.rounds) < 1 or args.threads < 0:
+        raise UserError("--batch-size, --side and --rounds must be at least 1, --threads at least 0")
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.folder) as folder:
+        print("\n".join(table(args, Path(folder))))
+
+
+def table(args: Any, folder: Path) -> list[str]:
+    """Time everything in turn; the rows."""
+    import torch
+
+    from training.loop import COMPARED_EVERY
+    from training.settings import Train
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    loop = begin(args, folder)
+    taken: dict[str, list[float]] = {name: [] for name in ("bare", "step", "judge", "compare", "save", "begin")}
+    dogs: Any = loop.watchdogs
+    judge, device = dogs.judge, loop.accelerator.device
+
+    def judged(*seen: Any) -> bool:
+        answers: list[bool] = []
+        taken["judge"].append(timed(device, lambda: answers.append(judge(*seen))))
+        return answers[0]
+
+    for number in range(0, 2 * args.rounds + 2, 2):
+        for name, watchdog in (("bare", lambda *_: True), ("step", judged)):
+            dogs.judge = watchdog
+            taken[name].append(timed(device, lambda: advance(loop)))
+        taken["compare"].append(timed(device, lambda: checksums(loop)))
+        for name, wait in (("save", True), ("begin", False)):
+            taken[name].append(timed(device, partial(loop.save, number + 1 + (not wait), wait=wait)))
+        loop.writer.finish()
+    seconds = {name: median(values[1:]) for name, values in taken.items()}
+    rows = [("watchdogs", "judge", 1), ("checksums, with several processes", "compare", COMPARED_EVERY)]
+    rows += [("checkpoint", "save", Train().save_every), ("or begun in the background", "begin", Train().save_every)]
+    shares = {name: seconds[name] / every / seconds["bare"] for _, name, every in rows}
+    count = sum(p.numel() for p in loop.stage.networks["denoiser"].parameters())
+    what = f"{args.config}, {count:,} parameters, batch {args.batch_size}, latents 4x{args.side}x{args.side}"
+    each = f"{seconds['bare']:.3f} s a step without watchdogs, {seconds['step']:.3f} s with them"
+    lines = [f"{what}, {device.type}, {torch.get_num_threads()} thread(s): {each}.\n"]
+    lines += ["| part | seconds | every | share of a step |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {part} | {seconds[name]:.4f} | {every} | {shares[name]:.3%} |" for part, name, every in rows]
+    return [*lines, f"| all but the last | | | {sum(shares.values()) - shares['begin']:.3%} |"]
+
+
+def timed(device: Any, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes, the device's own work included."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    since = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - since
+
+
+def advance(loop: Loop) -> None:
+    """One step as the loop takes it."""
+    step, loop.done = loop.done, loop.done + 1
+    loop.journal.record(step + 1, loop.gradients(step) | loop.step(step, 1e-4), 1e-4)
+
+
+def checksums(loop: Loop) -> Any:
+    """What `Watchdogs.compare` gathers, where there are several processes."""
+    import torch
+
+    from training.watchdogs import checksum
+
+    return torch.stack([checksum(value) for value in loop.shared().values()]).tolist()
+
+
+def begin(args: Any, folder: Path) -> Loop:
+    """The loop of a denoiser of `args.config` on made-up latents with captions of one word."""
+    import torch
+
+    from autoencoder.norm import LatentNorm
+    from training import config as configs
+    from training import launch
+    from training.loop import Loop
+    from training.stage_two import DenoiserStage
+
+    keys = {"batch_size": args.batch_size, "micro_batch_size": 0, "num_workers": 0}
+    keys |= {"max_steps": 10**6, "log_every": 10**6}
+    flags = {f"train.{key}": str(value) for key, value in keys.items()}
+    if launch.resolve(args.device).type == "cpu":
+        flags["train.mixed_precision"] = "no"
+    config: Any = configs.load("denoiser", args.config, flags)
+    accelerator = launch.start(args.device, config.train.mixed_precision)
+    torch.manual_seed(0)
+    text = config.text.build(config.text.vocabulary(["picture"]))
+    sizes = {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+    network = config.backbone.build(channels=4, **sizes).to(accelerator.device)
+    data: Any = made_up(args.side, 4 * args.batch_size)
+    pipeline: Any = None  # nothing is drawn
+    stage = DenoiserStage(config, network, text.to(accelerator.device), LatentNorm(4), data, data, pipeline)
+    loop = Loop(stage, config.train, config.optimizer, accelerator, folder, 1, args.batch_size)
+    loop.read(0)
+    return loop
+
+
+def made_up(side: int, count: int) -> Any:
+    """`count` random latents, as a data set."""
+    import torch
+
+    from training.data import Batch
+    from training.order import Slot
+
+    class MadeUp:
+        shards = SimpleNamespace(remote=None)  # it has no files
+        moments = torch.randn(count, 8, side, side, generator=torch.Generator().manual_seed(0))
+
+        def __len__(self) -> int:
+            return count
+
+        def __getitems__(self, slots: list[Slot]) -> Batch:
+            numbers = torch.tensor([slot.slot for slot in slots])
+            return Batch(self.moments[[slot.index for slot in slots]], numbers, ["picture"] * len(slots))
+
+    return MadeUp()
+
+
+if __name__ == "__main__":
+    run_main(main)
