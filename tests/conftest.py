@@ -6,10 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))  # importlib mode alone would not find `tiny`
 
 import tiny
+
+
+@pytest.fixture(autouse=True)
+def full_floats() -> None:
+    """A training started in this process turns denormal numbers off for all of it; here every test has them back."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

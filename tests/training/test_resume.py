@@ -113,7 +113,8 @@ def test_killed(
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
         patch.setattr(signal, "SIGTERM", 15)
-        patch.setattr(Loop, "save", lambda self, step: die(self) if step == 5 else Loop_save(self, step))
+        save = Loop.save
+        patch.setattr(Loop, "save", lambda self, step, wait: die(self) if step == 5 else save(self, step, wait=wait))
         with pytest.raises(MemoryError):
             train(stage, data, run, *every)
     assert len(tiny.rows(run)) > 5
@@ -121,9 +122,6 @@ def test_killed(
     assert (run / "metrics.jsonl").read_bytes() == (straight[stage] / "metrics.jsonl").read_bytes()
     ours, theirs = tiny.last_checkpoint(run), tiny.last_checkpoint(straight[stage])
     assert all(ours[name] == theirs[name] for name in ours)
-
-
-Loop_save = Loop.save
 
 
 def test_a_real_signal(latents: Path, tmp_path: Path) -> None:
