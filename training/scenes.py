@@ -34,7 +34,7 @@ SIZES = {"small": (9.4, 10.0), "large": (13.0, 13.6)}  # the side of the boundin
 POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT = (("green", "circle"), ("yellow", "square"), ("blue", "triangle"), ("red", "cross"))
-COUNT_WEIGHTS = (0.5, 0.35, 0.15)  # of scenes with one, two and three objects
+COUNT_WEIGHTS = (0.35, 0.45, 0.20)  # of scenes with one, two and three objects
 
 UNIT = 32.0  # lengths are in thirty-seconds of the side
 MARGIN = 1.0  # from the border: the outermost pixels are always background
