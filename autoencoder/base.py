@@ -43,9 +43,14 @@ class Autoencoder(nn.Module, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """images -> moments, un-normalised, float32 or better."""
 
-    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents -> images, float32 or better, not clipped."""
+        self.check_latents(latents)
+        return self._decode(self.norm.inverse(latents))
+
+    @abstractmethod
+    def _decode(self, z: Tensor) -> Tensor:
+        """Raw z -> images, float32 or better."""
 
     @abstractmethod
     def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
@@ -81,3 +86,33 @@ class Autoencoder(nn.Module, ABC):
             raise ValueError(
                 f"latents must be (batch, {self.latent_channels}, height, width), got {tuple(latents.shape)}."
             )
+
+
+class WithoutPosterior(Autoencoder):
+    """An autoencoder whose moments are z itself, as it is decoded."""
+
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, move: Callable[[Tensor], Tensor] = identity
+    ) -> tuple[Tensor, Tensor]:
+        z = self.encode(images)
+        return self._decode(move(z)), z
+
+
+class Unregularised(WithoutPosterior):
+    """An encoder and a decoder, and nothing that holds z but the network (or a teacher)."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    encoder_parts = ("encoder.",)
+    quantize = None
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.check_images(images)
+        return full_precision(self.encoder(images.to(self.last_layer.dtype)))
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return full_precision(self.decoder(z.to(self.last_layer.dtype)))
+
+    def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
+        """0 for each image."""
+        return moments.new_zeros(len(moments))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.base import Autoencoder, full_precision
+from autoencoder.base import Unregularised, full_precision
 from autoencoder.norm import LatentNorm
-from autoencoder.quantizer import Reduce, identity
 
 HEAD, EPS = 32, 1e-5
 
@@ -251,11 +249,10 @@ class DCDecoder(nn.Module):
         return images
 
 
-class DCAutoencoder(Autoencoder):
+class DCAutoencoder(Unregularised):
     """Encoder and decoder without a posterior: moments are z. Keys as diffusers' AutoencoderDC, and `norm`."""
 
-    encoder_parts = ("encoder.",)
-    quantize = None
+    decoder: DCDecoder
 
     def __init__(self, config: DC) -> None:
         super().__init__()
@@ -263,27 +260,6 @@ class DCAutoencoder(Autoencoder):
         self.image_channels, self.latent_channels = config.image_channels, config.latent_channels
         self.encoder, self.decoder = DCEncoder(config), DCDecoder(config)
         self.norm = LatentNorm(config.latent_channels, gaussian=False)
-
-    def forward(
-        self, images: Tensor, noise: Tensor | None = None, move: Callable[[Tensor], Tensor] = identity
-    ) -> tuple[Tensor, Tensor]:
-        z = self.encode(images)
-        return self._decode(move(z)), z
-
-    def encode(self, images: Tensor) -> Tensor:
-        self.check_images(images)
-        return full_precision(self.encoder(images.to(self.last_layer.dtype)))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        self.check_latents(latents)
-        return self._decode(self.norm.inverse(latents))
-
-    def _decode(self, z: Tensor) -> Tensor:
-        return full_precision(self.decoder(z.to(self.last_layer.dtype)))
-
-    def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
-        """0: nothing holds z but the network."""
-        return moments.new_zeros(len(moments))
 
     @property
     def last_layer(self) -> Tensor:

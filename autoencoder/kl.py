@@ -77,10 +77,6 @@ class KLAutoencoder(Autoencoder):
         self.check_images(images)
         return full_precision(self.quant_conv(self.encoder(images.to(self.last_layer.dtype))))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        self.check_latents(latents)
-        return self._decode(self.norm.inverse(latents))
-
     def _decode(self, z: Tensor) -> Tensor:
         return full_precision(self.decoder(self.post_quant_conv(z.to(self.last_layer.dtype))))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from autoencoder.base import Autoencoder, full_precision
+from autoencoder.base import Autoencoder, Unregularised
 from autoencoder.norm import LatentNorm
-from autoencoder.quantizer import Reduce, identity
 
 REACH = 3.0  # latents beyond, which hardly occur, are squashed
 
@@ -95,14 +93,13 @@ class TinyDecoder(nn.Module):
         return images * 2 - 1
 
 
-class TinyAutoencoder(Autoencoder):
+class TinyAutoencoder(Unregularised):
     """Encoder and decoder without a posterior: moments are z. Keys as diffusers' AutoencoderTiny, and `norm`.
 
     Distilled (`distillation`), z are the teacher's normalised latents and `norm` stays the identity.
     """
 
-    encoder_parts = ("encoder.",)
-    quantize = None
+    decoder: TinyDecoder
 
     def __init__(self, config: Tiny) -> None:
         super().__init__()
@@ -110,27 +107,6 @@ class TinyAutoencoder(Autoencoder):
         self.image_channels, self.latent_channels = config.image_channels, config.latent_channels
         self.encoder, self.decoder = TinyEncoder(config), TinyDecoder(config)
         self.norm = LatentNorm(config.latent_channels, gaussian=False)
-
-    def forward(
-        self, images: Tensor, noise: Tensor | None = None, move: Callable[[Tensor], Tensor] = identity
-    ) -> tuple[Tensor, Tensor]:
-        z = self.encode(images)
-        return self._decode(move(z)), z
-
-    def encode(self, images: Tensor) -> Tensor:
-        self.check_images(images)
-        return full_precision(self.encoder(images.to(self.last_layer.dtype)))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        self.check_latents(latents)
-        return self._decode(self.norm.inverse(latents))
-
-    def _decode(self, z: Tensor) -> Tensor:
-        return full_precision(self.decoder(z.to(self.last_layer.dtype)))
-
-    def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
-        """0: nothing holds z but the network, or its teacher."""
-        return moments.new_zeros(len(moments))
 
     @property
     def last_layer(self) -> Tensor:

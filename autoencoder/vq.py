@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from autoencoder.base import Autoencoder, full_precision
+from autoencoder.base import WithoutPosterior, full_precision
 from autoencoder.blocks import Decoder, Encoder, check_network
 from autoencoder.norm import LatentNorm
 from autoencoder.quantizer import Codebook, Quantizer, Reduce, identity
@@ -156,7 +155,7 @@ class LFQ(Quantised):
         return LookupFree(self.latent_channels, beta=self.beta, entropy=self.entropy, temperature=self.temperature)
 
 
-class VQAutoencoder(Autoencoder):
+class VQAutoencoder(WithoutPosterior):
     """Encoder, codebook, decoder; moments are z before quantisation. Keys as diffusers' VQModel, and `norm`.
 
     `decode` quantises, so stage two models z as it is, under one scalar scale. `regularisation` reads the codebook
@@ -178,20 +177,10 @@ class VQAutoencoder(Autoencoder):
         self.post_quant_conv = nn.Conv2d(config.code_length, config.encoder_channels, 1)
         self.norm = LatentNorm(config.code_length, gaussian=False, shared=True)
 
-    def forward(
-        self, images: Tensor, noise: Tensor | None = None, move: Callable[[Tensor], Tensor] = identity
-    ) -> tuple[Tensor, Tensor]:
-        z = self.encode(images)
-        return self._decode(move(z)), z
-
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)
         z = full_precision(self.quant_conv(self.encoder(images.to(self.last_layer.dtype))))
         return self.quantize.prepare(z)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        self.check_latents(latents)
-        return self._decode(self.norm.inverse(latents))
 
     def _decode(self, z: Tensor) -> Tensor:
         return full_precision(self.decoder(self.post_quant_conv(self.quantize(z).to(self.last_layer.dtype))))
