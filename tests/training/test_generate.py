@@ -251,8 +251,9 @@ def test_tiles(denoiser: Path, tmp_path: Path) -> None:
         wanted = decode_tiled(pipeline.autoencoder, latents, tile=16, overlap=4)
         assert torch.equal(pipeline.decode(latents), wanted)
         assert torch.equal(pipeline.encode(images), encode_tiled(pipeline.autoencoder, images, tile=16, overlap=4))
-    drawn = torch.from_numpy(pixels(tiled / "00000.png").astype(np.uint8)).permute(2, 0, 1)
-    assert torch.equal(drawn, next(pipeline.pixels([CAPTIONS[0]], [0], size=(48, 96)))[0])
+    # Drawn alone, not in the command's batch, a convolution may round the other way: one step of 255 at the most.
+    alone = next(pipeline.pixels([CAPTIONS[0]], [0], size=(48, 96)))[0].permute(1, 2, 0).numpy()
+    assert np.abs(alone.astype(int) - pixels(tiled / "00000.png")).max() <= 1
     again = ("--model", denoiser, "--output", tmp_path / "again", "--device", "cpu", "--like", tiled / "00000.png")
     assert tiny.call("generate", *again) == 0
     assert pictures.facts(tmp_path / "again" / "00000.png")["tile"] == 16

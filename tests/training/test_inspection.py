@@ -50,14 +50,14 @@ class Pixels(Autoencoder):
 
     def forward(self, images: torch.Tensor, noise: Any, move: Any = None) -> Any:
         moments = self.encode(images)
-        return self.decode(moments[:, :4]), moments
+        return self._decode(moments[:, :4]), moments
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         z = torch.cat([torch.nn.functional.avg_pool2d(images, 4), torch.ones_like(images[:, :1, ::4, ::4])], 1)
         return z if self.logvar is None else torch.cat([z, torch.full_like(z, self.logvar)], 1)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.interpolate(latents[:, :3], scale_factor=4)
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(z[:, :3], scale_factor=4)
 
     def regularisation(self, moments: torch.Tensor, reduce: Any = None) -> torch.Tensor:
         raise NotImplementedError
