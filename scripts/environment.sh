@@ -21,6 +21,7 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 export TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # of checkouts that share an environment, each runs its own code
 
 run() { # print a command, then run it
     echo "+ python ${*/#$project\//}"

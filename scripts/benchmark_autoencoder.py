@@ -1,0 +1,164 @@
+"""Images a second and peak memory of a KL autoencoder beside diffusers' AutoencoderKL of the same shape and weights.
+
+A training step (forward, and backward of a squared error), encode and decode, in turn and in alternating order within
+one run, after both have given the same pictures. diffusers gets the tuned allocator and channels-last too, and is
+timed with both memory layouts; the better one counts. Needs the test extra.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from training.cli import Parser, run_main
+
+if TYPE_CHECKING:
+    import argparse
+
+    from autoencoder.kl import KL
+
+VERBS = ("train", "encode", "decode")
+
+
+def models(shape: KL, device: str) -> dict[str, Any]:
+    """Ours, and diffusers' with the same weights in both memory layouts."""
+    import copy
+
+    import diffusers
+    import torch
+
+    levels = [2**i in shape.attention_at for i in range(len(shape.channels))]
+    ours = shape.build()
+    theirs = diffusers.AutoencoderKL(
+        in_channels=shape.image_channels,
+        out_channels=shape.image_channels,
+        block_out_channels=shape.channels,
+        down_block_types=["AttnDownEncoderBlock2D" if there else "DownEncoderBlock2D" for there in levels],
+        up_block_types=["AttnUpDecoderBlock2D" if there else "UpDecoderBlock2D" for there in reversed(levels)],
+        layers_per_block=shape.blocks,
+        latent_channels=shape.latent_channels,
+        norm_num_groups=shape.groups,
+        mid_block_add_attention=shape.mid_attention,
+    )
+    theirs.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("norm.")})
+    layouts = {"ours": (ours, torch.channels_last), "diffusers": (theirs, torch.contiguous_format),
+               "diffusers, channels-last": (copy.deepcopy(theirs), torch.channels_last)}  # fmt: skip
+    return {name: model.to(device=device, memory_format=layout) for name, (model, layout) in layouts.items()}
+
+
+def case(name: str, model: Any, verb: str, args: argparse.Namespace, shape: KL) -> Callable[[], Any]:
+    """One call of `verb`; what it returns is the same for every model."""
+    import torch
+
+    torch.manual_seed(0)
+    layout = torch.contiguous_format if name == "diffusers" else torch.channels_last
+    side = args.size // shape.factor
+    images = torch.randn(args.batch_size, shape.image_channels, args.size, args.size, device=args.device)
+    images = images.to(memory_format=layout)
+    z = torch.randn(args.batch_size, shape.latent_channels, side, side, device=args.device)
+    precision = torch.autocast(args.device, torch.bfloat16, enabled=args.mixed_precision == "bf16")
+
+    def encode() -> Any:
+        return model.encode(images) if name == "ours" else model.encode(images).latent_dist.parameters
+
+    def decode(z: Any = z) -> Any:
+        return model.decode(z) if name == "ours" else model.decode(z).sample
+
+    def train() -> Any:
+        model.zero_grad(set_to_none=True)
+        with precision:
+            mean, logvar = encode().chunk(2, 1)
+            reconstruction = decode(mean + (0.5 * logvar.clamp(-30, 20)).exp() * z)
+        loss = (reconstruction.float() - images).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def frozen() -> Any:
+        with torch.no_grad(), precision:
+            return encode() if verb == "encode" else decode()
+
+    return train if verb == "train" else frozen
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """What one call takes."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begun = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - begun
+
+
+def peak(call: Callable[[], Any], device: str) -> float:
+    """MiB that one call has at most, beyond what was there: on a CPU the allocator's own, by the profiler."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return float((torch.cuda.max_memory_allocated() - before) / 2**20)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    held = highest = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest / 2**20
+
+
+def main() -> None:
+    parser = Parser(__doc__ or "")
+    add = parser.add_argument
+    add("--config", default="kl-f8", metavar="NAME|FILE", help="a KL autoencoder")
+    add("--size", type=int, default=64, help="pixels a side")
+    add("--batch-size", type=int, default=2, help="pictures a step")
+    add("--rounds", type=int, default=7, help="of all in turn")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--mixed-precision", default="no", choices=("no", "bf16"))
+    add("--compile", action="store_true", help="torch.compile all of them")
+    args = parser.read()
+    from statistics import median
+
+    import torch
+
+    from training import config as configs
+    from training.launch import keep_memory
+
+    keep_memory()
+    shape: Any = configs.load("autoencoder", args.config).model
+    torch.manual_seed(0)
+    built = models(shape, args.device)
+    print(f"{args.config}, {sum(p.numel() for p in built['ours'].parameters()):,} parameters, batch {args.batch_size} "
+          f"of {args.size} px, {args.device}, {torch.get_num_threads()} threads", flush=True)  # fmt: skip
+    if args.compile:
+        for model in built.values():
+            model.encoder.compile()
+            model.decoder.compile()
+    for verb in VERBS:
+        cases = {name: case(name, model, verb, args, shape) for name, model in built.items()}
+        answers, near = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1
+        for answer in answers[1:]:
+            torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=near)
+        taken: dict[str, list[float]] = {name: [] for name in cases}
+        for number in range(args.rounds):
+            for name in sorted(cases, reverse=bool(number % 2)):
+                taken[name].append(seconds(cases[name], args.device))
+        memory = {name: peak(call, args.device) for name, call in cases.items()}
+        for name, times in taken.items():
+            ratios = [theirs / ours for theirs, ours in zip(times, taken["ours"], strict=True)]
+            beside = "" if name == "ours" else f"  ours is {median(ratios):.2f}x as fast (least {min(ratios):.2f}x)"
+            print(f"{verb:<7} {name:<25} {args.batch_size / min(times):8.2f} images/s  peak {memory[name]:7.0f} MiB"
+                  f"{beside}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Stage one measured, in about 100 minutes of one CPU core: KL and VQ at two factors on two data sets, each with an equal short
+# budget and judged by inspect_autoencoder.py with its probe; what the latent regularisers do, by the probe and by a full training;
+# a start of the adversarial game that is held back beside one that is not. Writes DIR/table.md and the runs; finished runs are kept.
+# --data: packed pictures, one set or more, such as the data/ folders of fashion_mnist.sh and emoji.sh; the first is also used for
+# the regularisers and the start. Usage: bash scripts/compare_autoencoders.sh --output DIR --data DIR [--data DIR ...]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+out= data=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --data) data+=("$(realpath -m "$2")"); shift 2 ;;
+        --output) out=$(realpath -m "$2"); shift 2 ;;
+        *) echo "error: unknown argument $1; see the head of $0" >&2; exit 2 ;;
+    esac
+done
+[ -n "$out" ] && [ ${#data[@]} -gt 0 ] || { echo "error: --output and --data are needed; see the head of $0" >&2; exit 2; }
+cd "$project"
+
+f4=(--model.channels "[16, 32, 64]") f8=(--model.channels "[16, 32, 64, 64]")
+vq=(--model.kind vq --model.encoder_channels 16 --model.codes 1024 --model.normalize true --model.codebook_decay 0.99
+    --model.revive_every 100 --loss.codebook 0.1)
+steps=1200 late=(--loss.discriminator_start 400 --loss.adversarial_start 600 --loss.adversarial_ramp 300)
+
+train() { # NAME DATA FLAGS: one autoencoder at $out/NAME
+    run scripts/train_autoencoder.py --config fashion --batch-size 16 --max-steps $steps --sample-every 100 --save-every $steps \
+        --data "$2" --output "$out/$1" --resume auto "${late[@]}" "${@:3}"
+}
+inspect() { # NAME DATA: its numbers and its probe's, at $out/NAME/inspection
+    [ -e "$out/$1/inspection/inspection.json" ] || run scripts/inspect_autoencoder.py "$out/$1" --data "$2" \
+        --output "$out/$1/inspection" --lpips random --lpips-net squeeze --probe-steps 400 --probe-samples 512
+}
+
+for set in "${data[@]}"; do
+    name=$(basename "$(dirname "$set")")
+    train "$name-kl-f4" "$set" "${f4[@]}"; inspect "$name-kl-f4" "$set"
+    train "$name-kl-f8" "$set" "${f8[@]}"; inspect "$name-kl-f8" "$set"
+    train "$name-vq-f4" "$set" "${f4[@]}" "${vq[@]}"; inspect "$name-vq-f4" "$set"
+    train "$name-vq-f8" "$set" "${f8[@]}" "${vq[@]}"; inspect "$name-vq-f8" "$set"
+done
+
+first=${data[0]} name=$(basename "$(dirname "${data[0]}")")
+train "$name-hard-start" "$first" "${f4[@]}" --loss.discriminator_start 600 --loss.adversarial_start 600 --loss.adversarial_ramp 1
+train "$name-equivariance" "$first" "${f4[@]}" --latent.kind equivariance; inspect "$name-equivariance" "$first"
+train "$name-spectral" "$first" "${f4[@]}" --latent.kind spectral; inspect "$name-spectral" "$first"
+for latents in kl-f4 equivariance spectral; do
+    home=$out/$name-$latents
+    run scripts/encode_latents.py --autoencoder "$home" --data "$first" --output "$home/latents"
+    run scripts/train_denoiser.py --config fashion --latents "$home/latents" --output "$home/denoiser" --max-steps 600 --resume auto
+    [ -e "$home/denoiser.json" ] || run scripts/evaluate.py --model "$home/denoiser" --data "$first" --count 1000 --output "$home/denoiser.json"
+done
+
+"$PYTHON" - "$out" > "$out/table.md" <<'TABLE'
+"""What the runs' own files say, as tables."""
+import json, pathlib, statistics, sys
+out = pathlib.Path(sys.argv[1])
+print("| autoencoder | PSNR, dB | SSIM | LPIPS (random) | images/s | probe's loss | Frechet, reconstructed | Frechet, probe's pictures | Frechet, full training |")
+print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+for home in sorted(file.parents[1] for file in out.glob("*/inspection/inspection.json")):
+    numbers = json.loads((home / "inspection" / "inspection.json").read_text())
+    told, probe = numbers["reconstruction"], numbers["probe"]
+    rates = [json.loads(line)["images_per_second"] for line in (home / "timing.jsonl").read_text().splitlines()]
+    full = home / "denoiser.json"
+    last = f"{json.loads(full.read_text())['frechet_generated']:.2f}" if full.exists() else ""
+    print(f"| {home.name} | {told['psnr']['mean']:.2f} | {told['ssim']['mean']:.3f} | {told['lpips']['mean']:.3f} | {statistics.median(rates):.0f}"
+          f" | {probe['loss']:.3f} | {probe['frechet_reconstructed']:.2f} | {probe['frechet']:.2f} | {last} |")
+print("\n| held-out PSNR, dB (LPIPS) at step | held back | hard start |\n| --- | --- | --- |")
+curves = []
+for home in (next(out.glob("*-hard-start")).name.replace("hard-start", kind) for kind in ("kl-f4", "hard-start")):
+    rows = map(json.loads, (out / home / "metrics.jsonl").read_text().splitlines())
+    curves.append({row["step"]: f"{row['val/psnr']:.2f} ({row['val/lpips']:.3f})" for row in rows if "val/psnr" in row})
+for step in curves[0]:
+    print(f"| {step} | {curves[0][step]} | {curves[1].get(step, '')} |")
+TABLE
+cat "$out/table.md"
