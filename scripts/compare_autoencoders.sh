@@ -20,7 +20,7 @@ cd "$project"
 f4=(--model.channels "[16, 32, 64]") f8=(--model.channels "[16, 32, 64, 64]")
 vq=(--model.kind vq --model.encoder_channels 16 --model.codes 1024 --model.normalize true --model.codebook_decay 0.99
     --model.revive_every 100 --loss.codebook 0.1)
-steps=1200 late=(--loss.discriminator_start 400 --loss.adversarial_start 600 --loss.adversarial_ramp 300)
+steps=800 late=(--loss.discriminator_start 250 --loss.adversarial_start 400 --loss.adversarial_ramp 200)
 
 train() { # NAME DATA FLAGS: one autoencoder at $out/NAME
     run scripts/train_autoencoder.py --config fashion --batch-size 16 --max-steps $steps --sample-every 100 --save-every $steps \
@@ -40,7 +40,7 @@ for set in "${data[@]}"; do
 done
 
 first=${data[0]} name=$(basename "$(dirname "${data[0]}")")
-train "$name-hard-start" "$first" "${f4[@]}" --loss.discriminator_start 600 --loss.adversarial_start 600 --loss.adversarial_ramp 1
+train "$name-hard-start" "$first" "${f4[@]}" --loss.discriminator_start 400 --loss.adversarial_start 400 --loss.adversarial_ramp 1
 train "$name-equivariance" "$first" "${f4[@]}" --latent.kind equivariance; inspect "$name-equivariance" "$first"
 train "$name-spectral" "$first" "${f4[@]}" --latent.kind spectral; inspect "$name-spectral" "$first"
 for latents in kl-f4 equivariance spectral; do
