@@ -1,4 +1,4 @@
-"""The patch discriminators of stage one (Isola et al. 2017, section 3.2; LDM's layout)."""
+"""The discriminators of stage one: of patches (Isola et al. 2017, section 3.2; LDM's layout) and of features."""
 
 from __future__ import annotations
 
@@ -7,39 +7,56 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LEAST_SIDE = 32  # pixels a side that every feature network of the lpips package can take
+FLOOR = 1e-12  # of the mean square of a level's features: gradients stay finite where all vanish
+
 
 @dataclass(frozen=True, kw_only=True)
-class PatchShape(ABC):
+class Discriminator(ABC):
+    """What tells images from reconstructions: `width` channels, `layers` of the member's own sort."""
+
+    on_features = False  # whether `build` needs a feature network
+
+    width: int = 64
+    layers: int = 3
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.layers < 1:
+            raise ValueError("a discriminator needs width and layers of at least 1.")
+
+    @property
+    @abstractmethod
+    def smallest_image(self) -> int:
+        """The least side of an image that can be judged."""
+
+    @abstractmethod
+    def build(self, features: nn.Module | None = None) -> nn.Module:
+        """A freshly initialised discriminator: convolutions N(0, 0.02²), norm weights N(1, 0.02²), biases 0, as in
+        LDM. features: images in [-1, 1] -> maps (B, C_k, H_k, W_k), for those that judge by it.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchShape(Discriminator):
     """What one patch discriminator is made of: `layers` strided convolutions, receptive field 16, 34, 70, 142 for 1, 2,
     3, 4 layers.
 
     norm: "group" keeps images independent of each other; "batch" is LDM's (2,765,633 parameters at the defaults).
     """
 
-    width: int = 64
-    layers: int = 3
     norm: Literal["group", "batch", "none"] = "group"
     image_channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.layers < 1 or self.image_channels < 1:
-            raise ValueError("a patch discriminator needs width, layers and image_channels of at least 1.")
+        Discriminator.__post_init__(self)  # super() does not survive pydantic's copy of a dataclass
+        if self.image_channels < 1:
+            raise ValueError(f"a patch discriminator needs image_channels of at least 1, got {self.image_channels}.")
         if self.norm not in ("group", "batch", "none"):
             raise ValueError(f'the discriminator\'s norm must be "group", "batch" or "none", got "{self.norm}".')
-
-    @property
-    @abstractmethod
-    def smallest_image(self) -> int:
-        """The least side of an image that leaves one patch."""
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """A freshly initialised discriminator: convolutions N(0, 0.02²), norm weights N(1, 0.02²), biases 0, as in
-        LDM.
-        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +67,9 @@ class PatchGAN(PatchShape):
 
     @property
     def smallest_image(self) -> int:
-        return 3 << self.layers
+        return 3 << self.layers  # one patch is left
 
-    def build(self) -> PatchDiscriminator:
+    def build(self, features: nn.Module | None = None) -> PatchDiscriminator:
         return PatchDiscriminator(self)
 
 
@@ -74,8 +91,29 @@ class MultiScale(PatchShape):
     def smallest_image(self) -> int:
         return 3 << self.layers + self.scales - 1
 
-    def build(self) -> MultiScaleDiscriminator:
+    def build(self, features: nn.Module | None = None) -> MultiScaleDiscriminator:
         return MultiScaleDiscriminator(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureGAN(Discriminator):
+    """Small heads on the last `layers` levels of a frozen feature network, which here is that of LPIPS (Projected GANs,
+    Sauer et al. 2021, without their random mixing of levels; StyleGAN-T, 2023, without batch norm).
+    """
+
+    kind: Literal["features"] = "features"
+    on_features = True
+    layers: int = 4
+
+    @property
+    def smallest_image(self) -> int:
+        return LEAST_SIDE
+
+    def build(self, features: nn.Module | None = None) -> FeatureDiscriminator:
+        """ValueError without a feature network, and where it has fewer levels than `layers`."""
+        if features is None:
+            raise ValueError("a discriminator of kind features needs a feature network.")
+        return FeatureDiscriminator(self, features)
 
 
 class PatchDiscriminator(nn.Module):
@@ -119,6 +157,32 @@ class MultiScaleDiscriminator(nn.Module):
         return tuple(found)
 
 
+class FeatureDiscriminator(nn.Module):
+    """images (B, C, H, W) in [-1, 1] -> one map of logits per level of the feature network, finest first.
+
+    A head sees f / rms(f), over channels and positions of an image, so that levels and backbones of any scale train
+    alike. The feature network passes gradients on to images and has no part in parameters or state.
+    """
+
+    def __init__(self, config: FeatureGAN, features: nn.Module) -> None:
+        super().__init__()
+        self.smallest_image = config.smallest_image
+        self.frozen = (features,)  # in a tuple: no module of this one, so neither trained, saved nor moved with it
+        with torch.no_grad():
+            channels = [level.shape[1] for level in features(torch.zeros(1, 3, LEAST_SIDE, LEAST_SIDE))]
+        if len(channels) < config.layers:
+            raise ValueError(f"the feature network has {len(channels)} levels, fewer than {config.layers} layers.")
+        self.heads = nn.ModuleList(_head(count, config.width) for count in channels[-config.layers :])
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """ValueError if a side is below `smallest_image`."""
+        check_side(images, self.smallest_image)
+        levels = list(self.frozen[0](images))[-len(self.heads) :]
+        scales = [(level.float().square().mean((1, 2, 3), keepdim=True) + FLOOR).rsqrt() for level in levels]
+        return tuple(head(f * scale) for head, f, scale in zip(self.heads, levels, scales, strict=True))
+
+
 def maps(logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The logits of any discriminator as float32 maps, over which a loss is averaged."""
     return tuple(part.float() for part in ((logits,) if isinstance(logits, Tensor) else logits))
@@ -129,8 +193,14 @@ def check_side(images: Tensor, smallest: int) -> None:
     if min(images.shape[-2:]) < smallest:
         raise ValueError(
             f"the discriminator needs images of at least {smallest} pixels a side, "
-            f"got {images.shape[-2]}x{images.shape[-1]}: take fewer layers."
+            f"got {images.shape[-2]}x{images.shape[-1]}: take fewer layers, or another kind."
         )
+
+
+def _head(channels: int, width: int) -> nn.Sequential:
+    """Features (B, channels, h, w) -> logits (B, 1, h, w), each of 3x3 positions."""
+    inner = nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2)
+    return nn.Sequential(*inner, nn.Conv2d(width, 1, 1))
 
 
 def _norm(norm: str, channels: int) -> list[nn.Module]:
@@ -148,4 +218,4 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-DISCRIMINATORS = (PatchGAN, MultiScale)
+DISCRIMINATORS = (PatchGAN, MultiScale, FeatureGAN)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ class Tiny:
     def factor(self) -> int:
         """Image size over latent size."""
         return 1 << (len(self.encoder_blocks) - 1)
+
+    def fitted(self, factor: int, latent_channels: int) -> Tiny:
+        """This shape for the latents of a teacher: levels are left out, or repeated, where latents are coarsest.
+
+        `factor`: a power of 2, as every factor here.
+        """
+        levels = factor.bit_length()
+        encoder = (*self.encoder_blocks, *[self.encoder_blocks[-1]] * levels)[:levels]
+        decoder = (*[self.decoder_blocks[0]] * levels, *self.decoder_blocks)[-levels:]
+        return replace(self, encoder_blocks=encoder, decoder_blocks=decoder, latent_channels=latent_channels)
 
     def build(self) -> TinyAutoencoder:
         """A freshly initialised model (torch's default initialisation, seeded by the caller)."""
@@ -114,20 +125,43 @@ class TinyAutoencoder(Unregularised):
         return weight
 
 
-def distillation(student: Autoencoder, teacher: Autoencoder, images: Tensor, noise: Tensor | None) -> Tensor:
-    """mean (D_s(z) − D_t(z))² + mean (E_s(x) − z̄)² per image (B,): z the teacher's normalised latents, z̄ their mean.
+class Distilled(NamedTuple):
+    """A student beside its teacher: the picture that each decodes from the same latents, images (B, C, H, W); and the
+    error of the student's own latents (B,)."""
 
-    The teacher gets no gradient. noise (B, C, h, w) ~ N(0, I), None = its posterior mean. ValueError where the two do
-    not share factor and latent channels.
+    images: Tensor
+    target: Tensor
+    latents: Tensor
+
+
+def distillation(
+    student: Autoencoder,
+    teacher: Autoencoder,
+    images: Tensor,
+    noise: Tensor | None,
+    forward: Callable[..., Any] | None = None,
+) -> Distilled:
+    """D_s(z), D_t(z) and mean (E_s(x) − z̄)² per image (B,): z the teacher's normalised latents, z̄ their mean.
+
+    The teacher gets no gradient. noise (B, C, h, w) ~ N(0, I), None = its posterior mean. forward: the student's, where
+    processes share it. ValueError where the two do not share factor and latent channels, and for a student with a
+    posterior or codes, which a teacher's latents would not train.
     """
+    check_student(student, teacher)
+    with torch.no_grad():
+        moments = teacher.encode(images)
+        mean, latents = teacher.norm.mean_latents(moments), teacher.norm.latents(moments, noise)
+        target = teacher.decode(latents)
+    answer, z = (forward or student)(images, None, lambda _: student.norm.inverse(latents))
+    return Distilled(answer, target, (student.norm.mean_latents(z) - mean).square().flatten(1).mean(1))
+
+
+def check_student(student: Autoencoder, teacher: Autoencoder) -> None:
+    """ValueError where `distillation` cannot be."""
+    if student.norm.gaussian or student.quantize:
+        raise ValueError("a model with a posterior or codes of its own cannot be distilled: use kind tiny or dc.")
     if (student.factor, student.latent_channels) != (teacher.factor, teacher.latent_channels):
         raise ValueError(
             f"the teacher has factor {teacher.factor} and {teacher.latent_channels} latent channels, "
             f"the student {student.factor} and {student.latent_channels}."
         )
-    with torch.no_grad():
-        moments = teacher.encode(images)
-        mean, latents = teacher.norm.mean_latents(moments), teacher.norm.latents(moments, noise)
-        target = teacher.decode(latents)
-    pictures = (student.decode(latents) - target).square().flatten(1).mean(1)
-    return pictures + (student.norm.mean_latents(student.encode(images)) - mean).square().flatten(1).mean(1)

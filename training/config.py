@@ -18,7 +18,7 @@ from training.errors import UserError
 from training.settings import Conditioning, Loss, Optimizer, Sample, Train
 
 if TYPE_CHECKING:
-    from autoencoder.discriminator import PatchShape
+    from autoencoder.discriminator import Discriminator
     from ldm.schedules import NoiseSchedule
 
 LARGEST = 1 << 20  # bytes a config file may have
@@ -32,7 +32,7 @@ class AutoencoderConfig:
     model: Any
     loss: Loss
     latent: Any
-    discriminator: PatchShape
+    discriminator: Discriminator
     optimizer: Optimizer
     train: Train
 

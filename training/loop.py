@@ -18,8 +18,8 @@ from training.data import Batch, Images, Latents, stream
 from training.ema import EMA
 from training.errors import UserError, explained
 from training.faults import fault
-from training.files import disk_error
 from training.journal import Journal
+from training.looking import Returns, look
 from training.opening import announce
 from training.order import Batches, DataOrder
 from training.posthoc import PowerAverages
@@ -43,6 +43,7 @@ class Stage(ABC):
     wrapped: dict[str, Any]  # the same networks as the processes share them
     optimizers: dict[str, tuple[list[str], float]]  # name -> (networks it trains, learning-rate multiple)
     score: tuple[str, float]  # the validation number that names the best checkpoint, and its sign: lower is better
+    returns: Returns | None = None  # what brings a run back whose score has become worse
 
     @abstractmethod
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
@@ -102,9 +103,10 @@ class Loop:
 
     def planned(self, start: int) -> Batches:
         """This process's micro-batches from step `start` on."""
-        order = DataOrder(len(self.stage.dataset), self.train.batch_size, self.train.seed, self.base)
+        dataset, train = self.stage.dataset, self.train
+        order = DataOrder(len(dataset), train.batch_size, train.seed, self.base, *dataset.shards.windows)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return Batches(order, self.micro, self.accumulation, process, processes, start, self.train.max_steps)
+        return Batches(order, self.micro, self.accumulation, process, processes, start, train.max_steps)
 
     def fit(self, start: int) -> int:
         """Train from step `start` to the end. Returns the signal number that stopped it, or 0.
@@ -252,21 +254,8 @@ class Loop:
         return {**live, **{f"ema.{key}": value for key, value in self.ema.shadow.items()}, **self.powers.tensors()}
 
     def look(self, step: int) -> None:
-        """Pictures and validation with the averaged weights, in the main process; the others wait."""
-        self.journal.flush(step)  # so that metrics.jsonl is in the order of steps, however often it is flushed
-        if self.accelerator.is_main_process:
-            folder = self.run / "samples" / f"step-{step:08d}"
-            try:
-                fault("samples")
-                folder.mkdir(parents=True, exist_ok=True)
-                with self.ema.applied(), torch.no_grad():
-                    numbers = self.stage.evaluate(folder)
-            except OSError as failure:
-                raise disk_error(folder, failure) from None
-            name, sign = self.stage.score
-            self.scored = step, sign * numbers[name]
-            self.journal.look(step, numbers, folder)
-        self.accelerator.wait_for_everyone()
+        """Pictures and validation, and the return to the last good state where they tell of a wreck."""
+        look(self, step)
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""

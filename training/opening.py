@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import USAGE, UserError
+from training.errors import CHECKPOINT, USAGE, UserError
 
 if TYPE_CHECKING:
     import argparse
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 
     from training.loop import Loop
     from training.runs import Run
+
+
+def finished_autoencoder(path: str) -> Path:
+    """The folder of a finished stage-one run's config.json. Raises UserError where its latents have no scale yet."""
+    from training.runs import find
+
+    home, weights = find(path, "autoencoder")
+    if not weights.is_file():
+        raise UserError(
+            f"{path}: the autoencoder is not finished (its latent normaliser is measured last)",
+            hint="let its training end first",
+            code=CHECKPOINT,
+        )
+    return home
 
 
 def open_run(

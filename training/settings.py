@@ -99,6 +99,9 @@ class Loss:
     log_variance: Literal["fixed", "learned"] = "fixed"  # learned: reconstruction * exp(-s) + s, s trained too
     kl: float = 1e-6
     codebook: float = 1.0  # a quantiser's own terms, where the model has one instead of a posterior
+    align: float = 0.0  # of latents with the features of the vision model given by --align-with (VA-VAE)
+    align_cosine_margin: float = 0.5  # 1 - cosine that costs nothing
+    align_distance_margin: float = 0.25  # difference of two positions' cosines that costs nothing
     adversarial: float = 0.5
     adversarial_loss: Literal["hinge", "non-saturating", "least-squares"] = "hinge"
     discriminator_start: int = 0
@@ -106,17 +109,22 @@ class Loss:
     adversarial_ramp: int = 1000
     plateau: float = 0.0  # > 0: start, after adversarial_start, where reconstruction falls less than this share
     plateau_steps: int = 1000  # in so many steps
+    return_margin: float = 0.0  # > 0: held-out PSNR so many dB below the best brings the best checkpoint back
+    return_pause: int = 1000  # steps without the adversarial gradient after a return; then it rises anew, at half
+    return_limit: int = 3  # returns before the run stops
     discriminator_lr: float = 1.0  # as a multiple of optimizer.lr
     r1: float = 0.0  # gamma of the gradient penalty on real images
     lecam: float = 0.0
     augment: tuple[Literal["colour", "translation", "cutout"], ...] = ()  # what the discriminator sees (DiffAug)
 
     def __post_init__(self) -> None:
-        weights = (self.perceptual, self.kl, self.codebook, self.adversarial, self.r1, self.lecam)
-        if min(*weights, self.adversarial_ramp, self.discriminator_start) < 0:
-            raise ValueError("loss weights, starts and ramps must be >= 0")
+        weights = (self.perceptual, self.kl, self.codebook, self.align, self.adversarial, self.r1, self.lecam)
+        if min(*weights, self.adversarial_ramp, self.discriminator_start, self.return_margin, self.return_limit) < 0:
+            raise ValueError("loss weights, starts, ramps, return_margin and return_limit must be >= 0")
+        if not (0 <= self.align_cosine_margin < 2 and 0 <= self.align_distance_margin < 2):
+            raise ValueError("align_cosine_margin and align_distance_margin must lie in [0, 2)")
         fraction("", plateau=self.plateau)
-        positive("", plateau_steps=self.plateau_steps)
+        positive("", plateau_steps=self.plateau_steps, return_pause=self.return_pause)
         if self.perceptual_weights not in ("standard", "random"):
             raise ValueError(
                 f'perceptual_weights: must be "standard" or "random" (got "{self.perceptual_weights}"); '

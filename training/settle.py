@@ -58,9 +58,12 @@ def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
             f" or {(height // factor + 1) * factor}, or choose another config",
         )
     if config.loss.adversarial and min(height, width) < smallest:
+        critic = config.discriminator
         raise UserError(
             f"the packed pictures are {width}x{height}, the discriminator needs {smallest} pixels a side",
-            hint=f"lower discriminator.layers (now {config.discriminator.layers})",
+            hint="set discriminator.kind to patch"
+            if critic.on_features
+            else f"lower discriminator.layers (now {critic.layers})",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,30 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.adversarial import Split, adaptive_weight, last_layer_gradients, split_gradients, surrogate
+from autoencoder.alignment import Alignment, VisionFeatures
 from autoencoder.base import Autoencoder
 from autoencoder.critic import AUGMENTED_BY, Plateau, augment, lecam, move_anchors, r1
-from autoencoder.discriminator import maps
-from autoencoder.fidelity import psnr, ssim
-from autoencoder.images import to_uint8, to_unit
+from autoencoder.discriminator import LEAST_SIDE, maps
+from autoencoder.images import to_unit
 from autoencoder.losses import ADVERSARIALS, RECONSTRUCTIONS, LogVariance
 from autoencoder.norm import LatentStatistics
 from autoencoder.perceptual import Perceptual
-from autoencoder.quantizer import Quantizer, code_counts, perplexity, usage
+from autoencoder.quantizer import Quantizer
 from autoencoder.regularisers import Move
 from ldm.noise import Noise
-from training import pictures
 from training.config import AutoencoderConfig
 from training.data import Batch, Images
+from training.looking import Returns, check_returns
 from training.loop import Stage
 from training.order import Slot
+from training.reconstructions import measure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SHOWN = 8  # columns of the picture grid
 MEASURED = 10_000  # images that the latent normaliser is measured on
-SMALLEST = 32  # pixels a side that every LPIPS network can take
-COLLAPSED = 0.05  # share of codes in use below which a codebook is said to have collapsed
+SMALLEST = LEAST_SIDE  # pixels a side that every LPIPS network can take
 
 
 class AutoencoderStage(Stage):
@@ -52,8 +50,10 @@ class AutoencoderStage(Stage):
         perceptual: Perceptual | None,
         dataset: Images,
         held_out: Images,
+        vision: VisionFeatures | None = None,
     ) -> None:
         self.config, self.loss, self.seed = config, config.loss, config.train.seed
+        check_returns(config.loss, config.train)
         self.model, self.discriminator, self.perceptual = model, discriminator, perceptual
         self.dataset, self.held_out = dataset, held_out
         self.networks, self.optimizers = {"autoencoder": model}, {"autoencoder": (["autoencoder"], 1.0)}
@@ -64,6 +64,11 @@ class AutoencoderStage(Stage):
         if self.log_variance:
             self.networks["log_variance"] = self.log_variance
             self.optimizers["log_variance"] = (["log_variance"], 1.0)
+        self.vision = vision
+        if vision:
+            margins = self.loss.align_cosine_margin, self.loss.align_distance_margin
+            self.networks["alignment"] = Alignment(model.latent_channels, vision.width, *margins)
+            self.optimizers["alignment"] = (["alignment"], 1.0)
         self.averaged, self.score = {"autoencoder": model}, ("psnr", -1.0)
         self.distance = next(member for member in RECONSTRUCTIONS if member().kind == self.loss.reconstruction)()
         self.game = next(member for member in ADVERSARIALS if member().kind == self.loss.adversarial_loss)()
@@ -74,6 +79,9 @@ class AutoencoderStage(Stage):
         self.plateau = Plateau(self.loss.plateau, self.loss.plateau_steps)
         self.level: Tensor | None = None  # the reconstruction loss, this step's so far
         self.start = None if self.loss.plateau else self.loss.adversarial_start
+        if self.loss.return_margin:
+            margin, pause, limit = self.loss.return_margin, self.loss.return_pause, self.loss.return_limit
+            self.returns = Returns(margin, pause, limit, self.ramp)
         self.codes = model.quantize if isinstance(model.quantize, Quantizer) and model.quantize.adapts else None
         self.seen: list[tuple[Tensor, Tensor]] = []  # slots and z of this step, for a codebook that follows them
         self.forward: Any = model
@@ -91,8 +99,10 @@ class AutoencoderStage(Stage):
             self.wrapped["discriminator"] = self.judge
         else:
             self.discriminator.to(accelerator.device)
-        if self.log_variance:
-            self.wrapped["log_variance"] = accelerator.prepare(self.log_variance)
+        if self.vision:
+            self.vision.to(accelerator.device)
+        for name in [name for name in self.networks if name not in self.wrapped]:  # in one order everywhere
+            self.wrapped[name] = accelerator.prepare(self.networks[name])
         model: Any = self.model  # compiled but for its last layer, through which alone the balance takes its gradients
         groups = [[*c] if isinstance(c, nn.ModuleList | nn.Sequential) else [c] for c in model.decoder.children()]
         blocks = [block for group in groups for block in group if any(True for _ in block.children())]
@@ -101,10 +111,13 @@ class AutoencoderStage(Stage):
                 part.compile()
 
     def ramp(self, step: int) -> float:
-        """The share of the adversarial gradient that reaches the decoder: 0 before its start, then linearly to 1."""
+        """The share of the adversarial gradient that reaches the decoder: 0 before its start, then linearly to 1, or
+        less after a return.
+        """
         if not self.loss.adversarial or self.start is None or step < self.start:
             return 0.0
-        return min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
+        whole = self.returns.weight if self.returns else 1.0
+        return whole * min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch: the decoder's balanced gradient, then the discriminator's own."""
@@ -113,6 +126,7 @@ class AutoencoderStage(Stage):
         with self.accelerator.autocast():
             x_hat, moments = self.forward(images, self.noise(slots, images, step), *([move] if move else []))
         latent, penalty = self.latent_terms(moments, images)
+        aligned = self.align(moments, images)
         images = move(images, self.model.factor) if move else images
         uniform = Noise(slots).uniform((AUGMENTED_BY,), self.seed, step, "augment")
         playing = self.ramp(step + 1) > 0  # the step before the start measures the first balance
@@ -123,14 +137,16 @@ class AutoencoderStage(Stage):
             measured = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, split)) * share
             self.sums = measured if self.sums is None else self.sums + measured
             gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
-        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + spread) * share)
+        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + aligned + spread) * share)
         self.note(split, moments, slots, share)
         values: dict[str, Tensor] = {
-            "loss": split.reconstruction_loss + penalty.detach(),
+            "loss": split.reconstruction_loss + (penalty + aligned).detach(),
             "codebook" if self.model.quantize else "kl": latent.detach(),
             "adversarial": split.adversarial_loss,
             "balance": self.balance,
         }
+        if self.vision:
+            values["alignment"] = aligned.detach()
         if self.loss.adversarial and step >= self.loss.discriminator_start:
             values["discriminator"] = self.judge_step(images, x_hat.detach(), uniform, share)
         return values
@@ -153,6 +169,16 @@ class AutoencoderStage(Stage):
         penalty = (self.loss.kl if self.model.norm.gaussian else self.loss.codebook) * latent
         more = self.config.latent.term(self.model.norm.mean_latents(moments), images)
         return latent, penalty if more is None else penalty + more.mean()
+
+    def align(self, moments: Tensor, images: Tensor) -> Tensor:
+        """What is asked of the mean latents beside the vision model's features of the images, weighted."""
+        if not self.vision:
+            return images.new_zeros(())
+        z = self.model.norm.mean_latents(moments)
+        with self.accelerator.autocast():
+            features = self.vision(images, (z.shape[2], z.shape[3]))
+        loss: Tensor = self.loss.align * self.wrapped["alignment"](z, features).mean()
+        return loss
 
     def weigh(self, split: Split) -> tuple[Split, Tensor | float]:
         """The split under the learned log-variance s, and the loss that trains s (0 where s is fixed)."""
@@ -233,36 +259,25 @@ class AutoencoderStage(Stage):
     def state(self) -> dict[str, Any]:
         plateau = {**vars(self.plateau), "total": float(self.plateau.total), "start": self.start}
         anchors = None if self.anchors is None else self.anchors.tolist()
-        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau}
+        counted = self.returns and self.returns.count
+        returns = {"returns": {"count": counted, "start": self.start}} if counted else {}
+        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)
-        if state.get("anchors"):  # absent from checkpoints of earlier versions
-            self.anchors = torch.tensor(state["anchors"], device=self.accelerator.device)
+        anchors = state.get("anchors")  # absent from checkpoints of earlier versions
+        self.anchors = torch.tensor(anchors, device=self.accelerator.device) if anchors else None
         if self.loss.plateau and "plateau" in state:
             plateau = dict(state["plateau"])
             self.start = plateau.pop("start")
             self.plateau = Plateau(**{**plateau, "share": self.loss.plateau, "steps": self.loss.plateau_steps})
+        if self.returns and "returns" in state:
+            self.returns.count, self.start = state["returns"]["count"], state["returns"]["start"]
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
-        rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips")[: 3 if self.perceptual else 2]}
-        counts: Tensor | int = 0
-        for images in self.looks(self.held_out, self.config.train.validation_size):
-            reconstruction, moments = self.model(images, None)
-            pixels, ours = to_uint8(images), to_uint8(reconstruction)
-            if self.model.quantize:
-                counts = counts + code_counts(self.model.quantize.indices(moments), self.model.quantize.codes)
-            rows["psnr"].append(psnr(ours, pixels))
-            rows["ssim"].append(ssim(ours, pixels))
-            if self.perceptual:
-                rows["lpips"].append(self.perceptual(to_unit(ours), images))
-            if len(rows["psnr"]) == 1:
-                error = (ours.int() - pixels.int()).abs().mul(2).clamp(max=255).byte()
-                shown = torch.cat([part[:SHOWN].cpu() for part in (pixels, ours, error)])
-                pictures.grid(shown, SHOWN, rows=["input", "reconstruction", "difference x2"]).save(folder / "grid.png")
-        numbers = {name: torch.cat(values).mean().item() for name, values in rows.items()}
-        return numbers if isinstance(counts, int) else numbers | told_of_codes(counts)
+        shown = self.looks(self.held_out, self.config.train.validation_size)
+        return measure(self.model, self.perceptual, shown, folder)
 
     def looks(self, dataset: Images, count: int, size: int = 64) -> Any:
         """The first `count` images as float batches."""
@@ -281,15 +296,3 @@ class AutoencoderStage(Stage):
             batch = self.dataset.__getitems__([Slot(i, 0, i) for i in chosen[first : first + 64]])
             statistics.add(self.model.encode(to_unit(batch.data.to(self.accelerator.device))))
         statistics.fit()
-
-
-def told_of_codes(counts: Tensor) -> dict[str, float]:
-    """Usage and perplexity of code counts (codes,), and a warning where they tell of a collapse."""
-    used = usage(counts).item()
-    if used < COLLAPSED and used * len(counts) < 0.5 * counts.sum():  # few, though there was occasion for more
-        print(
-            f"warning: only {used:.1%} of the {len(counts):,} codes are in use; "
-            "see model.normalize, model.codebook_decay and model.revive_every",
-            file=sys.stderr,
-        )
-    return {"usage": used, "perplexity": perplexity(counts).item()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training import config as configs
+from training.addresses import repeated
 from training.errors import UserError, explained
 from training.opening import announce, begin, open_run, resume
 from training.settle import check_images, check_room, check_shrinking, check_starts, data_facts, held_out_shards, layout
@@ -64,14 +64,17 @@ def _train(args: argparse.Namespace, stage: str, body: Callable[[argparse.Namesp
 def _autoencoder(args: argparse.Namespace, config: configs.AutoencoderConfig, ending: ExitStack) -> int:
     from training import launch
     from training.data import Images
+    from training.distillation import keep_teacher, taught, teacher_hash
     from training.remote import located
-    from training.runs import autoencoder_hashes
     from training.shards import ShardSet
+    from training.vision import chosen, vision_hash
 
     args.data = located(args.data, args.cache_dir, args.cache_size, config.train.window_shards)
     shards = ShardSet(args.data, "train")
     dataset = Images(shards, flip=config.train.flip, seed=config.train.seed, on_bad_data=args.on_bad_data)
     held_out = Images(held_out_shards(args.data))
+    config, teacher = taught(args, config)
+    vision = chosen(args, config)
     check_images(config, dataset)
     accelerator = launch.start(args.device, config.train.mixed_precision, compiles=config.train.compile)
     config, micro, accumulation = layout(config, args, accelerator.num_processes)
@@ -79,48 +82,66 @@ def _autoencoder(args: argparse.Namespace, config: configs.AutoencoderConfig, en
     run = None if args.dry_run else open_run(args, "autoencoder", config, accelerator, ending)
     if run and run.finished():
         return already(run)
-    stage = stage_one(args, config, dataset, held_out)
+    stage = stage_one(args, config, dataset, held_out, teacher, vision)
     model = stage.model
     check_shrinking(config, model, accelerator.num_processes)
     what = f"{_count(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
     announce(accelerator, f"autoencoder: {what}; {len(dataset):,} images")
     if run is None:
         return 0
-    facts = {"data": data_facts(args.data)}
+    facts = {"data": data_facts(args.data), "teacher": teacher_hash(teacher), "vision": vision_hash(vision)}
     path = begin(args, run, accelerator, facts)
+    keep_teacher(teacher, run.folder / "final", accelerator)
     loop, stopped = fit(args, stage, accelerator, run, micro, accumulation, path, facts)
     if stopped:
         return stopped
     if accelerator.is_main_process:
-        with loop.ema.applied():
-            stage.normalise()
-            numbers = stage.evaluate(_folder(run.folder / "samples" / "final"))
-            facts |= {"hashes": autoencoder_hashes(model), "validation": numbers}
-            finish(run, model.state_dict(), "Autoencoder", facts)
+        export_autoencoder(stage, loop, run, facts)
     accelerator.wait_for_everyone()
     return 0
 
 
-def stage_one(args: argparse.Namespace, config: configs.AutoencoderConfig, dataset: Any, held_out: Any) -> Any:
+def export_autoencoder(stage: Any, loop: Loop, run: Run, facts: dict[str, Any]) -> None:
+    """The last act, with the averaged weights: measure the normaliser, evaluate, export."""
+    from training.runs import autoencoder_hashes
+
+    with loop.ema.applied():
+        stage.normalise()
+        numbers = stage.evaluate(_folder(run.folder / "samples" / "final"))
+        facts |= {"hashes": autoencoder_hashes(stage.model), "validation": numbers}
+        finish(run, stage.model.state_dict(), "Autoencoder", facts)
+
+
+def stage_one(
+    args: argparse.Namespace,
+    config: configs.AutoencoderConfig,
+    dataset: Any,
+    held_out: Any,
+    teacher: Any = None,
+    vision: Any = None,
+) -> Any:
     """The networks and losses of stage one, freshly initialised from the seed or from another run's weights."""
     import torch
 
+    from training.distillation import DistillationStage
     from training.perceptual import load_perceptual
     from training.runs import fill, load_autoencoder
     from training.stage_one import AutoencoderStage
 
+    loss, perceptual = config.loss, None
+    if loss.perceptual or config.discriminator.on_features:
+        perceptual = load_perceptual(loss.perceptual_net, loss.perceptual_weights, args.lpips_weights)
     torch.manual_seed(config.train.seed)
     with explained("change the config"):
-        model, discriminator = config.model.build(), config.discriminator.build()
+        model = config.model.build()
+        discriminator = config.discriminator.build(perceptual.features if perceptual else None)
     for network in (model, discriminator):  # convolutions run 10-50 % faster with channels innermost
         network.to(memory_format=torch.channels_last)
     if args.init_from:
         fill(model, load_autoencoder(args.init_from).state_dict(), Path(args.init_from))
-    loss = config.loss
-    perceptual = (
-        load_perceptual(loss.perceptual_net, loss.perceptual_weights, args.lpips_weights) if loss.perceptual else None
-    )
-    return AutoencoderStage(config, model, discriminator, perceptual, dataset, held_out)
+    if teacher is not None:
+        return DistillationStage(config, model, teacher, perceptual, dataset, held_out)
+    return AutoencoderStage(config, model, discriminator, perceptual, dataset, held_out, vision)
 
 
 def _denoiser(args: argparse.Namespace, config: configs.DenoiserConfig, ending: ExitStack) -> int:
@@ -216,7 +237,7 @@ def fit(
         raise
     if number and accelerator.is_main_process:
         run.describe("stopped", loop.done, facts)
-        again = shlex.join(sys.argv) + ("" if args.resume == "auto" else " --resume auto")
+        again = repeated([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
         stopped = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
         print(f"{stopped}; resume with: {again}", file=sys.stderr)
     return loop, 128 + number if number else 0

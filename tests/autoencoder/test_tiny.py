@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autoencoder.kl import KL
-from autoencoder.tiny import Tiny, distillation
+from autoencoder.tiny import Distilled, Tiny, distillation
 
 SMALL = Tiny(width=8, encoder_blocks=(1, 2, 1), decoder_blocks=(2, 1, 1), latent_channels=3)
 
@@ -43,28 +43,58 @@ def test_parameter_count_is_that_of_taesd() -> None:
     assert Tiny().factor == 8
 
 
+def loss(pair: Distilled) -> torch.Tensor:
+    return (pair.images - pair.target).square().flatten(1).mean(1) + pair.latents
+
+
 def test_a_student_learns_its_teachers_latents_and_pictures() -> None:
     torch.manual_seed(0)
     teacher = KL(channels=(8, 8, 8), blocks=1, latent_channels=3, groups=4, mid_attention=False).build()
     teacher.norm.set_(torch.tensor([0.1, -0.2, 0.0]), torch.tensor([0.5, 0.3, 0.4]))
     student, images = SMALL.build(), torch.rand(8, 3, 16, 16) * 2 - 1
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
-    before = distillation(student, teacher, images, None)
+    before = loss(distillation(student, teacher, images, None))
     assert before.shape == (8,)
     for _ in range(40):
         optimizer.zero_grad()
-        distillation(student, teacher, images, torch.randn(8, 3, 4, 4)).mean().backward()
+        loss(distillation(student, teacher, images, torch.randn(8, 3, 4, 4))).mean().backward()
         optimizer.step()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in student.parameters())
-    assert distillation(student, teacher, images, None).mean() < 0.5 * before.mean()
-    torch.testing.assert_close(distillation(student, student, images, None), torch.zeros(8))
+    assert loss(distillation(student, teacher, images, None)).mean() < 0.5 * before.mean()
+    torch.testing.assert_close(loss(distillation(student, student, images, None)), torch.zeros(8))
 
 
-def test_a_student_of_another_shape_is_refused() -> None:
+def test_what_is_compared() -> None:
+    """Both decode the teacher's latents, drawn with the noise; the student's own are held to their mean."""
+    torch.manual_seed(0)
+    teacher = KL(channels=(8, 8, 8), blocks=1, latent_channels=3, groups=4, mid_attention=False).build()
+    teacher.norm.set_(torch.tensor([0.1, -0.2, 0.0]), torch.tensor([0.5, 0.3, 0.4]))
+    student, images, noise = SMALL.build(), torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 4, 4)
+    student.norm.set_(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))  # of a model begun from another
+    pair, moments = distillation(student, teacher, images, noise), teacher.encode(images)
+    latents, mean = teacher.norm.latents(moments, noise), teacher.norm.mean_latents(moments)
+    torch.testing.assert_close(pair.images, student.decode(latents))
+    torch.testing.assert_close(pair.target, teacher.decode(latents))
+    error = (student.norm.mean_latents(student.encode(images)) - mean).square().flatten(1).mean(1)
+    torch.testing.assert_close(pair.latents, error)
+
+
+def test_students_that_cannot_be_taught_are_refused() -> None:
     teacher = KL(channels=(8, 8), blocks=1, latent_channels=3, groups=4).build()
     with pytest.raises(ValueError, match="the teacher has factor 2 and 3 latent channels, the student 4 and 3"):
         distillation(SMALL.build(), teacher, torch.zeros(1, 3, 8, 8), None)
+    with pytest.raises(ValueError, match="posterior or codes"):
+        distillation(teacher, teacher, torch.zeros(1, 3, 8, 8), None)
+
+
+@pytest.mark.parametrize("factor", [1, 4, 8, 32])
+def test_a_shape_follows_its_teacher(factor: int) -> None:
+    fitted = Tiny().fitted(factor, 6)
+    assert (fitted.factor, fitted.latent_channels, fitted.width) == (factor, 6, 64)
+    assert fitted.encoder_blocks[0] == fitted.decoder_blocks[-1] == 1  # the finest level
+    assert fitted.encoder_blocks == fitted.decoder_blocks[::-1] and fitted.fitted(factor, 6) == fitted
+    assert Tiny().fitted(8, 4) == Tiny()
 
 
 @pytest.mark.parametrize("change", [{"width": 0}, {"encoder_blocks": (1, 2)}, {"decoder_blocks": (3, 3, -1, 1)}])

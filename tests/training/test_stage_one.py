@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoder.alignment import VisionFeatures
 from training import config as configs
 from training.data import Images
+from training.errors import UserError
 from training.loop import Loop
 from training.order import Slot
 from training.perceptual import load_perceptual
+from training.settle import check_images
 from training.shards import ShardSet
 from training.stage_one import AutoencoderStage
 
@@ -25,6 +29,17 @@ NETWORK: dict[str, Any] = {"channels": [8, 8, 8], "blocks": 1, "groups": 4, "mid
 DEEP: dict[str, Any] = {"kind": "dc", "channels": [8, 8, 32], "latent_channels": 4, "attention_at": [4]}
 DEEP |= {"encoder_blocks": [1, 1, 1], "decoder_blocks": [1, 1, 1]}
 TIMES = {"loss.discriminator_start": "2", "loss.adversarial_start": "4", "loss.adversarial_ramp": "1"}
+
+
+class Patches(torch.nn.Module):
+    """A vision model of one strided convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 6, 4, 4)
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.layer(pixel_values))
 
 
 @pytest.fixture
@@ -39,10 +54,13 @@ def make(shapes: Path, tmp_path: Path) -> Callable[..., tuple[AutoencoderStage, 
             config = configs.decode("autoencoder", {**values, "model": model})
         assert isinstance(config, configs.AutoencoderConfig)
         torch.manual_seed(0)
-        network, discriminator = config.model.build(), config.discriminator.build()
-        perceptual = load_perceptual("squeeze", "random") if config.loss.perceptual else None
+        wanted = config.loss.perceptual or config.discriminator.on_features
+        perceptual = load_perceptual("squeeze", "random") if wanted else None
+        network = config.model.build()
+        discriminator = config.discriminator.build(perceptual.features if perceptual else None)
         images, held_out = Images(ShardSet(shapes, "train")), Images(ShardSet(shapes, "val"))
-        stage = AutoencoderStage(config, network, discriminator, perceptual, images, held_out)
+        vision = VisionFeatures(Patches(), 16, (0.5,) * 3, (0.5,) * 3) if config.loss.align else None
+        stage = AutoencoderStage(config, network, discriminator, perceptual, images, held_out, vision)
         loop = Loop(stage, config.train, config.optimizer, Accelerator(cpu=True), tmp_path / "run", 1, 8)
         return stage, loop
 
@@ -139,8 +157,6 @@ def test_micro_batches_give_the_same_gradients(make: Callable[..., tuple[Autoenc
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     make: Callable[..., tuple[AutoencoderStage, Loop]],
 ) -> None:
-    from training.errors import UserError
-
     stage, loop = make()
     step(stage, loop, 0)
     before = weights(stage.model)
@@ -170,6 +186,35 @@ def test_compiled(make: Callable[..., tuple[AutoencoderStage, Loop]], monkeypatc
         loop.step(number, 1e-5), plain_loop.step(number, 1e-5)
 
 
+def test_a_critic_on_features(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
+    """The run's LPIPS network serves it, LPIPS weighed or not; only its heads learn and are saved."""
+    changes = {"discriminator__kind": "features", "loss__perceptual": "0", "loss__kl": "0"}
+    (stage, loop), (plain, plain_loop) = make(**changes), make(**changes, loss__adversarial="0")
+    assert stage.perceptual is not None
+    frozen = stage.perceptual.features
+    before, found = weights(frozen), []
+    for number in range(6):
+        values = step(stage, loop, number)
+        step(plain, plain_loop, number)
+        found.append(torch.equal(gradients(stage.model), gradients(plain.model)))
+        assert all(value.isfinite() for value in values.values())
+        loop.step(number, 1e-3), plain_loop.step(number, 1e-3)
+    assert found == [True] * 4 + [False] * 2
+    assert torch.equal(weights(frozen), before) and all(p.grad is None for p in frozen.parameters())
+    saved = {key for key in loop.snapshot(6).tensors["model"] if key.startswith("discriminator.")}
+    layers = [f"discriminator.heads.{k}.{n}" for k in range(2) for n in (0, 2, 4)]
+    assert saved == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+
+
+def test_a_critic_on_features_names_the_way_out_for_small_pictures() -> None:
+    config = configs.load("autoencoder", "smoke", {"discriminator.kind": "features"})
+    assert isinstance(config, configs.AutoencoderConfig)
+    check_images(config, [SimpleNamespace(data=torch.zeros(3, 32, 32))])
+    with pytest.raises(UserError, match="the discriminator needs 32 pixels a side") as caught:
+        check_images(config, [SimpleNamespace(data=torch.zeros(3, 32, 16))])
+    assert caught.value.hint == "set discriminator.kind to patch"
+
+
 def test_the_normaliser(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
     """The last act: latents of the data have mean 0 and variance 1 per channel."""
     stage, _ = make()
@@ -185,8 +230,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "log-variance": {"loss__log_variance": "learned"},
     "critic": {"loss__r1": "0.1", "loss__lecam": "0.1", "loss__augment": '["colour", "translation", "cutout"]'},
     "multi-scale": {"discriminator__kind": "multi-scale", "discriminator__layers": "1"},
+    "features": {"discriminator__kind": "features", "loss__adversarial_loss": "non-saturating", "loss__r1": "0.1"},
     "equivariance": {"latent__kind": "equivariance", "latent__probability": "1"},
     "spectral": {"latent__kind": "spectral"},
+    "align": {"loss__align": "1", "loss__align_cosine_margin": "0.1"},
     "plateau": {"loss__plateau": "0.9", "loss__plateau_steps": "1"},
     "vq": {"model": {**NETWORK, "kind": "vq", "codes": 64, "codebook_decay": 0.9, "revive_every": 2}},
     "vq-gradient": {"model": {**NETWORK, "kind": "vq", "codes": 64, "normalize": True, "revive_every": 2}},
@@ -252,6 +299,19 @@ def test_start_by_plateau(make: Callable[..., tuple[AutoencoderStage, Loop]]) ->
     assert stage.start == 5  # two windows of two steps without the wanted fall
     step(stage, loop, 4)
     assert stage.balance > 0 and stage.ramp(5) == 1
+
+
+def test_alignment_adds_its_gradient_to_the_encoder_alone(
+    make: Callable[..., tuple[AutoencoderStage, Loop]],
+) -> None:
+    changes = {"loss__adversarial": "0", "loss__perceptual": "0"}
+    (stage, loop), (plain, plain_loop) = make(**changes, loss__align="2"), make(**changes)
+    values, fixed = step(stage, loop, 0), step(plain, plain_loop, 0)
+    assert torch.equal(gradients(stage.model.decoder), gradients(plain.model.decoder))  # type: ignore[arg-type]
+    assert not torch.allclose(gradients(stage.model.encoder), gradients(plain.model.encoder))  # type: ignore[arg-type]
+    assert values["loss"].item() == pytest.approx((fixed["loss"] + values["alignment"]).item(), rel=1e-5)
+    assert "alignment" not in fixed and stage.vision is not None
+    assert all(p.grad is None for p in stage.vision.parameters())
 
 
 def test_equivariance_moves_target_and_latents_alike(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
