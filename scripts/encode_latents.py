@@ -17,6 +17,10 @@ def main() -> None:
     add("--flip", action="store_true", help="also encode the mirrored image")
     add("--dtype", choices=("float16", "float32"), default="float16", help="how moments are stored")
     add("--batch-size", type=int, default=64, help="images at once")
+    text = "encode in overlapping tiles of N x N latents: large pictures in the memory of one tile; 0 = whole"
+    add("--tile", metavar="N", type=int, default=0, help=text)
+    text = "processes that read and decode ahead of the encoder; they do not change what is written"
+    add("--num-workers", metavar="N", type=int, default=2, help=text)
     add("--text-encoder", metavar="NAME|DIR", help="also store the embeddings of this frozen Hugging Face encoder")
     add("--text-length", type=int, default=77, help="tokens a caption may have")
     add(

@@ -50,6 +50,8 @@ def main() -> None:
     add("--batch-size", metavar="N", type=int, default=64, help="pictures at once; does not change them")
     text = "decode in overlapping tiles of N x N latents: large pictures in the memory of one tile; 0 = whole"
     add("--tile", metavar="N", type=int, default=0, help=text)
+    text = "draw quickly and roughly with this tiny autoencoder, distilled (--teacher) from the denoiser's own"
+    add("--preview", metavar="RUN", help=text)
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the networks")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")

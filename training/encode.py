@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from autoencoder.tiles import encode_tiled
 from training import launch, text
 from training.data import Images, Latents
 from training.encoder import Encoder, embeddings, refuse_many
 from training.errors import CHECKPOINT, DATA, UserError, explained
 from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
+from training.generate import check_tile
+from training.opening import finished_autoencoder
 from training.remote import Remote, located
-from training.runs import autoencoder_hashes, copy_model, find, load_autoencoder
+from training.runs import autoencoder_hashes, copy_model, load_autoencoder
 from training.shards import ShardInfo, ShardSet, read_index, sound_shard, write_index, write_shard
 
 if TYPE_CHECKING:
@@ -32,21 +41,22 @@ PLAN = "encoding.json"  # what a folder of latents is being made from, so that a
 BESIDE = 3000  # bytes of a sample beyond its moments: captions, metadata, headers
 DEAD = 1e-4  # standard deviation of a channel that says nothing
 PROBED = 256  # latents looked at for dead channels
+READ = 16  # pictures that a loader process decodes at a time, at most
+
+Place = tuple[str, int]  # of a sample: its split, and its index there
 
 
 def encode(args: argparse.Namespace) -> int:
     """Encode every shard of a data set; several processes share the shards. Restartable: sound shards are kept."""
+    check_tile(args.tile)
+    if args.num_workers < 0:
+        raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
     accelerator = launch.start(args.device)
     source, target = located(args.data, args.cache_dir, args.cache_size), Path(args.output)
+    args.data = source  # which shows no secrets where it is told
     check_output(target)
     _, shards = read_index(source)
-    home, weights = find(args.autoencoder, "autoencoder")
-    if not weights.is_file():
-        raise UserError(
-            f"{args.autoencoder}: the autoencoder is not finished (its latent normaliser is measured last)",
-            hint="let its training end first",
-            code=CHECKPOINT,
-        )
+    home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, accelerator.device)
     plan = {
@@ -54,6 +64,7 @@ def encode(args: argparse.Namespace) -> int:
         "data": {s.name: s.sha256 for s in shards},
         "latent": _latent(_images(source, shards[0].split, args), model, args.dtype),
         "flip": args.flip,
+        "tile": args.tile,
         "precision": args.mixed_precision,
         "text_encoder": text.identity(encoder)["hash"] if encoder else None,
     }
@@ -61,19 +72,109 @@ def encode(args: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         _prepare(target, plan, total, home, encoder, args)
     accelerator.wait_for_everyone()
-    worker = Encoder(model, encoder, args, accelerator.device, plan["latent"], total)
-    for info in shards[accelerator.process_index :: accelerator.num_processes]:
-        name = info.name.removesuffix(".tar")
-        samples = iter(()) if sound_shard(target, name) else worker.samples(_images(source, info.split, args), info)
-        if first := next(samples, None):  # none: done before, or nothing of it can be read
-            write_shard(target, name, chain([first], samples))
-        worker.progress(info)
+    seen: Any = Tiled(model, args.tile) if args.tile else model
+    worker = Encoder(seen, encoder, args, accelerator.device, plan["latent"], total)
+    _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
     worker.tell()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(source, target, plan, shards, model.latent_channels)
     accelerator.wait_for_everyone()
     return 0
+
+
+def _write(
+    worker: Encoder, source: Path | Remote, target: Path, shards: list[ShardInfo], args: argparse.Namespace
+) -> None:
+    """Encode the shards that are not there yet."""
+    waiting = {info.name: info for info in shards if not sound_shard(target, info.name.removesuffix(".tar"))}
+    splits = {split: _images(source, split, args) for split in {info.split for info in waiting.values()}}
+    pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
+    for info in shards:
+        if info.name in waiting:
+            ahead: Any = Ahead(splits[info.split].shards, pictures)
+            samples = worker.samples(ahead, info)
+            if first := next(samples, None):  # none: nothing of it can be read
+                write_shard(target, info.name.removesuffix(".tar"), chain([first], samples))
+        worker.progress(info)
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """The encoder of `model` in overlapping tiles of tile x tile latents, a quarter of their side shared."""
+
+    model: Autoencoder
+    tile: int
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images -> moments, in the memory of one tile."""
+        return encode_tiled(self.model, images, tile=self.tile, overlap=self.tile // 4)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A split of pictures as `Encoder` reads it, sample by sample in order, out of what `read_ahead` decodes."""
+
+    shards: ShardSet
+    pictures: Iterator[tuple[Place, np.ndarray | UserError]]
+
+    def picture(self, index: int) -> np.ndarray:
+        """Sample `index` as uint8 (H,W,3). Raises its UserError where it cannot be decoded."""
+        found = next(found for place, found in self.pictures if place == (self.shards.split, index))
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+
+def read_ahead(
+    splits: Mapping[str, Images], shards: Sequence[ShardInfo], workers: int, batch: int
+) -> Iterator[tuple[Place, np.ndarray | UserError]]:
+    """Every picture of `shards`, or why it cannot be read, in order; `workers` processes decode ahead of who asks.
+
+    They are about a `batch` ahead, so that the next is there when one is encoded, and memory follows the batch.
+    """
+    size = max(1, min(READ, batch))
+    loader: Any = DataLoader(
+        _Decoded(splits),
+        batch_sampler=_some_at_once(splits, shards, size),  # any iterable will do
+        num_workers=workers,
+        collate_fn=list,
+        prefetch_factor=max(2, math.ceil(batch / (size * workers))) if workers else None,
+    )
+    return chain.from_iterable(loader)
+
+
+def _some_at_once(splits: Mapping[str, Images], shards: Sequence[ShardInfo], size: int) -> Iterator[list[Place]]:
+    """The places of pictures, `size` at a time; at an address, the shard after this one is fetched meanwhile."""
+    for info, following in zip_longest(shards, shards[1:]):
+        own = splits[info.split].shards
+        if own.remote and following and info.bytes + following.bytes <= own.remote.limit:
+            Thread(target=_fetch, args=(own.remote, following), daemon=True).start()
+        start = sum(s.samples for s in own.shards if s.name < info.name)
+        for first in range(start, start + info.samples, size):
+            yield [(info.split, index) for index in range(first, min(first + size, start + info.samples))]
+
+
+def _fetch(remote: Remote, info: ShardInfo) -> None:
+    """Into the cache; what fails is left to whoever reads it, who can say so."""
+    with suppress(UserError):
+        remote.fetch(info)
+
+
+class _Decoded(Dataset[Any]):
+    """Pictures by place; a UserError as a value, as raised in a loader process it would lose its hint and code."""
+
+    def __init__(self, splits: Mapping[str, Images]) -> None:
+        self.splits = splits
+
+    def __getitems__(self, places: list[Place]) -> list[tuple[Place, np.ndarray | UserError]]:
+        return [(place, self._decoded(*place)) for place in places]
+
+    def _decoded(self, split: str, index: int) -> np.ndarray | UserError:
+        try:
+            return self.splits[split].picture(index)
+        except UserError as problem:
+            return problem
 
 
 def _images(source: Path | Remote, split: str, args: argparse.Namespace) -> Images:
@@ -113,7 +214,7 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
     old = target / PLAN
     if old.is_file():
         before = read_json(old)
-        before = before if isinstance(before, dict) else {}
+        before = {"tile": 0, **(before if isinstance(before, dict) else {})}
         changed = [
             f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
         ]
@@ -148,6 +249,7 @@ def _short(value: object) -> str:
 def _finish(source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int) -> None:
     infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
+    summary |= {"tile": plan["tile"]} if plan["tile"] else {}
     asked, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
     if asked > total:
         refuse_many(asked - total, asked, str(source))

@@ -16,7 +16,7 @@ from ldm.pipeline import Pipeline
 from training import launch, likeness, pictures
 from training.asking import Request, ask, choose, inverted, parse_size, prompts, weighed
 from training.classifier import Judge, load_classifier
-from training.errors import UserError
+from training.errors import CHECKPOINT, UserError
 from training.files import file_sha256
 from training.runs import versions
 from training.strips import Strip
@@ -87,7 +87,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace, device: torch.device, original: likeness.Original | None) -> Drawing:
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
-    pipeline = load_pipeline(args.model, device, args.text_encoder)
+    pipeline = load_pipeline(args.model, device, args.text_encoder, args.preview)
     if args.weak_model:
         add_weak(pipeline, args.weak_model)
     if args.classifier:
@@ -96,6 +96,7 @@ def prepare(args: argparse.Namespace, device: torch.device, original: likeness.O
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = parse_size(args.size) or pipeline.size
     also, start = weighed(args.also), inverted(args, pipeline, size, sampling)
+    hashes = pipeline_hashes(pipeline)
     facts = {
         "settings": settings,
         "negative_prompt": args.negative_prompt,
@@ -104,10 +105,12 @@ def prepare(args: argparse.Namespace, device: torch.device, original: likeness.O
         "size": list(size),
         "tile": pipeline.tile,
         "precision": args.mixed_precision,
-        "hashes": pipeline_hashes(pipeline),
+        "hashes": hashes,
+        "preview": hashes["autoencoder"] if args.preview else None,
         "versions": versions(),
     }
     if original:
+        same_preview(original, facts["preview"])
         likeness.compare(original, facts)
     how = {"negative": args.negative_prompt, "also": also, "start": start, "sampling": sampling, "size": size}
     output = Path(args.output)
@@ -117,9 +120,23 @@ def prepare(args: argparse.Namespace, device: torch.device, original: likeness.O
 
 def chosen_tile(args: argparse.Namespace, original: likeness.Original | None) -> int:
     """The side of the autoencoder's tiles in latents: --tile, else as `original` was drawn, else 0 for none."""
-    if args.tile and args.tile < SMALLEST_TILE:
-        raise UserError(f"--tile: must be 0 (off) or at least {SMALLEST_TILE} (got {args.tile})")
+    check_tile(args.tile)
     return int(args.tile or (original.facts.get("tile", 0) if original else 0))
+
+
+def check_tile(tile: int) -> None:
+    """Raises UserError for tiles too small to overlap."""
+    if tile and tile < SMALLEST_TILE:
+        raise UserError(f"--tile: must be 0 (off) or at least {SMALLEST_TILE} (got {tile})")
+
+
+def same_preview(original: likeness.Original, preview: str | None) -> None:
+    """Raises UserError(code 4) where `original` was decoded by another preview, or only one of the two by any."""
+    then = original.facts.get("preview")
+    if then != preview:
+        was, now = (f"preview {value[:12]}" if value else "no preview" for value in (then, preview))
+        hint = "give the same one with --preview" if then else "leave --preview out"
+        raise UserError(f"{original.path} was decoded with {was}, this is {now}", hint=hint, code=CHECKPOINT)
 
 
 def draw_grid(shown: list[Request], output: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
     import argparse
 
 NEEDED = {"prompt": str, "seed": int, "settings": dict, "hashes": dict, "size": list, "negative_prompt": str}
+MAY_BE = {"also": list, "invert": dict, "tile": int, "batch": int, "precision": str, "versions": dict}
+MAY_BE |= {"preview": str}  # all of these may be absent
+LARGEST_BATCH = 4096  # pictures a batch is filled up to: a forged number would fill the memory
+PAIRS, INVERTED = ([str, float], [str, int]), ("prompt", "sha256")  # of `also`: caption and weight; of `invert`
 GIVE = {"weak": "--weak-model", "classifier": "--classifier", "text_encoder": "--text-encoder"}  # ingredients by flag
 TAKEN = ("sampler", "steps", "guidance_scale", "size", "overrides", "also", "negative_prompt")
 
@@ -39,12 +42,13 @@ def recall(args: argparse.Namespace) -> Original:
     path = Path(args.like)
     try:
         facts = pictures.facts(path)
-    except (OSError, UnidentifiedImageError, json.JSONDecodeError):
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
         hint = "--like takes a PNG that generate wrote"
         raise UserError(f"{path}: not a picture that can be read", hint=hint, code=DATA) from None
-    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in NEEDED.items()):
+    if not _sound(facts):
         hint = "--like takes a PNG that generate wrote; other programs drop its text when they save"
         raise UserError(f"{path} does not say how it was made", hint=hint, code=DATA)
+    facts = {name: value for name, value in facts.items() if value is not None}
     args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
     args.size = "x".join(map(str, facts["size"]))
     args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
@@ -54,6 +58,20 @@ def recall(args: argparse.Namespace) -> Original:
         if not args.invert:
             raise UserError(f"{path} was begun from another picture", hint="give that with --invert", code=DATA)
     return Original(path, facts)
+
+
+def _sound(facts: Any) -> bool:
+    """Whether the facts in a picture, which anyone may have written, are of the kinds that `generate` writes."""
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in NEEDED.items()):
+        return False
+    there = {name: facts[name] for name in MAY_BE if facts.get(name) is not None}
+    return (
+        all(isinstance(value, MAY_BE[name]) for name, value in there.items())
+        and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in there.get("also", []))
+        and all(isinstance(there.get("invert", {"prompt": "", "sha256": ""}).get(name), str) for name in INVERTED)
+        and 0 <= there.get("tile", 0) <= LARGEST_BATCH
+        and 0 < there.get("batch", 1) <= LARGEST_BATCH
+    )
 
 
 def compare(original: Original, facts: dict[str, Any]) -> None:

@@ -128,8 +128,17 @@ def export_text(text: TextEncoder | None, home: Path) -> None:
         save_tensors(home / "text_encoder" / "model.safetensors", text.state_dict())
 
 
-def load_pipeline(path: str | Path, device: torch.device | str = "auto", text_encoder: str | None = None) -> Pipeline:
-    """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`."""
+def load_pipeline(
+    path: str | Path,
+    device: torch.device | str = "auto",
+    text_encoder: str | None = None,
+    preview: str | Path | None = None,
+) -> Pipeline:
+    """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`.
+
+    `preview`: the run of a tiny autoencoder distilled from the denoiser's own, to stand in for it: quicker, rougher.
+    """
+    from training.distillation import load_preview
     from training.launch import resolve
 
     target = resolve(device) if isinstance(device, str) else device
@@ -138,6 +147,7 @@ def load_pipeline(path: str | Path, device: torch.device | str = "auto", text_en
     assert isinstance(config, configs.DenoiserConfig)
     final = home if (home / "autoencoder").is_dir() else home / "final"
     autoencoder = load_autoencoder(final / "autoencoder", target)
+    same_autoencoder(final, autoencoder)
     if isinstance(config.text, HuggingFace):
         text = texts.load_kept(config.text, final, text_encoder)
     else:
@@ -156,7 +166,17 @@ def load_pipeline(path: str | Path, device: torch.device | str = "auto", text_en
             fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
-    return draw_with(config, autoencoder, backbone, text)
+    return draw_with(config, load_preview(preview, autoencoder) if preview else autoencoder, backbone, text)
+
+
+def same_autoencoder(final: Path, autoencoder: Autoencoder) -> None:
+    """Raises UserError (code 4) where the autoencoder in a run's final/ is not the one that run.json names."""
+    record = final.parent / "run.json"
+    known = read_json(record).get("hashes", {}).get("autoencoder") if record.is_file() else None
+    found = autoencoder_hashes(autoencoder)["autoencoder"]
+    if known not in (None, found):
+        what = f"{final / 'autoencoder'} is {found[:12]}, the denoiser was trained with {known[:12]}"
+        raise UserError(what, hint="put back the one it was trained with, or encode and train again", code=CHECKPOINT)
 
 
 def add_weak(pipeline: Pipeline, path: str | Path) -> None:

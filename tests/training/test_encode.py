@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from threading import current_thread, main_thread
+from threading import enumerate as enumerate_threads
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from autoencoder.images import to_unit
 from autoencoder.kl import KLAutoencoder
+from autoencoder.tiles import encode_tiled
 from training.data import Images, Latents
 from training.order import Slot
+from training.remote import Remote
 from training.runs import load_autoencoder
 from training.shard_checks import verify
-from training.shards import ShardSet
+from training.shards import ShardInfo, ShardSet, ShardWriter, read_index, write_index
 
 SLOTS = [Slot(i, 0, i) for i in range(12)]
 
 
-def encode(autoencoder: Path, data: Path, output: Path, *words: object) -> tuple[object, ...]:
+def encode(autoencoder: Path, data: Path | str, output: Path, *words: object) -> tuple[object, ...]:
     return ("--autoencoder", autoencoder, "--data", data, "--output", output, "--device", "cpu", *words)
 
 
@@ -109,6 +115,87 @@ def test_non_finite_latents_are_refused(
         problem = tiny.refused("encode_latents", *encode(autoencoder, shapes, tmp_path / str(value)))
         assert problem.code == 5 and ShardSet(shapes).key(2) in problem.what and "--dtype float32" in problem.hint
         assert not list((tmp_path / str(value)).glob("*.tar"))
+
+
+def test_workers_change_nothing(
+    shapes: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read and decoded by this process or by others: the same bytes, and the same samples left out with their reasons.
+
+    One has no picture, and one no captions, which is found after its picture was read ahead.
+    """
+    data, source = tmp_path / "data", ShardSet(shapes)
+    data.mkdir()
+    writer = ShardWriter(data, "train", 45)
+    for i in range(300):  # a sample of another name each time
+        fields = source.read(i % 96)
+        spoilt = {7: {"png": b"?"}, 100: {"json": b"{"}}.get(i, {})
+        writer.add(f"{i:04d}", fields | spoilt)
+    write_index(data, writer.finish(), {})
+    said = []
+    for workers in (0, 1, 2):
+        words = encode(autoencoder, data, tmp_path / str(workers), "--num-workers", workers, "--flip")
+        assert tiny.call("encode_latents", *words) == 0
+        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: sample")])
+        assert len(ShardSet(tmp_path / str(workers))) == 298
+    assert [line.split()[4][:4] for line in said[0]] == ["0007", "0100"] and said[0] == said[1] == said[2]
+    for path in (tmp_path / "0").glob("*.*"):
+        assert path.read_bytes() == (tmp_path / "1" / path.name).read_bytes(), path
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes(), path
+    problem = tiny.refused("encode_latents", *encode(autoencoder, data, tmp_path / "x", "--num-workers", -1))
+    assert problem.code == 2 and "--num-workers" in problem.what
+
+
+def test_the_next_shard_is_fetched_while_this_one_is_encoded(
+    shapes: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a thread of its own, unless the cache cannot hold two."""
+    MemoryFileSystem().put(f"{shapes}/", "memory://encode/", recursive=True)
+    fetch, asked = Remote.fetch, []
+
+    def told(self: Remote, shard: ShardInfo) -> None:
+        asked.append((current_thread() is main_thread(), shard.name))
+        fetch(self, shard)
+
+    monkeypatch.setattr(Remote, "fetch", told)
+    infos = read_index(shapes)[1]
+    for count, limit in ((3, sum(info.bytes for info in infos)), (1, max(info.bytes for info in infos))):
+        asked.clear()
+        target = tmp_path / str(count)
+        words = ("--cache-dir", tmp_path / f"cache{count}", "--cache-size", limit / 1e9, "--num-workers", 0)
+        assert tiny.call("encode_latents", *encode(autoencoder, "memory://encode", target, *words)) == 0
+        for thread in (t for t in enumerate_threads() if t.name.endswith("(_fetch)")):
+            thread.join()
+        wanted = [after.name for info, after in pairwise(infos) if info.bytes + after.bytes <= limit]
+        assert len(wanted) == count and [name for main, name in asked if not main] == wanted
+        assert all((target / info.name).is_file() for info in infos)
+
+
+def test_tiles(autoencoder: Path, tmp_path: Path) -> None:
+    """Large pictures in overlapping tiles, as `encode_tiled` gives them; the index says so, and so does a restart."""
+    data, target = tmp_path / "data", tmp_path / "latents"
+    words = f"pack shapes --samples 6 --resolution 96 --val-fraction 0.4 --output {data}".split()
+    assert tiny.call("make_shards", *words) == 0
+    assert tiny.call("encode_latents", *encode(autoencoder, data, target, "--tile", 16, "--dtype", "float32")) == 0
+    stored = ShardSet(target)
+    assert stored.summary["tile"] == 16 and "tile" not in _summary(autoencoder, data, tmp_path / "whole")
+    model, images = load_autoencoder(autoencoder), Images(ShardSet(data)).__getitems__(SLOTS[:2])
+    wanted = encode_tiled(model, to_unit(images.data), tile=16, overlap=4)
+    ours = torch.stack([torch.from_numpy(Latents(stored).moments(i).copy()) for i in range(2)])
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ours, model.encode(to_unit(images.data)), atol=1e-4)
+    plan = json.loads((target / "encoding.json").read_text())
+    problem = tiny.refused("encode_latents", *encode(autoencoder, data, target, "--dtype", "float32"))
+    assert problem.code == 4 and "tile 16, now 0" in problem.what
+    del plan["tile"]  # as a version without tiles wrote it
+    (target / "encoding.json").write_text(json.dumps(plan))
+    assert tiny.call("encode_latents", *encode(autoencoder, data, target, "--dtype", "float32")) == 0
+    assert "--tile" in tiny.refused("encode_latents", *encode(autoencoder, data, tmp_path / "x", "--tile", 5)).what
+
+
+def _summary(autoencoder: Path, data: Path, target: Path) -> dict[str, object]:
+    assert tiny.call("encode_latents", *encode(autoencoder, data, target)) == 0
+    return ShardSet(target).summary
 
 
 TWO = torch.tensor([2])
