@@ -115,6 +115,28 @@ def peak(call: Callable[[], Any], device: str) -> float:
     return highest / 2**20
 
 
+def compare(verb: str, built: dict[str, Any], args: argparse.Namespace, shape: KL) -> None:
+    """Time `verb` of all models in turn and print a line for each."""
+    from statistics import median
+
+    import torch
+
+    cases = {name: case(name, model, verb, args, shape) for name, model in built.items()}
+    answers, near = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=near)
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(args.rounds):
+        for name in sorted(cases, reverse=bool(number % 2)):
+            taken[name].append(seconds(cases[name], args.device))
+    memory = {name: peak(call, args.device) for name, call in cases.items()}
+    for name, times in taken.items():
+        ratios = [theirs / ours for theirs, ours in zip(times, taken["ours"], strict=True)]
+        beside = "" if name == "ours" else f"  ours is {median(ratios):.2f}x as fast (least {min(ratios):.2f}x)"
+        rate, most = args.batch_size / min(times), memory[name]
+        print(f"{verb:<7} {name:<25} {rate:8.2f} images/s  peak {most:7.0f} MiB{beside}", flush=True)
+
+
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
@@ -126,8 +148,6 @@ def main() -> None:
     add("--mixed-precision", default="no", choices=("no", "bf16"))
     add("--compile", action="store_true", help="torch.compile all of them")
     args = parser.read()
-    from statistics import median
-
     import torch
 
     from training import config as configs
@@ -144,20 +164,7 @@ def main() -> None:
             model.encoder.compile()
             model.decoder.compile()
     for verb in VERBS:
-        cases = {name: case(name, model, verb, args, shape) for name, model in built.items()}
-        answers, near = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1
-        for answer in answers[1:]:
-            torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=near)
-        taken: dict[str, list[float]] = {name: [] for name in cases}
-        for number in range(args.rounds):
-            for name in sorted(cases, reverse=bool(number % 2)):
-                taken[name].append(seconds(cases[name], args.device))
-        memory = {name: peak(call, args.device) for name, call in cases.items()}
-        for name, times in taken.items():
-            ratios = [theirs / ours for theirs, ours in zip(times, taken["ours"], strict=True)]
-            beside = "" if name == "ours" else f"  ours is {median(ratios):.2f}x as fast (least {min(ratios):.2f}x)"
-            print(f"{verb:<7} {name:<25} {args.batch_size / min(times):8.2f} images/s  peak {memory[name]:7.0f} MiB"
-                  f"{beside}", flush=True)  # fmt: skip
+        compare(verb, built, args, shape)
 
 
 if __name__ == "__main__":
