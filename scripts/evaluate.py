@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, run_main
+from training.cli import Parser, add_cache, run_main
 
 
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--model", metavar="RUN", required=True, help="a run of either stage, or its final/ folder")
-    add("--data", metavar="DIR", help="packed pictures; their val split is the truth")
+    add("--data", metavar="DIR", help="packed pictures, folder or address; their val split is the truth")
+    add_cache(parser)
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
     add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
     add(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, run_main
+from training.cli import Parser, add_cache, run_main
 
 
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
-    add("--data", metavar="DIR", required=True, help="packed pictures whose captions are classes")
+    add("--data", metavar="DIR", required=True, help="packed pictures whose captions are classes: folder or address")
+    add_cache(parser)
     add("--output", metavar="DIR", required=True, help="where the classifier goes")
     add("--epochs", type=int, default=4, help="passes over the training pictures")
     add("--batch-size", type=int, default=128, help="pictures per step")

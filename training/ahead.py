@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def followed(batches: Batches, shards: ShardSet) -> Batches | Followed:
-    """The batches that a loader reads: of remote shards in windows, with the next window's shards fetched meanwhile.
+    """The batches that a loader reads: of remote shards, with those of the next window fetched meanwhile.
 
     Raises UserError (code 6) where the cache cannot hold two windows.
     """
@@ -28,7 +28,6 @@ def followed(batches: Batches, shards: ShardSet) -> Batches | Followed:
     if sum(sizes) > shards.remote.limit:
         what = f"two windows of {shards.remote.window} shards ({gigabytes(sum(sizes))}) do not fit into the cache"
         raise UserError(f"{what} of {gigabytes(shards.remote.limit)}", hint=ROOM, code=DISK)
-    batches.arrange(tuple(info.samples for info in shards.shards), shards.remote.window)
     return Followed(batches, shards.remote, shards.shards)
 
 

@@ -156,7 +156,13 @@ class Checkpoints:
             fault("checkpoint.prune")
 
     def _remove(self, path: Path) -> None:
-        """Rename, then delete: a kill in between leaves no half checkpoint, only a folder that `sweep` removes."""
+        """Rename, then delete: a kill in between leaves no half checkpoint, only a folder that `sweep` removes.
+
+        Of a checkpoint that a link keeps elsewhere, the link goes; nothing outside the run is deleted.
+        """
+        if path.is_symlink():
+            path.unlink()
+            return
         gone = path.with_name(f".tmp-{path.name}-old")
         shutil.rmtree(gone, ignore_errors=True)
         path.replace(gone)

@@ -20,6 +20,7 @@ from training.errors import DATA, UserError
 from training.files import load_tensors, read_json, save_tensors, write_json
 from training.optim import adamw, learning_rate, set_learning_rate
 from training.order import DataOrder, Slot
+from training.remote import located
 from training.settings import Optimizer
 from training.shards import ShardSet
 
@@ -70,12 +71,13 @@ def train_classifier(args: argparse.Namespace) -> int:
         raise UserError(f"{output} already holds a classifier", hint="choose another --output")
     device = launch.resolve(args.device)
     launch.keep_memory()
-    train, held_out = Images(ShardSet(args.data, "train")), Images(ShardSet(args.data, "val"))
+    data = located(args.data, args.cache_dir, args.cache_size)
+    train, held_out = Images(ShardSet(data, "train")), Images(ShardSet(data, "val"))
     names = [caption(train, i) for i in range(len(train))]
     classes = tuple(sorted(set(names)))
     if not 2 <= len(classes) <= 1000:
         raise UserError(
-            f"{args.data}: {len(classes)} different captions cannot be classes",
+            f"{data}: {len(classes)} different captions cannot be classes",
             hint="a classifier needs 2 to 1000 of them",
             code=DATA,
         )
@@ -96,7 +98,8 @@ def train_classifier(args: argparse.Namespace) -> int:
 def _fit(model: Classifier, train: Images, labels: Tensor, args: argparse.Namespace) -> None:
     device = next(model.parameters()).device
     settings = Optimizer(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05, warmup=100, decay="cosine")
-    optimizer, order = adamw(settings, [model]), DataOrder(len(train), args.batch_size, args.seed)
+    optimizer = adamw(settings, [model])
+    order = DataOrder(len(train), args.batch_size, args.seed, (0, 0), *train.shards.windows)
     steps = args.epochs * len(train) // args.batch_size
     model.train()
     for step in range(steps):

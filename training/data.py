@@ -18,6 +18,8 @@ from ldm.noise import Noise
 from training.ahead import followed
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.order import Batches, Slot, substitute
+from training.remote import NULL, refuse_without_null
+from training.signals import shield
 
 if TYPE_CHECKING:
     from training.shards import ShardSet
@@ -118,9 +120,8 @@ class Images(Samples[np.ndarray]):
             return np.asarray(load_image(data))
         except UserError as failure:
             what = f"{self.shards.key(index)}: not a readable picture ({failure.what})"
-            raise UserError(
-                what, hint=f"run: scripts/make_shards.py verify {self.shards.directory}", code=DATA
-            ) from None
+            hint = f"run: scripts/make_shards.py verify {self.shards.directory}"
+            raise UserError(what, hint=hint, code=DATA) from None
 
     def load(self, slots: list[Slot]) -> list[np.ndarray | UserError]:
         """The picture of each slot."""
@@ -130,11 +131,8 @@ class Images(Samples[np.ndarray]):
         """Stacked, some mirrored. Raises UserError where pictures differ in size."""
         if len({p.shape for p in samples}) > 1:
             sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in samples})
-            raise UserError(
-                f"pictures of different sizes in one batch ({', '.join(sizes[:4])})",
-                hint="pack them with --resolution",
-                code=DATA,
-            )
+            what = f"pictures of different sizes in one batch ({', '.join(sizes[:4])})"
+            raise UserError(what, hint="pack them with --resolution", code=DATA)
         data = torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2)
         if self.flip:
             data = torch.where(_coin(slots, self.seed, "flip")[:, None, None, None], data.flip(-1), data)
@@ -161,6 +159,8 @@ class Latents(Samples[Latent]):
         self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
         self.mirrored = flip and "mirror.npy" in shards.fields
         self.text = "text.safetensors" in shards.fields
+        if self.text and not shards.remote:  # from elsewhere the file comes later, and is missed then
+            refuse_without_null((shards.directory / NULL).is_file())
         if flip and not self.mirrored:
             hint = "encode again with --flip, or set --train.flip false"
             raise UserError("train.flip is on, but the latents hold no mirrored images", hint=hint, code=DATA)
@@ -247,6 +247,7 @@ def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bo
         collate_fn=_whole,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=shield,
     )
     for batch in loader:
         if isinstance(batch, UserError):

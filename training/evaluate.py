@@ -25,6 +25,7 @@ from training.features import Features, load_features
 from training.files import read_json, write_json
 from training.metrics import Moments, frechet_distance, kernel_distance, wilson
 from training.order import Slot
+from training.remote import located
 from training.runs import autoencoder_hashes, load_autoencoder, versions
 from training.shards import ShardSet
 from training.system import load_pipeline, pipeline_hashes
@@ -39,6 +40,8 @@ KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
     launch.keep_memory()
+    if args.data:
+        args.data = located(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
     values = read_json(find_any(args.model) / "config.json")
     numbers = of_autoencoder(args) if "model" in values else of_denoiser(args)
@@ -263,10 +266,11 @@ def even_captions(images: Images, count: int) -> list[str]:
 
 
 def even_indices(images: Images, count: int) -> list[int]:
-    """`count` pictures, each caption equally often where there are enough of it."""
+    """`count` pictures, each caption equally often where there are enough of it; in the order in which they are stored,
+    so that a shard from elsewhere is fetched once."""
     places = by_caption(images)
     each = -(-count // len(places))
-    return [i for name in sorted(places) for i in places[name][:each]][:count]
+    return sorted([i for name in sorted(places) for i in places[name][:each]][:count])
 
 
 def crop(pixels: Tensor, size: int | None) -> Tensor:

@@ -21,12 +21,13 @@ POINTS = (
     "samples",  # before pictures are made
     "export",  # before final/ is written
 )
-ACTIONS = ("kill", "raise", "enospc", "term")
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+ACTIONS = (*SIGNALS, "raise", "enospc")
 visits: Counter[str] = Counter()  # of this process
 
 
 def fault(point: str) -> None:
-    """Do here what LDM_FAULT asks: SIGKILL or SIGTERM to this process, a RuntimeError, or a full disk's OSError.
+    """Do here what LDM_FAULT asks: a signal to this process, a RuntimeError, or a full disk's OSError.
 
     Raises UserError for an LDM_FAULT that names no known point or action: a drill that tests nothing is no drill.
     """
@@ -45,8 +46,8 @@ def fault(point: str) -> None:
     visits[point] += 1
     if visits[point] != int(number or 1):
         return
-    if action in ("kill", "term"):
-        os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGTERM)
+    if action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[action])
     if action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if action == "raise":

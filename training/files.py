@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -82,8 +83,10 @@ def sync_folder(folder: Path) -> None:
 
 def disk_error(path: Path, failure: Exception) -> UserError:
     """What went wrong while writing `path`, as a sentence."""
-    reason = f"cannot write {path}: {getattr(failure, 'strerror', None) or failure}"
-    if getattr(failure, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    wrapped = re.search(r"\(os error (\d+)\)", str(failure))  # as safetensors tells it
+    number = int(wrapped[1]) if wrapped else getattr(failure, "errno", None)
+    reason = f"cannot write {path}: {os.strerror(number) if number else failure}"
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(reason, hint="choose another --output, or look at the folder's rights", code=DISK)
     free = shutil.disk_usage(_standing(path)).free
     return UserError(f"{reason} ({gigabytes(free)} free)", hint="free disk space, or another --output", code=DISK)

@@ -30,9 +30,13 @@ ELSEWHERE = {".svg": "SVG is a drawing, not a picture", **dict.fromkeys(RAW, "RA
 Crop = Literal["center", "random"]
 
 
-def refuse(reason: str) -> UserError:
+class Unusable(UserError):
     """A picture that cannot be used, for a reason that starts with a few words fit for counting."""
-    return UserError(reason, code=DATA)
+
+
+def refuse(reason: str) -> Unusable:
+    """The error for `reason`."""
+    return Unusable(reason, code=DATA)
 
 
 def load_image(source: bytes | Path, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -65,8 +69,9 @@ def load_image(source: bytes | Path, background: str = "white", max_pixels: int 
     except UserError:
         raise
     except Exception as error:  # a dozen decoders raise what they like on damaged files
-        kind = "truncated image" if "truncated" in str(error).lower() else "broken image"
-        raise refuse(f"{kind} ({_size(len(data))}: {error})") from None
+        if "truncated" in str(error).lower():
+            raise refuse(f"truncated image ({_size(len(data))}, the rest is missing)") from None
+        raise refuse(f"broken image ({_size(len(data))}: {error})") from None
 
 
 def read_file(path: Path, limit: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def _windows(
     return np.concatenate([draw.permutation(part) for part in parts]), groups, np.cumsum([len(part) for part in parts])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batches:
     """The micro-batches of one process from step `start` on, as lists of slots: a batch sampler for DataLoader.
 
@@ -115,10 +115,6 @@ class Batches:
         for step in range(self.start, self.stop):
             for part in range(self.accumulation):
                 yield self.share(step, part, self.process)
-
-    def arrange(self, shards: tuple[int, ...], window: int) -> None:
-        """Mix samples within windows of shards, as whoever reads them asks for."""
-        self.order = replace(self.order, shards=shards, window=window)
 
     def share(self, step: int, part: int, process: int) -> list[Slot]:
         """The slots of backward pass `part` of `process`."""

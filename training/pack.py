@@ -15,7 +15,17 @@ from PIL import Image, ImageOps
 
 from training.errors import DATA, USAGE, UserError
 from training.files import make_folder, write_json
-from training.images import MAX_PIXELS, MOST_PIXELS, Crop, background_colour, encode_jpg, encode_png, fit, load_image
+from training.images import (
+    MAX_PIXELS,
+    MOST_PIXELS,
+    Crop,
+    Unusable,
+    background_colour,
+    encode_jpg,
+    encode_png,
+    fit,
+    load_image,
+)
 from training.shards import INDEX, ShardInfo, ShardWriter, write_index
 from training.sources import Remark, Sample, Source
 
@@ -133,12 +143,12 @@ class Packer:
         except UserError as error:
             if error.code != DATA:  # a full disk is no fault of the sample's
                 raise
-            self._skip(item.key, error.what, error.hint)
+            self._skip(item.key, error.what, error.hint, item.suffix if isinstance(error, Unusable) else "")
 
-    def _skip(self, key: str, reason: str, hint: str = "") -> None:
+    def _skip(self, key: str, reason: str, hint: str = "", suffix: str = "") -> None:
         if self.settings.on_bad_data == "error":
             hint = f"{hint}; or " * bool(hint) + "--on-bad-data skip leaves such samples out and counts them"
-            raise UserError(f"{key}: {reason}", hint=hint, code=DATA)
+            raise UserError(f"{key}{suffix}: {reason}", hint=hint, code=DATA)
         self.lost += 1
         self.skipped.add(reason, key)
 

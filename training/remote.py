@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
 
-from training.errors import DISK, Unreachable, UserError
+from training.addresses import shown, without_secrets
+from training.errors import CHECKPOINT, DISK, Unreachable, UserError
 from training.files import PARTIAL, disk_error, gigabytes, make_folder, write_bytes
 from training.tars import is_safe
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 INDEX = "index.json"
 LARGEST_FILE = 4 << 30  # bytes of a file beside the shards
 TEXT = "text_encoder"  # the folder beside latents, whose files only a listing names
+NULL = f"{TEXT}/null.safetensors"  # in it, the embedding of the empty caption
 CHUNK = 8 << 20
 ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
@@ -74,7 +75,9 @@ class Remote:
         """Fetches what lies beside latents: the autoencoder and, where `text`, the text encoder. Raises Unreachable."""
         self.bring(["autoencoder/config.json", "autoencoder/model.safetensors"])
         if text:
-            self.bring(tried(self.address, TEXT, self._text_files))
+            names = tried(self.address, TEXT, self._text_files)
+            refuse_without_null(NULL in names)
+            self.bring(names)
 
     def _text_files(self) -> list[str]:
         system, root = _opened(self.address, TEXT)
@@ -175,10 +178,12 @@ def located(
     return Remote(text, cache, int(cache_size * 1e9), window, folder)
 
 
-def shown(address: str) -> str:
-    """An address without what may be secret: user, password and query."""
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+def refuse_without_null(there: bool) -> None:
+    """Raises UserError (code 4) where beside stored text embeddings that of the empty caption is not `there`."""
+    if not there:
+        what = f"these latents hold text embeddings, but not that of the empty caption ({NULL})"
+        hint = "caption dropout and guidance need it; run the same scripts/encode_latents.py again, which adds it"
+        raise UserError(what, hint=hint, code=CHECKPOINT)
 
 
 def tried(address: str, name: str, attempt: Callable[[], Result]) -> Result:
@@ -193,7 +198,7 @@ def tried(address: str, name: str, attempt: Callable[[], Result]) -> Result:
             why = "is not there" if isinstance(failure, FileNotFoundError) else "may not be read"
             raise Unreachable(f"{file} {why}", hint="look at the address and your rights") from None
         except Exception as failure:  # each filesystem has kinds of its own
-            reason = f"{type(failure).__name__}: {_without_secrets(str(failure), address)}"[:300]
+            reason = f"{type(failure).__name__}: {without_secrets(str(failure), address)}"[:300]
         time.sleep(wait)
     what = f"{file} cannot be had in {ATTEMPTS} attempts ({reason})"
     raise Unreachable(what, hint="look at the connection and the file; --resume auto goes on where a run was")
@@ -236,14 +241,6 @@ def _opened(address: str, name: str) -> tuple[Any, str]:
     base, mark, query = address.partition("?")
     system, path = url_to_fs(f"{base.rstrip('/')}/{name}{mark}{query}")
     return system, str(path)
-
-
-def _without_secrets(text: str, address: str) -> str:
-    parts = urlsplit(address)
-    secrets = [parts.netloc.rpartition("@")[0], parts.password or "", parts.query]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "…")
-    return text
 
 
 def _unkept(tar: Path, failure: OSError) -> Unreachable:

@@ -228,6 +228,12 @@ class ShardSet:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def windows(self) -> tuple[tuple[int, ...], int]:
+        """How a training mixes the split, as `DataOrder` takes it: the samples of each shard, the shards of a window;
+        () and 0 where the shards are local: these are mixed as one."""
+        return (tuple(info.samples for info in self.shards), self.remote.window) if self.remote else ((), 0)
+
     def key(self, i: int) -> str:
         """The key of sample i."""
         return self._row(*self._locate(i))[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from threading import Thread
 from types import FrameType
 
 
@@ -30,3 +32,19 @@ class Signals:
 
     def _save(self, _number: int, _frame: FrameType | None) -> None:
         self.save = True
+
+
+def shield(_worker: int) -> None:
+    """In a loader process: torchrun, batch systems and terminals send their signals to all processes of a training, of
+    which the main one alone shall stop and save. A loader ends when that one says so, or is gone."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which macOS lacks: there a SIGTERM to the group still ends the loaders
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_until_told, daemon=True).start()
+
+
+def _until_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

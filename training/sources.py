@@ -41,6 +41,7 @@ class Sample:
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
+    suffix: str = ""  # of the picture's file, which is named key + suffix where it is refused
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Folder(Source):
             for name, value in (record or {}).items()
             if name not in ("file_name", "text", "caption", "captions")
         }
-        return Sample(key, image, captions, meta)
+        return Sample(key, image, captions, meta, suffix=path.suffix)
 
     def _metadata(self, present: dict[Path, str]) -> tuple[dict[Path, dict[str, Any]], list[Remark]]:
         """The metadata rows by picture, and remarks on rows that name none."""
@@ -274,4 +275,4 @@ class Tars(Source):
         except (ValueError, RecursionError):
             return Remark(key, "metadata not JSON")
         meta = {name: value for name, value in record.items() if name not in ("captions", "caption", "text")}
-        return Sample(safe_key(key), image, captions, meta, split)
+        return Sample(safe_key(key), image, captions, meta, split, f".{picture}")

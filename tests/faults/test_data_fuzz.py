@@ -5,20 +5,26 @@ FUZZ_EXAMPLES sets how many inputs each test draws (40 here and in CI; the more 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import tarfile
+from argparse import Namespace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from training import config as configs
+from training import likeness, pictures
+from training.asking import ask, parse_size, prompts, weighed
 from training.captions import clean_captions, decode_text
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
@@ -35,6 +41,9 @@ fuzz = settings(
 )
 EDITS = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=12)), max_size=6)
 CUT = st.one_of(st.just(0), st.integers(0, 4000))
+PLACES = [m for stage in configs.STAGES for family in configs.sections(stage).values() for m in family]
+KEYS = sorted({field.name for member in PLACES for field in dataclasses.fields(member)})
+NAMES = st.sampled_from(sorted(configs.kinds(tuple(PLACES))))
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12)),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=9), inner, max_size=4)),
@@ -229,6 +238,86 @@ def test_fuzzed_metadata(tmp_path: Path, rows: list[Any]) -> None:
         assert error.code == 3
 
 
+def config_or_refusal(stage: str, path: Path) -> None:
+    try:
+        config = configs.load(stage, str(path))
+    except UserError as error:
+        assert error.code == 2 and error.what and error.hint
+    else:
+        assert configs.decode(stage, configs.to_values(config)) == config
+
+
+TOML = (resources.files("configs") / "denoiser" / "dit-s.toml").read_bytes()
+
+
+@fuzz
+@given(edits=EDITS, cut=CUT)
+def test_fuzzed_toml(tmp_path: Path, edits: list[tuple[int, bytes]], cut: int) -> None:
+    path = tmp_path / "x.toml"
+    path.write_bytes(damaged(TOML, edits, cut))
+    config_or_refusal("denoiser", path)
+
+
+STAGE_AND_VALUES = st.sampled_from(sorted(configs.STAGES)).flatmap(
+    lambda stage: st.tuples(
+        st.just(stage),
+        st.dictionaries(
+            st.one_of(st.sampled_from(sorted(configs.sections(stage))), st.text(max_size=5)),
+            st.one_of(JSON, st.dictionaries(st.sampled_from(KEYS), st.one_of(JSON, NAMES), max_size=4)),
+            max_size=5,
+        ),
+    )
+)
+
+
+@fuzz
+@given(found=STAGE_AND_VALUES)
+def test_fuzzed_config_values(tmp_path: Path, found: tuple[str, dict[str, Any]]) -> None:
+    """Sections and keys that there are, with values of every kind."""
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(found[1]))
+    config_or_refusal(found[0], path)
+
+
+HASHES = {"autoencoder": "a" * 64, "denoiser": "b" * 64, "text_encoder": "c" * 64}
+FACTS = {"prompt": "a circle", "negative_prompt": "", "seed": 3, "settings": {}, "size": [32, 32], "hashes": HASHES,
+         "also": [["a square", 0.5]], "invert": None, "tile": 0, "batch": 1, "precision": "no",
+         "versions": {"torch": "2"}}  # fmt: skip
+
+
+def recalled(path: Path) -> None:
+    """What `generate --like` takes from a picture, each part where it goes; refusals have one of three codes."""
+    args = Namespace(like=str(path), num_images=1, invert="picture.png", **dict.fromkeys(likeness.TAKEN))
+    try:
+        original = likeness.recall(args)
+        assert [request.prompt for request in ask(prompts(args), 1, args.seed)] == args.prompt
+        assert all(len(pair) == 2 for pair in weighed(args.also))
+        assert parse_size(args.size) and 0 < original.facts.get("batch", 1) <= likeness.LARGEST_BATCH
+        likeness.compare(original, {"hashes": HASHES, "invert": {"prompt": "", "sha256": "d"}})
+    except UserError as error:
+        assert error.code in (2, 3, 4) and error.what
+    else:
+        assert likeness.verdict(original, path)
+
+
+@fuzz
+@example(facts=dict.fromkeys(("also", "batch", "invert", "tile", "versions")))  # None where a number was read
+@given(facts=st.one_of(JSON, st.fixed_dictionaries({}, optional=dict.fromkeys(FACTS, JSON))))
+def test_fuzzed_facts_in_a_picture(tmp_path: Path, facts: Any) -> None:
+    path = tmp_path / "x.png"
+    pictures.save(Image.new("RGB", (8, 8)), path, {**FACTS, **facts} if isinstance(facts, dict) else facts)
+    recalled(path)
+
+
+@fuzz
+@given(edits=st.lists(st.tuples(st.integers(0, 700), st.binary(min_size=1, max_size=6)), max_size=4), cut=CUT)
+def test_fuzzed_bytes_of_a_picture_with_facts(tmp_path: Path, edits: list[tuple[int, bytes]], cut: int) -> None:
+    path = tmp_path / "x.png"
+    pictures.save(Image.new("RGB", (8, 8)), path, FACTS)
+    path.write_bytes(damaged(path.read_bytes(), edits, cut))
+    recalled(path)
+
+
 def originals() -> dict[str, bytes]:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8))
     found = {}
@@ -262,3 +351,5 @@ def test_the_fuzzers_inputs_are_sound_before_they_are_damaged(tmp_path: Path) ->
     (tmp_path / "x.tar").write_bytes(TAR)
     assert len(index_tar(tmp_path / "x.tar")) == 4 and mended(TAR) == TAR
     assert all(load_image(data).size == (9, 12) for data in ORIGINALS.values())
+    pictures.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", FACTS)
+    recalled(tmp_path / "x.png")

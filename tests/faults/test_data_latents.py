@@ -20,6 +20,7 @@ import torch
 from autoencoder.kl import KLAutoencoder
 from training.data import Images, Latents, stream
 from training.errors import UserError
+from training.files import load_tensors, save_tensors
 from training.order import Batches, DataOrder, Slot, substitute
 from training.shard_checks import verify
 from training.shards import ShardSet, ShardWriter, write_index
@@ -75,7 +76,7 @@ def test_f1_and_f4_broken_latents_follow_the_policy(
     assert data.captions(7) == ([""] if "json" in BROKEN[case] else ["words"])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2, 4])
 def test_skipped_slots_are_the_same_in_every_division(tmp_path: Path, workers: int) -> None:
     """The stream with substitutes is a function of (seed, slot): not of workers, processes or micro-batches."""
     shards = latents(tmp_path / "x", 120, {7: NAN, 50: {"json": b"?"}})
@@ -140,6 +141,21 @@ def test_f2_another_autoencoder_is_named_with_both_hashes(latents: Path, shapes:
     (copy / "encoding.json").write_text(json.dumps(plan | {"encoder": "3fa9" * 16}))
     problem = tiny.refused("encode_latents", *words(copy / "autoencoder", shapes, copy, "--flip"))
     assert problem.code == 4 and f"encoder 3fa93fa93fa9, now {ours[:12]}" in problem.what
+
+
+def test_f2_another_autoencoder_in_the_run_is_named_with_both_hashes(denoiser: Path, tmp_path: Path) -> None:
+    """Retrained in place under the same path, and then drawn with."""
+    run = tmp_path / "run"
+    shutil.copytree(denoiser, run)
+    known = json.loads((run / "run.json").read_text())["hashes"]["autoencoder"]
+    words = ("generate", "--model", run, "--prompt", "a circle", "--steps", "1", "--device", "cpu", "--output")
+    assert tiny.call(*words, tmp_path / "before") == 0
+    weights = run / "final" / "autoencoder" / "model.safetensors"
+    tensors = load_tensors(weights)
+    save_tensors(weights, {name: value + 1 if "scale" in name else value for name, value in tensors.items()})
+    problem = tiny.refused(*words, tmp_path / "after")
+    assert problem.code == 4 and f"the denoiser was trained with {known[:12]}" in problem.what
+    assert "final/autoencoder is " in problem.what and not (tmp_path / "after").exists()
 
 
 def test_f4_dead_channels_are_named(
@@ -281,4 +297,7 @@ def test_f3_f6_and_e10_stored_embeddings(
             assert tiny.call("train_denoiser", *train) == 0
     (target / "text_encoder" / "null.safetensors").unlink()
     problem = tiny.refused("train_denoiser", *train)
-    assert problem.code == 4 and "null.safetensors: no such file" in problem.what
+    assert problem.code == 4 and "not that of the empty caption (text_encoder/null.safetensors)" in problem.what
+    asked = words(autoencoder, shapes, target, *asked, 4)
+    assert tiny.call("encode_latents", *asked) == 0  # as its hint says: that file alone was missing
+    assert tiny.call("train_denoiser", *train) == 0

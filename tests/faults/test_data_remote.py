@@ -19,11 +19,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from training import faults
 from training import remote as remotes
+from training.addresses import repeated, shown
 from training.ahead import followed
 from training.data import Images, stream
 from training.errors import Unreachable, UserError
 from training.order import Batches, DataOrder
-from training.remote import Remote, located, shown
+from training.remote import Remote, located
 from training.shards import ShardSet, ShardWriter, write_index
 
 MEMORY = MemoryFileSystem()
@@ -153,7 +154,7 @@ def test_too_long_an_answer_leaves_nothing(packed: Path, tmp_path: Path, monkeyp
 
 
 def test_models_beside_latents_come_too(packed: Path, tmp_path: Path) -> None:
-    names = ["autoencoder/config.json", "autoencoder/model.safetensors", "text_encoder/a/b.json", "text_encoder/c.txt"]
+    names = ["autoencoder/config.json", "autoencoder/model.safetensors", "text_encoder/a/b.json", remotes.NULL]
     for name in names:
         (packed / name).parent.mkdir(parents=True, exist_ok=True)
         (packed / name).write_text(name)
@@ -162,6 +163,10 @@ def test_models_beside_latents_come_too(packed: Path, tmp_path: Path) -> None:
     assert not (remote.folder / "text_encoder").exists()
     remote.bring_models(text=True)
     assert [(remote.folder / name).read_text() for name in names] == names
+    MEMORY.rm(f"memory://bucket/data/{remotes.NULL}")
+    with pytest.raises(UserError, match="not that of the empty caption") as caught:
+        remote.bring_models(text=True)
+    assert caught.value.code == 4 and "encode_latents.py" in caught.value.hint
 
 
 def test_a_cached_shard_cut_short_is_fetched_again(packed: Path, tmp_path: Path) -> None:
@@ -211,9 +216,24 @@ def test_no_secret_is_shown() -> None:
     assert shown("s3://bucket/data") == "s3://bucket/data"
 
 
+def test_a_command_to_repeat_hides_what_may_be_secret() -> None:
+    plain = ["train.py", "--data", "s3://bucket/a b", "--output", "runs/x"]
+    assert repeated(plain) == "train.py --data 's3://bucket/a b' --output runs/x"
+    for address in (
+        "https://me:w@rd@host:80/a?token=1#x",
+        "--data=https://me@host:80/a?x",
+        "https://:word@host:80/a#x",
+    ):
+        command, note = repeated(["train.py", address, "--resume", "auto"]).splitlines()
+        assert command.endswith("https://HIDDEN@host:80/a?HIDDEN' --resume auto"), command
+        assert note.startswith("note: put user, password or query of the address back where HIDDEN stands")
+    assert "HIDDEN" not in repeated(["a@b", "x?y", "c:/d"])
+
+
 def windows(packed: Path, cache: Path, shards: int, steps: int) -> tuple[Remote, ShardSet, Batches]:
     remote = placed(upload(packed), cache, cache_size=gigabytes_of(packed, shards), window=2)
-    return remote, ShardSet(remote), Batches(DataOrder(40, 4, 3), 4, 1, 0, 1, 0, steps)
+    split = ShardSet(remote)
+    return remote, split, Batches(DataOrder(40, 4, 3, (0, 0), *split.windows), 4, 1, 0, 1, 0, steps)
 
 
 def test_two_windows_are_enough(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,9 +272,10 @@ def test_readers_share_a_cache(packed: Path, tmp_path: Path, monkeypatch: pytest
 def test_batches_are_those_of_the_folder(shapes: Path, tmp_path: Path, workers: int) -> None:
     remote = placed(upload(shapes), tmp_path / "cache", window=2)
     images, here = Images(ShardSet(remote), flip=True), Images(ShardSet(shapes), flip=True)
-    batches = Batches(DataOrder(96, 16, 0), 16, 1, 0, 1, 0, 7)
+    batches = Batches(DataOrder(96, 16, 0, (0, 0), *images.shards.windows), 16, 1, 0, 1, 0, 7)
+    assert images.shards.windows == ((40, 40, 16), 2) and here.shards.windows == ((), 0)
     read = list(stream(images, batches, workers))
-    assert len(read) == 7 and batches.order.window == 2
+    assert len(read) == 7
     for batch, slots in zip(read, batches, strict=True):
         assert torch.equal(batch.data, here.__getitems__(slots).data)
 
@@ -264,24 +285,41 @@ def test_an_unreachable_shard_is_no_bad_sample(shapes: Path, tmp_path: Path) -> 
     address = upload(shapes)
     images = Images(ShardSet(placed(address, tmp_path / "cache")), on_bad_data="skip")
     MEMORY.rm(f"{address}/train-000000.tar")
+    order = DataOrder(96, 96, 0, (0, 0), *images.shards.windows)
     with pytest.raises(Unreachable):
-        list(stream(images, Batches(DataOrder(96, 96, 0), 96, 1, 0, 1, 0, 1), 0))
+        list(stream(images, Batches(order, 96, 1, 0, 1, 0, 1), 0))
 
 
 def test_training_from_an_address_resumes_exactly(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = upload(shapes, "memory://me:hidden@bucket/data")
+    caught: list[str] = []
     words = ["--data", address, "--cache-dir", tmp_path / "cache", *tiny.AUTOENCODER]
     words += ["--train.window_shards", 1, "--resume", "auto", "--max-steps", 5, "--save-every", 2]
     for run, fault in (("straight", ""), ("broken", "step:2=term"), ("broken", "")):
         monkeypatch.setenv("LDM_FAULT", fault)
         faults.visits.clear()
         assert tiny.call("train_autoencoder", *words, "--output", tmp_path / run) == (143 if fault else 0)
+        caught.append(capsys.readouterr().err)
     for name in ("final/model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     texts = [path for path in (tmp_path / "straight").rglob("*.json*") if path.is_file()]
     assert texts and not any("hidden" in path.read_text() for path in texts)
+    assert "--data memory://HIDDEN@bucket/data --cache-dir" in caught[1] and "note: put user, password" in caught[1]
+    assert not any("hidden" in said for said in caught)
+
+
+def test_an_encoding_that_is_refused_tells_no_secret(autoencoder: Path, shapes: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / "packed").mkdir()
+    source, writer = ShardSet(shapes), ShardWriter(folder, "train")
+    for i in range(50):
+        writer.add(source.key(i), {"png": b"?"} if i in (3, 7) else source.read(i))
+    write_index(folder, writer.finish(), {})
+    words = ("--autoencoder", autoencoder, "--data", upload(folder, "memory://me:hidden@bucket/data"))
+    problem = tiny.refused("encode_latents", *words, "--output", tmp_path / "out", "--cache-dir", tmp_path / "cache")
+    assert problem.code == 3 and "2 of 50 samples" in problem.what
+    assert problem.hint == "run: scripts/make_shards.py verify memory://bucket/data"
 
 
 def test_both_stages_go_by_address(shapes: Path, autoencoder: Path, latents: Path, tmp_path: Path) -> None:

@@ -290,6 +290,8 @@ def test_d10_foreign_webdatasets(tmp_path: Path) -> None:
     assert verify(tmp_path).problems == ()
     shards = ShardSet(tmp_path)
     assert Images(shards).__getitem__(5).data.shape == (1, 3, 32, 32) and shards.read_field(5, "txt") == b"words 5"
+    train = [*tiny.AUTOENCODER, "--batch-size", "4", "--max-steps", "2"]
+    assert tiny.call("train_autoencoder", "--data", tmp_path, "--output", tmp_path / "run", *train) == 0
     main(
         [
             "pack",

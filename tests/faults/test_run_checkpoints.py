@@ -103,7 +103,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
             ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
         ).returncode
     ):
-        pytest.skip("mounting needs root")
+        pytest.skip("mounting needs root; the next test needs no rights")
     try:
         checkpoints, weights = Checkpoints(disk), {"w": torch.zeros(25_000)}
         for step in (1, 2):
@@ -114,6 +114,31 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         assert checkpoints.newest() == checkpoints.folder / "step-00000002"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from training.checkpoint import Checkpoint, Checkpoints
+from training.cli import run_main
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+parts = {"model": 25_000, "ema": 60_000, "optimizer": 25_000}  # 240 kB of averages
+checkpoint = Checkpoint(30, {name: {"w": torch.zeros(size)} for name, size in parts.items()}, {})
+run_main(lambda: Checkpoints(Path(sys.argv[1])).save(checkpoint))
+"""
+
+
+def test_a_file_that_may_not_grow(kept: Checkpoints, tmp_path: Path) -> None:
+    """The kernel itself refuses, whoever asks: no right of root's is needed, and none helps."""
+    (tmp_path / "writer.py").write_text(LIMITED)
+    process = launch(tmp_path / "writer.py", [str(kept.folder.parent)], tmp_path / "log", {})
+    process.join(120)
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 6 and "hint: free disk space" in said, said
+    assert "ema.safetensors: File too large (" in said and " free)" in said  # wrapped in an error of safetensors' own
+    assert "Traceback" not in said and names(kept) == ["step-00000010", "step-00000020"]
+    assert kept.newest() == kept.folder / "step-00000020"
 
 
 def test_a_fault_that_is_none(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +158,23 @@ def test_pinned_and_best_are_kept(tmp_path: Path) -> None:
     plain = Checkpoints(tmp_path, 2)
     plain.save(checkpoint(70))
     assert names(plain) == [f"step-{step:08d}" for step in (10, 60, 70)]
+
+
+def test_h3_what_a_link_names_is_never_deleted(
+    kept: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pruning and sweeping pass over what lies outside the run's folder, named by a checkpoint or by a file of one."""
+    outside = tmp_path / "outside"
+    shutil.copytree(kept.folder / "step-00000010", outside)
+    (kept.folder / "step-00000005").symlink_to(outside)
+    (kept.folder / ".tmp-step-00000006-9").symlink_to(outside)
+    (kept.folder / "step-00000010" / "more").symlink_to(outside)
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    kept.sweep()
+    kept.save(checkpoint(30))
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    assert sorted(path.name for path in kept.folder.glob("step-*")) == ["step-00000020", "step-00000030"]
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_failing_removal_is_a_warning(

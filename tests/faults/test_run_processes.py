@@ -40,6 +40,8 @@ def test_death_of_one_ends_the_other(words: list[object], tmp_path: Path) -> Non
     assert codes == [1, -9], ranks.said(tmp_path)
     assert "error: lost another process at step 3" in ranks.said(tmp_path)
     assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002"  # nothing was saved after the loss
+    noticed = (tmp_path / "rank-0.log").stat().st_mtime - (run / "metrics.jsonl").stat().st_mtime
+    assert noticed < 60  # seconds from the step before to the last word
     assert "Traceback" not in ranks.said(tmp_path)
 
 

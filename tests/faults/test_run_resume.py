@@ -13,6 +13,7 @@ import tiny
 
 from training import faults
 from training.checkpoint import Checkpoints
+from training.verify_resume import differences
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -47,6 +48,25 @@ def test_the_split_may_change_and_with_leave_the_batch(
     places = {p.name: Checkpoints(run).load(p).state["place"] for p in (run / "checkpoints").glob("step-*")}
     assert places == {"step-00000004": 4 * 32, "step-00000006": 4 * 32 + 2 * 16}  # no sample twice, none left out
     assert [row["step"] for row in tiny.rows(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_three_resumes_within_one_epoch(
+    stage: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of six steps. The first start finds nothing to resume, and says so."""
+    source = {"autoencoder": ("--data", "shapes"), "denoiser": ("--latents", "latents")}[stage]
+    flags = {"autoencoder": tiny.AUTOENCODER, "denoiser": tiny.DENOISER}[stage]
+    words = [f"train_{stage}", source[0], request.getfixturevalue(source[1]), *flags, "--resume", "auto"]
+    words += ["--batch-size", "16", "--train.flip", "true", "--train.log_every", "1", "--output"]
+    assert tiny.call(*words, tmp_path / "straight") == 0
+    assert "note: no checkpoint yet; starting fresh" in capsys.readouterr().err
+    for _ in range(3):
+        stopped(monkeypatch, 1, *words, tmp_path / "broken")
+    assert "resumed from step 2" in capsys.readouterr().err
+    assert tiny.call(*words, tmp_path / "broken") == 0
+    assert differences(tmp_path / "straight", tmp_path / "broken") == []
 
 
 def test_other_software_is_said_and_recorded(

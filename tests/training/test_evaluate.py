@@ -116,3 +116,22 @@ def test_classifier_round_trip(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"classes": ["a", "b"], "width": 4})
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(model(pixels), load_classifier(tmp_path)(pixels))
+
+
+def test_pictures_at_an_address_are_measured_as_those_of_a_folder(
+    autoencoder: Path, denoiser: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """Both scripts read the address once, into the cache they are told; it may be smaller than the data."""
+    address, cache = f"file://{shapes}", ("--cache-dir", tmp_path / "cache")
+    words = ("--model", autoencoder, "--count", 0, "--data")
+    here, there = report(tmp_path, *words, shapes), report(tmp_path, *words, address, *cache)
+    assert {k: v for k, v in here.items() if k != "seconds"} == {k: v for k, v in there.items() if k != "seconds"}
+    judge, room = tmp_path / "judge", 1.2 * max(info.bytes for info in ShardSet(shapes).shards) / 1e9
+    words = ("--output", judge, "--epochs", 1, "--batch-size", 32, "--width", 4, "--device", "cpu")
+    small = ("--cache-dir", tmp_path / "small", "--cache-size", room)
+    assert tiny.call("train_classifier", "--data", address, *small, *words) == 0
+    assert 0 < sum(tar.stat().st_size for tar in (tmp_path / "small").glob("*/*.tar")) <= room * 1e9
+    numbers = report(tmp_path, "--model", denoiser, "--data", address, *cache, "--count", 12, "--features", judge)
+    assert numbers["real_pictures"] == len(ShardSet(shapes, "val")) and float(str(numbers["frechet_training"])) >= 0
+    refused = tiny.refused("evaluate", "--model", autoencoder, "--data", "pipe:cat x.tar", "--device", "cpu")
+    assert refused.code == 2 and "commands" in refused.what

@@ -163,7 +163,7 @@ def test_missing_captions(folder: Path, tmp_path: Path, text: str | None) -> Non
 def test_broken_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cats = sorted((folder / "cats").glob("*.png"))
     cats[0].write_bytes(cats[0].read_bytes()[:3000])
-    assert refused(folder, tmp_path / "a").what.startswith("cats/no_001: truncated image (")
+    assert refused(folder, tmp_path / "a").what.startswith("cats/no_001.png: truncated image (")
     cats[1].write_bytes(b"")
     cats[2].write_bytes(b"words")
     picture(0, (48, 48)).save(cats[3])

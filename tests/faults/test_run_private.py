@@ -1,0 +1,74 @@
+"""Rows H5, H6 and H8: text from outside is shown as text, names no file, and nothing private is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import tiny
+
+from training import pictures
+from training.runs import card
+
+# Each would be found, were it written anywhere; a user's files and tokens are known by where they are kept.
+PRIVATE = {"HF_TOKEN": "hf_canary_token", "AWS_SECRET_ACCESS_KEY": "canary_secret", "USER": "canary_user"}
+PRIVATE |= {"LOGNAME": "canary_user", "HOME": "/home/canary_user", "HOSTNAME": "canary_host"}
+
+
+def written(*folders: Path) -> dict[Path, bytes]:
+    """Everything in them but the lock, which is for this machine alone, and TensorBoard's, which names its host."""
+    files = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name != ".lock" and path.parent.name != "tensorboard"}
+
+
+def test_h8_nothing_private_is_written(
+    autoencoder: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures to latents, a denoiser stopped and resumed, and what it draws; every byte of it looked through."""
+    for name, value in PRIVATE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "gethostname", lambda: "canary_host")
+    home = tmp_path / "canary_folder"
+    data, latents, run, drawn = home / "data", home / "latents", home / "run", home / "drawn"
+    words = f"pack shapes --samples 48 --val-fraction 0.2 --output {data}".split()
+    assert tiny.call("make_shards", *words) == 0
+    words = ["--autoencoder", autoencoder, "--data", data, "--output", latents, "--device", "cpu"]
+    assert tiny.call("encode_latents", *words) == 0
+    train = ["--latents", latents, "--output", run, *tiny.DENOISER, "--save-every", "3", "--resume", "auto"]
+    assert tiny.call("train_denoiser", *train) == 0
+    words = ["--model", run, "--prompt", "a red circle", "--output", drawn, "--device", "cpu", "--strip"]
+    assert tiny.call("generate", *words) == 0
+    found = written(home)
+    assert {path.suffix for path in found} >= {".json", ".jsonl", ".md", ".png", ".safetensors", ".tar", ".npy"}
+    for path, content in found.items():
+        for secret in (*PRIVATE.values(), "canary", str(tmp_path), str(autoencoder.parent), str(shapes.parent)):
+            assert secret.encode() not in content, (path, secret)
+
+
+PROMPTS = ["../../x", "a" * 300, "CON", "a\0b", '"><img onerror=alert(1)>', "<script>1</script>", "-rf /", "~"]
+
+
+def test_h6_prompts_name_no_file(denoiser: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.parent.iterdir())
+    words = [word for prompt in PROMPTS for word in (f"--prompt={prompt}",)]
+    words += ["--steps", "1", "--device", "cpu", "--model", str(denoiser), "--output", str(tmp_path / "out")]
+    assert tiny.call("generate", *words) == 0
+    names = [f"{i:05d}.png" for i in range(len(PROMPTS))]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "grid.png"]
+    assert sorted(tmp_path.parent.iterdir()) == before and list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert [pictures.facts(tmp_path / "out" / name)["prompt"] for name in names] == PROMPTS
+
+
+def test_h5_a_model_card_shows_text_as_text() -> None:
+    outside = "<script>1</script> ![x](http://x) [a](http://b) | `c` *d* \n# e"
+    told = card("Denoiser", {"caption": outside}, {"text": {"name": f"\n```\n{outside}"}})
+    table, config = told.split("Config:")
+    (row,) = [line for line in table.splitlines() if line.startswith("| caption")]
+    assert not re.search(r"(?<!\\)[][<>`*]", row) and "# e" in row
+    assert row.count(" | ") == 1  # the bar within it is escaped: no cell of its own
+    fences = [line for line in config.splitlines() if line.startswith("```")]
+    assert fences == ["```json", "```"]  # and all in between is JSON, that alone
+    assert json.loads(config.partition("```json")[2].rpartition("```")[0])["text"]["name"].startswith("\n```")

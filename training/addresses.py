@@ -1,0 +1,40 @@
+"""Addresses of data as people may see them: without user, password and query, which may be secret."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+HIDDEN = "HIDDEN"
+SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
+
+
+def shown(address: str) -> str:
+    """An address without what may be secret: user, password and query."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def without_secrets(text: str, address: str) -> str:
+    """A message that may repeat the secrets of `address`, without them."""
+    parts = urlsplit(address)
+    for secret in filter(None, (parts.netloc.rpartition("@")[0], parts.password, parts.query)):
+        text = text.replace(secret, "…")
+    return text
+
+
+def repeated(words: Iterable[str]) -> str:
+    """A command line to repeat, quoted for a shell; where addresses in it hold secrets, HIDDEN stands for each, and a
+    note says so."""
+    told = list(words)
+    kept = [SECRET.sub(_hidden, word) for word in told]
+    note = f"\nnote: put user, password or query of the address back where {HIDDEN} stands; or give credentials in the"
+    note += " environment, where no command repeats them (such as FSSPEC_S3_KEY and FSSPEC_S3_SECRET)"
+    return shlex.join(kept) + (note if kept != told else "")
+
+
+def _hidden(found: re.Match[str]) -> str:
+    mark, user, rest, query = found.groups()
+    return mark + (f"{HIDDEN}@" if user else "") + rest + (f"?{HIDDEN}" if query else "")
