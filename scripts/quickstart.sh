@@ -9,7 +9,7 @@ out=$project/runs/quickstart
 cd "$project"
 start=$SECONDS
 
-run scripts/make_shards.py pack shapes --samples 30000 --val-fraction 0.02 --output "$out/data"
+run scripts/make_shards.py pack shapes --samples 20000 --val-fraction 0.02 --output "$out/data"
 run scripts/train_autoencoder.py --config quickstart --data "$out/data" --output "$out/autoencoder" --resume auto
 run scripts/encode_latents.py --autoencoder "$out/autoencoder" --data "$out/data" --output "$out/latents"
 run scripts/train_denoiser.py --config quickstart --latents "$out/latents" --output "$out/denoiser" --resume auto
