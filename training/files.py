@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import struct
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from training.errors import CHECKPOINT, DISK, UserError
 
@@ -45,9 +48,33 @@ def staged(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what `staged` left in `folder` when its process was killed. Only for a folder that nobody else writes."""
-    for leftover in folder.glob(f".*{PARTIAL}"):
+    """Remove what `staged` left in `folder` and below when its process was killed. Only for one nobody else writes."""
+    for leftover in folder.rglob(f".*{PARTIAL}"):
         leftover.unlink(missing_ok=True)
+
+
+def hold(folder: Path) -> IO[str]:
+    """Lock the folder for this process's life; the system frees it when the process dies, the name of the owner stays.
+
+    An owner that ends as it should leaves no name: `Run.leave`. Raises UserError where another holds it.
+    """
+    file = (folder / ".lock").open("a+", encoding="utf-8")  # kept open: closing it frees the lock
+    file.seek(0)
+    owner = file.read().strip()[:80]
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder} is in use by {owner or 'another training'}",
+            hint="wait for it, or choose another --output",
+            code=CHECKPOINT,
+        ) from None
+    if owner:
+        print(f"note: {folder} was left by {owner}, which is no longer there; taken over", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} since {time.strftime('%H:%M')}")
+    file.flush()
+    return file
 
 
 def write_bytes(path: Path, data: bytes) -> None:

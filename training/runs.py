@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.errors import CHECKPOINT, DISK, UserError
 from training.faults import fault
-from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors, write_bytes, write_json
+from training.files import (
+    PARTIAL,
+    content_hash,
+    disk_error,
+    hold,
+    load_tensors,
+    read_json,
+    remove_partials,
+    save_tensors,
+    write_bytes,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,11 +75,12 @@ class Run:
         old = folder / "run.json"
         if old.is_file():
             self._same(read_json(old), values, resume)
-        elif folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+        elif folder.is_dir() and not _barely_begun(folder, values):
             raise UserError(f"{folder} is not empty and holds no run", hint="choose another --output", code=CHECKPOINT)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock = _lock(folder)
+            self.lock = hold(folder)
+            remove_partials(folder)
         except OSError as failure:
             raise disk_error(folder, failure) from None
 
@@ -155,28 +164,10 @@ class Run:
         return bool(old["status"] == "finished" and old["step"] >= self.config.train.max_steps)
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder for this process's life; the system frees it when the process dies, the name of the owner stays.
-
-    An owner that ends as it should leaves no name: `Run.leave`.
-    """
-    file = (folder / ".lock").open("a+", encoding="utf-8")  # kept open: closing it frees the lock
-    file.seek(0)
-    owner = file.read().strip()[:80]
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{folder} is in use by {owner or 'another training'}",
-            hint="wait for it, or choose another --output",
-            code=CHECKPOINT,
-        ) from None
-    if owner:
-        print(f"note: {folder} was left by {owner}, which is no longer there; taken over", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} since {time.strftime('%H:%M')}")
-    file.flush()
-    return file
+def _barely_begun(folder: Path, values: configs.Values) -> bool:
+    """Whether nothing lies there but what a run of these values leaves when killed before its run.json."""
+    names = {p.name for p in folder.iterdir() if p.suffix != PARTIAL} - {".lock"}
+    return not names or (names == {"config.json"} and read_json(folder / "config.json") == values)
 
 
 def versions() -> dict[str, str]:

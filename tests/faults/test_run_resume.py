@@ -147,3 +147,27 @@ def test_five_kills(stage: str, kills: int, capfd: pytest.CaptureFixture[str], t
     assert tiny.call("soak", "--kills", kills, "--steps", "12", "--stage", stage, "--folder", tmp_path) == 0
     last = capfd.readouterr().out.splitlines()[-1]
     assert re.fullmatch(rf"{stage}: {kills} kills, \d+ trainings ended with the bytes of the calm one", last)
+
+
+def test_killed_while_a_small_file_is_written(latents: Path, tmp_path: Path) -> None:
+    """Its half is removed; a folder that holds only the config of this very run was begun by it, another's was not."""
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, "--resume", "auto"]
+    assert tiny.call(*words, "--max-steps", "1") == 0
+    halves = [run / ".run.json.99.partial", run / "final" / ".config.json.99.partial"]
+    for half in halves:
+        half.write_bytes(b"{")
+    assert tiny.call(*words, "--max-steps", "2") == 0
+    assert not list(run.rglob("*.partial"))
+
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_bytes((run / "config.json").read_bytes())
+    (begun / ".run.json.99.partial").write_bytes(b"{")
+    assert tiny.call(*words[:4], begun, *words[5:], "--max-steps", "2") == 0
+    assert (begun / "final" / "model.safetensors").is_file()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    assert "is not empty and holds no run" in tiny.refused(*words[:4], other, *words[5:]).what
+    assert (other / "config.json").read_text() == "{}"
