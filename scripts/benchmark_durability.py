@@ -146,7 +146,7 @@ def made_up(side: int, count: int) -> Any:
     from training.order import Slot
 
     class MadeUp:
-        shards = SimpleNamespace(remote=None)  # it has no files
+        shards = SimpleNamespace(remote=None, windows=((), 0))  # it has no files
         moments = torch.randn(count, 8, side, side, generator=torch.Generator().manual_seed(0))
 
         def __len__(self) -> int:
