@@ -19,7 +19,7 @@ from training.ahead import followed
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.order import Batches, Slot, substitute
 from training.remote import NULL, refuse_without_null
-from training.signals import shield
+from training.signals import sheltered, shield
 
 if TYPE_CHECKING:
     from training.shards import ShardSet
@@ -246,10 +246,11 @@ def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bo
         num_workers=workers,
         collate_fn=_whole,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=shield,
-    )
-    for batch in loader:
+        prefetch_factor=4 if workers else None, worker_init_fn=shield,
+    )  # fmt: skip
+    with sheltered():
+        incoming = iter(loader)
+    for batch in incoming:
         if isinstance(batch, UserError):
             raise batch
         if workers:  # what a loader process counts, it counts in a copy

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 
@@ -42,6 +44,16 @@ def shield(_worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # which macOS lacks: there a SIGTERM to the group still ends the loaders
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_until_told, daemon=True).start()
+
+
+@contextmanager
+def sheltered() -> Iterator[None]:
+    """Around the start of loader processes: they are born with SIGTERM blocked, and `shield` comes in time."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _until_told() -> None:
