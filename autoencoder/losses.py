@@ -6,8 +6,9 @@ All are *means* over the values of an image (LDM sums them), so weights do not d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -135,3 +136,8 @@ class LeastSquares(Adversarial):
 
 
 ADVERSARIALS = (Hinge, NonSaturating, LeastSquares)
+
+
+def of_kind(family: Iterable[Any], kind: str) -> Any:
+    """The member of RECONSTRUCTIONS or ADVERSARIALS that a config names."""
+    return next(member for member in family if member.kind == kind)()

@@ -19,7 +19,7 @@ from training.data import Images
 from training.errors import DATA, UserError
 from training.files import load_tensors, read_json, save_tensors, write_json
 from training.optim import adamw, learning_rate, set_learning_rate
-from training.order import DataOrder, Slot
+from training.order import DataOrder
 from training.remote import located
 from training.settings import Optimizer
 from training.shards import ShardSet
@@ -165,13 +165,8 @@ def caption(images: Images, index: int) -> str:
 @torch.no_grad()
 def accuracy(model: Classifier, images: Images) -> float:
     """The share of packed pictures whose caption the classifier names."""
-    right = 0
-    for first in range(0, len(images), 250):
-        index = range(first, min(first + 250, len(images)))
-        answer = (
-            model(images.__getitems__([Slot(i, 0, i) for i in index]).data.to(next(model.parameters()).device))
-            .argmax(1)
-            .tolist()
-        )
-        right += sum(model.classes[a] == caption(images, i) for a, i in zip(answer, index, strict=True))
+    device, right = next(model.parameters()).device, 0
+    for batch in images.chunks(range(len(images)), 250):
+        answers = model(batch.data.to(device)).argmax(1).tolist()
+        right += sum(model.classes[a] == caption(images, i) for a, i in zip(answers, batch.slots.tolist(), strict=True))
     return right / len(images)

@@ -6,20 +6,18 @@ import json
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from ldm.noise import Noise
-from training.ahead import followed
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
-from training.order import Batches, Slot, substitute
+from training.order import Slot, substitute
 from training.remote import NULL, refuse_without_null
-from training.signals import sheltered, shield
 
 if TYPE_CHECKING:
     from training.shards import ShardSet
@@ -86,6 +84,15 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([Slot(index, 0, index)])
+
+    def first(self, count: int) -> range:
+        """The places of the first `count` samples, or of all where it is 0."""
+        return range(min(count, len(self)) or len(self))
+
+    def chunks(self, places: Sequence[int], size: int) -> Iterator[Batch]:
+        """The samples at `places` as the first epoch has them, `size` at once."""
+        for start in range(0, len(places), size):
+            yield self.__getitems__([Slot(place, 0, place) for place in places[start : start + size]])
 
     def count(self, bad: Mapping[int, str]) -> None:
         """Takes note of samples left out. Raises UserError (code 3) beyond the limit."""
@@ -238,39 +245,6 @@ class Latents(Samples[Latent]):
         return UserError(f"{self.shards.key(index)}: damaged sample: {what}", hint=hint, code=DATA)
 
 
-def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
-    """The micro-batches of this process, in order, read ahead by `workers` processes."""
-    loader: Any = DataLoader(
-        _Fetched(dataset),
-        batch_sampler=followed(batches, dataset.shards),
-        num_workers=workers,
-        collate_fn=_whole,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None, worker_init_fn=shield,
-    )  # fmt: skip
-    with sheltered():
-        incoming = iter(loader)
-    for batch in incoming:
-        if isinstance(batch, UserError):
-            raise batch
-        if workers:  # what a loader process counts, it counts in a copy
-            dataset.count(batch.bad)
-        yield batch
-
-
-class _Fetched(Dataset[Any]):
-    """Hands a UserError over as a value: raised in a loader process, it would lose its hint and code."""
-
-    def __init__(self, dataset: Images | Latents) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, slots: list[Slot]) -> Batch | UserError:
-        try:
-            return self.dataset.__getitems__(slots)
-        except UserError as problem:
-            return problem
-
-
 def _tried(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
     """What `read` gives, or why it could not."""
     try:
@@ -279,10 +253,6 @@ def _tried(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
         if isinstance(problem, Unreachable) or problem.code not in (DATA, NUMERICAL):
             raise
         return problem
-
-
-def _whole(batch: Any) -> Any:
-    return batch
 
 
 def _ids(slots: list[Slot]) -> Tensor:

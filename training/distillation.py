@@ -13,11 +13,10 @@ from torch import Tensor
 from autoencoder.base import Autoencoder
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
-from autoencoder.losses import RECONSTRUCTIONS
+from autoencoder.losses import RECONSTRUCTIONS, of_kind
 from autoencoder.perceptual import Perceptual
 from autoencoder.regularisers import Free
-from autoencoder.tiny import Distilled, Tiny, check_student, distillation
-from ldm.noise import Noise
+from autoencoder.tiny import Tiny, check_student, distillation
 from training import pictures
 from training.config import AutoencoderConfig
 from training.data import Batch, Images
@@ -25,8 +24,8 @@ from training.errors import CHECKPOINT, UserError, explained
 from training.files import read_json, write_json
 from training.loop import Stage
 from training.opening import finished_autoencoder
-from training.order import Slot
 from training.runs import autoencoder_hashes, find, load_autoencoder
+from training.stage_one import posterior_noise
 
 if TYPE_CHECKING:
     import argparse
@@ -114,7 +113,7 @@ class DistillationStage(Stage):
         self.dataset, self.held_out = dataset, held_out
         self.networks, self.optimizers = {"autoencoder": model}, {"autoencoder": (["autoencoder"], 1.0)}
         self.averaged, self.score = {"autoencoder": model}, ("teacher_psnr", -1.0)
-        self.distance = next(member for member in RECONSTRUCTIONS if member().kind == config.loss.reconstruction)()
+        self.distance = of_kind(RECONSTRUCTIONS, config.loss.reconstruction)
         self.forward: Any = model
 
     def wrap(self, accelerator: Accelerator) -> None:
@@ -130,9 +129,7 @@ class DistillationStage(Stage):
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch: the gradient of both halves at once."""
         images = to_unit(batch.data.to(self.accelerator.device, non_blocking=True))
-        h, w = images.shape[-2] // self.model.factor, images.shape[-1] // self.model.factor
-        draw = Noise(batch.slots.to(images.device))
-        noise = draw.normal((self.model.latent_channels, h, w), self.config.train.seed, step, "posterior")
+        noise = posterior_noise(self.model, images, batch.slots, self.config.train.seed, step)
         with self.accelerator.autocast():
             pair = distillation(self.model, self.teacher, images, noise, self.forward)
         values = {"pictures": self.distance(pair.images, pair.target).mean(), "latents": pair.latents.mean()}
@@ -154,14 +151,13 @@ class DistillationStage(Stage):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Held out: error of the latents; PSNR, SSIM, LPIPS of 8-bit pictures *against the teacher's*; a grid."""
         rows: dict[str, list[Tensor]] = {}
-        count = min(self.config.train.validation_size, len(self.held_out)) or len(self.held_out)
-        for first in range(0, count, 64):
-            slots = [Slot(i, 0, i) for i in range(first, min(count, first + 64))]
-            images = to_unit(self.held_out.__getitems__(slots).data.to(self.accelerator.device))
-            pair = distillation(self.model, self.teacher, images, None)
-            if not rows:
-                _show(images, pair).save(folder / "grid.png")
+        for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
+            pixels = batch.data.to(self.accelerator.device)
+            pair = distillation(self.model, self.teacher, to_unit(pixels), None)
             ours, theirs = to_uint8(pair.images), to_uint8(pair.target)
+            if not rows:
+                shown = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
+                pictures.comparison(shown).save(folder / "grid.png")
             found = {"teacher_psnr": psnr(ours, theirs), "teacher_ssim": ssim(ours, theirs), "latents": pair.latents}
             if self.perceptual:
                 found["teacher_lpips"] = self.perceptual(to_unit(ours), to_unit(theirs))
@@ -171,11 +167,3 @@ class DistillationStage(Stage):
 
     def normalise(self) -> None:
         """z are the teacher's latents, normalised: there is nothing to measure."""
-
-
-def _show(images: Tensor, pair: Distilled) -> Any:
-    """Input, teacher's picture, student's, and the difference of the two."""
-    theirs, ours = to_uint8(pair.target), to_uint8(pair.images)
-    error = (ours.int() - theirs.int()).abs().mul(2).clamp(max=255).byte()
-    parts = torch.cat([part[:SHOWN].cpu() for part in (to_uint8(images), theirs, ours, error)])
-    return pictures.grid(parts, len(parts) // 4, rows=["input", "teacher", "student", "difference x2"])

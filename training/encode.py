@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autoencoder.tiles import encode_tiled
@@ -72,8 +71,8 @@ def encode(args: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         _prepare(target, plan, total, home, encoder, args)
     accelerator.wait_for_everyone()
-    seen: Any = Tiled(model, args.tile) if args.tile else model
-    worker = Encoder(seen, encoder, args, accelerator.device, plan["latent"], total)
+    tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
+    worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
     _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
     worker.tell()
     accelerator.wait_for_everyone()
@@ -92,43 +91,15 @@ def _write(
     pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
     for info in shards:
         if info.name in waiting:
-            ahead: Any = Ahead(splits[info.split].shards, pictures)
-            samples = worker.samples(ahead, info)
+            samples = worker.samples(splits[info.split].shards, info, pictures)
             if first := next(samples, None):  # none: nothing of it can be read
                 write_shard(target, info.name.removesuffix(".tar"), chain([first], samples))
         worker.progress(info)
 
 
-@dataclass(frozen=True)
-class Tiled:
-    """The encoder of `model` in overlapping tiles of tile x tile latents, a quarter of their side shared."""
-
-    model: Autoencoder
-    tile: int
-
-    def encode(self, images: Tensor) -> Tensor:
-        """images -> moments, in the memory of one tile."""
-        return encode_tiled(self.model, images, tile=self.tile, overlap=self.tile // 4)
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """A split of pictures as `Encoder` reads it, sample by sample in order, out of what `read_ahead` decodes."""
-
-    shards: ShardSet
-    pictures: Iterator[tuple[Place, np.ndarray | UserError]]
-
-    def picture(self, index: int) -> np.ndarray:
-        """Sample `index` as uint8 (H,W,3). Raises its UserError where it cannot be decoded."""
-        found = next(found for place, found in self.pictures if place == (self.shards.split, index))
-        if isinstance(found, UserError):
-            raise found
-        return found
-
-
 def read_ahead(
     splits: Mapping[str, Images], shards: Sequence[ShardInfo], workers: int, batch: int
-) -> Iterator[tuple[Place, np.ndarray | UserError]]:
+) -> Iterator[np.ndarray | UserError]:
     """Every picture of `shards`, or why it cannot be read, in order; `workers` processes decode ahead of who asks.
 
     They are about a `batch` ahead, so that the next is there when one is encoded, and memory follows the batch.
@@ -162,13 +133,13 @@ def _fetch(remote: Remote, info: ShardInfo) -> None:
 
 
 class _Decoded(Dataset[Any]):
-    """Pictures by place; a UserError as a value, as raised in a loader process it would lose its hint and code."""
+    """Pictures by place; a UserError as a value: raised in a loader process it would lose its hint and code."""
 
     def __init__(self, splits: Mapping[str, Images]) -> None:
         self.splits = splits
 
-    def __getitems__(self, places: list[Place]) -> list[tuple[Place, np.ndarray | UserError]]:
-        return [(place, self._decoded(*place)) for place in places]
+    def __getitems__(self, places: list[Place]) -> list[np.ndarray | UserError]:
+        return [self._decoded(*place) for place in places]
 
     def _decoded(self, split: str, index: int) -> np.ndarray | UserError:
         try:

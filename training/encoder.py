@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from autoencoder.images import to_unit
 from training.captions import clean_captions, decode_text
-from training.data import LIMIT, Images
+from training.data import LIMIT
 from training.errors import DATA, DISK, NUMERICAL, UserError
-from training.shards import ShardInfo
+from training.shards import ShardInfo, ShardSet
 
 if TYPE_CHECKING:
     import argparse
 
-    from autoencoder.base import Autoencoder
     from ldm.text import TextEncoder
 
 
@@ -44,26 +43,28 @@ class Encoder:
 
     def __init__(
         self,
-        model: Autoencoder,
+        encode: Callable[[Tensor], Tensor],
         encoder: TextEncoder | None,
         args: argparse.Namespace,
         device: torch.device,
         latent: dict[str, Any],
         total: int,
     ) -> None:
-        self.model, self.text, self.device, self.args = model, encoder, device, args
+        self.encode, self.text, self.device, self.args = encode, encoder, device, args
         self.shape, self.picture = tuple(latent["shape"]), tuple(latent["picture"])
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.done, self.since, self.precision = 0, time.perf_counter(), args.mixed_precision
         self.total, self.bad, self.cut = total, 0, 0
 
-    def samples(self, images: Images, info: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """(key, fields) of every sample of a shard that can be read, in its order."""
-        first = sum(s.samples for s in images.shards.shards if s.name < info.name)
+    def samples(
+        self, shards: ShardSet, info: ShardInfo, pictures: Iterator[np.ndarray | UserError]
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """(key, fields) of every sample of a shard that can be read, in order; `pictures` goes on with the shard's."""
+        first = sum(s.samples for s in shards.shards if s.name < info.name)
         waiting: list[Picture] = []
-        for index in range(first, first + info.samples):
+        for index, pixels in zip(range(first, first + info.samples), pictures, strict=False):
             try:
-                waiting.append(self._read(images, index))
+                waiting.append(_sample(shards, index, pixels))
             except UserError as problem:
                 self._leave_out(problem)
             if len(waiting) >= self.batch:
@@ -71,10 +72,6 @@ class Encoder:
                 waiting = []
         if waiting:
             yield from self._batch(waiting)
-
-    def _read(self, images: Images, index: int) -> Picture:
-        key = images.shards.key(index)
-        return Picture(key, images.picture(index), _notes(key, images.shards.read(index, ("json", "txt"))))
 
     def _leave_out(self, problem: UserError) -> None:
         if self.args.on_bad_data == "error":
@@ -155,7 +152,7 @@ class Encoder:
         """Moments of pictures, or None where they do not fit into memory."""
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                moments: np.ndarray = self.model.encode(to_unit(pixels.to(self.device))).float().cpu().numpy()
+                moments: np.ndarray = self.encode(to_unit(pixels.to(self.device))).float().cpu().numpy()
         except (torch.OutOfMemoryError, MemoryError):
             return None
         except RuntimeError as failure:  # what torch's CPU allocator raises
@@ -184,6 +181,13 @@ def refuse_many(bad: int, total: int, data: str) -> None:
     if bad > math.ceil(LIMIT * total):
         what = f"{bad:,} of {total:,} samples cannot be read, more than {LIMIT:.0%}"
         raise UserError(what, hint=f"run: scripts/make_shards.py verify {data}", code=DATA)
+
+
+def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError) -> Picture:
+    if isinstance(pixels, UserError):
+        raise pixels
+    key = shards.key(index)
+    return Picture(key, pixels, _notes(key, shards.read(index, ("json", "txt"))))
 
 
 def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:

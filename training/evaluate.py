@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from training.errors import DATA, UserError
 from training.features import Features, load_features
 from training.files import read_json, write_json
 from training.metrics import Moments, frechet_distance, kernel_distance, wilson
-from training.order import Slot
 from training.remote import located
 from training.runs import autoencoder_hashes, load_autoencoder, versions
 from training.shards import ShardSet
@@ -80,7 +79,7 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     )
     rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", *(["lpips"] if network else []))}
     real, ours = Moments(features.dim), Moments(features.dim)
-    for pixels in chunks(images, chosen(images, args.count), device):
+    for pixels in chunks(images, images.first(args.count), device):
         made = _reconstruct(model, pixels)
         real.add(features(pixels))
         ours.add(features(made))
@@ -128,7 +127,7 @@ def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: t
     """log p of held-out pictures' latents given their captions, by the probability-flow ODE with Hutchinson's trace."""
     images = held_out(args)
     found = []
-    for first, pixels in enumerate(chunks(images, chosen(images, args.likelihood), device)):
+    for first, pixels in enumerate(chunks(images, images.first(args.likelihood), device)):
         index = range(first * CHUNK, first * CHUNK + len(pixels))
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
         denoise = pipeline.denoiser.bind(pipeline.text([caption(images, i) for i in index]))
@@ -240,15 +239,9 @@ def held_out(args: argparse.Namespace) -> Images:
     return Images(ShardSet(args.data, "val"))
 
 
-def chosen(images: Images, count: int) -> range:
-    """The first `count` pictures, or all of them."""
-    return range(min(count, len(images)) if count else len(images))
-
-
-def chunks(images: Images, index: Any, device: torch.device) -> Iterator[Tensor]:
-    """uint8 batches of the pictures at `index`."""
-    for first in range(0, len(index), CHUNK):
-        yield images.__getitems__([Slot(i, 0, i) for i in index[first : first + CHUNK]]).data.to(device)
+def chunks(images: Images, places: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """uint8 batches of the pictures at `places`."""
+    return (batch.data.to(device) for batch in images.chunks(places, CHUNK))
 
 
 def by_caption(images: Images) -> dict[str, list[int]]:

@@ -16,7 +16,7 @@ from ldm.pipeline import Pipeline
 from training import launch, likeness, pictures
 from training.asking import Request, ask, choose, inverted, parse_size, prompts, weighed
 from training.classifier import Judge, load_classifier
-from training.errors import CHECKPOINT, UserError
+from training.errors import UserError
 from training.files import file_sha256
 from training.runs import versions
 from training.strips import Strip
@@ -110,7 +110,6 @@ def prepare(args: argparse.Namespace, device: torch.device, original: likeness.O
         "versions": versions(),
     }
     if original:
-        same_preview(original, facts["preview"])
         likeness.compare(original, facts)
     how = {"negative": args.negative_prompt, "also": also, "start": start, "sampling": sampling, "size": size}
     output = Path(args.output)
@@ -128,15 +127,6 @@ def check_tile(tile: int) -> None:
     """Raises UserError for tiles too small to overlap."""
     if tile and tile < SMALLEST_TILE:
         raise UserError(f"--tile: must be 0 (off) or at least {SMALLEST_TILE} (got {tile})")
-
-
-def same_preview(original: likeness.Original, preview: str | None) -> None:
-    """Raises UserError(code 4) where `original` was decoded by another preview, or only one of the two by any."""
-    then = original.facts.get("preview")
-    if then != preview:
-        was, now = (f"preview {value[:12]}" if value else "no preview" for value in (then, preview))
-        hint = "give the same one with --preview" if then else "leave --preview out"
-        raise UserError(f"{original.path} was decoded with {was}, this is {now}", hint=hint, code=CHECKPOINT)
 
 
 def draw_grid(shown: list[Request], output: Path) -> None:

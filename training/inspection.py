@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoencoder.base import Autoencoder
+from autoencoder.discriminator import LEAST_SIDE
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.perceptual import Perceptual
@@ -26,12 +27,10 @@ from training.data import Images
 from training.errors import DATA, UserError, explained
 from training.features import load_features
 from training.files import check_output, write_bytes, write_json
-from training.order import Slot
 from training.probe import probe
 from training.runs import autoencoder_hashes, load_autoencoder, versions
 from training.settle import held_out_shards
 from training.shards import ShardSet
-from training.stage_one import SMALLEST
 
 if TYPE_CHECKING:
     import argparse
@@ -82,8 +81,8 @@ def load_distance(args: argparse.Namespace, images: Images, device: torch.device
     """The LPIPS network asked for. Raises UserError for pictures too small for it."""
     if not args.lpips:
         return None
-    if min(images[0].data.shape[-2:]) < SMALLEST:
-        raise UserError(f"LPIPS needs at least {SMALLEST} pixels a side", hint="leave --lpips out", code=DATA)
+    if min(images[0].data.shape[-2:]) < LEAST_SIDE:
+        raise UserError(f"LPIPS needs at least {LEAST_SIDE} pixels a side", hint="leave --lpips out", code=DATA)
     named = args.lpips in ("standard", "random")
     network = lpips.load_perceptual(args.lpips_net, args.lpips if named else "", None if named else args.lpips)
     return network.to(device)
@@ -104,20 +103,17 @@ class Study:
     @torch.no_grad()
     def see(self, images: Images, count: int, size: int) -> None:
         """Measure the first `count` pictures, all where it is 0, `size` at once."""
-        count = min(count, len(images)) or len(images)
         device = next(self.model.parameters()).device
-        for first in range(0, count, size):
-            slots = [Slot(i, 0, i) for i in range(first, min(count, first + size))]
-            pixels = images.__getitems__(slots).data.to(device)
+        for batch in images.chunks(images.first(count), size):
+            pixels, noise = batch.data.to(device), Noise(batch.slots.to(device))
             moments = self.model.encode(to_unit(pixels))
-            noise = Noise.from_seeds([slot.index for slot in slots], device)
             self.statistics(moments, noise)
             mean = self.model.norm.mean_latents(moments)
             self.reconstruct(pixels, mean)
             if self.model.quantize:
                 found = code_counts(self.model.quantize.indices(moments), self.model.quantize.codes)
                 self.counts = found if self.counts is None else self.counts + found
-            if first < CLOSE:
+            if self.seen < CLOSE:
                 self.look_closely(pixels, mean, noise)
             self.seen += len(pixels)
 
@@ -210,12 +206,10 @@ class Study:
     def worst(self, images: Images) -> Any:
         """The pictures of lowest PSNR, their reconstructions, and the difference."""
         chosen = torch.cat(self.rows["psnr"]).argsort()[:WORST].tolist()
-        pixels = images.__getitems__([Slot(i, 0, i) for i in chosen]).data
+        pixels = next(images.chunks(chosen, WORST)).data
         given = to_unit(pixels.to(next(self.model.parameters()).device))
         ours = to_uint8(self.model(given, None)[0]).cpu()
-        error = (ours.int() - pixels.int()).abs().mul(2).clamp(max=255).byte()
-        shown = torch.cat([pixels, ours, error])
-        return pictures.grid(shown, len(chosen), rows=["input", "reconstruction", "difference x2"])
+        return pictures.comparison({"input": pixels, "reconstruction": ours})
 
 
 def interval(values: Tensor) -> dict[str, float]:

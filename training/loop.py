@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training import optim
 from training.background import Writer
 from training.checkpoint import Checkpoint, Checkpoints, restore, snapshot
-from training.data import Batch, Images, Latents, stream
+from training.data import Batch, Images, Latents
 from training.ema import EMA
 from training.errors import UserError, explained
 from training.faults import fault
@@ -25,6 +25,7 @@ from training.order import Batches, DataOrder
 from training.posthoc import PowerAverages
 from training.settings import Optimizer, Train
 from training.signals import Signals
+from training.stream import stream
 from training.watchdogs import Attempt, Watchdogs, explain, out_of_memory
 
 if TYPE_CHECKING:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -44,6 +45,13 @@ def grid(
         if rows and i % columns == 0:
             draw.text((4, y + height // 2 - 6), rows[i // columns], fill="black", font=font)
     return sheet
+
+
+def comparison(rows: Mapping[str, Tensor]) -> Image.Image:
+    """Named batches of uint8 (B,3,H,W) beneath each other, and twice the difference of the last two."""
+    *_, given, ours = rows.values()
+    error = (ours.int() - given.int()).abs().mul(2).clamp(max=255).byte()
+    return grid(torch.cat([*rows.values(), error]), len(ours), rows=[*rows, "difference x2"])
 
 
 def save(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:

@@ -34,7 +34,6 @@ from ldm.weighting import Uniform
 from training.data import Images
 from training.features import Features
 from training.metrics import Moments, frechet_distance
-from training.order import Slot
 from training.stage_two import LEVELS
 
 SEED = 0
@@ -88,10 +87,8 @@ def probe(
 
 def batches(images: Images, count: int, device: torch.device) -> Any:
     """At most `count` pictures, spread over all of them, as float batches."""
-    chosen = range(0, len(images), max(1, len(images) // count))[:count]
-    for first in range(0, len(chosen), AT_ONCE):
-        slots = [Slot(i, 0, i) for i in chosen[first : first + AT_ONCE]]
-        yield to_unit(images.__getitems__(slots).data.to(device))
+    for batch in images.chunks(range(0, len(images), max(1, len(images) // count))[:count], AT_ONCE):
+        yield to_unit(batch.data.to(device))
 
 
 @torch.no_grad()

@@ -36,9 +36,8 @@ def measure(
         if perceptual:
             rows["lpips"].append(perceptual(to_unit(ours), images))
         if len(rows["psnr"]) == 1:
-            error = (ours.int() - pixels.int()).abs().mul(2).clamp(max=255).byte()
-            shown = torch.cat([part[:SHOWN].cpu() for part in (pixels, ours, error)])
-            pictures.grid(shown, SHOWN, rows=["input", "reconstruction", "difference x2"]).save(folder / "grid.png")
+            shown = {"input": pixels[:SHOWN], "reconstruction": ours[:SHOWN]}
+            pictures.comparison(shown).save(folder / "grid.png")
     numbers = {name: torch.cat(values).mean().item() for name, values in rows.items()}
     return numbers if isinstance(counts, int) else numbers | told_of_codes(counts)
 

@@ -14,7 +14,7 @@ from autoencoder.base import Autoencoder
 from autoencoder.critic import AUGMENTED_BY, Plateau, augment, lecam, move_anchors, r1
 from autoencoder.discriminator import LEAST_SIDE, maps
 from autoencoder.images import to_unit
-from autoencoder.losses import ADVERSARIALS, RECONSTRUCTIONS, LogVariance
+from autoencoder.losses import ADVERSARIALS, RECONSTRUCTIONS, LogVariance, of_kind
 from autoencoder.norm import LatentStatistics
 from autoencoder.perceptual import Perceptual
 from autoencoder.quantizer import Quantizer
@@ -24,14 +24,12 @@ from training.config import AutoencoderConfig
 from training.data import Batch, Images
 from training.looking import Returns, check_returns
 from training.loop import Stage
-from training.order import Slot
 from training.reconstructions import measure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MEASURED = 10_000  # images that the latent normaliser is measured on
-SMALLEST = LEAST_SIDE  # pixels a side that every LPIPS network can take
 
 
 class AutoencoderStage(Stage):
@@ -70,8 +68,8 @@ class AutoencoderStage(Stage):
             self.networks["alignment"] = Alignment(model.latent_channels, vision.width, *margins)
             self.optimizers["alignment"] = (["alignment"], 1.0)
         self.averaged, self.score = {"autoencoder": model}, ("psnr", -1.0)
-        self.distance = next(member for member in RECONSTRUCTIONS if member().kind == self.loss.reconstruction)()
-        self.game = next(member for member in ADVERSARIALS if member().kind == self.loss.adversarial_loss)()
+        self.distance = of_kind(RECONSTRUCTIONS, self.loss.reconstruction)
+        self.game = of_kind(ADVERSARIALS, self.loss.adversarial_loss)
         self.balance = torch.zeros(())
         self.sums: Tensor | None = None  # both gradients at the last layer, this step's so far
         self.anchors: Tensor | None = None  # moving averages of the logits of images and reconstructions
@@ -123,8 +121,9 @@ class AutoencoderStage(Stage):
         """One micro-batch: the decoder's balanced gradient, then the discriminator's own."""
         images = to_unit(batch.data.to(self.accelerator.device, non_blocking=True))
         slots, move = batch.slots.to(images.device), self.move(images, step)
+        noise = posterior_noise(self.model, images, slots, self.seed, step)
         with self.accelerator.autocast():
-            x_hat, moments = self.forward(images, self.noise(slots, images, step), *([move] if move else []))
+            x_hat, moments = self.forward(images, noise, *([move] if move else []))
         latent, penalty = self.latent_terms(moments, images)
         aligned = self.align(moments, images)
         images = move(images, self.model.factor) if move else images
@@ -155,7 +154,7 @@ class AutoencoderStage(Stage):
         """How this step's latents and images are moved, the same for all its micro-batches and processes."""
         uniform = Noise.from_seeds([self.seed]).uniform((3,), step, "move")[0]
         cells = images.shape[-2] // self.model.factor, images.shape[-1] // self.model.factor
-        smallest = SMALLEST if self.perceptual else 1
+        smallest = LEAST_SIDE if self.perceptual else 1
         if self.loss.adversarial:
             smallest = max(smallest, self.config.discriminator.smallest_image)
         move: Move | None = self.config.latent.move(uniform, cells, -(-smallest // self.model.factor))
@@ -199,7 +198,7 @@ class AutoencoderStage(Stage):
 
     def reconstruction(self, x_hat: Tensor, images: Tensor) -> Tensor:
         """Mean over the batch of distance + weight * LPIPS."""
-        loss = self.distance(x_hat, images).mean()
+        loss: Tensor = self.distance(x_hat, images).mean()
         if self.perceptual and self.loss.perceptual:
             loss = loss + self.loss.perceptual * self.perceptual(x_hat, images).mean()
         return loss
@@ -229,11 +228,6 @@ class AutoencoderStage(Stage):
                 total = total + self.loss.lecam * pull
         self.accelerator.backward(total * share)
         return loss.detach()
-
-    def noise(self, slots: Tensor, images: Tensor, step: int) -> Tensor:
-        """The posterior's draw, keyed by (seed, step, slot)."""
-        h, w = images.shape[-2] // self.model.factor, images.shape[-1] // self.model.factor
-        return Noise(slots.to(images.device)).normal((self.model.latent_channels, h, w), self.seed, step, "posterior")
 
     def after_backward(self, step: int) -> None:
         """Measure what the next step uses, over the global batch: gradients are averaged before their norms."""
@@ -276,23 +270,21 @@ class AutoencoderStage(Stage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
-        shown = self.looks(self.held_out, self.config.train.validation_size)
+        batches = self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64)
+        shown = (to_unit(batch.data.to(self.accelerator.device)) for batch in batches)
         return measure(self.model, self.perceptual, shown, folder)
-
-    def looks(self, dataset: Images, count: int, size: int = 64) -> Any:
-        """The first `count` images as float batches."""
-        count = min(count, len(dataset)) or len(dataset)
-        for first in range(0, count, size):
-            batch = dataset.__getitems__([Slot(i, 0, i) for i in range(first, min(count, first + size))])
-            yield to_unit(batch.data.to(self.accelerator.device))
 
     @torch.no_grad()
     def normalise(self) -> None:
         """The last act: measure per-channel shift and scale of z with the weights in place, evenly over the data."""
         statistics = LatentStatistics(self.model.norm, self.model.latent_channels)
         stride = max(1, len(self.dataset) // MEASURED)
-        chosen = range(0, len(self.dataset), stride)[:MEASURED]
-        for first in range(0, len(chosen), 64):
-            batch = self.dataset.__getitems__([Slot(i, 0, i) for i in chosen[first : first + 64]])
+        for batch in self.dataset.chunks(range(0, len(self.dataset), stride)[:MEASURED], 64):
             statistics.add(self.model.encode(to_unit(batch.data.to(self.accelerator.device))))
         statistics.fit()
+
+
+def posterior_noise(model: Autoencoder, images: Tensor, slots: Tensor, seed: int, step: int) -> Tensor:
+    """The posterior's draw for each image, keyed by (seed, step, slot)."""
+    h, w = images.shape[-2] // model.factor, images.shape[-1] // model.factor
+    return Noise(slots.to(images.device)).normal((model.latent_channels, h, w), seed, step, "posterior")

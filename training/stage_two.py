@@ -22,7 +22,6 @@ from training import pictures
 from training.config import DenoiserConfig
 from training.data import Batch, Latents
 from training.loop import Stage
-from training.order import Slot
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -149,9 +148,7 @@ class DenoiserStage(Stage):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
-        count = min(self.config.train.validation_size, len(self.held_out)) or len(self.held_out)
-        for first in range(0, count, 64):
-            batch = self.held_out.__getitems__([Slot(i, 0, i) for i in range(first, min(count, first + 64))])
+        for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             latents, cond = (
                 self.sample(batch, noise),

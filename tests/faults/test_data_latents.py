@@ -18,12 +18,13 @@ import tiny
 import torch
 
 from autoencoder.kl import KLAutoencoder
-from training.data import Images, Latents, stream
+from training.data import Images, Latents
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
 from training.order import Batches, DataOrder, Slot, substitute
 from training.shard_checks import verify
 from training.shards import ShardSet, ShardWriter, write_index
+from training.stream import stream
 
 LATENT = {"latent": {"shape": [4, 2, 2], "dtype": "float16", "picture": [8, 8], "factor": 4}}
 

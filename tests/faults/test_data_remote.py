@@ -21,11 +21,12 @@ from training import faults
 from training import remote as remotes
 from training.addresses import repeated, shown
 from training.ahead import followed
-from training.data import Images, stream
+from training.data import Images
 from training.errors import Unreachable, UserError
 from training.order import Batches, DataOrder
 from training.remote import Remote, located
 from training.shards import ShardSet, ShardWriter, write_index
+from training.stream import stream
 
 MEMORY = MemoryFileSystem()
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data import Batch, Images, Latents, stream
+from training.data import Batch, Images, Latents
 from training.errors import UserError
 from training.order import Batches, DataOrder, Slot
 from training.shards import ShardSet, ShardWriter, write_index
+from training.stream import stream
 
 
 def pack(folder: Path, fields: list[dict[str, bytes]], summary: dict[str, object], kind: str = "images") -> ShardSet:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.alignment import VisionFeatures
+from autoencoder.images import to_unit
 from training import config as configs
 from training.data import Images
 from training.errors import UserError
@@ -219,7 +220,7 @@ def test_the_normaliser(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> N
     """The last act: latents of the data have mean 0 and variance 1 per channel."""
     stage, _ = make()
     stage.normalise()
-    images = next(iter(stage.looks(stage.dataset, 96, 96)))
+    images = to_unit(next(stage.dataset.chunks(range(96), 96)).data)
     moments = stage.model.encode(images)
     latents = torch.cat([stage.model.norm.latents(moments, torch.randn(96, 4, 8, 8)) for _ in range(20)])
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=0.05)
@@ -318,7 +319,7 @@ def test_equivariance_moves_target_and_latents_alike(make: Callable[..., tuple[A
     """The step's loss is that of D(τ∘z) against τ∘x, at every size that the critic and LPIPS can take."""
     changes = {"latent__kind": "equivariance", "latent__probability": "1", "loss__perceptual": "0", "loss__kl": "0"}
     stage, _ = make(loss__adversarial="0", **changes)
-    images, sizes = next(iter(stage.looks(stage.dataset, 8))), set()
+    images, sizes = to_unit(next(stage.dataset.chunks(range(8), 8)).data), set()
     for number in range(5):
         move = stage.move(images, number)
         assert move is not None and move == stage.move(images[:1], number)

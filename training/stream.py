@@ -1,0 +1,52 @@
+"""The micro-batches of a process, read ahead by loader processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from training.ahead import followed
+from training.data import Batch, Images, Latents
+from training.errors import UserError
+from training.order import Batches, Slot
+from training.signals import sheltered, shield
+
+
+def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
+    """The micro-batches of this process, in order, read ahead by `workers` processes."""
+    loader: Any = DataLoader(
+        _Fetched(dataset),
+        batch_sampler=followed(batches, dataset.shards),
+        num_workers=workers,
+        collate_fn=_whole,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=shield,
+    )
+    with sheltered():
+        incoming = iter(loader)
+    for batch in incoming:
+        if isinstance(batch, UserError):
+            raise batch
+        if workers:  # what a loader process counts, it counts in a copy
+            dataset.count(batch.bad)
+        yield batch
+
+
+class _Fetched(Dataset[Any]):
+    """Hands a UserError over as a value: raised in a loader process, it would lose its hint and code."""
+
+    def __init__(self, dataset: Images | Latents) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, slots: list[Slot]) -> Batch | UserError:
+        try:
+            return self.dataset.__getitems__(slots)
+        except UserError as problem:
+            return problem
+
+
+def _whole(batch: Any) -> Any:
+    return batch
