@@ -20,16 +20,28 @@ cd "$project"
 f4=(--model.channels "[16, 32, 64]") f8=(--model.channels "[16, 32, 64, 64]")
 vq=(--model.kind vq --model.encoder_channels 16 --model.codes 1024 --model.normalize true --model.codebook_decay 0.99
     --model.revive_every 100 --loss.codebook 0.1)
-steps=800 late=(--loss.discriminator_start 250 --loss.adversarial_start 400 --loss.adversarial_ramp 200)
+steps=800 late=(--loss.discriminator_start 250 --loss.adversarial_start 400 --loss.adversarial_ramp 200 --loss.return_margin 1)
 
 train() { # NAME DATA FLAGS: one autoencoder at $out/NAME
-    run scripts/train_autoencoder.py --config fashion --batch-size 16 --max-steps $steps --sample-every 100 --save-every $steps \
+    run scripts/train_autoencoder.py --config fashion --batch-size 16 --max-steps $steps --sample-every 100 --save-every 100 \
         --data "$2" --output "$out/$1" --resume auto "${late[@]}" "${@:3}"
 }
 inspect() { # NAME DATA: its numbers and its probe's, at $out/NAME/inspection
     [ -e "$out/$1/inspection/inspection.json" ] || run scripts/inspect_autoencoder.py "$out/$1" --data "$2" \
         --output "$out/$1/inspection" --lpips random --lpips-net squeeze --probe-steps 400 --probe-samples 512
 }
+full() { # NAME DATA: a denoiser trained on it, judged, at $out/NAME/denoiser.json
+    run scripts/encode_latents.py --autoencoder "$out/$1" --data "$2" --output "$out/$1/latents"
+    run scripts/train_denoiser.py --config fashion --latents "$out/$1/latents" --output "$out/$1/denoiser" --max-steps 1200 --resume auto
+    [ -e "$out/$1/denoiser.json" ] || run scripts/evaluate.py --model "$out/$1/denoiser" --data "$2" --count 1000 --output "$out/$1/denoiser.json"
+}
+
+first=${data[0]} name=$(basename "$(dirname "${data[0]}")")
+train "$name-kl-f4" "$first" "${f4[@]}"; inspect "$name-kl-f4" "$first"
+train "$name-hard-start" "$first" "${f4[@]}" --loss.discriminator_start 400 --loss.adversarial_start 400 --loss.adversarial_ramp 1 --loss.return_margin 0
+train "$name-equivariance" "$first" "${f4[@]}" --latent.kind equivariance; inspect "$name-equivariance" "$first"
+train "$name-spectral" "$first" "${f4[@]}" --latent.kind spectral; inspect "$name-spectral" "$first"
+for latents in kl-f4 equivariance spectral; do full "$name-$latents" "$first"; done
 
 for set in "${data[@]}"; do
     name=$(basename "$(dirname "$set")")
@@ -37,17 +49,6 @@ for set in "${data[@]}"; do
     train "$name-kl-f8" "$set" "${f8[@]}"; inspect "$name-kl-f8" "$set"
     train "$name-vq-f4" "$set" "${f4[@]}" "${vq[@]}"; inspect "$name-vq-f4" "$set"
     train "$name-vq-f8" "$set" "${f8[@]}" "${vq[@]}"; inspect "$name-vq-f8" "$set"
-done
-
-first=${data[0]} name=$(basename "$(dirname "${data[0]}")")
-train "$name-hard-start" "$first" "${f4[@]}" --loss.discriminator_start 400 --loss.adversarial_start 400 --loss.adversarial_ramp 1
-train "$name-equivariance" "$first" "${f4[@]}" --latent.kind equivariance; inspect "$name-equivariance" "$first"
-train "$name-spectral" "$first" "${f4[@]}" --latent.kind spectral; inspect "$name-spectral" "$first"
-for latents in kl-f4 equivariance spectral; do
-    home=$out/$name-$latents
-    run scripts/encode_latents.py --autoencoder "$home" --data "$first" --output "$home/latents"
-    run scripts/train_denoiser.py --config fashion --latents "$home/latents" --output "$home/denoiser" --max-steps 600 --resume auto
-    [ -e "$home/denoiser.json" ] || run scripts/evaluate.py --model "$home/denoiser" --data "$first" --count 1000 --output "$home/denoiser.json"
 done
 
 "$PYTHON" - "$out" > "$out/table.md" <<'TABLE'
@@ -64,6 +65,14 @@ for home in sorted(file.parents[1] for file in out.glob("*/inspection/inspection
     last = f"{json.loads(full.read_text())['frechet_generated']:.2f}" if full.exists() else ""
     print(f"| {home.name} | {told['psnr']['mean']:.2f} | {told['ssim']['mean']:.3f} | {told['lpips']['mean']:.3f} | {statistics.median(rates):.0f}"
           f" | {probe['loss']:.3f} | {probe['frechet_reconstructed']:.2f} | {probe['frechet']:.2f} | {last} |")
+print("\n| autoencoder | equivariance error: half the size | turned by a quarter | power of the latents above half the highest frequency |")
+print("| --- | --- | --- | --- |")
+for kind in ("kl-f4", "equivariance", "spectral"):
+    home = next(out.glob("*-hard-start")).name.replace("hard-start", kind)
+    numbers = json.loads((out / home / "inspection" / "inspection.json").read_text())
+    moved, rings = numbers["equivariance_error"], numbers["spectrum"]["latents"]
+    high = sum(rings[len(rings) // 2:]) / sum(rings)
+    print(f"| {home} | {moved['half the size']['mean']:.3f} | {moved['turned by a quarter']['mean']:.3f} | {high:.1%} |")
 print("\n| held-out PSNR, dB (LPIPS) at step | held back | hard start |\n| --- | --- | --- |")
 curves = []
 for home in (next(out.glob("*-hard-start")).name.replace("hard-start", kind) for kind in ("kl-f4", "hard-start")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bo
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
         worker_init_fn=shield,
+        # Forked, loaders are born with this process's answers to signals; a server of loaders would die of the first.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     with sheltered():
         incoming = iter(loader)
