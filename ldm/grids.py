@@ -57,7 +57,7 @@ class Uniform(Grid):
             raise ValueError(f"uniform shift must be positive, got {self.shift}")
 
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        return _callable(shifted(_fractions(steps), self.shift), schedule)
+        return _callable(shifted(_fractions(steps), self.shift, schedule), schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +225,9 @@ class Given(Grid):
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         if steps != len(self.times) - 1:
             raise ValueError(f"{len(self.times)} given times make {len(self.times) - 1} steps, got steps = {steps}")
+        if self.times[-2] < schedule.t_min * (1 - 1e-9):
+            raise ValueError(f"given times above 0 must be at least this schedule's t_min = {schedule.t_min:g}, where "
+                             f"the network may be called, got {self.times[-2]:g}")
         return torch.tensor(self.times, dtype=torch.float64)
 
 

@@ -1,8 +1,8 @@
 """Guidance: from a denoiser, a condition and its absence to one callable for a sampler, itself a denoiser.
 
 Any combination with weights that sum to one of pairs (x0, eps) that make up x_t makes up x_t too, whichever of x0, eps
-or velocity it is written in; where a guidance does more, it names the space it works in and completes the pair.
-A new guidance is a class and an entry in `GUIDANCES`.
+or velocity it is written in; where a guidance does more, it names the space it works in and completes the pair. A
+learned variance stays the condition's own. A new guidance is a class and an entry in `GUIDANCES`.
 """
 
 from __future__ import annotations
@@ -168,15 +168,20 @@ class CFGZeroStar(Guidance):
     def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
         if self.scale == 1:
             return denoiser.bind(cond)
-        pair = both(denoiser, cond, _needed(null))
+        plain, pair = denoiser.bind(cond), both(denoiser, cond, _needed(null))
         process = Diffusion(schedule=denoiser.schedule, prediction=Velocity())
 
         def call(x: Tensor, t: Tensor) -> Denoised:
             if t >= self.zero_from:
-                return process.recover(x, torch.zeros_like(x), t)
-            with_cond, without = (process.target(ends.x0, ends.eps, t) for ends in pair(x, t))
+                still = process.recover(x, torch.zeros_like(x), t)
+                # Only a learned variance is worth a call here.
+                learned = denoiser.diffusion.learned_variance
+                return still._replace(log_var_frac=plain(x, t).log_var_frac) if learned else still
+            told, absent = pair(x, t)
+            with_cond, without = (process.target(ends.x0, ends.eps, t) for ends in (told, absent))
             without = without * (_dot(with_cond, without) / _dot(without, without).clamp(min=1e-12))
-            return process.recover(x, torch.lerp(without, with_cond, self.scale), t)
+            ends = process.recover(x, torch.lerp(without, with_cond, self.scale), t)
+            return ends._replace(log_var_frac=told.log_var_frac)
 
         return Guided(denoiser.schedule, call)
 

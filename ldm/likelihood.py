@@ -19,19 +19,20 @@ from ldm.samplers.base import check_grid
 from ldm.samplers.ode import CLASSIC, VARIABLES
 
 
-def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | None = None) -> Tensor:
+def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | None = None, probes: int = 1) -> Tensor:
     """log p(x) in nats, (B,), of data x (B, ...) noised by t_min, with N(0, prior_std^2) for the density at t = 1.
 
     Classic Runge-Kutta over the grid, which may fall or rise; times below t_min stand for t_min. The trace is exact, at
-    one backward pass a dimension, or with `probe` (one seed per sample) Hutchinson's estimate from one Rademacher
-    vector a sample, kept over the whole path. Raises ValueError on a bad grid or a wrong number of seeds.
+    one backward pass a dimension, or with `probe` (one seed per sample) Hutchinson's estimate: the mean over `probes`
+    Rademacher vectors a sample, kept over the whole path. Raises ValueError on a bad grid, a wrong number of seeds, and
+    fewer than one vector.
     """
-    if probe is not None and len(probe) != len(x):
-        raise ValueError(f"{len(x)} samples need as many seeds, got {len(probe)}")
+    if probe is not None and (len(probe) != len(x) or probes < 1):
+        raise ValueError(f"{len(x)} samples need as many seeds, got {len(probe)}, and at least 1 probe, got {probes}")
     schedule, variable = denoise.schedule, VARIABLES["flow"]
     times = check_grid(grid).sort().values.clamp(min=schedule.t_min)
     times = torch.cat([times[:1], times[1:][times.diff() > 0]])
-    vectors = _vectors(x, probe)
+    vectors = _vectors(x, probe, probes)
     start, scale = variable.place(schedule, times[0])
     z, change = x / scale, torch.zeros(len(x), dtype=x.dtype, device=x.device)
 
@@ -43,7 +44,7 @@ def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | Non
             velocity = ends.eps - ends.x0
             traces = [(torch.autograd.grad(velocity, leaf, vector, retain_graph=True)[0] * vector).flatten(1).sum(1)
                       for vector in vectors]
-        return velocity.detach(), torch.stack(traces).sum(0)
+        return velocity.detach(), torch.stack(traces).sum(0) / (1 if probe is None else probes)
 
     for t, s in pairwise(times.unbind()):
         start, end = variable.place(schedule, t)[0], variable.place(schedule, s)[0]
@@ -58,10 +59,11 @@ def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | Non
         math.prod(x.shape[1:]) * (variable.place(schedule, times[-1])[1] / scale).log())
 
 
-def _vectors(x: Tensor, probe: Noise | None) -> list[Tensor]:
-    """What the trace is taken along: every unit vector, or one of random signs."""
+def _vectors(x: Tensor, probe: Noise | None, probes: int) -> list[Tensor]:
+    """What the trace is taken along: every unit vector, or some of random signs."""
     if probe is not None:
-        return [torch.where(probe.uniform(x.shape[1:], "rademacher") < 0.5, -1.0, 1.0).to(x.dtype)]
+        signs = torch.where(probe.uniform((probes, *x.shape[1:]), "rademacher") < 0.5, -1.0, 1.0)
+        return list(signs.to(x.dtype).unbind(1))
     units = torch.eye(math.prod(x.shape[1:]), dtype=x.dtype, device=x.device)
     return [unit.view(1, *x.shape[1:]).expand_as(x) for unit in units]
 

@@ -44,13 +44,16 @@ class Objective:
     x0 (B, ...) are normalised latents; noise has one seed per sample, folded by the caller with the training step. With
     a learned variance T / 1000 times the variational bound is added, through which only the variance learns (Nichol &
     Dhariwal 2021, arXiv 2102.09672, eq. 16); where the network answers `Weighed` the loss is divided by exp(u) and u
-    is added.
+    is added. Raises ValueError where the schedule has no such times.
     """
 
     diffusion: Diffusion
     times: TimeSampling
     weighting: Weighting
     pairing: Pairing = Independent()  # noqa: RUF009  # frozen, without state
+
+    def __post_init__(self) -> None:
+        self.times.sample(torch.full((1,), 0.5, dtype=torch.float64), self.diffusion.schedule)
 
     def __call__(self, backbone: Network, x0: Tensor, cond: Cond, noise: Noise, places: Places | None = None) -> Tensor:
         """The loss of each sample, (B,) float32. `places` in the global batch are needed where times are stratified."""

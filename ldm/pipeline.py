@@ -36,6 +36,7 @@ class Pipeline:
     bit for bit. `judge`, for classifier guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their
     captions. `tile`, 0 or at least 16: the side, in latents, of the overlapping tiles that the autoencoder works in, so
     that its memory is that of one tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal).
+    Raises ValueError where the schedule has no such grid of so many steps.
     """
 
     judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
@@ -51,6 +52,7 @@ class Pipeline:
             sampling,
             size,
         )
+        sampling.grid(sampling.steps, denoiser.schedule)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ Randomness stays outside: `sample` turns uniform numbers into times. A new distr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,10 +45,18 @@ class Places(NamedTuple):
         return (self.position + u) / self.places
 
 
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """shift t / (1 + (shift - 1) t): on `flow`, log-SNR less 2 ln(shift). Esser et al. 2024 (arXiv 2403.03206), eq.
-    23."""
-    return shift * t / (1 + (shift - 1) * t)
+def shifted(t: Tensor, shift: float, schedule: NoiseSchedule) -> Tensor:
+    """The time whose log-SNR is that of t less 2 ln(shift): shift t / (1 + (shift - 1) t) on `flow`.
+
+    Esser et al. 2024 (arXiv 2403.03206), eq. 23; in log-SNR, Hoogeboom et al. 2023 (arXiv 2301.11093), section 3.1.
+    Raises ValueError on a schedule that ends before pure noise: it has no time for the lowest of these log-SNRs.
+    """
+    if shift == 1:
+        return t
+    if not schedule.pure_noise:
+        raise ValueError("shift: times can be shifted where the schedule ends in pure noise (flow, gvp, a DDPM table "
+                         "with zero_terminal_snr), and this one ends before; a DDPM table itself takes schedule.shift")
+    return schedule.time(schedule.logsnr(t) - 2 * math.log(shift))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,7 @@ class LogitNormal(TimeSampling):
 
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
-        return schedule.trained(shifted(t, self.shift))
+        return schedule.trained(shifted(t, self.shift, schedule))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +89,7 @@ class Uniform(TimeSampling):
             raise ValueError(f"uniform shift must be positive, got {self.shift}")
 
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        return schedule.trained(shifted(u, self.shift))
+        return schedule.trained(shifted(u, self.shift, schedule))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,16 +35,17 @@ def bound_at(schedule: NoiseSchedule, ends: Denoised, x0: Tensor, t: Tensor, *, 
     """
     step = 1 / walk_steps(schedule)
     last = t - step < schedule.t_min * (1 - 1e-9)
-    # On the last step the place of s is taken by t / 2: its terms are thrown away and must only be finite.
+    # Each sample takes one of two terms. The other is thrown away, but must be finite for its gradient to be 0: it is
+    # that of a step from t to t / 2.
     s = torch.where(last, t / 2, t - step)
+    above, below = torch.where(last, t + step, t), torch.where(last, t, t / 2)
     fraction = torch.zeros_like(x0) if ends.log_var_frac is None else ends.log_var_frac
     error = (x0 - ends.x0).square()
     gap = match(2 * (schedule(t).sigma.log() - schedule(s).sigma.log()), x0)
     weight = -(schedule.logsnr(s).exp() * (schedule.logsnr(t) - schedule.logsnr(s)).expm1())
     divergence = (fraction * gap + (-fraction * gap).exp() * (1 + match(weight, x0) * error) - 1) / 2
     large = 2 * schedule(t).sigma.log()
-    above = t + step
-    small = large + (-(schedule.logsnr(above) - schedule.logsnr(t)).expm1()).log()
+    small = large + (-(schedule.logsnr(above) - schedule.logsnr(below)).expm1()).log()
     log_var = match(small, x0) + fraction * match(large - small, x0)
     decoder = -_log_bins(x0, ends.x0, log_var, bins) if bins else (
         log_var + math.log(2 * math.pi) + error * (-log_var).exp()) / 2

@@ -1,26 +1,83 @@
-"""The kinds of every family of the diffusion core, as --help lists them without importing torch."""
+"""What --help lists of the diffusion core, without importing torch: the kinds of its families, read from their files,
+and the methods that are a key of theirs."""
 
 from __future__ import annotations
 
-KINDS = {
-    "schedule": "flow, gvp, vp, sub-vp, ve, edm, ddpm-linear, ddpm-scaled-linear, ddpm-cosine, ddpm-sigmoid",
-    "prediction": "velocity, eps, x0, v, score, edm",
-    "times": "logit-normal, uniform, log-normal, loss-aware",
-    "weighting": "uniform, snr, min-snr, soft-min-snr, elbo, p2, sigmoid, edm, learned",
-    "pairing": "independent, minibatch-ot",
-    "grid": "uniform, quadratic, karras, exponential, uniform-logsnr, leading, linspace, trailing, given",
-    "sampler": "dpmpp-2m, ddpm, ddim, euler, midpoint, heun, rk4, dpmpp-3m, dpmpp-2s, dpmpp-3s, dpmpp-sde-2m, "
-    "dpmpp-sde-3m, dpm-solver-2, dpm-solver-3, unipc, deis, ipndm, pndm, lms, euler-maruyama, reverse-diffusion, "
-    "predictor-corrector, langevin, heun-churn, restart, dopri5, bosh3",
-    "guidance": "classifier-free, apg, cfg-zero-star, autoguidance, classifier",
+import ast
+from importlib import resources
+from typing import NamedTuple
+
+FAMILIES = {  # section: a module or package of ldm, and the tuple there that lists the members
+    "schedule": ("schedules", "SCHEDULES"),
+    "prediction": ("predictions", "PREDICTIONS"),
+    "times": ("times", "TIMES"),
+    "weighting": ("weighting", "WEIGHTINGS"),
+    "pairing": ("pairing", "PAIRINGS"),
+    "grid": ("grids", "GRIDS"),
+    "sampler": ("samplers", "SAMPLERS"),
+    "guidance": ("guidance", "GUIDANCES"),
 }
-TRAINING = ("schedule", "prediction", "times", "weighting", "pairing")
-SAMPLING = ("sampler", "grid", "guidance")
 
 
-def listing(sections: tuple[str, ...]) -> str:
-    """One paragraph a section, as `--SECTION.kind` takes the names."""
+class Part(NamedTuple):
+    """Sections that are a choice among kinds, and beside them the methods that are keys: by name, an example."""
+
+    sections: tuple[str, ...]
+    methods: dict[str, str]
+
+
+TRAINING = Part(
+    ("schedule", "prediction", "times", "weighting", "pairing"),
+    {
+        "zero-terminal SNR (any ddpm-*)": "--schedule.kind ddpm-scaled-linear --schedule.zero_terminal_snr true",
+        "resolution shift of the process (any ddpm-*)": "--schedule.kind ddpm-cosine --schedule.shift 4",
+        "resolution shift of training times (logit-normal, uniform)": "--times.shift 3",
+        "score matching over noise levels (NCSN, SMLD)": "--schedule.kind ve --prediction.kind score "
+        "--weighting.kind snr",
+        "stratified times (any kind)": "--times.stratified true",
+        "learned variance": "--backbone.learned_variance true",
+        "warm-up EMA": "--train.ema 0.999",
+        "power-function EMA": "--train.ema_lengths 0.05,0.1 --train.ema_every 1000, then scripts/posthoc_ema.py",
+    },
+)
+SAMPLING = Part(
+    ("sampler", "grid", "guidance"),
+    {
+        "DDIM with eta": "--sampler.kind ddim --sampler.eta 0.5",
+        "DDPM variance: small, large, learned": "--sampler.kind ddpm --sampler.variance learned",
+        "ancestral VE steps": "--sampler.kind ddpm, of a model with --schedule.kind ve",
+        "stochastic flow sampling": "--sampler.kind euler-maruyama --sampler.diffusion sigma",
+        "EDM's churn": "--sampler.kind heun-churn --sampler.churn 0.2",
+        "poly-exponential grid": "--grid.kind exponential --grid.rho 2",
+        "resolution shift of the grid": "--grid.kind uniform --grid.shift 3",
+        "guidance interval": "--guidance.kind classifier-free --guidance.interval 0.2,0.8",
+        "guidance rescale": "--guidance.kind classifier-free --guidance.rescale 0.7",
+    },
+)
+
+
+def kinds(section: str) -> list[str]:
+    """The names of a family's members, in the order of the tuple that lists them."""
+    module, members = FAMILIES[section]
+    package = resources.files("ldm") / module
+    files = list(package.iterdir()) if package.is_dir() else [resources.files("ldm") / f"{module}.py"]
+    trees = (ast.parse(file.read_text("utf-8")) for file in files if file.name.endswith(".py"))
+    named: dict[str, str] = {}
+    listed: list[str] = []
+    for node in (node for tree in trees for node in tree.body):
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                if isinstance(part, ast.AnnAssign) and part.value and ast.unparse(part.target) == "kind":
+                    named[node.name] = ast.literal_eval(part.value)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == members:
+            listed = ast.unparse(node.value).strip("()").split(", ")
+    return [named[name] for name in listed]
+
+
+def listing(*parts: Part) -> str:
+    """One paragraph a section, as `--SECTION.kind` takes the names; then the methods that are keys."""
     from textwrap import fill
 
-    texts = (f"--{name}.kind  {KINDS[name]}" for name in sections)
+    texts = [f"--{name}.kind  {', '.join(kinds(name))}" for part in parts for name in part.sections]
+    texts += ["", "by a key:", *(f"  {name}: {flags}" for part in parts for name, flags in part.methods.items())]
     return "\n".join(fill(text, 110, subsequent_indent=" " * 8, break_on_hyphens=False) for text in texts)

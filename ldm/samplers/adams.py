@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler, mix, noise_ratio
+from ldm.samplers.base import BySettings, Memory, Sampler, mix, noise_ratio
 
 
 class _Slope(NamedTuple):
@@ -31,7 +31,6 @@ class Adams(Sampler):
     """The common step; a member says how much each earlier eps weighs. Raises ValueError on an order it has no rule
     for."""
 
-    order: ClassVar[int] = 2
     calls: ClassVar[int] = 1
     rises: ClassVar[bool] = True
     solver_order: int
@@ -39,6 +38,10 @@ class Adams(Sampler):
     def __post_init__(self) -> None:
         if self.solver_order not in (1, 2, 3, 4):
             raise ValueError(f"{self.kind} solver_order must be 1, 2, 3 or 4, got {self.solver_order}")
+
+    @BySettings
+    def order(self) -> int:
+        return min(self.solver_order, 2)
 
     @abstractmethod
     def weights(self, ratios: list[float], end: float) -> list[float]:

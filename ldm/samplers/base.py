@@ -16,6 +16,17 @@ from ldm.diffusion import Denoised
 from ldm.noise import Noise
 from ldm.schedules import Level, NoiseSchedule
 
+
+class BySettings:
+    """A number of a sampler that its settings decide, by the decorated method; of the class, that of its defaults."""
+
+    def __init__(self, rule: Callable[[Any], int]) -> None:
+        self.rule = rule
+
+    def __get__(self, sampler: Any, cls: type) -> int:
+        return self.rule(cls() if sampler is None else sampler)
+
+
 Memory = Any
 """What a multistep sampler hands from one step to the next: None before the first step."""
 
@@ -25,7 +36,8 @@ class Sampler(ABC):
 
     `order` is the power of the step with which its error falls (the variance's, where it adds noise), 0 where that is
     not what sets it; `calls` the number of network calls a step away from the ends, 0 where it depends on grid or data;
-    `rises` whether it also walks away from the data, as rules without noise can: s > t.
+    `rises` whether it also walks away from the data, as rules without noise can: s > t. What settings change is
+    `BySettings`.
     """
 
     kind: str

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler, noise_ratio
+from ldm.samplers.base import BySettings, Memory, Sampler, noise_ratio
 from ldm.samplers.ode import Heun, Variable
 from ldm.schedules import NoiseSchedule
 
@@ -38,7 +38,6 @@ class HeunChurn(Sampler):
     of 256 steps. Karras et al. 2022 (arXiv 2206.00364), algorithm 2 and table 5.
     """
 
-    order: ClassVar[int] = 0
     calls: ClassVar[int] = 2
     kind: Literal["heun-churn"] = "heun-churn"
     churn: float = 0.15625
@@ -55,6 +54,10 @@ class HeunChurn(Sampler):
             raise ValueError(f"heun-churn needs 0 <= ratio_min <= ratio_max and noise_scale of at least 0, got "
                              f"{self.ratio_min}, {self.ratio_max} and {self.noise_scale}")
         Heun(variable=self.variable)
+
+    @BySettings
+    def order(self) -> int:
+        return 0 if self.churn else Heun.order
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
              noise: Noise) -> tuple[Tensor, Memory]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.ancestral import DDPM
-from ldm.samplers.base import Memory, Sampler, mix
+from ldm.samplers.base import BySettings, Memory, Sampler, mix
 from ldm.schedules import NoiseSchedule
 
 
@@ -95,12 +95,11 @@ class PredictorCorrector(Sampler):
     """`corrector_steps` Langevin steps at t, then a reverse-diffusion step from t to s.
 
     The Langevin step is 2 (alpha_t / alpha_s)^2 (snr ||z|| / ||score||)^2, with norms per sample. Weak order 1 at best:
-    the corrector has its own fixed point, (1 + snr^2) sigma^2 on a Gaussian. `corrector_steps` + 1 calls a step.
+    the corrector has its own fixed point, (1 + snr^2) sigma^2 on a Gaussian. `corrector_steps` + 1 calls a step, and
+    without them it is `reverse-diffusion`.
     Song et al. 2021 (arXiv 2011.13456), algorithms 2 to 5.
     """
 
-    order: ClassVar[int] = 0
-    calls: ClassVar[int] = 2
     kind: Literal["predictor-corrector"] = "predictor-corrector"
     snr: float = 0.16
     corrector_steps: int = 1
@@ -109,6 +108,14 @@ class PredictorCorrector(Sampler):
         if self.snr < 0 or self.corrector_steps < 0:
             raise ValueError(f"predictor-corrector needs snr and corrector_steps of at least 0, got {self.snr} and "
                              f"{self.corrector_steps}")
+
+    @BySettings
+    def calls(self) -> int:
+        return 1 + (self.corrector_steps if self.snr else 0)
+
+    @BySettings
+    def order(self) -> int:
+        return 0 if self.calls > 1 else ReverseDiffusion.order
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
              noise: Noise) -> tuple[Tensor, Memory]:
@@ -138,7 +145,6 @@ class Langevin(Sampler):
     """
 
     order: ClassVar[int] = 0
-    calls: ClassVar[int] = 5
     kind: Literal["langevin"] = "langevin"
     inner_steps: int = 5
     step_size: float = 0.062
@@ -147,6 +153,10 @@ class Langevin(Sampler):
         if self.inner_steps < 1 or not 0 < self.step_size < 1:
             raise ValueError(f"langevin needs inner_steps of at least 1 and step_size in (0, 1), got "
                              f"{self.inner_steps} and {self.step_size}")
+
+    @BySettings
+    def calls(self) -> int:
+        return self.inner_steps
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
              noise: Noise) -> tuple[Tensor, Memory]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler
+from ldm.samplers.base import BySettings, Memory, Sampler
 from ldm.samplers.dpm import Past, half_logsnr
 
 
@@ -25,7 +25,6 @@ class UniPC(Sampler):
     are of lower order. UniP-1 is DDIM, UniP-2 is `dpmpp-2m`. Zhao et al. 2023 (arXiv 2302.04867), algorithms 5 and 6.
     """
 
-    order: ClassVar[int] = 2
     calls: ClassVar[int] = 1
     rises: ClassVar[bool] = True
     kind: Literal["unipc"] = "unipc"
@@ -35,6 +34,11 @@ class UniPC(Sampler):
     def __post_init__(self) -> None:
         if self.solver_order not in (1, 2, 3):
             raise ValueError(f"unipc solver_order must be 1, 2 or 3, got {self.solver_order}")
+
+    @BySettings
+    def order(self) -> int:
+        # What may be relied on: how far the first steps, of lower order, hold the rest back depends on the grid.
+        return min(self.solver_order + self.corrector, 2)
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[Past, ...] | None,
              noise: Noise) -> tuple[Tensor, Memory]:

@@ -20,12 +20,15 @@ class Table(NoiseSchedule):
 
     `zero_terminal_snr` shifts and scales alpha so that its last entry is 0 and its first unchanged (Lin et al. 2023,
     arXiv 2305.08891, algorithm 1). The last interval is then linear in alpha / sigma, whose logarithm is infinite.
+    `shift` then lowers log-SNR by 2 ln(shift), for larger images (Hoogeboom et al. 2023, arXiv 2301.11093, section
+    3.1).
     The network sees the index i = T t - 1.
     """
 
     kind: str
     steps: int
     zero_terminal_snr: bool
+    shift: float
 
     @abstractmethod
     def betas(self) -> Tensor:
@@ -34,6 +37,8 @@ class Table(NoiseSchedule):
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ValueError(f"{self.kind} needs at least 2 steps, got {self.steps}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"{self.kind} shift must be positive, got {self.shift}")
         betas = self.betas()
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"{self.kind}: every beta must lie in (0, 1), got "
@@ -54,10 +59,10 @@ class Table(NoiseSchedule):
     def alpha_bar(self) -> Tensor:
         """alpha^2 at the T entries, float64 on the CPU."""
         alpha_bar = (1 - self.betas()).cumprod(0)
-        if not self.zero_terminal_snr:
-            return alpha_bar
-        alpha = alpha_bar.sqrt()
-        return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        if self.zero_terminal_snr:
+            alpha = alpha_bar.sqrt()
+            alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        return alpha_bar if self.shift == 1 else alpha_bar / (alpha_bar + self.shift**2 * (1 - alpha_bar))
 
     def logsnr(self, t: Tensor) -> Tensor:
         position, below, above = self._interval(t)
@@ -122,6 +127,7 @@ class DDPMLinear(Table):
     beta_min: float = 1e-4
     beta_max: float = 0.02
     zero_terminal_snr: bool = False
+    shift: float = 1.0
 
     def betas(self) -> Tensor:
         return torch.linspace(self.beta_min, self.beta_max, self.steps, dtype=torch.float64)
@@ -137,6 +143,7 @@ class DDPMScaledLinear(Table):
     beta_min: float = 0.00085
     beta_max: float = 0.012
     zero_terminal_snr: bool = False
+    shift: float = 1.0
 
     def betas(self) -> Tensor:
         return torch.linspace(self.beta_min**0.5, self.beta_max**0.5, self.steps, dtype=torch.float64) ** 2
@@ -151,6 +158,7 @@ class DDPMCosine(Table):
     s: float = 0.008
     max_beta: float = 0.999
     zero_terminal_snr: bool = False
+    shift: float = 1.0
 
     def betas(self) -> Tensor:
         t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
@@ -168,6 +176,7 @@ class DDPMSigmoid(Table):
     beta_max: float = 0.02
     width: float = 6.0
     zero_terminal_snr: bool = False
+    shift: float = 1.0
 
     def betas(self) -> Tensor:
         ramp = torch.linspace(-self.width, self.width, self.steps, dtype=torch.float64).sigmoid()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised, Diffusion
 from ldm.noise import Noise
-from ldm.samplers import Sampler, mix, sample
-from ldm.schedules import NoiseSchedule
+from ldm.samplers import RK4, Sampler, mix, sample
+from ldm.schedules import Flow, NoiseSchedule
 
 F64 = torch.float64
 
@@ -101,6 +102,19 @@ def two_modes(schedule: NoiseSchedule) -> Mixture:
     return Mixture(schedule, torch.tensor([0.3, 0.7], dtype=F64), means, covariances)
 
 
+def end_of_ode(data: Callable[[NoiseSchedule], Mixture], schedule: NoiseSchedule, x: Tensor, t: Tensor,
+               steps: int = 200) -> Tensor:
+    """Where the probability-flow ODE of `data` under `schedule` takes x from t to t = 0, to 1e-7.
+
+    Every process is the flow at w = sigma / (alpha + sigma), scaled by alpha + sigma, and that one can be walked to its
+    very end: by the classic Runge-Kutta rule on the velocity.
+    """
+    alpha, sigma = schedule(t)
+    grid = torch.linspace(1, 0, steps + 1, dtype=F64) * (sigma / (alpha + sigma))
+    walk = RK4(variable="t")
+    return sample(walk, data(Flow(t_min=0.0)), x / (alpha + sigma), grid, Noise.from_seeds([0] * len(x)))
+
+
 @dataclass(frozen=True)
 class Through:
     """An oracle seen through a network's prediction: what a perfect network of that prediction gives a sampler."""
@@ -115,6 +129,25 @@ class Through:
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
         ends = self.oracle(x, t)
         return self.diffusion.recover(x, self.diffusion.target(ends.x0, ends.eps, t), t)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """An oracle as it is for the first sample of a batch, and `Through` one prediction for each of the others."""
+
+    oracle: Denoise
+    diffusions: list[Diffusion]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.oracle.schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        first, *ends = map(Denoised, *(part.split(1) for part in self.oracle(x, t)[:2]))
+        targets = [diffusion.target(end.x0, end.eps, t) for diffusion, end in zip(self.diffusions, ends, strict=True)]
+        others = zip(self.diffusions, x[1:].split(1), targets, strict=True)
+        parts = [first, *(diffusion.recover(part, target, t) for diffusion, part, target in others)]
+        return Denoised(torch.cat([part.x0 for part in parts]), torch.cat([part.eps for part in parts]))
 
 
 @dataclass
@@ -153,6 +186,30 @@ class Impulses(Noise):
         impulse = torch.zeros(len(self), *shape, dtype=dtype)
         impulse[draws[0]] = 1
         return impulse
+
+
+class Tally(Noise):
+    """Counts its draws, each of which is the place of a sample in the batch."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(torch.zeros(batch, dtype=torch.int64))
+        object.__setattr__(self, "draws", [0])
+
+    def fold(self, *key: int | str) -> Tally:
+        return self
+
+    def normal(self, shape: torch.Size, *key: int | str, dtype: torch.dtype = F64) -> Tensor:  # type: ignore[override]
+        draws: list[int] = self.draws  # type: ignore[attr-defined]
+        draws[0] += 1
+        return torch.arange(len(self), dtype=dtype).view(-1, *[1] * len(shape)).expand(-1, *shape)
+
+
+def draws_of(sampler: Sampler, denoise: Denoise, grid: Tensor) -> int | None:
+    """How often a sampler draws noise, if it is an affine map of x and the noise where the denoiser is; else None."""
+    tally, x = Tally(3), torch.tensor([[-1.0], [0.5], [2.0]], dtype=F64)
+    low, middle, high = sample(sampler, denoise, x, grid, tally).flatten().tolist()
+    count: int = tally.draws[0]  # type: ignore[attr-defined]
+    return count if abs(high - 2 * middle + low) <= 1e-6 * abs(high - low) else None
 
 
 def fitted_order(steps: list[int], errors: list[float]) -> float:

@@ -1,24 +1,52 @@
-"""A schedule, a prediction and a sampler from outside the package work with all that is in it, as objects."""
+"""A schedule and a sampler from outside the package pass every family's tests, and work with all that is in it.
+
+Each test of a family that is run over schedules is run here with `Secant` in the place of `Flow`, which has the same
+ends of time; each that is run over samplers, with `Twice` in the place of `DDIM`; and all over again with both.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import pytest
+import test_declared
+import test_grids
+import test_guidance
+import test_likelihood
+import test_memory
+import test_objective
+import test_predictions
+import test_properties
+import test_samplers
+import test_schedules
+import test_shift
+import test_synchronisation
+import test_times
 import torch
-from oracles import F64, Isotropic, Through, final_variance, fitted_order, marginal, scalar
 from torch import Tensor
 
-from ldm.denoiser import Denoise
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoise, Denoiser
 from ldm.diffusion import Diffusion
-from ldm.grids import GRIDS, Given
+from ldm.grids import Karras
+from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
-from ldm.predictions import PREDICTIONS
-from ldm.samplers import SAMPLERS, Memory, Sampler, mix, prior, sample
-from ldm.schedules import SCHEDULES, Level, NoiseSchedule
+from ldm.objective import Objective
+from ldm.predictions import V
+from ldm.samplers import DDIM, Memory, Sampler, mix, prior, sample
+from ldm.schedules import Flow, Level
 from ldm.schedules.base import Continuous
-from ldm.weighting import WEIGHTINGS
+from ldm.times import LogitNormal
+from ldm.weighting import ELBO
+
+FAMILIES = (test_schedules, test_predictions, test_grids, test_objective, test_times, test_samplers, test_properties,
+            test_memory, test_synchronisation, test_guidance, test_likelihood, test_declared, test_shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +82,7 @@ class Twice(Sampler):
 
     order = 1
     calls = 2
+    rises = True
     kind: str = "twice"
 
     def step(
@@ -61,31 +90,101 @@ class Twice(Sampler):
     ) -> tuple[Tensor, Memory]:
         schedule = denoise.schedule
         middle = schedule.time((schedule.logsnr(t) + schedule.logsnr(s)) / 2)
-        if not math.isfinite(middle.item()) or not s < middle < t:
+        if not math.isfinite(middle.item()) or not min(s, t) < middle < max(s, t):
             return mix(schedule(s), denoise(x, t)), None
         return mix(schedule(s), denoise(mix(schedule(middle), denoise(x, t)), middle)), None
 
 
-@pytest.mark.parametrize("sampler", [*(cls() for cls in SAMPLERS), Twice()], ids=repr)
-def test_a_new_schedule_is_sampled_by_every_sampler(sampler: Sampler) -> None:
-    schedule, counts, errors = Secant(), [32, 64, 128], []
-    for steps in counts if sampler.order else []:
-        grid = schedule.time(torch.linspace(-4.6, 4.6, steps + 1, dtype=F64))
-        variance = final_variance(sampler, schedule, grid, 0.5, marginal(schedule, grid[0], 0.5) ** 0.5)
-        errors.append(abs(variance - marginal(schedule, grid[-1], 0.5)))
-    assert not errors or fitted_order(counts, errors) > sampler.order - 0.25
+STANDS_FOR = ((Flow(), Secant()), (DDIM(), Twice()))
 
 
-@pytest.mark.parametrize("schedule", [*(cls() for cls in SCHEDULES), Secant()], ids=repr)
-def test_a_new_sampler_samples_every_schedule_prediction_and_grid(schedule: NoiseSchedule) -> None:
-    noise = Noise.from_seeds([0, 1])
-    for prediction in (cls() for cls in PREDICTIONS):
-        if prediction.refusal(schedule) is not None:
-            continue
-        diffusion = Diffusion(schedule=schedule, prediction=prediction)
-        for grid in (cls() for cls in GRIDS if cls is not Given):
-            x = prior(schedule, (2,), noise, dtype=F64)
-            drawn = sample(Twice(), Through(Isotropic(schedule), diffusion), x, grid(5, schedule), noise)
-            assert bool(drawn.isfinite().all())
-        for weighting in (cls() for cls in WEIGHTINGS):
-            assert weighting(diffusion, scalar(0.5)[None]).isfinite()
+def swapped(value: object) -> object:
+    """The outsider that takes a member's place, its class that of the member's class; else the value itself."""
+    for old, new in STANDS_FOR:
+        if value is type(old):
+            return type(new)
+        if type(value) is type(old) and value == old:
+            return new
+    return value
+
+
+def rows(mark: pytest.Mark) -> list[dict[str, object]]:
+    """The arguments of a parametrisation, those with an outsider in the place of its member after them."""
+    names = mark.args[0].split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
+    values = [tuple(row) if len(names) > 1 else (row,) for row in mark.args[1]]
+    new = [tuple(map(swapped, row)) for row in values]
+    values += [row for row, old in zip(new, values, strict=True) if any(map(operator.is_not, row, old))]
+    return [dict(zip(names, row, strict=True)) for row in values]
+
+
+def cases() -> Iterator[Any]:
+    """Every test of a family with every choice of its arguments that has an outsider among them."""
+    for module in FAMILIES:
+        for name, function in vars(module).items():
+            marks = getattr(function, "pytestmark", [])
+            if not name.startswith("test_") or any(mark.name == "skipif" and mark.args[0] for mark in marks):
+                continue
+            for chosen in product(*(rows(mark) for mark in marks if mark.name == "parametrize")):
+                arguments = {key: value for row in chosen for key, value in row.items()}
+                kinds = [str(getattr(value, "kind", value)) for value in arguments.values()]
+                if {"secant", "twice"} & set(kinds):
+                    yield pytest.param(function, arguments, id=f"{name[5:]}-{'-'.join(kinds)}")
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize(("function", "arguments"), CASES)
+def test_an_outsider_passes(function: Callable[..., None], arguments: dict[str, object]) -> None:
+    function(**arguments)
+
+
+@pytest.mark.parametrize("test", ["test_samplers_are_linear_on_gaussian_data",
+                                  "test_a_sample_does_not_depend_on_its_place_in_a_batch"])
+@pytest.mark.parametrize("sampler", [*test_samplers.SAMPLERS, Twice])
+def test_what_hypothesis_draws_schedules_for_holds_on_a_new_one(test: str, sampler: type[Sampler]) -> None:
+    inner = getattr(test_properties, test).hypothesis.inner_test
+    wanted = {"schedule": Secant(), "a": 0.7, "b": -2.0, "x": 1.5, "y": -0.4, "order": [3, 0, 4, 1, 2], "cut": 2}
+    if sampler.order or "cut" in inspect.signature(inner).parameters:
+        inner(sampler=sampler(), **{key: wanted[key] for key in inspect.signature(inner).parameters if key in wanted})
+
+
+def test_the_families_are_all_there() -> None:
+    """The list above is made by looking; these must not fall out of it."""
+    ran = {(case.values[0].__name__, kind) for case in CASES for kind in ("secant", "twice")
+           if kind in [getattr(value, "kind", None) for value in case.values[1].values()]}
+    schedules = ["the_clean_end", "logsnr_falls_and_is_that_of_the_level", "rates_are_the_derivatives",
+                 "time_inverts_logsnr", "logsnr_falls_between_any_two_times", "both_ends_come_back",
+                 "every_prediction_is_converted_to_every_other", "every_grid_falls_to_zero_on_every_schedule",
+                 "weights_are_finite_and_not_negative_everywhere", "drawn_times_can_be_trained_at",
+                 "a_gaussian_has_its_own_density", "no_guidance_and_no_denoiser_waits"]
+    samplers = ["a_sample_does_not_depend_on_its_batch", "one_step_and_two_reach_a_finite_sample",
+                "watching_changes_nothing_and_shows_every_step", "samplers_are_linear_on_gaussian_data",
+                "the_network_is_called_as_often_as_declared_and_where_it_may_be", "no_sampler_waits",
+                "away_from_the_ends_a_step_costs_what_is_declared", "nothing_grows_with_the_steps",
+                "a_sample_does_not_depend_on_its_place_in_a_batch", "samplers_are_frozen_configs"]
+    both = ["order_of_convergence", "the_data_come_out_on_every_process_and_prediction",
+            "a_sampler_that_rises_comes_back_and_any_other_refuses"]
+    assert ran >= {(f"test_{name}", "secant") for name in schedules + both}
+    assert ran >= {(f"test_{name}", "twice") for name in samplers + both}
+
+
+def test_outsiders_train_and_draw_as_objects() -> None:
+    """A loss to descend and a guided batch of samples, through the Python API alone."""
+    diffusion, noise = Diffusion(schedule=Secant(), prediction=V()), Noise.from_seeds([0, 1])
+    weight = torch.tensor(0.5, requires_grad=True)
+    told, untold = (Cond(torch.full((2, 1, 1), flag), torch.ones(2, 1, dtype=torch.bool)) for flag in (1.0, 0.0))
+
+    def network(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        return weight * torch.tanh(x + cond.context[:, 0])
+
+    loss = Objective(diffusion=diffusion, times=LogitNormal(), weighting=ELBO())(network, torch.ones(2, 3), told, noise)
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None and bool(weight.grad.isfinite()) and weight.grad != 0
+    drawn = []
+    for scale in (1.0, 3.0):
+        denoise = ClassifierFree(scale=scale)(Denoiser(network, diffusion), told, untold)
+        x = prior(Secant(), (3,), noise)
+        drawn.append(sample(Twice(), denoise, x, Karras()(8, Secant()), noise))
+        assert bool(drawn[-1].isfinite().all())
+    assert not torch.equal(*drawn)

@@ -60,7 +60,7 @@ def test_karras_on_a_table_ends_where_the_table_does() -> None:
 
 def test_uniform_quadratic_and_shift() -> None:
     torch.testing.assert_close(Uniform()(4, VP()), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=F64))
-    torch.testing.assert_close(Uniform(shift=3)(4, VP()), torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=F64))
+    torch.testing.assert_close(Uniform(shift=3)(4, Flow()), torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=F64))
     torch.testing.assert_close(Quadratic()(4, VP()), torch.tensor([1, 0.5625, 0.25, 0.0625, 0], dtype=F64))
 
 
@@ -89,6 +89,13 @@ def test_table_grids_visit_the_published_entries() -> None:
     with pytest.raises(ValueError, match="at most 1000 steps"):
         Uniform()(1001, DDPMLinear())
     assert Quadratic()(1000, DDPMLinear())[-4:].tolist() == [0.003, 0.002, 0.001, 0]
+
+
+def test_given_times_are_those_where_a_network_may_be_called() -> None:
+    for schedule in (VP(), DDPMLinear()):
+        with pytest.raises(ValueError, match="at least this schedule's t_min = 0.001"):
+            Given(times=(1.0, 0.5, 0.0005, 0.0))(3, schedule)
+        assert Given(times=(1.0, 0.5, 0.001, 0.0))(3, schedule)[-2] == 0.001
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from oracles import F64, gaussian, scalar
 from torch import Tensor
 
+from ldm.composition import composed
 from ldm.conditioning import Cond
 from ldm.denoiser import Backbone, Denoise, Denoiser
 from ldm.diffusion import Diffusion
@@ -25,9 +26,9 @@ from ldm.guidance import (
     classifier_guided,
 )
 from ldm.noise import Noise
-from ldm.predictions import X0, Velocity
-from ldm.samplers import Heun, prior, sample
-from ldm.schedules import EDM, VP, Flow, NoiseSchedule
+from ldm.predictions import X0, V, Velocity
+from ldm.samplers import DDPM, Heun, prior, sample
+from ldm.schedules import EDM, VP, DDPMLinear, Flow, NoiseSchedule
 
 
 class Network:
@@ -111,6 +112,28 @@ def test_a_guided_pair_makes_up_x_again_in_one_call(cls: type[Guidance], schedul
         alpha, sigma = schedule(scalar(t))
         torch.testing.assert_close(alpha * ends.x0 + sigma * ends.eps, x, rtol=1e-9, atol=1e-9)
         assert calls == {Autoguidance: [4, 4], ByClassifier: [4]}.get(cls, [8]) or (cls is CFGZeroStar and not calls)
+
+
+@pytest.mark.parametrize("cls", [*GUIDANCES, None])
+def test_a_learned_variance_stays_the_conditions_own(cls: type[Guidance] | None) -> None:
+    """At every time, pure noise included, so that a walk with it comes to its end. None: several conditions."""
+
+    def network(x: Tensor, level: Tensor, condition: Cond) -> Tensor:
+        told = condition.context.to(x.dtype)[:, :, None]
+        return torch.cat([torch.tanh(x + told), torch.sin(x - told)], dim=1)
+
+    schedule = DDPMLinear(zero_terminal_snr=True)
+    denoiser = aided(network, Diffusion(schedule=schedule, prediction=V(), learned_variance=True))
+    noise, told, null = Noise.from_seeds([0, 1, 2]), cond(1, 3), cond(0, 1)
+    both = [(told, 2.0), (cond(2, 3), 0.5)]
+    guided = ruled(cls, 3.0)(denoiser, told, null) if cls else composed(denoiser, both, null)
+    x = prior(schedule, (2, 3, 3), noise)
+    for t in (schedule.t_min, 0.3, 1.0):
+        fraction = guided(x, scalar(t)).log_var_frac
+        assert fraction is not None
+        torch.testing.assert_close(fraction, denoiser(x, scalar(t), told).log_var_frac)
+    drawn = sample(DDPM(variance="learned"), guided, x, Uniform()(5, schedule), noise)
+    assert bool(drawn.isfinite().all())
 
 
 @pytest.mark.parametrize("cls", GUIDANCES)

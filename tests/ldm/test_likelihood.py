@@ -58,7 +58,20 @@ def test_hutchinson_is_unbiased_and_per_sample() -> None:
     )
 
 
+def test_more_probes_come_nearer_to_the_trace() -> None:
+    """The first of several is the one that is drawn alone; their mean has its variance over their number."""
+    schedule, copies = VP(), 300
+    oracle, grid, noise = two_modes(schedule), Karras()(8, schedule), Noise.from_seeds(list(range(copies)))
+    x = torch.tensor([[0.4, -0.3]], dtype=F64)
+    exact = log_likelihood(oracle, x, grid)
+    one, four = (log_likelihood(oracle, x.expand(copies, -1), grid, noise, probes) - exact for probes in (1, 4))
+    assert four.var() < 0.4 * one.var() and abs(four.mean()) < 3 * four.std() / copies**0.5 + 1e-9
+    torch.testing.assert_close(log_likelihood(oracle, x.expand(2, -1), grid, noise[7:9], 4) - exact, four[7:9])
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="at least 1 probe"):
+        log_likelihood(gaussian(VP()), torch.zeros(1, 1), Uniform()(4, VP()), Noise.from_seeds([0]), 0)
     with pytest.raises(ValueError, match="seeds"):
         log_likelihood(gaussian(VP()), torch.zeros(2, 1, dtype=F64), Uniform()(4, VP()), Noise.from_seeds([0]))
     with pytest.raises(ValueError, match="grid"):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -21,16 +20,18 @@ from ldm.weighting import WEIGHTINGS, Weighting
 ALL: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [
     cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)
 ]  # type: ignore[call-arg]
-PROCESSES = [
-    Diffusion(schedule=schedule, prediction=cls())
-    for schedule, cls in itertools.product(ALL, PREDICTIONS)
-    if cls().refusal(schedule) is None
-]
+each = pytest.mark.parametrize("schedule", ALL, ids=repr)
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 U = (torch.arange(4096, dtype=F64) + 0.5) / 4096
 
 
-@pytest.mark.parametrize("schedule", ALL, ids=repr)
+def processes(schedule: NoiseSchedule) -> list[Diffusion]:
+    """With every prediction that a schedule allows."""
+    allowed = (cls() for cls in PREDICTIONS if cls().refusal(schedule) is None)
+    return [Diffusion(schedule=schedule, prediction=prediction) for prediction in allowed]
+
+
+@each
 @pytest.mark.parametrize("times", [cls() for cls in TIMES], ids=repr)
 def test_drawn_times_can_be_trained_at(times: TimeSampling, schedule: NoiseSchedule) -> None:
     t = times.sample(U, schedule)
@@ -51,33 +52,34 @@ def test_the_distributions() -> None:
 
 def test_shift_three() -> None:
     t = torch.tensor([0.25, 0.5, 0.75], dtype=F64)
-    torch.testing.assert_close(shifted(t, 3), torch.tensor([0.5, 0.75, 0.9], dtype=F64))
-    torch.testing.assert_close(Flow().logsnr(shifted(t, 3)), Flow().logsnr(t) - 2 * math.log(3))
-    torch.testing.assert_close(Uniform(shift=3).sample(U, Flow()), shifted(U, 3))
+    torch.testing.assert_close(shifted(t, 3, Flow()), torch.tensor([0.5, 0.75, 0.9], dtype=F64))
+    torch.testing.assert_close(Flow().logsnr(shifted(t, 3, Flow())), Flow().logsnr(t) - 2 * math.log(3))
+    torch.testing.assert_close(Uniform(shift=3).sample(U, Flow()), shifted(U, 3, Flow()))
     torch.testing.assert_close(LogitNormal(shift=3).sample(U, Flow()), LogitNormal(mean=math.log(3)).sample(U, Flow()))
 
 
+@each
 @pytest.mark.parametrize("rule", [cls() for cls in WEIGHTINGS], ids=repr)
-def test_weights_are_finite_and_not_negative_everywhere(rule: Weighting) -> None:
-    for diffusion in PROCESSES:
+def test_weights_are_finite_and_not_negative_everywhere(rule: Weighting, schedule: NoiseSchedule) -> None:
+    for diffusion in processes(schedule):
         weights = rule(diffusion, torch.linspace(max(diffusion.schedule.t_min, 1e-5), 1, 101, dtype=F64))
         assert bool(weights.isfinite().all()) and bool((weights >= 0).all()), diffusion
 
 
+@each
 @pytest.mark.parametrize("rule", [cls() for cls in WEIGHTINGS if cls is not weighting.Uniform], ids=repr)
-def test_a_weighting_means_the_same_for_every_prediction(rule: Weighting) -> None:
+def test_a_weighting_means_the_same_for_every_prediction(rule: Weighting, schedule: NoiseSchedule) -> None:
     """The same pair of ends, in error by the same amount, costs the same whatever the network was asked for."""
     t = torch.linspace(0.05, 0.95, 7, dtype=F64)
-    for schedule in (VP(), Flow(), VE()):
-        alpha, sigma = schedule(t)
-        wrong_x0 = torch.ones(7, 1, dtype=F64)
-        wrong_eps = -(alpha / sigma)[:, None] * wrong_x0
-        costs = []
-        for diffusion in (process for process in PROCESSES if process.schedule == schedule):
-            error = diffusion.target(wrong_x0, wrong_eps, t)
-            costs.append(rule(diffusion, t) * error[:, 0] ** 2)
-        for cost in costs:
-            torch.testing.assert_close(cost, costs[0], rtol=1e-9, atol=0)
+    alpha, sigma = schedule(t)
+    wrong_x0 = torch.ones(7, 1, dtype=F64)
+    wrong_eps = -(alpha / sigma)[:, None] * wrong_x0
+    costs = []
+    for diffusion in processes(schedule):
+        error = diffusion.target(wrong_x0, wrong_eps, t)
+        costs.append(rule(diffusion, t) * error[:, 0] ** 2)
+    for cost in costs:
+        torch.testing.assert_close(cost, costs[0], rtol=1e-9, atol=0)
 
 
 def test_the_published_weights() -> None:

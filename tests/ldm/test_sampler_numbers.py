@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.diffusion import Denoised
 from ldm.grids import Karras, Uniform
+from ldm.guidance import classifier_guided
 from ldm.noise import Noise
 from ldm.samplers import (
     DDIM,
@@ -25,8 +26,6 @@ from ldm.samplers import (
     DPMpp2S,
     DPMpp3M,
     DPMpp3S,
-    DPMSolver2,
-    DPMSolver3,
     Euler,
     EulerMaruyama,
     Heun,
@@ -48,10 +47,14 @@ def edm(sampler: Sampler, steps: int = 18) -> float:
     return sample(sampler, gaussian(EDM()), torch.full((1, 1), 80.0, dtype=F64), Karras()(steps, EDM()), ONE).item()
 
 
-def log_grid_error(sampler: Sampler, steps: int) -> float:
-    """The error from sigma 10 to 0.1 on a log grid, on the EDM process."""
+def log_grid(sampler: Sampler, steps: int) -> float:
+    """x from sigma 10 to 0.1 on a log grid, on the EDM process."""
     grid, x = torch.logspace(1, -1, steps + 1, dtype=F64) / 80, torch.full((1, 1), 10.0, dtype=F64)
-    return abs(sample(sampler, gaussian(EDM()), x, grid, ONE).item() - 10 * math.sqrt((0.25 + 0.01) / (0.25 + 100)))
+    return sample(sampler, gaussian(EDM()), x, grid, ONE).item()
+
+
+def log_grid_error(sampler: Sampler, steps: int) -> float:
+    return abs(log_grid(sampler, steps) - 10 * math.sqrt((0.25 + 0.01) / (0.25 + 100)))
 
 
 def flow(sampler: Sampler, steps: int, t_min: float = 1e-5) -> float:
@@ -81,7 +84,7 @@ def test_posterior_variance_of_the_second_step() -> None:
 
     grid = torch.tensor([0.002, 0.001], dtype=F64)
     x = sample(DDPM(), Zero(DDPMLinear()), torch.zeros(2, 1, dtype=F64), grid, Impulses(2))
-    assert x.square().sum().item() == pytest.approx(5.45319e-5, rel=1e-6)
+    assert x.square().sum().item() == pytest.approx(5.45319e-5, abs=5e-11)
 
 
 @pytest.mark.parametrize(
@@ -120,11 +123,12 @@ def test_error_slopes_on_the_edm_problem() -> None:
         counts = [64, 128, 256]
         return fitted_order(counts, [log_grid_error(sampler, steps) for steps in counts])
 
+    # 0.9954 on these counts: it was printed short.
     assert slope(Euler(variable="sigma")) == pytest.approx(0.99, abs=6e-3)
-    assert slope(Heun(variable="sigma")) == pytest.approx(2.01, abs=6e-3)
-    assert slope(RK4(variable="sigma")) == pytest.approx(4.00, abs=6e-3)
-    assert slope(UniPC(solver_order=1, corrector=False)) == pytest.approx(1, abs=6e-3)
-    assert slope(UniPC(solver_order=1)) == pytest.approx(2, abs=6e-3)
+    assert slope(Heun(variable="sigma")) == pytest.approx(2.01, abs=5e-3)
+    assert slope(RK4(variable="sigma")) == pytest.approx(4.00, abs=5e-3)
+    assert slope(UniPC(solver_order=1, corrector=False)) == pytest.approx(1, abs=5e-3)
+    assert slope(UniPC(solver_order=1)) == pytest.approx(2, abs=5e-3)
     assert 1.94 < slope(DPMpp2M()) < 1.99 and 2.94 < slope(UniPC()) < 2.99
     assert slope(DPMpp3S()) == pytest.approx(3, abs=0.1) and slope(DPMpp2S()) == pytest.approx(2, abs=0.05)
     assert log_grid_error(UniPC(solver_order=3), 64) < 1e-7
@@ -203,42 +207,50 @@ def test_one_corrector_step() -> None:
     assert ratio.item() == pytest.approx(1 + 0.16**2, abs=1e-9)
 
 
+def test_the_corrector_with_a_frozen_step() -> None:
+    """Langevin steps of size 2 snr^2 sigma^2 on N(0, sigma^2): the fixed point is 1 / (1 - snr^2) = 1.026273."""
+    schedule, t, count = VE(), scalar(0.6), 300
+    x = torch.zeros(count + 2, 1, dtype=F64)
+    x[0] = schedule(t).sigma
+    walk = Langevin(inner_steps=count, step_size=2 * 0.16**2)
+    # Data of one point: the marginal is N(0, sigma^2) itself. On VE, going on to the next level leaves x as it is.
+    drawn, _ = walk.step(Isotropic(schedule, 0.0), x, t, scalar(0.5), None, Impulses(count + 2))
+    ratio = drawn.square().sum() / schedule(t).sigma ** 2
+    assert ratio.item() == pytest.approx(1.026273, abs=5e-7)
+
+
+def test_classifier_guidance() -> None:
+    """p(y | x) ~ e^(2x) on G(.5): the mean 0.496875 that sigma_max 80 leaves of 0.5, and 0.99375 at scale 2."""
+    shares = gaussian(EDM())
+
+    def log_prob(x: Tensor, t: Tensor) -> Tensor:
+        return 2 * x[:, 0] * (0.25 / (0.25 + EDM()(t).sigma ** 2))
+
+    for scale, mean in [(1.0, 0.496875), (2.0, 0.99375)]:
+        guided = classifier_guided(shares, log_prob, scale)
+        x = torch.zeros(1, 1, dtype=F64)
+        drawn = sample(RK4(variable="sigma"), guided, x, Karras()(256, EDM()), ONE).item()
+        assert drawn == pytest.approx(mean, abs=5e-7)
+
+
+def test_unip_of_order_one_is_ddim_to_the_last_digits() -> None:
+    """2e-16 on the log grid from 10 to 0.1: a step is the same within an ulp or two, and the run within their sum."""
+    for steps in (16, 64, 256):
+        apart = log_grid(UniPC(solver_order=1, corrector=False), steps) - log_grid(DDIM(), steps)
+        assert abs(apart) <= 1e-15, (steps, apart)
+    for sigma in (10.0, 3.0, 0.5, 0.11):
+        t, s, x = scalar(sigma / 80), scalar(0.9 * sigma / 80), torch.full((1, 1), sigma / 10, dtype=F64)
+        rules = UniPC(solver_order=1, corrector=False), DDIM()
+        left, right = (rule.step(gaussian(EDM()), x, t, s, None, ONE)[0].item() for rule in rules)
+        assert left == pytest.approx(right, rel=4.5e-16, abs=0)
+
+
 def test_no_corrector_is_the_predictor_bit_for_bit() -> None:
     noise, schedule = Noise.from_seeds([1, 2]), VP()
     x, grid = prior(schedule, (3,), noise), Uniform()(8, schedule)
     expected = sample(ReverseDiffusion(), Smooth(schedule), x, grid, noise)
     for idle in (PredictorCorrector(snr=0.0), PredictorCorrector(corrector_steps=0)):
         assert torch.equal(sample(idle, Smooth(schedule), x, grid, noise), expected)
-
-
-def test_one_dpm_solver_step_is_the_papers_formula() -> None:
-    """DPM-Solver-2 and -3 as they are written, dividing by alpha, for one step on G(.5) under the VP process."""
-    schedule, t, s = VP(), scalar(0.6), scalar(0.5)
-    lam, h = schedule.logsnr(t) / 2, (schedule.logsnr(s) - schedule.logsnr(t)) / 2
-
-    def at(fraction: float) -> tuple[Tensor, Tensor, Tensor]:
-        time = schedule.time(2 * (lam + fraction * h))
-        return time, *schedule(time)
-
-    def eps(x: Tensor, time: Tensor) -> Tensor:
-        alpha, sigma = schedule(time)
-        return sigma * x / (alpha**2 / 4 + sigma**2)
-
-    x, ((alpha_t, _), (alpha, sigma)) = torch.tensor([[0.7]], dtype=F64), (schedule(t), schedule(s))
-    time, middle, level = at(0.5)
-    u = middle / alpha_t * x - level * (h / 2).expm1() * eps(x, t)
-    second = alpha / alpha_t * x - sigma * h.expm1() * eps(u, time)
-    torch.testing.assert_close(DPMSolver2().step(gaussian(schedule), x, t, s, None, ONE)[0], second)
-    r1, r2 = 1 / 3, 2 / 3
-    time, middle, level = at(r1)
-    slope = eps(middle / alpha_t * x - level * (r1 * h).expm1() * eps(x, t), time) - eps(x, t)
-    time, middle, level = at(r2)
-    u = middle / alpha_t * x - level * (r2 * h).expm1() * eps(x, t)
-    u = u - level * r2 / r1 * ((r2 * h).expm1() / (r2 * h) - 1) * slope
-    third = alpha / alpha_t * x - sigma * h.expm1() * eps(x, t) - sigma / r2 * (h.expm1() / h - 1) * (
-        eps(u, time) - eps(x, t)
-    )
-    torch.testing.assert_close(DPMSolver3().step(gaussian(schedule), x, t, s, None, ONE)[0], third)
 
 
 MULTISTEP = [DPMpp2M(), DPMpp3M(), UniPC(solver_order=3, corrector=False), DEIS(), LMS(solver_order=3), LMS()]

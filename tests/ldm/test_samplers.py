@@ -32,6 +32,13 @@ from ldm.samplers import (
     LMS,
     SAMPLERS,
     DPMpp2M,
+    DPMpp2S,
+    DPMpp3M,
+    DPMpp3S,
+    DPMppSDE2M,
+    DPMppSDE3M,
+    DPMSolver2,
+    DPMSolver3,
     Euler,
     Heun,
     Sampler,
@@ -107,14 +114,15 @@ def test_a_sample_does_not_depend_on_its_batch(sampler: Sampler, schedule: Noise
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
 
 
+@every_schedule
 @every_sampler
-def test_the_network_is_called_as_often_as_declared_and_where_it_may_be(sampler: Sampler) -> None:
-    for schedule in ENDS:
-        counted = Counted(gaussian(schedule))
-        noise = Noise.from_seeds([1])
-        sample(sampler, counted, prior(schedule, (1,), noise, dtype=F64), Uniform()(10, schedule), noise)
-        assert len(counted.times) >= 10 and (not sampler.calls or len(counted.times) <= 10 * sampler.calls + 1)
-        assert min(counted.times) >= schedule.t_min and max(counted.times) <= 1
+def test_the_network_is_called_as_often_as_declared_and_where_it_may_be(
+    sampler: Sampler, schedule: NoiseSchedule
+) -> None:
+    counted, noise = Counted(gaussian(schedule)), Noise.from_seeds([1])
+    sample(sampler, counted, prior(schedule, (1,), noise, dtype=F64), Uniform()(10, schedule), noise)
+    assert len(counted.times) >= 10 and (not sampler.calls or len(counted.times) <= 10 * sampler.calls + 1)
+    assert min(counted.times) >= schedule.t_min and max(counted.times) <= 1
 
 
 @every_sampler
@@ -176,6 +184,42 @@ def test_first_order_members_of_each_family_are_ddim(schedule: NoiseSchedule) ->
     ):
         same(first, DDIM(), schedule, grid)
     same(UniPC(solver_order=2, corrector=False), DPMpp2M(), schedule, grid)
+
+
+MULTISTEP: list[Sampler] = [DPMpp2M(), DPMpp3M(), DPMppSDE2M(), DPMppSDE3M()]
+SINGLESTEP: list[Sampler] = [DPMpp2S(), DPMpp3S(), DPMSolver2(), DPMSolver3()]
+
+
+@every_schedule
+@pytest.mark.parametrize("sampler", [*MULTISTEP, *SINGLESTEP], ids=repr)
+def test_where_a_dpm_rule_is_of_order_one_it_is_ddim(sampler: Sampler, schedule: NoiseSchedule) -> None:
+    """The first step of the multistep rules, any from pure noise, any onto t = 0; ddpm for those on the SDE."""
+    first = DDPM() if sampler in (DPMppSDE2M(), DPMppSDE3M()) else DDIM()
+    inside, last = torch.tensor([0.7, 0.4], dtype=F64), torch.tensor([0.3, 0.0], dtype=F64)
+    same(sampler, first, schedule, last)
+    if sampler in MULTISTEP:
+        same(sampler, first, schedule, inside)
+    if schedule.pure_noise:
+        same(sampler, first, schedule, torch.tensor([1.0, 0.4], dtype=F64))
+
+
+@every_schedule
+@pytest.mark.parametrize("sampler", [*MULTISTEP[:2], *SINGLESTEP], ids=repr)
+def test_a_dpm_rule_with_nothing_to_bend_is_ddim(sampler: Sampler, schedule: NoiseSchedule) -> None:
+    """Where x0, or eps for the rules in eps, does not change, the higher orders add nothing in any number of steps."""
+    still = 0.7 * torch.ones(2, 3, dtype=F64)
+
+    class Still(Smooth):
+        def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+            alpha, sigma = self.schedule(t)
+            if sampler in (DPMSolver2(), DPMSolver3()):
+                return Denoised((x - sigma * still) / alpha, still)
+            return Denoised(still, (x - alpha * still) / sigma)
+
+    # From inside, since at alpha = 0 no x0 is left that would give this eps.
+    grid, x = Uniform()(12, schedule)[1:], torch.tensor([[0.3, -1.0, 2.0], [0.0, 5.0, 0.7]], dtype=F64)
+    left, right = (sample(rule, Still(schedule), x, grid, Noise.from_seeds([0, 1])) for rule in (sampler, DDIM()))
+    torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
 def test_ddim_on_flow_is_euler_on_the_velocity() -> None:

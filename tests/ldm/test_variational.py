@@ -12,12 +12,12 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion import Denoised, Diffusion
 from ldm.noise import Noise
-from ldm.objective import Objective
-from ldm.predictions import Eps, V
+from ldm.objective import Draw, Objective
+from ldm.predictions import Eps, Prediction, V
 from ldm.samplers import DDPM, prior, sample
-from ldm.schedules import VE, VP, DDPMCosine, DDPMLinear, NoiseSchedule
+from ldm.schedules import SCHEDULES, VE, VP, DDPMCosine, DDPMLinear, NoiseSchedule, Table
 from ldm.times import Uniform
-from ldm.variational import BIN, _log_bins, bound, bound_at, prior_bits
+from ldm.variational import BIN, _log_bins, bound, bound_at, prior_bits, walk_steps
 from ldm.weighting import Uniform as Plain
 
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
@@ -102,8 +102,10 @@ def test_the_prior_term() -> None:
     assert prior_bits(VE(), x0).item() == pytest.approx(0.49 / 2500 / 2 / math.log(2), rel=1e-9)
 
 
-def hybrid(schedule: NoiseSchedule = DDPMLinear(), *, learned: bool = True) -> Objective:  # noqa: B008
-    diffusion = Diffusion(schedule=schedule, prediction=Eps(), learned_variance=learned)
+def hybrid(
+    schedule: NoiseSchedule = DDPMLinear(), prediction: Prediction = Eps(), *, learned: bool = True  # noqa: B008
+) -> Objective:
+    diffusion = Diffusion(schedule=schedule, prediction=prediction, learned_variance=learned)
     return Objective(diffusion=diffusion, times=Uniform(), weighting=Plain())
 
 
@@ -118,6 +120,25 @@ def test_the_bound_never_moves_the_mean(schedule: NoiseSchedule) -> None:
     assert both.shape == (64,) and bool(both.isfinite().all())
     assert torch.equal(of_mean, torch.autograd.grad(plain.sum(), mean)[0])
     assert bool((of_v != 0).all()) and bool(of_v.isfinite().all())
+
+
+EVERY = [cls() for cls in SCHEDULES] + [cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]
+
+
+@pytest.mark.parametrize("schedule", EVERY, ids=repr)
+def test_the_variance_learns_at_every_time_a_network_is_trained_at(schedule: NoiseSchedule) -> None:
+    """Its gradient is finite and not 0 from t_min to pure noise, in float32, a step of the walk from either end too."""
+    step = 1 / walk_steps(schedule)
+    ends = [schedule.t_min, schedule.t_min + 0.5 * step, schedule.t_min + step, 1 - step, 1 - 0.5 * step, 1.0]
+    t = schedule.trained(torch.tensor([*ends, 0.5], dtype=F64))
+    noise = Noise.from_seeds(list(range(len(t))))
+    x0, eps, v = (noise.normal((2, 3, 3), name) for name in ("data", "eps", "v"))
+    v.requires_grad_()
+    draw = Draw(t, eps, torch.ones_like(t))
+    losses = hybrid(schedule, V()).losses(lambda x, level, cond: torch.cat([x0, v], dim=1), x0, NOTHING, draw)
+    (gradient,) = torch.autograd.grad(losses.total.sum(), v)
+    assert bool(losses.total.isfinite().all()) and bool(gradient.isfinite().all())
+    assert bool((gradient[:-2] != 0).flatten(1).any(1).all())
 
 
 def test_the_hybrid_loss_is_the_sum_with_the_published_factor() -> None:

@@ -14,10 +14,13 @@ SCRIPTS = sorted(path.stem for path in tiny.SCRIPTS.glob("*.py") if "run_main" i
 HEAVY = ("torch", "transformers", "accelerate", "lpips", "torchvision", "pydantic")
 
 
-def run(script: str, *words: object) -> tuple[subprocess.CompletedProcess[str], float]:
+def run(script: str, *words: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
     """The finished process and the CPU seconds it used."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = tiny.spawn(tiny.SCRIPTS / f"{script}.py", *words)
+    command = [sys.executable, str(tiny.SCRIPTS / f"{script}.py"), *words]
+    done = subprocess.run(
+        command, env=tiny.ENVIRONMENT, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -60,6 +63,17 @@ MISTAKES = {
     "missing data": ("train_autoencoder", ["--data", "nowhere", "--output", "x"], 3, "nowhere is not a folder"),
     "missing latents": ("train_denoiser", ["--latents", "nowhere", "--output", "x"], 3, "nowhere is not a folder"),
     "empty data": ("train_autoencoder", ["--data", ".", "--output", "x"], 3, "holds no index.json"),
+    "unknown kind": ("train_denoiser", ["--schedule.kind", "flwo"], 2, "unknown kind \"flwo\"; did you mean 'flow'?"),
+    "unknown sampler": (
+        *("generate", ["--model", ".", "--prompt", "x", "--output", "x", "--sampler", "eulr"]),
+        *(2, "sampler.kind: unknown kind \"eulr\"; did you mean 'euler'?"),
+    ),
+    "no run": ("generate", ["--model", "nowhere", "--prompt", "x", "--output", "x"], 4, "nowhere: no such run"),
+    "no run to measure": ("evaluate", ["--model", "nowhere"], 4, "nowhere: no such run"),
+    "no autoencoder": (
+        *("encode_latents", ["--autoencoder", "nowhere", "--data", "x", "--output", "y"]),
+        *(4, "nowhere: no such run"),
+    ),
     "encode flags": ("encode_latents", ["--data", "x"], 2, "--autoencoder"),
     "encode choice": ("encode_latents", ["--dtype", "int8"], 2, "invalid choice: 'int8'"),
     "verb": ("make_shards", ["pac"], 2, "invalid choice: 'pac'"),
@@ -69,17 +83,26 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_clear_sentence(name: str, tmp_path: Path) -> None:
+def test_a_mistake_is_at_once_one_clear_sentence(name: str, tmp_path: Path) -> None:
+    """Within two seconds, that is, before torch is loaded."""
     script, words, code, expected = MISTAKES[name]
-    command = [sys.executable, str(tiny.SCRIPTS / f"{script}.py"), *words]
-    done = subprocess.run(
-        command, env=tiny.ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    done, seconds = run(script, *words, cwd=tmp_path)
+    assert seconds < 2
     assert done.returncode == code, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: "), done.stderr
     assert expected in lines[0] and not done.stdout
     assert not list(tmp_path.iterdir())  # nothing was made
+
+
+@pytest.mark.parametrize("words", [["--outptu", "x"], ["--output"], ["--output", ""], ["--output", "x", "y"], ["x"]])
+def test_quickstart_refuses_what_it_does_not_know(words: list[str], tmp_path: Path) -> None:
+    """In one sentence, before it makes an environment."""
+    environment = {**tiny.ENVIRONMENT, "VENV": str(tmp_path / "venv")}
+    command = ["bash", str(tiny.SCRIPTS / "quickstart.sh"), *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "[--output DIR]" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout and not list(tmp_path.iterdir())
 
 
 def test_device_that_is_not_there(shapes: Path, tmp_path: Path) -> None:
@@ -130,6 +153,7 @@ def test_what_a_run_holds(autoencoder: Path, denoiser: Path) -> None:
     assert final == {
         *(
             "config.json",
+            "ingredients.json",
             "model.safetensors",
             "README.md",
             "tokenizer/vocabulary.json",

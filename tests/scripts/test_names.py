@@ -8,12 +8,13 @@ import pytest
 import tiny
 
 from training import config as configs
-from training.names import KINDS, SAMPLING, TRAINING, listing
+from training.names import FAMILIES, SAMPLING, TRAINING, Part, kinds, listing
 
 
-@pytest.mark.parametrize("section", KINDS)
+@pytest.mark.parametrize("section", FAMILIES)
 def test_the_listed_kinds_are_the_families_members(section: str) -> None:
-    assert KINDS[section].split(", ") == configs.kinds(configs.sections("denoiser")[section])
+    assert kinds(section) == configs.kinds(configs.sections("denoiser")[section])
+    assert section in TRAINING.sections + SAMPLING.sections
 
 
 STAGES = {(stage, name): ", ".join(found) for stage in ("autoencoder", "denoiser")
@@ -27,6 +28,22 @@ def test_the_readme_lists_them_too(section: tuple[str, str]) -> None:
     assert rows[section[1]] == STAGES[section]
 
 
-@pytest.mark.parametrize(("script", "sections"), [("generate", SAMPLING), ("train_denoiser", (*TRAINING, *SAMPLING))])
-def test_help_lists_them(script: str, sections: tuple[str, ...]) -> None:
-    assert listing(sections) in tiny.spawn(tiny.SCRIPTS / f"{script}.py", "--help").stdout
+@pytest.mark.parametrize("flags", [*TRAINING.methods.values(), *SAMPLING.methods.values()])
+def test_a_method_that_is_a_key_is_one_the_config_takes(flags: str) -> None:
+    """As the example spells it, and every key of it changes the config or says what it holds by default."""
+    given = dict(re.findall(r"--(\w+\.\w+) ([^\s,]\S*[^\s,]|\S)", flags))
+    values = configs.to_values(configs.decode("denoiser", configs.overlay({}, given)))
+    assert given
+    for key, text in given.items():
+        section, _, name = key.partition(".")
+        assert configs.overlay({}, {key: text})[section][name] == values[section][name]
+    if "posthoc_ema.py" in flags:
+        assert (tiny.SCRIPTS / "posthoc_ema.py").is_file()
+
+
+@pytest.mark.parametrize(("script", "parts"), [("generate", [SAMPLING]), ("train_denoiser", [TRAINING, SAMPLING])])
+def test_help_lists_them(script: str, parts: list[Part]) -> None:
+    shown, text = tiny.spawn(tiny.SCRIPTS / f"{script}.py", "--help").stdout, listing(*parts)
+    assert text in shown
+    for flags in (flags for part in parts for flags in part.methods.values()):
+        assert flags in " ".join(text.split())
