@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.base import Unregularised, full_precision
+from autoencoder.base import Unregularised
+from autoencoder.dc_blocks import HEAD, AttentionBlock, ChannelNorm, Down, ResBlock, Up, fold, spread
 from autoencoder.norm import LatentNorm
-
-HEAD, EPS = 32, 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,10 @@ class DC:
 
     encoder_blocks, decoder_blocks: blocks per level, finest first; 0 in the first halves the image at once.
     attention_at: downsampling factors of the levels whose blocks are linear attention instead of convolutions, for
-    which their channels must be divisible by 32. ValueError for what cannot be built.
+    which their channels must be divisible by 32; scales: the kernels over which it sees neighbours too. resample:
+    "shuffle" moves space to channels and back around a convolution, "conv" convolves with stride 2 and after repetition
+    (Xie et al. 2024, Sana). batch_norm_at: factors of decoder levels with the fixed batch norm and ReLU of the models
+    published for ImageNet. ValueError for what cannot be built.
     """
 
     kind: Literal["dc"] = "dc"
@@ -31,6 +32,9 @@ class DC:
     latent_channels: int = 32
     image_channels: int = 3
     attention_at: tuple[int, ...] = (8, 16, 32)
+    scales: tuple[int, ...] = (5,)
+    resample: Literal["shuffle", "conv"] = "shuffle"
+    batch_norm_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -49,6 +53,10 @@ class DC:
         at = {2**i: width for i, width in enumerate(self.channels)}
         if not set(self.attention_at) <= set(at) or any(at[factor] % HEAD for factor in self.attention_at):
             raise ValueError(f"attention_at {self.attention_at} must name factors of {tuple(at)} of 32·n channels.")
+        if not set(self.batch_norm_at) <= set(at) - set(self.attention_at):
+            raise ValueError(f"batch_norm_at {self.batch_norm_at} must name factors of levels without attention.")
+        if any(kernel < 1 or not kernel % 2 for kernel in self.scales):
+            raise ValueError(f"scales must be odd kernel sizes, got {self.scales}.")
 
     @property
     def factor(self) -> int:
@@ -60,141 +68,10 @@ class DC:
         return DCAutoencoder(self)
 
 
-class ChannelNorm(nn.Module):
-    """x / rms over channels · weight + bias: (B, C, H, W), statistics in float32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rms = (x.float().square().mean(1, keepdim=True) + EPS).rsqrt()
-        return (x * rms).to(x.dtype) * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-class ResBlock(nn.Module):
-    """x + norm(conv(silu(conv(x)))): (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = ChannelNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.norm(self.conv2(F.silu(self.conv1(x))))
-        return y
-
-
-class Aggregation(nn.Module):
-    """Queries, keys and values mixed over 5x5 neighbours, then within each head: (B, 3·C, H, W) -> the same."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.proj_in = nn.Conv2d(3 * channels, 3 * channels, 5, padding=2, groups=3 * channels, bias=False)
-        self.proj_out = nn.Conv2d(3 * channels, 3 * channels, 1, groups=3 * channels // HEAD, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.proj_out(self.proj_in(x))
-        return y
-
-
-class LinearAttention(nn.Module):
-    """Σ_j relu(q_i)·relu(k_j) v_j / Σ_j relu(q_i)·relu(k_j), at two scales, cost linear in positions, with a residual.
-
-    Cai et al. 2023, EfficientViT, eq. 2 and section 3.1.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(channels, channels, bias=False)
-        self.to_v = nn.Linear(channels, channels, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList([Aggregation(channels)])
-        self.to_out = nn.Linear(2 * channels, channels, bias=False)
-        self.norm_out = ChannelNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.movedim(1, -1)
-        qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], -1).movedim(-1, 1)
-        both = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], 1)
-        with torch.autocast(x.device.type, enabled=False):  # sums over all positions
-            q, k, v = full_precision(both).reshape(len(x), -1, 3 * HEAD, x.shape[2] * x.shape[3]).chunk(3, 2)
-            q, k = F.relu(q), F.relu(k)
-            sums = F.pad(v, (0, 0, 0, 1), value=1.0) @ k.transpose(-1, -2) @ q  # the last row is the denominator
-            mixed = sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)
-        mixed = mixed.reshape(len(x), -1, *x.shape[2:]).to(x.dtype)
-        y: Tensor = x + self.norm_out(self.to_out(mixed.movedim(1, -1)).movedim(-1, 1))
-        return y
-
-
-class GatedConv(nn.Module):
-    """x + norm(conv(a·silu(b))), a and b from a depthwise convolution of eight times the channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv_inverted = nn.Conv2d(channels, 8 * channels, 1)
-        self.conv_depth = nn.Conv2d(8 * channels, 8 * channels, 3, padding=1, groups=8 * channels)
-        self.conv_point = nn.Conv2d(4 * channels, channels, 1, bias=False)
-        self.norm = ChannelNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
-        y: Tensor = x + self.norm(self.conv_point(a * F.silu(b)))
-        return y
-
-
-class AttentionBlock(nn.Module):
-    """Linear attention, then the gated convolution: (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.attn, self.conv_out = LinearAttention(channels), GatedConv(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv_out(self.attn(x))
-        return y
-
-
-def fold(x: Tensor, outputs: int) -> Tensor:
-    """Channels to fewer by the mean of neighbours: (B, C, H, W) -> (B, outputs, H, W)."""
-    return x.reshape(len(x), outputs, -1, *x.shape[2:]).mean(2)
-
-
-def spread(x: Tensor, outputs: int) -> Tensor:
-    """Channels to more by repeating each: (B, C, H, W) -> (B, outputs, H, W)."""
-    return x.repeat_interleave(outputs // x.shape[1], 1)
-
-
-class Down(nn.Module):
-    """space-to-channel(conv(x)) + fold(space-to-channel(x)): (B, C, H, W) -> (B, outputs, H/2, W/2)."""
-
-    def __init__(self, inputs: int, outputs: int, shortcut: bool = True) -> None:
-        super().__init__()
-        self.outputs, self.shortcut = outputs, shortcut
-        self.conv = nn.Conv2d(inputs, outputs // 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.pixel_unshuffle(self.conv(x), 2)
-        return y + fold(F.pixel_unshuffle(x, 2), self.outputs) if self.shortcut else y
-
-
-class Up(nn.Module):
-    """channel-to-space(conv(x) + spread(x)): (B, C, H, W) -> (B, outputs, 2H, 2W)."""
-
-    def __init__(self, inputs: int, outputs: int, shortcut: bool = True) -> None:
-        super().__init__()
-        self.outputs, self.shortcut = outputs, shortcut
-        self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return F.pixel_shuffle(y + spread(x, 4 * self.outputs) if self.shortcut else y, 2)
-
-
-def _level(config: DC, i: int, blocks: int) -> list[nn.Module]:
-    kind = AttentionBlock if 2**i in config.attention_at else ResBlock
-    return [kind(config.channels[i]) for _ in range(blocks)]
+def _level(config: DC, i: int, blocks: int, batch_norm_at: tuple[int, ...] = ()) -> list[nn.Module]:
+    if 2**i in config.attention_at:
+        return [AttentionBlock(config.channels[i], config.scales) for _ in range(blocks)]
+    return [ResBlock(config.channels[i], 2**i in batch_norm_at) for _ in range(blocks)]
 
 
 class DCEncoder(nn.Module):
@@ -203,15 +80,15 @@ class DCEncoder(nn.Module):
     def __init__(self, config: DC) -> None:
         super().__init__()
         widths, blocks = config.channels, config.encoder_blocks
-        self.outputs = config.latent_channels
+        self.outputs, strided = config.latent_channels, config.resample == "conv"
         self.conv_in: nn.Module = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         if not blocks[0]:
-            self.conv_in = Down(config.image_channels, widths[1], shortcut=False)
+            self.conv_in = Down(config.image_channels, widths[1], shortcut=False, strided=strided)
         self.down_blocks = nn.ModuleList()
         for i, count in enumerate(blocks):
             level = _level(config, i, count)
             if count and i < len(widths) - 1:
-                level.append(Down(widths[i], widths[i + 1]))
+                level.append(Down(widths[i], widths[i + 1], strided=strided))
             self.down_blocks.append(nn.Sequential(*level))
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
@@ -229,17 +106,17 @@ class DCDecoder(nn.Module):
     def __init__(self, config: DC) -> None:
         super().__init__()
         widths, blocks = config.channels, config.decoder_blocks
-        self.inputs = widths[-1]
+        self.inputs, repeated = widths[-1], config.resample == "conv"
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()  # finest first, walked from the last
         for i, count in enumerate(blocks):
-            up = [Up(widths[i + 1], widths[i])] if count and i < len(widths) - 1 else []
-            self.up_blocks.append(nn.Sequential(*up, *_level(config, i, count)))
+            up = [Up(widths[i + 1], widths[i], repeated=repeated)] if count and i < len(widths) - 1 else []
+            self.up_blocks.append(nn.Sequential(*up, *_level(config, i, count, config.batch_norm_at)))
         last = widths[0] if blocks[0] else widths[1]
         self.norm_out = ChannelNorm(last)
         self.conv_out: nn.Module = nn.Conv2d(last, config.image_channels, 3, padding=1)
         if not blocks[0]:
-            self.conv_out = Up(last, config.image_channels, shortcut=False)
+            self.conv_out = Up(last, config.image_channels, shortcut=False, repeated=repeated)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z) + spread(z, self.inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from training.cli import Parser, run_main
+from training.errors import UserError
 
 
 def main() -> None:
@@ -12,18 +13,27 @@ def main() -> None:
         __doc__ or "",
         epilog="import reads diffusers' AutoencoderKL, VQModel, AutoencoderTiny and AutoencoderDC (a folder, a\n"
         "pipeline's, or ORG/NAME) and LDM's single safetensors files; what it writes serves wherever an\n"
-        "autoencoder's run does. export writes kl and vq models.",
+        "autoencoder's run does. export writes kl, vq, tiny and dc models as those four classes.",
     )
     parser.add_argument("verb", choices=("import", "export"), help="which way")
     parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
     parser.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
+    text = "import: measure the latents' shift and scale on these packed pictures, whatever SOURCE says of them"
+    parser.add_argument("--data", metavar="DIR", default="", help=text)
+    text = "import: latents are z * X, whatever SOURCE says of them"
+    parser.add_argument("--scale-factor", metavar="X", type=float, help=text)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.read()
+    if args.verb == "export" and (args.data or args.scale_factor is not None):
+        raise UserError("--data and --scale-factor belong to import", hint="leave them out")
     from pathlib import Path
 
     from training.interchange import export_autoencoder, import_autoencoder
 
-    (import_autoencoder if args.verb == "import" else export_autoencoder)(args.source, Path(args.output))
+    if args.verb == "import":
+        import_autoencoder(args.source, Path(args.output), args.data, args.scale_factor)
+    else:
+        export_autoencoder(args.source, Path(args.output))
     print(f"wrote {args.output}", file=sys.stderr)
 
 

@@ -1,11 +1,12 @@
 """Autoencoders of other programs: diffusers' folders and LDM's single files, read; diffusers' folders, written.
 
-Our keys are those of diffusers' classes, plus `norm`, the latent normaliser. Only safetensors is
-read. diffusers itself is not needed.
+Our keys are those of diffusers' classes, plus `norm`, the latent normaliser. Only safetensors is read. diffusers itself
+is not needed.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -15,12 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from autoencoder.base import Autoencoder
 from training import config as configs
-from training.errors import CHECKPOINT, UserError
+from training.data import Images
+from training.errors import CHECKPOINT, DATA, UserError, explained
 from training.files import load_tensors, read_json, save_tensors, write_json
+from training.layouts import LAYOUTS
+from training.normaliser import fit_norm
 from training.runs import export, fill, find, load_autoencoder
+from training.shards import ShardSet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+HOMES = ("", "vae", "vqvae")  # where the autoencoder lies in a folder or a pipeline's
+MEASURED = 1000  # pictures that the scale of latents is measured on, where it is asked for
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # What LDM calls what diffusers calls otherwise, in both halves.
 RENAMED = (
@@ -42,38 +50,69 @@ ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "norm": "group_norm", "proj_
 
 
 class Imported(NamedTuple):
-    """`[model]` of a config, and the tensors that fit it."""
+    """`[model]` of a config and the tensors that fit it; `assumed`: the scaling_factor where the source has none."""
 
     model: dict[str, Any]
     tensors: dict[str, Tensor]
+    assumed: float | None = None
 
 
-def import_autoencoder(source: str, output: Path) -> str:
+def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: float | None = None) -> str:
     """Read `source` (a diffusers folder or its parent pipeline's, a repository's name, or an LDM safetensors file) and
     write it as a model folder, which every later step takes for a run. Returns its content hash.
 
-    Raises UserError for pickles, for classes there is no counterpart of, and for weights of another shape.
+    The latents' scale is the source's own, or measured on the packed pictures `data`, or z * scale_factor. Raises
+    UserError for pickles, for classes there is no counterpart of, and for weights of another shape.
     """
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError(f"{output} already exists", hint="choose another --output", code=CHECKPOINT)
+    check_free(output)
+    if scale_factor is not None and not 0 < scale_factor < math.inf:
+        raise UserError(f"--scale-factor: must be above 0 (got {scale_factor:g})")
+    if data and scale_factor:
+        raise UserError("--data measures what --scale-factor states", hint="give one of them")
     path = Path(source) if Path(source).exists() else _download(source)
     found = read_file(path) if path.is_file() else read_folder(path)
     config = configs.decode("autoencoder", {"model": found.model})
     assert isinstance(config, configs.AutoencoderConfig)
-    model = config.model.build()
+    model = config.model.build().eval()
     fill(model, found.tensors, path)
+    norm = model.norm
+    if data:
+        _measure(model, data)
+    elif scale_factor:
+        norm.set_(torch.zeros_like(norm.shift), torch.full_like(norm.scale, 1 / scale_factor))
+    else:
+        with explained("measure it with --data DIR, or give --scale-factor X", CHECKPOINT):
+            norm.set_(norm.shift.clone(), norm.scale.clone())
+    if found.assumed and not data and not scale_factor:
+        said = f"{source} does not state the scale of its latents; scaling_factor {found.assumed:g} is assumed"
+        print(f"note: {said} (--data DIR measures it on packed pictures, --scale-factor X states it)", file=sys.stderr)
     card = f"# Autoencoder ({found.model['kind']})\n\nTaken from another program's checkpoint; not trained here.\n"
     return export(output, configs.to_values(config), model.state_dict(), card)
 
 
+def check_free(output: Path) -> None:
+    """Raises UserError where something is at `output`."""
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise UserError(f"{output} already exists", hint="choose another --output", code=CHECKPOINT)
+
+
+def _measure(model: Autoencoder, data: str) -> None:
+    """Set the normaliser from pictures, as stage one does in the end."""
+    images = Images(ShardSet(data))
+    print(f"measuring the scale of latents on {min(len(images), MEASURED):,} pictures", file=sys.stderr)
+    with explained("measure with pictures like those that it was trained on", DATA):
+        fit_norm(model, images, MEASURED, 8)
+
+
 def _download(name: str) -> Path:
-    """A repository of the Hugging Face hub: its JSON and safetensors."""
+    """A repository of the Hugging Face hub: its autoencoder, and nothing else of a pipeline."""
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"{name}: no such file or folder", hint="give a folder, a .safetensors file or ORG/NAME")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        wanted = [str(Path(home, file)) for home in HOMES for file in ("config.json", WEIGHTS)]
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as failure:  # offline, missing, gated: the hub has a class of its own for each
         raise UserError(
             f"{name} could not be had from the Hugging Face hub ({type(failure).__name__})",
@@ -84,7 +123,7 @@ def _download(name: str) -> Path:
 
 def read_folder(folder: Path) -> Imported:
     """A folder as diffusers' `save_pretrained` writes it, or a pipeline's, whose vae/ or vqvae/ is taken."""
-    home = next((f for f in (folder, folder / "vae", folder / "vqvae") if (f / "config.json").is_file()), None)
+    home = next((folder / name for name in HOMES if (folder / name / "config.json").is_file()), None)
     if home is None:
         raise UserError(f"{folder}: no config.json in it", hint="give a folder that diffusers wrote", code=CHECKPOINT)
     about = read_json(home / "config.json")
@@ -92,97 +131,29 @@ def read_folder(folder: Path) -> Imported:
         pickled = next((p.name for p in sorted(home.iterdir()) if p.suffix in PICKLES), None)
         said = f"{home} holds {pickled}, a pickle, which is not read" if pickled else f"{home} holds no {WEIGHTS}"
         raise UserError(said, hint="save it with safe_serialization=True", code=CHECKPOINT)
-    read = READERS.get(about.get("_class_name", ""))
-    if read is None:
-        said = f"{home}: a {about.get('_class_name')} has no counterpart here"
-        raise UserError(said, hint=f"{', '.join(READERS)} are read", code=CHECKPOINT)
-    return read(about, modernised(load_tensors(home / WEIGHTS)))
+    name = about.get("_class_name") if isinstance(about, dict) else None
+    if name not in LAYOUTS:
+        said = f"{home}: a {name} has no counterpart here"
+        raise UserError(said, hint=f"{', '.join(LAYOUTS)} are read", code=CHECKPOINT)
+    return _read(name, about, modernised(load_tensors(home / WEIGHTS)), home)
 
 
-def _shape(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What both classes say alike. Raises UserError for blocks that only other programs have."""
-    blocks = [*about["down_block_types"], *about["up_block_types"]]
-    levels = range(len(about["block_out_channels"]))
-    plain = {"DownEncoderBlock2D", "UpDecoderBlock2D", "AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"}
-    if odd := set(blocks) - plain:
-        hint = f"known: {', '.join(sorted(plain))}"
-        raise UserError(f"{odd.pop()} has no counterpart here", hint=hint, code=CHECKPOINT)
-    return {
-        "channels": about["block_out_channels"],
-        "blocks": about.get("layers_per_block", 1),
-        "image_channels": about.get("in_channels", 3),
-        "groups": about.get("norm_num_groups", 32),
-        "mid_attention": about.get("mid_block_add_attention", True),
-        "attention_at": [2**i for i in levels if about["down_block_types"][i].startswith("Attn")],
-    }
-
-
-def _kl(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
-    width = about.get("latent_channels", 4)
-    for name, size in (("quant_conv", 2 * width), ("post_quant_conv", width)):
-        if f"{name}.weight" not in tensors:  # Stable Diffusion 3 and later leave them out: the identity
-            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.eye(size)[:, :, None, None], torch.zeros(size)
-    mean, std = (about.get(key) for key in ("latents_mean", "latents_std"))
-    shift = torch.tensor(mean if mean else [about.get("shift_factor") or 0.0] * width)
-    scale = torch.tensor(std if std else [1 / about.get("scaling_factor", 0.18215)] * width)
-    norm = {"norm.shift": shift.view(1, width, 1, 1), "norm.scale": scale.view(1, width, 1, 1)}
-    return Imported({"kind": "kl", **_shape(about), "latent_channels": width}, tensors | norm)
-
-
-def _vq(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
-    codes = tensors["quantize.embedding.weight"]
-    norm = _scaled(1, about.get("scaling_factor", 0.18215))
-    model = {"kind": "vq", **_shape(about), "encoder_channels": about.get("latent_channels", 3)}
-    return Imported(model | {"codes": len(codes), "latent_channels": codes.shape[1]}, tensors | norm)
-
-
-def _tiny(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
-    widths = {*about["encoder_block_out_channels"], *about["decoder_block_out_channels"]}
-    _expect(about, {"act_fn": "relu", "upsampling_scaling_factor": 2, "latent_magnitude": 3, "latent_shift": 0.5})
-    if len(widths) > 1:
-        raise UserError(f"levels of different width ({sorted(widths)}) have no counterpart here", code=CHECKPOINT)
-    model = {"kind": "tiny", "width": widths.pop(), "latent_channels": about["latent_channels"],
-             "image_channels": about["in_channels"], "encoder_blocks": about["num_encoder_blocks"],
-             "decoder_blocks": about["num_decoder_blocks"]}  # fmt: skip
-    return Imported(model, tensors | _scaled(about["latent_channels"], about.get("scaling_factor", 1.0)))
-
-
-def _dc(about: Mapping[str, Any], tensors: dict[str, Tensor]) -> Imported:
-    twice = {"encoder_block_types": "decoder_block_types", "encoder_qkv_multiscales": "decoder_qkv_multiscales",
-             "encoder_block_out_channels": "decoder_block_out_channels"}  # fmt: skip
-    _expect(about, {ours: about[key] for key, ours in twice.items()})
-    _expect(about, {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "upsample_block_type": "pixel_shuffle",
-                    "downsample_block_type": "pixel_unshuffle"})  # fmt: skip
-    types = about["encoder_block_types"]
-    types = [types] * len(about["encoder_block_out_channels"]) if isinstance(types, str) else types
-    model = {"kind": "dc", "channels": about["encoder_block_out_channels"], "image_channels": about["in_channels"],
-             "encoder_blocks": about["encoder_layers_per_block"], "decoder_blocks": about["decoder_layers_per_block"],
-             "latent_channels": about["latent_channels"],
-             "attention_at": [2**i for i, kind in enumerate(types) if kind == "EfficientViTBlock"]}  # fmt: skip
-    return Imported(model, tensors | _scaled(about["latent_channels"], about.get("scaling_factor", 1.0)))
-
-
-def _expect(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError at the first setting that is there and is another one: it would be another network."""
-    for key, value in wanted.items():
-        if about.get(key, value) != value:
-            said = f"{key} = {about[key]!r} has no counterpart here"
-            raise UserError(said, hint=f"only {value!r} is read", code=CHECKPOINT)
-
-
-def _scaled(channels: int, factor: float) -> dict[str, Tensor]:
-    """The normaliser of latents that are z times one number."""
-    scale = torch.full((1, channels, 1, 1), 1 / factor)
-    return {"norm.shift": torch.zeros_like(scale), "norm.scale": scale}
-
-
-READERS = {"AutoencoderKL": _kl, "VQModel": _vq, "AutoencoderTiny": _tiny, "AutoencoderDC": _dc}
+def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> Imported:
+    """A class of diffusers' by its name. Raises UserError for settings that it never writes."""
+    _, usual, reader, _ = LAYOUTS[name]
+    stated = {key: value for key, value in about.items() if value is not None}
+    try:
+        model, tensors = reader({"scaling_factor": usual} | stated, tensors)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as failure:
+        said = f"{source}: not the settings of {name} ({type(failure).__name__}: {failure})"
+        raise UserError(said, hint="is the config.json its own, and whole?", code=CHECKPOINT) from None
+    return Imported(model, tensors, None if "scaling_factor" in stated else usual)
 
 
 def read_file(path: Path) -> Imported:
     """An LDM or Stable Diffusion safetensors file; its shape is read off the tensors (32 groups, as all of them have).
 
-    Its normaliser is the file's `scale_factor` where there is one, else Stable Diffusion's 0.18215.
+    Its scaling_factor is the file's `scale_factor` where there is one, else Stable Diffusion's, as `assumed` says.
     """
     whole = load_tensors(path)
     prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in whole) else ""
@@ -201,11 +172,11 @@ def read_file(path: Path) -> Imported:
         "in_channels": ldm["encoder.conv_in.weight"].shape[1],
         "latent_channels": ldm["decoder.conv_in.weight"].shape[1],
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in ldm,
-        "scaling_factor": float(whole.get("scale_factor", torch.tensor(0.18215))),
+        "scaling_factor": float(whole["scale_factor"]) if "scale_factor" in whole else None,
     }
     keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
     tensors = modernised({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
-    return (_vq if "quantize.embedding.weight" in tensors else _kl)(about, tensors)
+    return _read("VQModel" if "quantize.embedding.weight" in tensors else "AutoencoderKL", about, tensors, path)
 
 
 def _renamed(key: str, levels: int) -> str:
@@ -231,59 +202,18 @@ def modernised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def export_autoencoder(path: str, output: Path) -> None:
     """Write a run's autoencoder as diffusers does. Raises UserError for kinds diffusers has no class for.
 
-    A KL model's normaliser is folded into its 1x1 convolutions, mean' = (mean - shift) / scale, since pipelines know
-    one number only; a VQ model's scale becomes `scaling_factor`, as its codes cannot be moved.
+    What of the latents' normaliser its pipelines cannot say is said as a note.
     """
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError(f"{output} already exists", hint="choose another --output", code=CHECKPOINT)
+    check_free(output)
     home, _ = find(path, "autoencoder")
-    model = read_json(home / "config.json")["model"]
+    model = configs.to_values(configs.decode("autoencoder", read_json(home / "config.json")))["model"]
+    found = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
+    if found is None:
+        known = ", ".join(kind for kind, *_ in LAYOUTS.values())
+        raise UserError(f"diffusers has no class for a {model['kind']} autoencoder", hint=known, code=CHECKPOINT)
     tensors = {key: value.clone() for key, value in load_autoencoder(path).state_dict().items()}
-    shift, scale = tensors.pop("norm.shift"), tensors.pop("norm.scale")
-    if model["kind"] == "kl":
-        fold(tensors, shift.flatten(), scale.flatten())
-        own = {"_class_name": "AutoencoderKL", "latent_channels": model["latent_channels"], "scaling_factor": 1.0,
-               "force_upcast": False, "use_quant_conv": True, "use_post_quant_conv": True}  # fmt: skip
-    elif model["kind"] == "vq" and not model["normalize"]:
-        own = {"_class_name": "VQModel", "latent_channels": model["encoder_channels"], "norm_type": "group",
-               "num_vq_embeddings": model["codes"], "vq_embed_dim": model["latent_channels"],
-               "scaling_factor": 1 / scale.item()}  # fmt: skip
-        tensors = {key: x for key, x in tensors.items() if not key.startswith("quantize.") or "embedding" in key}
-        if shift.item():
-            said = f"latents here are (z - {shift.item():.6g}) * scaling_factor; VQModel has no shift"
-            print(f"note: {said}", file=sys.stderr)
-    else:
-        said = f"diffusers has no class for a {model['kind']} autoencoder like this"
-        raise UserError(said, hint="kl is written, and vq with normalize = false", code=CHECKPOINT)
+    shift, scale = tensors.pop("norm.shift").flatten(), tensors.pop("norm.scale").flatten()
+    about, tensors = found[1](model, tensors, shift, scale)
     output.mkdir(parents=True, exist_ok=True)
     save_tensors(output / WEIGHTS, tensors, {"format": "pt"})
-    write_json(output / "config.json", _about(model) | own)
-
-
-def _about(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What both of diffusers' classes say of the network."""
-    levels = [2**i in model["attention_at"] for i in range(len(model["channels"]))]
-    return {
-        "_diffusers_version": "0.35.0",
-        "act_fn": "silu",
-        "block_out_channels": model["channels"],
-        "down_block_types": ["AttnDownEncoderBlock2D" if there else "DownEncoderBlock2D" for there in levels],
-        "up_block_types": ["AttnUpDecoderBlock2D" if there else "UpDecoderBlock2D" for there in reversed(levels)],
-        "in_channels": model["image_channels"],
-        "out_channels": model["image_channels"],
-        "layers_per_block": model["blocks"],
-        "norm_num_groups": model["groups"],
-        "mid_block_add_attention": model["mid_attention"],
-    }
-
-
-def fold(tensors: dict[str, Tensor], shift: Tensor, scale: Tensor) -> None:
-    """Put z' = (z - shift) / scale into the convolutions around z, (C,) each: what they give and take is z'."""
-    width = len(scale)
-    weight, bias = tensors["quant_conv.weight"], tensors["quant_conv.bias"]
-    weight[:width] /= scale[:, None, None, None]
-    bias[:width] = (bias[:width] - shift) / scale
-    bias[width:] -= 2 * scale.log()
-    weight, bias = tensors["post_quant_conv.weight"], tensors["post_quant_conv.bias"]
-    bias += weight[:, :, 0, 0] @ shift
-    weight *= scale[None, :, None, None]
+    write_json(output / "config.json", {"_class_name": found[0], "_diffusers_version": "0.35.0"} | about)

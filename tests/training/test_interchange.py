@@ -1,22 +1,26 @@
-"""Autoencoders taken from and given to other programs, held against diffusers' own classes."""
+"""Autoencoders taken from other programs, held against diffusers' own classes."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
 import tiny
 import torch
+from peers import CLOSE, FILE, convert, images, stored
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autoencoder.base import Autoencoder
-from training import config as configs
-from training.runs import export, load_autoencoder
+from autoencoder.images import to_unit
+from training.data import Images
+from training.runs import load_autoencoder
+from training.shards import ShardSet
 
-diffusers = pytest.importorskip("diffusers")
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 KLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "attention at a level": {"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
@@ -25,94 +29,41 @@ KLS: dict[str, dict[str, Any]] = {
                               "scaling_factor": 1.5, "latent_channels": 5, "layers_per_block": 2},
     "per channel": {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 4.0],
                     "mid_block_add_attention": False},
+    "per channel and whole": {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 4.0],
+                              "scaling_factor": 0.5},
+    "a mean alone, which pipelines pass over": {"latents_mean": [0.1, -0.2, 0.3, 0.4]},
 }  # fmt: skip
-
-
-def theirs(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, **blocks}
-    return diffusers.AutoencoderKL(**shape | changes).eval()
-
-
-def convert(verb: str, source: object, output: Path) -> Path:
-    assert tiny.call("convert_autoencoder", verb, source, "--output", output) == 0
-    return output
-
-
-def images() -> Tensor:
-    return torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", KLS)
 def test_a_kl_folder_is_read(name: str, tmp_path: Path) -> None:
-    """Moments, and the picture of normalised latents, to 1e-5; from the pipeline's folder too."""
-    peer = theirs(**KLS[name])
+    """Moments, latents as pipelines scale them, and their picture, to 1e-5; from the pipeline's folder too."""
+    peer = peers.kl(**KLS[name])
     peer.save_pretrained(tmp_path / "vae")
     ours = load_autoencoder(convert("import", tmp_path / "vae", tmp_path / "ours"))
     posterior = peer.encode(images()).latent_dist
     torch.testing.assert_close(ours.encode(images()), posterior.parameters, **CLOSE)
-    width, about = peer.config.latent_channels, KLS[name]
-    shift = torch.tensor(about.get("latents_mean", [about.get("shift_factor", 0.0)] * width))[:, None, None]
-    scale = torch.tensor(about.get("latents_std", [1 / about.get("scaling_factor", 0.18215)] * width))[:, None, None]
-    latents = (posterior.mean - shift) / scale
-    torch.testing.assert_close(ours.norm.mean_latents(ours.encode(images())), latents, **CLOSE)
-    torch.testing.assert_close(ours.decode(latents), peer.decode(posterior.mean).sample, **CLOSE)
+    about, latents = peer.config, ours.norm.mean_latents(ours.encode(images()))
+    if about.latents_mean and about.latents_std:
+        mean, std = (torch.tensor(row).view(1, -1, 1, 1) for row in (about.latents_mean, about.latents_std))
+        z = latents * std / about.scaling_factor + mean
+    else:
+        z = latents / about.scaling_factor + (about.shift_factor or 0.0)
+    torch.testing.assert_close(z, posterior.mean, **CLOSE)
+    torch.testing.assert_close(ours.decode(latents), peer.decode(z).sample, **CLOSE)
     again = load_autoencoder(convert("import", tmp_path, tmp_path / "again"))
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
 
 
 @torch.no_grad()
-def test_a_vq_folder_is_read_and_written(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    peer = diffusers.VQModel(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, vq_embed_dim=2,
-        up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=32, scaling_factor=0.5,
-    ).eval()  # fmt: skip
-    torch.nn.init.normal_(peer.quantize.embedding.weight, std=0.3)
+def test_a_vq_folder_is_read(tmp_path: Path) -> None:
+    peer = peers.vq()
     peer.save_pretrained(tmp_path / "theirs")
     ours = load_autoencoder(convert("import", tmp_path / "theirs", tmp_path / "ours"))
-    back, outcome = diffusers.VQModel.from_pretrained(
-        convert("export", tmp_path / "ours", tmp_path / "back"), output_loading_info=True
-    )
-    assert not any(outcome.values())
-    assert back.config.scaling_factor == 0.5
     z = peer.encode(images()).latents
     torch.testing.assert_close(ours.encode(images()), z, **CLOSE)
-    for model in (peer, back.eval()):
-        torch.testing.assert_close(ours.decode(z * 0.5), model.decode(z).sample, **CLOSE)
-
-
-def stored(home: Path, model: dict[str, Any]) -> tuple[Path, Autoencoder]:
-    """A model folder of ours with seeded weights and a normaliser that does something."""
-    config = configs.decode("autoencoder", {"model": model})
-    torch.manual_seed(0)
-    network = config.model.build()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    count = network.norm.shift.numel()
-    network.norm.set_(torch.linspace(-1, 2, count), torch.linspace(0.5, 3, count))
-    export(home, configs.to_values(config), network.state_dict(), "")
-    return home, network.eval()
-
-
-@torch.no_grad()
-def test_a_kl_run_is_written_with_its_normaliser_folded_in(tmp_path: Path) -> None:
-    """diffusers loads every key and nothing else; its latents are ours, normalised, and so is its posterior."""
-    home, ours = stored(tmp_path / "ours", {"kind": "kl", "channels": [8, 16], "groups": 4, "attention_at": [2]})
-    written = convert("export", home, tmp_path / "theirs")
-    peer, outcome = diffusers.AutoencoderKL.from_pretrained(written, output_loading_info=True)
-    assert not any(outcome.values())
-    assert peer.config.scaling_factor == 1
-    posterior, moments = peer.eval().encode(images()).latent_dist, ours.encode(images())
-    latents = ours.norm.mean_latents(moments)
-    torch.testing.assert_close(posterior.mean, latents, **CLOSE)
-    spread = moments.chunk(2, dim=1)[1] - 2 * ours.norm.scale.log()
-    torch.testing.assert_close(posterior.parameters.chunk(2, dim=1)[1], spread, **CLOSE)
-    torch.testing.assert_close(peer.decode(latents).sample, ours.decode(latents), **CLOSE)
-    back = load_autoencoder(convert("import", written, tmp_path / "back"))
-    torch.testing.assert_close(back.decode(latents), ours.decode(latents), **CLOSE)
+    torch.testing.assert_close(ours.decode(z * 0.5), peer.decode(z).sample, **CLOSE)
 
 
 LDM_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "group_norm": "norm", "to_out.0": "proj_out"}
@@ -148,7 +99,6 @@ def in_ldm_names(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
 def test_a_single_file_of_ldms_is_read(kind: str, prefix: str, tmp_path: Path) -> None:
     """Named by hand as LDM does, with what else such files hold; diffusers' own converter gives the same."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    from safetensors.torch import save_file
 
     # diffusers' converter leaves a level's attention by its old name: there only ours is asked
     own = {"codes": 16, "encoder_channels": 4, "attention_at": [4]} if kind == "vq" else {}
@@ -169,39 +119,37 @@ def test_a_single_file_of_ldms_is_read(kind: str, prefix: str, tmp_path: Path) -
     assert (read["norm.scale"] == 4).all() and (read["norm.shift"] == 0).all()
 
 
+DEEP: dict[str, dict[str, Any]] = {
+    "as the default here": {},
+    "as sana": {"downsample_block_type": "Conv", "upsample_block_type": "interpolate"},
+    "as in ImageNet's": {"encoder_layers_per_block": (0, 2, 1), "decoder_layers_per_block": (0, 2, 1),
+                         "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+                         "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+                         "encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ()),
+                         "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm"),
+                         "decoder_act_fns": ("relu", "relu", "silu")},
+}  # fmt: skip
+
+
 @torch.no_grad()
-def test_a_tiny_and_a_deep_compression_folder_are_read(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    kinds, scales = ("ResBlock", "ResBlock", "EfficientViTBlock"), ((), (), (5,))
-    tiny_one = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "scaling_factor": 0.5,
-                "num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1), "latent_channels": 2}  # fmt: skip
-    deep = {"encoder_block_types": kinds, "decoder_block_types": kinds, "encoder_block_out_channels": (8, 16, 32),
-            "decoder_block_out_channels": (8, 16, 32), "encoder_layers_per_block": (0, 1, 2), "latent_channels": 4,
-            "decoder_layers_per_block": (1, 1, 1), "encoder_qkv_multiscales": scales, "scaling_factor": 0.5,
-            "decoder_qkv_multiscales": scales}  # fmt: skip
-    for number, peer in enumerate((diffusers.AutoencoderTiny(**tiny_one), diffusers.AutoencoderDC(**deep))):
-        peer.eval().save_pretrained(tmp_path / f"{number}")
-        ours = load_autoencoder(convert("import", tmp_path / f"{number}", tmp_path / f"{number}-ours"))
-        z = peer.encode(images())[0]
-        torch.testing.assert_close(ours.encode(images()), z, **CLOSE)
-        torch.testing.assert_close(ours.decode(z * 0.5), peer.decode(z).sample, **CLOSE)
-    other = diffusers.AutoencoderDC(**deep | {"upsample_block_type": "interpolate"})
-    other.save_pretrained(tmp_path / "other")
-    said = str(tiny.refused("convert_autoencoder", "import", tmp_path / "other", "--output", tmp_path / "no"))
-    assert "upsample_block_type = 'interpolate' has no counterpart" in said
+@pytest.mark.parametrize("name", ["tiny", *DEEP])
+def test_a_tiny_and_a_deep_compression_folder_are_read(name: str, tmp_path: Path) -> None:
+    peer = peers.small() if name == "tiny" else peers.deep(**DEEP[name])
+    peer.save_pretrained(tmp_path / "theirs")
+    ours = load_autoencoder(convert("import", tmp_path / "theirs", tmp_path / "ours"))
+    z = peer.encode(images())[0]
+    torch.testing.assert_close(ours.encode(images()), z, **CLOSE)
+    torch.testing.assert_close(ours.decode(z * 0.5), peer.decode(z).sample, **CLOSE)
 
 
 def test_attention_of_old_files_is_read(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    theirs().save_pretrained(tmp_path / "new")
-    file = "diffusion_pytorch_model.safetensors"
-    old = load_file(tmp_path / "new" / file)
+    peers.kl().save_pretrained(tmp_path / "new")
+    old = load_file(tmp_path / "new" / FILE)
     for ours, before in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         old = {key.replace(f".{ours}.", f".{before}."): value for key, value in old.items()}
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_bytes((tmp_path / "new" / "config.json").read_bytes())
-    save_file(old, tmp_path / "old" / file)
+    save_file(old, tmp_path / "old" / FILE)
     new, old = (load_autoencoder(convert("import", tmp_path / age, tmp_path / f"{age}-read")) for age in ("new", "old"))
     assert all(torch.equal(value, old.state_dict()[key]) for key, value in new.state_dict().items())
 
@@ -212,11 +160,11 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         return str(problem)
 
-    theirs().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    peers.kl().save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert "a pickle, which is not read" in refused(tmp_path / "pickled")
     (tmp_path / "renamed.safetensors").write_bytes(next((tmp_path / "pickled").glob("*.bin")).read_bytes())
     assert "pickle" in refused(tmp_path / "renamed.safetensors")
-    theirs().save_pretrained(tmp_path / "odd")
+    peers.kl().save_pretrained(tmp_path / "odd")
     about = json.loads((tmp_path / "odd" / "config.json").read_text())
     (tmp_path / "odd" / "config.json").write_text(json.dumps(about | {"_class_name": "AutoencoderKLMagvit"}))
     assert "AutoencoderKLMagvit has no counterpart" in refused(tmp_path / "odd")
@@ -228,5 +176,135 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "x").touch()
     full = tiny.refused("convert_autoencoder", "import", "nothing", "--output", tmp_path / "out")
     assert "already exists" in str(full)
-    home, _ = stored(tmp_path / "cosine", {"kind": "vq", "channels": [8], "groups": 4, "codes": 8, "normalize": True})
-    assert "no class for a vq" in str(tiny.refused("convert_autoencoder", "export", home, "--output", tmp_path / "no"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of each class, by its kind here."""
+    home = tmp_path_factory.mktemp("saved")
+    for kind, build in {"kl": peers.kl, "vq": peers.vq, "tiny": peers.small, "dc": peers.deep}.items():
+        build().save_pretrained(home / kind)
+    return home
+
+
+def changed(folder: Path, target: Path, changes: dict[str, Any]) -> Path:
+    """A copy with other settings; those that are None left out."""
+    shutil.copytree(folder, target)
+    about = json.loads((folder / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps({key: value for key, value in about.items() if value is not None}))
+    return target
+
+
+TWO_SCALES = {f"{half}_qkv_multiscales": [[], [5], [3]] for half in ("encoder", "decoder")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("kl", {"act_fn": "relu"}, "act_fn = 'relu' has no counterpart"),
+        ("kl", {"down_block_types": ["DownEncoderBlock2D", "Odd"]}, "Odd has no counterpart"),
+        ("kl", {"scaling_factor": 0}, "not the settings of AutoencoderKL (ZeroDivisionError"),
+        ("kl", {"scaling_factor": -1.0}, "the scale positive"),
+        ("kl", {"block_out_channels": None}, "not the settings of AutoencoderKL (KeyError: 'block_out_channels')"),
+        ("vq", {"act_fn": "relu"}, "act_fn = 'relu' has no counterpart"),
+        ("vq", {"lookup_from_codebook": True}, "lookup_from_codebook = True has no counterpart"),
+        ("vq", {"norm_type": "spatial"}, "norm_type = 'spatial' has no counterpart"),
+        ("tiny", {"act_fn": "silu"}, "act_fn = 'silu' has no counterpart"),
+        ("tiny", {"upsample_fn": "bilinear"}, "upsample_fn = 'bilinear' has no counterpart"),
+        ("tiny", {"shift_factor": 0.1}, "shift_factor = 0.1 has no counterpart"),
+        ("tiny", {"latent_magnitude": 2}, "latent_magnitude = 2 has no counterpart"),
+        ("tiny", {"decoder_block_out_channels": [8, 16]}, "a network of widths [8, 16] has no counterpart"),
+        ("dc", {"encoder_out_shortcut": False}, "encoder_out_shortcut = False has no counterpart"),
+        ("dc", {"decoder_in_shortcut": False}, "decoder_in_shortcut = False has no counterpart"),
+        ("dc", {"decoder_conv_act_fn": "silu"}, "decoder_conv_act_fn = 'silu' has no counterpart"),
+        ("dc", {"attention_head_dim": 16}, "attention_head_dim = 16 has no counterpart"),
+        ("dc", {"decoder_act_fns": ["gelu", "silu", "silu"]}, "decoder_act_fns 'gelu' has no counterpart"),
+        ("dc", {"decoder_norm_types": "batch_norm", "decoder_act_fns": "relu"}, "'relu' and attention has no"),
+        ("dc", {"upsample_block_type": "interpolate"}, "with upsample_block_type = 'interpolate' has no counterpart"),
+        ("dc", {"decoder_qkv_multiscales": [[], [5], []]}, "decoder_qkv_multiscales = [[], [5], []] has no"),
+        ("dc", TWO_SCALES, "encoder_qkv_multiscales = [[], [5], [3]] has no counterpart"),
+    ],
+)
+def test_settings_of_other_networks_are_refused(
+    kind: str, changes: dict[str, Any], said: str, saved: Path, tmp_path: Path
+) -> None:
+    """Most have no parameters: what ignored them would load, and draw something else."""
+    folder = changed(saved / kind, tmp_path / "odd", changes)
+    problem = tiny.refused("convert_autoencoder", "import", folder, "--output", tmp_path / "out")
+    assert said in str(problem) and problem.code == 4 and not (tmp_path / "out").exists()
+
+
+def test_a_name_of_the_hub_is_read(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def downloaded(name: str, allow_patterns: list[str]) -> str:
+        assert name == "someone/something"
+        asked.append(allow_patterns)
+        return str(saved / "kl")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", downloaded)
+        named = load_autoencoder(convert("import", "someone/something", tmp_path / "named")).state_dict()
+    read = load_autoencoder(convert("import", saved / "kl", tmp_path / "read")).state_dict()
+    assert all(torch.equal(value, read[key]) for key, value in named.items())
+    (patterns,) = asked
+    for path in ("config.json", FILE, "vae/config.json", f"vae/{FILE}", f"vqvae/{FILE}"):
+        assert any(fnmatch(path, pattern) for pattern in patterns), path
+    for path in (f"unet/{FILE}", "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.bin"):
+        assert not any(fnmatch(path, pattern) for pattern in patterns), path
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    problem = tiny.refused("convert_autoencoder", "import", "someone/something", "--output", tmp_path / "out")
+    assert "someone/something could not be had from the Hugging Face hub" in str(problem) and problem.code == 4
+    assert "give their folder" in problem.hint
+
+
+@torch.no_grad()
+def test_a_scale_that_is_not_stated_is_told_given_or_measured(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, ours = stored(tmp_path / "ours", {"kind": "kl", "channels": [32, 32], "blocks": 1, "latent_channels": 2})
+    plain = {key: value for key, value in ours.state_dict().items() if not key.startswith("norm.")}
+    file = tmp_path / "a.safetensors"
+    save_file(in_ldm_names(plain, 2), file)
+
+    def norm(name: str, *words: object) -> tuple[Tensor, Tensor, str]:
+        capsys.readouterr()
+        read = load_autoencoder(convert("import", file, tmp_path / name, *words)).norm
+        return read.shift, read.scale, capsys.readouterr().err
+
+    shift, scale, said = norm("assumed")
+    assert not shift.any() and (scale == torch.tensor(1 / 0.18215)).all()
+    assert said.count("note:") == 1 and "0.18215 is assumed" in said and "--data" in said
+    shift, scale, said = norm("given", "--scale-factor", 0.25)
+    assert not shift.any() and (scale == 4).all() and "note:" not in said
+    shift, scale, said = norm("measured", "--data", shapes)
+    dataset = Images(ShardSet(shapes))
+    batches = dataset.chunks(range(len(dataset)), 16)
+    mean, logvar = torch.cat([ours.encode(to_unit(batch.data)) for batch in batches]).double().chunk(2, 1)
+    torch.testing.assert_close(shift.flatten().double(), mean.mean((0, 2, 3)), **CLOSE)
+    variance = mean.var((0, 2, 3), correction=0) + logvar.clamp(-30, 20).exp().mean((0, 2, 3))
+    torch.testing.assert_close(scale.flatten().double(), variance.sqrt(), atol=1e-5, rtol=1e-4)
+    assert "note:" not in said and f"{len(dataset)} pictures" in said
+
+
+def test_a_folder_that_states_no_scale_says_so(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, assumed in {"kl": 0.18215, "vq": 0.18215, "tiny": 1.0, "dc": 1.0}.items():
+        folder = changed(saved / kind, tmp_path / kind, {"scaling_factor": None})
+        scale = load_autoencoder(convert("import", folder, tmp_path / f"{kind}-read")).norm.scale
+        assert f"scaling_factor {assumed:g} is assumed" in capsys.readouterr().err
+        assert (scale == torch.tensor(1 / assumed)).all()
+
+
+def test_flags_that_contradict_are_refused(saved: Path, shapes: Path, tmp_path: Path) -> None:
+    def refused(verb: str, *words: object) -> str:
+        problem = tiny.refused("convert_autoencoder", verb, saved / "kl", "--output", tmp_path / "out", *words)
+        assert problem.code == 2 and not (tmp_path / "out").exists()
+        return str(problem)
+
+    assert "measures what --scale-factor states" in refused("import", "--data", shapes, "--scale-factor", 1)
+    for number in (0, -1, "inf", "nan"):
+        assert "--scale-factor: must be above 0" in refused("import", "--scale-factor", number)
+    assert "belong to import" in refused("export", "--data", shapes)
+    assert "belong to import" in refused("export", "--scale-factor", 1)
