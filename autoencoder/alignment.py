@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,3 +77,24 @@ class Alignment(nn.Module):
             unlike = F.relu(difference.abs() - self.distance_margin).mean((1, 2))
         total: Tensor = apart + unlike
         return total
+
+
+class Tap:
+    """Hands z on to `move`, and hears ∂L/∂z of what is made of it in the backward pass: `square` = ‖∂L/∂z‖².
+
+    For an alignment weighed by w = ‖∂L_picture/∂z‖ / ‖∂L_align/∂z‖ (Yao and Wang 2025, section 3.2, who take both at
+    the encoder's last convolution, in passes of their own): the decoder's share of it without a second pass.
+    """
+
+    square: Tensor
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        self.move = move
+
+    def __call__(self, z: Tensor) -> Tensor:
+        handed: Any = z.view_as(z)  # another name for it: what is asked of z itself is not heard
+        handed.register_hook(self._hear)
+        return self.move(handed)
+
+    def _hear(self, slope: Tensor) -> None:
+        self.square = slope.float().square().sum()

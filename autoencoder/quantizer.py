@@ -75,6 +75,13 @@ class Quantizer(Codebook):
             self.register_buffer("window", torch.zeros(codes))
 
     @property
+    def followers(self) -> tuple[str, ...]:
+        """The parameters that no gradient moves and that a run's averaged weights must hold all the same: codes that
+        follow the encoder of the moment do not fit an averaged one.
+        """
+        return ("embedding.weight",) if self.decay else ()
+
+    @property
     def adapts(self) -> bool:
         """Whether `adapt_` has anything to do."""
         return bool(self.decay or self.revive)

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 class EMA:
     """Exponential moving average of parameters: e <- e + (1 - d)(p - e), d = min(decay, (1 + n)/(10 + n)), n updates.
 
+    Of those that gradients move, and those that a module names in `followers`, which move with them by other means.
     The warm-up keeps early averages short, so that a run of any length ends with sound weights (as in EMA of TF's
     `ExponentialMovingAverage(num_updates)`). Shadows are float32 whatever the model's dtype.
     """
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._live = {
-            f"{name}.{key}": p
-            for name, module in modules.items()
-            for key, p in module.named_parameters()
-            if p.requires_grad
-        }
+        self._live: dict[str, nn.Parameter] = {}
+        for name, module in modules.items():
+            kept = _followers(module)
+            found = ((key, p) for key, p in module.named_parameters() if p.requires_grad or key in kept)
+            self._live |= {f"{name}.{key}": p for key, p in found}
         self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
 
     @torch.no_grad()
@@ -50,7 +50,15 @@ class EMA:
                 p.data = kept[key]
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Take back saved shadows and their counter."""
+        """Take back saved shadows and their counter; after the weights, from which what was not averaged is taken."""
         self.updates = updates
         for key, shadow in self.shadow.items():
-            shadow.copy_(tensors[key])
+            live = self._live[key].detach()
+            without = key not in tensors and not self._live[key].requires_grad  # followers, in an earlier version
+            shadow.copy_(live if without else tensors[key])
+
+
+def _followers(module: nn.Module) -> set[str]:
+    """The names of all parameters that parts of the module name in `followers`."""
+    parts = ((name, getattr(part, "followers", ())) for name, part in module.named_modules())
+    return {f"{name}.{key}" if name else key for name, keys in parts for key in keys}

@@ -240,8 +240,7 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)
         if scaler:
             scaler.update()
-        if self.train.ema:
-            self.ema.update()
+        self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
         self.powers.update(step + 1)
         return told if taken else {**told, "skipped": torch.ones((), device=self.accelerator.device)}
 

@@ -53,9 +53,10 @@ def probe(
 ) -> dict[str, Any]:
     """Train for `steps` on latents of `train`; held-out loss by noise level, Frechet distance of decoded samples.
 
-    `frechet_reconstructed`, of as many reconstructions, is what samples could at best reach.
+    `frechet_reconstructed`, of as many reconstructions, is what samples could at best reach: both are of `samples`, or
+    of as many as pictures are held out where those are fewer.
     """
-    device = next(model.parameters()).device
+    device, samples = next(model.parameters()).device, min(samples, len(held_out))
     moments = encoded(model, train, PICTURES, device)
     network = denoiser(moments, model)
     fit(network, model, moments, steps)
@@ -75,7 +76,7 @@ def probe(
         "frechet": frechet_distance(real, drawn),
         "frechet_reconstructed": frechet_distance(real, copied),
         "features": features.name,
-        "samples": samples,
+        "samples": drawn.count,
         "real_pictures": real.count,
         "steps": steps,
         "batch": BATCH,

@@ -100,6 +100,7 @@ class Loss:
     kl: float = 1e-6
     codebook: float = 1.0  # a quantiser's own terms, where the model has one instead of a posterior
     align: float = 0.0  # of latents with the features of the vision model given by --align-with (VA-VAE)
+    align_adaptive: bool = False  # times the ratio of the gradients, decoder's over alignment's, at the latents
     align_cosine_margin: float = 0.5  # 1 - cosine that costs nothing
     align_distance_margin: float = 0.25  # difference of two positions' cosines that costs nothing
     adversarial: float = 0.5
@@ -114,6 +115,7 @@ class Loss:
     return_limit: int = 3  # returns before the run stops
     discriminator_lr: float = 1.0  # as a multiple of optimizer.lr
     r1: float = 0.0  # gamma of the gradient penalty on real images
+    r1_every: int = 1  # steps from one penalty to the next, each then so many times as strong (StyleGAN2: 16)
     lecam: float = 0.0
     augment: tuple[Literal["colour", "translation", "cutout"], ...] = ()  # what the discriminator sees (DiffAug)
 
@@ -124,7 +126,9 @@ class Loss:
         if not (0 <= self.align_cosine_margin < 2 and 0 <= self.align_distance_margin < 2):
             raise ValueError("align_cosine_margin and align_distance_margin must lie in [0, 2)")
         fraction("", plateau=self.plateau)
-        positive("", plateau_steps=self.plateau_steps, return_pause=self.return_pause)
+        positive("", plateau_steps=self.plateau_steps, return_pause=self.return_pause, r1_every=self.r1_every)
+        if self.align_adaptive and not self.align:
+            raise ValueError("align_adaptive: is the weight of an alignment; set align above 0, too")
         if self.perceptual_weights not in ("standard", "random"):
             raise ValueError(
                 f'perceptual_weights: must be "standard" or "random" (got "{self.perceptual_weights}"); '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,13 @@ from training.order import split_batch
 if TYPE_CHECKING:
     from training.loop import Loop
 
+LPIPS_NEEDS = {"vgg": 16, "squeeze": 17, "alex": 31}  # pixels a side; of less, a network's pooling leaves nothing
+
 
 def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
-    """(config with its settled global batch, micro-batch, accumulation)."""
+    """(config with its settled global batch, micro-batch, accumulation); says aloud what of its losses the split of the
+    batch decides.
+    """
     train = config.train
     batch, micro, accumulation = split_batch(
         train.batch_size,
@@ -27,7 +32,22 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         processes,
         batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
+    if (parted := coupled(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
+        split = f"{processes} process(es) and {accumulation} micro-batch(es) each"
+        what = f"{' and '.join(parted)} depend on how a batch is split, here over {split}"
+        print(f"warning: {what}: split otherwise, it trains another model", file=sys.stderr)
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
+
+
+def coupled(config: Any, accumulation: int, processes: int) -> list[str]:
+    """What sees no more than a part of a global batch that is split so; all else trains the same under every split."""
+    if not isinstance(config, configs.AutoencoderConfig):
+        return []
+    norm = config.loss.adversarial and getattr(config.discriminator, "norm", "") == "batch"
+    found = ["the statistics of discriminator.norm batch"] if norm and accumulation * processes > 1 else []
+    if config.model.kind == "lfq" and config.model.entropy and accumulation > 1:  # processes share theirs
+        found.append("the batch entropy of model.kind lfq")
+    return found
 
 
 def check_shrinking(config: configs.AutoencoderConfig, model: Any, processes: int) -> None:
@@ -49,21 +69,33 @@ def data_facts(folder: str) -> dict[str, Any]:
 
 def check_images(config: configs.AutoencoderConfig, dataset: Any) -> None:
     """Refuse pictures that the networks cannot take, before anything is built."""
-    height, width = dataset[0].data.shape[-2:]
-    factor, smallest = config.model.factor, config.discriminator.smallest_image
+    channels, height, width = dataset[0].data.shape[-3:]
+    factor, loss, critic = config.model.factor, config.loss, config.discriminator
+    packed = f"the packed pictures are {width}x{height}"
+    judged = [("discriminator", critic)] if loss.adversarial else []
+    for name, part in [("model", config.model), *judged]:
+        if (asked := getattr(part, "image_channels", channels)) != channels:
+            what = f"{name}.image_channels is {asked}, the packed pictures have {channels}"
+            raise UserError(what, hint=f"set {name}.image_channels to {channels}")
     if height % factor or width % factor:
         raise UserError(
-            f"the packed pictures are {width}x{height}, not divisible by the autoencoder's factor {factor}",
+            f"{packed}, not divisible by the autoencoder's factor {factor}",
             hint=f"pack again with --resolution {max(factor, height // factor * factor)}"
             f" or {(height // factor + 1) * factor}, or choose another config",
         )
-    if config.loss.adversarial and min(height, width) < smallest:
-        critic = config.discriminator
+    if judged and min(height, width) < critic.smallest_image:
         raise UserError(
-            f"the packed pictures are {width}x{height}, the discriminator needs {smallest} pixels a side",
+            f"{packed}, the discriminator needs {critic.smallest_image} pixels a side",
             hint="set discriminator.kind to patch"
             if critic.on_features
             else f"lower discriminator.layers (now {critic.layers})",
+        )
+    least = LPIPS_NEEDS[loss.perceptual_net]
+    if loss.perceptual and min(height, width) < least:
+        fitting = " or ".join(net for net, needs in LPIPS_NEEDS.items() if needs <= min(height, width))
+        raise UserError(
+            f"{packed}, LPIPS on {loss.perceptual_net} needs {least} pixels a side",
+            hint=(f"set loss.perceptual_net to {fitting}, or" if fitting else "set") + " loss.perceptual to 0",
         )
 
 

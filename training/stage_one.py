@@ -9,27 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.adversarial import Split, adaptive_weight, last_layer_gradients, split_gradients, surrogate
-from autoencoder.alignment import Alignment, VisionFeatures
+from autoencoder.alignment import Alignment, Tap, VisionFeatures
 from autoencoder.base import Autoencoder
-from autoencoder.critic import AUGMENTED_BY, Plateau, augment, lecam, move_anchors, r1
-from autoencoder.discriminator import LEAST_SIDE, maps
+from autoencoder.critic import AUGMENTED_BY, Plateau
+from autoencoder.discriminator import LEAST_SIDE
 from autoencoder.images import to_unit
-from autoencoder.losses import ADVERSARIALS, RECONSTRUCTIONS, LogVariance, of_kind
-from autoencoder.norm import LatentStatistics
+from autoencoder.losses import RECONSTRUCTIONS, LogVariance, of_kind
 from autoencoder.perceptual import Perceptual
-from autoencoder.quantizer import Quantizer
+from autoencoder.quantizer import Quantizer, identity
 from autoencoder.regularisers import Move
 from ldm.noise import Noise
+from training.adversary import Adversary
 from training.config import AutoencoderConfig
 from training.data import Batch, Images
 from training.looking import Returns, check_returns
 from training.loop import Stage
+from training.normaliser import fit_norm
 from training.reconstructions import measure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-MEASURED = 10_000  # images that the latent normaliser is measured on
 
 
 class AutoencoderStage(Stage):
@@ -39,6 +38,8 @@ class AutoencoderStage(Stage):
     pass. Their balance uses the last layer's gradients over the whole global batch of the step before (checkpointed
     state), so that it does not depend on how the batch is split over micro-batches and processes.
     """
+
+    dataset: Images
 
     def __init__(
         self,
@@ -69,11 +70,12 @@ class AutoencoderStage(Stage):
             self.optimizers["alignment"] = (["alignment"], 1.0)
         self.averaged, self.score = {"autoencoder": model}, ("psnr", -1.0)
         self.distance = of_kind(RECONSTRUCTIONS, self.loss.reconstruction)
-        self.game = of_kind(ADVERSARIALS, self.loss.adversarial_loss)
+        self.adversary = Adversary(self.loss, discriminator)
         self.balance = torch.zeros(())
         self.sums: Tensor | None = None  # both gradients at the last layer, this step's so far
-        self.anchors: Tensor | None = None  # moving averages of the logits of images and reconstructions
-        self.logits: Tensor | None = None  # their means, this step's so far
+        self.logits: Tensor | None = None  # mean logits of images and reconstructions, this step's so far
+        self.align_balance = torch.zeros(())  # what multiplies the alignment's weight where that is adaptive
+        self.pulls: Tensor | None = None  # squared gradients of decoder and alignment at z, this step's so far
         self.plateau = Plateau(self.loss.plateau, self.loss.plateau_steps)
         self.level: Tensor | None = None  # the reconstruction loss, this step's so far
         self.start = None if self.loss.plateau else self.loss.adversarial_start
@@ -83,18 +85,17 @@ class AutoencoderStage(Stage):
         self.codes = model.quantize if isinstance(model.quantize, Quantizer) and model.quantize.adapts else None
         self.seen: list[tuple[Tensor, Tensor]] = []  # slots and z of this step, for a codebook that follows them
         self.forward: Any = model
-        self.judge: Any = discriminator
 
     def wrap(self, accelerator: Accelerator) -> None:
         """Every training call goes through the process wrappers, which average gradients."""
-        self.accelerator = accelerator
+        self.accelerator = self.adversary.accelerator = accelerator
         self.forward, self.balance = accelerator.prepare(self.model), self.balance.to(accelerator.device)
+        self.align_balance = self.align_balance.to(accelerator.device)
         self.wrapped = {"autoencoder": self.forward}
         if self.perceptual:
             self.perceptual.to(accelerator.device).to(memory_format=torch.channels_last)
         if self.loss.adversarial:
-            self.judge = accelerator.prepare(self.discriminator)
-            self.wrapped["discriminator"] = self.judge
+            self.wrapped["discriminator"] = self.adversary.judge = accelerator.prepare(self.discriminator)
         else:
             self.discriminator.to(accelerator.device)
         if self.vision:
@@ -122,22 +123,25 @@ class AutoencoderStage(Stage):
         images = to_unit(batch.data.to(self.accelerator.device, non_blocking=True))
         slots, move = batch.slots.to(images.device), self.move(images, step)
         noise = posterior_noise(self.model, images, slots, self.seed, step)
+        tap = Tap(move or identity) if self.loss.align_adaptive else None
         with self.accelerator.autocast():
-            x_hat, moments = self.forward(images, noise, *([move] if move else []))
+            x_hat, moments = self.forward(images, noise, *filter(None, [tap or move]))
         latent, penalty = self.latent_terms(moments, images)
-        aligned = self.align(moments, images)
+        aligned, asked = self.align(moments, images)
         images = move(images, self.model.factor) if move else images
         uniform = Noise(slots).uniform((AUGMENTED_BY,), self.seed, step, "augment")
         playing = self.ramp(step + 1) > 0  # the step before the start measures the first balance
-        fool = (lambda x: self.fool(x, uniform)) if playing else None
+        fool = (lambda x: self.adversary.fooled(x, uniform)) if playing else None
         split, spread = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
         gradient = split.reconstruction
         if playing:
             measured = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, split)) * share
-            self.sums = measured if self.sums is None else self.sums + measured
+            self.sums = added(self.sums, measured)
             gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
         self.accelerator.backward((surrogate(x_hat, gradient) + penalty + aligned + spread) * share)
         self.note(split, moments, slots, share)
+        if tap:
+            self.pulls = added(self.pulls, torch.stack([tap.square / self.scale**2, asked * share**2]))
         values: dict[str, Tensor] = {
             "loss": split.reconstruction_loss + (penalty + aligned).detach(),
             "codebook" if self.model.quantize else "kl": latent.detach(),
@@ -146,8 +150,11 @@ class AutoencoderStage(Stage):
         }
         if self.vision:
             values["alignment"] = aligned.detach()
+        if tap:
+            values["align_balance"] = self.align_balance
         if self.loss.adversarial and step >= self.loss.discriminator_start:
-            values["discriminator"] = self.judge_step(images, x_hat.detach(), uniform, share)
+            values["discriminator"], logits = self.adversary.learn(images, x_hat.detach(), uniform, step, share)
+            self.logits = added(self.logits, logits * share) if logits is not None else None
         return values
 
     def move(self, images: Tensor, step: int) -> Move | None:
@@ -169,15 +176,26 @@ class AutoencoderStage(Stage):
         more = self.config.latent.term(self.model.norm.mean_latents(moments), images)
         return latent, penalty if more is None else penalty + more.mean()
 
-    def align(self, moments: Tensor, images: Tensor) -> Tensor:
-        """What is asked of the mean latents beside the vision model's features of the images, weighted."""
+    def align(self, moments: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What is asked of the mean latents beside the vision model's features of the images, weighted; and where its
+        weight is adaptive, the squared norm of its gradient at the moments before any weight.
+        """
+        none = images.new_zeros(())
         if not self.vision:
-            return images.new_zeros(())
+            return none, none
         z = self.model.norm.mean_latents(moments)
         with self.accelerator.autocast():
             features = self.vision(images, (z.shape[2], z.shape[3]))
-        loss: Tensor = self.loss.align * self.wrapped["alignment"](z, features).mean()
-        return loss
+        loss = self.wrapped["alignment"](z, features).mean()
+        if not self.loss.align_adaptive:
+            return self.loss.align * loss, none
+        (slope,) = torch.autograd.grad(loss, moments, retain_graph=True)  # through the small head alone
+        return self.loss.align * self.align_balance * loss, slope.square().sum()
+
+    @property
+    def scale(self) -> float:
+        """What fp16's scaler multiplies the gradients of a backward pass by."""
+        return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
     def weigh(self, split: Split) -> tuple[Split, Tensor | float]:
         """The split under the learned log-variance s, and the loss that trains s (0 where s is fixed)."""
@@ -191,8 +209,7 @@ class AutoencoderStage(Stage):
     def note(self, split: Split, moments: Tensor, slots: Tensor, share: float) -> None:
         """Keep what `after_backward` needs of this micro-batch."""
         if self.loss.plateau:
-            level = split.reconstruction_loss * share
-            self.level = level if self.level is None else self.level + level
+            self.level = added(self.level, split.reconstruction_loss * share)
         if self.codes:
             self.seen.append((slots, moments.detach()))
 
@@ -203,39 +220,16 @@ class AutoencoderStage(Stage):
             loss = loss + self.loss.perceptual * self.perceptual(x_hat, images).mean()
         return loss
 
-    def fool(self, x_hat: Tensor, uniform: Tensor) -> Tensor:
-        """The decoder's adversarial loss, through the bare discriminator: its own gradient is not wanted here."""
-        with self.accelerator.autocast():
-            logits = maps(self.discriminator(augment(x_hat, uniform, self.loss.augment)))
-        return torch.stack([self.game.generator(fake).mean() for fake in logits]).mean()
-
-    def judge_step(self, images: Tensor, fakes: Tensor, uniform: Tensor, share: float) -> Tensor:
-        """Add the discriminator's gradient, from images and detached reconstructions."""
-        images = images.requires_grad_(bool(self.loss.r1))
-        both = augment(torch.cat([images, fakes]), uniform.repeat(2, 1), self.loss.augment)
-        with self.accelerator.autocast():
-            logits = maps(self.judge(both))
-        pairs = [part.chunk(2) for part in logits]
-        loss = torch.stack([self.game.discriminator(real, fake).mean() for real, fake in pairs]).mean()
-        total = loss
-        if self.loss.r1:
-            total = total + self.loss.r1 * r1([real for real, _ in pairs], images).mean()
-        if self.loss.lecam:
-            means = torch.stack([torch.stack([real.mean(), fake.mean()]) for real, fake in pairs]).mean(0) * share
-            self.logits = means.detach() if self.logits is None else self.logits + means.detach()
-            if self.anchors is not None:
-                pull = torch.stack([lecam(real, fake, self.anchors).mean() for real, fake in pairs]).mean()
-                total = total + self.loss.lecam * pull
-        self.accelerator.backward(total * share)
-        return loss.detach()
-
     def after_backward(self, step: int) -> None:
         """Measure what the next step uses, over the global batch: gradients are averaged before their norms."""
         if self.sums is not None:
             rec, adv = self.accelerator.reduce(self.sums, "mean")
             self.balance, self.sums = adaptive_weight(rec.norm(), adv.norm()), None
+        if self.pulls is not None:  # each image has its own z: over the global batch the squares add up
+            ours, theirs = self.accelerator.reduce(self.pulls, "sum").sqrt()
+            self.align_balance, self.pulls = adaptive_weight(ours, theirs), None
         if self.logits is not None:
-            self.anchors = move_anchors(self.anchors, self.accelerator.reduce(self.logits, "mean"))
+            self.adversary.remember(self.accelerator.reduce(self.logits, "mean"))
             self.logits = None
         if self.level is not None:
             reached = self.plateau.add(self.accelerator.reduce(self.level, "mean"))
@@ -252,15 +246,17 @@ class AutoencoderStage(Stage):
 
     def state(self) -> dict[str, Any]:
         plateau = {**vars(self.plateau), "total": float(self.plateau.total), "start": self.start}
-        anchors = None if self.anchors is None else self.anchors.tolist()
+        anchors = None if self.adversary.anchors is None else self.adversary.anchors.tolist()
         counted = self.returns and self.returns.count
         returns = {"returns": {"count": counted, "start": self.start}} if counted else {}
-        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns}
+        aligned = {"align_balance": float(self.align_balance)} if self.loss.align_adaptive else {}
+        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **aligned}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)
+        self.align_balance = self.balance.new_tensor(float(state.get("align_balance", 0.0)))
         anchors = state.get("anchors")  # absent from checkpoints of earlier versions
-        self.anchors = torch.tensor(anchors, device=self.accelerator.device) if anchors else None
+        self.adversary.anchors = torch.tensor(anchors, device=self.accelerator.device) if anchors else None
         if self.loss.plateau and "plateau" in state:
             plateau = dict(state["plateau"])
             self.start = plateau.pop("start")
@@ -274,14 +270,14 @@ class AutoencoderStage(Stage):
         shown = (to_unit(batch.data.to(self.accelerator.device)) for batch in batches)
         return measure(self.model, self.perceptual, shown, folder)
 
-    @torch.no_grad()
     def normalise(self) -> None:
         """The last act: measure per-channel shift and scale of z with the weights in place, evenly over the data."""
-        statistics = LatentStatistics(self.model.norm, self.model.latent_channels)
-        stride = max(1, len(self.dataset) // MEASURED)
-        for batch in self.dataset.chunks(range(0, len(self.dataset), stride)[:MEASURED], 64):
-            statistics.add(self.model.encode(to_unit(batch.data.to(self.accelerator.device))))
-        statistics.fit()
+        fit_norm(self.model, self.dataset)
+
+
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum begun with its first part. Not in place: a step may be undone and taken again."""
+    return part if total is None else total + part
 
 
 def posterior_noise(model: Autoencoder, images: Tensor, slots: Tensor, seed: int, step: int) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from autoencoder.quantizer import Quantizer
 from training.ema import EMA
 
 
@@ -60,3 +61,32 @@ def test_load() -> None:
     assert other.updates == 1 and torch.equal(other.shadow["net.weight"], saved.shadow["net.weight"])
     other.update()
     assert not torch.equal(other.shadow["net.weight"], saved.shadow["net.weight"])  # its own memory
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_codes_are_averaged_however_they_move(decay: float) -> None:
+    """Those that follow z by averages of their own too, without a gradient; not the counts they follow by."""
+    net = nn.Sequential(Quantizer(4, 2, beta=0.25, normalize=False, decay=decay))
+    codes, key = net[0].embedding.weight, "net.0.embedding.weight"
+    before, ema = codes.detach().clone(), EMA({"net": net}, 0.9)
+    assert codes.requires_grad == (not decay) and set(ema.shadow) == {key}
+    with torch.no_grad():
+        codes.add_(1)
+    ema.update()
+    torch.testing.assert_close(ema.shadow[key], before + 0.9)
+    with ema.applied():
+        torch.testing.assert_close(net[0].lookup(torch.tensor([[[2]]])).flatten(), before[2] + 0.9)
+    torch.testing.assert_close(codes.detach(), before + 1)
+
+
+def test_what_an_earlier_version_did_not_average_is_taken_from_the_weights() -> None:
+    net = nn.ModuleList([nn.Linear(2, 2), Quantizer(4, 2, beta=0.25, normalize=False, decay=0.9)])
+    ema, key = EMA({"net": net}, 0.9), "net.1.embedding.weight"
+    saved = {name: value + 1 for name, value in ema.shadow.items() if name != key}
+    with torch.no_grad():
+        net[1].embedding.weight.fill_(7)
+    ema.load(saved, 3)
+    assert (ema.shadow[key] == 7).all() and torch.equal(ema.shadow["net.0.weight"], saved["net.0.weight"])
+    del saved["net.0.weight"]
+    with pytest.raises(KeyError):
+        ema.load(saved, 3)

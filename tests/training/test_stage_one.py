@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from autoencoder.alignment import VisionFeatures
 from autoencoder.images import to_unit
+from autoencoder.posterior import Posterior
 from training import config as configs
-from training.data import Images
+from training.data import Batch, Images
 from training.errors import UserError
 from training.loop import Loop
 from training.order import Slot
 from training.perceptual import load_perceptual
 from training.settle import check_images
 from training.shards import ShardSet
-from training.stage_one import AutoencoderStage
+from training.stage_one import AutoencoderStage, posterior_noise
 
 SHAPE = {"model.channels": "8,8,8", "model.groups": "4", "discriminator.width": "4", "train.validation_size": "8"}
 NETWORK: dict[str, Any] = {"channels": [8, 8, 8], "blocks": 1, "groups": 4, "mid_attention": False}
@@ -44,10 +47,12 @@ class Patches(torch.nn.Module):
 
 
 @pytest.fixture
-def make(shapes: Path, tmp_path: Path) -> Callable[..., tuple[AutoencoderStage, Loop]]:
-    """A stage and its loop; overrides as `section__key="text"`."""
+def make(shapes: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[AutoencoderStage, Loop]]]:
+    """A stage and its loop; overrides as `section__key="text"`. All stages of a process have the latest's precision."""
 
-    def build(model: dict[str, Any] | None = None, **changes: str) -> tuple[AutoencoderStage, Loop]:
+    def build(
+        model: dict[str, Any] | None = None, precision: str = "no", **changes: str
+    ) -> tuple[AutoencoderStage, Loop]:
         overrides = {**SHAPE, **TIMES, **{key.replace("__", "."): text for key, text in changes.items()}}
         config = configs.load("autoencoder", "smoke", overrides)
         if model:
@@ -62,22 +67,26 @@ def make(shapes: Path, tmp_path: Path) -> Callable[..., tuple[AutoencoderStage, 
         images, held_out = Images(ShardSet(shapes, "train")), Images(ShardSet(shapes, "val"))
         vision = VisionFeatures(Patches(), 16, (0.5,) * 3, (0.5,) * 3) if config.loss.align else None
         stage = AutoencoderStage(config, network, discriminator, perceptual, images, held_out, vision)
-        loop = Loop(stage, config.train, config.optimizer, Accelerator(cpu=True), tmp_path / "run", 1, 8)
-        return stage, loop
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        return stage, Loop(stage, config.train, config.optimizer, accelerator, tmp_path / "run", 1, 8)
 
-    return build
+    yield build
+    AcceleratorState._reset_state()
 
 
 def step(stage: AutoencoderStage, loop: Loop, number: int, parts: int = 1) -> dict[str, Tensor]:
     """One gradient step on the same eight pictures, optionally in parts; gradients are left in place."""
     share, values = 8 // parts, {}
     for part in range(parts):
-        batch = stage.dataset.__getitems__(
-            [Slot(i, 0, 8 * number + i) for i in range(part * share, (part + 1) * share)]
-        )
-        values = stage.backward(batch, number, 1 / parts)
+        values = stage.backward(pictures(stage, number, range(part * share, (part + 1) * share)), number, 1 / parts)
     stage.after_backward(number)
     return values
+
+
+def pictures(stage: AutoencoderStage, number: int, places: range = range(8)) -> Batch:
+    """Those of step `number`, which are the same in every step but for their noise."""
+    return stage.dataset.__getitems__([Slot(i, 0, 8 * number + i) for i in places])
 
 
 def gradients(module: torch.nn.Module) -> Tensor:
@@ -235,6 +244,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "equivariance": {"latent__kind": "equivariance", "latent__probability": "1"},
     "spectral": {"latent__kind": "spectral"},
     "align": {"loss__align": "1", "loss__align_cosine_margin": "0.1"},
+    "align-adaptive": {"loss__align": "1", "loss__align_cosine_margin": "0.1", "loss__align_adaptive": "true"},
+    "lazy-r1": {"loss__r1": "0.1", "loss__r1_every": "2"},
     "plateau": {"loss__plateau": "0.9", "loss__plateau_steps": "1"},
     "vq": {"model": {**NETWORK, "kind": "vq", "codes": 64, "codebook_decay": 0.9, "revive_every": 2}},
     "vq-gradient": {"model": {**NETWORK, "kind": "vq", "codes": 64, "normalize": True, "revive_every": 2}},
@@ -324,8 +335,9 @@ def test_equivariance_moves_target_and_latents_alike(make: Callable[..., tuple[A
         move = stage.move(images, number)
         assert move is not None and move == stage.move(images[:1], number)
         sizes.add(move.height)
+        noise = posterior_noise(stage.model, images, torch.arange(8) + 8 * number, stage.seed, number)
         with torch.no_grad():
-            x_hat, _ = stage.model(images, stage.noise(torch.arange(8) + 8 * number, images, number), move)
+            x_hat, _ = stage.model(images, noise, move)
             expected = (x_hat - move(images, 4)).abs().mean()
         batch = stage.dataset.__getitems__([Slot(i, 0, 8 * number + i) for i in range(8)])
         values = stage.backward(batch, number, 1.0)
@@ -353,3 +365,95 @@ def test_a_codebook_is_watched(
     assert "only 1.6% of the 64 codes are in use" in capsys.readouterr().err
     with torch.no_grad():
         assert "usage" not in make()[0].evaluate(tmp_path)
+
+
+def test_bf16_keeps_float32_weights_and_the_balance(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
+    """The networks compute in bf16; weights, gradients, moments and averages stay float32, so that no update is lost.
+
+    A norm's scale of 1 moves by Adam's 1e-5 a step, of which bf16, whose next number is 0.996, would keep nothing. The
+    balance of a few small pictures is as noisy as bf16's rounding makes it, but no larger or smaller on the average.
+    """
+    balances, found = {}, {}
+    for precision in ("no", "bf16"):
+        stage, loop = make(precision=precision, loss__perceptual="0", loss__reconstruction="l2")  # l1, LPIPS: kinks
+        scales = [m.weight for m in stage.model.modules() if isinstance(m, torch.nn.GroupNorm)]
+        balances[precision] = 0.0
+        for number in range(3, 9):
+            values = step(stage, loop, number)
+            assert all(value.dtype == torch.float32 for value in values.values())
+            assert {p.grad.dtype for p in stage.model.parameters() if p.grad is not None} == {torch.float32}
+            found.setdefault(precision, gradients(stage.model))  # the first step's: at equal weights
+            balances[precision] += stage.balance.item()
+            loop.step(number, 1e-5)
+    kept = loop.snapshot(9).tensors
+    assert {tensor.dtype for group in kept.values() for tensor in group.values()} == {torch.float32}
+    assert kept.keys() == {"model", "ema", "optimizer"} and all(kept.values())
+    assert balances["bf16"] == pytest.approx(balances["no"], rel=0.05) and balances["no"] > 0
+    assert 0 < (found["bf16"] - found["no"]).norm() < 0.1 * found["no"].norm()
+    for scale in scales:
+        assert (scale != 1).all() and ((scale - 1).abs() <= 1e-4).all()
+        assert (scale.bfloat16() == 1).all()
+
+
+def test_evaluation_sees_the_averages(
+    make: Callable[..., tuple[AutoencoderStage, Loop]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, loop = make(loss__adversarial="0")
+    for number in range(2):
+        step(stage, loop, number), loop.step(number, 1e-3)
+    live, seen = weights(stage.model), []
+    monkeypatch.setattr(stage, "evaluate", lambda folder: seen.append(weights(stage.model)) or {"psnr": 0.0})
+    loop.look(2)
+    averages = torch.cat([loop.ema.shadow[f"autoencoder.{key}"].flatten() for key, _ in stage.model.named_parameters()])
+    assert torch.equal(seen[0], averages) and not torch.allclose(averages, live, atol=1e-5)
+    assert torch.equal(weights(stage.model), live)
+
+
+def test_kl_is_told_in_nats_per_image_value(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
+    stage, loop = make(loss__perceptual="0", loss__reconstruction="l2")
+    images = to_unit(pictures(stage, 0).data)
+    with torch.no_grad():
+        nats = Posterior.split(stage.model.encode(images)).kl().mean()
+    values = step(stage, loop, 0)
+    assert nats > 0 and values["kl"].item() * images[0].numel() == pytest.approx(nats.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["patch", "features"])
+def test_the_target_of_lpips_is_computed_once_per_image_and_step(
+    make: Callable[..., tuple[AutoencoderStage, Loop]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Also with the adversary at work, however the batch is split."""
+    stage, loop = make(discriminator__kind=kind)
+    assert stage.perceptual is not None
+    seen, target = [], stage.perceptual.target
+    monkeypatch.setattr(stage.perceptual, "target", lambda images: seen.append(len(images)) or target(images))
+    for parts in (1, 4):
+        step(stage, loop, 5, parts)
+        assert seen == [8 // parts] * parts
+        seen.clear()
+
+
+CRITICS = ("patch", "multi-scale", "features")
+EMPTY: dict[str, Callable[[Batch], Batch]] = {
+    "constant": lambda batch: batch._replace(data=torch.full_like(batch.data, 255)),
+    "one": lambda batch: batch._replace(data=batch.data[:1], slots=batch.slots[:1], captions=batch.captions[:1]),
+    "one constant": lambda batch: EMPTY["one"](EMPTY["constant"](batch)),
+}
+ALONE = ("log-variance", "equivariance", "spectral", "align", "align-adaptive")
+ALONE += ("vq", "vq-gradient", "fsq", "lfq", "dc")
+
+
+@pytest.mark.parametrize(
+    ("name", "empty"), [*product(CRITICS, EMPTY), *((name, "one constant") for name in ALONE)]
+)
+def test_pictures_that_say_nothing(make: Callable[..., tuple[AutoencoderStage, Loop]], name: str, empty: str) -> None:
+    """A batch of one colour, and a batch of one picture: finite losses and gradients, before and after all starts."""
+    changes = {"loss__r1": "0.1", "loss__lecam": "0.1", **EXTRAS.get(name, {})}
+    stage, loop = make(**changes)
+    for number in range(1, 6):
+        values = stage.backward(EMPTY[empty](pictures(stage, number)), number, 1.0)
+        stage.after_backward(number)
+        assert all(value.isfinite() for value in values.values()), values
+        assert gradients(stage.model).isfinite().all() and gradients(stage.discriminator).isfinite().all()
+        loop.step(number, 1e-3)
+    assert stage.ramp(5) > 0 and "discriminator" in values and weights(stage.model).isfinite().all()

@@ -95,15 +95,16 @@ def test_a_run_learns_with_it_and_resumes_exactly(
 
 
 def test_two_processes_train_as_one(shapes: Path, model: Path, tmp_path: Path) -> None:
-    """With a vision model and a critic on features: each loss of each step within rounding."""
+    """With a vision model of adaptive weight and a critic on features: each loss of each step within rounding."""
     words = ["--data", shapes, "--align-with", model, "--train.log_every", "1", "--lr", "1e-4", *FLAGS]
-    words += ["--discriminator.kind", "features"]
+    words += ["--discriminator.kind", "features", "--loss.align_adaptive", "true"]
     assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "one") == 0
     together = ranks.start(2, tmp_path, "train_autoencoder", *words, "--output", tmp_path / "two")
     assert together == [0, 0], ranks.said(tmp_path)
     for ours, theirs in zip(*(tiny.rows(tmp_path / name) for name in ("one", "two")), strict=True):
-        for name in ("loss", "alignment", "discriminator"):
+        for name in ("loss", "alignment", "align_balance", "discriminator"):
             assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-4), (ours["step"], name)
+    assert all(row["align_balance"] > 0 for row in tiny.rows(tmp_path / "two") if row.get("alignment"))
 
 
 def test_what_is_missing_or_wrong_is_told(shapes: Path, model: Path, tmp_path: Path) -> None:
