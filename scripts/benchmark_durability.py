@@ -2,8 +2,9 @@
 
 One run on made-up latents. In each round come a step without watchdogs, a step with them, the checksums of all weights
 (which several processes compare), and a checkpoint: written as always, then begun in the background. Prints a Markdown
-table: medians over the rounds, each spread over the steps between two of its kind at the default cadence. Of a save in
-the background only the time for which it holds the training up is told; on a CPU its writing takes from the next steps.
+table: medians over the rounds, each spread over the steps between two of its kind, checkpoints over the config's own
+`train.save_every`. Of a save in the background only the time for which it holds the training up is told; on a CPU its
+writing takes from the next steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from training.errors import UserError
 
 if TYPE_CHECKING:
     from training.loop import Loop
+
+SAVES = [("checkpoint", "save"), ("or begun in the background", "begin")]
 
 
 def main() -> None:
@@ -47,7 +50,6 @@ def table(args: Any, folder: Path) -> list[str]:
     import torch
 
     from training.loop import COMPARED_EVERY
-    from training.settings import Train
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -71,7 +73,7 @@ def table(args: Any, folder: Path) -> list[str]:
         loop.writer.finish()
     seconds = {name: median(values[1:]) for name, values in taken.items()}
     rows = [("watchdogs", "judge", 1), ("checksums, with several processes", "compare", COMPARED_EVERY)]
-    rows += [("checkpoint", "save", Train().save_every), ("or begun in the background", "begin", Train().save_every)]
+    rows += [(part, name, loop.train.save_every) for part, name in SAVES]
     shares = {name: seconds[name] / every / seconds["bare"] for _, name, every in rows}
     count = sum(p.numel() for p in loop.stage.networks["denoiser"].parameters())
     what = f"{args.config}, {count:,} parameters, batch {args.batch_size}, latents 4x{args.side}x{args.side}"

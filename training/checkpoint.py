@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from training import optim
 from training.errors import CHECKPOINT, NUMERICAL, UserError
 from training.faults import fault
-from training.files import disk_error, file_sha256, load_tensors, save_tensors, sync_folder, write_bytes, write_json
+from training.files import (
+    disk_error,
+    file_sha256,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
+NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ class Checkpoints:
         target = self.folder / f"step-{checkpoint.step:08d}"
         staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(self.folder.parent)  # what is made durable inside is lost without its folder's own name
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             fault("checkpoint.staging")
@@ -90,7 +103,7 @@ class Checkpoints:
             )
         tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
         manifest = json.loads((path / "manifest.json").read_text())
-        return Checkpoint(int(manifest["step"]), tensors, json.loads((path / "state.json").read_text()))
+        return Checkpoint(int(manifest["step"]), tensors, read_json(path / "state.json"))
 
     def newest(self) -> Path | None:
         """The newest sound checkpoint, damaged ones passed over with a warning; None where there is none at all.
@@ -120,7 +133,10 @@ class Checkpoints:
             print(f"note: removed unfinished checkpoint {leftover.name}", file=sys.stderr)
 
     def find(self, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume auto|latest|PATH` means; None = start fresh."""
+        """The checkpoint that `--resume auto|latest|NAME|PATH` means; None = start fresh.
+
+        Raises UserError where there is none, and for a PATH that is not one of this run's: its step is not this run's.
+        """
         if not resume:
             return None
         if resume in ("auto", "latest"):
@@ -133,8 +149,14 @@ class Checkpoints:
                 )
             return path
         for path in (self.folder / resume, Path(resume)):
-            if path.is_dir():
+            if path.is_dir() and NAME.fullmatch(path.name) and path.parent.resolve() == self.folder.resolve():
                 return path
+        if Path(resume).is_dir():
+            raise UserError(
+                f"{resume} is not a checkpoint of this run, which has its own in {self.folder}",
+                hint="to begin a new run with the weights of another, give --init-from and another --output",
+                code=CHECKPOINT,
+            )
         raise UserError(
             f"no checkpoint {resume}",
             hint=f"known: {', '.join(sorted(p.name for p in self.folder.glob('step-*'))) or 'none'}",
@@ -189,10 +211,12 @@ def snapshot(loop: Loop, step: int) -> Checkpoint:
 
 
 def restore(loop: Loop, checkpoint: Checkpoint) -> None:
-    """The inverse of `snapshot`, in every process."""
+    """The inverse of `snapshot`, in every process. Raises UserError where the weights do not fit."""
+    from training.runs import fill  # which itself needs this file
+
     tensors, state, names = checkpoint.tensors, checkpoint.state, _names(loop)
     for name, network in loop.stage.networks.items():
-        network.load_state_dict(_under(f"{name}.", tensors["model"]))
+        fill(network, _under(f"{name}.", tensors["model"]), loop.checkpoints.folder / f"step-{checkpoint.step:08d}")
     for name, optimizer in loop.optimizers.items():
         optim.unpack(optimizer, names, _under(f"{name}/", tensors["optimizer"]))
     loop.ema.load(dict(tensors["ema"]), int(state["ema_updates"]))
@@ -223,7 +247,7 @@ def score(path: Path) -> float | None:
     try:
         value = json.loads((path / "state.json").read_text("utf-8")).get("score")
         return float(value) if value is not None and math.isfinite(value) else None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -250,7 +274,7 @@ def damage(path: Path) -> str:
                 return f"{name}: size differs"
             if file_sha256(path / name) != files[name]["sha256"]:
                 return f"{name}: sha256 differs"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return "manifest.json is missing or unreadable"
     return ""
 

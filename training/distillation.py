@@ -73,8 +73,8 @@ def keep_teacher(teacher: Autoencoder | None, home: Path, accelerator: Accelerat
         write_json(home / TEACHER, teacher_hash(teacher))
 
 
-def load_preview(path: str | Path, autoencoder: Autoencoder) -> Autoencoder:
-    """The distilled model of a run (finished or not), to stand in for `autoencoder`, its teacher.
+def load_preview(path: str | Path, own: str, device: torch.device) -> Autoencoder:
+    """The distilled model of a run (finished or not), to stand in for its teacher, the autoencoder of hash `own`.
 
     Raises UserError (exit 4) where it was not distilled, or from another one.
     """
@@ -82,14 +82,13 @@ def load_preview(path: str | Path, autoencoder: Autoencoder) -> Autoencoder:
     if not (record := next((f for f in (home / TEACHER, home / "final" / TEACHER) if f.is_file()), None)):
         hint = "distil one: scripts/train_autoencoder.py --config tiny --teacher RUN"
         raise UserError(f"{path} was not distilled from another autoencoder", hint=hint, code=CHECKPOINT)
-    taught_by, own = read_json(record)["autoencoder"], autoencoder_hashes(autoencoder)["autoencoder"]
-    if taught_by != own:
+    if (taught_by := read_json(record)["autoencoder"]) != own:
         raise UserError(
             f"{path} was distilled from autoencoder {taught_by[:12]}, the denoiser's is {own[:12]}",
             hint="distil one from the denoiser's own: --teacher RUN/final/autoencoder",
             code=CHECKPOINT,
         )
-    return load_autoencoder(path, next(autoencoder.parameters()).device)
+    return load_autoencoder(path, device)
 
 
 class DistillationStage(Stage):

@@ -29,6 +29,7 @@ from training.opening import finished_autoencoder
 from training.remote import Remote, located
 from training.runs import autoencoder_hashes, copy_model, load_autoencoder
 from training.shards import ShardInfo, ShardSet, read_index, sound_shard, write_index, write_shard
+from training.vocabulary import count_captions
 
 if TYPE_CHECKING:
     import argparse
@@ -74,10 +75,10 @@ def encode(args: argparse.Namespace) -> int:
     tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
     worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
     _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
-    worker.tell()
+    waiting = worker.tell()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(source, target, plan, shards, model.latent_channels)
+        _finish(source, target, plan, shards, model.latent_channels, waiting)
     accelerator.wait_for_everyone()
     return 0
 
@@ -217,7 +218,9 @@ def _short(value: object) -> str:
     return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def _finish(source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int) -> None:
+def _finish(
+    source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int, waiting: float
+) -> None:
     infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
     summary |= {"tile": plan["tile"]} if plan["tile"] else {}
@@ -226,11 +229,13 @@ def _finish(source: Path | Remote, target: Path, plan: dict[str, Any], shards: l
         refuse_many(asked - total, asked, str(source))
         summary["left_out"] = asked - total
     write_index(target, infos, summary, kind="latents")
+    if any(info.split == "train" for info in infos):
+        count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
         print(f"warning: latent channels {dead} hardly vary (std below {DEAD:g})", file=sys.stderr)
     shape = "x".join(map(str, plan["latent"]["shape"]))
     said = f", {asked - total:,} left out" if asked > total else ""
-    print(f"latents: {target} ({total:,} samples of {shape}{said})", file=sys.stderr)
+    print(f"latents: {target} ({total:,} samples of {shape}{said}), waiting for data {waiting:.0%}", file=sys.stderr)
 
 
 def _dead_channels(shards: ShardSet, channels: int) -> list[int]:

@@ -54,7 +54,7 @@ class Encoder:
         self.shape, self.picture = tuple(latent["shape"]), tuple(latent["picture"])
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.done, self.since, self.precision = 0, time.perf_counter(), args.mixed_precision
-        self.total, self.bad, self.cut = total, 0, 0
+        self.total, self.bad, self.cut, self.waited = total, 0, 0, 0.0
 
     def samples(
         self, shards: ShardSet, info: ShardInfo, pictures: Iterator[np.ndarray | UserError]
@@ -62,7 +62,7 @@ class Encoder:
         """(key, fields) of every sample of a shard that can be read, in order; `pictures` goes on with the shard's."""
         first = sum(s.samples for s in shards.shards if s.name < info.name)
         waiting: list[Picture] = []
-        for index, pixels in zip(range(first, first + info.samples), pictures, strict=False):
+        for index, pixels in zip(range(first, first + info.samples), self._awaited(pictures), strict=False):
             try:
                 waiting.append(_sample(shards, index, pixels))
             except UserError as problem:
@@ -72,6 +72,16 @@ class Encoder:
                 waiting = []
         if waiting:
             yield from self._batch(waiting)
+
+    def _awaited(self, pictures: Iterator[np.ndarray | UserError]) -> Iterator[np.ndarray | UserError]:
+        """`pictures`, with the time that each takes to come counted as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            pixels = next(pictures, None)
+            self.waited += time.perf_counter() - start
+            if pixels is None:
+                return
+            yield pixels
 
     def _leave_out(self, problem: UserError) -> None:
         if self.args.on_bad_data == "error":
@@ -170,10 +180,11 @@ class Encoder:
             file=sys.stderr,
         )
 
-    def tell(self) -> None:
-        """What was cut short, at the end."""
+    def tell(self) -> float:
+        """What was cut short, at the end; returns the share of the time that went by waiting for data."""
         if self.cut:
             print(f"note: {self.cut:,} captions exceed {self.args.text_length} tokens", file=sys.stderr)
+        return self.waited / max(1e-9, time.perf_counter() - self.since)
 
 
 def refuse_many(bad: int, total: int, data: str) -> None:

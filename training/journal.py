@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.faults import fault
-from training.files import disk_error
+from training.files import disk_error, sync_folder
 from training.settings import Train
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Journal:
             return {"metrics_bytes": 0}
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        sync_folder(self.run)  # the file's name, too, which may be new
         return {"metrics_bytes": path.stat().st_size}
 
     def resume(self, step: int, state: dict[str, Any]) -> None:

@@ -20,7 +20,9 @@ MAY_BE = {"also": list, "invert": dict, "tile": int, "batch": int, "precision": 
 MAY_BE |= {"preview": str}  # all of these may be absent
 LARGEST_BATCH = 4096  # pictures a batch is filled up to: a forged number would fill the memory
 PAIRS, INVERTED = ([str, float], [str, int]), ("prompt", "sha256")  # of `also`: caption and weight; of `invert`
-GIVE = {"weak": "--weak-model", "classifier": "--classifier", "text_encoder": "--text-encoder"}  # ingredients by flag
+GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
+GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder"}
+LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
 TAKEN = ("sampler", "steps", "guidance_scale", "size", "overrides", "also", "negative_prompt")
 
 
@@ -82,7 +84,7 @@ def compare(original: Original, facts: dict[str, Any]) -> None:
         hint = "give the same one with --preview" if then else "leave --preview out"
         raise UserError(f"{original.path} was decoded with {was}, this is {now}", hint=hint, code=CHECKPOINT)
     wanted, here = original.facts["hashes"], facts["hashes"]
-    for name in sorted({*wanted, *here}):
+    for name in sorted({*wanted, *here} - (LATER - set(wanted))):
         if wanted.get(name) != here.get(name):
             then, now = (str(hashes.get(name, "none"))[:12] for hashes in (wanted, here))
             hint = f"give the same one with {GIVE.get(name, '--model')}"

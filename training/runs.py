@@ -24,6 +24,7 @@ from training.files import (
     read_json,
     remove_partials,
     save_tensors,
+    sync_folder,
     write_bytes,
     write_json,
 )
@@ -53,6 +54,8 @@ MUTABLE = {
     )
 }
 MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
+# What run.json may hold besides stage, status and step, as far as it is read again.
+KINDS = {**dict.fromkeys(("versions", "environment", "data", "hashes", "teacher", "vision"), dict), "resumes": list}
 
 
 class Run:
@@ -72,13 +75,14 @@ class Run:
         values = configs.to_values(config)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file", hint="choose another --output", code=DISK)
-        old = folder / "run.json"
-        if old.is_file():
-            self._same(read_json(old), values, resume)
+        if old := record(folder):
+            self._same(old, values, resume)
         elif folder.is_dir() and not _barely_begun(folder, values):
             raise UserError(f"{folder} is not empty and holds no run", hint="choose another --output", code=CHECKPOINT)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(folder.parent)
             self.lock = hold(folder)
             remove_partials(folder)
         except OSError as failure:
@@ -124,8 +128,7 @@ class Run:
     def went_on(self, step: int, environment: Mapping[str, Any]) -> None:
         """Note what this part of the run is computed with; a resume at `step` with something else is said aloud."""
         self.environment = dict(environment)
-        record = self.folder / "run.json"
-        old = read_json(record) if record.is_file() else {}
+        old = record(self.folder)
         self.resumes = list(old.get("resumes", []))
         before = {**old.get("versions", {}), **old.get("environment", {})}
         changed = [
@@ -139,13 +142,12 @@ class Run:
 
     def same_ingredients(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
-        record = self.folder / "run.json"
-        old = read_json(record) if record.is_file() else {}
+        old = record(self.folder)
         for group, known in facts.items():
             for name, value in known.items():
                 if (before := old.get(group, {}).get(name, value)) != value:
                     raise UserError(
-                        f"this run was made with {group} {name} {before[:12]}, now given {value[:12]}",
+                        f"this run was made with {group} {name} {str(before)[:12]}, now given {value[:12]}",
                         hint="give what the run began with, or start another from its weights with --init-from",
                         code=CHECKPOINT,
                     )
@@ -157,11 +159,21 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the run has exported its last step, as far as its config asks now."""
-        record = self.folder / "run.json"
-        if not record.is_file():
-            return False
-        old = read_json(record)
-        return bool(old["status"] == "finished" and old["step"] >= self.config.train.max_steps)
+        old = record(self.folder)
+        return bool(old) and old["status"] == "finished" and bool(old["step"] >= self.config.train.max_steps)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What a run's run.json holds; empty where there is none. Raises UserError where it is no record of a run."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    old = read_json(path)
+    if isinstance(old, dict):
+        kinds = {"stage": str, "status": str, "step": int, **{key: KINDS[key] for key in KINDS.keys() & old.keys()}}
+        if all(isinstance(old.get(key), kind) for key, kind in kinds.items()):
+            return old
+    raise UserError(f"{path}: is not the record of a run", hint="use another --output", code=CHECKPOINT)
 
 
 def _barely_begun(folder: Path, values: configs.Values) -> bool:

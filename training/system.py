@@ -16,13 +16,22 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
+from ldm.text.encoders import LabelEncoder
 from training import config as configs
 from training import text as texts
 from training.classifier import Judge
 from training.data import Latents
-from training.errors import CHECKPOINT, DATA, UserError
+from training.errors import CHECKPOINT, DATA, UserError, explained
 from training.files import content_hash, load_tensors, read_json, save_tensors
+from training.lineage import BEGUN_WITH, same_ingredients, store_ingredients
 from training.runs import autoencoder_hashes, copy_model, fill, find, load_autoencoder, weights
+from training.vocabulary import captions, vocabulary
+
+
+class Named(Pipeline):
+    """A pipeline with the content hashes of what it is made of, each taken once, when it was loaded."""
+
+    hashes: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,17 +72,17 @@ def assemble(
     null = None
     if isinstance(config.text, HuggingFace):
         text, null, named = _frozen_text(config.text, latents, dataset, text_encoder)
-        hashes["text_encoder"] = texts.identity(text)["hash"]
+        hashes |= {"text_encoder": texts.identity(text)["hash"], **texts.tokenizer_hash(text)}
     else:
-        if home and (home / "tokenizer" / texts.VOCABULARY).is_file():
+        if home and texts.holds_vocabulary(home):
             named = texts.stored_vocabulary(home)
         else:
-            named = config.text.vocabulary(c for i in range(len(dataset)) for c in dataset.captions(i))
-        text = config.text.build(named)
+            named = vocabulary(config.text, dataset)
+        text, hashes["vocabulary"] = config.text.build(named), texts.vocabulary_hash(named)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
     backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim)
     backbone, text = backbone.to(device), text.to(device)
-    pipeline = draw_with(config, autoencoder, backbone, text)
+    pipeline = draw_with(config, autoencoder, backbone, text, hashes)
     return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, named)
 
 
@@ -111,21 +120,35 @@ def _frozen_text(
 
 
 def draw_with(
-    config: configs.DenoiserConfig, autoencoder: Autoencoder, backbone: nn.Module, text: TextEncoder
-) -> Pipeline:
+    config: configs.DenoiserConfig,
+    autoencoder: Autoencoder,
+    backbone: nn.Module,
+    text: TextEncoder,
+    hashes: dict[str, str],
+) -> Named:
     """The pipeline of a config and its networks."""
     diffusion = Diffusion(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
     sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
-    return Pipeline(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size)
+    pipeline = Named(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size)
+    pipeline.hashes = hashes
+    return pipeline
 
 
-def export_text(text: TextEncoder | None, home: Path) -> None:
-    """Store a text encoder that was trained with the denoiser (frozen ones were stored at the start)."""
-    if text is not None:
+def export_learned(parts: Parts, home: Path) -> None:
+    """Store a text encoder that was trained (frozen ones were stored at the start), and what names all of final/."""
+    if parts.text.trainable:
         (home / "text_encoder").mkdir(parents=True, exist_ok=True)
-        save_tensors(home / "text_encoder" / "model.safetensors", text.state_dict())
+        save_tensors(home / "text_encoder" / "model.safetensors", parts.text.state_dict())
+    begun = {name: parts.hashes[name] for name in BEGUN_WITH if name in parts.hashes}
+    store_ingredients(home, begun | _networks(parts.pipeline))
+
+
+def _networks(pipeline: Pipeline) -> dict[str, str]:
+    """The hashes of what training changes, and of a frozen text encoder."""
+    backbone, text = pipeline.denoiser.backbone, pipeline.text
+    return {"denoiser": content_hash(backbone.state_dict()), "text_encoder": content_hash(text.state_dict())}  # type: ignore[attr-defined]
 
 
 def load_pipeline(
@@ -133,10 +156,11 @@ def load_pipeline(
     device: torch.device | str = "auto",
     text_encoder: str | None = None,
     preview: str | Path | None = None,
-) -> Pipeline:
+) -> Named:
     """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`.
 
     `preview`: the run of a tiny autoencoder distilled from the denoiser's own, to stand in for it: quicker, rougher.
+    Raises UserError (code 4) where a part of it is another than it was trained with.
     """
     from training.distillation import load_preview
     from training.launch import resolve
@@ -145,41 +169,58 @@ def load_pipeline(
     home, file = find(path, "denoiser")
     config = configs.decode("denoiser", read_json(home / "config.json"))
     assert isinstance(config, configs.DenoiserConfig)
-    final = home if (home / "autoencoder").is_dir() else home / "final"
+    final = _final(home)
     autoencoder = load_autoencoder(final / "autoencoder", target)
-    same_autoencoder(final, autoencoder)
-    if isinstance(config.text, HuggingFace):
-        text = texts.load_kept(config.text, final, text_encoder)
-    else:
-        text = config.text.build(texts.stored_vocabulary(final))
+    hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
+    same_ingredients(final, hashes)
+    text, words = _stored_text(config.text, final, text_encoder)
     backbone = config.backbone.build(
         channels=autoencoder.latent_channels, context_dim=text.context_dim, pooled_dim=text.pooled_dim
     )
+    _fill_learned(backbone, text, file, final)
+    for part in (backbone, text):
+        part.to(target).eval().requires_grad_(False)
+    pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
+    pipeline.hashes |= _networks(pipeline)
+    if file.is_file():  # a checkpoint's weights are other ones, and under the hashes of its own manifest
+        same_ingredients(final, pipeline.hashes)
+    if preview:
+        pipeline.autoencoder = load_preview(preview, hashes["autoencoder"], target)
+        pipeline.hashes["autoencoder"] = content_hash(pipeline.autoencoder.state_dict())
+    return pipeline
+
+
+def _final(home: Path) -> Path:
+    """The folder of what does not change in training, of a run or of its final/."""
+    return home if (home / "autoencoder").is_dir() else home / "final"
+
+
+def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEncoder, dict[str, str]]:
+    """The text encoder of final/, one that learned still without its weights, and the hash of its words."""
+    if isinstance(config, HuggingFace):
+        text = texts.load_kept(config, final, override)
+        return text, texts.tokenizer_hash(text)
+    vocabulary = texts.stored_vocabulary(final)
+    words = {"vocabulary": texts.vocabulary_hash(vocabulary)}
+    same_ingredients(final, words)  # before its size is taken for an error of the weights
+    with explained(f"put back {final / 'tokenizer'} as it was trained with", CHECKPOINT):
+        return config.build(vocabulary), words
+
+
+def _fill_learned(backbone: nn.Module, text: TextEncoder, file: Path, final: Path) -> None:
+    """Load what was trained, from an exported `file` or from a checkpoint folder."""
     if file.is_file():
         fill(backbone, weights(file, "backbone"), file)
         if text.trainable:
             fill(text, load_tensors(final / "text_encoder" / "model.safetensors"), final / "text_encoder")
-    else:
-        network = weights(file, "denoiser")
-        fill(backbone, {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}, file)
-        if text.trainable:
-            fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
-    for part in (backbone, text):
-        part.to(target).eval().requires_grad_(False)
-    return draw_with(config, load_preview(preview, autoencoder) if preview else autoencoder, backbone, text)
+        return
+    network = weights(file, "denoiser")
+    fill(backbone, {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}, file)
+    if text.trainable:
+        fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
 
 
-def same_autoencoder(final: Path, autoencoder: Autoencoder) -> None:
-    """Raises UserError (code 4) where the autoencoder in a run's final/ is not the one that run.json names."""
-    record = final.parent / "run.json"
-    known = read_json(record).get("hashes", {}).get("autoencoder") if record.is_file() else None
-    found = autoencoder_hashes(autoencoder)["autoencoder"]
-    if known not in (None, found):
-        what = f"{final / 'autoencoder'} is {found[:12]}, the denoiser was trained with {known[:12]}"
-        raise UserError(what, hint="put back the one it was trained with, or encode and train again", code=CHECKPOINT)
-
-
-def add_weak(pipeline: Pipeline, path: str | Path) -> None:
+def add_weak(pipeline: Named, path: str | Path) -> None:
     """Put the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
 
     Raises UserError where it was made for other captions or another process.
@@ -193,25 +234,53 @@ def add_weak(pipeline: Pipeline, path: str | Path) -> None:
             code=CHECKPOINT,
         )
     pipeline.denoiser = dataclasses.replace(pipeline.denoiser, weak=other.denoiser)
+    pipeline.hashes["weak"] = other.hashes["denoiser"]
 
 
-def fill_network(network: Any, path: str) -> None:
-    """`--init-from`: the weights of another run of the same shape, nothing else."""
-    other = load_pipeline(path, "cpu")
-    fill(network.backbone, other.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
-    if network.text is not None:
-        fill(network.text, other.text.state_dict(), Path(path))
+def vocabulary_home(config: Any, own: Path | None, donor: str | None) -> Path | None:
+    """The final/ whose vocabulary a text encoder that learns is to have: a run's own, else that of `--init-from`.
+
+    The rows of its weights are words in the order of that vocabulary; with another they would be other words'.
+    Raises UserError where the donor's text encoder is of another kind.
+    """
+    if donor is None or isinstance(config, HuggingFace) or (own and texts.holds_vocabulary(own)):
+        return own
+    home, _ = find(donor, "denoiser")
+    theirs: Any = configs.decode("denoiser", read_json(home / "config.json"))
+    if (kind := theirs.text.kind) != config.kind:
+        raise UserError(
+            f"the text encoder of {donor} is of the kind {kind}, this config's is {config.kind}",
+            hint=f"give --text.kind {kind}, or leave --init-from out",
+            code=CHECKPOINT,
+        )
+    return _final(home)
 
 
-def pipeline_hashes(pipeline: Pipeline) -> dict[str, str]:
-    """The content hashes a picture carries: whole autoencoder, backbone, text encoder."""
-    hashes = {
-        "autoencoder": content_hash(pipeline.autoencoder.state_dict()),
-        "denoiser": content_hash(pipeline.denoiser.backbone.state_dict()),  # type: ignore[attr-defined]
-        "text_encoder": content_hash(pipeline.text.state_dict()),
-    }
-    if pipeline.denoiser.weak is not None:
-        hashes["weak"] = content_hash(pipeline.denoiser.weak.backbone.state_dict())  # type: ignore[attr-defined]
-    if isinstance(pipeline.judge, Judge):
-        hashes["classifier"] = content_hash(pipeline.judge.model.state_dict())
-    return hashes
+def fill_network(parts: Parts, dataset: Latents, path: str) -> None:
+    """`--init-from`: the weights of another run of the same shape, nothing else.
+
+    Raises UserError where a text encoder that learns has not that run's vocabulary, or cannot take the captions.
+    """
+    other, text = load_pipeline(path, "cpu"), parts.text
+    if text.trainable and (theirs := other.hashes.get("vocabulary", "none")) != parts.hashes["vocabulary"]:
+        raise UserError(
+            f"{path} was trained with the vocabulary {theirs[:12]}, this run has {parts.hashes['vocabulary'][:12]}",
+            hint="leave --init-from out to go on with this run, or begin another with it: --output",
+            code=CHECKPOINT,
+        )
+    if isinstance(text, LabelEncoder) and (new := next((c for c in captions(dataset) if c not in text.rows), "")):
+        raise UserError(
+            f"caption {new[:80]!r} is not one of the {len(text.classes)} labels of {path}",
+            hint="labels cannot be added to: leave --init-from out, or take --text.kind scratch",
+            code=DATA,
+        )
+    fill(parts.backbone, other.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
+    if text.trainable:
+        fill(text, other.text.state_dict(), Path(path))
+
+
+def pipeline_hashes(pipeline: Named) -> dict[str, str]:
+    """The content hashes a picture carries: whole autoencoder, backbone, text encoder and its words, what guides."""
+    if not isinstance(pipeline.judge, Judge):
+        return pipeline.hashes
+    return pipeline.hashes | {"classifier": content_hash(pipeline.judge.model.state_dict())}

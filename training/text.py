@@ -64,13 +64,33 @@ def identity(encoder: TextEncoder) -> dict[str, Any]:
     vocabulary = hashlib.sha256(json.dumps(sorted(words.items())).encode()).hexdigest()
     weights = content_hash(encoder.model.state_dict())
     whole = hashlib.sha256(json.dumps([weights, vocabulary, settings], sort_keys=True).encode()).hexdigest()
-    return {"hash": whole, "weights": weights, "vocabulary": vocabulary, **settings}
+    return {"hash": whole, "weights": weights, "vocabulary": vocabulary, **tokenizer_hash(encoder), **settings}
+
+
+def tokenizer_hash(encoder: TextEncoder) -> dict[str, str]:
+    """`tokenizer`: the hash of all that it does to a caption (lower-casing, splitting, merges ...), if it can tell.
+
+    Beside `identity`'s hash, not in it: what was stored without it stays valid. How long captions may be, to which
+    they are cut and padded, is a setting of the encoder and is set in the tokenizer anew at each call.
+    """
+    assert isinstance(encoder, HuggingFaceTextEncoder)
+    if (backend := getattr(encoder.tokenizer, "backend_tokenizer", None)) is None:  # one written in Python
+        return {}
+    whole = json.loads(backend.to_str())
+    does = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
+    return {"tokenizer": hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()}
 
 
 def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
-    """Store a frozen encoder in a run's or data set's folder: whole where small, by name and hash where large."""
+    """Store a frozen encoder in a run's or data set's folder: whole where small, by name and hash where large.
+
+    Raises UserError where another one is stored there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     assert isinstance(encoder, HuggingFaceTextEncoder)
+    own, record = identity(encoder), folder / "text_encoder" / "identity.json"
+    if record.is_file():
+        _same(read_json(record), own, name)
     large = sum(p.numel() for p in encoder.parameters()) > LARGE
     if not large:
         model: Any = encoder.model
@@ -79,7 +99,7 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
     # A hub name is worth keeping; a path of this machine is not.
     named = Path(name).name if Path(name).exists() else name
     (folder / "text_encoder").mkdir(exist_ok=True)
-    write_json(folder / "text_encoder" / "identity.json", {"name": named, "copied": not large, **identity(encoder)})
+    write_json(record, {"name": named, "copied": not large, **own})
 
 
 def load_kept(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
@@ -87,19 +107,35 @@ def load_kept(config: HuggingFace, folder: Path, override: str | None = None) ->
     stored = read_json(folder / "text_encoder" / "identity.json")
     source = override or (str(folder / "text_encoder") if stored["copied"] else stored["name"])
     encoder = load_huggingface(config, source)
-    if (found := identity(encoder)["hash"]) != stored["hash"]:
-        raise UserError(
-            f"text encoder {source} is {found[:12]}, the one asked for is {stored['hash'][:12]} ({stored['name']})",
-            hint="give the right one with --text-encoder",
-            code=CHECKPOINT,
-        )
+    _same(stored, identity(encoder), source)
     return encoder
+
+
+def _same(stored: dict[str, Any], found: dict[str, Any], source: str) -> None:
+    for name, said in (("hash", "text encoder"), ("tokenizer", "the tokenizer of text encoder")):
+        if (name == "hash" or name in stored) and stored.get(name) != found.get(name):  # `tokenizer` came later
+            now, then = (str(about.get(name))[:12] for about in (found, stored))
+            raise UserError(
+                f"{said} {source} is {now}, the one asked for is {then} ({stored['name']})",
+                hint="give the right one with --text-encoder",
+                code=CHECKPOINT,
+            )
 
 
 def keep_vocabulary(vocabulary: str, folder: Path) -> None:
     """Store the vocabulary of a trainable encoder."""
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "tokenizer" / VOCABULARY, vocabulary.encode())
+
+
+def holds_vocabulary(folder: Path) -> bool:
+    """Whether `keep_vocabulary` stored one there."""
+    return (folder / "tokenizer" / VOCABULARY).is_file()
+
+
+def vocabulary_hash(vocabulary: str) -> str:
+    """What names a vocabulary, as `stored_vocabulary` gives it."""
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def stored_vocabulary(folder: Path) -> str:

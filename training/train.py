@@ -32,11 +32,6 @@ def resolve(args: argparse.Namespace, stage: str) -> configs.Config | None:
     if args.print_config:
         print(json.dumps(configs.to_values(config), indent=1))
         return None
-    source = {"autoencoder": "data", "denoiser": "latents"}[stage]
-    if not getattr(args, source):
-        raise UserError(f"--{source} is missing", hint=f"name the folder of shards: --{source} DIR")
-    if not args.output and not args.dry_run:
-        raise UserError("--output is missing", hint="name the run folder: --output runs/NAME")
     return config
 
 
@@ -179,7 +174,7 @@ def _denoiser(args: argparse.Namespace, config: configs.DenoiserConfig, ending: 
         return stopped
     if accelerator.is_main_process:
         with loop.ema.applied():
-            system.export_text(stage.network.text, run.folder / "final")
+            system.export_learned(parts, run.folder / "final")
             finish(run, parts.backbone.state_dict(), "Denoiser", facts)
     accelerator.wait_for_everyone()
     return 0
@@ -200,13 +195,13 @@ def stage_two(
     from training.stage_two import DenoiserStage
 
     torch.manual_seed(config.train.seed)
-    home = run.folder / "final" if run else None
+    home = system.vocabulary_home(config.text, run.folder / "final" if run else None, args.init_from)
     with explained("change the config"):
         parts = system.assemble(config, Path(args.latents), dataset, home, args.text_encoder, accelerator.device)
         norm = parts.autoencoder.norm
         stage = DenoiserStage(config, parts.backbone, parts.text, norm, dataset, held_out, parts.pipeline, parts.null)
     if args.init_from:
-        system.fill_network(stage.network, args.init_from)
+        system.fill_network(parts, dataset, args.init_from)
     return parts, stage
 
 

@@ -6,15 +6,13 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-import tiny
+from peaks import told
 from PIL import Image, ImageCms, ImageFile
 
 from training.data import Images
@@ -377,12 +375,9 @@ def test_e11_many_tiny_files_take_bounded_memory(tmp_path: Path) -> None:
         for i in range(count):
             (source / f"{i:05d}.png").write_bytes(one)
         code = f"""
-import resource
 from training.packing_cli import main
 main(["pack", {str(source)!r}, "--output", {str(source) + "-out"!r}, "--resolution", "8", "--missing-caption", "empty"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak())
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tiny.ROOT, timeout=200)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]))
+        peaks.append(int(told(code)[-1]))
     assert peaks[1] - peaks[0] < 3 * 2000  # kB

@@ -6,13 +6,17 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
 
-from training import faults
+from training import faults, launch
 from training.checkpoint import Checkpoints
+from training.stage_two import DenoiserStage
 from training.verify_resume import differences
 
 pytestmark = pytest.mark.timeout(900)
@@ -67,6 +71,42 @@ def test_three_resumes_within_one_epoch(
     assert "resumed from step 2" in capsys.readouterr().err
     assert tiny.call(*words, tmp_path / "broken") == 0
     assert differences(tmp_path / "straight", tmp_path / "broken") == []
+
+
+def test_the_gradient_scaler_goes_on(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's fp16 scaler, put to work on a CPU: scale and growth counter of every step are those of one run."""
+    kept = launch.start
+
+    def scaled(*asked: Any, **flags: Any) -> Any:
+        accelerator = kept(*asked, **flags)
+        accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=2)
+        return accelerator
+
+    backward = DenoiserStage.backward
+
+    def overflowing(self: DenoiserStage, batch: Any, step: int, share: float) -> Any:
+        values = backward(self, batch, step, share)
+        if step == 4:
+            next(p for p in self.network.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
+        return values
+
+    monkeypatch.setattr(launch, "start", scaled)
+    monkeypatch.setattr(DenoiserStage, "backward", overflowing)
+    words = ["train_denoiser", "--latents", latents, *tiny.DENOISER, "--max-steps", "9", "--resume", "auto"]
+    words += ["--train.log_every", "1", "--save-every", "1", "--train.keep_last", "9", "--output"]
+    assert tiny.call(*words, tmp_path / "straight") == 0
+    for step in (1, 4, 1):
+        stopped(monkeypatch, step, *words, tmp_path / "broken")
+    assert tiny.call(*words, tmp_path / "broken") == 0
+    assert differences(tmp_path / "straight", tmp_path / "broken") == []
+    told = []
+    for run in ("straight", "broken"):
+        checkpoints = Checkpoints(tmp_path / run)
+        states = [checkpoints.load(path).state["scaler"] for path in sorted(checkpoints.folder.glob("step-*"))]
+        told.append([(state["scale"], state["_growth_tracker"]) for state in states])
+    assert told[0] == told[1] and len(told[0]) == 9
+    moves = {after[0] / before[0] for before, after in pairwise(told[0])}
+    assert moves == {0.5, 1.0, 2.0}, told  # an overflow, steps taken, and growth after two of these
 
 
 def test_other_software_is_said_and_recorded(

@@ -72,7 +72,10 @@ def test_too_many_in_a_row(dogs: Watchdogs) -> None:
     assert caught.value.code == 5
 
 
-def test_an_overflow_is_routine_under_a_scaler(dogs: Watchdogs) -> None:
+@pytest.fixture
+def scaled(dogs: Watchdogs) -> Watchdogs:
+    """Watchdogs of a training in fp16."""
+
     class Scaled:
         scaler = object()
 
@@ -80,6 +83,18 @@ def test_an_overflow_is_routine_under_a_scaler(dogs: Watchdogs) -> None:
             return getattr(accelerator, name)
 
     accelerator, dogs.accelerator = dogs.accelerator, Scaled()  # type: ignore[assignment]
+    return dogs
+
+
+def test_the_twentieth_overflow_in_a_row_stops(scaled: Watchdogs) -> None:
+    assert not any(judge(scaled, n, norm=float("inf")) for n in range(IN_A_ROW - 1))
+    with pytest.raises(UserError, match="20 steps in a row were skipped, the last at step 19") as caught:
+        judge(scaled, 19, norm=float("inf"))
+    assert caught.value.code == 5
+
+
+def test_an_overflow_is_routine_under_a_scaler(scaled: Watchdogs) -> None:
+    dogs = scaled
     assert not any(judge(dogs, n, norm=float("inf")) for n in range(IN_A_ROW - 1)) and dogs.skipped == 0
     assert judge(dogs, 19) and not judge(dogs, 20, norm=float("nan"))
     with pytest.raises(UserError, match="loss is not finite"):  # scaling down does not mend a loss
