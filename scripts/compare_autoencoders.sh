@@ -38,9 +38,11 @@ full() { # NAME DATA: a denoiser trained on it, judged, at $out/NAME/denoiser.js
 
 first=${data[0]} name=$(basename "$(dirname "${data[0]}")")
 train "$name-kl-f4" "$first" "${f4[@]}"; inspect "$name-kl-f4" "$first"
-train "$name-hard-start" "$first" "${f4[@]}" --loss.discriminator_start 400 --loss.adversarial_start 400 --loss.adversarial_ramp 1 --loss.return_margin 0
-train "$name-equivariance" "$first" "${f4[@]}" --latent.kind equivariance; inspect "$name-equivariance" "$first"
+train "$name-equivariance" "$first" "${f4[@]}" --latent.kind equivariance --max-steps 1200; inspect "$name-equivariance" "$first" # as good by then
 train "$name-spectral" "$first" "${f4[@]}" --latent.kind spectral; inspect "$name-spectral" "$first"
+start=(--loss.adversarial 0.8 --discriminator.width 64 --discriminator.layers 3) # an adversary that can do harm
+train "$name-start-held-back" "$first" "${f4[@]}" "${start[@]}"
+train "$name-start-hard" "$first" "${f4[@]}" "${start[@]}" --loss.discriminator_start 400 --loss.adversarial_ramp 1 --loss.return_margin 0
 for latents in kl-f4 equivariance spectral; do full "$name-$latents" "$first"; done
 
 for set in "${data[@]}"; do
@@ -67,15 +69,15 @@ for home in sorted(file.parents[1] for file in out.glob("*/inspection/inspection
           f" | {probe['loss']:.3f} | {probe['frechet_reconstructed']:.2f} | {probe['frechet']:.2f} | {last} |")
 print("\n| autoencoder | equivariance error: half the size | turned by a quarter | power of the latents above half the highest frequency |")
 print("| --- | --- | --- | --- |")
-for kind in ("kl-f4", "equivariance", "spectral"):
-    home = next(out.glob("*-hard-start")).name.replace("hard-start", kind)
+name = next(out.glob("*-start-hard")).name.removesuffix("-start-hard")
+for home in (f"{name}-{kind}" for kind in ("kl-f4", "equivariance", "spectral")):
     numbers = json.loads((out / home / "inspection" / "inspection.json").read_text())
     moved, rings = numbers["equivariance_error"], numbers["spectrum"]["latents"]
     high = sum(rings[len(rings) // 2:]) / sum(rings)
     print(f"| {home} | {moved['half the size']['mean']:.3f} | {moved['turned by a quarter']['mean']:.3f} | {high:.1%} |")
 print("\n| held-out PSNR, dB (LPIPS) at step | held back | hard start |\n| --- | --- | --- |")
 curves = []
-for home in (next(out.glob("*-hard-start")).name.replace("hard-start", kind) for kind in ("kl-f4", "hard-start")):
+for home in (f"{name}-start-{kind}" for kind in ("held-back", "hard")):
     rows = map(json.loads, (out / home / "metrics.jsonl").read_text().splitlines())
     curves.append({row["step"]: f"{row['val/psnr']:.2f} ({row['val/lpips']:.3f})" for row in rows if "val/psnr" in row})
 for step in curves[0]:

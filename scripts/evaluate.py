@@ -14,7 +14,7 @@ from training.cli import Parser, add_cache, run_main
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
-    add("--model", metavar="RUN", required=True, help="a run of either stage, or its final/ folder")
+    add("--model", metavar="RUN", required=True, help="a run of either stage, its final/ or a checkpoint")
     add("--data", metavar="DIR", help="packed pictures, folder or address; their val split is the truth")
     add_cache(parser)
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
@@ -31,6 +31,10 @@ def main() -> None:
         default=0,
         help="log p of the latents of N held-out pictures instead, in nats and bits/dim, over the sampler's grid",
     )
+    text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
+    add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)
+    text = "random vectors per picture that hutchinson's estimate averages over"
+    add("--likelihood-probes", metavar="N", type=int, default=1, help=text)
     add("--crop", metavar="N", type=int, help="measure PSNR and SSIM on the central N x N pixels")
     add("--lpips", metavar="WEIGHTS", help="standard, random, or a file of backbone weights")
     add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="backbone of LPIPS")

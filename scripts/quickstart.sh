@@ -2,9 +2,15 @@
 # The whole path on an embedded captioned data set: pack, train an autoencoder, encode, train a denoiser, draw, judge.
 # At most 12 minutes on two CPU cores after installation. Usage: bash scripts/quickstart.sh [--output DIR]
 set -euo pipefail
+usage="usage: bash $0 [--output DIR]"
+case $#:${1:-}:${2:-} in
+    0:*) out= ;;
+    2:--output:[!-]*) out=$(realpath -m "$2") ;;
+    *:--output:*) echo "error: --output takes one folder; $usage" >&2; exit 2 ;;
+    *) echo "error: unknown argument $1; $usage" >&2; exit 2 ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-out=$project/runs/quickstart
-[ "${1:-}" = --output ] && out=$(realpath -m "$2")
+out=${out:-$project/runs/quickstart}
 [ ! -e "$out/summary.json" ] || { echo "error: $out holds a finished quickstart; remove it, or give --output DIR" >&2; exit 2; }
 cd "$project"
 start=$SECONDS

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from training.errors import USAGE, UserError
+from training.errors import CHECKPOINT, USAGE, UserError
+from training.names import FAMILIES, kinds
+from training.settings import Conditioning, Loss, Optimizer, Sample, Train
 
 # Flags that stand for a config key, with the names that users of diffusers' training scripts know.
 KEYS = {
@@ -22,12 +27,20 @@ KEYS = {
     "sample-every": ("train.sample_every", "steps between pictures and validation", ["validation-steps"]),
     "num-workers": ("train.num_workers", "loader processes", ["dataloader-num-workers"]),
     "mixed-precision": ("train.mixed_precision", "no, bf16 or fp16", []),
+    "lr-warmup-steps": ("optimizer.warmup", "steps in which the rate rises", []),
+    "lr-scheduler": ("optimizer.decay", "constant, cosine or linear, after the warm-up", []),
+    "max-grad-norm": ("optimizer.clip", "largest gradient norm; 0 = no clipping", []),
+    "adam-weight-decay": ("optimizer.weight_decay", "weight decay", []),
 }
 ALIASES = {
     "output-dir": "output",
     "resume-from-checkpoint": "resume",
     "gradient-accumulation": "gradient-accumulation-steps",
 } | {alias: flag for flag, (_, _, aliases) in KEYS.items() for alias in aliases}
+# Sections of one kind, whose keys and numbers can be judged without torch; `configs.decode` judges all the rest.
+PLAIN: dict[str, type] = {
+    "conditioning": Conditioning, "loss": Loss, "optimizer": Optimizer, "sample": Sample, "train": Train,
+}  # fmt: skip
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -49,10 +62,18 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
-        return self.parse_args(self._spelled(argv))
+        args = self.parse_args(self._spelled(argv))
+        check_inputs(args)
+        return args
 
     def read_with_keys(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As `read`, but unknown `--section.key value` pairs are kept: `.overrides` maps `section.key` to its text."""
+        args = self._keyed(argv)
+        check_keys({"sampler.kind": args.sampler, **args.overrides} if args.sampler else args.overrides)
+        check_inputs(args)
+        return args
+
+    def _keyed(self, argv: list[str] | None) -> argparse.Namespace:
         args, rest = self.parse_known_args(self._spelled(argv))
         args.overrides = self._dotted(rest)
         return args
@@ -67,8 +88,7 @@ class Parser(argparse.ArgumentParser):
             flag, equals, value = word[2:].partition("=")
             if not word.startswith("--") or "." not in flag:
                 known = [option for option in self._option_string_actions if option.startswith("--")]
-                close = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.6)
-                self.error(f"unrecognized argument: {word}" + (f"; did you mean '{close[0]}'?" if close else ""))
+                self.error(f"unrecognized argument: {word}{_meant(word.partition('=')[0], known, cutoff=0.6)}")
             try:
                 found[flag] = value if equals else next(words)
             except StopIteration:
@@ -85,6 +105,53 @@ def spelled(word: str) -> str:
     return "--" + ALIASES.get(flag, flag) + equals + value
 
 
+def check_keys(overrides: Mapping[str, str]) -> None:
+    """Refuse what shows to be wrong of `section.key -> text` before torch is loaded: kinds, plain keys and numbers.
+
+    Raises UserError with all of it.
+    """
+    problems = [f"command line: {reason}" for key, text in overrides.items() if (reason := _wrong(key, text))]
+    if problems:
+        raise UserError("\n       ".join(problems), hint="--print-config shows every key, --help every kind")
+
+
+def _wrong(key: str, text: str) -> str:
+    section, _, name = key.partition(".")
+    if name == "kind" and section in FAMILIES:
+        known = kinds(section)
+        said = f'{key}: unknown kind "{text}"{_meant(text, known)}; known: {", ".join(known)}'
+        return "" if text in known else said
+    if section not in PLAIN:
+        return ""
+    types = {field.name: field.type for field in dataclasses.fields(PLAIN[section])}
+    if name not in types:
+        return f"unknown key '{key}'{_meant(name, list(types), section + '.')}"
+    try:
+        float(text if types[name] in ("int", "float") else 0)
+    except ValueError:
+        expected = "a whole number" if types[name] == "int" else "a number"
+        return f"{key}: expected {expected}, got {json.dumps(text)}"
+    return ""
+
+
+def _meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:
+    close = difflib.get_close_matches(name, known, 1, cutoff)
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Refuse runs and folders of shards that are not there, before torch is loaded. Raises UserError."""
+    for run in (getattr(args, name, None) for name in ("model", "autoencoder")):
+        if run is not None and not Path(run).is_dir():
+            hint = "give a run folder, its final/ or one of its checkpoints"
+            raise UserError(f"{run}: no such run", hint=hint, code=CHECKPOINT)
+    for folder in (getattr(args, name, None) for name in ("data", "latents")):
+        if folder and ":" not in str(folder):  # an address is read, or refused, by those who know its kind
+            from training.shards import read_index
+
+            read_index(folder)
+
+
 class TrainParser(Parser):
     """The flags of both training scripts, plus any config key as `--section.key value`."""
 
@@ -93,6 +160,7 @@ class TrainParser(Parser):
             description,
             epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
         )
+        self.stage, self.source = stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
         self.data = self.add_argument_group("data")
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
         self.data.add_argument("--on-bad-data", choices=("error", "skip"), default="skip", help=text)
@@ -128,11 +196,24 @@ class TrainParser(Parser):
         )
 
     def read_training(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """As `read_with_keys`, the flags that stand for a config key among the overrides."""
-        args = self.read_with_keys(argv)
+        """As `read_with_keys`, the flags that stand for a config key among the overrides, and no path missing."""
+        from training.config import names
+
+        args = self._keyed(argv)
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
+        check_keys(args.overrides)
+        known = Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
+        if known and not args.print_config:  # a config that is not there is told first, when it is read
+            self._check_paths(args)
         return args
+
+    def _check_paths(self, args: argparse.Namespace) -> None:
+        if not getattr(args, self.source):
+            raise UserError(f"--{self.source} is missing", hint=f"name the folder of shards: --{self.source} DIR")
+        if not args.output and not args.dry_run:
+            raise UserError("--output is missing", hint="name the run folder: --output runs/NAME")
+        check_inputs(args)
 
 
 def add_cache(group: Any) -> None:

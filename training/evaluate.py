@@ -15,17 +15,20 @@ from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from ldm.likelihood import bits_per_dim, log_likelihood
 from ldm.noise import Noise
-from training import launch, pictures
-from training import perceptual as lpips
-from training.asking import Request, ask, choose
-from training.classifier import Classifier, caption, load_classifier
+from ldm.variational import bound
+from training import launch
+from training.asking import ask, choose
+from training.classifier import caption, load_classifier
 from training.data import Images
-from training.errors import DATA, UserError
+from training.errors import CHECKPOINT, UserError, explained
 from training.features import Features, load_features
-from training.files import read_json, write_json
+from training.files import content_hash, read_json, write_json
+from training.inspection import load_distance
 from training.metrics import Moments, frechet_distance, kernel_distance, wilson
+from training.obedience import SAMPLING, drawn, named, shapes_obedience
 from training.remote import located
 from training.runs import autoencoder_hashes, load_autoencoder, versions
+from training.settle import data_facts
 from training.shards import ShardSet
 from training.system import load_pipeline, pipeline_hashes
 
@@ -38,12 +41,14 @@ KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
+    check_flags(args)
     launch.keep_memory()
     if args.data:
         args.data = located(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
     values = read_json(find_any(args.model) / "config.json")
     numbers = of_autoencoder(args) if "model" in values else of_denoiser(args)
+    numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
     for key, value in numbers.items():
         if isinstance(value, int | float | str):
@@ -55,12 +60,21 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for numbers that mean nothing."""
+    for name, least in {"count": 0, "likelihood": 0, "likelihood_probes": 1, "batch_size": 1}.items():
+        if getattr(args, name) < least:
+            what = f"--{name.replace('_', '-')}: must be at least {least} (got {getattr(args, name)})"
+            raise UserError(what, hint="evaluate.py --help says what it means")
+
+
 def find_any(model: str) -> Path:
-    """The folder of a run's config, whichever its stage."""
-    for place in (Path(model) / "final", Path(model)):
+    """The folder of the config of a run, its final/ or a checkpoint, whichever its stage."""
+    path = Path(model)
+    for place in (path / "final", path, path.parent.parent if path.parent.name == "checkpoints" else path):
         if (place / "config.json").is_file():
             return place
-    raise UserError(f"{model}: no such run", hint="give a run folder or its final/", code=DATA)
+    raise UserError(f"{path}: no such run", hint="give a run folder, its final/ or a checkpoint", code=CHECKPOINT)
 
 
 def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,18 +82,12 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     device = launch.resolve(args.device)
     model = load_autoencoder(args.model, device)
     images, features = held_out(args), load_features(args.features, device)
-    network = (
-        lpips.load_perceptual(
-            args.lpips_net,
-            "standard" if args.lpips == "standard" else "random",
-            None if args.lpips in ("standard", "random") else args.lpips,
-        ).to(device)
-        if args.lpips
-        else None
-    )
+    network, places = load_distance(args, images, device), images.first(args.count)
+    enough(len(places))
+    check_crop(args.crop, images)
     rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", *(["lpips"] if network else []))}
     real, ours = Moments(features.dim), Moments(features.dim)
-    for pixels in chunks(images, images.first(args.count), device):
+    for pixels in chunks(images, places, device):
         made = _reconstruct(model, pixels)
         real.add(features(pixels))
         ours.add(features(made))
@@ -95,9 +103,18 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
         "frechet": frechet_distance(real, ours),
         "images": real.count,
         "features": features.name,
+        "lpips_network": f"{args.lpips_net}, {_weights(args.lpips)} weights, {_short(network)}" if network else None,
         "crop": args.crop or 0,
         "hashes": autoencoder_hashes(model),
     }
+
+
+def _weights(lpips: str) -> str:
+    return lpips if lpips in ("standard", "random") else "given"
+
+
+def _short(network: torch.nn.Module) -> str:
+    return content_hash(network.state_dict())[:12]
 
 
 @torch.no_grad()
@@ -108,37 +125,45 @@ def _reconstruct(model: Any, pixels: Tensor) -> Tensor:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
+    if not (args.data or args.likelihood or args.obedience == "shapes"):
+        raise UserError("nothing to measure", hint="give --data DIR, or --obedience shapes")
     device = launch.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
     sampling, settings = choose(args)
-    numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "hashes": pipeline_hashes(pipeline)}
+    numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
+    numbers |= {"hashes": pipeline_hashes(pipeline)}
     if args.obedience == "shapes":
         numbers |= shapes_obedience(pipeline, sampling, args)
     if args.likelihood:
-        numbers |= likelihood(pipeline, sampling, args, device)
+        with explained(SAMPLING):
+            numbers |= likelihood(pipeline, sampling, args, device)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device)
-    elif args.obedience != "shapes":
-        raise UserError("nothing to measure", hint="give --data DIR, or --obedience shapes")
     return numbers
 
 
 def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """log p of held-out pictures' latents given their captions, by the probability-flow ODE with Hutchinson's trace."""
-    images = held_out(args)
-    found = []
+    """log p of held-out pictures' latents given their captions, by the probability-flow ODE; and the bound that a model
+    of learned variance was trained on."""
+    images, exact = held_out(args), args.likelihood_trace == "exact"
+    found, bounds = [], []
     for first, pixels in enumerate(chunks(images, images.first(args.likelihood), device)):
         index = range(first * CHUNK, first * CHUNK + len(pixels))
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
         denoise = pipeline.denoiser.bind(pipeline.text([caption(images, i) for i in index]))
         probe = Noise.from_seeds([args.seed + i for i in index], device)
-        found.append(log_likelihood(denoise, latents, sampling.grid(sampling.steps, denoise.schedule), probe).cpu())
+        grid, probes = sampling.grid(sampling.steps, denoise.schedule), args.likelihood_probes
+        found.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
+        if pipeline.denoiser.diffusion.learned_variance:
+            bounds.append(bound(denoise, latents, probe).cpu())
         print(f"log-likelihood of {index.stop} pictures", file=sys.stderr)
     nats, dims = torch.cat(found).double(), latents[0].numel()
     return {
+        "likelihood_trace": "exact" if exact else f"hutchinson, {args.likelihood_probes} probe(s) a picture",
         "log_likelihood": nats.mean().item(),
         "log_likelihood_error": (nats.std() / len(nats) ** 0.5).item() if len(nats) > 1 else None,
         "bits_per_dim": bits_per_dim(nats.mean(), dims).item(),
+        "bound_bits_per_dim": torch.cat(bounds).double().mean().item() if bounds else None,
         "latent_dims": dims,
         "pictures": len(nats),
     }
@@ -148,8 +173,10 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
     """Frechet and kernel distance of `count` generated pictures to the held-out ones, captions evenly from theirs."""
     images, features = held_out(args), load_features(args.features, device)
     train = Images(ShardSet(args.data, "train"))
-    judge = load_classifier(args.obedience, device) if args.obedience else None
-    requests = ask(even_captions(images, args.count), 1, args.seed)
+    judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
+    count = args.count or len(images)
+    enough(min(count, len(images), len(train)))
+    requests = ask(even_captions(images, count), 1, args.seed)
     verdicts: list[bool] = []
 
     def judged() -> Iterator[Tensor]:
@@ -157,27 +184,31 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
             verdicts.extend(named(judge, pixels, captions) if judge else [])
             yield pixels
 
-    copies = (_reconstruct(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, args.count), device))
+    copies = (_reconstruct(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))
     real, real_rows = gather(features, chunks(images, range(len(images)), device))
     sets = {
         "generated": gather(features, judged()),
         "reconstructed": gather(features, copies),
-        "training": gather(features, chunks(train, even_indices(train, args.count), device)),
+        "training": gather(features, chunks(train, even_indices(train, count), device)),
     }
     numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
-    numbers |= {
-        "frechet_ratio": numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"]),
-        "kernel_distance": kernel_distance(
-            real_rows[:: max(1, len(images) // KERNEL_SAMPLES)], sets["generated"][1][:KERNEL_SAMPLES]
-        ),
-        "features": features.name,
-        "pictures": len(requests),
-        "real_pictures": real.count,
-    }
+    numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
+    numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": real.count}
+    numbers |= {f"{name}_pictures": sets[name][0].count for name in ("reconstructed", "training")}
+    kernel = real_rows[:: max(1, len(images) // KERNEL_SAMPLES)], sets["generated"][1][:KERNEL_SAMPLES]
+    numbers |= {"kernel_distance": kernel_distance(*kernel)}
+    numbers |= {"kernel_real_pictures": len(kernel[0]), "kernel_pictures": len(kernel[1])}
     if judge:
-        low, high = wilson(sum(verdicts), len(verdicts))
-        numbers |= {"obedience": sum(verdicts) / len(verdicts), "obedience_95": [low, high]}
+        numbers |= {"obedience": sum(verdicts) / len(verdicts), "obedience_judge": f"classifier {_short(judge)}"}
+        numbers["obedience_95"] = list(wilson(sum(verdicts), len(verdicts)))
     return numbers
+
+
+def enough(pictures: int) -> None:
+    """Raises UserError for fewer pictures than have a covariance."""
+    if pictures < 2:
+        what = f"a distance between sets of pictures needs at least 2 in each (got {pictures})"
+        raise UserError(what, hint="raise --count, or pack more pictures")
 
 
 def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tensor]:
@@ -188,48 +219,6 @@ def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tens
         moments.add(found)
         rows.append(found.cpu())
     return moments, torch.cat(rows)
-
-
-def drawn(
-    pipeline: Any, sampling: Any, requests: list[Request], batch: int
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """The pictures asked for and their captions, batch by batch."""
-    for first in range(0, len(requests), batch):
-        part = requests[first : first + batch]
-        captions, seeds = [r.prompt for r in part], [r.seed for r in part]
-        if first % (10 * batch) == 0:
-            print(f"generating {first + len(part)} of {len(requests)}", file=sys.stderr)
-        yield next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part))), captions
-
-
-def shapes_obedience(pipeline: Any, sampling: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Share of held-out captions obeyed, for one, two and three objects, by the rule-based checker; a grid."""
-    from training.shapes import held_out_prompts
-    from training.shapes_checker import check
-
-    numbers: dict[str, Any] = {"prompts": args.count}
-    shown: list[Any] = []
-    captions: list[str] = []
-    for objects in (1, 2, 3):
-        asked = ask(held_out_prompts(args.count, objects, seed=args.seed), 1, args.seed)
-        verdicts: list[dict[str, bool]] = []
-        for pixels, prompts in drawn(pipeline, sampling, asked, args.batch_size):
-            images = pixels.permute(0, 2, 3, 1).cpu().numpy()
-            found = [check(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-            if not verdicts:
-                shown += pictures.to_pil(pixels[:16])
-                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(found, prompts, strict=True)][:16]
-            verdicts += found
-        obeyed = sum(v["obeyed"] for v in verdicts)
-        numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
-        numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))
-        for key in sorted(set().union(*verdicts) - {"obeyed"}):
-            said = [v[key] for v in verdicts if key in v]
-            numbers[f"obedience_{objects}_{key}"] = sum(said) / len(said)
-    if args.grid:
-        pictures.grid(shown, 8, captions=captions).save(args.grid)
-        numbers["grid"] = Path(args.grid).name
-    return numbers
 
 
 def held_out(args: argparse.Namespace) -> Images:
@@ -266,16 +255,17 @@ def even_indices(images: Images, count: int) -> list[int]:
     return sorted([i for name in sorted(places) for i in places[name][:each]][:count])
 
 
+def check_crop(size: int | None, images: Images) -> None:
+    """Raises UserError for a crop that is no part of the pictures."""
+    side = min(images[0].data.shape[-2:])
+    if size is not None and not 1 <= size <= side:
+        what = f"--crop: must lie in 1 to {side}, the pictures' side (got {size})"
+        raise UserError(what, hint="leave it out to measure whole pictures")
+
+
 def crop(pixels: Tensor, size: int | None) -> Tensor:
     """The central size x size, where asked: padding is easy to reconstruct."""
     if not size:
         return pixels
     top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
     return pixels[..., top : top + size, left : left + size]
-
-
-def named(judge: Classifier, pixels: Tensor, captions: list[str]) -> list[bool]:
-    """Whether the classifier gives each picture the class its caption states."""
-    with torch.no_grad():
-        answers = judge(pixels).argmax(1).tolist()
-    return [judge.classes[a] == c for a, c in zip(answers, captions, strict=True)]

@@ -34,7 +34,8 @@ class Features:
 def load_features(spec: str, device: torch.device | str = "cpu") -> Features:
     """`random`, `inception:FILE` (torchvision's inception_v3 weights) or the folder of a classifier.
 
-    Raises UserError where there is no such network, never falling back by itself.
+    Inception sees pictures resized to 299 x 299 (bilinear, antialiased), in [-1, 1]; its features are the 2048 pooled
+    ones. Raises UserError where there is no such network, never falling back by itself.
     """
     if spec == "random":
         network = RandomFeatures().to(device)
@@ -84,14 +85,17 @@ def _inception(file: str, device: torch.device | str) -> Features:
 
     network = inception_v3(weights=None, init_weights=False, aux_logits=True)
     path = Path(file)
-    state = (
-        load_tensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    )
     try:
+        if path.suffix == ".safetensors":
+            state = load_tensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
-    except RuntimeError:
+    except UserError:
+        raise
+    except Exception as failure:  # a damaged file makes torch.load raise almost anything
         raise UserError(
-            f"{file}: not the weights of torchvision's inception_v3",
+            f"{file}: not the weights of torchvision's inception_v3 ({type(failure).__name__})",
             hint="its file name begins with inception_v3",
             code=DATA,
         ) from None
@@ -103,4 +107,4 @@ def _inception(file: str, device: torch.device | str) -> Features:
         features: Tensor = network(resized)
         return features
 
-    return Features(f"torchvision inception_v3 {content_hash(state)[:12]}", 2048, extract)
+    return Features(f"torchvision inception_v3 {content_hash(state)[:12]}, bilinear 299x299", 2048, extract)

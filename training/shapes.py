@@ -42,6 +42,7 @@ __all__ = [
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 SUPERSAMPLES = 4
+PATIENCE = 40_000  # scenes in a row that bring no new caption, after which there are none left
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,18 @@ def choose_captions(scene: Scene, count: int, seed: int) -> tuple[str, ...]:
 
 
 def held_out_prompts(count: int, objects: int, seed: int = 0) -> list[str]:
-    """`count` different captions of scenes that contain a held-out (colour, shape) pair, all with `objects` objects."""
-    prompts: dict[str, None] = {}
-    number = 0
+    """`count` different captions of scenes that contain a held-out (colour, shape) pair, all with `objects` objects.
+
+    Raises ValueError where there are not so many: one object can be said in 2,376 ways.
+    """
+    prompts: dict[str, int] = {}  # each with the number of the scene that brought it
+    number = newest = 0
     while len(prompts) < count:
+        if number - newest > PATIENCE:
+            raise ValueError(f"{count} held-out captions of {objects} objects asked for, there are {len(prompts)}")
         key = seed * 1_000_003 + number
-        prompts[choose_captions(scene(key, objects=objects, held_out=True), 1, key)[0]] = None
+        said = choose_captions(scene(key, objects=objects, held_out=True), 1, key)[0]
+        newest = number if prompts.setdefault(said, number) == number else newest
         number += 1
     return list(prompts)
 

@@ -99,10 +99,10 @@ class Folder(Source):
         self._files = self._walk()
         self._pictures = [path for path in self._files if path.suffix.lower() in SUFFIXES]
         if not self._pictures:
-            known = ", ".join(SUFFIXES[:4])
-            raise UserError(
-                f"{root}: no images in this folder", hint=f"looked for files ending in {known}, …", code=DATA
-            )
+            hint = f"looked for files ending in {', '.join(SUFFIXES[:4])}, …"
+            if any(path.suffix.lower() == ".tar" for path in self._files):
+                hint = f"shards are named with a star: '{root}/*.tar'"
+            raise UserError(f"{root}: no images in this folder", hint=hint, code=DATA)
         self.total = len(self._pictures)
 
     def _walk(self) -> list[Path]:

@@ -14,18 +14,21 @@ import torch
 from training.verify_resume import launch
 
 
-def start(count: int, home: Path, *words: object, wrong: dict[int, str] | None = None) -> list[int]:
+def start(count: int, home: Path, *words: object, wrong: dict[int, str] | None = None, machines: int = 1) -> list[int]:
     """The exit codes of `count` processes running one training; `wrong` maps a rank to its mischief or LDM_FAULT.
 
-    What they said is in home/rank-N.log. The store they meet at is held here, as torchrun's agent holds it.
+    They believe themselves on so many `machines`, evenly. What they said is in home/rank-N.log. The store they meet at
+    is held here, as torchrun's agent holds it.
     """
+    local = count // machines
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1"}
     group |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
     processes = []
     for rank in range(count):
         fault = (wrong or {}).get(rank, "")
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LDM_FAULT": fault if "=" in fault else ""}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "GROUP_RANK": str(rank // local)}
+        own["LDM_FAULT"] = fault if "=" in fault else ""
         environment = {**group, **own, "MISCHIEF": fault if "=" not in fault else "", "CUDA_VISIBLE_DEVICES": ""}
         log = home / f"rank-{rank}.log"
         log.unlink(missing_ok=True)

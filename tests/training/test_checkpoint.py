@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from training.checkpoint import Checkpoint, Checkpoints
+from training.checkpoint import Checkpoint, Checkpoints, score
+from training.config import load
 from training.errors import UserError
 from training.files import content_hash, file_sha256, load_tensors, save_tensors, staged, write_bytes
+from training.journal import Journal
+from training.runs import Run
+from training.settings import Train
 
 
 def checkpoint(step: int, value: float | None = None) -> Checkpoint:
@@ -66,6 +71,9 @@ DAMAGES = {
     "empty": lambda p: os.truncate(p / "ema.safetensors", 0),
     "no object": lambda p: (p / "manifest.json").write_text("{}"),
     "a list": lambda p: (p / "manifest.json").write_text("[]"),
+    "deep": lambda p: (p / "manifest.json").write_text("[" * 200_000),
+    "an infinite format": lambda p: edit(p, lambda m: m.update(format=float("inf"))),
+    "an infinite step": lambda p: edit(p, lambda m: m.update(step=float("inf"))),
     "no json": lambda p: (p / "manifest.json").write_bytes(b"\xff\x00"),
     "no step": lambda p: edit(p, lambda m: m.pop("step")),
     "unlisted": lambda p: edit(p, lambda m: m["files"].pop("state.json")),
@@ -189,6 +197,61 @@ def test_find(kept: Checkpoints, tmp_path: Path) -> None:
     assert empty.find("auto") is None
     with pytest.raises(UserError, match="no checkpoint in"):
         empty.find("latest")
+
+
+def test_a_checkpoint_of_another_run_is_refused(kept: Checkpoints, tmp_path: Path) -> None:
+    """Its step is not this run's. One of this run that lies elsewhere behind a link is its own."""
+    other = Checkpoints(tmp_path / "other")
+    theirs = other.save(checkpoint(20))
+    for asked in (theirs, other.folder, tmp_path, kept.folder, kept.folder / ".", kept.folder / "..", "..", "."):
+        with pytest.raises(UserError, match="is not a checkpoint of this run") as caught:
+            kept.find(str(asked))
+        assert caught.value.code == 4 and "--init-from" in caught.value.hint
+    (kept.folder / "step-00000030").symlink_to(theirs)
+    assert kept.find("step-00000030") == kept.folder / "step-00000030"
+    shutil.copytree(theirs, kept.folder / "copied")  # which sorts before all steps: they would be its future
+    with pytest.raises(UserError, match="no checkpoint copied"):
+        kept.find("copied")
+
+
+def test_a_state_that_is_no_json(kept: Checkpoints) -> None:
+    """Its manifest may vouch for it; looking for the best score passes over it."""
+    state = newest(kept) / "state.json"
+    for text in ("[" * 200_000, '{"score": 1' + "0" * 400 + "}"):
+        state.write_text(text)
+        assert score(newest(kept)) is None
+    state.write_text("[" * 200_000)
+    entry = {"bytes": state.stat().st_size, "sha256": file_sha256(state)}
+    edit(newest(kept), lambda m: m["files"].update({"state.json": entry}))
+    with pytest.raises(UserError, match="state.json: not readable as JSON") as caught:
+        kept.load(newest(kept))
+    assert caught.value.code == 4
+
+
+def test_new_names_in_the_run_folder_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synced inside a folder is lost with the folder's own name: the run's, `checkpoints`, `metrics.jsonl`."""
+    seen: list[tuple[Path, list[str]]] = []
+    sync = os.fsync
+
+    def noted(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        seen.append((path, sorted(os.listdir(path)) if path.is_dir() else []))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run = Run(tmp_path / "run", "denoiser", load("denoiser", "smoke"), None).folder
+    assert seen == [(tmp_path, ["run"])]
+    journal = Journal(run, Train(), Accelerator(cpu=True))
+    journal.look(1, {"loss": 1.0}, tmp_path)
+    seen.clear()
+    journal.state()
+    assert [path for path, _ in seen] == [run / "metrics.jsonl", run] and "metrics.jsonl" in seen[1][1]
+    seen.clear()
+    Checkpoints(run).save(checkpoint(10))
+    assert seen[0][0] == run and "checkpoints" in seen[0][1]
+    seen.clear()
+    Checkpoints(run).save(checkpoint(20))
+    assert run not in [path for path, _ in seen]
 
 
 def test_staged_is_whole_or_absent(tmp_path: Path) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,9 +32,60 @@ def test_every_packaged_config_builds(stage: str, name: str) -> None:
             assert config.model.build().factor == config.model.factor
             config.discriminator.build()
         else:
-            Diffusion(schedule=config.schedule, prediction=config.prediction)
-            backbone = config.backbone.build(channels=4, context_dim=64, pooled_dim=64)
+            learned = config.backbone.learned_variance
+            Diffusion(schedule=config.schedule, prediction=config.prediction, learned_variance=learned)
+            width = getattr(config.text, "width", 64)
+            backbone = config.backbone.build(channels=4, context_dim=width, pooled_dim=width)
             assert sum(p.numel() for p in backbone.parameters()) > 0
+
+
+PUBLISHED = {  # parameters, and the width of the text where an encoder of others gives it
+    "dit-s-2-label": (32_963_360, None),
+    "dit-b-2-label": (130_512_416, None),
+    "dit-l-2-label": (458_102_816, None),
+    "dit-xl-2-label": (675_129_632, None),
+    "pixart-xl-2": (610_856_096, 4096),
+    "unet-sd15": (859_520_964, 768),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_have_their_published_size(name: str) -> None:
+    """DiT's own count includes the table of 1001 labels, here the text encoder's, and the frozen one of 16x16 places,
+    which we compute."""
+    config = configs.load("denoiser", name)
+    assert isinstance(config, configs.DenoiserConfig)
+    count, context = PUBLISHED[name]
+    with torch.device("meta"):
+        if context is None:
+            text = config.text.build(json.dumps({"classes": [str(i) for i in range(1000)]}))
+            parts = [text, config.backbone.build(channels=4, context_dim=text.context_dim, pooled_dim=text.pooled_dim)]
+            count -= 16 * 16 * config.backbone.width
+        else:
+            parts = [config.backbone.build(channels=4, context_dim=context)]
+    assert sum(p.numel() for part in parts for p in part.parameters()) == count
+
+
+def test_an_installed_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
+    """Built from a copy, unpacked, and asked from elsewhere with nothing of this checkout on the path."""
+    pytest.importorskip("setuptools", "77")
+    copy, site = tmp_path / "copy", tmp_path / "site"
+    leave = shutil.ignore_patterns("__pycache__")
+    for name in ("autoencoder", "ldm", "training", "configs"):
+        shutil.copytree(tiny.ROOT / name, copy / name, ignore=leave)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(tiny.ROOT / name, copy / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=240)
+    built = run([sys.executable, "-c", build], cwd=copy)
+    assert built.returncode == 0, built.stderr[-2000:]
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
+    sources = [path.relative_to(copy) for path in copy.glob("*/**/*.py") if "build" not in path.parts]
+    assert len(sources) > 100 and not [path for path in sources if not (site / path).is_file()]
+    ask = "from training import config as c; print({s: c.names(s) for s in c.STAGES}, c.__file__)"
+    told = run([sys.executable, "-S", "-c", ask], cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    expected = {stage: configs.names(stage) for stage in configs.STAGES}
+    assert told.stdout.strip() == f"{expected} {site / 'training' / 'config.py'}", told.stderr
 
 
 def told(stage: str, source: object, overrides: dict[str, str] | None = None) -> UserError:
@@ -162,7 +217,7 @@ def test_diff() -> None:
 
 def overrides(*argv: str) -> dict[str, str]:
     parser = TrainParser("", "denoiser", "smoke")
-    return dict(parser.read_training(list(argv)).overrides)
+    return dict(parser.read_training(["--print-config", *argv]).overrides)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +234,8 @@ def overrides(*argv: str) -> dict[str, str]:
         ("--train.max_steps=9 --model.kind kl", {"train.max_steps": "9", "model.kind": "kl"}),
         ("--optimizer.lr -1", {"optimizer.lr": "-1"}),
         ("--lr 1 --optimizer.lr 2", {"optimizer.lr": "2"}),
+        ("--lr_warmup_steps 500 --lr_scheduler cosine", {"optimizer.warmup": "500", "optimizer.decay": "cosine"}),
+        ("--max_grad_norm 1 --adam_weight_decay .01", {"optimizer.clip": "1", "optimizer.weight_decay": ".01"}),
     ],
 )
 def test_flags(argv: str, expected: dict[str, str]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from threading import current_thread, main_thread
 from threading import enumerate as enumerate_threads
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +194,35 @@ def test_tiles(autoencoder: Path, tmp_path: Path) -> None:
     (target / "encoding.json").write_text(json.dumps(plan))
     assert tiny.call("encode_latents", *encode(autoencoder, data, target, "--dtype", "float32")) == 0
     assert "--tile" in tiny.refused("encode_latents", *encode(autoencoder, data, tmp_path / "x", "--tile", 5)).what
+
+
+@pytest.mark.parametrize(("reading", "encoding", "share"), [(1.0, 0.0, "100%"), (1.0, 28.75, "50%"), (0.0, 1.0, "0%")])
+def test_the_time_spent_waiting_for_pictures_is_told(
+    shapes: Path,
+    autoencoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reading: float,
+    encoding: float,
+    share: str,
+) -> None:
+    """By a clock that only moves while one of the 115 pictures is read, or one of the 4 batches encoded."""
+    clock, picture, whole = [0.0], Images.picture, KLAutoencoder.encode
+
+    def slowly(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*words: Any) -> Any:
+            clock[0] += seconds
+            return work(*words)
+
+        return done
+
+    monkeypatch.setattr("training.encoder.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Images, "picture", slowly(reading, picture))
+    monkeypatch.setattr(KLAutoencoder, "encode", slowly(encoding, whole))
+    words = encode(autoencoder, shapes, tmp_path / "latents", "--num-workers", 0)
+    assert tiny.call("encode_latents", *words) == 0
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"samples of 8x8x8), waiting for data {share}")
 
 
 def _summary(autoencoder: Path, data: Path, target: Path) -> dict[str, object]:

@@ -17,7 +17,8 @@ from autoencoder.tiles import decode_tiled, encode_tiled
 from training import pictures
 from training.asking import ask
 from training.classifier import Classifier, Judge
-from training.files import load_tensors, save_tensors
+from training.files import content_hash, load_tensors, save_tensors
+from training.lineage import store_ingredients
 from training.system import load_pipeline
 
 CAPTIONS = ["a red circle at the top", "a small blue square", "a <b>bold</b> claim | ../../x"]
@@ -162,6 +163,7 @@ def listening(denoiser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_tensors(home / "model.safetensors")
     changed = {name: x + 0.3 * torch.randn(x.shape, generator=noise) for name, x in tensors.items()}
     save_tensors(home / "model.safetensors", changed)
+    store_ingredients(home, {"denoiser": content_hash(changed)})
     return home
 
 

@@ -98,6 +98,10 @@ def test_broken_pictures_are_refused_with_a_reason() -> None:
     assert "too many pixels" in error(bomb())
     assert "pillow-heif" in error(b"\0\0\0\x18ftypheic" + bytes(40))
     assert error(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not an image of a known format"
+    for value in (np.nan, np.inf):
+        spoilt = np.full((4, 4), 0.5, np.float32)
+        spoilt[1, 2] = value
+        assert error(saved(Image.fromarray(spoilt), "TIFF")) == "pixels that are not finite"
     damaged = bytearray(saved(noise, "PNG"))
     damaged[200:220] = bytes(20)
     assert "broken" in error(bytes(damaged)) or "truncated" in error(bytes(damaged))

@@ -202,6 +202,8 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no images in this folder" in refused(tmp_path / "empty", tmp_path / "a").what
     assert "no such folder" in refused(tmp_path / "gone", tmp_path / "b").what
+    (tmp_path / "empty" / "00000.tar").write_bytes(b"")
+    assert f"'{tmp_path / 'empty'}/*.tar'" in refused(tmp_path / "empty", tmp_path / "a").hint
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
@@ -258,6 +260,35 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     assert json.loads(split["train"].read_field(13, "json"))["label"] == 3
     (root / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0")
     assert "damaged" in refused("fashion-mnist", tmp_path / "bad", "--root", str(root)).what
+
+
+def test_fashion_mnist_is_downloaded_where_torchvision_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import mnist
+
+    rng, fetched = np.random.default_rng(0), []
+
+    def fetch(url: str, download_root: str, filename: str, md5: str) -> None:
+        """What torchvision's own function leaves: the archive and what was in it."""
+        fetched.append(url)
+        name = filename.removesuffix(".gz")
+        count = 30 if name.startswith("train") else 20
+        pictures = rng.integers(1, 256, (count, 28, 28), dtype=np.uint8)
+        data = idx(pictures if "images" in name else np.arange(count, dtype=np.uint8) % 10)
+        (Path(download_root) / name).write_bytes(data)
+        (Path(download_root) / filename).write_bytes(gzip.compress(data))
+
+    monkeypatch.setattr(mnist, "download_and_extract_archive", fetch)
+    for _ in range(2):  # the second finds them
+        split = pack("fashion-mnist", tmp_path / "out", "--root", str(tmp_path / "root"))
+        assert (len(split["train"]), len(split["val"])) == (30, 20) and len(fetched) == 4
+    assert split["val"].read_field(9, "txt") == b"a photo of an ankle boot"
+
+    def unreachable(url: str, **_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(mnist, "download_and_extract_archive", unreachable)
+    error = refused("fashion-mnist", tmp_path / "none", "--root", str(tmp_path / "empty"))
+    assert error.code == 3 and "could not be downloaded" in error.what and "--root FOLDER" in error.hint
 
 
 def test_shapes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -90,6 +91,15 @@ def test_checkpoints_do_not_know_the_world_size(together: Path, shapes: Path, tm
     words = ("--data", shapes, "--output", run, *tiny.AUTOENCODER, *FLAGS, "--resume", "auto", "--max-steps", 7)
     assert tiny.call("train_autoencoder", *words) == 0
     assert tiny.rows(run)[-1]["step"] == 7
+
+
+def test_two_machines_train_as_one(latents: Path, alone: Path, tmp_path: Path) -> None:
+    """Each holds one process, the first of its own; the second alone writes nothing into the folder they share."""
+    words = ("--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, *FLAGS)
+    assert ranks.start(2, tmp_path, "train_denoiser", *words, machines=2) == [0, 0], ranks.said(tmp_path)
+    close(tmp_path / "run", alone / "denoiser")
+    assert "step 6/6" in (tmp_path / "rank-0.log").read_text()
+    assert not (tmp_path / "rank-1.log").read_text()
 
 
 def test_accelerate_launch(latents: Path, alone: Path, tmp_path: Path) -> None:

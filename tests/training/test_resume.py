@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
+from training.checkpoint import Checkpoint, Checkpoints
+from training.errors import UserError
+from training.files import load_tensors, save_tensors
 from training.loop import Loop
 
 SCRIPT = {"autoencoder": "train_autoencoder", "denoiser": "train_denoiser"}
@@ -178,15 +183,97 @@ def test_max_steps_below_the_checkpoint(latents: Path, tmp_path: Path, monkeypat
     assert problem.code == 4 and "step-00000005" in problem.hint
 
 
+def test_a_checkpoint_of_another_run(
+    latents: Path, denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would fit, and then cut this run's log at the length of the other's, and drop this run's later checkpoints."""
+    run = tmp_path / "run"
+    words = ("--latents", latents, "--output", run, *tiny.DENOISER, "--save-every", "3", "--max-steps", "8")
+    stop_at(monkeypatch, 7)
+    assert tiny.call("train_denoiser", *words) == 143
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    problem = tiny.refused("train_denoiser", *words, "--resume", denoiser / "checkpoints" / "step-00000006")
+    assert problem.code == 4 and "is not a checkpoint of this run" in problem.what and "--init-from" in problem.hint
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+    checkpoints = Checkpoints(run)  # one that was put there by hand, of a model of another width
+    ours = checkpoints.load(run / "checkpoints" / "step-00000007")
+    wider = {key: value.repeat_interleave(2, -1) for key, value in ours.tensors["model"].items() if value.dim()}
+    checkpoints.save(Checkpoint(8, {**ours.tensors, "model": {**ours.tensors["model"], **wider}}, ours.state))
+    problem = tiny.refused("train_denoiser", *words, "--resume", "auto")
+    assert problem.code == 4 and "step-00000008 does not fit" in problem.what
+
+
+HEAD = '"stage": "denoiser", "status": "stopped", "step": '
+LISTS = [f'{{{HEAD}5, "{key}": 7}}' for key in ("data", "versions", "resumes")]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", "null", f'{{{HEAD}"5"}}', *LISTS])
+def test_a_record_that_is_none(text: str, tmp_path: Path) -> None:
+    from training.config import load
+    from training.runs import Run
+
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match="run.json: (is )?not ") as caught:
+        Run(tmp_path, "denoiser", load("denoiser", "smoke"), "auto")
+    assert caught.value.code == 4 and (tmp_path / "run.json").read_text() == text
+
+
 def test_other_data(shapes: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither other pictures nor another autoencoder's latents continue a run."""
+    """Neither other pictures, nor another autoencoder's latents, nor the same with another decoder continue a run."""
     other = tmp_path / "other"
     tiny.call("make_shards", *f"pack shapes --samples 96 --seed 7 --val-fraction 0.2 --output {other}".split())
     run = tmp_path / "run"
-    stop_at(monkeypatch, 1)
+    stop_at(monkeypatch, 1, 1)
     assert tiny.call("train_autoencoder", "--data", shapes, "--output", run, *tiny.AUTOENCODER) == 143
     problem = tiny.refused("train_autoencoder", "--data", other, "--output", run, *tiny.AUTOENCODER, "--resume", "auto")
     assert problem.code == 4 and "data" in problem.what and "--init-from" in problem.hint
+
+    words = ("--output", tmp_path / "denoiser", *tiny.DENOISER, "--resume", "auto", "--latents")
+    assert tiny.call("train_denoiser", *words, latents) == 143
+    second, foreign, mended = (tmp_path / name for name in ("second", "foreign", "mended"))
+    flags = (*tiny.AUTOENCODER, "--max-steps", "1", "--seed", "9")
+    assert tiny.call("train_autoencoder", "--data", shapes, "--output", second, *flags) == 0
+    encode = ("--autoencoder", second, "--data", shapes, "--output", foreign, "--flip", "--device", "cpu")
+    assert tiny.call("encode_latents", *encode) == 0
+    problem = tiny.refused("train_denoiser", *words, foreign)
+    assert problem.code == 4 and "made with data index_sha256" in problem.what and "--init-from" in problem.hint
+    shutil.copytree(latents, mended)
+    weights = load_tensors(mended / "autoencoder" / "model.safetensors")
+    name = next(key for key in weights if key.startswith("decoder."))
+    save_tensors(mended / "autoencoder" / "model.safetensors", {**weights, name: weights[name] + 1})
+    problem = tiny.refused("train_denoiser", *words, mended)
+    assert problem.code == 4 and "made with hashes autoencoder" in problem.what
+    assert tiny.call("train_denoiser", *words, latents) == 0
+
+
+def frozen_encoder(folder: Path, seed: int) -> Path:
+    """A tiny T5 encoder, as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=8, **shape)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "red": 2, "circle": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def test_another_text_encoder(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that encodes the captions while training: neither another nor none continues a run."""
+    config, run = tmp_path / "frozen.toml", tmp_path / "run"
+    backbone = '[backbone]\nkind = "dit"\nwidth = 16\ndepth = 1\nheads = 2\nbase_size = 8\n'
+    config.write_text(f'{backbone}[text]\nkind = "huggingface"\nlength = 12\n')
+    words = ("--latents", latents, "--output", run, "--config", config, "--sample.steps", "2", *tiny.SHORT)
+    words = ("train_denoiser", *words, "--max-steps", "2", "--resume", "auto")
+    one, two = (frozen_encoder(tmp_path / str(seed), seed) for seed in (1, 2))
+    stop_at(monkeypatch, 1)
+    assert tiny.call(*words, "--text-encoder", one) == 143
+    problem = tiny.refused(*words, "--text-encoder", two)
+    assert problem.code == 4 and "made with hashes text_encoder" in problem.what and "--init-from" in problem.hint
+    assert tiny.refused(*words).code == 3
+    assert tiny.call(*words, "--text-encoder", one) == 0
 
 
 def test_one_writer(shapes: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from training.shapes import (
     POSITIONS,
     SHAPES,
     SIZES,
+    Object,
     Scene,
     captions,
     choose_captions,
@@ -135,6 +136,22 @@ def test_held_out_pairs() -> None:
         for prompt in prompts:
             wanted = parse(prompt).objects
             assert len(wanted) == count and sum((item.colour, item.shape) in HELD_OUT for item in wanted) == 1
+
+
+def test_held_out_prompts_end_where_there_are_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        caption
+        for colour, shape in HELD_OUT
+        for position in POSITIONS
+        for size in SIZES
+        for background in BACKGROUNDS
+        for caption in captions(Scene((Object(shape, colour, size, position, 0.5, 0.5, 0.4),), background))
+    }
+    assert len(said) == 2376
+    assert set(held_out_prompts(2376, 1)) == said
+    monkeypatch.setattr("training.shapes.PATIENCE", 100)
+    with pytest.raises(ValueError, match="2377 held-out captions of 1 objects asked for, there are"):
+        held_out_prompts(2377, 1)
 
 
 def test_parse_inverts_every_template() -> None:

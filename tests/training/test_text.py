@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from ldm.text import HuggingFace
 from training import text as texts
 from training.data import Latents
 from training.errors import UserError
+from training.loop import Loop
 from training.shards import ShardSet
+from training.system import load_pipeline
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "red", "blue", "green", "circle", "square", "triangle", "the", "left"]
 SETTINGS = HuggingFace(length=12)
@@ -79,8 +83,6 @@ def test_load(folders: dict[str, Path], name: str) -> None:
 
 
 def damaged(folder: Path, target: Path, file: str, data: bytes | None) -> Path:
-    import shutil
-
     shutil.copytree(folder, target)
     (target / file).unlink() if data is None else (target / file).write_bytes(data)
     return target
@@ -143,6 +145,81 @@ def test_another_encoder_is_refused(folders: dict[str, Path], tmp_path: Path) ->
     assert caught.value.code == 4
 
 
+def otherwise(part: str) -> Any:
+    """The tokenizer above with one thing changed that neither its vocabulary nor its settings tell."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    changed = tokenizer()
+    if part == "lower-casing":
+        changed.backend_tokenizer.normalizer = normalizers.Lowercase()
+    elif part == "pre-tokenizer":
+        changed.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return changed
+
+
+def merging(*merges: tuple[str, str]) -> Any:
+    """A tokenizer of letters, whose merges in their order decide what "abc" becomes."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    known = {word: i for i, word in enumerate(["<pad>", "<unk>", "a", "b", "c", "ab", "bc"])}
+    words = Tokenizer(models.BPE(known, list(merges), unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+
+
+TOKENIZERS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
+    "lower-casing": (tokenizer, lambda: otherwise("lower-casing"), "A Red circle"),
+    "pre-tokenizer": (tokenizer, lambda: otherwise("pre-tokenizer"), "a red, circle"),
+    "merges": (lambda: merging(("a", "b"), ("b", "c")), lambda: merging(("b", "c"), ("a", "b")), "abc"),
+}
+
+
+@pytest.mark.parametrize("part", TOKENIZERS)
+def test_another_tokenizer_is_refused(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of the same words and weights, which reads a caption otherwise; what was stored before this was told is valid."""
+    encoders = []
+    for number, make in enumerate(TOKENIZERS[part][:2]):
+        folder = tmp_path / str(number)
+        shutil.copytree(folders["bert"], folder)
+        make().save_pretrained(folder)
+        encoders.append(texts.load_huggingface(SETTINGS, str(folder)))
+    ours, theirs = map(texts.identity, encoders)
+    contexts = [encoder([TOKENIZERS[part][2]]).context for encoder in encoders]
+    assert ours["hash"] == theirs["hash"] and not torch.equal(*contexts)
+    assert texts.identity(encoders[0]) == ours  # how long captions are, as they were just read, is no part of it
+    texts.keep(encoders[0], str(tmp_path / "0"), tmp_path)
+    assert texts.identity(texts.load_kept(SETTINGS, tmp_path))["tokenizer"] == ours["tokenizer"]
+    for given in (lambda: texts.load_kept(SETTINGS, tmp_path, str(tmp_path / "1")),
+                  lambda: texts.keep(encoders[1], str(tmp_path / "1"), tmp_path)):  # fmt: skip
+        with pytest.raises(UserError, match="the tokenizer of text encoder") as caught:
+            given()
+        assert caught.value.code == 4 and "--text-encoder" in caught.value.hint
+        assert ours["tokenizer"][:12] in caught.value.what and theirs["tokenizer"][:12] in caught.value.what
+    record = tmp_path / "text_encoder" / "identity.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "tokenizer"}))
+    assert texts.load_kept(SETTINGS, tmp_path, str(tmp_path / "1")) is not None
+
+
+def test_a_run_goes_on_with_its_own_tokenizer(
+    folders: dict[str, Path], frozen_config: list[str], latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is stored, and captions are encoded while it trains."""
+    encoder = tmp_path / "bert"
+    shutil.copytree(folders["bert"], encoder)
+    words = ("--latents", latents, "--output", tmp_path / "run", *frozen_config, "--text-encoder", encoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "fit", lambda self, start: signal.SIGTERM)
+        assert tiny.call("train_denoiser", *words) == 143
+    known = json.loads((tmp_path / "run" / "run.json").read_text())["hashes"]["tokenizer"]
+    otherwise("lower-casing").save_pretrained(encoder)
+    problem = tiny.refused("train_denoiser", *words, "--resume", "auto")
+    assert problem.code == 4 and f"hashes tokenizer {known[:12]}, now given " in problem.what
+    tokenizer().save_pretrained(encoder)
+    assert tiny.call("train_denoiser", *words, "--resume", "auto") == 0
+    stored = json.loads((tmp_path / "run" / "final" / "ingredients.json").read_text())
+    assert stored["tokenizer"] == known and stored == load_pipeline(tmp_path / "run", "cpu").hashes
+
+
 def test_a_large_encoder_is_named_not_copied(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,8 +246,6 @@ def test_trained_on_stored_embeddings_and_on_the_fly(
     name: str, folders: dict[str, Path], frozen_config: list[str], shapes: Path, autoencoder: Path, tmp_path: Path
 ) -> None:
     """Both ways learn the same (stored ones are float16), and either run draws without the folder it came from."""
-    from training.system import load_pipeline
-
     encode = ("--autoencoder", autoencoder, "--data", shapes, "--device", "cpu")
     asked = ("--text-encoder", folders[name], "--text-length", "12")
     assert tiny.call("encode_latents", *encode, "--output", tmp_path / "stored", *asked) == 0
