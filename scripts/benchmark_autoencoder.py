@@ -129,6 +129,8 @@ def compare(verb: str, built: dict[str, Any], args: argparse.Namespace, shape: K
     for number in range(args.rounds):
         for name in sorted(cases, reverse=bool(number % 2)):
             taken[name].append(seconds(cases[name], args.device))
+    for model in built.values():
+        model.zero_grad(set_to_none=True)  # what a call gives back is not to be set against what it takes
     memory = {name: peak(call, args.device) for name, call in cases.items()}
     for name, times in taken.items():
         ratios = [theirs / ours for theirs, ours in zip(times, taken["ours"], strict=True)]

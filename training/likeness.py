@@ -78,7 +78,7 @@ def _sound(facts: Any) -> bool:
 
 def compare(original: Original, facts: dict[str, Any]) -> None:
     """Raises UserError(code 4) that names the first ingredient which is not the picture's, with both hashes."""
-    then, preview = original.facts.get("preview"), facts["preview"]
+    then, preview = original.facts.get("preview"), facts.get("preview")
     if then != preview:
         was, now = (f"preview {value[:12]}" if value else "no preview" for value in (then, preview))
         hint = "give the same one with --preview" if then else "leave --preview out"
