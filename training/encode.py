@@ -29,6 +29,7 @@ from training.opening import finished_autoencoder
 from training.remote import Remote, located
 from training.runs import autoencoder_hashes, copy_model, load_autoencoder
 from training.shards import ShardInfo, ShardSet, read_index, sound_shard, write_index, write_shard
+from training.stream import loaders
 from training.vocabulary import count_captions
 
 if TYPE_CHECKING:
@@ -109,9 +110,8 @@ def read_ahead(
     loader: Any = DataLoader(
         _Decoded(splits),
         batch_sampler=_some_at_once(splits, shards, size),  # any iterable will do
-        num_workers=workers,
         collate_fn=list,
-        prefetch_factor=max(2, math.ceil(batch / (size * workers))) if workers else None,
+        **loaders(workers, max(2, math.ceil(batch / (size * max(1, workers))))),
     )
     return chain.from_iterable(loader)
 

@@ -6,8 +6,11 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from threading import Thread
 from types import FrameType
+
+LOOK_EVERY = 2.0  # seconds after which a loader sees that its main process is gone
 
 
 class Signals:
@@ -38,10 +41,11 @@ class Signals:
 
 def shield(_worker: int) -> None:
     """In a loader process: torchrun, batch systems and terminals send their signals to all processes of a training, of
-    which the main one alone shall stop and save. A loader ends when that one says so, or is gone."""
+    which the main one alone shall stop and save. A loader ends when that one says so, or is gone, wherever it is: one
+    whose answers nobody reads any more would wait for ever to hand them over."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which macOS lacks: there a SIGTERM to the group still ends the loaders
+    if hasattr(signal, "sigtimedwait"):  # which macOS lacks: there a SIGTERM to the group still ends the loaders
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_until_told, daemon=True).start()
 
@@ -49,7 +53,7 @@ def shield(_worker: int) -> None:
 @contextmanager
 def sheltered() -> Iterator[None]:
     """Around the start of loader processes: they are born with SIGTERM blocked, and `shield` comes in time."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigtimedwait") else set())
     try:
         yield
     finally:
@@ -57,6 +61,9 @@ def sheltered() -> Iterator[None]:
 
 
 def _until_told() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    main = parent_process()
+    while main and os.getppid() == main.pid:
+        told = signal.sigtimedwait({signal.SIGTERM}, LOOK_EVERY)
+        if told and told.si_pid == main.pid:
+            break
     os._exit(0)

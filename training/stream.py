@@ -20,13 +20,9 @@ def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bo
     loader: Any = DataLoader(
         _Fetched(dataset),
         batch_sampler=followed(batches, dataset.shards),
-        num_workers=workers,
         collate_fn=_whole,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=shield,
-        # Forked, loaders are born with this process's answers to signals; a server of loaders would die of the first.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        **loaders(workers, 4),
     )
     with sheltered():
         incoming = iter(loader)
@@ -36,6 +32,14 @@ def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bo
         if workers:  # what a loader process counts, it counts in a copy
             dataset.count(batch.bad)
         yield batch
+
+
+def loaders(workers: int, ahead: int) -> dict[str, Any]:
+    """What a DataLoader is told of its processes, each `ahead` batches ahead of who asks."""
+    # Forked, loaders are born with this process's answers to signals; a server of loaders would die of the first.
+    context = "fork" if sys.platform == "linux" else None
+    more = {"prefetch_factor": ahead, "worker_init_fn": shield, "multiprocessing_context": context} if workers else {}
+    return {"num_workers": workers, **more}
 
 
 class _Fetched(Dataset[Any]):

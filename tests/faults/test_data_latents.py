@@ -176,8 +176,14 @@ def test_f5_encode_killed_and_run_again(shapes: Path, autoencoder: Path, latents
     run = subprocess.Popen(command, env=tiny.ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while run.poll() is None and not list(target.glob("*.tar")):
         time.sleep(0.002)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert children
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 100
+    while left := [child for child in children if Path(f"/proc/{child}").exists()]:
+        assert time.monotonic() < deadline, left  # loaders that outlive their run hold its memory
+        time.sleep(0.05)
     with pytest.raises(UserError, match="holds no index"):
         ShardSet(target)
     assert tiny.call("encode_latents", *arguments) == 0
