@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, USAGE, UserError
-from training.names import FAMILIES, kinds
+from training.names import FAMILIES, kinds, meant, unknown_key, unknown_kind
 from training.settings import Conditioning, Loss, Optimizer, Sample, Train
 
 # Flags that stand for a config key, with the names that users of diffusers' training scripts know.
@@ -88,7 +87,7 @@ class Parser(argparse.ArgumentParser):
             flag, equals, value = word[2:].partition("=")
             if not word.startswith("--") or "." not in flag:
                 known = [option for option in self._option_string_actions if option.startswith("--")]
-                self.error(f"unrecognized argument: {word}{_meant(word.partition('=')[0], known, cutoff=0.6)}")
+                self.error(f"unrecognized argument: {word}{meant(word.partition('=')[0], known, cutoff=0.6)}")
             try:
                 found[flag] = value if equals else next(words)
             except StopIteration:
@@ -119,13 +118,12 @@ def _wrong(key: str, text: str) -> str:
     section, _, name = key.partition(".")
     if name == "kind" and section in FAMILIES:
         known = kinds(section)
-        said = f'{key}: unknown kind "{text}"{_meant(text, known)}; known: {", ".join(known)}'
-        return "" if text in known else said
+        return "" if text in known else unknown_kind(section, text, known)
     if section not in PLAIN:
         return ""
     types = {field.name: field.type for field in dataclasses.fields(PLAIN[section])}
     if name not in types:
-        return f"unknown key '{key}'{_meant(name, list(types), section + '.')}"
+        return unknown_key(section, name, list(types))
     try:
         float(text if types[name] in ("int", "float") else 0)
     except ValueError:
@@ -134,9 +132,11 @@ def _wrong(key: str, text: str) -> str:
     return ""
 
 
-def _meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:
-    close = difflib.get_close_matches(name, known, 1, cutoff)
-    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+def check_least(args: argparse.Namespace, least: Mapping[str, int], hint: str = "") -> None:
+    """Raises UserError for a number below the least that means anything."""
+    for name, number in least.items():
+        if (given := getattr(args, name)) < number:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least {number} (got {given})", hint=hint)
 
 
 def check_inputs(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import tomllib
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
+from training.names import meant, unknown_key, unknown_kind
 from training.settings import Conditioning, Loss, Optimizer, Sample, Train
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
     parts: dict[str, Any] = {}
     known = sections(stage)
     for name in values.keys() - known.keys():
-        problems.append(_at(lines, name) + f"unknown section [{name}]{_meant(name, list(known))}")
+        problems.append(_at(lines, name) + f"unknown section [{name}]{meant(name, list(known))}")
     for name, members in known.items():
         section = values.get(name, {})
         if not isinstance(section, dict):
@@ -164,8 +164,7 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
     if allowed:
         values = {"kind": allowed[0], **values}
         if values["kind"] not in allowed:
-            said = f'{name}.kind: unknown kind "{values["kind"]}"{_meant(str(values["kind"]), allowed)}'
-            return None, [(f"{name}.kind", f"{said}; known: {', '.join(allowed)}")]
+            return None, [(f"{name}.kind", unknown_kind(name, str(values["kind"]), allowed))]
     member = members[allowed.index(values["kind"])] if allowed else members[0]
     known = [f.name for f in dataclasses.fields(member)]
     wrong = [(f"{name}.{k}", _unknown(name, k, known, members, values)) for k in values if k not in known]
@@ -187,7 +186,7 @@ def _unknown(name: str, key: str, known: list[str], members: tuple[type, ...], v
     """What to say of a key that the chosen kind does not have: whose it is, or what may have been meant."""
     owners = kinds(tuple(m for m in members if key in {f.name for f in dataclasses.fields(m)}))
     if not owners:
-        return f"unknown key '{name}.{key}'{_meant(key, known, name + '.')}"
+        return unknown_key(name, key, known)
     takes = ", ".join(k for k in known if k != "kind") or "no keys"
     return f"'{name}.{key}' belongs to kind {', '.join(owners)}; kind {values['kind']} takes {takes}"
 
@@ -225,7 +224,7 @@ def _read(stage: str, source: str) -> tuple[str, str]:
         packaged = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
         if not packaged.is_file():
             raise UserError(
-                f"no config named '{source}'{_meant(source, names(stage))}",
+                f"no config named '{source}'{meant(source, names(stage))}",
                 hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file",
             )
         return packaged.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
@@ -286,11 +285,6 @@ def _literal(raw: str) -> Any:
         return float(raw)  # 1e-4 is JSON, but .5 and 1E-4 are not all
     except ValueError:
         return raw
-
-
-def _meant(name: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
 
 
 def _at(lines: Mapping[str, str] | None, key: str) -> str:

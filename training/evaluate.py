@@ -19,6 +19,7 @@ from ldm.variational import bound
 from training import launch
 from training.asking import ask, choose
 from training.classifier import caption, load_classifier
+from training.cli import check_least
 from training.data import Images
 from training.errors import CHECKPOINT, UserError, explained
 from training.features import Features, load_features
@@ -41,7 +42,8 @@ KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
-    check_flags(args)
+    least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "batch_size": 1}
+    check_least(args, least, "evaluate.py --help says what it means")
     launch.keep_memory()
     if args.data:
         args.data = located(args.data, args.cache_dir, args.cache_size)
@@ -58,14 +60,6 @@ def evaluate(args: argparse.Namespace) -> int:
         write_json(Path(args.output), numbers)
         print(f"wrote {args.output}", file=sys.stderr)
     return 0
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for numbers that mean nothing."""
-    for name, least in {"count": 0, "likelihood": 0, "likelihood_probes": 1, "batch_size": 1}.items():
-        if getattr(args, name) < least:
-            what = f"--{name.replace('_', '-')}: must be at least {least} (got {getattr(args, name)})"
-            raise UserError(what, hint="evaluate.py --help says what it means")
 
 
 def find_any(model: str) -> Path:

@@ -23,6 +23,7 @@ from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
 from training import launch, pictures, report
 from training import perceptual as lpips
+from training.cli import check_least
 from training.data import Images
 from training.errors import DATA, UserError, explained
 from training.features import load_features
@@ -45,7 +46,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Measure, print the main numbers, write inspection.json and inspection.html. Returns the exit code."""
     launch.keep_memory()
     since, output, device = time.perf_counter(), Path(args.output), launch.resolve(args.device)
-    check_flags(args)
+    check_least(args, {"count": 0, "batch_size": 1, "probe_steps": 0, "probe_samples": 2})
     check_output(output)
     model, held_out = load_autoencoder(args.model, device), Images(held_out_shards(args.data))
     features, distance = load_features(args.features, device), load_distance(args, held_out, device)
@@ -68,13 +69,6 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"{name:12} {report.told(value['mean'])} ({report.told(value['low'])} to {report.told(value['high'])})")
     print(f"wrote {output / 'inspection.html'} and inspection.json", file=sys.stderr)
     return 0
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for numbers that mean nothing."""
-    for name, least in {"count": 0, "batch_size": 1, "probe_steps": 0, "probe_samples": 2}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least {least} (got {getattr(args, name)})")
 
 
 def load_distance(args: argparse.Namespace, images: Images, device: torch.device) -> Perceptual | None:

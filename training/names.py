@@ -1,9 +1,10 @@
 """What --help lists of the diffusion core, without importing torch: the kinds of its families, read from their files,
-and the methods that are a key of theirs."""
+and the methods that are a key of theirs; and what is said of names that are not known."""
 
 from __future__ import annotations
 
 import ast
+import difflib
 from importlib import resources
 from typing import NamedTuple
 
@@ -81,3 +82,19 @@ def listing(*parts: Part) -> str:
     texts = [f"--{name}.kind  {', '.join(kinds(name))}" for part in parts for name in part.sections]
     texts += ["", "by a key:", *(f"  {name}: {flags}" for part in parts for name, flags in part.methods.items())]
     return "\n".join(fill(text, 110, subsequent_indent=" " * 8, break_on_hyphens=False) for text in texts)
+
+
+def meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:
+    """"; did you mean ...?" where one of the known names is near, else nothing."""
+    close = difflib.get_close_matches(name, known, 1, cutoff)
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+
+
+def unknown_kind(section: str, kind: str, known: list[str]) -> str:
+    """What to say of a kind that a section has not."""
+    return f'{section}.kind: unknown kind "{kind}"{meant(kind, known)}; known: {", ".join(known)}'
+
+
+def unknown_key(section: str, key: str, known: list[str]) -> str:
+    """What to say of a key that a section has not."""
+    return f"unknown key '{section}.{key}'{meant(key, known, section + '.')}"
