@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from training.cli import Parser, run_main
+from training.settings.flags import Parser, run_main
 
 if TYPE_CHECKING:
     import argparse
@@ -152,11 +152,11 @@ def main() -> None:
     args = parser.read()
     import torch
 
-    from training import config as configs
-    from training.launch import keep_memory
+    from training.machine.memory import keep_memory
+    from training.settings import decoding
 
     keep_memory()
-    shape: Any = configs.load("autoencoder", args.config).model
+    shape: Any = decoding.load("autoencoder", args.config).model
     torch.manual_seed(0)
     built = models(shape, args.device)
     print(f"{args.config}, {sum(p.numel() for p in built['ours'].parameters()):,} parameters, batch {args.batch_size} "

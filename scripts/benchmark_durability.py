@@ -18,11 +18,11 @@ from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from training.cli import Parser, run_main
 from training.errors import UserError
+from training.settings.flags import Parser, run_main
 
 if TYPE_CHECKING:
-    from training.loop import Loop
+    from training.loop.loop import Loop
 
 SAVES = [("checkpoint", "save"), ("or begun in the background", "begin")]
 
@@ -49,7 +49,7 @@ def table(args: Any, folder: Path) -> list[str]:
     """Time everything in turn; the rows."""
     import torch
 
-    from training.loop import COMPARED_EVERY
+    from training.loop.loop import COMPARED_EVERY
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -106,7 +106,7 @@ def checksums(loop: Loop) -> Any:
     """What `Watchdogs.compare` gathers, where there are several processes."""
     import torch
 
-    from training.watchdogs import checksum
+    from training.loop.watchdogs import checksum
 
     return torch.stack([checksum(value) for value in loop.shared().values()]).tolist()
 
@@ -116,18 +116,18 @@ def begin(args: Any, folder: Path) -> Loop:
     import torch
 
     from autoencoder.norm import LatentNorm
-    from training import config as configs
-    from training import launch
-    from training.loop import Loop
-    from training.stage_two import DenoiserStage
+    from training.loop.loop import Loop
+    from training.machine import processes
+    from training.settings import decoding
+    from training.stages.denoiser import DenoiserStage
 
     keys = {"batch_size": args.batch_size, "micro_batch_size": 0, "num_workers": 0}
     keys |= {"max_steps": 10**6, "log_every": 10**6}
     flags = {f"train.{key}": str(value) for key, value in keys.items()}
-    if launch.resolve(args.device).type == "cpu":
+    if processes.resolve(args.device).type == "cpu":
         flags["train.mixed_precision"] = "no"
-    config: Any = configs.load("denoiser", args.config, flags)
-    accelerator = launch.start(args.device, config.train.mixed_precision)
+    config: Any = decoding.load("denoiser", args.config, flags)
+    accelerator = processes.start(args.device, config.train.mixed_precision)
     torch.manual_seed(0)
     text = config.text.build(config.text.vocabulary(["picture"]))
     sizes = {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
@@ -144,8 +144,8 @@ def made_up(side: int, count: int) -> Any:
     """`count` random latents, as a data set."""
     import torch
 
-    from training.data import Batch
-    from training.order import Slot
+    from training.data.order import Slot
+    from training.data.samples import Batch
 
     class MadeUp:
         shards = SimpleNamespace(remote=None, windows=((), 0))  # it has no files

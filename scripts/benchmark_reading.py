@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.cli import Parser, run_main
+from training.settings.flags import Parser, run_main
 
 if TYPE_CHECKING:
-    from training.shards import ShardSet
+    from training.shards.reading import ShardSet
 
 
 def make(folder: Path, samples: int) -> None:
@@ -20,7 +20,8 @@ def make(folder: Path, samples: int) -> None:
 
     import numpy as np
 
-    from training.shards import ShardWriter, write_index
+    from training.shards.index import write_index
+    from training.shards.writing import ShardWriter
 
     writer, random = ShardWriter(folder, "train"), np.random.default_rng(0)
     for i in range(samples):
@@ -55,7 +56,7 @@ def main() -> None:
     args = parser.read()
     from tempfile import TemporaryDirectory
 
-    from training.shards import ShardSet
+    from training.shards.reading import ShardSet
 
     with TemporaryDirectory() as made:
         if args.data is None:

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.cli import Parser, run_main
 from training.errors import UserError
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from training.cli import Parser, run_main
 from training.errors import UserError
+from training.settings.flags import Parser, run_main
 
 MEAN, STD = 0.3, 0.5
 SAMPLES = 64  # of the mixture
@@ -254,8 +254,8 @@ def fitted(sampler: Any, schedule: Any) -> float:
 def run_table(args: Any) -> Iterator[str]:
     """How the samplers agree on a trained network."""
     from ldm.samplers import SAMPLERS
-    from training.agreement import Bench, table
-    from training.system import load_pipeline
+    from training.measuring.sampler_agreement import Bench, table
+    from training.models.assembly import load_pipeline
 
     samplers = list(chosen(every(SAMPLERS), args.samplers, "--samplers").values())
     seeds = 2 if all(sampler.rises for sampler in samplers) else args.seeds

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, run_main
 from training.errors import UserError
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         raise UserError("--data and --scale-factor belong to import", hint="leave them out")
     from pathlib import Path
 
-    from training.interchange import export_autoencoder, import_autoencoder
+    from training.models.exchange import export_autoencoder, import_autoencoder
 
     if args.verb == "import":
         import_autoencoder(args.source, Path(args.output), args.data, args.scale_factor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, add_cache, run_main
+from training.settings.flags import Parser, add_cache, run_main
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read()
-    from training.encode import encode
+    from training.encoding.data_set import encode
 
     sys.exit(encode(args))
 

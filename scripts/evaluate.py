@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, add_cache, run_main
+from training.settings.flags import Parser, add_cache, run_main
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read_with_keys()
-    from training.evaluate import evaluate
+    from training.measuring.evaluate import evaluate
 
     sys.exit(evaluate(args))
 

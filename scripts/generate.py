@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, run_main
-from training.names import SAMPLING, listing
+from training.settings.families import SAMPLING, listing
+from training.settings.flags import Parser, run_main
 
 
 def what_to_draw(parser: Parser) -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read_with_keys()
-    from training.generate import generate
+    from training.drawing.generate import generate
 
     sys.exit(generate(args))
 

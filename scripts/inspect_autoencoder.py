@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, run_main
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read()
-    from training.inspection import inspect
+    from training.measuring.inspection import inspect
 
     sys.exit(inspect(args))
 

@@ -1,7 +1,7 @@
 """Captioned pictures to shards: `make_shards.py pack SOURCE --output DIR`, `index DIR`, `verify DIR`."""
 
-from training.cli import run_main
-from training.packing_cli import main
+from training.packing.command import main
+from training.settings.flags import run_main
 
 if __name__ == "__main__":
     run_main(main)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, run_main
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     add("--output", metavar="DIR", required=True, help="the new model folder, as generate --model takes it")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read()
-    from training.posthoc import rebuild
+    from training.stages.rebuild import rebuild
 
     sys.exit(rebuild(args))
 

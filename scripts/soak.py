@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training.cli import Parser, run_main
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     add("--folder", metavar="DIR", help="where to work; a temporary folder when not given")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read()
-    from training.soak import soak
+    from training.drills.soak import soak
 
     sys.exit(soak(args, Path(__file__).parent))
 

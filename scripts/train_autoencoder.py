@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import TrainParser, run_main
+from training.settings.flags import TrainParser, run_main
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     text = "frozen Hugging Face vision model, folder or name, whose features the latents follow as loss.align weighs"
     parser.data.add_argument("--align-with", metavar="DIR", help=text)
     args = parser.read_training()
-    from training.train import train_autoencoder
+    from training.stages.train import train_autoencoder
 
     sys.exit(train_autoencoder(args))
 

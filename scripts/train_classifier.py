@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import Parser, add_cache, run_main
+from training.settings.flags import Parser, add_cache, run_main
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.read()
-    from training.classifier import train_classifier
+    from training.stages.classifier import train_classifier
 
     sys.exit(train_classifier(args))
 

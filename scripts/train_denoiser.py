@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from training.cli import TrainParser, run_main
-from training.names import SAMPLING, TRAINING, listing
+from training.settings.families import SAMPLING, TRAINING, listing
+from training.settings.flags import TrainParser, run_main
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         "--text-encoder", metavar="NAME|DIR", help="frozen Hugging Face text encoder, for --text.kind huggingface"
     )
     args = parser.read_training()
-    from training.train import train_denoiser
+    from training.stages.train import train_denoiser
 
     sys.exit(train_denoiser(args))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training.cli import Parser, run_main
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     add("--folder", metavar="DIR", help="where to keep both trainings; removed when not given")
     add("--debug", action="store_true", help="show tracebacks")
     args, rest = parser.parse_known_args()
-    from training.verify_resume import verify
+    from training.drills.verify_resume import verify
 
     sys.exit(verify(args, rest, Path(__file__).parent))
 

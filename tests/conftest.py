@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "training"))  # importlib mode alone would not find `tiny`
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode alone would not find `tiny`
 
 import tiny
 

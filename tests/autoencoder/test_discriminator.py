@@ -155,7 +155,7 @@ def test_features_are_asked_for() -> None:
 def test_the_networks_of_lpips_serve(net: str) -> None:
     """Each gives its last four levels at its least side; R1's second derivative goes through it."""
     from autoencoder.critic import r1
-    from training.perceptual import load_perceptual
+    from training.models.lpips import load_perceptual
 
     features = load_perceptual(net, "random").features
     before = {key: value.clone() for key, value in features.state_dict().items()}

@@ -20,9 +20,9 @@ from PIL import Image
 
 from training.errors import UserError
 from training.files import PICKLES, check_output, load_tensors, save_tensors
-from training.packing_cli import main
-from training.shard_checks import verify
-from training.shards import ShardSet
+from training.packing.command import main
+from training.shards.reading import ShardSet
+from training.shards.verifying import verify
 
 
 class Canary:
@@ -195,7 +195,7 @@ def test_i2_outputs_that_cannot_be(
     def built(*arguments: object) -> None:
         raise AssertionError("the model was built before the folder was looked at")
 
-    monkeypatch.setattr("training.encode.load_autoencoder", built)
+    monkeypatch.setattr("training.encoding.data_set.load_autoencoder", built)
     for place in unwritable(tmp_path):
         problem = tiny.refused("make_shards", "pack", source, "--output", place)
         assert problem.code == 6, problem

@@ -22,18 +22,21 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from training import config as configs
-from training import likeness, pictures
-from training.asking import ask, parse_size, prompts, weighed
-from training.captions import clean_captions, decode_text
+from training.drawing import replay
+from training.drawing.requests import ask, parse_size, prompts, weighed
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
-from training.images import encode_png, load_image
-from training.offsets import open_index
-from training.shard_checks import verify
-from training.shards import ShardSet, ShardWriter, write_index
-from training.sources import Folder, Sample
-from training.tars import BLOCK, index_tar
+from training.packing.captions import clean_captions, decode_text
+from training.packing.sources import Folder, Sample
+from training.pictures import grids
+from training.pictures.decoding import encode_png, load_image
+from training.settings import decoding
+from training.shards.index import write_index
+from training.shards.offset_index import open_index
+from training.shards.reading import ShardSet
+from training.shards.tars import BLOCK, index_tar
+from training.shards.verifying import verify
+from training.shards.writing import ShardWriter
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 fuzz = settings(
@@ -41,9 +44,9 @@ fuzz = settings(
 )
 EDITS = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=12)), max_size=6)
 CUT = st.one_of(st.just(0), st.integers(0, 4000))
-PLACES = [m for stage in configs.STAGES for family in configs.sections(stage).values() for m in family]
+PLACES = [m for stage in decoding.STAGES for family in decoding.sections(stage).values() for m in family]
 KEYS = sorted({field.name for member in PLACES for field in dataclasses.fields(member)})
-NAMES = st.sampled_from(sorted(configs.kinds(tuple(PLACES))))
+NAMES = st.sampled_from(sorted(decoding.kinds(tuple(PLACES))))
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12)),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=9), inner, max_size=4)),
@@ -240,11 +243,11 @@ def test_fuzzed_metadata(tmp_path: Path, rows: list[Any]) -> None:
 
 def config_or_refusal(stage: str, path: Path) -> None:
     try:
-        config = configs.load(stage, str(path))
+        config = decoding.load(stage, str(path))
     except UserError as error:
         assert error.code == 2 and error.what and error.hint
     else:
-        assert configs.decode(stage, configs.to_values(config)) == config
+        assert decoding.decode(stage, decoding.to_values(config)) == config
 
 
 TOML = (resources.files("configs") / "denoiser" / "dit-s.toml").read_bytes()
@@ -258,11 +261,11 @@ def test_fuzzed_toml(tmp_path: Path, edits: list[tuple[int, bytes]], cut: int) -
     config_or_refusal("denoiser", path)
 
 
-STAGE_AND_VALUES = st.sampled_from(sorted(configs.STAGES)).flatmap(
+STAGE_AND_VALUES = st.sampled_from(sorted(decoding.STAGES)).flatmap(
     lambda stage: st.tuples(
         st.just(stage),
         st.dictionaries(
-            st.one_of(st.sampled_from(sorted(configs.sections(stage))), st.text(max_size=5)),
+            st.one_of(st.sampled_from(sorted(decoding.sections(stage))), st.text(max_size=5)),
             st.one_of(JSON, st.dictionaries(st.sampled_from(KEYS), st.one_of(JSON, NAMES), max_size=4)),
             max_size=5,
         ),
@@ -287,17 +290,17 @@ FACTS = {"prompt": "a circle", "negative_prompt": "", "seed": 3, "settings": {},
 
 def recalled(path: Path) -> None:
     """What `generate --like` takes from a picture, each part where it goes; refusals have one of three codes."""
-    args = Namespace(like=str(path), num_images=1, invert="picture.png", **dict.fromkeys(likeness.TAKEN))
+    args = Namespace(like=str(path), num_images=1, invert="picture.png", **dict.fromkeys(replay.TAKEN))
     try:
-        original = likeness.recall(args)
+        original = replay.recall(args)
         assert [request.prompt for request in ask(prompts(args), 1, args.seed)] == args.prompt
         assert all(len(pair) == 2 for pair in weighed(args.also))
-        assert parse_size(args.size) and 0 < original.facts.get("batch", 1) <= likeness.LARGEST_BATCH
-        likeness.compare(original, {"hashes": HASHES, "invert": {"prompt": "", "sha256": "d"}})
+        assert parse_size(args.size) and 0 < original.facts.get("batch", 1) <= replay.LARGEST_BATCH
+        replay.compare(original, {"hashes": HASHES, "invert": {"prompt": "", "sha256": "d"}})
     except UserError as error:
         assert error.code in (2, 3, 4) and error.what
     else:
-        assert likeness.verdict(original, path)
+        assert replay.verdict(original, path)
 
 
 @fuzz
@@ -305,7 +308,7 @@ def recalled(path: Path) -> None:
 @given(facts=st.one_of(JSON, st.fixed_dictionaries({}, optional=dict.fromkeys(FACTS, JSON))))
 def test_fuzzed_facts_in_a_picture(tmp_path: Path, facts: Any) -> None:
     path = tmp_path / "x.png"
-    pictures.save(Image.new("RGB", (8, 8)), path, {**FACTS, **facts} if isinstance(facts, dict) else facts)
+    grids.save(Image.new("RGB", (8, 8)), path, {**FACTS, **facts} if isinstance(facts, dict) else facts)
     recalled(path)
 
 
@@ -313,7 +316,7 @@ def test_fuzzed_facts_in_a_picture(tmp_path: Path, facts: Any) -> None:
 @given(edits=st.lists(st.tuples(st.integers(0, 700), st.binary(min_size=1, max_size=6)), max_size=4), cut=CUT)
 def test_fuzzed_bytes_of_a_picture_with_facts(tmp_path: Path, edits: list[tuple[int, bytes]], cut: int) -> None:
     path = tmp_path / "x.png"
-    pictures.save(Image.new("RGB", (8, 8)), path, FACTS)
+    grids.save(Image.new("RGB", (8, 8)), path, FACTS)
     path.write_bytes(damaged(path.read_bytes(), edits, cut))
     recalled(path)
 
@@ -351,5 +354,5 @@ def test_the_fuzzers_inputs_are_sound_before_they_are_damaged(tmp_path: Path) ->
     (tmp_path / "x.tar").write_bytes(TAR)
     assert len(index_tar(tmp_path / "x.tar")) == 4 and mended(TAR) == TAR
     assert all(load_image(data).size == (9, 12) for data in ORIGINALS.values())
-    pictures.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", FACTS)
+    grids.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", FACTS)
     recalled(tmp_path / "x.png")

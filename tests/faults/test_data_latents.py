@@ -18,13 +18,15 @@ import tiny
 import torch
 
 from autoencoder.kl import KLAutoencoder
-from training.data import Images, Latents
+from training.data.loader import stream
+from training.data.order import Batches, DataOrder, Slot, substitute
+from training.data.samples import Images, Latents
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
-from training.order import Batches, DataOrder, Slot, substitute
-from training.shard_checks import verify
-from training.shards import ShardSet, ShardWriter, write_index
-from training.stream import stream
+from training.shards.index import write_index
+from training.shards.reading import ShardSet
+from training.shards.verifying import verify
+from training.shards.writing import ShardWriter
 
 LATENT = {"latent": {"shape": [4, 2, 2], "dtype": "float16", "picture": [8, 8], "factor": 4}}
 

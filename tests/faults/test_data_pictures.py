@@ -15,12 +15,14 @@ import pytest
 from peaks import told
 from PIL import Image, ImageCms, ImageFile
 
-from training.data import Images
+from training.data.order import Slot
+from training.data.samples import Images
 from training.errors import UserError
-from training.images import load_image
-from training.order import Slot
-from training.packing_cli import main
-from training.shards import ShardSet, ShardWriter, write_index
+from training.packing.command import main
+from training.pictures.decoding import load_image
+from training.shards.index import write_index
+from training.shards.reading import ShardSet
+from training.shards.writing import ShardWriter
 
 
 def noise(seed: int, width: int = 80, height: int = 72) -> Image.Image:

@@ -17,16 +17,18 @@ import tiny
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from training import faults
-from training import remote as remotes
-from training.addresses import repeated, shown
-from training.ahead import followed
-from training.data import Images
+from training.data.loader import stream
+from training.data.order import Batches, DataOrder
+from training.data.prefetch import followed
+from training.data.samples import Images
 from training.errors import Unreachable, UserError
-from training.order import Batches, DataOrder
-from training.remote import Remote, located
-from training.shards import ShardSet, ShardWriter, write_index
-from training.stream import stream
+from training.machine import faults
+from training.shards import remote as remotes
+from training.shards.addresses import repeated, shown
+from training.shards.index import write_index
+from training.shards.reading import ShardSet
+from training.shards.remote import Remote, located
+from training.shards.writing import ShardWriter
 
 MEMORY = MemoryFileSystem()
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from peaks import told
 
-from training.offsets import index_path
-from training.shards import ShardInfo, ShardSet, write_index
-from training.tars import END, make_index, member_bytes
+from training.shards.index import ShardInfo, write_index
+from training.shards.offset_index import index_path
+from training.shards.reading import ShardSet
+from training.shards.tars import END, make_index, member_bytes
 
 SHARDS, ROWS = 5000, 2000
 

@@ -21,13 +21,15 @@ import webdataset
 from peaks import told
 from PIL import Image
 
-from training.data import Images
+from training.data.samples import Images
 from training.errors import UserError
-from training.images import encode_png
-from training.packing_cli import main
-from training.shard_checks import index_folder, verify
-from training.shards import ShardSet, ShardWriter, write_index
-from training.tars import END, index_tar, member_bytes
+from training.packing.command import main
+from training.pictures.decoding import encode_png
+from training.shards.index import write_index
+from training.shards.reading import ShardSet
+from training.shards.tars import END, index_tar, member_bytes
+from training.shards.verifying import index_folder, verify
+from training.shards.writing import ShardWriter
 
 
 def png(seed: int, side: int = 16) -> bytes:

@@ -14,12 +14,12 @@ import pytest
 import tiny
 import torch
 
-from training import faults
-from training.background import Writer
-from training.checkpoint import Checkpoint, Checkpoints
+from training.drills.verify_resume import launch
 from training.errors import UserError
-from training.loop import Loop
-from training.verify_resume import launch
+from training.loop.loop import Loop
+from training.machine import faults
+from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.runs.writer import Writer
 
 WRITER = """
 import sys

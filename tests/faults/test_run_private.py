@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from training import pictures
-from training.runs import card
+from training.models.folders import card
+from training.pictures import grids
 
 # Each would be found, were it written anywhere; a user's files and tokens are known by where they are kept.
 PRIVATE = {"HF_TOKEN": "hf_canary_token", "AWS_SECRET_ACCESS_KEY": "canary_secret", "USER": "canary_user"}
@@ -59,7 +59,7 @@ def test_h6_prompts_name_no_file(denoiser: Path, tmp_path: Path) -> None:
     names = [f"{i:05d}.png" for i in range(len(PROMPTS))]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "grid.png"]
     assert sorted(tmp_path.parent.iterdir()) == before and list(tmp_path.iterdir()) == [tmp_path / "out"]
-    assert [pictures.facts(tmp_path / "out" / name)["prompt"] for name in names] == PROMPTS
+    assert [grids.facts(tmp_path / "out" / name)["prompt"] for name in names] == PROMPTS
 
 
 def test_h5_a_model_card_shows_text_as_text() -> None:

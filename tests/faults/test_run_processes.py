@@ -10,8 +10,8 @@ import pytest
 import ranks
 import tiny
 
-from training.checkpoint import Checkpoints
-from training.verify_resume import launch
+from training.drills.verify_resume import launch
+from training.runs.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.timeout(900)  # seconds of work, but many of them where the cores are shared
 

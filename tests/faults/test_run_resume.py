@@ -14,10 +14,10 @@ import pytest
 import tiny
 import torch
 
-from training import faults, launch
-from training.checkpoint import Checkpoints
-from training.stage_two import DenoiserStage
-from training.verify_resume import differences
+from training.drills.verify_resume import differences
+from training.machine import faults, processes
+from training.runs.checkpoints import Checkpoints
+from training.stages.denoiser import DenoiserStage
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -75,7 +75,7 @@ def test_three_resumes_within_one_epoch(
 
 def test_the_gradient_scaler_goes_on(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's fp16 scaler, put to work on a CPU: scale and growth counter of every step are those of one run."""
-    kept = launch.start
+    kept = processes.start
 
     def scaled(*asked: Any, **flags: Any) -> Any:
         accelerator = kept(*asked, **flags)
@@ -90,7 +90,7 @@ def test_the_gradient_scaler_goes_on(latents: Path, tmp_path: Path, monkeypatch:
             next(p for p in self.network.parameters() if p.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
         return values
 
-    monkeypatch.setattr(launch, "start", scaled)
+    monkeypatch.setattr(processes, "start", scaled)
     monkeypatch.setattr(DenoiserStage, "backward", overflowing)
     words = ["train_denoiser", "--latents", latents, *tiny.DENOISER, "--max-steps", "9", "--resume", "auto"]
     words += ["--train.log_every", "1", "--save-every", "1", "--train.keep_last", "9", "--output"]
@@ -166,7 +166,7 @@ def test_verify_resume(latents: Path, capfd: pytest.CaptureFixture[str], monkeyp
 
 def test_verify_resume_finds_what_is_not_exact(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One character of the interrupted training's log is another before its last part."""
-    from training import verify_resume
+    from training.drills import verify_resume
 
     kept, begun = verify_resume.run, iter(range(9))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from training import faults
+from training.machine import faults
 
 # flags -> the two keys and the nearest values that the message names
 CROSSING = {

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import tiny
 
-from training import faults
-from training.checkpoint import Checkpoints
-from training.data import Latents
-from training.order import Slot
-from training.signals import Signals
-from training.verify_resume import launch
+from training.data.order import Slot
+from training.data.samples import Latents
+from training.drills.verify_resume import launch
+from training.machine import faults
+from training.machine.signals import Signals
+from training.runs.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -90,7 +90,7 @@ def test_ctrl_c_twice_in_a_save(latents: Path, tmp_path: Path, monkeypatch: pyte
         kept(point)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("training.checkpoint.fault", twice)
+        patch.setattr("training.runs.checkpoints.fault", twice)
         tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, *words)
     assert Checkpoints(run).newest() == run / "checkpoints" / "step-00000002"
     assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"

@@ -12,12 +12,13 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from training import faults
 from training.errors import UserError
 from training.files import load_tensors
-from training.settings import Train
-from training.stage_two import DenoiserStage
-from training.watchdogs import IN_A_ROW, LEAST, Watchdogs, checksum, explain, needed
+from training.loop.watchdogs import IN_A_ROW, LEAST, Watchdogs, checksum, explain
+from training.machine import faults
+from training.machine.memory import needed
+from training.settings.sections import Train
+from training.stages.denoiser import DenoiserStage
 
 
 @pytest.fixture

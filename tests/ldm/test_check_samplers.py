@@ -22,7 +22,7 @@ from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import Velocity
 from ldm.samplers import DDPM, SAMPLERS, Heun, Sampler, UniPC
 from ldm.schedules import Flow
-from training import agreement
+from training.measuring import sampler_agreement
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_samplers.py"
 
@@ -97,12 +97,12 @@ def exact_pipeline() -> Pipeline:
     return Pipeline(Sized(), Denoiser(network, diffusion), lambda captions: told, plan, (6, 6))  # type: ignore[arg-type]
 
 
-def judged(sampler: Sampler) -> agreement.Row:
-    return agreement.Bench(exact_pipeline(), "", 100, 32).judge(sampler)
+def judged(sampler: Sampler) -> sampler_agreement.Row:
+    return sampler_agreement.Bench(exact_pipeline(), "", 100, 32).judge(sampler)
 
 
 def test_every_stochastic_sampler_has_the_law_of_the_exact_network() -> None:
-    bench = agreement.Bench(exact_pipeline(), "", 100, 32)
+    bench = sampler_agreement.Bench(exact_pipeline(), "", 100, 32)
     assert bench.gap < 0.15
     for sampler in (cls() for cls in SAMPLERS if not cls.rises):
         row = bench.judge(sampler)

@@ -7,18 +7,18 @@ import re
 import pytest
 import tiny
 
-from training import config as configs
-from training.names import FAMILIES, SAMPLING, TRAINING, Part, kinds, listing
+from training.settings import decoding
+from training.settings.families import FAMILIES, SAMPLING, TRAINING, Part, kinds, listing
 
 
 @pytest.mark.parametrize("section", FAMILIES)
 def test_the_listed_kinds_are_the_families_members(section: str) -> None:
-    assert kinds(section) == configs.kinds(configs.sections("denoiser")[section])
+    assert kinds(section) == decoding.kinds(decoding.sections("denoiser")[section])
     assert section in TRAINING.sections + SAMPLING.sections
 
 
 STAGES = {(stage, name): ", ".join(found) for stage in ("autoencoder", "denoiser")
-          for name, members in configs.sections(stage).items() if (found := configs.kinds(members))}  # fmt: skip
+          for name, members in decoding.sections(stage).items() if (found := decoding.kinds(members))}  # fmt: skip
 
 
 @pytest.mark.parametrize("section", STAGES)
@@ -32,11 +32,11 @@ def test_the_readme_lists_them_too(section: tuple[str, str]) -> None:
 def test_a_method_that_is_a_key_is_one_the_config_takes(flags: str) -> None:
     """As the example spells it, and every key of it changes the config or says what it holds by default."""
     given = dict(re.findall(r"--(\w+\.\w+) ([^\s,]\S*[^\s,]|\S)", flags))
-    values = configs.to_values(configs.decode("denoiser", configs.overlay({}, given)))
+    values = decoding.to_values(decoding.decode("denoiser", decoding.overlay({}, given)))
     assert given
     for key, text in given.items():
         section, _, name = key.partition(".")
-        assert configs.overlay({}, {key: text})[section][name] == values[section][name]
+        assert decoding.overlay({}, {key: text})[section][name] == values[section][name]
     if "posthoc_ema.py" in flags:
         assert (tiny.SCRIPTS / "posthoc_ema.py").is_file()
 

@@ -1,0 +1,34 @@
+"""The feature networks that distances are measured in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.models import inception_v3
+
+from autoencoder.images import to_unit
+from training.files import content_hash, save_tensors
+from training.measuring.features import load_features
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_inception_gives_the_pooled_features_of_a_files_weights(suffix: str, tmp_path: Path) -> None:
+    """Random weights serve: what goes through torchvision's network up to its classifier, of pictures of 299 pixels."""
+    torch.manual_seed(0)
+    network = inception_v3(weights=None, init_weights=False).eval()
+    file = tmp_path / f"inception_v3.{suffix}"
+    save_tensors(file, network.state_dict()) if suffix == "safetensors" else torch.save(network.state_dict(), file)
+    features = load_features(f"inception:{file}")
+    assert features.dim == 2048 and content_hash(network.state_dict())[:12] in features.name
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    pooled: list[torch.Tensor] = []
+    network.avgpool.register_forward_hook(lambda module, given, found: pooled.append(found.flatten(1)))
+    with torch.no_grad():
+        network(F.interpolate(to_unit(pixels), (299, 299), mode="bilinear", antialias=True, align_corners=False))
+    found = features(pixels)
+    assert found.shape == (2, 2048) and not torch.equal(found[0], found[1])
+    torch.testing.assert_close(found, pooled[0])
+    torch.testing.assert_close(features(pixels[1:]), found[1:], rtol=1e-4, atol=1e-5)

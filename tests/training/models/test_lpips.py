@@ -1,0 +1,67 @@
+"""LPIPS with weights by file: the values of the lpips package with the same weights; other files are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lpips
+import pytest
+import torch
+import torchvision
+
+from training.errors import UserError
+from training.files import save_tensors
+from training.models.lpips import load_perceptual
+
+BUILDERS = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}  # the names of torchvision
+pytestmark = pytest.mark.filterwarnings("ignore")  # torchvision's, of the flags that lpips gives it
+
+
+def features(net: str) -> Any:
+    """The convolutions of a seeded torchvision network, as `features` of a module."""
+    torch.manual_seed(5)
+    return torch.nn.ModuleDict({"features": getattr(torchvision.models, BUILDERS[net])().features})
+
+
+def written(backbone: torch.nn.Module, path: Path) -> str:
+    """`path` with the weights of `backbone`, as torchvision's own files have them, or safetensors."""
+    if path.suffix == ".safetensors":
+        save_tensors(path, backbone.state_dict())
+    else:
+        torch.save(backbone.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("net", "suffix"), [("alex", "pth"), ("squeeze", "safetensors"), ("vgg", "safetensors")])
+def test_weights_by_file(net: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbone's from the file, the linear layers' from the package."""
+    backbone = features(net)
+    ours = load_perceptual(net, "standard", written(backbone, tmp_path / f"weights.{suffix}"))
+    monkeypatch.setattr(torchvision.models, BUILDERS[net], lambda **_: backbone)
+    theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # cuts up the network that it is given
+    x_hat, images = (torch.rand(2, 3, 40, 40) * 2 - 1 for _ in range(2))
+    with torch.no_grad():
+        expected = theirs(x_hat, images).flatten()
+    torch.testing.assert_close(ours(x_hat, images), expected, rtol=1e-5, atol=1e-7)
+    assert (expected > 1e-5).all()
+    random = load_perceptual(net, "random")
+    assert not torch.allclose(random(x_hat, images), expected, rtol=0.01)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    squeeze = written(features("squeeze"), tmp_path / "squeeze.safetensors")
+    with pytest.raises(UserError, match=r"squeeze.safetensors: lacks features\..*: another network's\?") as e:
+        load_perceptual("alex", "standard", squeeze)
+    assert e.value.code == 3 and "torchvision's weights of that network" in e.value.hint
+    shapes = {name: value[..., :1] for name, value in features("alex").state_dict().items()}
+    save_tensors(tmp_path / "shapes.safetensors", {f"features.{name}": value for name, value in shapes.items()})
+    with pytest.raises(UserError, match=r"lacks features\.0\.weight of shape \(64, 3, 11, 11\)"):
+        load_perceptual("alex", "standard", str(tmp_path / "shapes.safetensors"))
+    (tmp_path / "text.pth").write_text("weights")
+    with pytest.raises(UserError, match="text.pth: not a file of weights") as e:
+        load_perceptual("alex", "standard", str(tmp_path / "text.pth"))
+    assert e.value.code == 3
+    with pytest.raises(UserError, match="no such file") as e:
+        load_perceptual("alex", "standard", str(tmp_path / "none.pth"))
+    assert e.value.code == 3

@@ -1,0 +1,1 @@
+"""What a training step reads: the order of samples, the samples themselves, and the loaders that bring them ahead."""

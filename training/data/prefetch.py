@@ -1,0 +1,65 @@
+"""Reading ahead: the shards of the windows that come next are fetched while the batches of this one are read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from training.errors import DISK, UserError
+from training.files import gigabytes
+from training.shards.remote import ROOM, Remote
+
+if TYPE_CHECKING:
+    from training.data.order import Batches, Slot
+    from training.shards.index import ShardInfo
+    from training.shards.reading import ShardSet
+
+
+def followed(batches: Batches, shards: ShardSet) -> Batches | Followed:
+    """The batches that a loader reads: of remote shards, with those of the next window fetched meanwhile.
+
+    Raises UserError (code 6) where the cache cannot hold two windows.
+    """
+    if shards.remote is None:
+        return batches
+    sizes = sorted(info.bytes for info in shards.shards)[-2 * shards.remote.window :]
+    if sum(sizes) > shards.remote.limit:
+        what = f"two windows of {shards.remote.window} shards ({gigabytes(sum(sizes))}) do not fit into the cache"
+        raise UserError(f"{what} of {gigabytes(shards.remote.limit)}", hint=ROOM, code=DISK)
+    return Followed(batches, shards.remote, shards.shards)
+
+
+class Followed:
+    """Batches whose shards are fetched, in a thread, as their windows come near. A shard that cannot be fetched is left
+    to whoever reads it, who can say so."""
+
+    def __init__(self, batches: Batches, remote: Remote, shards: tuple[ShardInfo, ...]) -> None:
+        self.batches, self.remote, self.shards = batches, remote, shards
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        asked: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
+        threading.Thread(target=self._fetch, args=(asked,), daemon=True).start()
+        last: tuple[int, ...] = ()
+        try:
+            for slots in self.batches:
+                wanted = self.batches.order.ahead(slots[0].slot)
+                if wanted != last:
+                    asked.put(wanted)
+                    last = wanted
+                yield slots
+        finally:
+            asked.put(None)
+
+    def _fetch(self, asked: SimpleQueue[tuple[int, ...] | None]) -> None:
+        while (wanted := asked.get()) is not None:
+            for number in wanted:
+                if not asked.empty():
+                    break
+                with suppress(UserError):
+                    self.remote.fetch(self.shards[number])

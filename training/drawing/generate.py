@@ -1,0 +1,155 @@
+"""The work of scripts/generate.py: prompts in, numbered PNGs and a captioned grid out, picture by picture."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from ldm.pipeline import Pipeline
+from training.drawing import replay
+from training.drawing.requests import Request, ask, choose, inverted, parse_size, prompts, weighed
+from training.drawing.steering import add_weak, pipeline_hashes
+from training.errors import UserError
+from training.files import file_sha256
+from training.machine import memory
+from training.machine.processes import resolve, start
+from training.models.assembly import load_pipeline
+from training.models.autoencoders import check_tile
+from training.models.judge import Judge, load_classifier
+from training.pictures import grids
+from training.pictures.strips import Strip
+from training.runs.folder import versions
+
+if TYPE_CHECKING:
+    import argparse
+
+GRID = 64  # pictures the grid shows at most
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How every picture of this call is drawn, and what each says of it."""
+
+    pipeline: Pipeline
+    how: dict[str, Any]  # as `Pipeline.pixels` takes it
+    facts: dict[str, Any]
+    output: Path
+    strips: bool
+    chunk: int | None  # a batch to fill with copies: the same kernels, so the same bytes
+
+    def draw(self, part: list[Request]) -> None:
+        """One batch, written."""
+        strip = Strip(self.pipeline, self.how["sampling"].steps) if self.strips else None
+        filled = part * ((self.chunk or len(part)) // len(part))
+        with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
+            prompts, seeds = [r.prompt for r in filled], [r.seed for r in filled]
+            images = self.pipeline(prompts, seeds, batch_size=len(filled), watch=strip, **self.how)
+        for index, request in enumerate(part):
+            own = {"prompt": request.prompt, "seed": request.seed, "batch": len(filled), **self.facts}
+            grids.save(images[index], self.output / name(request), own)
+            if strip:
+                (self.output / "strips").mkdir(exist_ok=True)
+                grids.save(strip.draw(index), self.output / "strips" / name(request), own)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make every picture asked for; several processes share them. Returns the exit code."""
+    original = replay.recall(args) if args.like else None
+    requests = ask(prompts(args), args.num_images, args.seed)
+    refuse_overwriting(Path(args.output), args.overwrite)
+    device, rank, world = processes(args)
+    memory.keep_memory()
+    drawing = prepare(args, device, original)
+    mine = requests[rank::world]
+    since = time.perf_counter()
+    try:
+        for first in range(0, len(mine), args.batch_size):
+            part = mine[first : first + args.batch_size]
+            drawing.draw(part)
+            if rank == 0:
+                done, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
+                made = len(requests) if done == len(mine) else done * world
+                print(f"{made}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
+    except ValueError as failure:
+        raise UserError(str(failure), hint="see --help for sizes, samplers and guidance") from None
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        draw_grid(requests[:GRID], drawing.output)
+        print(f"wrote {len(requests)} pictures and {drawing.output / 'grid.png'}", file=sys.stderr)
+    if original:
+        print(replay.verdict(original, drawing.output / name(requests[0])), file=sys.stderr)
+    return 0
+
+
+def prepare(args: argparse.Namespace, device: torch.device, original: replay.Original | None) -> Drawing:
+    """The run loaded, and every choice made: by flags, or as `original` was drawn."""
+    pipeline = load_pipeline(args.model, device, args.text_encoder, args.preview)
+    if args.weak_model:
+        add_weak(pipeline, args.weak_model)
+    if args.classifier:
+        pipeline.judge = Judge(load_classifier(args.classifier, device))
+    pipeline.tile = chosen_tile(args, original)
+    sampling, settings = choose(args, original.facts["settings"] if original else None)
+    size = parse_size(args.size) or pipeline.size
+    also, start = weighed(args.also), inverted(args, pipeline, size, sampling)
+    hashes = pipeline_hashes(pipeline)
+    facts = {
+        "settings": settings,
+        "negative_prompt": args.negative_prompt,
+        "also": also,
+        "invert": {"prompt": args.invert_prompt, "sha256": file_sha256(Path(args.invert))} if args.invert else None,
+        "size": list(size),
+        "tile": pipeline.tile,
+        "precision": args.mixed_precision,
+        "hashes": hashes,
+        "preview": hashes["autoencoder"] if args.preview else None,
+        "versions": versions(),
+    }
+    if original:
+        replay.compare(original, facts)
+    how = {"negative": args.negative_prompt, "also": also, "start": start, "sampling": sampling, "size": size}
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)
+
+
+def chosen_tile(args: argparse.Namespace, original: replay.Original | None) -> int:
+    """The side of the autoencoder's tiles in latents: --tile, else as `original` was drawn, else 0 for none."""
+    check_tile(args.tile)
+    return int(args.tile or (original.facts.get("tile", 0) if original else 0))
+
+
+def draw_grid(shown: list[Request], output: Path) -> None:
+    """grid.png of pictures already written, each with its caption."""
+    images = [Image.open(output / name(request)).convert("RGB") for request in shown]
+    sheet = grids.grid(images, min(8, len(shown)), captions=[request.prompt for request in shown])
+    sheet.save(output / "grid.png")
+
+
+def name(request: Request) -> str:
+    """File names come from numbers, never from prompts."""
+    return f"{request.number:05d}.png"
+
+
+def refuse_overwriting(output: Path, allowed: bool) -> None:
+    """Pictures already made are never replaced unless asked."""
+    if not allowed and output.is_dir() and any(output.glob("[0-9]*.png")):
+        raise UserError(f"{output} already holds pictures", hint="use --overwrite, or another --output")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file", hint="choose another --output")
+
+
+def processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
+    """(device, rank, world): Accelerate only where several processes were started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        accelerator = start(args.device)
+        return accelerator.device, accelerator.process_index, accelerator.num_processes
+    return resolve(args.device), 0, 1

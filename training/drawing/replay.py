@@ -1,0 +1,106 @@
+"""`generate --like PICTURE`: all that is asked for is read from a picture made before, and the new one held to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from training.errors import CHECKPOINT, DATA, UserError
+from training.pictures import grids
+
+if TYPE_CHECKING:
+    import argparse
+
+NEEDED = {"prompt": str, "seed": int, "settings": dict, "hashes": dict, "size": list, "negative_prompt": str}
+MAY_BE = {"also": list, "invert": dict, "tile": int, "batch": int, "precision": str, "versions": dict}
+MAY_BE |= {"preview": str}  # all of these may be absent
+LARGEST_BATCH = 4096  # pictures a batch is filled up to: a forged number would fill the memory
+PAIRS, INVERTED = ([str, float], [str, int]), ("prompt", "sha256")  # of `also`: caption and weight; of `invert`
+GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
+GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder"}
+LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
+TAKEN = ("sampler", "steps", "guidance_scale", "size", "overrides", "also", "negative_prompt")
+
+
+@dataclass(frozen=True)
+class Original:
+    """A picture made before, and what it says of how."""
+
+    path: Path
+    facts: dict[str, Any]
+
+
+def recall(args: argparse.Namespace) -> Original:
+    """The picture of --like, its prompt, seed, size and conditions put where their flags would put them.
+
+    Raises UserError where the picture does not say, and where a flag says otherwise.
+    """
+    if given := [name for name in TAKEN if getattr(args, name)] + (["num_images"] if args.num_images != 1 else []):
+        raise UserError(f"--like takes everything from its picture, so --{given[0].replace('_', '-')} has no place")
+    path = Path(args.like)
+    try:
+        facts = grids.facts(path)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
+        hint = "--like takes a PNG that generate wrote"
+        raise UserError(f"{path}: not a picture that can be read", hint=hint, code=DATA) from None
+    if not _sound(facts):
+        hint = "--like takes a PNG that generate wrote; other programs drop its text when they save"
+        raise UserError(f"{path} does not say how it was made", hint=hint, code=DATA)
+    facts = {name: value for name, value in facts.items() if value is not None}
+    args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
+    args.size = "x".join(map(str, facts["size"]))
+    args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
+    args.mixed_precision = facts.get("precision", "no")
+    if facts.get("invert"):
+        args.invert_prompt = facts["invert"]["prompt"]
+        if not args.invert:
+            raise UserError(f"{path} was begun from another picture", hint="give that with --invert", code=DATA)
+    return Original(path, facts)
+
+
+def _sound(facts: Any) -> bool:
+    """Whether the facts in a picture, which anyone may have written, are of the kinds that `generate` writes."""
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in NEEDED.items()):
+        return False
+    there = {name: facts[name] for name in MAY_BE if facts.get(name) is not None}
+    return (
+        all(isinstance(value, MAY_BE[name]) for name, value in there.items())
+        and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in there.get("also", []))
+        and all(isinstance(there.get("invert", {"prompt": "", "sha256": ""}).get(name), str) for name in INVERTED)
+        and 0 <= there.get("tile", 0) <= LARGEST_BATCH
+        and 0 < there.get("batch", 1) <= LARGEST_BATCH
+    )
+
+
+def compare(original: Original, facts: dict[str, Any]) -> None:
+    """Raises UserError(code 4) that names the first ingredient which is not the picture's, with both hashes."""
+    then, preview = original.facts.get("preview"), facts.get("preview")
+    if then != preview:
+        was, now = (f"preview {value[:12]}" if value else "no preview" for value in (then, preview))
+        hint = "give the same one with --preview" if then else "leave --preview out"
+        raise UserError(f"{original.path} was decoded with {was}, this is {now}", hint=hint, code=CHECKPOINT)
+    wanted, here = original.facts["hashes"], facts["hashes"]
+    for name in sorted({*wanted, *here} - (LATER - set(wanted))):
+        if wanted.get(name) != here.get(name):
+            then, now = (str(hashes.get(name, "none"))[:12] for hashes in (wanted, here))
+            hint = f"give the same one with {GIVE.get(name, '--model')}"
+            raise UserError(f"{original.path} was made with {name} {then}, this is {now}", hint=hint, code=CHECKPOINT)
+    begun = [(way.get("invert") or {}).get("sha256") for way in (original.facts, facts)]
+    if begun[0] != begun[1]:
+        raise UserError(f"{original.path} was begun from another picture than --invert's", code=CHECKPOINT)
+
+
+def verdict(original: Original, again: Path) -> str:
+    """One sentence: the same pixels, or how far off and what differs."""
+    old, new = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (original.path, again))
+    if old.shape != new.shape:
+        return f"another size than {original.path}: it was changed after it was made"
+    if not (off := int(abs(old - new).max())):
+        return f"the same pixels as {original.path}"
+    then, now = original.facts.get("versions", {}), grids.facts(again)["versions"]
+    other = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
+    return f"within {off} of 255 of {original.path}; what differs: {', '.join(other) or 'the processor or its threads'}"

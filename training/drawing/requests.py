@@ -1,0 +1,133 @@
+"""What scripts/generate.py is asked for: which pictures, from what and how."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from autoencoder.images import to_unit
+from ldm.pipeline import Pipeline, Sampling
+from training.errors import DATA, UserError
+from training.files import read_json
+from training.models.folders import find
+from training.pictures.decoding import load_image
+from training.settings import decoding
+
+if TYPE_CHECKING:
+    import argparse
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make."""
+
+    number: int
+    prompt: str
+    seed: int
+
+
+def ask(captions: list[str], copies: int, seed: int) -> list[Request]:
+    """Prompt by prompt, `copies` of each. A prompt's k-th picture has seed + k, wherever in the list it stands."""
+    if copies < 1:
+        raise UserError(f"--num-images: must be at least 1 (got {copies})")
+    seen: Counter[str] = Counter()
+    requests: list[Request] = []
+    for caption in captions:
+        for _ in range(copies):
+            requests.append(Request(len(requests), caption, seed + seen[caption]))
+            seen[caption] += 1
+    return requests
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    """The captions asked for: --prompt TEXT (repeatable), or the lines of --prompts FILE but blank and # ones."""
+    if args.prompt is not None:
+        return list(args.prompt)
+    path = Path(args.prompts)
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of prompts", hint="one prompt a line", code=DATA) from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise UserError(f"{path}: not a UTF-8 text file", hint="one prompt a line, saved as UTF-8", code=DATA) from None
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if len(found) < len(lines):
+        print(f"note: {len(lines) - len(found)} blank or comment lines skipped in {path}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{path}: no prompts in it", hint="one prompt a line", code=DATA)
+    return found
+
+
+def weighed(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
+    """--also WEIGHT TEXT ... as (caption, weight)."""
+    found = []
+    for weight, caption in pairs:
+        try:
+            found.append((caption, float(weight)))
+        except ValueError:
+            raise UserError(f"--also {weight} {caption!r}: expected a number, then a caption") from None
+    return found
+
+
+def inverted(
+    args: argparse.Namespace, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling
+) -> torch.Tensor | None:
+    """The latents of t = 1 from which --invert's picture, cut to `size`, is drawn again; None where none is given."""
+    if not args.invert:
+        return None
+    try:
+        picture = load_image(Path(args.invert))
+    except UserError as problem:
+        raise UserError(f"--invert {args.invert}: {problem.what}", code=DATA) from None
+    cut = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].to(pipeline.device)
+    try:
+        return pipeline.invert(to_unit(pixels), [args.invert_prompt], sampling)
+    except ValueError as failure:
+        raise UserError(str(failure), hint="see --help for sizes, samplers and grids") from None
+
+
+def choose(args: argparse.Namespace, kept: decoding.Values | None = None) -> tuple[Sampling, decoding.Values]:
+    """The run's own sampling, or the `kept` one, with the flags' changes laid over it; also as plain values."""
+    home, _ = find(args.model, "denoiser")
+    values = {
+        name: section
+        for name, section in (read_json(home / "config.json") | (kept or {})).items()
+        if name in ("sampler", "grid", "guidance", "sample")
+    }
+    given = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
+    changes = {key: str(value) for key, value in given.items() if value is not None} | args.overrides
+    for key in changes:
+        if key.partition(".")[0] not in values:
+            raise UserError(
+                f"--{key}: generate takes keys of {', '.join(values)}", hint="other keys are settled by training"
+            )
+        if key.endswith(".kind") and values[key.partition(".")[0]].get("kind") != changes[key]:
+            values[key.partition(".")[0]] = {}  # another kind has other keys
+    whole = decoding.overlay({**read_json(home / "config.json"), **values}, changes)
+    config = decoding.decode("denoiser", whole, dict.fromkeys(changes, "command line"))
+    assert isinstance(config, decoding.DenoiserConfig)
+    decoded = decoding.to_values(config)
+    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {
+        n: decoded[n] for n in values
+    }
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`64` or `HEIGHTxWIDTH`."""
+    if text is None:
+        return None
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        height, width = sides if len(sides) == 2 else (sides[0], sides[0])
+    except (ValueError, IndexError):
+        raise UserError(f"--size {text}: expected a number or HEIGHTxWIDTH") from None
+    return height, width

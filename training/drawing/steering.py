@@ -1,0 +1,35 @@
+"""What guides a drawing besides its caption: a weaker model, a classifier, and the hashes of both."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from training.errors import CHECKPOINT, UserError
+from training.files import content_hash
+from training.models.assembly import Named, load_pipeline
+from training.models.judge import Judge
+
+
+def add_weak(pipeline: Named, path: str | Path) -> None:
+    """Put the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
+
+    Raises UserError where it was made for other captions or another process.
+    """
+    other = load_pipeline(path, pipeline.device)
+    widths = [(text.context_dim, text.pooled_dim) for text in (other.text, pipeline.text)]
+    if widths[0] != widths[1] or other.denoiser.schedule != pipeline.denoiser.schedule:
+        raise UserError(
+            f"{path} has another schedule or text encoder than the model it is to guide",
+            hint="give an earlier checkpoint of the same run, or a smaller model trained with the same settings",
+            code=CHECKPOINT,
+        )
+    pipeline.denoiser = dataclasses.replace(pipeline.denoiser, weak=other.denoiser)
+    pipeline.hashes["weak"] = other.hashes["denoiser"]
+
+
+def pipeline_hashes(pipeline: Named) -> dict[str, str]:
+    """The content hashes a picture carries: whole autoencoder, backbone, text encoder and its words, what guides."""
+    if not isinstance(pipeline.judge, Judge):
+        return pipeline.hashes
+    return pipeline.hashes | {"classifier": content_hash(pipeline.judge.model.state_dict())}

@@ -1,0 +1,90 @@
+"""Endurance: a small training is killed at random moments, over and over, and must end with the bytes of a calm one."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.drills.verify_resume import differences, launch, run
+from training.errors import CHECKPOINT, UserError
+
+if TYPE_CHECKING:
+    import argparse
+
+SMALL = ["--config", "smoke", "--save-every", "2", "--sample-every", "20", "--train.log_every", "1", "--device", "cpu"]
+SMALL += ["--train.validation_size", "8", "--train.flip", "true", "--resume", "auto"]
+SMALL += ["--batch-size", "8"]
+STAGES = {
+    "autoencoder": ["--model.channels", "8,8,8", "--model.groups", "4", "--discriminator.width", "4"],
+    "denoiser": ["--backbone.width", "16", "--backbone.depth", "1", "--text.width", "16"],
+}
+
+
+def soak(args: argparse.Namespace, scripts: Path) -> int:
+    """Kill trainings of `args.steps` steps `args.kills` times in all, compare each; the exit code.
+
+    Raises UserError (exit 4) naming the files whose bytes differ and the seed that repeats the drill.
+    """
+    home = Path(args.folder or tempfile.mkdtemp(prefix="soak-"))
+    source, moments = prepare(args.stage, home, scripts), random.Random(args.seed)
+    words = [*source, *SMALL, *STAGES[args.stage], "--max-steps", str(args.steps)]
+    script = scripts / f"train_{args.stage}.py"
+    begun = time.monotonic()
+    run(script, [*words, "--output", str(home / "calm")], home / "calm.log")
+    span, kills, rounds = time.monotonic() - begun, 0, 0
+    while kills < args.kills:
+        rounds += 1
+        output = home / f"killed-{rounds}"
+        kills += until_done(script, [*words, "--output", str(output)], output, span, moments, args.kills - kills)
+        if unlike := differences(home / "calm", output):
+            what = f"after {kills} kills {', '.join(unlike)} of {output} differ"
+            raise UserError(what, hint=f"repeat with --seed {args.seed}", code=CHECKPOINT)
+        twice_or_never(output, args.steps)
+        print(f"{args.stage}: {kills} kills, {rounds} trainings ended with the bytes of the calm one", flush=True)
+        shutil.rmtree(output)
+    if not args.folder:
+        shutil.rmtree(home)
+    return 0
+
+
+def until_done(script: Path, words: list[str], output: Path, span: float, moments: random.Random, most: int) -> int:
+    """Start a training again and again, each time killed after up to `span` seconds, until it ends; kills made."""
+    log, kills = output.with_suffix(".log"), 0
+    while kills < most:
+        process = launch(script, words, log, {})
+        process.join(moments.uniform(0, span))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        if process.exitcode != -9:
+            break
+        kills += 1
+    run(script, words, log)
+    return kills
+
+
+def twice_or_never(output: Path, steps: int) -> None:
+    """Raise UserError (exit 4) where metrics.jsonl tells a step twice or not at all."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+    told = [row["step"] for row in rows if "loss" in row]
+    if told != list(range(1, steps + 1)):
+        raise UserError(f"{output}/metrics.jsonl tells the steps {told}", code=CHECKPOINT)
+
+
+def prepare(stage: str, home: Path, scripts: Path) -> list[str]:
+    """Embedded pictures, and for stage two their latents, as the flags that name them."""
+    data, latents, encoder = home / "data", home / "latents", home / "encoder"
+    pack = ["pack", "shapes", "--samples", "48", "--val-fraction", "0.2", "--output", str(data)]
+    run(scripts / "make_shards.py", pack, home / "prepare.log")
+    if stage == "autoencoder":
+        return ["--data", str(data)]
+    train = ["--data", str(data), *SMALL, *STAGES["autoencoder"], "--max-steps", "2", "--output", str(encoder)]
+    run(scripts / "train_autoencoder.py", train, home / "prepare.log")
+    encode = ["--autoencoder", str(encoder), "--data", str(data), "--flip", "--device", "cpu", "--output", str(latents)]
+    run(scripts / "encode_latents.py", encode, home / "prepare.log")
+    return ["--latents", str(latents)]

@@ -1,0 +1,1 @@
+"""Image shards to latent shards, restartable shard by shard."""

@@ -1,0 +1,248 @@
+"""Images to latents: un-normalised moments, captions copied, text embeddings if asked; one shard in, one out."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from hashlib import sha256
+from itertools import chain, zip_longest
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from autoencoder.tiles import encode_tiled
+from training.data.loader import loaders
+from training.data.samples import Images, Latents
+from training.encoding.shard import Encoder, embeddings, refuse_many
+from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
+from training.machine import processes
+from training.models import text_encoders
+from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
+from training.models.folders import copy_model
+from training.models.vocabulary import count_captions
+from training.shards.index import ShardInfo, read_index, write_index
+from training.shards.reading import ShardSet
+from training.shards.remote import Remote, located
+from training.shards.writing import sound_shard, write_shard
+
+if TYPE_CHECKING:
+    import argparse
+
+    from autoencoder.base import Autoencoder
+    from ldm.text import TextEncoder
+
+PLAN = "encoding.json"  # what a folder of latents is being made from, so that a restart continues the same thing
+BESIDE = 3000  # bytes of a sample beyond its moments: captions, metadata, headers
+DEAD = 1e-4  # standard deviation of a channel that says nothing
+PROBED = 256  # latents looked at for dead channels
+READ = 16  # pictures that a loader process decodes at a time, at most
+
+Place = tuple[str, int]  # of a sample: its split, and its index there
+
+
+def encode(args: argparse.Namespace) -> int:
+    """Encode every shard of a data set; several processes share the shards. Restartable: sound shards are kept."""
+    check_tile(args.tile)
+    if args.num_workers < 0:
+        raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
+    accelerator = processes.start(args.device)
+    source, target = located(args.data, args.cache_dir, args.cache_size), Path(args.output)
+    args.data = source  # which shows no secrets where it is told
+    check_output(target)
+    _, shards = read_index(source)
+    home = finished_autoencoder(args.autoencoder)
+    model = load_autoencoder(args.autoencoder, accelerator.device)
+    encoder = _text_encoder(args, accelerator.device)
+    plan = {
+        "encoder": autoencoder_hashes(model)["encoder"],
+        "data": {s.name: s.sha256 for s in shards},
+        "latent": _latent(_images(source, shards[0].split, args), model, args.dtype),
+        "flip": args.flip,
+        "tile": args.tile,
+        "precision": args.mixed_precision,
+        "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
+    }
+    total = sum(s.samples for s in shards)
+    if accelerator.is_main_process:
+        _prepare(target, plan, total, home, encoder, args)
+    accelerator.wait_for_everyone()
+    tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
+    worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
+    _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
+    waiting = worker.tell()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _finish(source, target, plan, shards, model.latent_channels, waiting)
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def _write(
+    worker: Encoder, source: Path | Remote, target: Path, shards: list[ShardInfo], args: argparse.Namespace
+) -> None:
+    """Encode the shards that are not there yet."""
+    waiting = {info.name: info for info in shards if not sound_shard(target, info.name.removesuffix(".tar"))}
+    splits = {split: _images(source, split, args) for split in {info.split for info in waiting.values()}}
+    pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
+    for info in shards:
+        if info.name in waiting:
+            samples = worker.samples(splits[info.split].shards, info, pictures)
+            if first := next(samples, None):  # none: nothing of it can be read
+                write_shard(target, info.name.removesuffix(".tar"), chain([first], samples))
+        worker.progress(info)
+
+
+def read_ahead(
+    splits: Mapping[str, Images], shards: Sequence[ShardInfo], workers: int, batch: int
+) -> Iterator[np.ndarray | UserError]:
+    """Every picture of `shards`, or why it cannot be read, in order; `workers` processes decode ahead of who asks.
+
+    They are about a `batch` ahead, so that the next is there when one is encoded, and memory follows the batch.
+    """
+    size = max(1, min(READ, batch))
+    loader: Any = DataLoader(
+        _Decoded(splits),
+        batch_sampler=_some_at_once(splits, shards, size),  # any iterable will do
+        collate_fn=list,
+        **loaders(workers, max(2, math.ceil(batch / (size * max(1, workers))))),
+    )
+    return chain.from_iterable(loader)
+
+
+def _some_at_once(splits: Mapping[str, Images], shards: Sequence[ShardInfo], size: int) -> Iterator[list[Place]]:
+    """The places of pictures, `size` at a time; at an address, the shard after this one is fetched meanwhile."""
+    for info, following in zip_longest(shards, shards[1:]):
+        own = splits[info.split].shards
+        if own.remote and following and info.bytes + following.bytes <= own.remote.limit:
+            Thread(target=_fetch, args=(own.remote, following), daemon=True).start()
+        start = sum(s.samples for s in own.shards if s.name < info.name)
+        for first in range(start, start + info.samples, size):
+            yield [(info.split, index) for index in range(first, min(first + size, start + info.samples))]
+
+
+def _fetch(remote: Remote, info: ShardInfo) -> None:
+    """Into the cache; what fails is left to whoever reads it, who can say so."""
+    with suppress(UserError):
+        remote.fetch(info)
+
+
+class _Decoded(Dataset[Any]):
+    """Pictures by place; a UserError as a value: raised in a loader process it would lose its hint and code."""
+
+    def __init__(self, splits: Mapping[str, Images]) -> None:
+        self.splits = splits
+
+    def __getitems__(self, places: list[Place]) -> list[np.ndarray | UserError]:
+        return [self._decoded(*place) for place in places]
+
+    def _decoded(self, split: str, index: int) -> np.ndarray | UserError:
+        try:
+            return self.splits[split].picture(index)
+        except UserError as problem:
+            return problem
+
+
+def _images(source: Path | Remote, split: str, args: argparse.Namespace) -> Images:
+    return Images(ShardSet(source, split), on_bad_data=args.on_bad_data)
+
+
+def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder | None:
+    if not args.text_encoder:
+        return None
+    from ldm.text import HuggingFace
+
+    with explained("change --text-length"):
+        config = HuggingFace(length=args.text_length, pooling=args.text_pooling, lower=args.text_lower)
+    return text_encoders.load_huggingface(config, args.text_encoder).to(device)
+
+
+def _prepare(
+    target: Path, plan: dict[str, Any], total: int, home: Path, encoder: TextEncoder | None, args: argparse.Namespace
+) -> None:
+    """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
+    size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize * (2 if args.flip else 1) + BESIDE
+    written = sum(path.stat().st_size for path in target.glob("*.tar"))
+    check_output(target, total * size - written)
+    _claim(target, plan)
+    try:
+        copy_model(home, target / "autoencoder")
+        if encoder:
+            text_encoders.keep(encoder, args.text_encoder, target)
+            save_tensors(target / "text_encoder" / "null.safetensors", embeddings(encoder, [""])[0])
+    except OSError as failure:
+        raise disk_error(target, failure) from None
+
+
+def _claim(target: Path, plan: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
+    make_folder(target)
+    old = target / PLAN
+    if old.is_file():
+        before = read_json(old)
+        before = {"tile": 0, **(before if isinstance(before, dict) else {})}
+        changed = [
+            f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
+        ]
+        if changed:
+            raise UserError(
+                f"{target} holds latents made from something else ({'; '.join(changed)})",
+                hint="choose another --output, or remove that folder",
+                code=CHECKPOINT,
+            )
+        remove_partials(target)
+    elif any(target.iterdir()):
+        raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
+    write_json(old, plan)
+
+
+def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
+    """What one stored latent is: shape, type, and the size of its picture."""
+    picture = tuple(images[0].data.shape[2:])
+    with explained("pack the pictures again with another --resolution", DATA):
+        model.check_images(torch.empty(1, 3, *picture, device="meta"))
+    shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
+    return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
+
+
+def _short(value: object) -> str:
+    """A hash by its beginning, anything else as it is, a table by the hash of all its entries."""
+    if isinstance(value, dict) and len(value) > 4:
+        return f"{len(value)} shards {sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]}"
+    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _finish(
+    source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int, waiting: float
+) -> None:
+    infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
+    summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
+    summary |= {"tile": plan["tile"]} if plan["tile"] else {}
+    asked, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
+    if asked > total:
+        refuse_many(asked - total, asked, str(source))
+        summary["left_out"] = asked - total
+    write_index(target, infos, summary, kind="latents")
+    if any(info.split == "train" for info in infos):
+        count_captions(Latents(ShardSet(target)))
+    if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
+        print(f"warning: latent channels {dead} hardly vary (std below {DEAD:g})", file=sys.stderr)
+    shape = "x".join(map(str, plan["latent"]["shape"]))
+    said = f", {asked - total:,} left out" if asked > total else ""
+    print(f"latents: {target} ({total:,} samples of {shape}{said}), waiting for data {waiting:.0%}", file=sys.stderr)
+
+
+def _dead_channels(shards: ShardSet, channels: int) -> list[int]:
+    """The channels whose mean hardly varies over some latents: the autoencoder leaves them unused."""
+    latents = Latents(shards)
+    some = range(0, len(shards), max(1, len(shards) // PROBED))
+    values = np.stack([latents.moments(i) for i in some]).astype(np.float64)
+    return [channel for channel in range(channels) if values[:, channel].std() < DEAD]

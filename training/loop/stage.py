@@ -1,0 +1,51 @@
+"""What a stage gives the loop: its data, its networks, its gradient step and its evaluation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from training.data.samples import Batch, Images, Latents
+from training.loop.returns import Returns
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Stage(ABC):
+    """What a stage gives the loop: its data, its networks, its gradient step and its evaluation."""
+
+    dataset: Images | Latents
+    networks: dict[str, nn.Module]  # everything trained, by the name it has in checkpoints
+    averaged: dict[str, nn.Module]  # the part of it that EMA averages and export uses
+    wrapped: dict[str, Any]  # the same networks as the processes share them
+    optimizers: dict[str, tuple[list[str], float]]  # name -> (networks it trains, learning-rate multiple)
+    score: tuple[str, float]  # the validation number that names the best checkpoint, and its sign: lower is better
+    returns: Returns | None = None  # what brings a run back whose score has become worse
+
+    @abstractmethod
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch, `share` of the global batch's; return its mean losses (0-dim)."""
+
+    @abstractmethod
+    def after_backward(self, step: int) -> None:
+        """Called once a step, gradients complete, before the optimisers."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Plain state beyond weights, for checkpoints."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+    @abstractmethod
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """Write pictures into `folder`, return validation numbers. Runs in the main process with averaged weights."""
+
+    @abstractmethod
+    def wrap(self, accelerator: Accelerator) -> None:
+        """Replace the callables used by `backward` by their process wrappers."""

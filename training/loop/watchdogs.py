@@ -1,0 +1,163 @@
+"""Watchdogs: nothing that is not finite reaches the weights, and all processes hold the same ones."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from training.errors import DISK, LOST, NUMERICAL, USAGE, UserError
+from training.files import write_json
+from training.machine.memory import needed, out_of_memory
+from training.machine.processes import lost
+from training.settings.sections import Train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from training.loop.stage import Stage
+
+WINDOW = 100  # gradient norms whose median a spike is measured against
+LEAST = 20  # norms seen before the first is judged
+IN_A_ROW = 20  # steps skipped one after the other before the run stops
+
+
+class Watchdogs:
+    """Judges every step on what all processes saw, so that all stop at it or skip it together."""
+
+    def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
+        self.run, self.factor, self.accelerator = run, train.spike_factor, accelerator
+        self.recent: dict[str, deque[float]] = {}
+        self.in_a_row, self.skipped = 0, 0
+
+    def judge(
+        self, step: int, losses: list[Tensor], norms: Mapping[str, Tensor], keys: Callable[[int, int], list[str]]
+    ) -> bool:
+        """Whether to take `step`, given this process's loss of each micro-batch and its gradient norms (all 0-dim).
+
+        A norm above `train.spike_factor` (0 = off) times the running median of the last 100 skips the step; so does an
+        fp16 scaler's overflow. Raises UserError (exit 5) where a loss is not finite, where a norm is not and no scaler
+        is at work, and after 20 skips in a row; `keys(process, micro-batch)` names the samples to blame.
+        """
+        mine = torch.stack([value.detach().float().reshape(()) for value in (*losses, *norms.values())])
+        every = self.accelerator.gather(mine[None]).reshape(-1, len(mine)).tolist()
+        parts = len(losses)
+        if bad := [(r, a) for r, row in enumerate(every) for a in range(parts) if not math.isfinite(row[a])]:
+            raise self._stop("loss is not finite", step, [key for r, a in bad for key in keys(r, a)], every)
+        peaks = {name: [row[parts + i] for row in every] for i, name in enumerate(norms)}
+        infinite = [name for name, values in peaks.items() if not all(map(math.isfinite, values))]
+        if infinite and self.accelerator.scaler is None:
+            everyone = [key for r in range(len(every)) for a in range(parts) for key in keys(r, a)]
+            raise self._stop(f"{infinite[0].replace('/', ' of the ')} is not finite", step, everyone, every)
+        reasons = [f"{name} overflows" for name in infinite]
+        finite = {name: max(values) for name, values in peaks.items() if name not in infinite}
+        reasons += [why for name, value in finite.items() if (why := self._spike(name, value))]
+        self.in_a_row = self.in_a_row + 1 if reasons else 0
+        if self.in_a_row >= IN_A_ROW:
+            raise self._stop(f"{IN_A_ROW} steps in a row were skipped, the last", step, [], every)
+        if reasons and not infinite:  # an overflow is the scaler's own business: it skips, and scales down
+            self.skipped += 1
+            self._say(f"warning: step {step} is skipped: {'; '.join(reasons)} ({self.skipped} skipped so far)")
+        return not reasons
+
+    def _spike(self, name: str, value: float) -> str:
+        """Why the norm is a spike; empty where it is none. Notes it either way."""
+        if not self.factor or not value:
+            return ""  # a network that does not learn yet has no usual norm
+        recent = self.recent.setdefault(name, deque(maxlen=WINDOW))
+        usual = median(recent) if len(recent) >= LEAST else math.inf
+        recent.append(value)
+        if value <= self.factor * usual:
+            return ""
+        return f"{name} {value:.4g} is over {self.factor:g} times its median {usual:.4g}"
+
+    def _stop(self, what: str, step: int, keys: list[str], every: list[list[float]]) -> UserError:
+        """The error that ends the run, its batch written down beside it."""
+        report = f"stopped-at-step-{step:08d}.json"
+        if self.accelerator.is_main_process:
+            numbers = [[repr(value) for value in row] for row in every]  # NaN is no JSON
+            write_json(self.run / report, {"what": what, "step": step, "samples": keys, "by_process": numbers})
+        some = f" (samples {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})" if keys else ""
+        return UserError(
+            f"{what} at step {step}{some}",
+            hint="lower --lr, check the data with scripts/make_shards.py verify, or use --mixed-precision no; "
+            f"see {report}",
+            code=NUMERICAL,
+        )
+
+    def compare(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raise UserError (exit 5) where a weight or average is not the same in all processes. Collective."""
+        if self.accelerator.num_processes == 1:
+            return
+        sums = torch.stack([checksum(value) for value in tensors.values()])
+        every = self.accelerator.gather(sums[None])
+        if different := (every != every[0]).any(0).nonzero().flatten().tolist():
+            first = list(tensors)[different[0]]
+            raise UserError(
+                f"{len(different)} tensors differ between processes at step {step} (first: {first})",
+                hint="a gradient is not averaged, or a process runs other software; go on from an earlier checkpoint",
+                code=NUMERICAL,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Plain state for checkpoints."""
+        recent = {name: list(values) for name, values in self.recent.items()}
+        return {"recent": recent, "in_a_row": self.in_a_row, "skipped": self.skipped}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.recent = {name: deque(values, maxlen=WINDOW) for name, values in state["recent"].items()}
+        self.in_a_row, self.skipped = int(state["in_a_row"]), int(state["skipped"])
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Attempt:
+    """A step begun, that it can be undone: what the stage gathers over its passes, and the buffers they may change."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.networks = stage, list(stage.networks.values())
+        self.gathered = {name: [*value] if isinstance(value, list) else value for name, value in vars(stage).items()}
+        self.buffers = [(buffer, buffer.clone()) for network in self.networks for buffer in network.buffers()]
+
+    def drop(self) -> None:
+        """Undo the passes made since, gradients too."""
+        vars(self.stage).update(self.gathered)
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+        for network in self.networks:
+            network.zero_grad(set_to_none=True)
+
+
+def checksum(value: Tensor) -> Tensor:
+    """The sum of the tensor's bits read as integers, modulo 2^64: exact, in any order, and quick on any device."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return value.detach().view(whole).sum(dtype=torch.int64)
+
+
+def explain(failure: Exception, step: int, micro: int, batch: int) -> Exception:
+    """What a failure inside a step means, as a UserError where its kind is known; else the failure itself."""
+    text = str(failure)
+    if not isinstance(failure, RuntimeError):
+        return failure
+    if out_of_memory(failure):
+        half = f"--micro-batch-size {micro // 2}, or auto, trains the same with less (the global batch stays {batch})"
+        least = half if micro > 1 else "more processes"
+        what = f"out of memory at step {step} with a micro-batch of {micro}{needed(text)}"
+        return UserError(what, hint=f"{least}; or --mixed-precision bf16; or a smaller model", code=DISK)
+    if lost(failure):
+        hint = "see what the other process said; then go on with the same command and --resume auto"
+        return UserError(f"lost another process at step {step}", hint=hint, code=LOST)
+    if type(failure).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        reason = text.strip().splitlines()[0][:200] if text.strip() else type(failure).__name__
+        return UserError(f"torch.compile does not work here ({reason})", hint="use --train.compile false", code=USAGE)
+    return failure

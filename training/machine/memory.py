@@ -1,0 +1,53 @@
+"""Memory of a process: kept between steps, and what an out-of-memory message says of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import sys
+
+import torch
+
+from training.files import gigabytes
+
+MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+
+
+def out_of_memory(failure: RuntimeError) -> bool:
+    """Whether memory ran out, on any device."""
+    return isinstance(failure, torch.OutOfMemoryError) or MEMORY.search(str(failure)) is not None
+
+
+def needed(text: str) -> str:
+    """The least memory that an out-of-memory message tells was needed, and what there is; empty where it tells none.
+
+    The peak so far and the one allocation that failed: a lower bound.
+    """
+    if not (found := TRIED.search(text)):
+        return ""
+    tried = float(found[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB").index(found[2])
+    if torch.cuda.is_available() and "CUDA" in text:
+        held, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f" (at least {gigabytes(int(held + tried))} needed, {gigabytes(there)} there)"
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed activations instead of returning them: fresh pages cost a CPU step 20-50 % of its time.
+
+    32 MiB is the largest threshold glibc accepts. Elsewhere than on glibc this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        return

@@ -1,0 +1,145 @@
+"""Processes, devices and memory of a run: Accelerate's set-up, checked, and the allocator tuned for training."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from training.errors import LOST, USAGE, UserError
+from training.machine.memory import keep_memory
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
+
+
+def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool = False) -> Accelerator:
+    """The Accelerator of this process, the same under python, torchrun and accelerate launch, on CPU (gloo) and GPU.
+
+    Raises UserError for a device, precision or (where the run `compiles`) compiler that is not there, and where
+    processes were started but not joined.
+    """
+    keep_memory()
+    torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
+    wanted = resolve(device)
+    on_cpu = wanted.type == "cpu"
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if mixed_precision == "fp16":
+            raise UserError("--mixed-precision fp16 needs a GPU", hint="use --mixed-precision no on a CPU", code=USAGE)
+    elif mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
+    if compiles:
+        check_compiler(wanted)
+    if wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were started but only {accelerator.num_processes} is in the group",
+            hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs",
+            code=USAGE,
+        )
+    if on_cpu and started == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"} <= os.environ.keys():
+        # Without MPI, `accelerate launch --cpu --num_processes N` starts one process, and names the port it would join.
+        raise UserError(
+            "accelerate launch --cpu was asked for several processes but started only 1",
+            hint="for N processes on a CPU: torchrun --nproc-per-node N SCRIPT FLAGS; "
+            "for one: --num_processes 1, and no MASTER_PORT in the environment",
+            code=USAGE,
+        )
+    return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile would fail at the first step, by what it needs: nothing is compiled here."""
+    from torch._dynamo.eval_frame import check_if_dynamo_supported
+    from torch._inductor import cpp_builder
+    from torch.utils import _triton
+
+    try:
+        check_if_dynamo_supported()
+        if device.type == "cpu":
+            cpp_builder.get_cpp_compiler()
+        elif not _triton.has_triton():
+            raise RuntimeError("no working Triton for this GPU")
+    except RuntimeError as failure:
+        reason = str(failure).strip().partition("\n")[0][:200] or type(failure).__name__
+        hint = "use --train.compile false, or install the compiler it names"
+        raise UserError(f"torch.compile does not work here ({reason})", hint=hint) from None
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, what ends one process ends all, with one message and one exit code.
+
+    Whoever fails first says why, and leaves it in the store that the processes met at; the others, who fail on the
+    lost connection or for the same reason, leave quietly with the same code.
+    """
+    try:
+        yield
+    except Exception as failure:
+        if not joined():
+            raise
+        if lost(failure):
+            hint = "see what the other process said; then go on with the same command and --resume auto"
+            failure = UserError("lost another process", hint=hint, code=LOST)
+        code = failure.code if isinstance(failure, UserError) else LOST
+        mine = json.dumps([torch.distributed.get_rank(), code])
+        first = _claim(mine)
+        if first == mine:
+            raise failure from None
+        raise SystemExit(json.loads(first)[1]) from None
+
+
+def joined() -> bool:
+    """Whether this process is one of several."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+def lost(failure: Exception) -> bool:
+    """Whether a failure is that of the connection to another process."""
+    return joined() and isinstance(failure, RuntimeError) and PEER.search(str(failure)) is not None
+
+
+def _claim(mine: str) -> str:
+    """What the first process to fail left in the store; `mine` where that is this one or where the store is gone."""
+    try:
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        return str(store.compare_set("training/failure", "", mine).decode())
+    except (RuntimeError, ValueError):
+        return mine
+
+
+def resolve(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` as a torch device. Raises UserError where it is absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: unknown device", hint="use auto, cpu, cuda or cuda:N") from None
+    if wanted.type == "cuda" and not (torch.cuda.is_available() and (wanted.index or 0) < torch.cuda.device_count()):
+        raise UserError(f"--device {device}: no CUDA device (torch {torch.__version__})", hint="use --device cpu")
+    return wanted
+
+
+def announce(accelerator: Accelerator, text: str) -> None:
+    """One line on stderr, from the main process."""
+    if accelerator.is_main_process:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Numbers of a trained model: reconstruction, distances, obedience, likelihood, inspection."""

@@ -1,0 +1,173 @@
+"""The work of scripts/evaluate.py: numbers for a run of either stage, with all they depend on beside them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autoencoder.fidelity import psnr, ssim
+from autoencoder.images import to_uint8, to_unit
+from training.data.samples import Images
+from training.drawing.requests import ask, choose
+from training.drawing.steering import pipeline_hashes
+from training.errors import CHECKPOINT, UserError, explained
+from training.files import content_hash, read_json, write_json
+from training.machine import memory, processes
+from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
+from training.measuring.features import load_features
+from training.measuring.held_out import check_crop, chunks, crop, enough, even_captions, even_indices, gather, held_out
+from training.measuring.likelihood import likelihood
+from training.measuring.obedience import SAMPLING, drawn, named, shapes_obedience
+from training.models.assembly import load_pipeline
+from training.models.autoencoders import autoencoder_hashes, load_autoencoder
+from training.models.judge import load_classifier
+from training.models.lpips import load_distance
+from training.runs.folder import versions
+from training.settings.flags import check_least
+from training.shards.index import data_facts
+from training.shards.reading import ShardSet
+from training.shards.remote import located
+
+if TYPE_CHECKING:
+    import argparse
+
+KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
+    least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "batch_size": 1}
+    check_least(args, least, "evaluate.py --help says what it means")
+    memory.keep_memory()
+    if args.data:
+        args.data = located(args.data, args.cache_dir, args.cache_size)
+    since = time.perf_counter()
+    values = read_json(find_any(args.model) / "config.json")
+    numbers = of_autoencoder(args) if "model" in values else of_denoiser(args)
+    numbers |= {"data": data_facts(args.data) if args.data else None}
+    numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
+    for key, value in numbers.items():
+        if isinstance(value, int | float | str):
+            print(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output), numbers)
+        print(f"wrote {args.output}", file=sys.stderr)
+    return 0
+
+
+def find_any(model: str) -> Path:
+    """The folder of the config of a run, its final/ or a checkpoint, whichever its stage."""
+    path = Path(model)
+    for place in (path / "final", path, path.parent.parent if path.parent.name == "checkpoints" else path):
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(f"{path}: no such run", hint="give a run folder, its final/ or a checkpoint", code=CHECKPOINT)
+
+
+def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
+    """Stage one on held-out pictures: PSNR, SSIM, LPIPS where asked, Frechet distance of reconstructions."""
+    device = processes.resolve(args.device)
+    model = load_autoencoder(args.model, device)
+    images, features = held_out(args), load_features(args.features, device)
+    network, places = load_distance(args, images, device), images.first(args.count)
+    enough(len(places))
+    check_crop(args.crop, images)
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", *(["lpips"] if network else []))}
+    real, ours = Moments(features.dim), Moments(features.dim)
+    for pixels in chunks(images, places, device):
+        made = _reconstruct(model, pixels)
+        real.add(features(pixels))
+        ours.add(features(made))
+        inner, outer = crop(made, args.crop), crop(pixels, args.crop)
+        rows["psnr"].append(psnr(inner, outer))
+        rows["ssim"].append(ssim(inner, outer))
+        if network:
+            with torch.no_grad():
+                rows["lpips"].append(network(to_unit(made), to_unit(pixels)))
+    means = {name: torch.cat(parts).double().mean().item() for name, parts in rows.items()}
+    return {
+        **means,
+        "frechet": frechet_distance(real, ours),
+        "images": real.count,
+        "features": features.name,
+        "lpips_network": f"{args.lpips_net}, {_weights(args.lpips)} weights, {_short(network)}" if network else None,
+        "crop": args.crop or 0,
+        "hashes": autoencoder_hashes(model),
+    }
+
+
+def _weights(lpips: str) -> str:
+    return lpips if lpips in ("standard", "random") else "given"
+
+
+def _short(network: torch.nn.Module) -> str:
+    return content_hash(network.state_dict())[:12]
+
+
+@torch.no_grad()
+def _reconstruct(model: Any, pixels: Tensor) -> Tensor:
+    """Pictures through the posterior's mean, 8-bit."""
+    return to_uint8(model(to_unit(pixels), None)[0])
+
+
+def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
+    """Stage two: generated against held-out pictures, and how far captions are obeyed."""
+    if not (args.data or args.likelihood or args.obedience == "shapes"):
+        raise UserError("nothing to measure", hint="give --data DIR, or --obedience shapes")
+    device = processes.resolve(args.device)
+    pipeline = load_pipeline(args.model, device, args.text_encoder)
+    sampling, settings = choose(args)
+    numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
+    numbers |= {"hashes": pipeline_hashes(pipeline)}
+    if args.obedience == "shapes":
+        numbers |= shapes_obedience(pipeline, sampling, args)
+    if args.likelihood:
+        with explained(SAMPLING):
+            numbers |= likelihood(pipeline, sampling, args, device)
+    elif args.data:
+        numbers |= distances(pipeline, sampling, args, device)
+    return numbers
+
+
+def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Frechet and kernel distance of `count` generated pictures to the held-out ones, captions evenly from theirs."""
+    images, features = held_out(args), load_features(args.features, device)
+    train = Images(ShardSet(args.data, "train"))
+    judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
+    count = args.count or len(images)
+    enough(min(count, len(images), len(train)))
+    requests = ask(even_captions(images, count), 1, args.seed)
+    verdicts: list[bool] = []
+
+    def judged() -> Iterator[Tensor]:
+        for pixels, captions in drawn(pipeline, sampling, requests, args.batch_size):
+            verdicts.extend(named(judge, pixels, captions) if judge else [])
+            yield pixels
+
+    copies = (_reconstruct(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))
+    real, real_rows = gather(features, chunks(images, range(len(images)), device))
+    sets = {
+        "generated": gather(features, judged()),
+        "reconstructed": gather(features, copies),
+        "training": gather(features, chunks(train, even_indices(train, count), device)),
+    }
+    numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
+    numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
+    numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": real.count}
+    numbers |= {f"{name}_pictures": sets[name][0].count for name in ("reconstructed", "training")}
+    kernel = real_rows[:: max(1, len(images) // KERNEL_SAMPLES)], sets["generated"][1][:KERNEL_SAMPLES]
+    numbers |= {"kernel_distance": kernel_distance(*kernel)}
+    numbers |= {"kernel_real_pictures": len(kernel[0]), "kernel_pictures": len(kernel[1])}
+    if judge:
+        numbers |= {"obedience": sum(verdicts) / len(verdicts), "obedience_judge": f"classifier {_short(judge)}"}
+        numbers["obedience_95"] = list(wilson(sum(verdicts), len(verdicts)))
+    return numbers
+
+

@@ -1,0 +1,89 @@
+"""What a model is measured on: held-out samples in chunks, captions drawn evenly, pictures cropped alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from training.data.samples import Images
+from training.errors import UserError
+from training.measuring.distances import Moments
+from training.measuring.features import Features
+from training.models.judge import caption
+from training.shards.reading import ShardSet
+
+if TYPE_CHECKING:
+    import argparse
+
+
+CHUNK = 100
+
+
+def enough(pictures: int) -> None:
+    """Raises UserError for fewer pictures than have a covariance."""
+    if pictures < 2:
+        what = f"a distance between sets of pictures needs at least 2 in each (got {pictures})"
+        raise UserError(what, hint="raise --count, or pack more pictures")
+
+
+def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tensor]:
+    """Moments and features (N, D) of pictures given batch by batch."""
+    moments, rows = Moments(features.dim), []
+    for pixels in batches:
+        found = features(pixels)
+        moments.add(found)
+        rows.append(found.cpu())
+    return moments, torch.cat(rows)
+
+
+def held_out(args: argparse.Namespace) -> Images:
+    """The val split of --data."""
+    if not args.data:
+        raise UserError("--data is missing", hint="name the packed pictures the model is measured against")
+    return Images(ShardSet(args.data, "val"))
+
+
+def chunks(images: Images, places: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """uint8 batches of the pictures at `places`."""
+    return (batch.data.to(device) for batch in images.chunks(places, CHUNK))
+
+
+def by_caption(images: Images) -> dict[str, list[int]]:
+    """Positions of each distinct first caption."""
+    places: dict[str, list[int]] = {}
+    for i in range(len(images)):
+        places.setdefault(caption(images, i), []).append(i)
+    return places
+
+
+def even_captions(images: Images, count: int) -> list[str]:
+    """`count` captions, the distinct ones equally often."""
+    names = sorted(by_caption(images))
+    return [names[i % len(names)] for i in range(count)]
+
+
+def even_indices(images: Images, count: int) -> list[int]:
+    """`count` pictures, each caption equally often where there are enough of it; in the order in which they are stored,
+    so that a shard from elsewhere is fetched once."""
+    places = by_caption(images)
+    each = -(-count // len(places))
+    return sorted([i for name in sorted(places) for i in places[name][:each]][:count])
+
+
+def check_crop(size: int | None, images: Images) -> None:
+    """Raises UserError for a crop that is no part of the pictures."""
+    side = min(images[0].data.shape[-2:])
+    if size is not None and not 1 <= size <= side:
+        what = f"--crop: must lie in 1 to {side}, the pictures' side (got {size})"
+        raise UserError(what, hint="leave it out to measure whole pictures")
+
+
+def crop(pixels: Tensor, size: int | None) -> Tensor:
+    """The central size x size, where asked: padding is easy to reconstruct."""
+    if not size:
+        return pixels
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size]

@@ -1,0 +1,45 @@
+"""Log-likelihood of held-out latents under a denoiser's ODE, in bits per dimension."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autoencoder.images import to_unit
+from ldm.likelihood import bits_per_dim, log_likelihood
+from ldm.noise import Noise
+from ldm.variational import bound
+from training.measuring.held_out import CHUNK, chunks, held_out
+from training.models.judge import caption
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """log p of held-out pictures' latents given their captions, by the probability-flow ODE; and the bound that a model
+    of learned variance was trained on."""
+    images, exact = held_out(args), args.likelihood_trace == "exact"
+    found, bounds = [], []
+    for first, pixels in enumerate(chunks(images, images.first(args.likelihood), device)):
+        index = range(first * CHUNK, first * CHUNK + len(pixels))
+        latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
+        denoise = pipeline.denoiser.bind(pipeline.text([caption(images, i) for i in index]))
+        probe = Noise.from_seeds([args.seed + i for i in index], device)
+        grid, probes = sampling.grid(sampling.steps, denoise.schedule), args.likelihood_probes
+        found.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
+        if pipeline.denoiser.diffusion.learned_variance:
+            bounds.append(bound(denoise, latents, probe).cpu())
+        print(f"log-likelihood of {index.stop} pictures", file=sys.stderr)
+    nats, dims = torch.cat(found).double(), latents[0].numel()
+    return {
+        "likelihood_trace": "exact" if exact else f"hutchinson, {args.likelihood_probes} probe(s) a picture",
+        "log_likelihood": nats.mean().item(),
+        "log_likelihood_error": (nats.std() / len(nats) ** 0.5).item() if len(nats) > 1 else None,
+        "bits_per_dim": bits_per_dim(nats.mean(), dims).item(),
+        "bound_bits_per_dim": torch.cat(bounds).double().mean().item() if bounds else None,
+        "latent_dims": dims,
+        "pictures": len(nats),
+    }

@@ -1,0 +1,78 @@
+"""How far drawn pictures obey their captions: by the rules of the embedded shapes, or by a classifier of captions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from training.drawing.requests import Request, ask
+from training.errors import UserError, explained
+from training.measuring.distances import wilson
+from training.models.judge import Classifier
+from training.pictures import grids
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ldm.pipeline import Pipeline, Sampling
+
+SAMPLING = "generate.py --help lists samplers, grids and guidance"
+
+
+def drawn(
+    pipeline: Pipeline, sampling: Sampling, requests: list[Request], batch: int
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """The pictures asked for and their captions, batch by batch. Raises UserError where they cannot be drawn so."""
+    for first in range(0, len(requests), batch):
+        part = requests[first : first + batch]
+        captions, seeds = [r.prompt for r in part], [r.seed for r in part]
+        if first % (10 * batch) == 0:
+            print(f"generating {first + len(part)} of {len(requests)}", file=sys.stderr)
+        with explained(SAMPLING):
+            pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
+        yield pixels, captions
+
+
+def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> dict[str, Any]:
+    """Share of held-out captions obeyed, for one, two and three objects, by the rule-based checker; a grid."""
+    from training.shapes.checker import check
+    from training.shapes.wording import held_out_prompts
+
+    if args.count < 1:
+        raise UserError("--obedience shapes draws --count pictures, which must be at least 1", hint="give --count N")
+    with explained("lower --count"):
+        prompts = {objects: held_out_prompts(args.count, objects, seed=args.seed) for objects in (1, 2, 3)}
+    numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes_checker.py"}
+    shown: list[Any] = []
+    captions: list[str] = []
+    for objects, asked in prompts.items():
+        verdicts: list[dict[str, bool]] = []
+        for pixels, said in drawn(pipeline, sampling, ask(asked, 1, args.seed), args.batch_size):
+            images = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            found = [check(image, prompt) for image, prompt in zip(images, said, strict=True)]
+            if not verdicts:
+                shown += grids.to_pil(pixels[:16])
+                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(found, said, strict=True)][:16]
+            verdicts += found
+        obeyed = sum(v["obeyed"] for v in verdicts)
+        numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
+        numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))
+        for key in sorted(set().union(*verdicts) - {"obeyed"}):
+            answers = [v[key] for v in verdicts if key in v]
+            numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
+    if args.grid:
+        grids.grid(shown, 8, captions=captions).save(args.grid)
+        numbers["grid"] = Path(args.grid).name
+    return numbers
+
+
+@torch.no_grad()
+def named(judge: Classifier, pixels: Tensor, captions: list[str]) -> list[bool]:
+    """Whether the classifier gives each picture the class its caption states."""
+    answers = judge(pixels).argmax(1).tolist()
+    return [judge.classes[a] == c for a, c in zip(answers, captions, strict=True)]

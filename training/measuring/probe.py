@@ -1,0 +1,162 @@
+"""How well a denoiser will learn an autoencoder's latents, asked of a small one with a fixed seed and budget.
+
+The probe is an unconditional flow-matching transformer, the same for every autoencoder but for the patch that brings
+its latents to at most 64 tokens. What its ranking can tell: of autoencoders measured on the same pictures with the
+same budget and features, which latents a network learns soonest, and (Frechet distance) what comes of it in pictures,
+the decoder's own mistakes included. What it cannot: how a large denoiser fares after a long training, where capacity
+makes up for difficult latents; how captions are obeyed; and, from the loss alone, anything between autoencoders of
+different latent shapes, whose losses are means over different numbers of values. Distances of few samples are too
+large by an amount that depends on their number: compare equal numbers only, beside that of the reconstructions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoencoder.base import Autoencoder
+from autoencoder.images import to_uint8, to_unit
+from ldm.backbones.dit import DiT
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoiser
+from ldm.diffusion import Diffusion
+from ldm.grids import Uniform as UniformGrid
+from ldm.noise import Noise
+from ldm.objective import Objective
+from ldm.predictions import Velocity
+from ldm.samplers import prior, sample
+from ldm.samplers.ode import Euler
+from ldm.schedules import Flow
+from ldm.times import LogitNormal
+from ldm.weighting import Uniform
+from training.data.samples import Images
+from training.measuring.distances import Moments, frechet_distance
+from training.measuring.features import Features
+from training.stages.denoiser import LEVELS
+
+SEED = 0
+BATCH = 64
+AT_ONCE = 32  # pictures encoded or decoded; changes no number
+PICTURES = 4096  # of the training split, encoded once
+HELD_OUT = 512  # pictures of the held-out loss
+TOKENS = 64
+RATE, WARMUP = 1e-3, 20
+SAMPLING_STEPS = 25
+DIFFUSION = Diffusion(schedule=Flow(), prediction=Velocity())
+OBJECTIVE = Objective(diffusion=DIFFUSION, times=LogitNormal(), weighting=Uniform())
+
+
+def probe(
+    model: Autoencoder, train: Images, held_out: Images, features: Features, steps: int, samples: int
+) -> dict[str, Any]:
+    """Train for `steps` on latents of `train`; held-out loss by noise level, Frechet distance of decoded samples.
+
+    `frechet_reconstructed`, of as many reconstructions, is what samples could at best reach: both are of `samples`, or
+    of as many as pictures are held out where those are fewer.
+    """
+    device, samples = next(model.parameters()).device, min(samples, len(held_out))
+    moments = encoded(model, train, PICTURES, device)
+    network = denoiser(moments, model)
+    fit(network, model, moments, steps)
+    losses = held_out_loss(network, model, encoded(model, held_out, HELD_OUT, device))
+    real = Moments(features.dim)
+    for images in batches(held_out, len(held_out), device):
+        real.add(features(to_uint8(images)))
+    drawn, copied = Moments(features.dim), Moments(features.dim)
+    for first in range(0, samples, AT_ONCE):
+        noise = Noise.from_seeds(range(first, min(samples, first + AT_ONCE)), device)
+        drawn.add(features(draw(network, model, noise, tuple(moments.shape[2:]))))
+    for images in batches(held_out, samples, device):
+        copied.add(features(to_uint8(model.decode(model.norm.mean_latents(model.encode(images))))))
+    return {
+        "loss": sum(losses.values()) / len(losses),
+        "loss_by_time": losses,
+        "frechet": frechet_distance(real, drawn),
+        "frechet_reconstructed": frechet_distance(real, copied),
+        "features": features.name,
+        "samples": drawn.count,
+        "real_pictures": real.count,
+        "steps": steps,
+        "batch": BATCH,
+        "training_pictures": len(moments),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "patch": network.config.patch,
+    }
+
+
+def batches(images: Images, count: int, device: torch.device) -> Any:
+    """At most `count` pictures, spread over all of them, as float batches."""
+    for batch in images.chunks(range(0, len(images), max(1, len(images) // count))[:count], AT_ONCE):
+        yield to_unit(batch.data.to(device))
+
+
+@torch.no_grad()
+def encoded(model: Autoencoder, images: Images, count: int, device: torch.device) -> Tensor:
+    """Their moments, on the CPU."""
+    return torch.cat([model.encode(part).cpu() for part in batches(images, count, device)])
+
+
+def denoiser(moments: Tensor, model: Autoencoder) -> Any:
+    """The probe's network, freshly initialised."""
+    height, width = moments.shape[2:]
+    fitting = [p for p in (1, 2, 4, 8, 16) if height % p == width % p == 0 and height * width <= TOKENS * p * p]
+    shape = DiT(width=128, depth=4, heads=4, patch=next(iter(fitting), 1), text="none", pooled=False, base_size=height)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = shape.build(channels=model.latent_channels, context_dim=1)
+    return network.to(next(model.parameters()).device)
+
+
+def nothing(count: int, device: torch.device) -> Cond:
+    """The condition of a network that reads none."""
+    return Cond(torch.zeros(count, 1, 1, device=device), torch.ones(count, 1, dtype=torch.bool, device=device))
+
+
+def fit(network: Any, model: Autoencoder, moments: Tensor, steps: int) -> None:
+    """AdamW, its rate warmed up and then falling to 0, so that the last weights need no averaging."""
+    device = next(network.parameters()).device
+    optimizer = torch.optim.AdamW(network.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    order = torch.Generator().manual_seed(SEED)
+    for step in range(steps):
+        chosen = torch.randint(len(moments), (BATCH,), generator=order)
+        noise = Noise.from_seeds(range(step * BATCH, (step + 1) * BATCH), device).fold("probe", SEED)
+        loss = OBJECTIVE(network, latents(model, moments[chosen], noise), nothing(BATCH, device), noise).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min((step + 1) / WARMUP, 1 - step / steps)
+        optimizer.step()
+
+
+def latents(model: Autoencoder, moments: Tensor, noise: Noise) -> Tensor:
+    """Normalised latents, drawn from the posterior where there is one."""
+    shape = (model.latent_channels, *moments.shape[2:])
+    return model.norm.latents(moments.to(noise.seeds.device), noise.normal(shape, "posterior"))
+
+
+@torch.no_grad()
+def held_out_loss(network: Any, model: Autoencoder, moments: Tensor) -> dict[str, float]:
+    """The mean loss at fixed times, of fixed noise."""
+    device, found = next(network.parameters()).device, {}
+    for t in LEVELS:
+        rows = []
+        for first in range(0, len(moments), BATCH):
+            part = moments[first : first + BATCH]
+            noise = Noise.from_seeds(range(first, first + len(part)), device).fold("held out", str(t))
+            x0, at = latents(model, part, noise), torch.full((len(part),), t, dtype=torch.float64, device=device)
+            eps = noise.normal(x0.shape[1:], "eps")
+            rows.append(OBJECTIVE.at(network, x0, nothing(len(part), device), at, eps))
+        found[str(t)] = torch.cat(rows).mean().item()
+    return found
+
+
+@torch.no_grad()
+def draw(network: Any, model: Autoencoder, noise: Noise, size: tuple[int, ...]) -> Tensor:
+    """Decoded samples, one for each seed: uint8 (B, image_channels, H, W)."""
+    denoise = Denoiser(network, DIFFUSION).bind(nothing(len(noise), noise.seeds.device))
+    begin = prior(DIFFUSION.schedule, (model.latent_channels, *size), noise)
+    grid = UniformGrid()(SAMPLING_STEPS, DIFFUSION.schedule)
+    return to_uint8(model.decode(sample(Euler(), denoise, begin, grid, noise)))

@@ -1,0 +1,263 @@
+"""A whole generating system, put together: from a latent data set to be trained on, or from a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoencoder.base import Autoencoder
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoiser
+from ldm.diffusion import Diffusion
+from ldm.pipeline import Pipeline, Sampling
+from ldm.text import HuggingFace, TextEncoder
+from ldm.text.encoders import LabelEncoder
+from training.data.samples import Latents
+from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.files import content_hash, load_tensors, read_json, save_tensors
+from training.models import text_encoders
+from training.models.autoencoders import autoencoder_hashes, load_autoencoder
+from training.models.folders import copy_model, fill, find, weights
+from training.models.lineage import BEGUN_WITH, same_ingredients, store_ingredients
+from training.models.vocabulary import captions, vocabulary
+from training.settings import decoding
+
+
+class Named(Pipeline):
+    """A pipeline with the content hashes of what it is made of, each taken once, when it was loaded."""
+
+    hashes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What stage two trains and draws with."""
+
+    backbone: nn.Module
+    text: TextEncoder
+    autoencoder: Autoencoder
+    pipeline: Pipeline
+    null: Cond | None  # stored encoding of the empty caption, where embeddings are stored
+    shape: tuple[int, ...]  # one latent: (C, h, w)
+    hashes: dict[str, str]
+    named: str  # what a frozen text encoder was loaded from, or the vocabulary of one that learns
+
+
+def assemble(
+    config: decoding.DenoiserConfig,
+    latents: Path,
+    dataset: Latents,
+    home: Path | None,
+    text_encoder: str | None,
+    device: torch.device,
+) -> Parts:
+    """Everything a denoiser is trained with; the vocabulary is the one stored in `home` (final/), where there is one.
+
+    Raises UserError where the latents were made by another autoencoder than the one stored beside them.
+    """
+    autoencoder = load_autoencoder(latents / "autoencoder", device)
+    hashes = autoencoder_hashes(autoencoder)
+    made_by = dataset.shards.summary["encoder"]
+    if made_by != hashes["encoder"]:
+        raise UserError(
+            f"latents were made by autoencoder {made_by[:12]}, the one beside them is {hashes['encoder'][:12]}",
+            hint="encode again with scripts/encode_latents.py",
+            code=CHECKPOINT,
+        )
+    null = None
+    if isinstance(config.text, HuggingFace):
+        text, null, named = _frozen_text(config.text, latents, dataset, text_encoder)
+        hashes |= {"text_encoder": text_encoders.identity(text)["hash"], **text_encoders.tokenizer_hash(text)}
+    else:
+        if home and text_encoders.holds_vocabulary(home):
+            named = text_encoders.stored_vocabulary(home)
+        else:
+            named = vocabulary(config.text, dataset)
+        text, hashes["vocabulary"] = config.text.build(named), text_encoders.vocabulary_hash(named)
+    shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
+    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim)
+    backbone, text = backbone.to(device), text.to(device)
+    pipeline = draw_with(config, autoencoder, backbone, text, hashes)
+    return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, named)
+
+
+def store(parts: Parts, latents: Path, home: Path) -> None:
+    """Put what does not change in training into `home` (final/): autoencoder, and vocabulary or frozen text encoder."""
+    copy_model(latents / "autoencoder", home / "autoencoder")
+    if parts.text.trainable:
+        text_encoders.keep_vocabulary(parts.named, home)
+    else:
+        text_encoders.keep(parts.text, parts.named, home)
+
+
+def _frozen_text(
+    config: HuggingFace, latents: Path, dataset: Latents, name: str | None
+) -> tuple[TextEncoder, Cond | None, str]:
+    null = None
+    if dataset.text:
+        text = text_encoders.load_kept(config, latents, name)
+        stored = load_tensors(latents / "text_encoder" / "null.safetensors")
+        null = Cond(
+            stored["context"][None].float(),
+            torch.ones(1, len(stored["context"]), dtype=torch.bool),
+            stored["pooled"][None].float() if "pooled" in stored else None,
+        )
+        name = read_json(latents / "text_encoder" / "identity.json")["name"]
+    elif name:
+        text = text_encoders.load_huggingface(config, name)
+    else:
+        raise UserError(
+            "the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
+            hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or use --text.kind scratch",
+            code=DATA,
+        )
+    return text, null, str(name)
+
+
+def draw_with(
+    config: decoding.DenoiserConfig,
+    autoencoder: Autoencoder,
+    backbone: nn.Module,
+    text: TextEncoder,
+    hashes: dict[str, str],
+) -> Named:
+    """The pipeline of a config and its networks."""
+    diffusion = Diffusion(
+        schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
+    )
+    sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
+    pipeline = Named(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size)
+    pipeline.hashes = hashes
+    return pipeline
+
+
+def export_learned(parts: Parts, home: Path) -> None:
+    """Store a text encoder that was trained (frozen ones were stored at the start), and what names all of final/."""
+    if parts.text.trainable:
+        (home / "text_encoder").mkdir(parents=True, exist_ok=True)
+        save_tensors(home / "text_encoder" / "model.safetensors", parts.text.state_dict())
+    begun = {name: parts.hashes[name] for name in BEGUN_WITH if name in parts.hashes}
+    store_ingredients(home, begun | _networks(parts.pipeline))
+
+
+def _networks(pipeline: Pipeline) -> dict[str, str]:
+    """The hashes of what training changes, and of a frozen text encoder."""
+    backbone, text = pipeline.denoiser.backbone, pipeline.text
+    return {"denoiser": content_hash(backbone.state_dict()), "text_encoder": content_hash(text.state_dict())}  # type: ignore[attr-defined]
+
+
+def load_pipeline(
+    path: str | Path,
+    device: torch.device | str = "auto",
+    text_encoder: str | None = None,
+    preview: str | Path | None = None,
+) -> Named:
+    """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`.
+
+    `preview`: the run of a tiny autoencoder distilled from the denoiser's own, to stand in for it: quicker, rougher.
+    Raises UserError (code 4) where a part of it is another than it was trained with.
+    """
+    from training.machine.processes import resolve
+    from training.models.previews import load_preview
+
+    target = resolve(device) if isinstance(device, str) else device
+    home, file = find(path, "denoiser")
+    config = decoding.decode("denoiser", read_json(home / "config.json"))
+    assert isinstance(config, decoding.DenoiserConfig)
+    final = _final(home)
+    autoencoder = load_autoencoder(final / "autoencoder", target)
+    hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
+    same_ingredients(final, hashes)
+    text, words = _stored_text(config.text, final, text_encoder)
+    backbone = config.backbone.build(
+        channels=autoencoder.latent_channels, context_dim=text.context_dim, pooled_dim=text.pooled_dim
+    )
+    _fill_learned(backbone, text, file, final)
+    for part in (backbone, text):
+        part.to(target).eval().requires_grad_(False)
+    pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
+    pipeline.hashes |= _networks(pipeline)
+    if file.is_file():  # a checkpoint's weights are other ones, and under the hashes of its own manifest
+        same_ingredients(final, pipeline.hashes)
+    if preview:
+        pipeline.autoencoder = load_preview(preview, hashes["autoencoder"], target)
+        pipeline.hashes["autoencoder"] = content_hash(pipeline.autoencoder.state_dict())
+    return pipeline
+
+
+def _final(home: Path) -> Path:
+    """The folder of what does not change in training, of a run or of its final/."""
+    return home if (home / "autoencoder").is_dir() else home / "final"
+
+
+def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEncoder, dict[str, str]]:
+    """The text encoder of final/, one that learned still without its weights, and the hash of its words."""
+    if isinstance(config, HuggingFace):
+        text = text_encoders.load_kept(config, final, override)
+        return text, text_encoders.tokenizer_hash(text)
+    vocabulary = text_encoders.stored_vocabulary(final)
+    words = {"vocabulary": text_encoders.vocabulary_hash(vocabulary)}
+    same_ingredients(final, words)  # before its size is taken for an error of the weights
+    with explained(f"put back {final / 'tokenizer'} as it was trained with", CHECKPOINT):
+        return config.build(vocabulary), words
+
+
+def _fill_learned(backbone: nn.Module, text: TextEncoder, file: Path, final: Path) -> None:
+    """Load what was trained, from an exported `file` or from a checkpoint folder."""
+    if file.is_file():
+        fill(backbone, weights(file, "backbone"), file)
+        if text.trainable:
+            fill(text, load_tensors(final / "text_encoder" / "model.safetensors"), final / "text_encoder")
+        return
+    network = weights(file, "denoiser")
+    fill(backbone, {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}, file)
+    if text.trainable:
+        fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
+
+
+def vocabulary_home(config: Any, own: Path | None, donor: str | None) -> Path | None:
+    """The final/ whose vocabulary a text encoder that learns is to have: a run's own, else that of `--init-from`.
+
+    The rows of its weights are words in the order of that vocabulary; with another they would be other words'.
+    Raises UserError where the donor's text encoder is of another kind.
+    """
+    if donor is None or isinstance(config, HuggingFace) or (own and text_encoders.holds_vocabulary(own)):
+        return own
+    home, _ = find(donor, "denoiser")
+    theirs: Any = decoding.decode("denoiser", read_json(home / "config.json"))
+    if (kind := theirs.text.kind) != config.kind:
+        raise UserError(
+            f"the text encoder of {donor} is of the kind {kind}, this config's is {config.kind}",
+            hint=f"give --text.kind {kind}, or leave --init-from out",
+            code=CHECKPOINT,
+        )
+    return _final(home)
+
+
+def fill_network(parts: Parts, dataset: Latents, path: str) -> None:
+    """`--init-from`: the weights of another run of the same shape, nothing else.
+
+    Raises UserError where a text encoder that learns has not that run's vocabulary, or cannot take the captions.
+    """
+    other, text = load_pipeline(path, "cpu"), parts.text
+    if text.trainable and (theirs := other.hashes.get("vocabulary", "none")) != parts.hashes["vocabulary"]:
+        raise UserError(
+            f"{path} was trained with the vocabulary {theirs[:12]}, this run has {parts.hashes['vocabulary'][:12]}",
+            hint="leave --init-from out to go on with this run, or begin another with it: --output",
+            code=CHECKPOINT,
+        )
+    if isinstance(text, LabelEncoder) and (new := next((c for c in captions(dataset) if c not in text.rows), "")):
+        raise UserError(
+            f"caption {new[:80]!r} is not one of the {len(text.classes)} labels of {path}",
+            hint="labels cannot be added to: leave --init-from out, or take --text.kind scratch",
+            code=DATA,
+        )
+    fill(parts.backbone, other.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
+    if text.trainable:
+        fill(text, other.text.state_dict(), Path(path))
+
+

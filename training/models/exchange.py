@@ -1,0 +1,220 @@
+"""Autoencoders of other programs: diffusers' folders and LDM's single files, read; diffusers' folders, written.
+
+Our keys are those of diffusers' classes, plus `norm`, the latent normaliser. Only safetensors is read. diffusers itself
+is not needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autoencoder.base import Autoencoder
+from training.data.samples import Images
+from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.files import load_tensors, read_json, save_tensors, write_json
+from training.models.autoencoders import load_autoencoder
+from training.models.diffusers_layouts import LAYOUTS
+from training.models.folders import export, fill, find
+from training.models.latent_scale import fit_norm
+from training.settings import decoding
+from training.shards.reading import ShardSet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+HOMES = ("", "vae", "vqvae")  # where the autoencoder lies in a folder or a pipeline's
+MEASURED = 1000  # pictures that the scale of latents is measured on, where it is asked for
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# What LDM calls what diffusers calls otherwise, in both halves.
+RENAMED = (
+    (r"mid\.block_1\.", "mid_block.resnets.0."),
+    (r"mid\.block_2\.", "mid_block.resnets.1."),
+    (r"mid\.attn_1\.", "mid_block.attentions.0."),
+    (r"down\.(\d+)\.block\.", r"down_blocks.\1.resnets."),
+    (r"down\.(\d+)\.attn\.", r"down_blocks.\1.attentions."),
+    (r"down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"up\.(\d+)\.block\.", r"up_blocks.\1.resnets."),
+    (r"up\.(\d+)\.attn\.", r"up_blocks.\1.attentions."),
+    (r"up\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
+    (r"norm_out\.", "conv_norm_out."),
+    (r"nin_shortcut\.", "conv_shortcut."),
+)
+# Names of attention's layers in LDM, and in diffusers' files of before 2023.
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "norm": "group_norm", "proj_out": "to_out.0",
+             "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # fmt: skip
+
+
+class Imported(NamedTuple):
+    """`[model]` of a config and the tensors that fit it; `assumed`: the scaling_factor where the source has none."""
+
+    model: dict[str, Any]
+    tensors: dict[str, Tensor]
+    assumed: float | None = None
+
+
+def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: float | None = None) -> str:
+    """Read `source` (a diffusers folder or its parent pipeline's, a repository's name, or an LDM safetensors file) and
+    write it as a model folder, which every later step takes for a run. Returns its content hash.
+
+    The latents' scale is the source's own, or measured on the packed pictures `data`, or z * scale_factor. Raises
+    UserError for pickles, for classes there is no counterpart of, and for weights of another shape.
+    """
+    check_free(output)
+    if scale_factor is not None and not 0 < scale_factor < math.inf:
+        raise UserError(f"--scale-factor: must be above 0 (got {scale_factor:g})")
+    if data and scale_factor:
+        raise UserError("--data measures what --scale-factor states", hint="give one of them")
+    path = Path(source) if Path(source).exists() else _download(source)
+    found = read_file(path) if path.is_file() else read_folder(path)
+    config = decoding.decode("autoencoder", {"model": found.model})
+    assert isinstance(config, decoding.AutoencoderConfig)
+    model = config.model.build().eval()
+    fill(model, found.tensors, path)
+    norm = model.norm
+    if data:
+        _measure(model, data)
+    elif scale_factor:
+        norm.set_(torch.zeros_like(norm.shift), torch.full_like(norm.scale, 1 / scale_factor))
+    else:
+        with explained("measure it with --data DIR, or give --scale-factor X", CHECKPOINT):
+            norm.set_(norm.shift.clone(), norm.scale.clone())
+    if found.assumed and not data and not scale_factor:
+        said = f"{source} does not state the scale of its latents; scaling_factor {found.assumed:g} is assumed"
+        print(f"note: {said} (--data DIR measures it on packed pictures, --scale-factor X states it)", file=sys.stderr)
+    card = f"# Autoencoder ({found.model['kind']})\n\nTaken from another program's checkpoint; not trained here.\n"
+    return export(output, decoding.to_values(config), model.state_dict(), card)
+
+
+def check_free(output: Path) -> None:
+    """Raises UserError where something is at `output`."""
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise UserError(f"{output} already exists", hint="choose another --output", code=CHECKPOINT)
+
+
+def _measure(model: Autoencoder, data: str) -> None:
+    """Set the normaliser from pictures, as stage one does in the end."""
+    images = Images(ShardSet(data))
+    print(f"measuring the scale of latents on {min(len(images), MEASURED):,} pictures", file=sys.stderr)
+    with explained("measure with pictures like those that it was trained on", DATA):
+        fit_norm(model, images, MEASURED, 8)
+
+
+def _download(name: str) -> Path:
+    """A repository of the Hugging Face hub: its autoencoder, and nothing else of a pipeline."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{name}: no such file or folder", hint="give a folder, a .safetensors file or ORG/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = [str(Path(home, file)) for home in HOMES for file in ("config.json", WEIGHTS)]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as failure:  # offline, missing, gated: the hub has a class of its own for each
+        raise UserError(
+            f"{name} could not be had from the Hugging Face hub ({type(failure).__name__})",
+            hint=f"download its {WEIGHTS} and config.json elsewhere, and give their folder",
+            code=CHECKPOINT,
+        ) from None
+
+
+def read_folder(folder: Path) -> Imported:
+    """A folder as diffusers' `save_pretrained` writes it, or a pipeline's, whose vae/ or vqvae/ is taken."""
+    home = next((folder / name for name in HOMES if (folder / name / "config.json").is_file()), None)
+    if home is None:
+        raise UserError(f"{folder}: no config.json in it", hint="give a folder that diffusers wrote", code=CHECKPOINT)
+    about = read_json(home / "config.json")
+    if not (home / WEIGHTS).is_file():
+        pickled = next((p.name for p in sorted(home.iterdir()) if p.suffix in PICKLES), None)
+        said = f"{home} holds {pickled}, a pickle, which is not read" if pickled else f"{home} holds no {WEIGHTS}"
+        raise UserError(said, hint="save it with safe_serialization=True", code=CHECKPOINT)
+    name = about.get("_class_name") if isinstance(about, dict) else None
+    if name not in LAYOUTS:
+        said = f"{home}: a {name} has no counterpart here"
+        raise UserError(said, hint=f"{', '.join(LAYOUTS)} are read", code=CHECKPOINT)
+    return _read(name, about, modernised(load_tensors(home / WEIGHTS)), home)
+
+
+def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> Imported:
+    """A class of diffusers' by its name. Raises UserError for settings that it never writes."""
+    _, usual, reader, _ = LAYOUTS[name]
+    stated = {key: value for key, value in about.items() if value is not None}
+    try:
+        model, tensors = reader({"scaling_factor": usual} | stated, tensors)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as failure:
+        said = f"{source}: not the settings of {name} ({type(failure).__name__}: {failure})"
+        raise UserError(said, hint="is the config.json its own, and whole?", code=CHECKPOINT) from None
+    return Imported(model, tensors, None if "scaling_factor" in stated else usual)
+
+
+def read_file(path: Path) -> Imported:
+    """An LDM or Stable Diffusion safetensors file; its shape is read off the tensors (32 groups, as all of them have).
+
+    Its scaling_factor is the file's `scale_factor` where there is one, else Stable Diffusion's, as `assumed` says.
+    """
+    whole = load_tensors(path)
+    prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in whole) else ""
+    ldm = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+    if "encoder.conv_in.weight" not in ldm:
+        hint = "expected tensors first_stage_model.encoder.* or encoder.*"
+        raise UserError(f"{path} holds no autoencoder of LDM's", hint=hint, code=CHECKPOINT)
+    levels = 1 + max(int(key.split(".")[2]) for key in ldm if re.match(r"encoder\.down\.\d+\.", key))
+    blocks = 1 + max(int(key.split(".")[4]) for key in ldm if re.match(r"encoder\.down\.0\.block\.\d+\.", key))
+    attention = [f"encoder.down.{i}.attn.0.q.weight" in ldm for i in range(levels)]
+    about = {
+        "block_out_channels": [len(ldm[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)],
+        "down_block_types": ["AttnDownEncoderBlock2D" if there else "DownEncoderBlock2D" for there in attention],
+        "up_block_types": [],
+        "layers_per_block": blocks,
+        "in_channels": ldm["encoder.conv_in.weight"].shape[1],
+        "latent_channels": ldm["decoder.conv_in.weight"].shape[1],
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in ldm,
+        "scaling_factor": float(whole["scale_factor"]) if "scale_factor" in whole else None,
+    }
+    keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+    tensors = modernised({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
+    return _read("VQModel" if "quantize.embedding.weight" in tensors else "AutoencoderKL", about, tensors, path)
+
+
+def _renamed(key: str, levels: int) -> str:
+    """LDM's key as diffusers names it. LDM counts the decoder's levels from the picture, diffusers from the latents."""
+    for old, new in RENAMED:
+        key = re.sub(rf"(?<=\.){old}", new, key)
+    return re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{levels - 1 - int(level[1])}", key)
+
+
+def modernised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Attention's layers by their present names, 1x1 convolutions among them as the matrices they are; float32."""
+    found = {}
+    for key, value in tensors.items():
+        if part := re.match(r"(.*\.attentions\.\d+)\.(\w+)\.(weight|bias)$", key):
+            key = f"{part[1]}.{ATTENTION.get(part[2], part[2])}.{part[3]}"
+            value = value.flatten(1) if value.ndim == 4 else value
+        elif re.search(r"\.attentions\.\d+\.", key) and value.ndim == 4:
+            value = value.flatten(1)
+        found[key] = value.float()
+    return found
+
+
+def export_autoencoder(path: str, output: Path) -> None:
+    """Write a run's autoencoder as diffusers does. Raises UserError for kinds diffusers has no class for.
+
+    What of the latents' normaliser its pipelines cannot say is said as a note.
+    """
+    check_free(output)
+    home, _ = find(path, "autoencoder")
+    model = decoding.to_values(decoding.decode("autoencoder", read_json(home / "config.json")))["model"]
+    found = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
+    if found is None:
+        known = ", ".join(kind for kind, *_ in LAYOUTS.values())
+        raise UserError(f"diffusers has no class for a {model['kind']} autoencoder", hint=known, code=CHECKPOINT)
+    tensors = {key: value.clone() for key, value in load_autoencoder(path).state_dict().items()}
+    shift, scale = tensors.pop("norm.shift").flatten(), tensors.pop("norm.scale").flatten()
+    about, tensors = found[1](model, tensors, shift, scale)
+    output.mkdir(parents=True, exist_ok=True)
+    save_tensors(output / WEIGHTS, tensors, {"format": "pt"})
+    write_json(output / "config.json", {"_class_name": found[0], "_diffusers_version": "0.35.0"} | about)

@@ -1,0 +1,111 @@
+"""Model folders {config.json, model.safetensors, README.md}: found in a run, read, filled in, written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import CHECKPOINT, UserError
+from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors, write_bytes, write_json
+from training.machine.faults import fault
+from training.runs.checkpoints import Checkpoints
+from training.settings import decoding
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def export(folder: Path, values: decoding.Values, tensors: Mapping[str, Tensor], card: str) -> str:
+    """Write a model folder {config.json, model.safetensors, README.md}, whole; returns the weights' content hash."""
+    identity = content_hash(tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fault("export")
+    except OSError as failure:
+        raise disk_error(folder, failure) from None
+    save_tensors(folder / ".tmp-model.safetensors", tensors, {"hash": identity})
+    (folder / ".tmp-model.safetensors").replace(folder / "model.safetensors")
+    write_json(folder / "config.json", values)
+    write_bytes(folder / "README.md", card.encode())
+    return identity
+
+
+def find(path: str | Path, stage: str) -> tuple[Path, Path]:
+    """(folder of config.json, file of weights) of RUN, RUN/final or a checkpoint; RUN in training gives its newest one.
+
+    Raises UserError where there is no such model, or one of another stage.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such run", hint="give a run folder, its final/ or one of its checkpoints", code=CHECKPOINT
+        )
+    if path.parent.name == "checkpoints" and (path / "ema.safetensors").is_file():
+        home, weights = path.parent.parent, path
+    elif (path / "model.safetensors").is_file() and (path / "config.json").is_file():
+        home, weights = path, path / "model.safetensors"
+    elif (path / "final" / "model.safetensors").is_file():
+        home, weights = path / "final", path / "final" / "model.safetensors"
+    else:
+        newest = Checkpoints(path).newest()
+        if newest is None:
+            raise UserError(
+                f"{path}: holds no model and no checkpoint",
+                hint="give a run folder, its final/ or one of its checkpoints",
+                code=CHECKPOINT,
+            )
+        home, weights = path, newest
+    values = read_json(home / "config.json")
+    found = "autoencoder" if "model" in values else "denoiser"
+    if found != stage:
+        raise UserError(
+            f"{path} is a run of the {found} stage, expected {stage}",
+            hint=f"give the folder of the {stage}",
+            code=CHECKPOINT,
+        )
+    return home, weights
+
+
+def weights(file: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of network `name` from an exported file or, averaged where they are, from a checkpoint folder."""
+    if file.is_file():
+        return load_tensors(file)
+    checkpoint = Checkpoints(file.parent.parent).load(file)
+    tensors = {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load weights, every one of them and nothing else. Raises UserError naming the first that does not fit."""
+    try:
+        model.load_state_dict(dict(tensors))
+    except RuntimeError as failure:
+        reason = str(failure).splitlines()[1].strip() if "\n" in str(failure) else str(failure)
+        raise UserError(
+            f"{source} does not fit its config: {reason[:300]}",
+            hint="is the config.json beside it its own?",
+            code=CHECKPOINT,
+        ) from None
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a model folder (final/ of a run) whole."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def card(title: str, facts: Mapping[str, Any], values: decoding.Values) -> str:
+    """A model card: what it is, its numbers, and the config that repeats it. Text from outside is fenced or escaped."""
+    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items())
+    return f"# {title}\n\n| | |\n| --- | --- |\n{rows}\n\nConfig:\n\n```json\n{json.dumps(values, indent=1)}\n```\n"
+
+
+def _cell(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return "".join(f"\\{c}" if c in "|<>[]`*_\\" else c for c in text)

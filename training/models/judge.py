@@ -1,0 +1,91 @@
+"""A small classifier of packed pictures: names the class a caption states, and gives features to measure in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoencoder.images import to_unit
+from training.data.samples import Images
+from training.errors import DATA, UserError
+from training.files import load_tensors, read_json
+
+if TYPE_CHECKING:
+    pass
+
+
+class Classifier(nn.Module):
+    """Pictures (B,3,H,W), uint8 or in [-1, 1] -> logits (B, classes); `features`: the maps before them (B, 4 width)."""
+
+    def __init__(self, classes: tuple[str, ...], width: int = 32) -> None:
+        super().__init__()
+        self.classes, self.width = classes, width
+
+        def block(into: int, out: int) -> list[nn.Module]:
+            conv = nn.Conv2d(into, out, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(out), nn.ReLU()]
+
+        self.maps = nn.Sequential(
+            *block(3, width),
+            *block(width, width),
+            nn.MaxPool2d(2),
+            *block(width, 2 * width),
+            *block(2 * width, 2 * width),
+            nn.MaxPool2d(2),
+            *block(2 * width, 4 * width),
+            *block(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(4 * width, len(classes))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, 4 * width)."""
+        images = pixels if pixels.is_floating_point() else to_unit(pixels)
+        found: Tensor = self.maps(images.contiguous(memory_format=torch.channels_last))
+        return found
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.dropout(self.features(pixels), 0.3, self.training))
+        return logits
+
+
+@dataclass(frozen=True)
+class Judge:
+    """log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1]; ValueError for a caption that is not a class."""
+
+    model: Classifier
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        places = {caption: row for row, caption in enumerate(self.model.classes)}
+        for caption in captions:
+            if caption not in places:
+                known = ", ".join(map(repr, self.model.classes[:3]))
+                raise ValueError(f"{caption!r} is not one of the classifier's {len(places)} classes ({known} ...)")
+        chosen = torch.tensor([places[caption] for caption in captions], device=images.device)
+        belief: Tensor = self.model(images).log_softmax(dim=1)
+        return belief.gather(1, chosen[:, None])[:, 0]
+
+
+def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> Classifier:
+    """A stored classifier, frozen."""
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} holds no classifier", hint="scripts/train_classifier.py makes one", code=DATA)
+    about = read_json(folder / "config.json")
+    model = Classifier(tuple(about["classes"]), about["width"])
+    model.load_state_dict(load_tensors(folder / "model.safetensors"))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def caption(images: Images, index: int) -> str:
+    """The first caption of a packed picture: its class."""
+    return images.shards.read_field(index, "txt").decode("utf-8").strip()
+
+

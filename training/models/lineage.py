@@ -1,0 +1,45 @@
+"""What a denoiser's final/ is made of, by content hash, and whether it still is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.errors import CHECKPOINT, UserError
+from training.files import read_json, write_json
+from training.runs.folder import record
+
+INGREDIENTS = "ingredients.json"  # in final/: the hashes of all that it draws with, by the names that pictures carry
+BEGUN_WITH = ("autoencoder", "vocabulary", "tokenizer")  # of those, what run.json names from the first step
+PLACES = {"denoiser": "model.safetensors", "vocabulary": "tokenizer"}  # in final/, where not a folder of that name
+
+
+def stored_ingredients(final: Path) -> dict[str, Any]:
+    """What `store_ingredients` wrote; nothing where it did not. Raises UserError for anything else."""
+    own = final / INGREDIENTS
+    found = read_json(own) if own.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{own}: holds no hashes by name", hint="use another copy of that folder", code=CHECKPOINT)
+    return found
+
+
+def store_ingredients(final: Path, hashes: Mapping[str, str]) -> None:
+    """Write down what `final` holds; what is not among `hashes` stays as it was written before."""
+    write_json(final / INGREDIENTS, stored_ingredients(final) | dict(hashes))
+
+
+def same_ingredients(final: Path, found: Mapping[str, str]) -> None:
+    """Raises UserError (code 4) with both hashes where a part of `final` is not the one that was trained, or with.
+
+    What that was is told by `INGREDIENTS` and, before a run has ended, by its run.json; older runs say less.
+    """
+    begun = record(final.parent).get("hashes", {})
+    known = {name: begun.get(name) for name in BEGUN_WITH} | stored_ingredients(final)
+    for name, value in found.items():
+        if (before := known.get(name)) not in (None, value):
+            raise UserError(
+                f"{final / PLACES.get(name, name)} is {value[:12]}, the denoiser was trained with {str(before)[:12]}",
+                hint="put back the one it was trained with, or go on with the run, which writes it again at its end",
+                code=CHECKPOINT,
+            )

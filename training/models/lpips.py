@@ -1,0 +1,105 @@
+"""The LPIPS network of a run: standard weights, a file, or a seeded random backbone asked for by name."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from autoencoder.discriminator import LEAST_SIDE
+from autoencoder.perceptual import Perceptual, ScaledTrunk
+from training.data.samples import Images
+from training.errors import DATA, UserError
+from training.files import load_tensors
+
+if TYPE_CHECKING:
+    import argparse
+
+RANDOM_SEED = 0
+LPIPS_NEEDS = {"vgg": 16, "squeeze": 17, "alex": 31}  # pixels a side; of less, a network's pooling leaves nothing
+
+
+def load_perceptual(net: str, weights: str, file: str | None = None) -> Perceptual:
+    """LPIPS on `net` (vgg, alex, squeeze) with torchvision's weights in `file`, else "standard" or "random" ones.
+
+    The linear layers of the `lpips` package weigh the channels of a trained backbone; in a random one all count 1.
+    Raises UserError where standard weights cannot be had, never falling back by itself.
+    """
+    import lpips
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's deprecation of the constructor flags that lpips uses
+        torch.manual_seed(RANDOM_SEED)
+        network = lpips.LPIPS(net=net, pretrained=True, pnet_rand=True, verbose=False)
+    if file is None and weights == "random":
+        return Perceptual(ScaledTrunk(network.scaling_layer, network.net))
+    state = _read(Path(file)) if file else _standard(net)
+    _fill(
+        network.net,
+        {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")},
+        file or net,
+    )
+    return Perceptual.from_lpips(network)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file of LPIPS backbone weights",
+            hint="name torchvision's weights of that network",
+            code=DATA,
+        )
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as failure:
+        raise UserError(
+            f"{path}: not a file of weights ({type(failure).__name__})",
+            hint="name torchvision's weights of that network",
+            code=DATA,
+        ) from None
+
+
+def _standard(net: str) -> dict[str, Tensor]:
+    from torchvision import models
+
+    weights = {"vgg": models.VGG16_Weights, "alex": models.AlexNet_Weights, "squeeze": models.SqueezeNet1_1_Weights}[
+        net
+    ].IMAGENET1K_V1
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except OSError:
+        raise UserError(
+            f"the standard {net} weights of LPIPS are not here and cannot be downloaded",
+            hint=f"download torchvision's {weights.url.rpartition('/')[2]} elsewhere and give it with --lpips-weights"
+            " FILE, or ask for a random backbone: --loss.perceptual_weights random",
+            code=DATA,
+        ) from None
+
+
+def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """lpips cuts torchvision's `features` into slices that keep their layers' numbers: slice2.5 is features.5."""
+    own = {key: value.shape for key, value in network.state_dict().items()}
+    shapes = {key: getattr(weights.get(key.partition(".")[2]), "shape", None) for key in own}
+    if odd := [key for key in own if shapes[key] != own[key]]:
+        raise UserError(
+            f"{source}: lacks features.{odd[0].partition('.')[2]} of shape {tuple(own[odd[0]])}: another network's?",
+            hint="name torchvision's weights of that network",
+            code=DATA,
+        )
+    network.load_state_dict({key: weights[key.partition(".")[2]] for key in own})
+
+
+def load_distance(args: argparse.Namespace, images: Images, device: torch.device) -> Perceptual | None:
+    """The LPIPS network asked for. Raises UserError for pictures too small for it."""
+    if not args.lpips:
+        return None
+    if min(images[0].data.shape[-2:]) < LEAST_SIDE:
+        raise UserError(f"LPIPS needs at least {LEAST_SIDE} pixels a side", hint="leave --lpips out", code=DATA)
+    named = args.lpips in ("standard", "random")
+    network = load_perceptual(args.lpips_net, args.lpips if named else "", None if named else args.lpips)
+    return network.to(device)

@@ -1,0 +1,50 @@
+"""Tiny autoencoders that stand in for the one they were taught by, and the record of that teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from autoencoder.base import Autoencoder
+from training.errors import CHECKPOINT, UserError
+from training.files import read_json, write_json
+from training.models.autoencoders import autoencoder_hashes, load_autoencoder
+from training.models.folders import find
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+TEACHER = "teacher.json"  # in final/: the autoencoder whose latents this one decodes
+
+
+def teacher_hash(teacher: Autoencoder | None) -> dict[str, str]:
+    """What names the teacher of a run, so that it goes on with no other; the lack of one, too."""
+    return {"autoencoder": autoencoder_hashes(teacher)["autoencoder"] if teacher else "none"}
+
+
+def keep_teacher(teacher: Autoencoder | None, home: Path, accelerator: Accelerator) -> None:
+    """The main process writes into `home` (final/) whose latents the model decodes, if another's."""
+    if teacher and accelerator.is_main_process:
+        home.mkdir(parents=True, exist_ok=True)
+        write_json(home / TEACHER, teacher_hash(teacher))
+
+
+def load_preview(path: str | Path, own: str, device: torch.device) -> Autoencoder:
+    """The distilled model of a run (finished or not), to stand in for its teacher, the autoencoder of hash `own`.
+
+    Raises UserError (exit 4) where it was not distilled, or from another one.
+    """
+    home, _ = find(path, "autoencoder")
+    if not (record := next((f for f in (home / TEACHER, home / "final" / TEACHER) if f.is_file()), None)):
+        hint = "distil one: scripts/train_autoencoder.py --config tiny --teacher RUN"
+        raise UserError(f"{path} was not distilled from another autoencoder", hint=hint, code=CHECKPOINT)
+    if (taught_by := read_json(record)["autoencoder"]) != own:
+        raise UserError(
+            f"{path} was distilled from autoencoder {taught_by[:12]}, the denoiser's is {own[:12]}",
+            hint="distil one from the denoiser's own: --teacher RUN/final/autoencoder",
+            code=CHECKPOINT,
+        )
+    return load_autoencoder(path, device)

@@ -1,0 +1,70 @@
+"""What a text encoder that learns begins with: the words or labels of the captions, counted once beside the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from ldm.text import Label, Scratch
+from ldm.text.tokenizer import SPECIAL, WordTokenizer
+from training.data.samples import Latents
+from training.errors import DATA, Unreachable, UserError
+from training.files import file_sha256, leads_out, read_json, write_json
+from training.shards.index import INDEX
+
+COUNTED = "captions.json"  # {index_sha256, words: most frequent first, all_words, captions: the distinct ones or null}
+WORDS, LABELS = 1 << 16, 10_000  # most that are stored; what asks for more reads the captions themselves
+
+
+def captions(dataset: Latents) -> Iterator[str]:
+    """Every caption of every sample."""
+    return (caption for i in range(len(dataset)) for caption in dataset.captions(i))
+
+
+def count_captions(dataset: Latents) -> None:
+    """Write `COUNTED` beside latents: reading ten million captions takes minutes, and every process of a run would."""
+    distinct: set[str] = set()
+
+    def noted() -> Iterator[str]:
+        for caption in captions(dataset):
+            if len(distinct) <= LABELS:
+                distinct.add(caption)
+            yield caption
+
+    words = WordTokenizer.build(noted(), 2, WORDS + 1).vocabulary[len(SPECIAL) :]
+    few = sorted(distinct) if len(distinct) <= LABELS else None
+    folder = dataset.shards.directory
+    found = {"words": words[:WORDS], "all_words": len(words) <= WORDS, "captions": few}
+    write_json(folder / COUNTED, {"index_sha256": file_sha256(folder / INDEX), **found})
+
+
+def vocabulary(config: Scratch | Label, dataset: Latents) -> str:
+    """What `config.vocabulary` gives for all captions of the training split, these read only where they must be.
+
+    Raises UserError (code 3) where what was counted is damaged.
+    """
+    counted = _counted(dataset)
+    if isinstance(config, Scratch):
+        words = counted.get("words", [])
+        if counted.get("all_words") or len(words) >= config.max_words:
+            return WordTokenizer((*SPECIAL, *words[: config.max_words]), config.length).to_json()
+    elif isinstance(config, Label) and counted.get("captions") is not None:
+        return config.vocabulary(counted["captions"])
+    return config.vocabulary(captions(dataset))
+
+
+def _counted(dataset: Latents) -> dict[str, Any]:
+    """What `count_captions` wrote; empty where it did not (older latents), or for another index than this one."""
+    shards = dataset.shards
+    if shards.remote:
+        with suppress(Unreachable):
+            shards.remote.bring([COUNTED])
+    path = shards.directory / COUNTED
+    if shards.split != "train" or not path.is_file() or leads_out(path):
+        return {}
+    found = read_json(path, code=DATA)
+    lists = [found.get("words"), found.get("captions") or []] if isinstance(found, dict) else [None]
+    if not all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in lists):
+        raise UserError(f"{path}: is no count of captions", hint="delete it: they are then read one by one", code=DATA)
+    return dict(found) if found.get("index_sha256") == file_sha256(shards.directory / INDEX) else {}

@@ -1,0 +1,124 @@
+"""The sources that are not a user's own files: Fashion-MNIST from its idx files, and the embedded generator of
+shapes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from training.errors import DATA, UserError
+from training.packing.sources import Remark, Sample, Source
+from training.shapes.rendering import render
+from training.shapes.scenes import scene
+from training.shapes.wording import choose_captions
+
+LARGEST = 64 << 20  # bytes of an idx file unpacked: the greatest has 47 million
+
+
+class FashionMnist(Source):
+    """The 70,000 pictures of Fashion-MNIST from its four idx files, gzipped or not, padded with black from 28 to 32
+    pixels.
+
+    Caption: `a photo of a CLASS`. Splits: `train` (60,000) and `val` (the 10,000 test pictures). Source: Xiao et al.
+    2017.
+    """
+
+    CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+    FILES: ClassVar = {"train": "train", "val": "t10k"}
+    DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
+
+    def __init__(self, root: Path | None) -> None:
+        self.name, self.root = "fashion-mnist", self._find(root)
+        self.total = sum(len(self._idx(f"{stem}-labels-idx1-ubyte")) for stem in self.FILES.values())
+
+    def _find(self, root: Path | None) -> Path:
+        places = [self.DEBIAN] if root is None else [root, root / "FashionMNIST" / "raw"]
+        for place in places:
+            if all(
+                self._path(place, f"{stem}-{rest}")
+                for stem in self.FILES.values()
+                for rest in ("images-idx3-ubyte", "labels-idx1-ubyte")
+            ):
+                return place
+        hint = "give --root FOLDER with the four idx files (Debian: apt install dataset-fashion-mnist)"
+        if root is None:
+            raise UserError("fashion-mnist: its files are not on this machine", hint=hint, code=DATA)
+        try:
+            from torchvision.datasets import FashionMNIST
+
+            FashionMNIST(str(root), download=True)
+        except Exception as error:  # torchvision raises whatever its download raised
+            what = f"fashion-mnist: {root} lacks the four idx files and they could not be downloaded ({error})"
+            raise UserError(what, hint=hint, code=DATA) from None
+        return root / "FashionMNIST" / "raw"
+
+    @staticmethod
+    def _path(root: Path, name: str) -> Path | None:
+        return next((path for path in (root / name, root / f"{name}.gz") if path.is_file()), None)
+
+    def _idx(self, name: str) -> NDArray[np.uint8]:
+        """One idx file: magic (0, 0, type 8, rank), the dimensions, the bytes."""
+        path = self._path(self.root, name)
+        assert path is not None, name
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                data = file.read(LARGEST + 1)
+            if data[:3] != b"\0\0\x08" or len(data) > LARGEST:
+                raise ValueError("not an idx file of bytes")
+            shape = np.frombuffer(data, ">u4", data[3], 4)
+            return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+        except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+            raise UserError(f"{path}: damaged ({error})", hint="fetch it again", code=DATA) from None
+
+    def state(self) -> str:
+        digest = hashlib.sha256()
+        for stem in self.FILES.values():
+            digest.update(self._idx(f"{stem}-labels-idx1-ubyte").tobytes())
+        return digest.hexdigest()
+
+    def samples(self) -> Iterator[Sample | Remark]:
+        for split, stem in self.FILES.items():
+            pictures, labels = self._idx(f"{stem}-images-idx3-ubyte"), self._idx(f"{stem}-labels-idx1-ubyte")
+            if len(pictures) != len(labels) or labels.max(initial=0) >= len(self.CLASSES):
+                raise UserError(f"{self.root}: {stem} images and labels do not belong together", code=DATA)
+            pictures = np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
+            for number, (picture, label) in enumerate(zip(pictures, labels.tolist(), strict=True)):
+                name = self.CLASSES[label]
+                caption = f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
+                image = Image.fromarray(picture).convert("RGB")
+                yield Sample(f"{stem}-{number:05d}", image, (caption,), {"label": label}, split)
+
+
+class Shapes(Source):
+    """`samples` training scenes of `training.shapes` and `val_samples` others, none with a held-out pair; several
+    captions each."""
+
+    exact = True
+    CAPTIONS = 4  # of the twenty and more ways to say a scene
+
+    def __init__(self, samples: int, val_samples: int, seed: int, resolution: int) -> None:
+        if samples < 1 or resolution < 32:
+            raise UserError(f"shapes: --samples must be >= 1 and --resolution >= 32 (got {samples}, {resolution})")
+        self.counts = {"train": samples, "val": val_samples}
+        self.name, self.seed, self.resolution, self.total = "shapes", seed, resolution, samples + val_samples
+
+    def state(self) -> str:
+        return repr((self.counts, self.seed, self.resolution))
+
+    def samples(self) -> Iterator[Sample | Remark]:
+        for split, count in self.counts.items():
+            for number in range(count):
+                seed = 2 * (self.seed * 100_000_000 + number) + (split == "val")  # even: training, odd: validation
+                drawn = scene(seed)
+                captions = choose_captions(drawn, self.CAPTIONS, seed)
+                image = Image.fromarray(render(drawn, self.resolution))
+                yield Sample(f"{split}-{number:08d}", image, captions, {"scene": asdict(drawn)}, split)

@@ -1,0 +1,1 @@
+"""Pictures as pixels: decoding, grids, strips, pages."""

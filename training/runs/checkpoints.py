@@ -1,0 +1,237 @@
+"""Checkpoints: staged, fsynced, hashed in a manifest, renamed, pointed to, pruned; one layout for any world size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import CHECKPOINT, NUMERICAL, UserError
+from training.files import (
+    disk_error,
+    file_sha256,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
+from training.machine.faults import fault
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+FORMAT = 1
+TENSOR_FILES = ("model", "ema", "optimizer")
+NAME = re.compile(r"step-\d{8,}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on: named tensors by file, and the plain state beside them."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]  # "model" | "ema" | "optimizer" -> name -> tensor
+    state: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run. Only one process may write.
+
+    Kept are the newest `keep_last`, any that holds a file named `pinned`, and with `keep_best` the one of the lowest
+    `score` in its state.
+    """
+
+    def __init__(self, run: Path, keep_last: int = 2, *, keep_best: bool = False) -> None:
+        self.folder, self.keep_last, self.keep_best = run / "checkpoints", keep_last, keep_best
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write one checkpoint durably, point `latest` to it, prune old ones.
+
+        Raises UserError for weights that are not finite (older checkpoints stay as they are) and for a full disk.
+        """
+        refuse_non_finite({**checkpoint.tensors["model"], **checkpoint.tensors["ema"]})
+        target = self.folder / f"step-{checkpoint.step:08d}"
+        staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(self.folder.parent)  # what is made durable inside is lost without its folder's own name
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            fault("checkpoint.staging")
+            for name in TENSOR_FILES:
+                save_tensors(staging / f"{name}.safetensors", checkpoint.tensors[name])
+                fault("checkpoint.file")
+            write_json(staging / "state.json", dict(checkpoint.state))
+            fault("checkpoint.file")
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
+            write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+            fault("checkpoint.manifest")
+            if target.exists():  # the same step again, after a resume from an earlier one
+                self._remove(target)
+            fault("checkpoint.rename")
+            staging.replace(target)
+            sync_folder(self.folder)
+            fault("checkpoint.latest")
+            write_bytes(self.folder / "latest", f"{target.name}\n".encode())
+        except OSError as failure:
+            raise disk_error(target, failure) from None
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.prune(target)
+        return target
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read one checkpoint, verified. Raises UserError naming the first damage."""
+        if reason := damage(path):
+            raise UserError(
+                f"checkpoint {path.name} is damaged ({reason})",
+                hint="use --resume auto to take the newest sound one",
+                code=CHECKPOINT,
+            )
+        tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
+        manifest = json.loads((path / "manifest.json").read_text())
+        return Checkpoint(int(manifest["step"]), tensors, read_json(path / "state.json"))
+
+    def newest(self) -> Path | None:
+        """The newest sound checkpoint, damaged ones passed over with a warning; None where there is none at all.
+
+        Raises UserError where every checkpoint is damaged: a run never silently starts again from zero.
+        """
+        found = sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+        broken: list[str] = []
+        for path in found:
+            if not (reason := damage(path)):
+                for text in broken:
+                    print(f"warning: {text}; using {path.name}", file=sys.stderr)
+                return path
+            broken.append(f"checkpoint {path.name} is damaged ({reason})")
+        if found:
+            raise UserError(
+                f"no usable checkpoint in {self.folder} ({len(found)} found, all damaged)",
+                hint="; ".join(broken),
+                code=CHECKPOINT,
+            )
+        return None
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left. Only for the process that holds the run: a reader would break its save."""
+        for leftover in self.folder.glob(".tmp-step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+            print(f"note: removed unfinished checkpoint {leftover.name}", file=sys.stderr)
+
+    def find(self, resume: str | None) -> Path | None:
+        """The checkpoint that `--resume auto|latest|NAME|PATH` means; None = start fresh.
+
+        Raises UserError where there is none, and for a PATH that is not one of this run's: its step is not this run's.
+        """
+        if not resume:
+            return None
+        if resume in ("auto", "latest"):
+            path = self.newest()
+            if path is None and resume == "latest":
+                raise UserError(
+                    f"no checkpoint in {self.folder}",
+                    hint="use --resume auto to start fresh where there is none",
+                    code=CHECKPOINT,
+                )
+            return path
+        for path in (self.folder / resume, Path(resume)):
+            if path.is_dir() and NAME.fullmatch(path.name) and path.parent.resolve() == self.folder.resolve():
+                return path
+        if Path(resume).is_dir():
+            raise UserError(
+                f"{resume} is not a checkpoint of this run, which has its own in {self.folder}",
+                hint="to begin a new run with the weights of another, give --init-from and another --output",
+                code=CHECKPOINT,
+            )
+        raise UserError(
+            f"no checkpoint {resume}",
+            hint=f"known: {', '.join(sorted(p.name for p in self.folder.glob('step-*'))) or 'none'}",
+            code=CHECKPOINT,
+        )
+
+    def prune(self, last: Path) -> None:
+        """Keep the newest ones up to `last`; later ones belong to a future that a resume from before them gave up."""
+        found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        past = [p for p in found if p.name <= last.name]
+        kept = {*past[-self.keep_last :], *(p for p in found if (p / "pinned").exists())}
+        if self.keep_best and (scores := {p: s for p in past if (s := score(p)) is not None}):
+            kept.add(min(scores, key=lambda p: scores[p]))
+        for path in (p for p in found if p not in kept):
+            try:
+                self._remove(path)
+            except OSError as failure:
+                print(f"warning: could not remove old checkpoint {path.name}: {failure}", file=sys.stderr)
+            fault("checkpoint.prune")
+
+    def _remove(self, path: Path) -> None:
+        """Rename, then delete: a kill in between leaves no half checkpoint, only a folder that `sweep` removes.
+
+        Of a checkpoint that a link keeps elsewhere, the link goes; nothing outside the run is deleted.
+        """
+        if path.is_symlink():
+            path.unlink()
+            return
+        gone = path.with_name(f".tmp-{path.name}-old")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.replace(gone)
+        shutil.rmtree(gone)
+
+
+def score(path: Path) -> float | None:
+    """The validation score saved with a checkpoint, lower is better; None where it has none."""
+    try:
+        value = json.loads((path / "state.json").read_text("utf-8")).get("score")
+        return float(value) if value is not None and math.isfinite(value) else None
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def damage(path: Path) -> str:
+    """Why a checkpoint folder cannot be trusted; empty where every file matches the manifest.
+
+    Raises UserError where the format is newer than this program.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        files, written, _ = manifest["files"], int(manifest["format"]), int(manifest["step"])
+        if written > FORMAT:
+            raise UserError(
+                f"checkpoint format {written} is newer than this program understands ({FORMAT})",
+                hint="update this package",
+                code=CHECKPOINT,
+            )
+        for name in (*(f"{t}.safetensors" for t in TENSOR_FILES), "state.json"):
+            if name not in files:
+                return f"{name} is not in the manifest"
+            if not (path / name).is_file() or (path / name).is_symlink():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != files[name]["bytes"]:
+                return f"{name}: size differs"
+            if file_sha256(path / name) != files[name]["sha256"]:
+                return f"{name}: sha256 differs"
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return "manifest.json is missing or unreadable"
+    return ""
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError (exit 5) where any tensor holds NaN or infinity: bad weights never rotate good ones away."""
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"refusing to save: {len(bad)} tensors are not finite (first: {bad[0]})",
+            hint="lower --lr, or use --mixed-precision no",
+            code=NUMERICAL,
+        )

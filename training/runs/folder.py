@@ -1,0 +1,182 @@
+"""Run folders: what a run is made from, where it stands, what it exports, and how any later step loads it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import CHECKPOINT, DISK, UserError
+from training.files import (
+    PARTIAL,
+    disk_error,
+    hold,
+    read_json,
+    remove_partials,
+    sync_folder,
+    write_json,
+)
+from training.settings import decoding
+
+if TYPE_CHECKING:
+
+    pass
+
+# Keys that may change between a run and its resumption; everything else is part of what the run is.
+MUTABLE = {
+    f"train.{key}"
+    for key in (
+        "max_steps",
+        "micro_batch_size",
+        "num_workers",
+        "compile",
+        "log_every",
+        "save_every",
+        "save_async",
+        "keep_last",
+        "keep_best",
+        "spike_factor",
+        "sample_every",
+        "validation_size",
+    )
+}
+MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
+# What run.json may hold besides stage, status and step, as far as it is read again.
+KINDS = {**dict.fromkeys(("versions", "environment", "data", "hashes", "teacher", "vision"), dict), "resumes": list}
+
+
+class Run:
+    """A run folder being written by this program."""
+
+    def __init__(
+        self, folder: Path, stage: str, config: decoding.Config, resume: str | None, *, other_batch: bool = False
+    ) -> None:
+        """Claim `folder`; `other_batch` allows another global batch than the run's.
+
+        Raises UserError where it is a file, in use, another run, or one not asked to be resumed.
+        """
+        self.folder, self.stage, self.config = folder, stage, config
+        self.mutable = MUTABLE | ({"train.batch_size"} if other_batch else set())
+        self.resumes: list[dict[str, Any]] = []
+        self.environment: dict[str, Any] = {}
+        values = decoding.to_values(config)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file", hint="choose another --output", code=DISK)
+        if old := record(folder):
+            self._same(old, values, resume)
+        elif folder.is_dir() and not _barely_begun(folder, values):
+            raise UserError(f"{folder} is not empty and holds no run", hint="choose another --output", code=CHECKPOINT)
+        try:
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(folder.parent)
+            self.lock = hold(folder)
+            remove_partials(folder)
+        except OSError as failure:
+            raise disk_error(folder, failure) from None
+
+    def _same(self, old: dict[str, Any], values: decoding.Values, resume: str | None) -> None:
+        if old["stage"] != self.stage:
+            raise UserError(
+                f"{self.folder} holds a run of the {old['stage']} stage",
+                hint="choose another --output",
+                code=CHECKPOINT,
+            )
+        if not resume:
+            raise UserError(
+                f"{self.folder} already holds a run",
+                hint="use --resume auto to go on with it, or another --output",
+                code=CHECKPOINT,
+            )
+        # Decoded, so that keys newer than the run stand at their defaults.
+        before = decoding.to_values(decoding.decode(self.stage, read_json(self.folder / "config.json")))
+        changes = decoding.diff(before, values)
+        fixed = [
+            c
+            for c in changes
+            if (key := c.partition(":")[0]) not in self.mutable and key.partition(".")[0] not in MUTABLE_SECTIONS
+        ]
+        if fixed:
+            raise UserError(
+                "the config differs from the run's:\n       " + "\n       ".join(fixed),
+                hint=f"repeat the run's own with --config {self.folder}/config.json, or use another --output",
+                code=CHECKPOINT,
+            )
+        for change in changes:
+            print(f"note: {change}", file=sys.stderr)
+
+    def describe(self, status: str, step: int, facts: Mapping[str, Any]) -> None:
+        """Write config.json and run.json: versions, hashes and where the run stands."""
+        stands = {"format": 1, "stage": self.stage, "status": status, "step": step}
+        made_with = {"versions": versions(), "environment": self.environment, "resumes": self.resumes}
+        write_json(self.folder / "config.json", decoding.to_values(self.config))
+        write_json(self.folder / "run.json", {**stands, **made_with, **facts})
+
+    def went_on(self, step: int, environment: Mapping[str, Any]) -> None:
+        """Note what this part of the run is computed with; a resume at `step` with something else is said aloud."""
+        self.environment = dict(environment)
+        old = record(self.folder)
+        self.resumes = list(old.get("resumes", []))
+        before = {**old.get("versions", {}), **old.get("environment", {})}
+        changed = [
+            f"{name} {before[name]} -> {value}"
+            for name, value in {**versions(), **environment}.items()
+            if before.get(name, value) != value
+        ]
+        if step and changed:
+            self.resumes.append({"step": step, "changed": changed})
+            print(f"warning: bit-exactness is not guaranteed across {', '.join(changed)}", file=sys.stderr)
+
+    def same_ingredients(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
+        old = record(self.folder)
+        for group, known in facts.items():
+            for name, value in known.items():
+                if (before := old.get(group, {}).get(name, value)) != value:
+                    raise UserError(
+                        f"this run was made with {group} {name} {str(before)[:12]}, now given {value[:12]}",
+                        hint="give what the run began with, or start another from its weights with --init-from",
+                        code=CHECKPOINT,
+                    )
+
+    def leave(self) -> None:
+        """Give the folder back."""
+        self.lock.truncate(0)
+        self.lock.close()
+
+    def finished(self) -> bool:
+        """Whether the run has exported its last step, as far as its config asks now."""
+        old = record(self.folder)
+        return bool(old) and old["status"] == "finished" and bool(old["step"] >= self.config.train.max_steps)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What a run's run.json holds; empty where there is none. Raises UserError where it is no record of a run."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    old = read_json(path)
+    if isinstance(old, dict):
+        kinds = {"stage": str, "status": str, "step": int, **{key: KINDS[key] for key in KINDS.keys() & old.keys()}}
+        if all(isinstance(old.get(key), kind) for key, kind in kinds.items()):
+            return old
+    raise UserError(f"{path}: is not the record of a run", hint="use another --output", code=CHECKPOINT)
+
+
+def _barely_begun(folder: Path, values: decoding.Values) -> bool:
+    """Whether nothing lies there but what a run of these values leaves when killed before its run.json."""
+    names = {p.name for p in folder.iterdir() if p.suffix != PARTIAL} - {".lock"}
+    return not names or (names == {"config.json"} and read_json(folder / "config.json") == values)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run may depend on."""
+    known = {}
+    for package in ("torch", "torchvision", "transformers", "accelerate", "lpips", "numpy"):
+        known[package] = metadata.version(package)
+    return {"python": platform.python_version(), **known}
+
+

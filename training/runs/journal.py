@@ -1,0 +1,149 @@
+"""What a run tells: one progress line, metrics.jsonl (step-determined values), timing.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from training.files import disk_error, sync_folder
+from training.machine.faults import fault
+from training.settings.sections import Train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Journal:
+    """Collects values on the device and writes them every `log_every` steps: logging does not synchronise each step."""
+
+    def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
+        self.run, self.train, self.accelerator = run, train, accelerator
+        self.rows: list[tuple[int, dict[str, Tensor], float]] = []
+        self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
+        self.board: Any = None
+        if accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+            with self._optional():
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(run / "tensorboard"))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def record(self, step: int, values: dict[str, Tensor], rate: float) -> None:
+        """Note the values of `step`; write and show them when it is time."""
+        self.rows.append((step, values, rate))
+        if step % self.train.log_every == 0 or step == self.train.max_steps:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Write all noted steps, averaged over processes. Collective: every process calls it at the same step."""
+        if not self.rows:
+            return
+        flat = [values[n].detach().float().reshape(()) for _, values, _ in self.rows for n in sorted(values)]
+        numbers = iter(self.accelerator.reduce(torch.stack(flat), "mean").tolist())
+        rows = [{"step": s, "lr": rate, **{n: next(numbers) for n in sorted(values)}} for s, values, rate in self.rows]
+        self.rows = []
+        if self.accelerator.is_main_process:
+            self._append("metrics.jsonl", rows)
+            self._show(step, rows)
+            with self._optional():
+                for row in rows if self.board else []:
+                    for name in row.keys() - {"step"}:
+                        self.board.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
+        """Write the numbers and pictures of an evaluation (main process)."""
+        self._append("metrics.jsonl", [{"step": step, **{f"val/{k}": v for k, v in numbers.items()}}])
+        print(
+            f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}", file=sys.stderr
+        )
+        if self.board:
+            with self._optional():
+                for name, value in numbers.items():
+                    self.board.add_scalar(f"val/{name}", value, step)
+                for picture in sorted(folder.glob("*.png")):
+                    self._picture(picture, step)
+                self.board.flush()
+        self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
+
+    def state(self) -> dict[str, Any]:
+        """Plain state for checkpoints: how far metrics.jsonl reached, and that far it is on disk."""
+        path = self.run / "metrics.jsonl"
+        if not path.exists():
+            return {"metrics_bytes": 0}
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_folder(self.run)  # the file's name, too, which may be new
+        return {"metrics_bytes": path.stat().st_size}
+
+    def resume(self, step: int, state: dict[str, Any]) -> None:
+        """Cut metrics.jsonl back to the checkpoint, so that no step is logged twice."""
+        self.first = step
+        path = self.run / "metrics.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            os.truncate(path, min(path.stat().st_size, int(state["metrics_bytes"])))
+
+    def restart(self) -> None:
+        """A run without a checkpoint starts over: what it had written is not part of it."""
+        self.resume(-1, {"metrics_bytes": 0})
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        path = self.run / name
+        try:
+            fault("metrics")
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as failure:
+            raise disk_error(path, failure) from None
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Whatever goes wrong with TensorBoard inside turns it off, said once: metrics.jsonl holds everything."""
+        try:
+            yield
+        except Exception as failure:
+            self.board = None
+            print(f"warning: no TensorBoard log ({failure}); metrics.jsonl holds everything", file=sys.stderr)
+
+    def _show(self, step: int, rows: list[dict[str, Any]]) -> None:
+        now, done = time.perf_counter(), step - max(self.first, rows[0]["step"] - 1)
+        seconds = (now - self.since) / max(1, done)
+        share = self.waited / max(1e-9, now - self.since)
+        self.since, self.waited, self.first = now, 0.0, step
+        cuda = self.accelerator.device.type == "cuda"
+        memory = (
+            torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        rate = self.train.batch_size / seconds
+        self._append(
+            "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]
+        )
+        mean = sum(row["loss"] for row in rows) / len(rows)
+        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
+        print(
+            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {rate:.1f} images/s  "
+            f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}",
+            file=sys.stderr,
+        )
+
+    def _picture(self, path: Path, step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        self.board.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")

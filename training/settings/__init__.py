@@ -1,0 +1,1 @@
+"""Configs, their families of kinds, and the command line. Free of torch."""

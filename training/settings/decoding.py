@@ -1,0 +1,292 @@
+"""Configs: TOML or JSON in, one frozen typed object out, every mistake at once with file and line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import UserError
+from training.settings.families import meant, unknown_key, unknown_kind
+from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
+
+if TYPE_CHECKING:
+    from autoencoder.discriminator import Discriminator
+    from ldm.schedules import NoiseSchedule
+
+LARGEST = 1 << 20  # bytes a config file may have
+Values = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Stage one: the model, its losses and critic, and how long to train."""
+
+    model: Any
+    loss: Loss
+    latent: Any
+    discriminator: Discriminator
+    optimizer: Optimizer
+    train: Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """Stage two: backbone and text encoder, the process it learns, and how pictures are sampled."""
+
+    backbone: Any
+    text: Any
+    conditioning: Conditioning
+    schedule: NoiseSchedule
+    prediction: Any
+    times: Any
+    weighting: Any
+    pairing: Any
+    optimizer: Optimizer
+    train: Train
+    sample: Sample
+    sampler: Any
+    grid: Any
+    guidance: Any
+
+
+Config = AutoencoderConfig | DenoiserConfig
+STAGES: dict[str, type] = {"autoencoder": AutoencoderConfig, "denoiser": DenoiserConfig}
+
+
+@cache
+def sections(stage: str) -> dict[str, tuple[type, ...]]:
+    """The sections of a stage's config, each with the kinds it may hold; the first kind is the default."""
+    shared = {"optimizer": (Optimizer,), "train": (Train,)}
+    if stage == "autoencoder":
+        from autoencoder import AUTOENCODERS
+        from autoencoder.discriminator import DISCRIMINATORS
+        from autoencoder.regularisers import LATENT_REGULARISERS
+
+        losses = {"loss": (Loss,), "latent": LATENT_REGULARISERS, "discriminator": DISCRIMINATORS}
+        return {"model": AUTOENCODERS, **losses, **shared}
+    from ldm.backbones import BACKBONES
+    from ldm.grids import GRIDS
+    from ldm.guidance import GUIDANCES
+    from ldm.pairing import PAIRINGS
+    from ldm.predictions import PREDICTIONS
+    from ldm.samplers import SAMPLERS
+    from ldm.schedules import SCHEDULES
+    from ldm.text import TEXT_ENCODERS
+    from ldm.times import TIMES
+    from ldm.weighting import WEIGHTINGS
+
+    process = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
+    sampling = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
+    networks = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
+    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling}
+
+
+def kinds(members: tuple[type, ...]) -> list[str]:
+    """The names by which the members of a family are chosen (empty for a section of one plain kind)."""
+    return [str(f.default) for m in members for f in dataclasses.fields(m) if f.name == "kind"]
+
+
+def names(stage: str) -> list[str]:
+    """The configs that come with the package, as `--config NAME` takes them."""
+    return sorted(
+        p.name.removesuffix(".toml") for p in (resources.files("configs") / stage).iterdir() if p.name.endswith(".toml")
+    )
+
+
+def load(stage: str, source: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Read config NAME or FILE, lay `section.key -> text` overrides over it, and validate the whole.
+
+    Raises UserError listing every unknown key, wrong type and refused value.
+    """
+    text, where = _read(stage, source)
+    values = overlay(_parse(text, where), overrides or {})
+    lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
+    return decode(stage, values, lines)
+
+
+def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
+    """Values with `section.key -> text` laid over them."""
+    merged = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    for key, raw in overrides.items():
+        section, _, name = key.partition(".")
+        if isinstance(part := merged.setdefault(section, {}), dict):
+            part[name] = _literal(raw)
+    return merged
+
+
+def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
+    """Plain sections -> typed config. `lines` names the place of each `section.key` for error messages."""
+    problems: list[str] = []
+    parts: dict[str, Any] = {}
+    known = sections(stage)
+    for name in values.keys() - known.keys():
+        problems.append(_at(lines, name) + f"unknown section [{name}]{meant(name, list(known))}")
+    for name, members in known.items():
+        section = values.get(name, {})
+        if not isinstance(section, dict):
+            problems.append(_at(lines, name) + f"{name}: expected a section [{name}], got {json.dumps(section)}")
+            continue
+        part, wrong = _section(name, members, section)
+        parts[name] = part
+        problems += [_at(lines, key) + message for key, message in wrong]
+    if problems:
+        raise UserError(
+            "\n       ".join(sorted(problems)),
+            hint=f"see the keys with --print-config, or start from: {', '.join(names(stage))}",
+        )
+    return STAGES[stage](**parts)  # type: ignore[no-any-return]
+
+
+def to_values(config: Config) -> Values:
+    """The whole config as plain JSON data; `decode` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def diff(old: Values, new: Values) -> list[str]:
+    """The keys in which two configs differ, as `section.key: old -> new`."""
+    flat = [{f"{s}.{k}": v for s, section in side.items() for k, v in section.items()} for side in (old, new)]
+    keys = sorted(flat[0].keys() | flat[1].keys())
+    return [f"{k}: {flat[0].get(k)} -> {flat[1].get(k)}" for k in keys if flat[0].get(k) != flat[1].get(k)]
+
+
+def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
+    from pydantic import ValidationError
+
+    allowed = kinds(members)
+    if allowed:
+        values = {"kind": allowed[0], **values}
+        if values["kind"] not in allowed:
+            return None, [(f"{name}.kind", unknown_kind(name, str(values["kind"]), allowed))]
+    member = members[allowed.index(values["kind"])] if allowed else members[0]
+    known = [f.name for f in dataclasses.fields(member)]
+    wrong = [(f"{name}.{k}", _unknown(name, k, known, members, values)) for k in values if k not in known]
+    try:
+        plain = json.dumps({k: v for k, v in values.items() if k in known}, default=str)  # TOML also has dates
+        return _adapter(member).validate_json(plain, strict=True), wrong
+    except ValidationError as failure:
+        for error in failure.errors():
+            place = [str(p) for p in error["loc"]]
+            reason, field = _reason(error), place[0] if place else ""
+            if not place and (found := re.match(r"(\w+): ", reason)) and found[1] in known:
+                reason, field = reason[found.end() :], found[1]  # a member's own check that names its key
+            key = f"{name}.{field}" if field else name
+            wrong.append((key, f"{key}: {reason}"))
+        return None, wrong
+
+
+def _unknown(name: str, key: str, known: list[str], members: tuple[type, ...], values: dict[str, Any]) -> str:
+    """What to say of a key that the chosen kind does not have: whose it is, or what may have been meant."""
+    owners = kinds(tuple(m for m in members if key in {f.name for f in dataclasses.fields(m)}))
+    if not owners:
+        return unknown_key(name, key, known)
+    takes = ", ".join(k for k in known if k != "kind") or "no keys"
+    return f"'{name}.{key}' belongs to kind {', '.join(owners)}; kind {values['kind']} takes {takes}"
+
+
+@cache
+def _adapter(member: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    # The families are plain dataclasses, free of pydantic; the attribute is how pydantic lets such a class be strict.
+    member.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
+    return TypeAdapter(member)
+
+
+def _reason(error: Any) -> str:
+    got = json.dumps(error["input"], default=str)
+    expected = {
+        "float_type": "a number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "tuple_type": "a list",
+        "finite_number": "a finite number",
+    }.get(error["type"])
+    if expected:
+        return f"expected {expected}, got {got}"
+    return f"{error['msg'].removeprefix('Value error, ')}" + ("" if error["type"] == "value_error" else f", got {got}")
+
+
+def _read(stage: str, source: str) -> tuple[str, str]:
+    path = Path(source)
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if not path.is_file():
+        packaged = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
+        if not packaged.is_file():
+            raise UserError(
+                f"no config named '{source}'{meant(source, names(stage))}",
+                hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file",
+            )
+        return packaged.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
+    if path.stat().st_size > LARGEST:
+        what = f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})"
+        raise UserError(what, hint="is this the right file?")
+    try:
+        return path.read_text("utf-8"), str(path)
+    except UnicodeDecodeError as failure:
+        raise UserError(f"{path}: not UTF-8 (byte {failure.start})", hint="save the file as UTF-8") from None
+
+
+def _parse(text: str, where: str) -> Values:
+    try:
+        in_json = where.endswith(".json") and text.lstrip()[:1] in ("{", "[")
+        values = json.loads(text, object_pairs_hook=_unique) if in_json else tomllib.loads(text)
+    except (ValueError, RecursionError) as failure:
+        found = re.search(r"(overwrite|twice).*\(at line (\d+)", str(failure))
+        if found:
+            key = text.splitlines()[int(found[2]) - 1].partition("=")[0].strip()
+            raise UserError(f"{where}:{found[2]}: '{key}' is given twice", hint="keep one of them") from None
+        raise UserError(f"{where}: {failure}", hint="mend the file at the place named") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{where}: expected sections of keys, got a list",
+            hint="start from a packaged config: --print-config shows one",
+        )
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ: json itself silently keeps the last."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"'{twice[0]}' is given twice")
+    return dict(pairs)
+
+
+def _lines(text: str) -> Iterator[tuple[str, int]]:
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := re.match(r"\s*\[([\w-]+)\]", line):
+            section = found[1]
+            yield section, number
+        elif found := re.match(r"\s*\"?([\w-]+)\"?\s*[=:]\s*({?)", line):
+            section = found[1] if found[2] else section
+            yield section if found[2] else f"{section}.{found[1]}" if section else found[1], number
+
+
+def _literal(raw: str) -> Any:
+    """The text of a flag as the value it spells: number, true/false, list (also `1,2,3`), else the text itself."""
+    for attempt in (raw, f"[{raw}]" if "," in raw else raw):
+        try:
+            return json.loads(attempt)
+        except json.JSONDecodeError:
+            continue
+    try:
+        return float(raw)  # 1e-4 is JSON, but .5 and 1E-4 are not all
+    except ValueError:
+        return raw
+
+
+def _at(lines: Mapping[str, str] | None, key: str) -> str:
+    place = (lines or {}).get(key) or (lines or {}).get(key.partition(".")[0])
+    return f"{place}: " if place else ""

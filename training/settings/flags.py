@@ -1,0 +1,241 @@
+"""The command line that every script shares: flags, aliases, and how errors leave the program. Free of torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from training.errors import CHECKPOINT, USAGE, UserError
+from training.settings.families import FAMILIES, kinds, meant, unknown_key, unknown_kind
+from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
+
+# Flags that stand for a config key, with the names that users of diffusers' training scripts know.
+KEYS = {
+    "max-steps": ("train.max_steps", "optimiser steps in all", ["max-train-steps"]),
+    "batch-size": ("train.batch_size", "images per optimiser step, over all processes", []),
+    "micro-batch-size": ("train.micro_batch_size", "images per process and backward, or auto", ["train-batch-size"]),
+    "lr": ("optimizer.lr", "learning rate", ["learning-rate"]),
+    "seed": ("train.seed", "seed of weights, order and noise", []),
+    "save-every": ("train.save_every", "steps between checkpoints", ["checkpointing-steps"]),
+    "keep-last": ("train.keep_last", "checkpoints kept", ["checkpoints-total-limit"]),
+    "sample-every": ("train.sample_every", "steps between pictures and validation", ["validation-steps"]),
+    "num-workers": ("train.num_workers", "loader processes", ["dataloader-num-workers"]),
+    "mixed-precision": ("train.mixed_precision", "no, bf16 or fp16", []),
+    "lr-warmup-steps": ("optimizer.warmup", "steps in which the rate rises", []),
+    "lr-scheduler": ("optimizer.decay", "constant, cosine or linear, after the warm-up", []),
+    "max-grad-norm": ("optimizer.clip", "largest gradient norm; 0 = no clipping", []),
+    "adam-weight-decay": ("optimizer.weight_decay", "weight decay", []),
+}
+ALIASES = {
+    "output-dir": "output",
+    "resume-from-checkpoint": "resume",
+    "gradient-accumulation": "gradient-accumulation-steps",
+} | {alias: flag for flag, (_, _, aliases) in KEYS.items() for alias in aliases}
+# Sections of one kind, whose keys and numbers can be judged without torch; `configs.decode` judges all the rest.
+PLAIN: dict[str, type] = {
+    "conditioning": Conditioning, "loss": Loss, "optimizer": Optimizer, "sample": Sample, "train": Train,
+}  # fmt: skip
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults where there are any, and keeps the layout of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, False, "", [], argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are UserErrors, and which reads `--a_b` as `--a-b`."""
+
+    def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        raise UserError(message, hint=f"{self.prog} --help lists the flags", code=USAGE)
+
+    def read(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
+        args = self.parse_args(self._spelled(argv))
+        check_inputs(args)
+        return args
+
+    def read_with_keys(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """As `read`, but unknown `--section.key value` pairs are kept: `.overrides` maps `section.key` to its text."""
+        args = self._keyed(argv)
+        check_keys({"sampler.kind": args.sampler, **args.overrides} if args.sampler else args.overrides)
+        check_inputs(args)
+        return args
+
+    def _keyed(self, argv: list[str] | None) -> argparse.Namespace:
+        args, rest = self.parse_known_args(self._spelled(argv))
+        args.overrides = self._dotted(rest)
+        return args
+
+    def _spelled(self, argv: list[str] | None) -> list[str]:
+        return [spelled(word) for word in (sys.argv[1:] if argv is None else argv)]
+
+    def _dotted(self, rest: list[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        words = iter(rest)
+        for word in words:
+            flag, equals, value = word[2:].partition("=")
+            if not word.startswith("--") or "." not in flag:
+                known = [option for option in self._option_string_actions if option.startswith("--")]
+                self.error(f"unrecognized argument: {word}{meant(word.partition('=')[0], known, cutoff=0.6)}")
+            try:
+                found[flag] = value if equals else next(words)
+            except StopIteration:
+                self.error(f"{word}: expected a value")
+        return found
+
+
+def spelled(word: str) -> str:
+    """`--train_batch_size=4` -> `--micro-batch-size=4`; config keys keep their underscores."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    flag = flag.replace("-", "_") if "." in flag else flag.replace("_", "-")
+    return "--" + ALIASES.get(flag, flag) + equals + value
+
+
+def check_keys(overrides: Mapping[str, str]) -> None:
+    """Refuse what shows to be wrong of `section.key -> text` before torch is loaded: kinds, plain keys and numbers.
+
+    Raises UserError with all of it.
+    """
+    problems = [f"command line: {reason}" for key, text in overrides.items() if (reason := _wrong(key, text))]
+    if problems:
+        raise UserError("\n       ".join(problems), hint="--print-config shows every key, --help every kind")
+
+
+def _wrong(key: str, text: str) -> str:
+    section, _, name = key.partition(".")
+    if name == "kind" and section in FAMILIES:
+        known = kinds(section)
+        return "" if text in known else unknown_kind(section, text, known)
+    if section not in PLAIN:
+        return ""
+    types = {field.name: field.type for field in dataclasses.fields(PLAIN[section])}
+    if name not in types:
+        return unknown_key(section, name, list(types))
+    try:
+        float(text if types[name] in ("int", "float") else 0)
+    except ValueError:
+        expected = "a whole number" if types[name] == "int" else "a number"
+        return f"{key}: expected {expected}, got {json.dumps(text)}"
+    return ""
+
+
+def check_least(args: argparse.Namespace, least: Mapping[str, int], hint: str = "") -> None:
+    """Raises UserError for a number below the least that means anything."""
+    for name, number in least.items():
+        if (given := getattr(args, name)) < number:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least {number} (got {given})", hint=hint)
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Refuse runs and folders of shards that are not there, before torch is loaded. Raises UserError."""
+    for run in (getattr(args, name, None) for name in ("model", "autoencoder")):
+        if run is not None and not Path(run).is_dir():
+            hint = "give a run folder, its final/ or one of its checkpoints"
+            raise UserError(f"{run}: no such run", hint=hint, code=CHECKPOINT)
+    for folder in (getattr(args, name, None) for name in ("data", "latents")):
+        if folder and ":" not in str(folder):  # an address is read, or refused, by those who know its kind
+            from training.shards.index import read_index
+
+            read_index(folder)
+
+
+class TrainParser(Parser):
+    """The flags of both training scripts, plus any config key as `--section.key value`."""
+
+    def __init__(self, description: str, stage: str, example: str) -> None:
+        super().__init__(
+            description,
+            epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
+        )
+        self.stage, self.source = stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
+        self.data = self.add_argument_group("data")
+        text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
+        self.data.add_argument("--on-bad-data", choices=("error", "skip"), default="skip", help=text)
+        add_cache(self.data)
+        run = self.add_argument_group("run")
+        run.add_argument(
+            "--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file"
+        )
+        run.add_argument("--output", metavar="DIR", help="the run folder")
+        run.add_argument(
+            "--resume",
+            metavar="auto|latest|PATH",
+            help="auto: newest sound checkpoint, or start fresh; latest: it must exist",
+        )
+        run.add_argument(
+            "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
+        )
+        run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
+        run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+        run.add_argument("--dry-run", action="store_true", help="check config, data and model, then stop")
+        run.add_argument("--debug", action="store_true", help="show tracebacks")
+        keys = self.add_argument_group("config keys with a flag of their own")
+        for flag, (key, text, aliases) in KEYS.items():
+            also = f" (also --{', --'.join(aliases)})" if aliases else ""
+            keys.add_argument(f"--{flag}", metavar="X", default=argparse.SUPPRESS, help=f"{text}; sets {key}{also}")
+        keys.add_argument(
+            "--gradient-accumulation-steps",
+            metavar="X",
+            type=int,
+            default=argparse.SUPPRESS,
+            help="backward passes per optimiser step; follows from the batch sizes when not given",
+        )
+
+    def read_training(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """As `read_with_keys`, the flags that stand for a config key among the overrides, and no path missing."""
+        from training.settings.decoding import names
+
+        args = self._keyed(argv)
+        flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
+        args.overrides = flags | args.overrides
+        check_keys(args.overrides)
+        known = Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
+        if known and not args.print_config:  # a config that is not there is told first, when it is read
+            self._check_paths(args)
+        return args
+
+    def _check_paths(self, args: argparse.Namespace) -> None:
+        if not getattr(args, self.source):
+            raise UserError(f"--{self.source} is missing", hint=f"name the folder of shards: --{self.source} DIR")
+        if not args.output and not args.dry_run:
+            raise UserError("--output is missing", hint="name the run folder: --output runs/NAME")
+        check_inputs(args)
+
+
+def add_cache(group: Any) -> None:
+    """The flags of data that lie at an address."""
+    text = "where shards read from an address (s3://, https:// ...) are kept; the user's cache folder if not given"
+    group.add_argument("--cache-dir", metavar="DIR", help=text)
+    text = "of these shards, GB; those not read for longest are removed"
+    group.add_argument("--cache-size", metavar="GB", type=float, default=20.0, help=text)
+
+
+def run_main(function: Callable[[], object]) -> None:
+    """Run a script's main: a UserError becomes its sentence and exit code, Ctrl-C exit code 130."""
+    debug = "--debug" in sys.argv
+    try:
+        function()
+    except UserError as problem:
+        if debug:
+            raise
+        print(problem, file=sys.stderr)
+        sys.exit(problem.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output closed it, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)

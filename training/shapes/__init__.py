@@ -1,0 +1,1 @@
+"""The embedded data set: captioned pictures of simple shapes, drawn, worded and judged."""

@@ -1,0 +1,1 @@
+"""Tars of samples and their index, on disk or at an address."""

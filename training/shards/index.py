@@ -1,0 +1,94 @@
+"""index.json of a folder of shards: what each shard holds, written once, read and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from training.errors import DATA, UserError
+from training.files import file_sha256, leads_out, write_json
+from training.shards.offset_index import again, open_index
+from training.shards.tars import is_safe
+
+SPLITS = ("train", "val", "test")
+INDEX = "index.json"
+FORMAT = 1
+Kind = Literal["images", "latents"]
+LARGEST_INDEX = 64 << 20  # bytes: some 300,000 shards
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as `index.json` lists it; `name` is the tar's file name."""
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def write_index(directory: Path, infos: Iterable[ShardInfo], summary: Mapping[str, Any], kind: Kind = "images") -> None:
+    """Writes `DIR/index.json`, the last act: shards by name, and whatever `summary` holds (JSON values).
+
+    Raises ValueError without shards.
+    """
+    shards = sorted(infos, key=lambda info: info.name)
+    if not shards:
+        raise ValueError("an index needs at least one shard")
+    fields: set[str] = set()
+    for info in shards:
+        fields.update(open_index(directory / info.name).fields)
+    splits = sorted({info.split for info in shards})
+    counts = {split: sum(info.samples for info in shards if info.split == split) for split in splits}
+    index = {
+        "format": FORMAT,
+        "kind": kind,
+        "fields": sorted(fields),
+        "shards": [asdict(info) for info in shards],
+        "summary": {"counts": counts, **summary},
+    }
+    write_json(directory / INDEX, index)
+
+
+def _is_sound(info: ShardInfo) -> bool:
+    """Whether what index.json says of a shard has the right types, and a name that stays in the folder."""
+    numbers = all(type(number) is int and number >= 0 for number in (info.samples, info.bytes))
+    texts = all(isinstance(text, str) for text in (info.name, info.split, info.sha256))
+    return numbers and texts and is_safe(info.name) and Path(info.name).name == info.name and info.name[-4:] == ".tar"
+
+
+def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[ShardInfo]]:
+    """`DIR/index.json` as (the whole, its shards). Raises UserError(code 3) where it is missing, damaged or of a newer
+    format."""
+    path = Path(directory) / INDEX
+    try:
+        if path.stat().st_size > LARGEST_INDEX or leads_out(path):
+            raise ValueError
+        index = json.loads(path.read_bytes())
+        version = int(index["format"])
+        shards = [ShardInfo(**shard) for shard in index["shards"]] if version <= FORMAT else []
+        sound = index["kind"] in get_args(Kind) and isinstance(index["summary"], dict) and all(map(_is_sound, shards))
+        sound = sound and len({info.name for info in shards}) == len(shards)
+        sound = sound and all(isinstance(field, str) for field in index["fields"])
+    except FileNotFoundError:
+        why = "holds no index.json" if Path(directory).is_dir() else "is not a folder"
+        hint = f"pack one with scripts/make_shards.py pack, or index its tars; {again(Path(directory))}"
+        raise UserError(f"{directory} {why}", hint=hint, code=DATA) from None
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        sound, version = False, FORMAT
+    if version > FORMAT:
+        what = f"{path}: format {version} is newer than this program understands ({FORMAT})"
+        raise UserError(what, hint="update it", code=DATA)
+    if not sound:
+        raise UserError(f"{path}: is not an index of shards", hint=again(Path(directory)), code=DATA)
+    return index, shards
+
+
+def data_facts(folder: str) -> dict[str, Any]:
+    """What names the data of a run: the hash of its index."""
+    return {"index_sha256": file_sha256(Path(folder) / "index.json")}

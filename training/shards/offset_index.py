@@ -1,0 +1,149 @@
+"""A tar's offset index on disk: an npy file beside it, one row a sample, whose rows are read one at a time.
+
+Nothing is mapped and nothing need stay open, so that a set of many thousand shards starts at once and takes little
+memory, however many samples it has.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
+
+import numpy as np
+
+from training.errors import DATA, UserError
+from training.files import leads_out, write_bytes
+from training.shards.tars import BLOCK, Index, index_dtype, stands_before
+
+HEAD = 4096  # bytes that hold the npy header of any index of ours
+SPAN = 16 << 10  # bytes; members of a sample this close are read at once, headers between them and all
+
+
+def index_path(tar: Path) -> Path:
+    """Where a tar's offset index lies."""
+    return tar.with_suffix(".index.npy")
+
+
+def write_tar_index(tar: Path, index: Index) -> None:
+    """Writes a tar's offset index beside it."""
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    write_bytes(index_path(tar), buffer.getvalue())
+
+
+def again(directory: Path) -> str:
+    """The hint of everything that a new index mends."""
+    return f"run: scripts/make_shards.py index {directory}"
+
+
+class Layout(NamedTuple):
+    """Where the rows of an index stand in its file, and what a row is: key, then offset and size of each field."""
+
+    start: int
+    rows: int
+    fields: tuple[str, ...]
+    row: Struct
+
+    def places(self, data: bytes) -> tuple[bytes, dict[str, tuple[int, int]]]:
+        """One row as (key, field -> (offset, size)), the fields that the sample has."""
+        key, *numbers = self.row.unpack(data)
+        pairs = zip(self.fields, zip(numbers[::2], numbers[1::2], strict=True), strict=True)
+        return key.rstrip(b"\0"), {field: place for field, place in pairs if place[0]}
+
+
+@lru_cache(maxsize=256)
+def _layout(header: bytes) -> Layout:
+    """The layout that an npy header describes; most shards of a set share one. Raises ValueError for any other array.
+
+    Nothing but the rows of `index_dtype` is taken, so that no pickle can hide in it.
+    """
+    if header[:8] != b"\x93NUMPY\x01\x00":
+        raise ValueError("not an npy file of version 1.0")
+    file = io.BytesIO(header[8:])
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # it is read as Python source: any of a tokenizer's errors
+        raise ValueError(str(error)) from None
+    names = dtype.names or ()
+    width = dtype[0].itemsize if names else 0
+    if len(shape) != 1 or names[:1] != ("key",) or dtype != index_dtype(width, tuple(names[1:])):
+        raise ValueError("not an index of keys and places")
+    return Layout(8 + file.tell(), shape[0], tuple(names[1:]), Struct(f"<{width}s" + "QI" * (len(names) - 1)))
+
+
+def open_index(tar: Path) -> Layout:
+    """The layout of a tar's offset index. Raises UserError(code 3) where it is missing, damaged or leads elsewhere."""
+    path = index_path(tar)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+            size = 10 + int.from_bytes(head[8:10], "little")
+            layout = _layout((head + file.read(max(0, size - HEAD)))[:size])
+            if os.fstat(file.fileno()).st_size != layout.start + layout.rows * layout.row.size:
+                raise ValueError("cut")
+            if leads_out(path):
+                raise ValueError("a link out of its folder")
+    except (OSError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise UserError(f"{path}: the shard's offset index {reason}", hint=again(tar.parent), code=DATA) from None
+    return layout
+
+
+class Descriptors:
+    """Files held open for reading, the least recently used closed first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, path: str, size: int, offset: int) -> bytes:
+        """At most `size` bytes at `offset`. Raises UserError(code 3) where the file cannot be read."""
+        try:
+            if path in self._open:
+                self._open.move_to_end(path)
+            else:
+                if len(self._open) >= self.limit:
+                    os.close(self._open.popitem(last=False)[1])
+                self._open[path] = os.open(path, os.O_RDONLY)
+            return os.pread(self._open[path], size, offset)
+        except OSError as error:
+            what = f"{path}: cannot be read at byte {offset:,} ({error.strerror})"
+            raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(path).parent}", code=DATA) from None
+
+    def close(self) -> None:
+        """Closes all of them."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def members(
+    read: Callable[[int, int], bytes], tar: str, end: int, key: str, places: Mapping[str, tuple[int, int]]
+) -> dict[str, bytes]:
+    """The bytes at `places` of a tar of `end` bytes, in one `read(size, offset)` where they lie together, as those of
+    one sample do. Raises UserError(code 3) where they are not what the index says."""
+    found: dict[str, bytes] = {}
+    if not places:
+        return found
+    low = min(offset for offset, _ in places.values()) - BLOCK
+    high = max(offset + size for offset, size in places.values())
+    near = high - low <= SPAN + 2 * sum(size for _, size in places.values())
+    block = read(high - low, low) if near and 0 <= low < high <= end else b""
+    for field, (offset, size) in places.items():
+        if not near:
+            low = offset - BLOCK
+            block = read(BLOCK + size, low) if low >= 0 and offset + size <= end else b""
+        data = block[offset - low : offset - low + size]
+        if len(data) != size or low < 0:
+            what = f"{tar}: damaged at byte {offset:,} ({key}.{field}): unexpected end of data"
+            raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(tar).parent}", code=DATA)
+        if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
+            what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
+            raise UserError(what, hint=again(Path(tar).parent), code=DATA)
+        found[field] = data
+    return found

@@ -1,0 +1,153 @@
+"""Shards: plain webdataset tars, each with an offset index beside it, and one `index.json` for the folder.
+
+    DIR/train-000000.tar        KEY.png, KEY.txt, KEY.json … ; readable by anything that reads tars
+    DIR/train-000000.index.npy  per sample: key, and per field offset and size
+    DIR/index.json              format, kind, fields, per shard name, split, samples, bytes, sha256; summary
+
+Every file is staged under a temporary name, synced and renamed, the tar last: a tar under its final name is whole.
+`index.json` comes last of all, so a folder that has one is complete. Several processes may each write shards of their
+own; one then writes the index.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections.abc import Container
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from struct import error as StructError
+from typing import Any
+
+from training.errors import DATA, UserError
+from training.files import leads_out
+from training.shards.index import INDEX as INDEX  # pack and verify take it from here
+from training.shards.index import Kind, ShardInfo, read_index
+from training.shards.offset_index import Descriptors, Layout, again, index_path, members, open_index
+from training.shards.remote import Remote
+from training.shards.tars import is_safe
+
+OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class ShardSet:
+    """One split of a folder of shards, read by position: `len`, `key(i)`, `read(i)`, `read_field(i, field)`.
+
+    Rows and data are read when asked for, in whichever process asks; pickling carries the path alone. Raises
+    UserError(code 3) where the folder has no index or no such split, or where a shard is not as long as its index says;
+    when reading, where the data are not where the index says.
+    """
+
+    def __init__(self, directory: str | Path | Remote, split: str = "train") -> None:
+        self.directory, self.split = Path(directory), split
+        self.remote = directory if isinstance(directory, Remote) else None
+        index, shards = read_index(directory)
+        self.kind: Kind = index["kind"]
+        self.fields: tuple[str, ...] = tuple(index["fields"])
+        self.summary: dict[str, Any] = index["summary"]
+        self.shards = tuple(info for info in shards if info.split == split)
+        if not self.shards:
+            found = ", ".join(sorted({info.split for info in shards}))
+            what = f"{directory} has no split {split!r} (it has: {found})"
+            raise UserError(what, hint="pack with --val-fraction", code=DATA)
+        tars = [self.directory / info.name for info in self.shards]
+        if self.remote:
+            self.remote.bring(index_path(tar).name for tar in tars)
+        self._tars, self._indices = list(map(str, tars)), [str(index_path(tar)) for tar in tars]
+        self._layouts = [self._checked(info, tar) for info, tar in zip(self.shards, tars, strict=True)]
+        self._ends = list(accumulate(info.samples for info in self.shards))
+        self._files = Descriptors(OPEN_FILES)
+
+    def __reduce__(self) -> tuple[type[ShardSet], tuple[Path | Remote, str]]:
+        return ShardSet, (self.remote or self.directory, self.split)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self._files.close()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], int]:
+        """How a training mixes the split, as `DataOrder` takes it: the samples of each shard, the shards of a window;
+        () and 0 where the shards are local: these are mixed as one."""
+        return (tuple(info.samples for info in self.shards), self.remote.window) if self.remote else ((), 0)
+
+    def key(self, i: int) -> str:
+        """The key of sample i."""
+        return self._row(*self._locate(i))[0]
+
+    def read(self, i: int, fields: Container[str] | None = None) -> dict[str, bytes]:
+        """The fields of sample i, those it has; of these only `fields` where given."""
+        shard, row = self._locate(i)
+        key, places = self._row(shard, row)
+        wanted = places if fields is None else {name: place for name, place in places.items() if name in fields}
+        return self._data(shard, key, wanted)
+
+    def read_field(self, i: int, field: str) -> bytes:
+        """One field of sample i. Raises UserError(code 3) where the sample lacks it."""
+        found = self.read(i, (field,))
+        if field not in found:
+            raise UserError(f"{self.shards[self._locate(i)[0]].name}: sample {self.key(i)} has no {field}", code=DATA)
+        return found[field]
+
+    def _checked(self, info: ShardInfo, tar: Path) -> Layout:
+        if not (self.remote or tar.is_file()):
+            raise UserError(f"{tar}: listed in {INDEX} but not there", hint=again(self.directory), code=DATA)
+        if leads_out(tar):
+            raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
+        size, layout = info.bytes if self.remote else tar.stat().st_size, open_index(tar)
+        if size != info.bytes:
+            what = f"{tar}: has {size:,} bytes, its index says {info.bytes:,}"
+            raise UserError(what, hint=again(self.directory), code=DATA)
+        if layout.rows != info.samples:
+            what = f"{tar}: its index lists {layout.rows} samples, {INDEX} says {info.samples}"
+            raise UserError(what, hint=again(self.directory), code=DATA)
+        return layout
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < self._ends[-1]:
+            raise IndexError(f"sample {i} of {self._ends[-1]}")
+        shard = bisect_right(self._ends, i)
+        return shard, i - (self._ends[shard - 1] if shard else 0)
+
+    def _row(self, shard: int, row: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        layout = self._layouts[shard]
+        data = self._files.read(self._indices[shard], layout.row.size, layout.start + row * layout.row.size)
+        try:
+            raw, places = layout.places(data)
+            key = raw.decode()
+            if is_safe(key):
+                return key, places
+            raise ValueError(key)
+        except (StructError, ValueError):
+            raise UserError(f"{self._indices[shard]}: damaged", hint=again(self.directory), code=DATA) from None
+
+    def _data(self, shard: int, key: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+        info, tar = self.shards[shard], self._tars[shard]
+        if self.remote is None:
+            return members(partial(self._files.read, tar), tar, info.bytes, key, places)
+        return members(partial(self.remote.read, info), tar, info.bytes, key, places)
+
+
+def held_out_shards(folder: str) -> Any:
+    """The val split, or where there is none the training split, said aloud."""
+    from training.shards.index import read_index
+    from training.shards.reading import ShardSet
+
+    splits = {info.split for info in read_index(folder)[1]}
+    name = next((s for s in ("val", "test") if s in splits), "train")
+    if name == "train":
+        print(
+            "warning: the data has no val split; validation looks at training images (pack with --val-fraction)",
+            file=sys.stderr,
+        )
+    return ShardSet(folder, name)

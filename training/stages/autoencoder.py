@@ -1,0 +1,287 @@
+"""Stage one's gradient step and evaluation: reconstruction + LPIPS + KL + patch-GAN, balanced at the last layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.adversarial import Split, adaptive_weight, last_layer_gradients, split_gradients, surrogate
+from autoencoder.alignment import Alignment, Tap, VisionFeatures
+from autoencoder.base import Autoencoder
+from autoencoder.critic import AUGMENTED_BY, Plateau
+from autoencoder.discriminator import LEAST_SIDE
+from autoencoder.images import to_unit
+from autoencoder.losses import RECONSTRUCTIONS, LogVariance, of_kind
+from autoencoder.perceptual import Perceptual
+from autoencoder.quantizer import Quantizer, identity
+from autoencoder.regularisers import Move
+from ldm.noise import Noise
+from training.data.samples import Batch, Images
+from training.loop.returns import Returns
+from training.loop.stage import Stage
+from training.models.latent_scale import fit_norm
+from training.models.reconstructions import measure
+from training.settings.decoding import AutoencoderConfig
+from training.stages.adversary import Adversary
+from training.stages.checks import check_returns
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class AutoencoderStage(Stage):
+    """Trains `model` and, unless the adversarial weight is 0, its discriminator.
+
+    The two parts of the decoder's gradient are taken at the reconstruction and go through the network in one backward
+    pass. Their balance uses the last layer's gradients over the whole global batch of the step before (checkpointed
+    state), so that it does not depend on how the batch is split over micro-batches and processes.
+    """
+
+    dataset: Images
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        model: Autoencoder,
+        discriminator: nn.Module,
+        perceptual: Perceptual | None,
+        dataset: Images,
+        held_out: Images,
+        vision: VisionFeatures | None = None,
+    ) -> None:
+        self.config, self.loss, self.seed = config, config.loss, config.train.seed
+        check_returns(config.loss, config.train)
+        self.model, self.discriminator, self.perceptual = model, discriminator, perceptual
+        self.dataset, self.held_out = dataset, held_out
+        self.networks, self.optimizers = {"autoencoder": model}, {"autoencoder": (["autoencoder"], 1.0)}
+        if self.loss.adversarial:
+            self.networks["discriminator"] = discriminator
+            self.optimizers["discriminator"] = (["discriminator"], self.loss.discriminator_lr)
+        self.log_variance = LogVariance() if self.loss.log_variance == "learned" else None
+        if self.log_variance:
+            self.networks["log_variance"] = self.log_variance
+            self.optimizers["log_variance"] = (["log_variance"], 1.0)
+        self.vision = vision
+        if vision:
+            margins = self.loss.align_cosine_margin, self.loss.align_distance_margin
+            self.networks["alignment"] = Alignment(model.latent_channels, vision.width, *margins)
+            self.optimizers["alignment"] = (["alignment"], 1.0)
+        self.averaged, self.score = {"autoencoder": model}, ("psnr", -1.0)
+        self.distance = of_kind(RECONSTRUCTIONS, self.loss.reconstruction)
+        self.adversary = Adversary(self.loss, discriminator)
+        self.balance = torch.zeros(())
+        self.sums: Tensor | None = None  # both gradients at the last layer, this step's so far
+        self.logits: Tensor | None = None  # mean logits of images and reconstructions, this step's so far
+        self.align_balance = torch.zeros(())  # what multiplies the alignment's weight where that is adaptive
+        self.pulls: Tensor | None = None  # squared gradients of decoder and alignment at z, this step's so far
+        self.plateau = Plateau(self.loss.plateau, self.loss.plateau_steps)
+        self.level: Tensor | None = None  # the reconstruction loss, this step's so far
+        self.start = None if self.loss.plateau else self.loss.adversarial_start
+        if self.loss.return_margin:
+            margin, pause, limit = self.loss.return_margin, self.loss.return_pause, self.loss.return_limit
+            self.returns = Returns(margin, pause, limit, self.ramp)
+        self.codes = model.quantize if isinstance(model.quantize, Quantizer) and model.quantize.adapts else None
+        self.seen: list[tuple[Tensor, Tensor]] = []  # slots and z of this step, for a codebook that follows them
+        self.forward: Any = model
+
+    def wrap(self, accelerator: Accelerator) -> None:
+        """Every training call goes through the process wrappers, which average gradients."""
+        self.accelerator = self.adversary.accelerator = accelerator
+        self.forward, self.balance = accelerator.prepare(self.model), self.balance.to(accelerator.device)
+        self.align_balance = self.align_balance.to(accelerator.device)
+        self.wrapped = {"autoencoder": self.forward}
+        if self.perceptual:
+            self.perceptual.to(accelerator.device).to(memory_format=torch.channels_last)
+        if self.loss.adversarial:
+            self.wrapped["discriminator"] = self.adversary.judge = accelerator.prepare(self.discriminator)
+        else:
+            self.discriminator.to(accelerator.device)
+        if self.vision:
+            self.vision.to(accelerator.device)
+        for name in [name for name in self.networks if name not in self.wrapped]:  # in one order everywhere
+            self.wrapped[name] = accelerator.prepare(self.networks[name])
+        model: Any = self.model  # compiled but for its last layer, through which alone the balance takes its gradients
+        groups = [[*c] if isinstance(c, nn.ModuleList | nn.Sequential) else [c] for c in model.decoder.children()]
+        blocks = [block for group in groups for block in group if any(True for _ in block.children())]
+        for part in filter(None, (model.encoder, *blocks, self.discriminator, self.perceptual)):
+            if self.config.train.compile and not any(p is model.last_layer for p in part.parameters()):
+                part.compile()
+
+    def ramp(self, step: int) -> float:
+        """The share of the adversarial gradient that reaches the decoder: 0 before its start, then linearly to 1, or
+        less after a return.
+        """
+        if not self.loss.adversarial or self.start is None or step < self.start:
+            return 0.0
+        whole = self.returns.weight if self.returns else 1.0
+        return whole * min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
+
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """One micro-batch: the decoder's balanced gradient, then the discriminator's own."""
+        images = to_unit(batch.data.to(self.accelerator.device, non_blocking=True))
+        slots, move = batch.slots.to(images.device), self.move(images, step)
+        noise = posterior_noise(self.model, images, slots, self.seed, step)
+        tap = Tap(move or identity) if self.loss.align_adaptive else None
+        with self.accelerator.autocast():
+            x_hat, moments = self.forward(images, noise, *filter(None, [tap or move]))
+        latent, penalty = self.latent_terms(moments, images)
+        aligned, asked = self.align(moments, images)
+        images = move(images, self.model.factor) if move else images
+        uniform = Noise(slots).uniform((AUGMENTED_BY,), self.seed, step, "augment")
+        playing = self.ramp(step + 1) > 0  # the step before the start measures the first balance
+        fool = (lambda x: self.adversary.fooled(x, uniform)) if playing else None
+        split, spread = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
+        gradient = split.reconstruction
+        if playing:
+            measured = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, split)) * share
+            self.sums = added(self.sums, measured)
+            gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
+        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + aligned + spread) * share)
+        self.note(split, moments, slots, share)
+        if tap:
+            self.pulls = added(self.pulls, torch.stack([tap.square / self.scale**2, asked * share**2]))
+        values: dict[str, Tensor] = {
+            "loss": split.reconstruction_loss + (penalty + aligned).detach(),
+            "codebook" if self.model.quantize else "kl": latent.detach(),
+            "adversarial": split.adversarial_loss,
+            "balance": self.balance,
+        }
+        if self.vision:
+            values["alignment"] = aligned.detach()
+        if tap:
+            values["align_balance"] = self.align_balance
+        if self.loss.adversarial and step >= self.loss.discriminator_start:
+            values["discriminator"], logits = self.adversary.learn(images, x_hat.detach(), uniform, step, share)
+            self.logits = added(self.logits, logits * share) if logits is not None else None
+        return values
+
+    def move(self, images: Tensor, step: int) -> Move | None:
+        """How this step's latents and images are moved, the same for all its micro-batches and processes."""
+        uniform = Noise.from_seeds([self.seed]).uniform((3,), step, "move")[0]
+        cells = images.shape[-2] // self.model.factor, images.shape[-1] // self.model.factor
+        smallest = LEAST_SIDE if self.perceptual else 1
+        if self.loss.adversarial:
+            smallest = max(smallest, self.config.discriminator.smallest_image)
+        move: Move | None = self.config.latent.move(uniform, cells, -(-smallest // self.model.factor))
+        return move
+
+    def latent_terms(self, moments: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own regulariser (KL in nats per image value), and all that is asked of the latents, weighted."""
+        latent = self.model.regularisation(moments, lambda value: self.accelerator.reduce(value, "mean")).mean()
+        if self.model.norm.gaussian:
+            latent = latent / images[0].numel()
+        penalty = (self.loss.kl if self.model.norm.gaussian else self.loss.codebook) * latent
+        more = self.config.latent.term(self.model.norm.mean_latents(moments), images)
+        return latent, penalty if more is None else penalty + more.mean()
+
+    def align(self, moments: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What is asked of the mean latents beside the vision model's features of the images, weighted; and where its
+        weight is adaptive, the squared norm of its gradient at the moments before any weight.
+        """
+        none = images.new_zeros(())
+        if not self.vision:
+            return none, none
+        z = self.model.norm.mean_latents(moments)
+        with self.accelerator.autocast():
+            features = self.vision(images, (z.shape[2], z.shape[3]))
+        loss = self.wrapped["alignment"](z, features).mean()
+        if not self.loss.align_adaptive:
+            return self.loss.align * loss, none
+        (slope,) = torch.autograd.grad(loss, moments, retain_graph=True)  # through the small head alone
+        return self.loss.align * self.align_balance * loss, slope.square().sum()
+
+    @property
+    def scale(self) -> float:
+        """What fp16's scaler multiplies the gradients of a backward pass by."""
+        return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+
+    def weigh(self, split: Split) -> tuple[Split, Tensor | float]:
+        """The split under the learned log-variance s, and the loss that trains s (0 where s is fixed)."""
+        if self.log_variance is None:
+            return split, 0.0
+        spread: Tensor = self.wrapped["log_variance"](split.reconstruction_loss)
+        scale = (-self.log_variance.value.detach()).exp()
+        scaled = split._replace(reconstruction=split.reconstruction * scale, reconstruction_loss=spread.detach())
+        return scaled, spread
+
+    def note(self, split: Split, moments: Tensor, slots: Tensor, share: float) -> None:
+        """Keep what `after_backward` needs of this micro-batch."""
+        if self.loss.plateau:
+            self.level = added(self.level, split.reconstruction_loss * share)
+        if self.codes:
+            self.seen.append((slots, moments.detach()))
+
+    def reconstruction(self, x_hat: Tensor, images: Tensor) -> Tensor:
+        """Mean over the batch of distance + weight * LPIPS."""
+        loss: Tensor = self.distance(x_hat, images).mean()
+        if self.perceptual and self.loss.perceptual:
+            loss = loss + self.loss.perceptual * self.perceptual(x_hat, images).mean()
+        return loss
+
+    def after_backward(self, step: int) -> None:
+        """Measure what the next step uses, over the global batch: gradients are averaged before their norms."""
+        if self.sums is not None:
+            rec, adv = self.accelerator.reduce(self.sums, "mean")
+            self.balance, self.sums = adaptive_weight(rec.norm(), adv.norm()), None
+        if self.pulls is not None:  # each image has its own z: over the global batch the squares add up
+            ours, theirs = self.accelerator.reduce(self.pulls, "sum").sqrt()
+            self.align_balance, self.pulls = adaptive_weight(ours, theirs), None
+        if self.logits is not None:
+            self.adversary.remember(self.accelerator.reduce(self.logits, "mean"))
+            self.logits = None
+        if self.level is not None:
+            reached = self.plateau.add(self.accelerator.reduce(self.level, "mean"))
+            if reached and self.start is None:
+                self.start = max(self.loss.adversarial_start, step + 2)  # the step between measures the balance
+            self.level = None
+        if self.codes:
+            slots, z = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+            uniform = Noise.from_seeds([self.seed], z.device).uniform((self.codes.codes,), step, "revival")[0]
+            self.codes.adapt_(
+                step, z, slots, uniform, lambda value: self.accelerator.reduce(value, "sum"), self.accelerator.gather
+            )
+            self.seen.clear()
+
+    def state(self) -> dict[str, Any]:
+        plateau = {**vars(self.plateau), "total": float(self.plateau.total), "start": self.start}
+        anchors = None if self.adversary.anchors is None else self.adversary.anchors.tolist()
+        counted = self.returns and self.returns.count
+        returns = {"returns": {"count": counted, "start": self.start}} if counted else {}
+        aligned = {"align_balance": float(self.align_balance)} if self.loss.align_adaptive else {}
+        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **aligned}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)
+        self.align_balance = self.balance.new_tensor(float(state.get("align_balance", 0.0)))
+        anchors = state.get("anchors")  # absent from checkpoints of earlier versions
+        self.adversary.anchors = torch.tensor(anchors, device=self.accelerator.device) if anchors else None
+        if self.loss.plateau and "plateau" in state:
+            plateau = dict(state["plateau"])
+            self.start = plateau.pop("start")
+            self.plateau = Plateau(**{**plateau, "share": self.loss.plateau, "steps": self.loss.plateau_steps})
+        if self.returns and "returns" in state:
+            self.returns.count, self.start = state["returns"]["count"], state["returns"]["start"]
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
+        batches = self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64)
+        shown = (to_unit(batch.data.to(self.accelerator.device)) for batch in batches)
+        return measure(self.model, self.perceptual, shown, folder)
+
+    def normalise(self) -> None:
+        """The last act: measure per-channel shift and scale of z with the weights in place, evenly over the data."""
+        fit_norm(self.model, self.dataset)
+
+
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum begun with its first part. Not in place: a step may be undone and taken again."""
+    return part if total is None else total + part
+
+
+def posterior_noise(model: Autoencoder, images: Tensor, slots: Tensor, seed: int, step: int) -> Tensor:
+    """The posterior's draw for each image, keyed by (seed, step, slot)."""
+    h, w = images.shape[-2] // model.factor, images.shape[-1] // model.factor
+    return Noise(slots.to(images.device)).normal((model.latent_channels, h, w), seed, step, "posterior")

@@ -1,0 +1,134 @@
+"""What is settled before a training starts: how the batch is split, that the pictures fit, what names the data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from training.data.order import split_batch
+from training.errors import UserError
+from training.files import check_output
+from training.models.lpips import LPIPS_NEEDS
+from training.settings import decoding
+from training.settings.sections import Loss, Train
+
+if TYPE_CHECKING:
+    from training.loop.loop import Loop
+
+
+def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
+    """(config with its settled global batch, micro-batch, accumulation); says aloud what of its losses the split of the
+    batch decides.
+    """
+    train = config.train
+    batch, micro, accumulation = split_batch(
+        train.batch_size,
+        0 if train.micro_batch_size == "auto" else train.micro_batch_size,
+        getattr(args, "gradient_accumulation_steps", None),
+        processes,
+        batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
+    )
+    if (parted := coupled(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
+        split = f"{processes} process(es) and {accumulation} micro-batch(es) each"
+        what = f"{' and '.join(parted)} depend on how a batch is split, here over {split}"
+        print(f"warning: {what}: split otherwise, it trains another model", file=sys.stderr)
+    return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
+
+
+def coupled(config: Any, accumulation: int, processes: int) -> list[str]:
+    """What sees no more than a part of a global batch that is split so; all else trains the same under every split."""
+    if not isinstance(config, decoding.AutoencoderConfig):
+        return []
+    norm = config.loss.adversarial and getattr(config.discriminator, "norm", "") == "batch"
+    found = ["the statistics of discriminator.norm batch"] if norm and accumulation * processes > 1 else []
+    if config.model.kind == "lfq" and config.model.entropy and accumulation > 1:  # processes share theirs
+        found.append("the batch entropy of model.kind lfq")
+    return found
+
+
+def check_shrinking(config: decoding.AutoencoderConfig, model: Any, processes: int) -> None:
+    """Refuse a micro-batch "auto" where processes meet inside a backward pass, which one of them may not come to."""
+    if config.train.micro_batch_size == "auto" and processes > 1 and model.quantize:
+        raise UserError(
+            f"--micro-batch-size auto: not with several processes and a {config.model.kind} model,"
+            " whose loss is taken over all of them",
+            hint="give a number",
+        )
+
+
+def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:
+    """Refuse pictures that the networks cannot take, before anything is built."""
+    channels, height, width = dataset[0].data.shape[-3:]
+    factor, loss, critic = config.model.factor, config.loss, config.discriminator
+    packed = f"the packed pictures are {width}x{height}"
+    judged = [("discriminator", critic)] if loss.adversarial else []
+    for name, part in [("model", config.model), *judged]:
+        if (asked := getattr(part, "image_channels", channels)) != channels:
+            what = f"{name}.image_channels is {asked}, the packed pictures have {channels}"
+            raise UserError(what, hint=f"set {name}.image_channels to {channels}")
+    if height % factor or width % factor:
+        raise UserError(
+            f"{packed}, not divisible by the autoencoder's factor {factor}",
+            hint=f"pack again with --resolution {max(factor, height // factor * factor)}"
+            f" or {(height // factor + 1) * factor}, or choose another config",
+        )
+    if judged and min(height, width) < critic.smallest_image:
+        raise UserError(
+            f"{packed}, the discriminator needs {critic.smallest_image} pixels a side",
+            hint="set discriminator.kind to patch"
+            if critic.on_features
+            else f"lower discriminator.layers (now {critic.layers})",
+        )
+    least = LPIPS_NEEDS[loss.perceptual_net]
+    if loss.perceptual and min(height, width) < least:
+        fitting = " or ".join(net for net, needs in LPIPS_NEEDS.items() if needs <= min(height, width))
+        raise UserError(
+            f"{packed}, LPIPS on {loss.perceptual_net} needs {least} pixels a side",
+            hint=(f"set loss.perceptual_net to {fitting}, or" if fitting else "set") + " loss.perceptual to 0",
+        )
+
+
+def check_starts(config: decoding.AutoencoderConfig) -> None:
+    """Say aloud where a part of the losses begins only after the run has ended."""
+    for key in ("discriminator_start", "adversarial_start"):
+        start = getattr(config.loss, key)
+        if config.loss.adversarial and start >= config.train.max_steps:
+            print(
+                f"warning: loss.{key} {start} is not before train.max_steps {config.train.max_steps}: it never begins",
+                file=sys.stderr,
+            )
+
+
+def check_room(loop: Loop) -> None:
+    """Refuse, before the first step, a disk that cannot hold the checkpoints kept and the one being written.
+
+    Raises UserError (exit 6) with what is needed and what is free.
+    """
+    trained = [p for network in loop.stage.networks.values() for p in network.parameters() if p.requires_grad]
+    states = [value for network in loop.stage.networks.values() for value in network.state_dict().values()]
+    held = [*states, *loop.ema.shadow.values(), *loop.powers.tensors().values(), *trained, *trained]  # two moments
+    size = sum(value.nbytes for value in held)
+    folder = loop.checkpoints.folder
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_output(loop.run, max(size, 3 * size - there))
+
+
+def check_returns(loss: Loss, train: Train) -> None:
+    """Refuse settings under which no good state would be there to return to. Raises UserError."""
+    if not (loss.return_margin and loss.adversarial):
+        return
+    if not train.keep_best or train.sample_every % train.save_every:
+        raise UserError(
+            "loss.return_margin needs a checkpoint of every validation and the best kept, but train.sample_every is "
+            f"{train.sample_every}, train.save_every {train.save_every}, keep_best {str(train.keep_best).lower()}",
+            hint="set train.keep_best true and train.save_every to train.sample_every or a divisor of it",
+        )
+    if loss.adversarial_start < train.sample_every:
+        raise UserError(
+            f"loss.return_margin needs a validation before loss.adversarial_start {loss.adversarial_start}, "
+            f"but train.sample_every is {train.sample_every}",
+            hint="look more often, or start the adversarial gradient later",
+        )

@@ -1,0 +1,191 @@
+"""Stage two's gradient step and evaluation: a denoiser of frozen latents, conditioned on captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from ldm.conditioning import Cond
+from ldm.diffusion import Diffusion
+from ldm.noise import Noise
+from ldm.objective import Objective
+from ldm.pipeline import Pipeline
+from ldm.text import TextEncoder
+from ldm.times import LossAware, Places
+from ldm.uncertainty import Uncertainty, Weighed
+from ldm.weighting import Learned
+from training.data.samples import Batch, Latents
+from training.loop.stage import Stage
+from training.pictures import grids
+from training.settings.decoding import DenoiserConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from autoencoder.norm import LatentNorm
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of the validation loss
+SHOWN = 16
+VALIDATION_SEED = 1 << 40
+
+
+class Captioned(nn.Module):
+    """Backbone and, where they learn, text encoder and weighting as one module: a process wrapper sees every
+    gradient."""
+
+    def __init__(self, backbone: nn.Module, text: TextEncoder, uncertainty: Uncertainty | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.text = text if text.trainable else None
+        self.uncertainty = uncertainty
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | list[str]) -> Tensor | Weighed:
+        """Captions (encoded here) or their encoding -> the backbone's prediction."""
+        if not isinstance(cond, Cond):
+            assert self.text is not None
+            cond = self.text(cond)
+        prediction: Tensor = self.backbone(x, noise_level, cond)
+        return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
+
+
+class DenoiserStage(Stage):
+    """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        backbone: nn.Module,
+        text: TextEncoder,
+        norm: LatentNorm,
+        dataset: Latents,
+        held_out: Latents,
+        pipeline: Pipeline,
+        null: Cond | None = None,
+    ) -> None:
+        self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
+        self.dataset, self.held_out = dataset, held_out
+        learned = config.weighting.build(config.schedule) if isinstance(config.weighting, Learned) else None
+        self.network = Captioned(backbone, text, learned)
+        self.networks: dict[str, nn.Module] = {"denoiser": self.network}
+        self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
+        self.score = ("loss", 1.0)
+        diffusion = Diffusion(
+            schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
+        )
+        self.objective = Objective(
+            diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
+        )
+        self.seen = config.times.start() if isinstance(config.times, LossAware) else None
+        self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
+        self.channels = self.norm.scale.numel()
+
+    def wrap(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        if self.text.trainable and not getattr(self.config.backbone, "pooled", True):
+            # Nothing reads the encoder's pooled vector: processes must not wait for the gradients of its projection.
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.forward = accelerator.prepare(self.network)
+        if self.config.train.compile:
+            self.network.backbone.compile()
+        self.wrapped = {"denoiser": self.forward}
+        self.norm.to(accelerator.device)
+        self.network.to(accelerator.device)  # the learned weighting, which no one else has moved
+        self.seen = None if self.seen is None else self.seen.to(accelerator.device)
+
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
+        slots, places = batch.slots.to(self.accelerator.device), self.config.train.batch_size
+        noise = Noise(slots).fold(self.config.train.seed, step)
+        latents = self.sample(batch, noise)
+        keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
+        with self.accelerator.autocast():
+            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen)
+            losses = self.objective.losses(self.forward, latents, self.condition(batch, keep), draw)
+            loss = losses.total.mean()
+        if self.seen is not None:
+            self.losses.append((draw.t, losses.seen.detach()))
+        self.accelerator.backward(loss * share)
+        return {"loss": loss.detach()}
+
+    def after_backward(self, step: int) -> None:
+        """Loss-aware times take in the whole global batch at once, however it was split."""
+        if self.seen is not None:
+            t, loss = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
+            self.losses.clear()
+            self.seen = self.config.times.updated(self.seen, t, loss, lambda s: self.accelerator.reduce(s, "sum"))
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.seen is None else {"seen": self.seen.tolist()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.seen is not None:
+            self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=self.accelerator.device)
+
+    def sample(self, batch: Batch, noise: Noise) -> Tensor:
+        """Normalised latents of a fresh posterior draw."""
+        moments = batch.data.to(self.accelerator.device, non_blocking=True)
+        shape = (moments.shape[1] // (2 if self.norm.gaussian else 1), *moments.shape[2:])
+        return self.norm.latents(moments, noise.normal(shape, "posterior"))
+
+    def condition(self, batch: Batch, keep: Tensor) -> Any:
+        """A Cond, the empty caption's where `keep` is False; for an encoder that learns, the captions to be encoded.
+
+        `Captioned` takes both, so that the objective need not know which.
+        """
+        if self.text.trainable:
+            return [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
+        if batch.text is None:
+            return self.text(
+                [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
+            )
+        assert self.null is not None
+        return stored(batch.text).to(self.accelerator.device).where(keep, self.null.to(self.accelerator.device))
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
+        losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
+        for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
+            noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
+            latents, cond = (
+                self.sample(batch, noise),
+                self.condition(batch, torch.ones(len(batch.slots), dtype=torch.bool)),
+            )
+            with self.accelerator.autocast():
+                for t in LEVELS:
+                    at = torch.full((len(latents),), t, dtype=torch.float64, device=latents.device)
+                    losses[f"loss_t{t}"].append(
+                        self.objective.at(
+                            self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t))
+                        )
+                    )
+        captions = self.shown()
+        with self.accelerator.autocast():
+            images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
+        grids.grid(images, 8, captions=captions).save(folder / "grid.png")
+        numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
+        return {"loss": sum(numbers.values()) / len(numbers), **numbers}
+
+    def shown(self) -> list[str]:
+        """The first distinct held-out captions, over and over where they are few."""
+        known: dict[str, None] = {}
+        for i in range(min(len(self.held_out), 20 * SHOWN)):
+            known.setdefault(self.held_out.captions(i)[0])
+        names = list(known)[:SHOWN]
+        return [names[i % len(names)] for i in range(SHOWN)]
+
+
+def stored(text: list[dict[str, Tensor]]) -> Cond:
+    """Stored text embeddings, each trimmed to its own tokens, as one padded condition."""
+    parts = [
+        Cond(
+            t["context"][None].float(),
+            torch.ones(1, len(t["context"]), dtype=torch.bool),
+            t["pooled"][None].float() if "pooled" in t else None,
+        )
+        for t in text
+    ]
+    return Cond.cat(parts)

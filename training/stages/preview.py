@@ -1,0 +1,135 @@
+"""A tiny autoencoder taught by a trained one: what its run is made of, its gradient step, its use as a preview."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autoencoder.base import Autoencoder
+from autoencoder.fidelity import psnr, ssim
+from autoencoder.images import to_uint8, to_unit
+from autoencoder.losses import RECONSTRUCTIONS, of_kind
+from autoencoder.perceptual import Perceptual
+from autoencoder.regularisers import Free
+from autoencoder.tiny import Tiny, check_student, distillation
+from training.data.samples import Batch, Images
+from training.errors import UserError, explained
+from training.loop.stage import Stage
+from training.models.autoencoders import finished_autoencoder, load_autoencoder
+from training.pictures import grids
+from training.settings.decoding import AutoencoderConfig
+from training.stages.autoencoder import posterior_noise
+
+if TYPE_CHECKING:
+    import argparse
+
+    from accelerate import Accelerator
+
+SHOWN = 8  # columns of the picture grid
+SHAPE = ("encoder_blocks", "decoder_blocks", "latent_channels")  # of a tiny model, as its teacher's latents ask
+
+
+def taught(args: argparse.Namespace, config: AutoencoderConfig) -> tuple[AutoencoderConfig, Autoencoder | None]:
+    """The teacher that --teacher names, if any, and the config with a tiny model fitted to its latents.
+
+    What the command line says of the model stays as it is. Raises UserError for losses that distillation has not.
+    """
+    if not args.teacher:
+        if config.model.kind == "tiny":
+            print("note: without --teacher the tiny autoencoder learns latents of its own", file=sys.stderr)
+        return config, None
+    finished_autoencoder(args.teacher)
+    teacher, loss = load_autoencoder(args.teacher), config.loss
+    more = loss.adversarial or loss.align or loss.return_margin or loss.log_variance == "learned"
+    if more or not isinstance(config.latent, Free):
+        what = "--teacher: distillation has no adversary, alignment, return, learned log-variance or latent regulariser"
+        hint = "take --config tiny, or set loss.adversarial 0, latent.kind free and so on"
+        raise UserError(what, hint=hint)
+    if isinstance(config.model, Tiny):
+        asked = {name: getattr(config.model, name) for name in SHAPE if f"model.{name}" in args.overrides}
+        with explained("leave the model's shape to the teacher"):
+            model = dataclasses.replace(config.model.fitted(teacher.factor, teacher.latent_channels), **asked)
+        config = dataclasses.replace(config, model=model)
+    return config, teacher
+
+
+class DistillationStage(Stage):
+    """Trains `model` to decode and to encode as `teacher` does: distance + mean (E_s(x) − z̄)² + weight * LPIPS.
+
+    Distance and LPIPS (where its weight is not 0) compare the pictures that both decode from the teacher's latents.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        model: Autoencoder,
+        teacher: Autoencoder,
+        perceptual: Perceptual | None,
+        dataset: Images,
+        held_out: Images,
+    ) -> None:
+        with explained("choose a model that shares the teacher's latents, such as --config tiny"):
+            check_student(model, teacher)
+        self.config, self.model, self.teacher, self.perceptual = config, model, teacher, perceptual
+        self.dataset, self.held_out = dataset, held_out
+        self.networks, self.optimizers = {"autoencoder": model}, {"autoencoder": (["autoencoder"], 1.0)}
+        self.averaged, self.score = {"autoencoder": model}, ("teacher_psnr", -1.0)
+        self.distance = of_kind(RECONSTRUCTIONS, config.loss.reconstruction)
+        self.forward: Any = model
+
+    def wrap(self, accelerator: Accelerator) -> None:
+        """The student goes through the process wrapper, which averages gradients; the teacher only to its device."""
+        self.accelerator, self.forward = accelerator, accelerator.prepare(self.model)
+        self.wrapped = {"autoencoder": self.forward}
+        for frozen in filter(None, (self.teacher, self.perceptual)):
+            frozen.to(accelerator.device).to(memory_format=torch.channels_last)
+        networks: list[Any] = [self.model, self.teacher] if self.config.train.compile else []
+        for network in networks:
+            network.encoder.compile(), network.decoder.compile()
+
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """One micro-batch: the gradient of both halves at once."""
+        images = to_unit(batch.data.to(self.accelerator.device, non_blocking=True))
+        noise = posterior_noise(self.model, images, batch.slots, self.config.train.seed, step)
+        with self.accelerator.autocast():
+            pair = distillation(self.model, self.teacher, images, noise, self.forward)
+        values = {"pictures": self.distance(pair.images, pair.target).mean(), "latents": pair.latents.mean()}
+        if self.perceptual:
+            values["perceptual"] = self.config.loss.perceptual * self.perceptual(pair.images, pair.target).mean()
+        loss = torch.stack(list(values.values())).sum()
+        self.accelerator.backward(loss * share)
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in values.items()}}
+
+    def after_backward(self, step: int) -> None:
+        """Nothing here couples a batch."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """There is none beyond the weights."""
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """Held out: error of the latents; PSNR, SSIM, LPIPS of 8-bit pictures *against the teacher's*; a grid."""
+        rows: dict[str, list[Tensor]] = {}
+        for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
+            pixels = batch.data.to(self.accelerator.device)
+            pair = distillation(self.model, self.teacher, to_unit(pixels), None)
+            ours, theirs = to_uint8(pair.images), to_uint8(pair.target)
+            if not rows:
+                shown = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
+                grids.comparison(shown).save(folder / "grid.png")
+            found = {"teacher_psnr": psnr(ours, theirs), "teacher_ssim": ssim(ours, theirs), "latents": pair.latents}
+            if self.perceptual:
+                found["teacher_lpips"] = self.perceptual(to_unit(ours), to_unit(theirs))
+            for name, values in found.items():
+                rows.setdefault(name, []).append(values)
+        return {name: torch.cat(values).mean().item() for name, values in rows.items()}
+
+    def normalise(self) -> None:
+        """z are the teacher's latents, normalised: there is nothing to measure."""
