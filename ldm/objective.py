@@ -21,6 +21,8 @@ from ldm.weighting import Weighting
 
 Network = Backbone | Callable[[Tensor, Tensor, Cond], Tensor | Weighed]
 
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of a validation loss
+
 
 class Draw(NamedTuple):
     """What a batch is trained on: times (B,) float64, noise (B, ...), and the factor (B,) that undoes their choice."""

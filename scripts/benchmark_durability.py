@@ -108,7 +108,7 @@ def checksums(loop: Loop) -> Any:
 
     from training.loop.watchdogs import checksum
 
-    return torch.stack([checksum(value) for value in loop.shared().values()]).tolist()
+    return torch.stack([checksum(value) for value in loop.state.replicated().values()]).tolist()
 
 
 def begin(args: Any, folder: Path) -> Loop:
@@ -136,7 +136,7 @@ def begin(args: Any, folder: Path) -> Loop:
     pipeline: Any = None  # nothing is drawn
     stage = DenoiserStage(config, network, text.to(accelerator.device), LatentNorm(4), data, data, pipeline)
     loop = Loop(stage, config.train, config.optimizer, accelerator, folder, 1, args.batch_size)
-    loop.read(0)
+    loop.open_data(0)
     return loop
 
 

@@ -36,6 +36,19 @@ PURE_IMPORTS = {
     *["numbers", "operator", "re", "string", "typing", "warnings", "zlib", "torch"],
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }
+# The rooms of training/ from the ground up: each may import what lies below it, none beside it.
+FLOORS = (
+    {"errors"},
+    {"files"},
+    {"machine", "shapes"},
+    {"settings", "pictures"},
+    {"shards", "runs"},
+    {"data", "packing"},
+    {"models"},
+    {"loop", "encoding", "drawing"},
+    {"stages", "measuring"},
+    {"drills", "benchmarks"},
+)
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -75,10 +88,54 @@ def test_a_file(path: Path) -> None:
             assert last - start < 40, f"{path}:{node.lineno}: {node.name} has {last - start + 1} lines"
 
 
+def room(module: str) -> str:
+    """The room of a module of training/, or the ground file itself."""
+    return module.split(".")[1]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def arrows(path: Path) -> set[str]:
+    """The modules of this repository that a file imports anywhere in it, late or for type checking alone."""
+    known, found = {module_of(path) for path in FILES}, set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= inside or {node.module} & known
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & known
+    return found
+
+
+def test_rooms_import_downwards() -> None:
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    upward = []
+    for path in FILES:
+        own = module_of(path)
+        if own.startswith("training."):
+            for other in sorted(arrows(path)):
+                if not other.startswith("training.") or room(own) == room(other):
+                    continue
+                if floor[room(other)] >= floor[room(own)]:
+                    upward.append(f"{own} -> {other}")
+    assert not upward, upward
+
+
+def test_no_circle() -> None:
+    """Late and TYPE_CHECKING imports count: a circle hidden by one is still two files that need each other."""
+    waiting = {module_of(path): arrows(path) - {module_of(path)} for path in FILES}
+    while ready := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
+        for name in ready:
+            del waiting[name]
+    assert not waiting, {name: sorted(needs & waiting.keys()) for name, needs in waiting.items()}
+
+
 def test_light_at_import() -> None:
     """The command line answers before torch is loaded: what it imports at module level is light."""
     heavy = {"torch", "transformers", "lpips", "accelerate", "numpy", "torchvision", "safetensors", "PIL", "pydantic"}
-    for name in ("errors", "files", "settings/flags", "settings/sections", "settings/decoding"):
+    for name in ("errors", "files", "settings/flags", "settings/sections", "settings/decoding", "settings/families"):
         tree = parse(ROOT / "training" / f"{name}.py")
         top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         assert not {module.partition(".")[0] for module, _ in imports(top)} & heavy, name

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from training.errors import CHECKPOINT, DISK, UserError
+from training.errors import CHECKPOINT, DATA, DISK, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,6 +153,13 @@ def make_folder(folder: Path) -> None:
 def leads_out(path: Path) -> bool:
     """Whether `path` is a symbolic link out of its folder: an index names files of its own folder alone."""
     return path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())
+
+
+def no_index(folder: Path) -> UserError:
+    """What is wrong with a folder of shards that has no index.json."""
+    why = "holds no index.json" if folder.is_dir() else "is not a folder"
+    hint = f"pack one with scripts/make_shards.py pack, or index its tars; run: scripts/make_shards.py index {folder}"
+    return UserError(f"{folder} {why}", hint=hint, code=DATA)
 
 
 def file_sha256(path: Path) -> str:

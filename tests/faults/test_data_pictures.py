@@ -377,7 +377,7 @@ def test_e11_many_tiny_files_take_bounded_memory(tmp_path: Path) -> None:
         for i in range(count):
             (source / f"{i:05d}.png").write_bytes(one)
         code = f"""
-from training.packing_cli import main
+from training.packing.command import main
 main(["pack", {str(source)!r}, "--output", {str(source) + "-out"!r}, "--resolution", "8", "--missing-caption", "empty"])
 print(peak())
 """

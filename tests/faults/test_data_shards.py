@@ -189,9 +189,9 @@ def test_d6_bombs_take_no_memory(tmp_path: Path) -> None:
         file.write(END)
     tar_of(tmp_path / "nested.tar", {"a.tar": END * 10, "a.txt": b"words", "a.json.gz": b"\x1f\x8b" + bytes(99)})
     code = f"""
-from training.packing_cli import main
+from training.packing.command import main
 from training.errors import UserError
-import training.pack
+import training.packing.pack
 before = peak()
 for name in ("forged", "negative", "large", "nested"):
     try:

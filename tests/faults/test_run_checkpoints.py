@@ -25,7 +25,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from training.checkpoint import Checkpoint, Checkpoints
+from training.runs.checkpoints import Checkpoint, Checkpoints
 weights = {"w": torch.full((4,), 30.0)}
 checkpoint = Checkpoint(30, {"model": weights, "ema": weights, "optimizer": weights}, {})
 Checkpoints(Path(sys.argv[1])).save(checkpoint)
@@ -120,8 +120,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from training.checkpoint import Checkpoint, Checkpoints
-from training.cli import run_main
+from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.settings.flags import run_main
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 parts = {"model": 25_000, "ema": 60_000, "optimizer": 25_000}  # 240 kB of averages
 checkpoint = Checkpoint(30, {name: {"w": torch.zeros(size)} for name, size in parts.items()}, {})

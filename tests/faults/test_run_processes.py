@@ -125,7 +125,7 @@ from pathlib import Path
 import torch
 from training import system
 from training.data import Latents
-from training.stage_two import DenoiserStage
+from training.stages.denoiser import DenoiserStage
 
 hashes, join, backward = system.autoencoder_hashes, Latents.join, DenoiserStage.backward
 
@@ -153,7 +153,7 @@ DenoiserStage.evaluate = lambda self, folder: {"loss": 0.0}  # the pictures' noi
 NARROW = """
 import os
 import torch
-from training.stage_two import DenoiserStage
+from training.stages.denoiser import DenoiserStage
 
 backward = DenoiserStage.backward
 

@@ -1,4 +1,8 @@
-"""The one training loop: both stages run through these lines."""
+"""The one training loop: all that learns runs through these lines.
+
+A step: micro-batches backward -> gradients averaged over processes -> clipped -> judged -> optimisers -> averages.
+Around it: journal, validation (and the way back from a wreck), checkpoints, signals.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,12 @@ from training.loop import optim
 from training.loop.ema import EMA
 from training.loop.optim import learning
 from training.loop.power_ema import PowerAverages
+from training.loop.rollback import Rollback
 from training.loop.stage import Stage
-from training.loop.state import restore, snapshot
-from training.loop.validation import look
+from training.loop.state import TrainingState
+from training.loop.validation import validate
 from training.loop.watchdogs import Attempt, Watchdogs, explain
+from training.loop.wrapping import wrap
 from training.machine.faults import fault
 from training.machine.memory import out_of_memory
 from training.machine.processes import announce
@@ -52,7 +58,7 @@ class Loop:
     ) -> None:
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.accumulation, self.micro, self.shrinks = accumulation, micro, train.micro_batch_size == "auto"
-        stage.wrap(accelerator)
+        wrap(stage, accelerator, compiles=train.compile)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
         self.optimizers = {
@@ -62,8 +68,11 @@ class Loop:
         self.checkpoints = Checkpoints(run, train.keep_last, keep_best=train.keep_best)
         self.writer = Writer(self.checkpoints)
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
+        self.state = TrainingState(
+            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs
+        )
         self.signals, self.base = Signals(), (0, 0)  # of the data order
-        self.read(0)
+        self.open_data(0)
         self.done, self.saving = 0, False
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
@@ -82,7 +91,7 @@ class Loop:
         out (6) and where another process is gone (1).
         """
         self.done = start
-        self.read(start)
+        self.open_data(start)
         self.signals.listen()
         try:
             return self._steps(start)
@@ -94,7 +103,7 @@ class Loop:
                 raise
             raise told from failure
 
-    def read(self, start: int) -> None:
+    def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
         self.batches = self.planned(start)
         pin = self.accelerator.device.type == "cuda"
@@ -104,7 +113,7 @@ class Loop:
         train = self.train
         if start == 0:
             with explained("change the config"):  # the first pictures try sampler, grid and guidance together
-                self.look(0)
+                self.validate(0)
         for step in range(start, train.max_steps):
             self.writer.check()
             rate = optim.learning_rate(self.settings, step, train.max_steps)
@@ -112,13 +121,13 @@ class Loop:
             done = self.done = step + 1
             last = done == train.max_steps
             if done % train.sample_every == 0 or last:
-                self.look(done)
+                self.validate(done)
             stopped = self._stopped()
             if self.accelerator.is_main_process and (done % train.ema_every == 0 or last):
                 self.powers.keep(self.run, done)
             saving = done % train.save_every == 0 or last or bool(stopped) or self.saving
             if saving or step == start or done % COMPARED_EVERY == 0:
-                self.watchdogs.compare(done, self.shared())
+                self.watchdogs.compare(done, self.state.replicated())
             if saving:
                 self.save(done, wait=not train.save_async or last or bool(stopped) or self.saving)
             if stopped:
@@ -135,7 +144,7 @@ class Loop:
         while self.shrinks:
             attempt, reason = Attempt(self.stage), ""
             try:
-                values = self.passes(step)
+                values = self.backward_passes(step)
             except RuntimeError as failure:
                 if not out_of_memory(failure):
                     raise
@@ -147,7 +156,7 @@ class Loop:
             attempt.drop()
             self._shrink(step, reason or "out of memory in another process")
         else:
-            values = self.passes(step)
+            values = self.backward_passes(step)
         self.stage.after_backward(step)
         return values
 
@@ -157,7 +166,7 @@ class Loop:
             for p in (p for optimizer in self.optimizers.values() for p in learning(optimizer)):
                 p.grad = self.accelerator.reduce(p.grad, "mean")
 
-    def passes(self, step: int) -> dict[str, Tensor]:
+    def backward_passes(self, step: int) -> dict[str, Tensor]:
         """All backward passes of one step; the process wrappers average on the last, but where micro-batches shrink."""
         sums: dict[str, Tensor] = {}
         self.losses.clear()
@@ -182,21 +191,21 @@ class Loop:
         now = f"going on with {smaller} (the global batch stays {self.train.batch_size})"
         announce(self.accelerator, f"note: out of memory at step {step} with a micro-batch of {self.micro}; {now}")
         self.accumulation, self.micro = self.accumulation * self.micro // smaller, smaller
-        self.read(step)
+        self.open_data(step)
         torch.cuda.empty_cache()
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         """Clip and check gradients, step the optimisers, move the average. Returns what is to be logged of it."""
-        scaler, told = self.accelerator.scaler, {}
+        scaler, norms = self.accelerator.scaler, {}
         moving = {name: learning(optimizer) for name, optimizer in self.optimizers.items()}
         for name, optimizer in self.optimizers.items():
             if scaler and moving[name]:
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(moving[name], self.settings.clip or math.inf)
-            told[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
+            norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
         try:
-            taken = self.watchdogs.judge(step, self.losses, told, self.keys)
+            taken = self.watchdogs.judge(step, self.losses, norms, self.sample_keys)
         except UserError:
             self.journal.flush(step)  # what led to it; every process is here
             raise
@@ -208,20 +217,51 @@ class Loop:
             scaler.update()
         self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
         self.powers.update(step + 1)
-        return told if taken else {**told, "skipped": torch.ones((), device=self.accelerator.device)}
+        return norms if taken else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
 
-    def keys(self, process: int, part: int) -> list[str]:
+    def sample_keys(self, process: int, part: int) -> list[str]:
         """The samples of one micro-batch of the step being taken, by key."""
         return [self.stage.dataset.shards.key(s.index) for s in self.batches.share(self.done, part, process)]
 
-    def shared(self) -> dict[str, Tensor]:
-        """What must be the same in all processes: trained weights and their averages."""
-        live = {f"{n}.{k}": p for n, network in self.stage.networks.items() for k, p in network.named_parameters()}
-        return {**live, **{f"ema.{key}": value for key, value in self.ema.shadow.items()}, **self.powers.tensors()}
+    def validate(self, step: int) -> None:
+        """Pictures and validation in the main process, and the way back where they tell of a wreck. Collective.
 
-    def look(self, step: int) -> None:
-        """Pictures and validation, and the return to the last good state where they tell of a wreck."""
-        look(self, step)
+        Raises UserError (exit 5) in all processes where a return is due and none is left.
+        """
+        self.journal.flush(step)  # so that metrics.jsonl is in the order of steps, however often it is flushed
+        rollback, good = self.stage.rollback, None
+        if self.accelerator.is_main_process:
+            folder = self.run / "samples" / f"step-{step:08d}"
+            numbers, reached = validate(self.stage, self.ema, folder)
+            self.scored = step, reached
+            if rollback and rollback.share(step - 1):
+                self.writer.finish()  # the best may be on its way to the disk
+                good = rollback.target(self.checkpoints, step, reached)
+                if good and rollback.left:
+                    numbers = {**numbers, "returned_to": float(good.name.rpartition("-")[2])}
+            self.journal.look(step, numbers, folder)
+        if rollback:
+            self._roll_back(rollback, step, good)
+        self.accelerator.wait_for_everyone()
+
+    def _roll_back(self, rollback: Rollback, step: int, good: Path | None) -> None:
+        """Go back to the checkpoint that the main process names, if any. Collective."""
+        from accelerate.utils import broadcast_object_list
+
+        target: Path | None = broadcast_object_list([good])[0]
+        if target is None:
+            return
+        limit = f"more than {rollback.margin:g} below that of {target.name}"
+        worse = f"held-out {self.stage.score[0]} at step {step} is {limit}"
+        rollback.allow(worse, target)
+        checkpoint = rollback.merged(self.checkpoints.load(target), self.snapshot(step).state, step)
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()  # what has learned only since then has no moments to take back
+        self.restore(checkpoint)
+        self.scored = None  # the number is not that of the weights that now stand
+        start, weight = step + rollback.pause, f"{rollback.weight:g} of its weight"
+        again = f"the adversarial gradient begins again at step {start}, at {weight}"
+        announce(self.accelerator, f"warning: {worse}: back to its weights; {again}")
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
@@ -232,11 +272,21 @@ class Loop:
 
     def snapshot(self, step: int) -> Checkpoint:
         """Everything the run needs to go on from `step`."""
-        return snapshot(self, step)
+        place = {
+            "place": self.batches.order.place(step),
+            "score": self.scored[1] if self.scored and self.scored[0] == step else None,
+            **({"micro": self.micro} if self.shrinks else {}),
+        }
+        return self.state.snapshot(step, place)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take back a snapshot, in every process."""
-        restore(self, checkpoint)
+        """Take back a snapshot, in every process. Raises UserError where the weights do not fit."""
+        self.state.restore(checkpoint, self.checkpoints.folder / f"step-{checkpoint.step:08d}")
+        state, held = checkpoint.state, self.micro * self.accumulation
+        if "watchdogs" in state:  # not in checkpoints of earlier versions, which did not keep their place either
+            self.base = checkpoint.step, int(state["place"])
+        if self.shrinks and "micro" in state and held % int(state["micro"]) == 0:  # what was found to fit
+            self.micro, self.accumulation = int(state["micro"]), held // int(state["micro"])
 
     def _stopped(self) -> int:
         """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`)."""

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from training.data.samples import Batch, Images, Latents
-from training.loop.returns import Returns
+from training.loop.rollback import Rollback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 class Stage(ABC):
-    """What a stage gives the loop: its data, its networks, its gradient step and its evaluation."""
+    """One kind of training: it declares what is trained, averaged and frozen, and `loop/wrapping.py` wraps it."""
 
+    accelerator: Accelerator
     dataset: Images | Latents
     networks: dict[str, nn.Module]  # everything trained, by the name it has in checkpoints
     averaged: dict[str, nn.Module]  # the part of it that EMA averages and export uses
-    wrapped: dict[str, Any]  # the same networks as the processes share them
+    frozen: Iterable[nn.Module] = ()  # what is only called, to be moved to the device
+    wrapped: dict[str, Any]  # the networks as the processes share them, by the same names
     optimizers: dict[str, tuple[list[str], float]]  # name -> (networks it trains, learning-rate multiple)
     score: tuple[str, float]  # the validation number that names the best checkpoint, and its sign: lower is better
-    returns: Returns | None = None  # what brings a run back whose score has become worse
+    rollback: Rollback | None = None  # what brings a run back whose score has become worse
+    unused_gradients: bool = False  # whether a step may leave parameters without gradients: processes must look
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Take the process wrappers of `wrapped` into use, and move own tensors to the accelerator's device."""
+
+    @abstractmethod
+    def compiled_parts(self) -> Iterable[nn.Module]:
+        """The modules that `train.compile` compiles in place."""
 
     @abstractmethod
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
@@ -45,7 +57,3 @@ class Stage(ABC):
     @abstractmethod
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Write pictures into `folder`, return validation numbers. Runs in the main process with averaged weights."""
-
-    @abstractmethod
-    def wrap(self, accelerator: Accelerator) -> None:
-        """Replace the callables used by `backward` by their process wrappers."""

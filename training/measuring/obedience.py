@@ -47,7 +47,7 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
         raise UserError("--obedience shapes draws --count pictures, which must be at least 1", hint="give --count N")
     with explained("lower --count"):
         prompts = {objects: held_out_prompts(args.count, objects, seed=args.seed) for objects in (1, 2, 3)}
-    numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes_checker.py"}
+    numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes/checker.py"}
     shown: list[Any] = []
     captions: list[str] = []
     for objects, asked in prompts.items():

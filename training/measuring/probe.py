@@ -24,7 +24,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform as UniformGrid
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objective import LEVELS, Objective
 from ldm.predictions import Velocity
 from ldm.samplers import prior, sample
 from ldm.samplers.ode import Euler
@@ -34,7 +34,6 @@ from ldm.weighting import Uniform
 from training.data.samples import Images
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import Features
-from training.stages.denoiser import LEVELS
 
 SEED = 0
 BATCH = 64

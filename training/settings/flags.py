@@ -147,9 +147,10 @@ def check_inputs(args: argparse.Namespace) -> None:
             raise UserError(f"{run}: no such run", hint=hint, code=CHECKPOINT)
     for folder in (getattr(args, name, None) for name in ("data", "latents")):
         if folder and ":" not in str(folder):  # an address is read, or refused, by those who know its kind
-            from training.shards.index import read_index
+            from training.files import no_index
 
-            read_index(folder)
+            if not (Path(folder) / "index.json").is_file():
+                raise no_index(Path(folder))
 
 
 class TrainParser(Parser):

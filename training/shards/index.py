@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from training.errors import DATA, UserError
-from training.files import file_sha256, leads_out, write_json
+from training.files import file_sha256, leads_out, no_index, write_json
 from training.shards.offset_index import again, open_index
 from training.shards.tars import is_safe
 
@@ -76,9 +76,7 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
         sound = sound and len({info.name for info in shards}) == len(shards)
         sound = sound and all(isinstance(field, str) for field in index["fields"])
     except FileNotFoundError:
-        why = "holds no index.json" if Path(directory).is_dir() else "is not a folder"
-        hint = f"pack one with scripts/make_shards.py pack, or index its tars; {again(Path(directory))}"
-        raise UserError(f"{directory} {why}", hint=hint, code=DATA) from None
+        raise no_index(Path(directory)) from None
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         sound, version = False, FORMAT
     if version > FORMAT:

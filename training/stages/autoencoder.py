@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,13 @@ from autoencoder.quantizer import Quantizer, identity
 from autoencoder.regularisers import Move
 from ldm.noise import Noise
 from training.data.samples import Batch, Images
-from training.loop.returns import Returns
+from training.loop.rollback import Rollback
 from training.loop.stage import Stage
 from training.models.latent_scale import fit_norm
 from training.models.reconstructions import measure
 from training.settings.decoding import AutoencoderConfig
 from training.stages.adversary import Adversary
 from training.stages.checks import check_returns
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class AutoencoderStage(Stage):
@@ -65,6 +63,9 @@ class AutoencoderStage(Stage):
             self.networks["log_variance"] = self.log_variance
             self.optimizers["log_variance"] = (["log_variance"], 1.0)
         self.vision = vision
+        self.frozen = [part for part in (perceptual, vision) if part is not None]
+        if not self.loss.adversarial:
+            self.frozen.append(discriminator)
         if vision:
             margins = self.loss.align_cosine_margin, self.loss.align_distance_margin
             self.networks["alignment"] = Alignment(model.latent_channels, vision.width, *margins)
@@ -82,33 +83,26 @@ class AutoencoderStage(Stage):
         self.start = None if self.loss.plateau else self.loss.adversarial_start
         if self.loss.return_margin:
             margin, pause, limit = self.loss.return_margin, self.loss.return_pause, self.loss.return_limit
-            self.returns = Returns(margin, pause, limit, self.ramp)
+            self.rollback = Rollback(margin, pause, limit, self.ramp)
         self.codes = model.quantize if isinstance(model.quantize, Quantizer) and model.quantize.adapts else None
         self.seen: list[tuple[Tensor, Tensor]] = []  # slots and z of this step, for a codebook that follows them
         self.forward: Any = model
 
-    def wrap(self, accelerator: Accelerator) -> None:
-        """Every training call goes through the process wrappers, which average gradients."""
-        self.accelerator = self.adversary.accelerator = accelerator
-        self.forward, self.balance = accelerator.prepare(self.model), self.balance.to(accelerator.device)
-        self.align_balance = self.align_balance.to(accelerator.device)
-        self.wrapped = {"autoencoder": self.forward}
-        if self.perceptual:
-            self.perceptual.to(accelerator.device).to(memory_format=torch.channels_last)
-        if self.loss.adversarial:
-            self.wrapped["discriminator"] = self.adversary.judge = accelerator.prepare(self.discriminator)
-        else:
-            self.discriminator.to(accelerator.device)
-        if self.vision:
-            self.vision.to(accelerator.device)
-        for name in [name for name in self.networks if name not in self.wrapped]:  # in one order everywhere
-            self.wrapped[name] = accelerator.prepare(self.networks[name])
-        model: Any = self.model  # compiled but for its last layer, through which alone the balance takes its gradients
+    def connect(self) -> None:
+        """Every training call goes through the process wrappers; the balances live where the gradients do."""
+        device, self.forward = self.accelerator.device, self.wrapped["autoencoder"]
+        self.adversary.accelerator = self.accelerator
+        self.adversary.judge = self.wrapped.get("discriminator", self.discriminator)
+        self.balance, self.align_balance = self.balance.to(device), self.align_balance.to(device)
+
+    def compiled_parts(self) -> Iterator[nn.Module]:
+        """All but the decoder's last layer, through which alone the balance takes its gradients."""
+        model: Any = self.model
         groups = [[*c] if isinstance(c, nn.ModuleList | nn.Sequential) else [c] for c in model.decoder.children()]
         blocks = [block for group in groups for block in group if any(True for _ in block.children())]
         for part in filter(None, (model.encoder, *blocks, self.discriminator, self.perceptual)):
-            if self.config.train.compile and not any(p is model.last_layer for p in part.parameters()):
-                part.compile()
+            if not any(p is model.last_layer for p in part.parameters()):
+                yield part
 
     def ramp(self, step: int) -> float:
         """The share of the adversarial gradient that reaches the decoder: 0 before its start, then linearly to 1, or
@@ -116,7 +110,7 @@ class AutoencoderStage(Stage):
         """
         if not self.loss.adversarial or self.start is None or step < self.start:
             return 0.0
-        whole = self.returns.weight if self.returns else 1.0
+        whole = self.rollback.weight if self.rollback else 1.0
         return whole * min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
@@ -248,7 +242,7 @@ class AutoencoderStage(Stage):
     def state(self) -> dict[str, Any]:
         plateau = {**vars(self.plateau), "total": float(self.plateau.total), "start": self.start}
         anchors = None if self.adversary.anchors is None else self.adversary.anchors.tolist()
-        counted = self.returns and self.returns.count
+        counted = self.rollback and self.rollback.count
         returns = {"returns": {"count": counted, "start": self.start}} if counted else {}
         aligned = {"align_balance": float(self.align_balance)} if self.loss.align_adaptive else {}
         return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **aligned}
@@ -262,8 +256,8 @@ class AutoencoderStage(Stage):
             plateau = dict(state["plateau"])
             self.start = plateau.pop("start")
             self.plateau = Plateau(**{**plateau, "share": self.loss.plateau, "steps": self.loss.plateau_steps})
-        if self.returns and "returns" in state:
-            self.returns.count, self.start = state["returns"]["count"], state["returns"]["start"]
+        if self.rollback and "returns" in state:
+            self.rollback.count, self.start = state["returns"]["count"], state["returns"]["start"]
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objective import LEVELS, Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import LossAware, Places
@@ -24,11 +23,8 @@ from training.pictures import grids
 from training.settings.decoding import DenoiserConfig
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from autoencoder.norm import LatentNorm
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of the validation loss
 SHOWN = 16
 VALIDATION_SEED = 1 << 40
 
@@ -81,20 +77,17 @@ class DenoiserStage(Stage):
         )
         self.seen = config.times.start() if isinstance(config.times, LossAware) else None
         self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
-        self.channels = self.norm.scale.numel()
+        self.channels, self.frozen = self.norm.scale.numel(), [self.norm]
+        # Where nothing reads the encoder's pooled vector, processes must not wait for the gradients of its projection.
+        self.unused_gradients = text.trainable and not getattr(config.backbone, "pooled", True)
 
-    def wrap(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        if self.text.trainable and not getattr(self.config.backbone, "pooled", True):
-            # Nothing reads the encoder's pooled vector: processes must not wait for the gradients of its projection.
-            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.forward = accelerator.prepare(self.network)
-        if self.config.train.compile:
-            self.network.backbone.compile()
-        self.wrapped = {"denoiser": self.forward}
-        self.norm.to(accelerator.device)
-        self.network.to(accelerator.device)  # the learned weighting, which no one else has moved
-        self.seen = None if self.seen is None else self.seen.to(accelerator.device)
+    def connect(self) -> None:
+        self.forward, device = self.wrapped["denoiser"], self.accelerator.device
+        self.network.to(device)  # the learned weighting, which no one else has moved
+        self.seen = None if self.seen is None else self.seen.to(device)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.network.backbone]
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from autoencoder.fidelity import psnr, ssim
@@ -27,8 +27,6 @@ from training.stages.autoencoder import posterior_noise
 
 if TYPE_CHECKING:
     import argparse
-
-    from accelerate import Accelerator
 
 SHOWN = 8  # columns of the picture grid
 SHAPE = ("encoder_blocks", "decoder_blocks", "latent_channels")  # of a tiny model, as its teacher's latents ask
@@ -81,16 +79,17 @@ class DistillationStage(Stage):
         self.averaged, self.score = {"autoencoder": model}, ("teacher_psnr", -1.0)
         self.distance = of_kind(RECONSTRUCTIONS, config.loss.reconstruction)
         self.forward: Any = model
+        self.frozen = [part for part in (teacher, perceptual) if part is not None]
+        for part in self.frozen:
+            part.to(memory_format=torch.channels_last)
 
-    def wrap(self, accelerator: Accelerator) -> None:
-        """The student goes through the process wrapper, which averages gradients; the teacher only to its device."""
-        self.accelerator, self.forward = accelerator, accelerator.prepare(self.model)
-        self.wrapped = {"autoencoder": self.forward}
-        for frozen in filter(None, (self.teacher, self.perceptual)):
-            frozen.to(accelerator.device).to(memory_format=torch.channels_last)
-        networks: list[Any] = [self.model, self.teacher] if self.config.train.compile else []
-        for network in networks:
-            network.encoder.compile(), network.decoder.compile()
+    def connect(self) -> None:
+        """The student goes through the process wrapper; the teacher is only called."""
+        self.forward = self.wrapped["autoencoder"]
+
+    def compiled_parts(self) -> list[nn.Module]:
+        networks: list[Any] = [self.model, self.teacher]
+        return [part for network in networks for part in (network.encoder, network.decoder)]
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch: the gradient of both halves at once."""

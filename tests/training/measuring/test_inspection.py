@@ -16,13 +16,13 @@ from autoencoder.dc import DC
 from autoencoder.kl import KL
 from autoencoder.tiny import Tiny
 from autoencoder.vq import FSQ, LFQ, VQ
+from ldm.objective import LEVELS
 from training.data.samples import Images
 from training.measuring.features import load_features
 from training.measuring.inspection import Study, interval
 from training.measuring.probe import encoded, held_out_loss, probe
 from training.pictures import html
 from training.shards.reading import ShardSet
-from training.stages.denoiser import LEVELS
 
 SMALL: dict[str, Any] = {"channels": (8, 8, 8), "blocks": 1, "groups": 4, "mid_attention": False}
 KINDS = {

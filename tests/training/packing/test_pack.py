@@ -339,6 +339,6 @@ def test_the_script(folder: Path, tmp_path: Path) -> None:
 
 
 def test_packing_imports_no_heavy_library() -> None:
-    code = "import sys, training.packing_cli\nprint([m for m in ('torch', 'webdataset') if m in sys.modules])"
+    code = "import sys, training.packing.command\nprint([m for m in ('torch', 'webdataset') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parents[1])
     assert printed.stdout.strip() == "[]", printed.stderr

@@ -403,7 +403,7 @@ def test_evaluation_sees_the_averages(
         step(stage, loop, number), loop.step(number, 1e-3)
     live, seen = weights(stage.model), []
     monkeypatch.setattr(stage, "evaluate", lambda folder: seen.append(weights(stage.model)) or {"psnr": 0.0})
-    loop.look(2)
+    loop.validate(2)
     averages = torch.cat([loop.ema.shadow[f"autoencoder.{key}"].flatten() for key, _ in stage.model.named_parameters()])
     assert torch.equal(seen[0], averages) and not torch.allclose(averages, live, atol=1e-5)
     assert torch.equal(weights(stage.model), live)

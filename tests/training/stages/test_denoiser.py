@@ -86,7 +86,7 @@ def test_evaluation_sees_the_averages(
         loop.step(number, 1e-3)
     live, seen = weights(stage.network), []
     monkeypatch.setattr(stage, "evaluate", lambda folder: seen.append(weights(stage.network)) or {"loss": 0.0})
-    loop.look(2)
+    loop.validate(2)
     averages = [loop.ema.shadow[f"denoiser.{key}"].flatten() for key, _ in stage.network.named_parameters()]
     assert torch.equal(seen[0], torch.cat(averages)) and not torch.allclose(seen[0], live, atol=1e-5)
     assert torch.equal(weights(stage.network), live)

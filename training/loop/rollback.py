@@ -1,0 +1,68 @@
+"""The way back to the best checkpoint, where the adversarial gradient wrecks what was good.
+
+A held-out score s (lower is better) measured after steps with that gradient tells of a wreck where s > s_best + margin,
+s_best being the best of the checkpoints. The loop then takes back the best weights and goes on at the step where it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import NUMERICAL, UserError
+from training.runs.checkpoints import Checkpoint, Checkpoints, score
+
+
+@dataclass
+class Rollback:
+    """When to go back, to which checkpoint, and what differs then; `share(step)` of the gradient reaches the decoder.
+
+    Weights, averages, optimisers and the stage's state come back; the place in the data does not. The discriminator
+    learns at once, its gradient is held back for `pause` steps, then rises anew to 2^-count of its weight, so that each
+    attempt is gentler. Counter and new start are kept in the stage's state.
+    """
+
+    margin: float
+    pause: int
+    limit: int
+    share: Callable[[int], float]
+    count: int = 0
+
+    @property
+    def weight(self) -> float:
+        """What multiplies the adversarial gradient by now."""
+        return 0.5**self.count
+
+    @property
+    def left(self) -> bool:
+        """Whether the run may go back once more."""
+        return self.count < self.limit
+
+    def target(self, checkpoints: Checkpoints, step: int, reached: float) -> Path | None:
+        """The best checkpoint before `step`, where the score `reached` is too far above its own."""
+        earlier = (path for path in checkpoints.folder.glob("step-*") if path.name < f"step-{step:08d}")
+        scores = {path: value for path in earlier if (value := score(path)) is not None}
+        best = min(scores, key=lambda path: scores[path], default=None)
+        if best is None or reached <= scores[best] + self.margin:  # a score that is NaN is no good one
+            return None
+        return best
+
+    def allow(self, worse: str, good: Path) -> None:
+        """Raises UserError (exit 5) where no return is left."""
+        if not self.left:
+            raise UserError(
+                f"{worse}, and no return is left of {self.limit}",
+                hint="lower loss.adversarial or discriminator_lr, or lengthen loss.adversarial_ramp; "
+                f"what was good is kept in {good}",
+                code=NUMERICAL,
+            )
+
+    def merged(self, good: Checkpoint, present: Mapping[str, Any], step: int) -> Checkpoint:
+        """The good checkpoint as of `step`: its weights and averages with the present place in the data."""
+        back = {"returns": {"count": self.count + 1, "start": step + self.pause}}
+        kept = {key: good.state[key] for key in ("ema_updates", "scaler")}
+        state = {**present, **kept, "stage": {**good.state["stage"], **back}}
+        return dataclasses.replace(good, step=step, state=state)

@@ -1,0 +1,28 @@
+"""From a stage's declarations to networks that processes share: frozen parts moved, trained ones wrapped, compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training.loop.stage import Stage
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def wrap(stage: Stage, accelerator: Accelerator, *, compiles: bool) -> None:
+    """Put a stage on the accelerator's device and behind its process wrappers, which average gradients.
+
+    Parts are compiled inside their wrappers, so that a checkpoint's names stay those of the bare networks.
+    """
+    stage.accelerator = accelerator
+    for module in stage.frozen:
+        module.to(accelerator.device)
+    if stage.unused_gradients:
+        from accelerate import DistributedDataParallelKwargs
+
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    stage.wrapped = {name: accelerator.prepare(network) for name, network in stage.networks.items()}  # in one order
+    for part in stage.compiled_parts() if compiles else ():
+        part.compile()
+    stage.connect()
