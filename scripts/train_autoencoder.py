@@ -16,9 +16,9 @@ def main() -> None:
     text = "frozen Hugging Face vision model, folder or name, whose features the latents follow as loss.align weighs"
     parser.data.add_argument("--align-with", metavar="DIR", help=text)
     args = parser.read_training()
-    from training.stages.train import train_autoencoder
+    from training.stages.train import train
 
-    sys.exit(train_autoencoder(args))
+    sys.exit(train(args, "autoencoder"))
 
 
 if __name__ == "__main__":

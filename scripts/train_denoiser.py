@@ -16,9 +16,9 @@ def main() -> None:
         "--text-encoder", metavar="NAME|DIR", help="frozen Hugging Face text encoder, for --text.kind huggingface"
     )
     args = parser.read_training()
-    from training.stages.train import train_denoiser
+    from training.stages.train import train
 
-    sys.exit(train_denoiser(args))
+    sys.exit(train(args, "denoiser"))
 
 
 if __name__ == "__main__":

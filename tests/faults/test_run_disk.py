@@ -16,6 +16,7 @@ from training.machine import faults
 from training.runs.checkpoints import Checkpoints
 from training.runs.folder import Run
 from training.settings.decoding import load
+from training.stages.autoencoder_job import AutoencoderJob
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -66,7 +67,7 @@ def test_too_little_room_is_told_before_the_first_step(
 
 
 def test_a_folder_that_cannot_be(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.stages.train.stage_one", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(AutoencoderJob, "build", lambda *_: pytest.fail("a model was built"))
     (tmp_path / "file").touch()
     for output in ("/proc/run", tmp_path / "file", tmp_path / "file" / "run"):
         problem = tiny.refused("train_autoencoder", "--data", shapes, "--output", output, *tiny.AUTOENCODER)

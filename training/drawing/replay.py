@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from training.errors import CHECKPOINT, DATA, UserError
 from training.pictures import grids
+from training.runs.ingredients import difference
 
 if TYPE_CHECKING:
     import argparse
@@ -84,11 +85,10 @@ def compare(original: Original, facts: dict[str, Any]) -> None:
         hint = "give the same one with --preview" if then else "leave --preview out"
         raise UserError(f"{original.path} was decoded with {was}, this is {now}", hint=hint, code=CHECKPOINT)
     wanted, here = original.facts["hashes"], facts["hashes"]
-    for name in sorted({*wanted, *here} - (LATER - set(wanted))):
-        if wanted.get(name) != here.get(name):
-            then, now = (str(hashes.get(name, "none"))[:12] for hashes in (wanted, here))
-            hint = f"give the same one with {GIVE.get(name, '--model')}"
-            raise UserError(f"{original.path} was made with {name} {then}, this is {now}", hint=hint, code=CHECKPOINT)
+    if other := difference(wanted, here, sorted({*wanted, *here} - (LATER - set(wanted)))):
+        hint = f"give the same one with {GIVE.get(other.name, '--model')}"
+        what = f"{original.path} was made with {other.name} {other.before}, this is {other.now}"
+        raise UserError(what, hint=hint, code=CHECKPOINT)
     begun = [(way.get("invert") or {}).get("sha256") for way in (original.facts, facts)]
     if begun[0] != begun[1]:
         raise UserError(f"{original.path} was begun from another picture than --invert's", code=CHECKPOINT)

@@ -97,10 +97,10 @@ def inverted(
 
 def choose(args: argparse.Namespace, kept: decoding.Values | None = None) -> tuple[Sampling, decoding.Values]:
     """The run's own sampling, or the `kept` one, with the flags' changes laid over it; also as plain values."""
-    home, _ = find(args.model, "denoiser")
+    own = read_json(find(args.model, "denoiser").home / "config.json")
     values = {
         name: section
-        for name, section in (read_json(home / "config.json") | (kept or {})).items()
+        for name, section in (own | (kept or {})).items()
         if name in ("sampler", "grid", "guidance", "sample")
     }
     given = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
@@ -112,7 +112,7 @@ def choose(args: argparse.Namespace, kept: decoding.Values | None = None) -> tup
             )
         if key.endswith(".kind") and values[key.partition(".")[0]].get("kind") != changes[key]:
             values[key.partition(".")[0]] = {}  # another kind has other keys
-    whole = decoding.overlay({**read_json(home / "config.json"), **values}, changes)
+    whole = decoding.overlay({**own, **values}, changes)
     config = decoding.decode("denoiser", whole, dict.fromkeys(changes, "command line"))
     assert isinstance(config, decoding.DenoiserConfig)
     decoded = decoding.to_values(config)

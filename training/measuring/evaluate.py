@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from training.data.samples import Images
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
-from training.errors import CHECKPOINT, UserError, explained
-from training.files import content_hash, read_json, write_json
+from training.errors import UserError, explained
+from training.files import content_hash, write_json
 from training.machine import memory, processes
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.features import load_features
-from training.measuring.held_out import check_crop, chunks, crop, enough, even_captions, even_indices, gather, held_out
+from training.measuring.held_out import check_crop, chunks, enough, even_captions, even_indices, gather, held_out
 from training.measuring.likelihood import likelihood
 from training.measuring.obedience import SAMPLING, drawn, named, shapes_obedience
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
+from training.models.folders import find
 from training.models.judge import load_classifier
 from training.models.lpips import load_distance
+from training.models.reconstructions import Fidelity
 from training.runs.folder import versions
 from training.settings.flags import check_least
 from training.shards.index import data_facts
@@ -48,8 +49,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         args.data = located(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    values = read_json(find_any(args.model) / "config.json")
-    numbers = of_autoencoder(args) if "model" in values else of_denoiser(args)
+    numbers = of_autoencoder(args) if find(args.model).stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
     for key, value in numbers.items():
@@ -62,15 +62,6 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_any(model: str) -> Path:
-    """The folder of the config of a run, its final/ or a checkpoint, whichever its stage."""
-    path = Path(model)
-    for place in (path / "final", path, path.parent.parent if path.parent.name == "checkpoints" else path):
-        if (place / "config.json").is_file():
-            return place
-    raise UserError(f"{path}: no such run", hint="give a run folder, its final/ or a checkpoint", code=CHECKPOINT)
-
-
 def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     """Stage one on held-out pictures: PSNR, SSIM, LPIPS where asked, Frechet distance of reconstructions."""
     device = processes.resolve(args.device)
@@ -79,21 +70,14 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     network, places = load_distance(args, images, device), images.first(args.count)
     enough(len(places))
     check_crop(args.crop, images)
-    rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", *(["lpips"] if network else []))}
-    real, ours = Moments(features.dim), Moments(features.dim)
+    fidelity, real, ours = Fidelity(network), Moments(features.dim), Moments(features.dim)
     for pixels in chunks(images, places, device):
         made = _reconstruct(model, pixels)
         real.add(features(pixels))
         ours.add(features(made))
-        inner, outer = crop(made, args.crop), crop(pixels, args.crop)
-        rows["psnr"].append(psnr(inner, outer))
-        rows["ssim"].append(ssim(inner, outer))
-        if network:
-            with torch.no_grad():
-                rows["lpips"].append(network(to_unit(made), to_unit(pixels)))
-    means = {name: torch.cat(parts).double().mean().item() for name, parts in rows.items()}
+        fidelity.add(made, pixels, args.crop or 0)
     return {
-        **means,
+        **fidelity.means(),
         "frechet": frechet_distance(real, ours),
         "images": real.count,
         "features": features.name,

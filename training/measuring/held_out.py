@@ -79,11 +79,3 @@ def check_crop(size: int | None, images: Images) -> None:
     if size is not None and not 1 <= size <= side:
         what = f"--crop: must lie in 1 to {side}, the pictures' side (got {size})"
         raise UserError(what, hint="leave it out to measure whole pictures")
-
-
-def crop(pixels: Tensor, size: int | None) -> Tensor:
-    """The central size x size, where asked: padding is easy to reconstruct."""
-    if not size:
-        return pixels
-    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
-    return pixels[..., top : top + size, left : left + size]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoencoder.base import Autoencoder
-from autoencoder.fidelity import psnr, ssim
+from autoencoder.fidelity import psnr
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.perceptual import Perceptual
 from autoencoder.posterior import Posterior
@@ -28,6 +28,7 @@ from training.measuring.features import load_features
 from training.measuring.probe import probe
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.lpips import load_distance
+from training.models.reconstructions import Fidelity
 from training.pictures import grids, html
 from training.runs.folder import versions
 from training.settings.flags import check_least
@@ -75,7 +76,7 @@ class Study:
     """What is gathered of one autoencoder, batch by batch of held-out pictures."""
 
     def __init__(self, model: Autoencoder, distance: Perceptual | None) -> None:
-        self.model, self.distance = model, distance
+        self.model, self.fidelity = model, Fidelity(distance)
         self.seen = 0
         self.powers, self.means, self.rates = Tensor(), Tensor(), Tensor()  # sums over pictures, per channel
         self.rows: dict[str, list[Tensor]] = {}  # one number per picture
@@ -92,7 +93,7 @@ class Study:
             moments = self.model.encode(to_unit(pixels))
             self.statistics(moments, noise)
             mean = self.model.norm.mean_latents(moments)
-            self.reconstruct(pixels, mean)
+            self.fidelity.add(to_uint8(self.model.decode(mean)), pixels)
             if self.model.quantize:
                 found = code_counts(self.model.quantize.indices(moments), self.model.quantize.codes)
                 self.counts = found if self.counts is None else self.counts + found
@@ -113,14 +114,6 @@ class Study:
             logvar = Posterior.split(moments).logvar.double() - 2 * norm.scale.double().log()
             rates = Posterior(mean.transpose(0, 1), logvar.transpose(0, 1)).kl().cpu()
             self.rates = self.rates + rates if self.seen else rates
-
-    def reconstruct(self, pixels: Tensor, mean: Tensor) -> None:
-        """PSNR, SSIM and LPIPS of 8-bit reconstructions."""
-        made = to_uint8(self.model.decode(mean))
-        self.note("psnr", psnr(made, pixels))
-        self.note("ssim", ssim(made, pixels))
-        if self.distance:
-            self.note("lpips", self.distance(to_unit(made), to_unit(pixels)))
 
     def look_closely(self, pixels: Tensor, mean: Tensor, noise: Noise) -> None:
         """Spectra, equivariance, and what noise in the latents does to the picture."""
@@ -146,7 +139,7 @@ class Study:
         rows = self.channels()
         return {
             "pictures": self.seen,
-            "reconstruction": {name: parts[name] for name in ("psnr", "ssim", "lpips") if name in parts},
+            "reconstruction": {n: interval(v.double().cpu()) for n, v in self.fidelity.values().items()},
             "channels": rows,
             "dead_channels": [row["channel"] for row in rows if row["dead"]],
             "kl": sum(row["kl"] for row in rows) if self.model.norm.gaussian else None,
@@ -188,7 +181,7 @@ class Study:
     @torch.no_grad()
     def worst(self, images: Images) -> Any:
         """The pictures of lowest PSNR, their reconstructions, and the difference."""
-        chosen = torch.cat(self.rows["psnr"]).argsort()[:WORST].tolist()
+        chosen = self.fidelity.values()["psnr"].double().cpu().argsort()[:WORST].tolist()
         pixels = next(images.chunks(chosen, WORST)).data
         given = to_unit(pixels.to(next(self.model.parameters()).device))
         ours = to_uint8(self.model(given, None)[0]).cpu()

@@ -165,10 +165,9 @@ def load_pipeline(
     from training.models.previews import load_preview
 
     target = resolve(device) if isinstance(device, str) else device
-    home, file = find(path, "denoiser")
-    config = decoding.decode("denoiser", read_json(home / "config.json"))
+    found = find(path, "denoiser")
+    config, file, final = found.config(), found.weights, found.final
     assert isinstance(config, decoding.DenoiserConfig)
-    final = _final(home)
     autoencoder = load_autoencoder(final / "autoencoder", target)
     hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
     same_ingredients(final, hashes)
@@ -181,17 +180,12 @@ def load_pipeline(
         part.to(target).eval().requires_grad_(False)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
     pipeline.hashes |= _networks(pipeline)
-    if file.is_file():  # a checkpoint's weights are other ones, and under the hashes of its own manifest
+    if found.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
     if preview:
         pipeline.autoencoder = load_preview(preview, hashes["autoencoder"], target)
         pipeline.hashes["autoencoder"] = content_hash(pipeline.autoencoder.state_dict())
     return pipeline
-
-
-def _final(home: Path) -> Path:
-    """The folder of what does not change in training, of a run or of its final/."""
-    return home if (home / "autoencoder").is_dir() else home / "final"
 
 
 def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEncoder, dict[str, str]]:
@@ -227,15 +221,15 @@ def vocabulary_home(config: Any, own: Path | None, donor: str | None) -> Path | 
     """
     if donor is None or isinstance(config, HuggingFace) or (own and text_encoders.holds_vocabulary(own)):
         return own
-    home, _ = find(donor, "denoiser")
-    theirs: Any = decoding.decode("denoiser", read_json(home / "config.json"))
+    found = find(donor, "denoiser")
+    theirs: Any = found.config()
     if (kind := theirs.text.kind) != config.kind:
         raise UserError(
             f"the text encoder of {donor} is of the kind {kind}, this config's is {config.kind}",
             hint=f"give --text.kind {kind}, or leave --init-from out",
             code=CHECKPOINT,
         )
-    return _final(home)
+    return found.final
 
 
 def fill_network(parts: Parts, dataset: Latents, path: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash, read_json
+from training.files import content_hash
 from training.models.folders import fill, find, weights
 from training.settings import decoding
 
@@ -27,11 +27,11 @@ def check_tile(tile: int) -> None:
 
 def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Autoencoder:
     """The autoencoder of a run (averaged weights), frozen, in eval mode."""
-    home, file = find(path, "autoencoder")
-    settings = decoding.decode("autoencoder", read_json(home / "config.json"))
+    found = find(path, "autoencoder")
+    settings = found.config()
     assert isinstance(settings, decoding.AutoencoderConfig)
     model: Autoencoder = settings.model.build()
-    fill(model, weights(file, "autoencoder"), file)
+    fill(model, weights(found.weights, "autoencoder"), found.weights)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -42,13 +42,11 @@ def autoencoder_hashes(model: Autoencoder) -> dict[str, str]:
 
 def finished_autoencoder(path: str) -> Path:
     """The folder of a finished stage-one run's config.json. Raises UserError where its latents have no scale yet."""
-    from training.models.folders import find
-
-    home, weights = find(path, "autoencoder")
-    if not weights.is_file():
+    found = find(path, "autoencoder")
+    if not found.finished:
         raise UserError(
             f"{path}: the autoencoder is not finished (its latent normaliser is measured last)",
             hint="let its training end first",
             code=CHECKPOINT,
         )
-    return home
+    return found.home

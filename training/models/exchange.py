@@ -206,8 +206,7 @@ def export_autoencoder(path: str, output: Path) -> None:
     What of the latents' normaliser its pipelines cannot say is said as a note.
     """
     check_free(output)
-    home, _ = find(path, "autoencoder")
-    model = decoding.to_values(decoding.decode("autoencoder", read_json(home / "config.json")))["model"]
+    model = decoding.to_values(find(path, "autoencoder").config())["model"]
     found = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
     if found is None:
         known = ", ".join(kind for kind, *_ in LAYOUTS.values())

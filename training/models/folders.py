@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.errors import CHECKPOINT, UserError
 from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors, write_bytes, write_json
@@ -34,16 +34,39 @@ def export(folder: Path, values: decoding.Values, tensors: Mapping[str, Tensor],
     return identity
 
 
-def find(path: str | Path, stage: str) -> tuple[Path, Path]:
-    """(folder of config.json, file of weights) of RUN, RUN/final or a checkpoint; RUN in training gives its newest one.
+class Found(NamedTuple):
+    """A model on disk: the folder of its config.json; its weights, exported file or checkpoint folder; its stage."""
 
-    Raises UserError where there is no such model, or one of another stage.
+    home: Path
+    weights: Path
+    stage: str
+
+    @property
+    def final(self) -> Path:
+        """The folder of what does not change in training: final/ of a run, or the exported folder itself."""
+        return self.home if self.weights == self.home / "model.safetensors" else self.home / "final"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the weights are exported ones."""
+        return self.weights.is_file()
+
+    def config(self) -> decoding.Config:
+        """Its config, decoded."""
+        return decoding.decode(self.stage, read_json(self.home / "config.json"))
+
+
+WANTED = "give a run folder, its final/ or one of its checkpoints"
+
+
+def find(path: str | Path, stage: str | None = None) -> Found:
+    """The model of RUN, RUN/final or a checkpoint; RUN in training gives its newest checkpoint.
+
+    Raises UserError where there is no such model, or one of another stage than `stage`.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(
-            f"{path}: no such run", hint="give a run folder, its final/ or one of its checkpoints", code=CHECKPOINT
-        )
+        raise UserError(f"{path}: no such run", hint=WANTED, code=CHECKPOINT)
     if path.parent.name == "checkpoints" and (path / "ema.safetensors").is_file():
         home, weights = path.parent.parent, path
     elif (path / "model.safetensors").is_file() and (path / "config.json").is_file():
@@ -53,21 +76,17 @@ def find(path: str | Path, stage: str) -> tuple[Path, Path]:
     else:
         newest = Checkpoints(path).newest()
         if newest is None:
-            raise UserError(
-                f"{path}: holds no model and no checkpoint",
-                hint="give a run folder, its final/ or one of its checkpoints",
-                code=CHECKPOINT,
-            )
+            raise UserError(f"{path}: holds no model and no checkpoint", hint=WANTED, code=CHECKPOINT)
         home, weights = path, newest
     values = read_json(home / "config.json")
-    found = "autoencoder" if "model" in values else "denoiser"
-    if found != stage:
+    kind = "autoencoder" if "model" in values else "denoiser"
+    if kind != (stage or kind):
         raise UserError(
-            f"{path} is a run of the {found} stage, expected {stage}",
+            f"{path} is a run of the {kind} stage, expected {stage}",
             hint=f"give the folder of the {stage}",
             code=CHECKPOINT,
         )
-    return home, weights
+    return Found(home, weights, kind)
 
 
 def weights(file: Path, name: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from training.errors import CHECKPOINT, UserError
 from training.files import read_json, write_json
 from training.runs.folder import record
+from training.runs.ingredients import difference
 
 INGREDIENTS = "ingredients.json"  # in final/: the hashes of all that it draws with, by the names that pictures carry
 BEGUN_WITH = ("autoencoder", "vocabulary", "tokenizer")  # of those, what run.json names from the first step
@@ -36,10 +37,10 @@ def same_ingredients(final: Path, found: Mapping[str, str]) -> None:
     """
     begun = record(final.parent).get("hashes", {})
     known = {name: begun.get(name) for name in BEGUN_WITH} | stored_ingredients(final)
-    for name, value in found.items():
-        if (before := known.get(name)) not in (None, value):
-            raise UserError(
-                f"{final / PLACES.get(name, name)} is {value[:12]}, the denoiser was trained with {str(before)[:12]}",
-                hint="put back the one it was trained with, or go on with the run, which writes it again at its end",
-                code=CHECKPOINT,
-            )
+    if other := difference(known, found):
+        place = final / PLACES.get(other.name, other.name)
+        raise UserError(
+            f"{place} is {other.now}, the denoiser was trained with {other.before}",
+            hint="put back the one it was trained with, or go on with the run, which writes it again at its end",
+            code=CHECKPOINT,
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,10 +12,6 @@ from training.files import read_json, write_json
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
 TEACHER = "teacher.json"  # in final/: the autoencoder whose latents this one decodes
 
 
@@ -25,9 +20,9 @@ def teacher_hash(teacher: Autoencoder | None) -> dict[str, str]:
     return {"autoencoder": autoencoder_hashes(teacher)["autoencoder"] if teacher else "none"}
 
 
-def keep_teacher(teacher: Autoencoder | None, home: Path, accelerator: Accelerator) -> None:
-    """The main process writes into `home` (final/) whose latents the model decodes, if another's."""
-    if teacher and accelerator.is_main_process:
+def keep_teacher(teacher: Autoencoder | None, home: Path) -> None:
+    """Write into `home` (final/) whose latents the model decodes, if another's."""
+    if teacher:
         home.mkdir(parents=True, exist_ok=True)
         write_json(home / TEACHER, teacher_hash(teacher))
 
@@ -37,8 +32,8 @@ def load_preview(path: str | Path, own: str, device: torch.device) -> Autoencode
 
     Raises UserError (exit 4) where it was not distilled, or from another one.
     """
-    home, _ = find(path, "autoencoder")
-    if not (record := next((f for f in (home / TEACHER, home / "final" / TEACHER) if f.is_file()), None)):
+    record = find(path, "autoencoder").final / TEACHER
+    if not record.is_file():
         hint = "distil one: scripts/train_autoencoder.py --config tiny --teacher RUN"
         raise UserError(f"{path} was not distilled from another autoencoder", hint=hint, code=CHECKPOINT)
     if (taught_by := read_json(record)["autoencoder"]) != own:

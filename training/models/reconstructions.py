@@ -20,26 +20,62 @@ SHOWN = 8  # columns of the picture grid
 COLLAPSED = 0.05  # share of codes in use below which a codebook is said to have collapsed
 
 
+class Fidelity:
+    """PSNR, SSIM and, with a network for it, LPIPS of 8-bit pictures beside what they should be: one number a picture.
+
+    The one measurer: training, evaluation, inspection and distillation all read their numbers from it.
+    """
+
+    def __init__(self, perceptual: Perceptual | None) -> None:
+        self.perceptual = perceptual
+        self.rows: dict[str, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, made: Tensor, pixels: Tensor, crop: int = 0) -> None:
+        """Pictures and their references, uint8 (B,3,H,W); PSNR and SSIM of the inner `crop` pixels a side.
+
+        0 takes whole pictures; a crop leaves out padding, which is easy to reconstruct.
+        """
+        inner, outer = (center(part, crop) for part in (made, pixels))
+        found = {"psnr": psnr(inner, outer), "ssim": ssim(inner, outer)}
+        if self.perceptual:
+            found["lpips"] = self.perceptual(to_unit(made), to_unit(pixels))
+        for name, values in found.items():
+            self.rows.setdefault(name, []).append(values)
+
+    def values(self) -> dict[str, Tensor]:
+        """Every picture's numbers, (N,) by name."""
+        return {name: torch.cat(parts) for name, parts in self.rows.items()}
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """The means over pictures, by `prefix` and name."""
+        return {prefix + name: values.mean().item() for name, values in self.values().items()}
+
+
+def center(pixels: Tensor, side: int) -> Tensor:
+    """The middle of pictures (..., H, W), `side` pixels a side; all of them where it is 0."""
+    if not side:
+        return pixels
+    top, left = ((size - side) // 2 for size in pixels.shape[-2:])
+    return pixels[..., top : top + side, left : left + side]
+
+
 def measure(
     model: Autoencoder, perceptual: Perceptual | None, batches: Iterable[Tensor], folder: Path
 ) -> dict[str, float]:
-    """PSNR, SSIM, LPIPS of reconstructions (posterior mean, 8-bit); a grid of input, output, error in `folder`."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "lpips")[: 3 if perceptual else 2]}
-    counts: Tensor | int = 0
-    for images in batches:
-        reconstruction, moments = model(images, None)
-        pixels, ours = to_uint8(images), to_uint8(reconstruction)
+    """`Fidelity` of reconstructions (posterior mean) of uint8 batches; a grid of input, output, error in `folder`."""
+    fidelity, counts = Fidelity(perceptual), None
+    for pixels in batches:
+        reconstruction, moments = model(to_unit(pixels), None)
+        made = to_uint8(reconstruction)
         if model.quantize:
-            counts = counts + code_counts(model.quantize.indices(moments), model.quantize.codes)
-        rows["psnr"].append(psnr(ours, pixels))
-        rows["ssim"].append(ssim(ours, pixels))
-        if perceptual:
-            rows["lpips"].append(perceptual(to_unit(ours), images))
-        if len(rows["psnr"]) == 1:
-            shown = {"input": pixels[:SHOWN], "reconstruction": ours[:SHOWN]}
+            found = code_counts(model.quantize.indices(moments), model.quantize.codes)
+            counts = found if counts is None else counts + found
+        if not fidelity.rows:
+            shown = {"input": pixels[:SHOWN], "reconstruction": made[:SHOWN]}
             grids.comparison(shown).save(folder / "grid.png")
-    numbers = {name: torch.cat(values).mean().item() for name, values in rows.items()}
-    return numbers if isinstance(counts, int) else numbers | told_of_codes(counts)
+        fidelity.add(made, pixels)
+    return fidelity.means() | ({} if counts is None else told_of_codes(counts))
 
 
 def told_of_codes(counts: Tensor) -> dict[str, float]:

@@ -11,6 +11,7 @@ from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import HuggingFaceTextEncoder
 from training.errors import CHECKPOINT, DATA, UserError
 from training.files import content_hash, read_json, write_bytes, write_json
+from training.runs.ingredients import difference
 
 LARGE = 200_000_000  # parameters up to which a frozen encoder is copied into every run
 VOCABULARY = "vocabulary.json"
@@ -112,14 +113,14 @@ def load_kept(config: HuggingFace, folder: Path, override: str | None = None) ->
 
 
 def _same(stored: dict[str, Any], found: dict[str, Any], source: str) -> None:
-    for name, said in (("hash", "text encoder"), ("tokenizer", "the tokenizer of text encoder")):
-        if (name == "hash" or name in stored) and stored.get(name) != found.get(name):  # `tokenizer` came later
-            now, then = (str(about.get(name))[:12] for about in (found, stored))
-            raise UserError(
-                f"{said} {source} is {now}, the one asked for is {then} ({stored['name']})",
-                hint="give the right one with --text-encoder",
-                code=CHECKPOINT,
-            )
+    names = ["hash", *(["tokenizer"] if "tokenizer" in stored else [])]  # `tokenizer` came later
+    if other := difference(stored, found, names):
+        part = "text encoder" if other.name == "hash" else "the tokenizer of text encoder"
+        raise UserError(
+            f"{part} {source} is {other.now}, the one asked for is {other.before} ({stored['name']})",
+            hint="give the right one with --text-encoder",
+            code=CHECKPOINT,
+        )
 
 
 def keep_vocabulary(vocabulary: str, folder: Path) -> None:

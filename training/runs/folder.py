@@ -19,6 +19,7 @@ from training.files import (
     sync_folder,
     write_json,
 )
+from training.runs.ingredients import difference
 from training.settings import decoding
 
 if TYPE_CHECKING:
@@ -133,14 +134,13 @@ class Run:
     def same_ingredients(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
         old = record(self.folder)
-        for group, known in facts.items():
-            for name, value in known.items():
-                if (before := old.get(group, {}).get(name, value)) != value:
-                    raise UserError(
-                        f"this run was made with {group} {name} {str(before)[:12]}, now given {value[:12]}",
-                        hint="give what the run began with, or start another from its weights with --init-from",
-                        code=CHECKPOINT,
-                    )
+        for group, given in facts.items():
+            if other := difference(old.get(group, {}), given):
+                raise UserError(
+                    f"this run was made with {group} {other.name} {other.before}, now given {other.now}",
+                    hint="give what the run began with, or start another from its weights with --init-from",
+                    code=CHECKPOINT,
+                )
 
     def leave(self) -> None:
         """Give the folder back."""

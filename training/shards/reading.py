@@ -22,8 +22,7 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.files import leads_out
-from training.shards.index import INDEX as INDEX  # pack and verify take it from here
-from training.shards.index import Kind, ShardInfo, read_index
+from training.shards.index import INDEX, Kind, ShardInfo, read_index
 from training.shards.offset_index import Descriptors, Layout, again, index_path, members, open_index
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
@@ -138,11 +137,8 @@ class ShardSet:
         return members(partial(self.remote.read, info), tar, info.bytes, key, places)
 
 
-def held_out_shards(folder: str) -> Any:
+def held_out_shards(folder: str | Path | Remote) -> ShardSet:
     """The val split, or where there is none the training split, said aloud."""
-    from training.shards.index import read_index
-    from training.shards.reading import ShardSet
-
     splits = {info.split for info in read_index(folder)[1]}
     name = next((s for s in ("val", "test") if s in splits), "train")
     if name == "train":

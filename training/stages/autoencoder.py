@@ -262,8 +262,8 @@ class AutoencoderStage(Stage):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
         batches = self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64)
-        shown = (to_unit(batch.data.to(self.accelerator.device)) for batch in batches)
-        return measure(self.model, self.perceptual, shown, folder)
+        pixels = (batch.data.to(self.accelerator.device) for batch in batches)
+        return measure(self.model, self.perceptual, pixels, folder)
 
     def normalise(self) -> None:
         """The last act: measure per-channel shift and scale of z with the weights in place, evenly over the data."""

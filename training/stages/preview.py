@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.losses import RECONSTRUCTIONS, of_kind
 from autoencoder.perceptual import Perceptual
@@ -21,6 +20,7 @@ from training.data.samples import Batch, Images
 from training.errors import UserError, explained
 from training.loop.stage import Stage
 from training.models.autoencoders import finished_autoencoder, load_autoencoder
+from training.models.reconstructions import Fidelity
 from training.pictures import grids
 from training.settings.decoding import AutoencoderConfig
 from training.stages.autoencoder import posterior_noise
@@ -115,20 +115,18 @@ class DistillationStage(Stage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Held out: error of the latents; PSNR, SSIM, LPIPS of 8-bit pictures *against the teacher's*; a grid."""
-        rows: dict[str, list[Tensor]] = {}
+        fidelity = Fidelity(self.perceptual)
+        errors: list[Tensor] = []
         for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
             pixels = batch.data.to(self.accelerator.device)
             pair = distillation(self.model, self.teacher, to_unit(pixels), None)
             ours, theirs = to_uint8(pair.images), to_uint8(pair.target)
-            if not rows:
+            if not errors:
                 shown = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
                 grids.comparison(shown).save(folder / "grid.png")
-            found = {"teacher_psnr": psnr(ours, theirs), "teacher_ssim": ssim(ours, theirs), "latents": pair.latents}
-            if self.perceptual:
-                found["teacher_lpips"] = self.perceptual(to_unit(ours), to_unit(theirs))
-            for name, values in found.items():
-                rows.setdefault(name, []).append(values)
-        return {name: torch.cat(values).mean().item() for name, values in rows.items()}
+            fidelity.add(ours, theirs)
+            errors.append(pair.latents)
+        return {**fidelity.means("teacher_"), "latents": torch.cat(errors).mean().item()}
 
     def normalise(self) -> None:
         """z are the teacher's latents, normalised: there is nothing to measure."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash, load_tensors, read_json, save_tensors
+from training.files import content_hash, load_tensors, save_tensors
 from training.loop.power_ema import FOLDER, reconstruct
+from training.models.folders import find
+from training.models.lineage import store_ingredients
 
 if TYPE_CHECKING:
     import argparse
@@ -15,17 +18,13 @@ if TYPE_CHECKING:
 
 def rebuild(args: argparse.Namespace) -> int:
     """The work of scripts/posthoc_ema.py: a copy of a denoiser's final/ with the averaged weights of another length."""
-    import shutil
-
-    from training.models.lineage import store_ingredients
-
-    final, output = Path(args.model) / "final", Path(args.output)
-    if not (final / "config.json").is_file() or "backbone" not in read_json(final / "config.json"):
+    found, output = find(args.model, "denoiser"), Path(args.output)
+    if not found.finished:
         raise UserError(f"{args.model}: no finished denoiser's run", hint="give its run folder", code=CHECKPOINT)
     if output.exists():
         raise UserError(f"{output} already exists", hint="choose another --output")
     tensors, step = reconstruct(Path(args.model) / FOLDER, args.length, args.step)
-    shutil.copytree(final, output)
+    shutil.copytree(found.final, output)
     for name, prefix, file in (("denoiser", "denoiser.backbone.", output / "model.safetensors"),
                                ("text_encoder", "denoiser.text.", output / "text_encoder" / "model.safetensors")):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

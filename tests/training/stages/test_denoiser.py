@@ -18,7 +18,7 @@ from training.loop.loop import Loop
 from training.settings import decoding
 from training.shards.reading import ShardSet
 from training.stages.denoiser import DenoiserStage
-from training.stages.train import stage_two
+from training.stages.denoiser_job import DenoiserJob
 
 SHAPE = {"backbone.width": "16", "backbone.depth": "1", "text.width": "16", "text.depth": "1"}
 
@@ -34,7 +34,9 @@ def make(latents: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Denoiser
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
         train, val = (Latents(ShardSet(latents, split)) for split in ("train", "val"))
         args = Namespace(latents=latents, text_encoder=None, init_from=None)
-        stage: DenoiserStage = stage_two(args, config, train, val, None, accelerator)[1]
+        job = DenoiserJob(args, config)
+        job.dataset, job.held_out = train, val
+        stage = job.build(accelerator, None)
         return stage, Loop(stage, config.train, config.optimizer, accelerator, tmp_path / "run", 1, 8)
 
     yield build

@@ -1,0 +1,26 @@
+"""Is it the same ingredient? One rule for all that goes by content hash: data, networks, vocabularies, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class Difference(NamedTuple):
+    """An ingredient that is another than before: its name, and the first 12 digits of both hashes, or "none"."""
+
+    name: str
+    before: str
+    now: str
+
+
+def difference(known: Mapping[str, Any], found: Mapping[str, Any], names: Iterable[str] = ()) -> Difference | None:
+    """The first of `names` under which `found` is not what was `known`; None where all are the same.
+
+    Without names, those that both tell: what an older record does not name says nothing.
+    """
+    for name in names or [name for name in found if known.get(name) is not None and found[name] is not None]:
+        before, now = (hashes.get(name) for hashes in (known, found))
+        if before != now:
+            return Difference(name, *("none" if value is None else str(value)[:12] for value in (before, now)))
+    return None

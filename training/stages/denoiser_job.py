@@ -1,0 +1,75 @@
+"""The training of a denoiser on encoded latents: its data, its networks, what it exports."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from training.data.samples import Latents
+from training.errors import explained
+from training.models import assembly
+from training.shards.index import data_facts
+from training.shards.reading import ShardSet, held_out_shards
+from training.shards.remote import Remote, located
+from training.stages.denoiser import DenoiserStage
+from training.stages.job import Job, parameters
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from training.settings.decoding import DenoiserConfig
+
+
+class DenoiserJob(Job):
+    """Stage two: train on encoded latents, export a self-contained model."""
+
+    stage: ClassVar[str] = "denoiser"
+    title: ClassVar[str] = "Denoiser"
+    config: DenoiserConfig
+
+    def open_data(self) -> None:
+        args, train = self.args, self.config.train
+        args.latents = located(args.latents, args.cache_dir, args.cache_size, train.window_shards)
+        shards = ShardSet(args.latents, "train")
+        self.dataset = Latents(shards, flip=train.flip, seed=train.seed, on_bad_data=args.on_bad_data)
+        self.held_out = Latents(held_out_shards(args.latents))
+        if isinstance(args.latents, Remote):
+            args.latents.bring_models(text=self.dataset.text)
+
+    def settle(self) -> None:
+        if self.config.sample.size == (0, 0):
+            size = tuple(self.dataset.shards.summary["latent"]["picture"])
+            self.config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, size=size))
+
+    def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
+        args, config = self.args, self.config
+        torch.manual_seed(config.train.seed)
+        home = assembly.vocabulary_home(config.text, final, args.init_from)
+        with explained("change the config"):
+            self.parts = parts = assembly.assemble(
+                config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
+            )
+            norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
+            self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
+        if args.init_from:
+            assembly.fill_network(parts, self.dataset, args.init_from)
+        return self.trained
+
+    def described(self) -> str:
+        what = f"{parameters(self.trained.network)} parameters on latents {'x'.join(map(str, self.parts.shape))}"
+        return f"denoiser: {what}; {len(self.dataset):,} latents"
+
+    def facts(self) -> dict[str, Any]:
+        return {"data": data_facts(self.args.latents), "hashes": self.parts.hashes}
+
+    def begin(self, final: Path) -> None:
+        assembly.store(self.parts, Path(self.args.latents), final)
+
+    def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
+        assembly.export_learned(self.parts, run / "final")
+        return self.parts.backbone.state_dict()

@@ -1,0 +1,62 @@
+"""What every training does beyond its gradient steps: opens its data, builds its stage, names its parts, exports.
+
+A new kind of training is a `Job` and an entry in `train.JOBS`; `train.train` calls its methods in the order they stand.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from training.loop.stage import Stage
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+    from accelerate import Accelerator
+    from torch import Tensor
+
+
+class Job(ABC):
+    """One training. Raises UserError for what cannot be trained, as early as it can be known."""
+
+    stage: ClassVar[str]  # the folder of configs/ and the name in run.json
+    title: ClassVar[str]  # of its model card
+
+    def __init__(self, args: argparse.Namespace, config: Any) -> None:
+        self.args, self.config = args, config
+
+    @abstractmethod
+    def open_data(self) -> None:
+        """Find data and frozen parts; refuse, before anything is built, what the networks cannot take."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Fill in what the data decide of the config, whose global batch is settled."""
+
+    @abstractmethod
+    def build(self, accelerator: Accelerator, final: Path | None) -> Stage:
+        """Networks and losses, initialised from the seed or another run; `final` is where the run will export."""
+
+    @abstractmethod
+    def described(self) -> str:
+        """The line that tells what is trained on what."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What names data and frozen parts in run.json: a resume with others is refused."""
+
+    @abstractmethod
+    def begin(self, final: Path) -> None:
+        """Write what `final` holds from the first step. In the main process."""
+
+    @abstractmethod
+    def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
+        """The last act, with averaged weights in place: the tensors of final/, and `facts` completed by `hashes`."""
+
+
+def parameters(module: Any) -> str:
+    """Their number, for people."""
+    return f"{sum(p.numel() for p in module.parameters()):,}"
