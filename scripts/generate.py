@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from training.drawing.starts import STARTS
 from training.settings.families import SAMPLING, listing
 from training.settings.flags import Parser, run_main
 
@@ -22,8 +23,8 @@ def what_to_draw(parser: Parser) -> None:
     add("--negative-prompt", metavar="TEXT", default="", help="what guidance moves away from")
     text = "a further caption for every picture, with its own guidance weight (below 0: away from it); repeatable"
     add("--also", metavar=("WEIGHT", "TEXT"), nargs=2, action="append", default=[], help=text)
-    add("--invert", metavar="IMAGE", help="begin from the noise that DDIM inversion finds for it")
-    add("--invert-prompt", metavar="TEXT", default="", help="what --invert's picture shows")
+    for start in STARTS:
+        start.add_flags(group)
     add("--seed", type=int, default=0, help="seed of each caption's first picture")
     add("--size", metavar="N|HxW", help="pixels; the training size when not given")
 

@@ -1,1 +1,23 @@
-"""All that touches disk, clock and devices: data, the two stages, the loop, checkpoints, runs."""
+"""All that touches disk, clock and devices. Its public face: what is named here stays, and is loaded when first used.
+
+    from training import load_pipeline
+    images = load_pipeline("runs/dit")(["a red bicycle"], seeds=[0])    # PIL images
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.models.assembly import load_pipeline as load_pipeline
+    from training.models.autoencoders import load_autoencoder as load_autoencoder
+
+__all__ = ["load_autoencoder", "load_pipeline"]
+_HOMES = {"load_autoencoder": "training.models.autoencoders", "load_pipeline": "training.models.assembly"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'training' has no attribute {name!r}")

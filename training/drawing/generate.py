@@ -14,10 +14,10 @@ from PIL import Image
 
 from ldm.pipeline import Pipeline
 from training.drawing import replay
-from training.drawing.requests import Request, ask, choose, inverted, parse_size, prompts, weighed
+from training.drawing.requests import Request, ask, choose, parse_size, prompts, weighed
+from training.drawing.starts import TOLD, chosen
 from training.drawing.steering import add_weak, pipeline_hashes
 from training.errors import UserError
-from training.files import file_sha256
 from training.machine import memory
 from training.machine.processes import resolve, start
 from training.models.assembly import load_pipeline
@@ -99,13 +99,14 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
     pipeline.tile = chosen_tile(args, original)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = parse_size(args.size) or pipeline.size
-    also, start = weighed(args.also), inverted(args, pipeline, size, sampling)
+    also, start = weighed(args.also), chosen(args)
+    begin = start.latents(pipeline, size, sampling)
     hashes = pipeline_hashes(pipeline)
     facts = {
         "settings": settings,
         "negative_prompt": args.negative_prompt,
         "also": also,
-        "invert": {"prompt": args.invert_prompt, "sha256": file_sha256(Path(args.invert))} if args.invert else None,
+        **{key: start.facts() if start.fact == key else None for key in TOLD},
         "size": list(size),
         "tile": pipeline.tile,
         "precision": args.mixed_precision,
@@ -115,7 +116,7 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
     }
     if original:
         replay.compare(original, facts)
-    how = {"negative": args.negative_prompt, "also": also, "start": start, "sampling": sampling, "size": size}
+    how = {"negative": args.negative_prompt, "also": also, "start": begin, "sampling": sampling, "size": size}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from training.drawing.starts import TOLD
 from training.errors import CHECKPOINT, DATA, UserError
 from training.pictures import grids
 from training.runs.ingredients import difference
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     import argparse
 
 NEEDED = {"prompt": str, "seed": int, "settings": dict, "hashes": dict, "size": list, "negative_prompt": str}
-MAY_BE = {"also": list, "invert": dict, "tile": int, "batch": int, "precision": str, "versions": dict}
+MAY_BE = {"also": list, "tile": int, "batch": int, "precision": str, "versions": dict}
 MAY_BE |= {"preview": str}  # all of these may be absent
 LARGEST_BATCH = 4096  # pictures a batch is filled up to: a forged number would fill the memory
-PAIRS, INVERTED = ([str, float], [str, int]), ("prompt", "sha256")  # of `also`: caption and weight; of `invert`
+PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
 GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder"}
 LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
@@ -56,10 +57,9 @@ def recall(args: argparse.Namespace) -> Original:
     args.size = "x".join(map(str, facts["size"]))
     args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
     args.mixed_precision = facts.get("precision", "no")
-    if facts.get("invert"):
-        args.invert_prompt = facts["invert"]["prompt"]
-        if not args.invert:
-            raise UserError(f"{path} was begun from another picture", hint="give that with --invert", code=DATA)
+    for key, start in TOLD.items():
+        if key in facts:
+            start.recall(args, path, facts[key])
     return Original(path, facts)
 
 
@@ -71,7 +71,7 @@ def _sound(facts: Any) -> bool:
     return (
         all(isinstance(value, MAY_BE[name]) for name, value in there.items())
         and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in there.get("also", []))
-        and all(isinstance(there.get("invert", {"prompt": "", "sha256": ""}).get(name), str) for name in INVERTED)
+        and all(start.sound(facts[key]) for key, start in TOLD.items() if facts.get(key) is not None)
         and 0 <= there.get("tile", 0) <= LARGEST_BATCH
         and 0 < there.get("batch", 1) <= LARGEST_BATCH
     )
@@ -89,9 +89,8 @@ def compare(original: Original, facts: dict[str, Any]) -> None:
         hint = f"give the same one with {GIVE.get(other.name, '--model')}"
         what = f"{original.path} was made with {other.name} {other.before}, this is {other.now}"
         raise UserError(what, hint=hint, code=CHECKPOINT)
-    begun = [(way.get("invert") or {}).get("sha256") for way in (original.facts, facts)]
-    if begun[0] != begun[1]:
-        raise UserError(f"{original.path} was begun from another picture than --invert's", code=CHECKPOINT)
+    for key, start in TOLD.items():
+        start.compare(original.path, original.facts.get(key), facts.get(key))
 
 
 def verdict(original: Original, again: Path) -> str:

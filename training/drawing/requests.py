@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-
-from autoencoder.images import to_unit
-from ldm.pipeline import Pipeline, Sampling
+from ldm.pipeline import Sampling
 from training.errors import DATA, UserError
 from training.files import read_json
 from training.models.folders import find
-from training.pictures.decoding import load_image
 from training.settings import decoding
 
 if TYPE_CHECKING:
@@ -75,24 +69,6 @@ def weighed(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
         except ValueError:
             raise UserError(f"--also {weight} {caption!r}: expected a number, then a caption") from None
     return found
-
-
-def inverted(
-    args: argparse.Namespace, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling
-) -> torch.Tensor | None:
-    """The latents of t = 1 from which --invert's picture, cut to `size`, is drawn again; None where none is given."""
-    if not args.invert:
-        return None
-    try:
-        picture = load_image(Path(args.invert))
-    except UserError as problem:
-        raise UserError(f"--invert {args.invert}: {problem.what}", code=DATA) from None
-    cut = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].to(pipeline.device)
-    try:
-        return pipeline.invert(to_unit(pixels), [args.invert_prompt], sampling)
-    except ValueError as failure:
-        raise UserError(str(failure), hint="see --help for sizes, samplers and grids") from None
 
 
 def choose(args: argparse.Namespace, kept: decoding.Values | None = None) -> tuple[Sampling, decoding.Values]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from autoencoder.images import to_unit
 from training.data.samples import LIMIT
 from training.errors import DATA, DISK, NUMERICAL, UserError
+from training.machine.memory import out_of_memory
 from training.packing.captions import clean_captions, decode_text
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
@@ -164,10 +165,10 @@ class Encoder:
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 moments: np.ndarray = self.encode(to_unit(pixels.to(self.device))).float().cpu().numpy()
-        except (torch.OutOfMemoryError, MemoryError):
+        except MemoryError:
             return None
-        except RuntimeError as failure:  # what torch's CPU allocator raises
-            if "allocate memory" not in str(failure):
+        except RuntimeError as failure:
+            if not out_of_memory(failure):
                 raise
             return None
         return moments
