@@ -25,10 +25,11 @@ SHAPE = {"backbone.width": "16", "backbone.depth": "1", "text.width": "16", "tex
 
 @pytest.fixture
 def make(latents: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[DenoiserStage, Loop]]]:
-    """A stage and its loop. All stages of a process have the latest's precision."""
+    """A stage and its loop; overrides as `section__key="text"`. All stages of a process have the latest's precision."""
 
-    def build(precision: str = "no") -> tuple[DenoiserStage, Loop]:
-        config = configs.load("denoiser", "smoke", {**SHAPE, "train.batch_size": "8"})
+    def build(precision: str = "no", **changes: str) -> tuple[DenoiserStage, Loop]:
+        overrides = {key.replace("__", "."): text for key, text in changes.items()}
+        config = configs.load("denoiser", "smoke", {**SHAPE, "train.batch_size": "8", **overrides})
         assert isinstance(config, configs.DenoiserConfig)
         AcceleratorState._reset_state()
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
