@@ -89,20 +89,20 @@ def drill(root: Path, mutations: Sequence[Mutation], limit: float) -> dict[str, 
         copy = Path(folder) / "tree"
         shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
         every = sorted({test for mutation in mutations for test in mutation.tests})
-        if _tested(copy, every, limit * len(mutations)) != SURVIVED:
+        if outcome(copy, every, limit * len(mutations)) != SURVIVED:
             hint = f"python -m pytest {' '.join(every[:3])}{' ...' if len(every) > 3 else ''}"
             raise UserError("the tests fail without any mutation", hint=hint, code=DATA)
         for mutation in mutations:
             since, path = time.monotonic(), copy / mutation.file
             whole = path.read_text("utf-8")
             path.write_text(whole.replace(mutation.old, mutation.new), "utf-8")
-            outcomes[mutation.name] = _tested(copy, mutation.tests, limit)
+            outcomes[mutation.name] = outcome(copy, mutation.tests, limit)
             path.write_text(whole, "utf-8")
             print(f"{outcomes[mutation.name]:20} {time.monotonic() - since:5.1f} s  {mutation.name}", flush=True)
     return outcomes
 
 
-def _tested(tree: Path, tests: Sequence[str], limit: float) -> str:
+def outcome(tree: Path, tests: Sequence[str], limit: float) -> str:
     """What became of a mutation under its tests. Raises UserError (exit 3) where pytest could not run them."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     # No bytecode: a file changed twice within a second, at equal length, would pass for its compiled form.
@@ -123,7 +123,7 @@ def _tested(tree: Path, tests: Sequence[str], limit: float) -> str:
 
 def report(outcomes: dict[str, str]) -> int:
     """Print the table's last lines: how many were killed, and who survived. Returns the exit code, 1 for survivors."""
-    survivors = [name for name, outcome in outcomes.items() if outcome == SURVIVED]
+    survivors = [name for name, found in outcomes.items() if found == SURVIVED]
     print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} mutations killed")
     for name in survivors:
         print(f"survived: {name}")

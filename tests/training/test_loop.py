@@ -108,7 +108,7 @@ def test_a_step_moves_by_the_rate_it_is_given(tmp_path: Path) -> None:
 
 
 def test_averages_follow_each_step(tmp_path: Path) -> None:
-    """The initial weights leave power averages with the first step, the running average by its warm-up of 1/10, 2/11."""
+    """The initial weights leave power averages with the first step, the running average as its warm-up has it."""
     loop = looped(tmp_path, Train(batch_size=8, ema=0.999, ema_lengths=(0.1,)))
     key, seen, power, running = "first.weight", [], torch.zeros(2), torch.full((2,), 2.0)
     for step in range(3):
