@@ -1,14 +1,20 @@
-"""The small classifier's data: how pictures are moved, by hand, and which captions it is measured by."""
+"""The small classifier: how its pictures are moved, what it is fitted to, and which captions it is measured by."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ldm.noise import Noise
-from training.classifier import Judge, accuracy, augment
+from training.classifier import Classifier, Judge, _fit, accuracy, augment
+from training.optim import learning_rate, set_learning_rate
+from training.order import DataOrder, Slot
+from training.settings import Optimizer
 
 
 def test_each_picture_is_moved_by_its_own_numbers() -> None:
@@ -36,7 +42,7 @@ class Brightness(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         means = pixels.float().mean((1, 2, 3))[:, None]
         return -(torch.tensor([0.0, 127.5, 255.0]) - means).abs() + self.weight
 
@@ -52,9 +58,49 @@ class Greys:
     def __len__(self) -> int:
         return len(self.values)
 
-    def chunks(self, places: range, size: int):  # type: ignore[no-untyped-def]
+    def chunks(self, places: Any, size: int) -> Any:
         data = torch.tensor([self.values[i] for i in places], dtype=torch.uint8)[:, None, None, None]
         yield SimpleNamespace(data=data.expand(-1, 3, 4, 4), slots=torch.tensor(list(places)))
+
+
+class Halves(Greys):
+    """Sixty-four dark and bright pictures in turn."""
+
+    values, captions = (20, 230) * 32, ("dark", "bright") * 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shards.windows = ()
+
+    def __getitems__(self, slots: list[Slot]) -> SimpleNamespace:
+        return next(self.chunks([slot.index for slot in slots], len(slots)))
+
+
+def test_a_classifier_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs of moved pictures with their own labels, at a rate that rises and falls; then it names them all."""
+    rates, moved = list[float](), list[tuple[list[int], list[int]]]()
+
+    def move(pixels: Tensor, noise: Noise) -> Tensor:
+        moved.append((pixels[:, 0, 0, 0].tolist(), noise.seeds.tolist()))
+        return augment(pixels, noise)
+
+    def rate(optimizer: Any, value: float) -> None:
+        rates.append(value)
+        set_learning_rate(optimizer, value)
+
+    monkeypatch.setattr("training.classifier.augment", move)
+    monkeypatch.setattr("training.classifier.set_learning_rate", rate)
+    torch.manual_seed(0)
+    data, model = Halves(), Classifier(("bright", "dark"), 4)
+    labels = torch.tensor([model.classes.index(name) for name in data.captions])
+    _fit(model, data, labels, Namespace(batch_size=8, epochs=20, seed=7))  # type: ignore[arg-type]
+    settings = Optimizer(lr=2e-3, warmup=100, decay="cosine")
+    assert rates == pytest.approx([learning_rate(settings, step, 160) for step in range(160)])
+    for step, (values, seeds) in enumerate(moved):
+        slots = DataOrder(64, 8, 7).at(step, 0, 8)
+        assert values == [data.values[slot.index] for slot in slots]
+        assert seeds == Noise(torch.tensor([slot.slot for slot in slots])).fold(7).seeds.tolist()
+    assert not model.training and accuracy(model, data) == 1  # type: ignore[arg-type]
 
 
 def test_accuracy_is_the_share_of_captions_named() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from ldm.samplers import Snapshot
 from training import pictures
@@ -76,10 +78,20 @@ class Halved(torch.nn.Module):
         return to_unit(to_uint8(images) // 2), images
 
 
+def distance(ours: Tensor, images: Tensor) -> Tensor:
+    """Takes the place of LPIPS: how much darker the first is, in 255."""
+    ours, images = (to_uint8(x) if x.is_floating_point() else x for x in (ours, images))
+    return (images.float() - ours.float()).mean((1, 2, 3))
+
+
 def test_reconstructions_are_shown_beneath_their_inputs(tmp_path: Path) -> None:
-    """The first eight of the first batch, and the error."""
-    values = tuple(range(0, 100, 10))
-    measure(Halved(), None, (to_unit(flat(*part)) for part in (values, (200, 200))), tmp_path)  # type: ignore[arg-type]
+    """The first eight of the first batch, and the error; the numbers are means over all pictures of all batches."""
+    values, last = tuple(range(10, 110, 10)), (200, 200)
+    batches = (to_unit(flat(*part)) for part in (values, last))
+    numbers = measure(Halved(), distance, batches, tmp_path)  # type: ignore[arg-type]
+    every = flat(*values, *last)
+    wanted = {"psnr": psnr(every // 2, every), "ssim": ssim(every // 2, every), "lpips": distance(every // 2, every)}
+    assert numbers == pytest.approx({name: found.mean().item() for name, found in wanted.items()}, rel=1e-5)
     with Image.open(tmp_path / "grid.png") as sheet:
         found = cells(sheet, SHOWN, 3 * SHOWN, left=margin(sheet, SHOWN))
     shown = list(values[:SHOWN])

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoencoder.images import to_unit
 from autoencoder.kl import KL
 from training.data import Images
 from training.features import load_features
 from training.metrics import Moments
-from training.probe import RATE, WARMUP, denoiser, fit, held_out_loss, probe
+from training.probe import RATE, WARMUP, batches, denoiser, fit, held_out_loss, probe
 from training.shards import ShardSet
 
 
@@ -56,3 +57,12 @@ def test_the_probe_is_fitted_with_a_rate_that_rises_and_falls(monkeypatch: pytes
     assert rates == pytest.approx([RATE * min((step + 1) / WARMUP, 1 - step / 40) for step in range(40)])
     assert max(rates) > 0.6 * RATE and rates[-1] < 0.03 * RATE
     assert sum(held_out_loss(network, model, moments).values()) < 0.9 * sum(before.values())
+
+
+def test_the_probe_learns_from_pictures_of_all_the_data(shapes: Path) -> None:
+    """Evenly, as many as are wanted at most."""
+    images = Images(ShardSet(shapes, "train"))
+    everything = to_unit(next(images.chunks(range(len(images)), len(images))).data)
+    for count, stride in ((10, len(images) // 10), (len(images), 1), (1000, 1)):
+        found = torch.cat(list(batches(images, count, torch.device("cpu"))))
+        assert torch.equal(found, everything[::stride][:count])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from autoencoder.images import to_unit
 from autoencoder.posterior import Posterior
+from ldm.noise import Noise
 from training.loop import Loop
-from training.stage_one import AutoencoderStage, posterior_noise
+from training.stage_one import AutoencoderStage
 
 make = test_stage_one.make
 Make = Callable[..., tuple[AutoencoderStage, Loop]]
@@ -38,15 +39,18 @@ TERMS: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
 
 @pytest.mark.parametrize("name", TERMS)
 def test_the_weight_of_a_term_in_loss_and_gradient(make: Make, name: str) -> None:
-    """The loss is mean |x̂ − x| + 3 · term, and its gradient is the one that is trained on."""
+    """The loss is mean |x̂ − x| + 3 · term, and its gradient is the one that is trained on.
+
+    The posterior's noise is keyed by (seed, step, slot).
+    """
     changes, term = TERMS[name]
     stage, _ = make(**{**OFF, **changes, f"loss__{name}": "3"})
-    images, slots = to_unit(pictures(stage, 0).data), torch.arange(8)
-    x_hat, moments = stage.model(images, posterior_noise(stage.model, images, slots, stage.seed, 0))
+    images, noise = to_unit(pictures(stage, 3).data), Noise(24 + torch.arange(8))
+    x_hat, moments = stage.model(images, noise.normal((stage.model.latent_channels, 8, 8), stage.seed, 3, "posterior"))
     part = term(stage, images, x_hat, moments)
     loss = (x_hat - images).abs().mean() + 3 * part
     wanted = torch.autograd.grad(loss, list(stage.model.parameters()), allow_unused=True)
-    values = stage.backward(pictures(stage, 0), 0, 1.0)
+    values = stage.backward(pictures(stage, 3), 3, 1.0)
     assert part > 0 and values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     flat = torch.cat([p.new_zeros(p.numel()) if g is None else g.flatten()
                       for g, p in zip(wanted, stage.model.parameters(), strict=True)])  # fmt: skip

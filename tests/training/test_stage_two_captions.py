@@ -100,6 +100,25 @@ def shaken(stage: DenoiserStage) -> None:
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
+def test_the_loss_of_a_step_by_hand(make: Make) -> None:
+    """Mean over the samples, each with its own time, noise and posterior draw, all keyed by (seed, step, slot)."""
+    stage, _ = make(conditioning__dropout="0.5", train__seed="5")
+    shaken(stage)
+    batch = stage.dataset.__getitems__([Slot(i, 0, 24 + i) for i in range(8)])
+    noise, losses = Noise(24 + torch.arange(8)).fold(5, 3), []
+    times = stage.config.times.sample(noise.uniform((), "time"), stage.config.schedule)
+    kept = noise.uniform((1,), "dropout")[:, 0] >= 0.5
+    for i in range(8):
+        caption = batch.captions[i] if kept[i] else ""
+        losses.append(error(stage, batch.data[[i]], [caption], float(times[i]), noise[i : i + 1], "eps"))
+    loss, parameters = torch.stack(losses).mean(), [p for p in stage.network.parameters() if p.requires_grad]
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss / 4, parameters, materialize_grads=True)])
+    told = stage.backward(batch, 3, 1 / 4)
+    found = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
+    assert told["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
 def test_validation_by_hand(make: Make, tmp_path: Path) -> None:
     """One held-out sample at a time, each with its caption and its own noise, at five levels; the loss is their mean.
 
@@ -123,12 +142,18 @@ def test_validation_by_hand(make: Make, tmp_path: Path) -> None:
 
 
 def by_hand(stage: DenoiserStage, index: int, t: float) -> float:
-    """Mean squared error of the velocity eps - x0 of one held-out sample."""
-    sample = stage.held_out.__getitems__([Slot(index, 0, index)])
-    noise = Noise.from_seeds([index + VALIDATION_SEED])
-    mean, logvar = sample.data.chunk(2, dim=1)
+    """The error of one held-out sample at time t."""
+    sample, noise = stage.held_out.__getitems__([Slot(index, 0, index)]), Noise.from_seeds([index + VALIDATION_SEED])
+    return error(stage, sample.data, sample.captions, t, noise, "eps", str(t)).item()
+
+
+def error(
+    stage: DenoiserStage, moments: Tensor, captions: list[str], t: float, noise: Noise, *key: int | str
+) -> Tensor:
+    """Mean squared error of the velocity eps - x0 of one sample."""
+    mean, logvar = moments.chunk(2, dim=1)
     z = mean + (logvar / 2).exp() * noise.normal(mean.shape[1:], "posterior")
-    x0, eps = (z - stage.norm.shift) / stage.norm.scale, noise.normal(mean.shape[1:], "eps", str(t))
-    velocity = stage.network((1 - t) * x0 + t * eps, torch.tensor([1000 * t]), sample.captions)
+    x0, eps = (z - stage.norm.shift) / stage.norm.scale, noise.normal(mean.shape[1:], *key)
+    velocity = stage.network((1 - t) * x0 + t * eps, torch.tensor([1000 * t]), captions)
     assert isinstance(velocity, Tensor)
-    return (velocity - (eps - x0)).square().mean().item()
+    return (velocity - (eps - x0)).square().mean()
