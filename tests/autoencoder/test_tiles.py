@@ -100,6 +100,19 @@ def test_blended_weights_sum_to_one() -> None:
         torch.testing.assert_close(ones, torch.ones(1, 3, 4 * height, 4 * width))
 
 
+def test_the_blend_by_hand() -> None:
+    """Tiles 0..15 and 8..23 share 8 latents: the outer 2 on either side are thrown away, the middle 4 blended.
+
+    Each tile answers with its number; what is seen is the second tile's weight, for 4 pixels to a latent.
+    """
+    model, tiles = Bounded(), iter([0.0, 1.0])
+    model.decode = lambda z: torch.full((1, 3, 4, 4 * z.shape[3]), next(tiles))  # type: ignore[method-assign]
+    row = decode_tiled(model, torch.zeros(1, 2, 1, 24), tile=16, overlap=8)[0, 0, 0].double()
+    ramp = [(n + 0.5) / 16 for n in range(16)]
+    wanted = [0.0] * (8 + 2) * 4 + ramp + [1.0] * (2 + 8) * 4
+    assert row.tolist() == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, 2), (0, 0), (8, -4)])
 def test_tiles_that_cannot_be_laid_are_refused(bounded: Bounded, tile: int, overlap: int) -> None:
     with pytest.raises(ValueError, match="tile > overlap"):

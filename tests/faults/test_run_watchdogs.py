@@ -55,6 +55,21 @@ def test_a_finite_spike_is_skipped_and_counted(dogs: Watchdogs, capsys: pytest.C
     assert "step 23 is skipped: grad_norm/net 1e+09 is over 10 times its median 1 (2 skipped" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("seen", "taken"), [(2, True), (LEAST - 1, True), (LEAST, False)])
+def test_a_norm_is_judged_once_twenty_were_seen(dogs: Watchdogs, seen: int, taken: bool) -> None:
+    """The first ones are far from what will be usual."""
+    assert all(judge(dogs, n) for n in range(seen))
+    assert judge(dogs, seen, norm=1e3) == taken
+
+
+def test_a_spike_is_judged_by_the_median_of_the_last_hundred(dogs: Watchdogs) -> None:
+    """After 100 norms of 1, 50 of 5 leave the median at 3 and 51 at 5: what 10 times it is follows."""
+    assert all(judge(dogs, n) for n in range(100))
+    assert all(judge(dogs, 100 + n, norm=5.0) for n in range(50))
+    assert not judge(dogs, 150, norm=30.1)  # a spike is noted as well: 49 of 1, 50 of 5, and itself
+    assert judge(dogs, 151, norm=49.9) and not judge(dogs, 152, norm=50.1)
+
+
 def test_the_detector_goes_on_after_a_resume(dogs: Watchdogs, tmp_path: Path) -> None:
     values = [1.0, 2.0, 0.1 + 0.2] * 10 + [30.0]
     for n, value in enumerate(values):

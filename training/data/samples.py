@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     captions: list[str]
     text: list[dict[str, Tensor]] | None = None  # stored text embeddings, where the shards hold them
     bad: Mapping[int, str] = {}  # samples that could not be read, another in the slot of each: index -> why
+    indices: Sequence[int] = ()  # the sample in each slot
 
 
 class Samples(Dataset[Batch], ABC, Generic[Loaded]):
@@ -77,7 +78,8 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 filled[i] = substitute(slots[i], attempt, len(self), self.seed)
             for (i, _), sample in zip(wrong, self.load([filled[i] for i, _ in wrong]), strict=True):
                 found[i] = sample
-        batch = self.join(filled, [sample for sample in found if not isinstance(sample, UserError)])._replace(bad=bad)
+        batch = self.join(filled, [sample for sample in found if not isinstance(sample, UserError)])
+        batch = batch._replace(bad=bad, indices=[slot.index for slot in filled])
         if get_worker_info() is None:
             self.count(bad)
         return batch

@@ -7,7 +7,9 @@ Around it: journal, validation (and the way back from a wreck), checkpoints, sig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,9 +57,12 @@ class Loop:
         run: Path,
         accumulation: int,
         micro: int,
+        rate: Callable[[int], float] | None = None,
     ) -> None:
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given."""
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.accumulation, self.micro, self.shrinks = accumulation, micro, train.micro_batch_size == "auto"
+        self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
@@ -116,7 +121,7 @@ class Loop:
                 self.validate(0)
         for step in range(start, train.max_steps):
             self.writer.check()
-            rate = optim.learning_rate(self.settings, step, train.max_steps)
+            rate = self.rate(step)
             self.journal.record(step + 1, self.gradients(step) | self.step(step, rate), rate)
             done = self.done = step + 1
             last = done == train.max_steps

@@ -11,10 +11,14 @@ large by an amount that depends on their number: compare equal numbers only, bes
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from autoencoder.images import to_uint8, to_unit
@@ -31,9 +35,14 @@ from ldm.samplers.ode import Euler
 from ldm.schedules import Flow
 from ldm.times import LogitNormal
 from ldm.weighting import Uniform
-from training.data.samples import Images
+from training.data.order import Slot
+from training.data.samples import Batch, Images
+from training.loop.loop import Loop
+from training.loop.stage import Stage
+from training.machine import processes
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import Features
+from training.settings.sections import Optimizer, Train
 
 SEED = 0
 BATCH = 64
@@ -58,8 +67,7 @@ def probe(
     device, samples = next(model.parameters()).device, min(samples, len(held_out))
     moments = encoded(model, train, PICTURES, device)
     network = denoiser(moments, model)
-    fit(network, model, moments, steps)
-    losses = held_out_loss(network, model, encoded(model, held_out, HELD_OUT, device))
+    losses = fit(network, model, moments, encoded(model, held_out, HELD_OUT, device), steps)
     real = Moments(features.dim)
     for images in batches(held_out, len(held_out), device):
         real.add(features(to_uint8(images)))
@@ -113,21 +121,83 @@ def nothing(count: int, device: torch.device) -> Cond:
     return Cond(torch.zeros(count, 1, 1, device=device), torch.ones(count, 1, dtype=torch.bool, device=device))
 
 
-def fit(network: Any, model: Autoencoder, moments: Tensor, steps: int) -> None:
-    """AdamW, its rate warmed up and then falling to 0, so that the last weights need no averaging."""
-    device = next(network.parameters()).device
-    optimizer = torch.optim.AdamW(network.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    order = torch.Generator().manual_seed(SEED)
-    for step in range(steps):
-        chosen = torch.randint(len(moments), (BATCH,), generator=order)
-        noise = Noise.from_seeds(range(step * BATCH, (step + 1) * BATCH), device).fold("probe", SEED)
-        loss = OBJECTIVE(network, latents(model, moments[chosen], noise), nothing(BATCH, device), noise).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min((step + 1) / WARMUP, 1 - step / steps)
-        optimizer.step()
+class Draws:
+    """Moments in memory, drawn with replacement by a generator of its own: as a data set, one sample a draw."""
+
+    def __init__(self, moments: Tensor, steps: int) -> None:
+        order = torch.Generator().manual_seed(SEED)
+        chosen = [torch.randint(len(moments), (BATCH,), generator=order) for _ in range(steps)]
+        self.moments, self.chosen = moments, torch.cat(chosen)
+        self.shards = SimpleNamespace(windows=(), remote=None, key=str)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitems__(self, slots: list[Slot]) -> Batch:
+        places = torch.tensor([slot.slot for slot in slots])
+        return Batch(self.moments[self.chosen[places]], places, [""] * len(slots))
+
+
+class ProbeStage(Stage):
+    """Flow matching without captions, its noise keyed by the draw."""
+
+    def __init__(self, network: Any, model: Autoencoder, moments: Tensor, held_out: Tensor, steps: int) -> None:
+        self.network, self.model, self.held_out = network, model, held_out
+        self.dataset: Any = Draws(moments, steps)
+        self.networks: dict[str, Any] = {"probe": network}
+        self.averaged, self.optimizers, self.score = self.networks, {"probe": (["probe"], 1.0)}, ("loss", 1.0)
+        self.losses: dict[str, float] = {}  # of the last look, by time
+
+    def connect(self) -> None:
+        self.forward = self.wrapped["probe"]
+
+    def compiled_parts(self) -> tuple[nn.Module, ...]:
+        return ()
+
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        device = self.accelerator.device
+        noise = Noise(batch.slots.to(device)).fold("probe", SEED)
+        x0 = latents(self.model, batch.data, noise)
+        loss = OBJECTIVE(self.forward, x0, nothing(len(x0), device), noise).mean()
+        self.accelerator.backward(loss * share)
+        return {"loss": loss.detach()}
+
+    def after_backward(self, step: int) -> None:
+        """Nothing here couples a batch."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """There is none beyond the weights."""
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        self.losses = held_out_loss(self.network, self.model, self.held_out)
+        return {"loss": sum(self.losses.values()) / len(self.losses)}
+
+
+def fit(network: Any, model: Autoencoder, moments: Tensor, held_out: Tensor, steps: int) -> dict[str, float]:
+    """AdamW, its rate warmed up and then falling to 0, so that the last weights need no averaging.
+
+    Returns the held-out loss by time. Ends the program where a signal asked for it.
+    """
+    stage = ProbeStage(network, model, moments, held_out, steps)
+    train = Train(
+        max_steps=steps, batch_size=BATCH, seed=SEED, ema=0.0,
+        log_every=100, save_every=steps, sample_every=steps, keep_best=False,
+    )  # fmt: skip
+    settings = Optimizer(lr=RATE, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0)
+    accelerator = processes.start(str(next(network.parameters()).device))
+    with TemporaryDirectory() as folder:
+        loop = Loop(stage, train, settings, accelerator, Path(folder), 1, BATCH, partial(falling, steps))
+        if number := loop.fit(0):
+            raise SystemExit(128 + number)
+    return stage.losses
+
+
+def falling(steps: int, step: int) -> float:
+    """The rate of a 0-based step: RATE (step + 1) / WARMUP, and from where that is less RATE (1 - step / steps)."""
+    return RATE * min((step + 1) / WARMUP, 1 - step / steps)
 
 
 def latents(model: Autoencoder, moments: Tensor, noise: Noise) -> Tensor:

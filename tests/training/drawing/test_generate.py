@@ -82,6 +82,22 @@ def test_two_processes_make_the_pictures_of_one(denoiser: Path, tmp_path: Path) 
         assert np.abs(pixels(one / f"{number:05d}.png") - pixels(tmp_path / "two" / f"{number:05d}.png")).max() <= 1
 
 
+def test_each_process_draws_its_share_alone(denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three pictures the second process draws the second; the first draws the others, and then the grid of all."""
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    cpu, output = torch.device("cpu"), tmp_path / "out"
+    monkeypatch.setattr("training.drawing.generate.processes", lambda args: (cpu, 1, 2))
+    generate(denoiser, output)
+    assert [path.name for path in output.iterdir()] == ["00001.png"]
+    Image.new("RGB", (32, 32), "red").save(output / "00001.png")
+    monkeypatch.setattr("training.drawing.generate.processes", lambda args: (cpu, 0, 2))
+    generate(denoiser, output, "--overwrite")
+    assert sorted(path.name for path in output.iterdir()) == ["00000.png", "00001.png", "00002.png", "grid.png"]
+    assert (pixels(output / "00001.png") == [255, 0, 0]).all()
+    shown = [Image.open(output / f"0000{n}.png") for n in range(3)]
+    assert np.array_equal(pixels(output / "grid.png"), np.asarray(grids.grid(shown, 3, captions=CAPTIONS)))
+
+
 def test_python_does_what_the_script_does(denoiser: Path, tmp_path: Path) -> None:
     made = generate(denoiser, tmp_path / "out")
     images = load_pipeline(denoiser, "cpu")(CAPTIONS, seeds=[0, 0, 0])

@@ -75,6 +75,24 @@ def test_a_wreck_brings_the_best_checkpoint_back(
     assert [step for step, value in losses.items() if value] == [4, 5, 6, 8, 9, 10]  # the step before measures
 
 
+def test_what_has_learned_only_since_then_returns_without_moments(
+    shapes: Path, tmp_path: Path, scores: dict[int, float]
+) -> None:
+    """A critic that starts at step 4, where the best checkpoint is: at step 6 its optimiser begins anew."""
+    run = tmp_path / "run"
+    words = ("--data", shapes, "--output", run, *FLAGS, "--loss.discriminator_start", "4", "--max-steps", "8")
+    assert tiny.call("train_autoencoder", *words) == 0
+    assert returns(run) == [(6, 4)]
+
+    def steps(step: int, network: str) -> set[float]:
+        """How many steps the moments of a network's optimiser hold, as a checkpoint tells."""
+        start = f"optimizer/{network}/"
+        return {float(t) for key, t in tensors(run, step).items() if key.startswith(start) and key.endswith(".step")}
+
+    assert steps(4, "discriminator") == steps(6, "discriminator") == set() and steps(8, "discriminator") == {2}
+    assert [steps(step, "autoencoder") for step in (4, 6, 8)] == [{4}, {4}, {6}]
+
+
 def test_the_gradient_comes_back_at_half_its_weight(shapes: Path, tmp_path: Path, scores: dict[int, float]) -> None:
     found: list[float] = []
     ramp = AutoencoderStage.ramp

@@ -11,7 +11,7 @@ import tiny
 import torch
 from torchvision.models import squeezenet1_1
 
-from autoencoder.fidelity import psnr
+from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from training.data.order import Slot
 from training.data.samples import Images
@@ -40,6 +40,7 @@ def test_autoencoder_numbers(autoencoder: Path, shapes: Path, tmp_path: Path) ->
     inner = (slice(None), slice(None), slice(2, 30), slice(2, 30))
     assert numbers["images"] == len(images)
     assert numbers["psnr"] == pytest.approx(psnr(made[inner], pixels[inner]).mean().item(), abs=0.05)
+    assert numbers["ssim"] == pytest.approx(ssim(made[inner], pixels[inner]).mean().item(), abs=1e-3)
     sets = [Moments(features.dim).add(features(p)) for p in (pixels, made)]
     assert numbers["frechet"] == pytest.approx(frechet_distance(*sets), rel=0.02)
     assert "seed 0" in str(numbers["features"]) and numbers["lpips_network"] is None

@@ -32,3 +32,20 @@ def test_inception_gives_the_pooled_features_of_a_files_weights(suffix: str, tmp
     assert found.shape == (2, 2048) and not torch.equal(found[0], found[1])
     torch.testing.assert_close(found, pooled[0])
     torch.testing.assert_close(features(pixels[1:]), found[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_random_features_are_means_and_deviations_of_every_layers_maps() -> None:
+    """Seeded by 0, whatever was drawn before; a picture's features are its own."""
+    features, pixels = load_features("random"), torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    x, wanted = to_unit(pixels), []
+    layers = [torch.nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, 32), (32, 64), (64, 128), (128, 256))]
+    for layer in layers:
+        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    for layer in layers:
+        x = F.relu(layer(x)).detach()
+        maps = x.flatten(2)
+        wanted += [maps.mean(2), (maps.square().mean(2) - maps.mean(2).square()).clamp_min(0).sqrt()]
+    assert features.dim == 960 and "seed 0" in features.name
+    torch.testing.assert_close(features(pixels), torch.cat(wanted, 1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(features(pixels[1:2]), features(pixels)[1:2], rtol=1e-5, atol=1e-6)

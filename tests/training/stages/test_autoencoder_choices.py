@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import autoencoder_steps
 import pytest
 import ranks
-import test_stage_one
 import tiny
 import torch
+from autoencoder_steps import NETWORK, gradients, pictures
 from safetensors.torch import load_file
-from test_stage_one import NETWORK, gradients, pictures
 from torch import Tensor
 
 from autoencoder.images import to_unit
@@ -26,7 +26,7 @@ from training.settings import decoding
 from training.stages.autoencoder import AutoencoderStage, posterior_noise
 from training.stages.checks import check_images, check_returns, layout
 
-make = test_stage_one.make
+make = autoencoder_steps.make
 Make = Callable[..., tuple[AutoencoderStage, Loop]]
 ALIGNED = {"loss__align": "0.7", "loss__align_cosine_margin": "0.1", "loss__align_distance_margin": "0"}
 ALIGNED |= {"loss__align_adaptive": "true", "loss__adversarial": "0", "loss__perceptual": "0", "loss__kl": "0"}
@@ -41,7 +41,7 @@ SPACES: dict[str, dict[str, Any]] = {
 
 def step(stage: AutoencoderStage, number: int, parts: int = 1) -> dict[str, Tensor]:
     """One gradient step on eight pictures; gradients are left in place."""
-    return test_stage_one.step(stage, None, number, parts)  # type: ignore[arg-type]  # the loop has no part in it
+    return autoencoder_steps.step(stage, None, number, parts)  # type: ignore[arg-type]  # the loop has no part in it
 
 
 def settled(**changes: str) -> decoding.AutoencoderConfig:

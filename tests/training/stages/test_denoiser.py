@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
+import denoiser_steps
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor
+from denoiser_steps import gradients, step, weights
 
-from training.data.order import Slot
-from training.data.samples import Latents
 from training.loop.loop import Loop
-from training.settings import decoding
-from training.shards.reading import ShardSet
 from training.stages.denoiser import DenoiserStage
-from training.stages.denoiser_job import DenoiserJob
 
-SHAPE = {"backbone.width": "16", "backbone.depth": "1", "text.width": "16", "text.depth": "1"}
-
-
-@pytest.fixture
-def make(latents: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[DenoiserStage, Loop]]]:
-    """A stage and its loop. All stages of a process have the latest's precision."""
-
-    def build(precision: str = "no") -> tuple[DenoiserStage, Loop]:
-        config = decoding.load("denoiser", "smoke", {**SHAPE, "train.batch_size": "8"})
-        assert isinstance(config, decoding.DenoiserConfig)
-        AcceleratorState._reset_state()
-        accelerator = Accelerator(cpu=True, mixed_precision=precision)
-        train, val = (Latents(ShardSet(latents, split)) for split in ("train", "val"))
-        args = Namespace(latents=latents, text_encoder=None, init_from=None)
-        job = DenoiserJob(args, config)
-        job.dataset, job.held_out = train, val
-        stage = job.build(accelerator, None)
-        return stage, Loop(stage, config.train, config.optimizer, accelerator, tmp_path / "run", 1, 8)
-
-    yield build
-    AcceleratorState._reset_state()
-
-
-def step(stage: DenoiserStage, number: int) -> dict[str, Tensor]:
-    batch = stage.dataset.__getitems__([Slot(i, 0, 8 * number + i) for i in range(8)])
-    values = stage.backward(batch, number, 1.0)
-    stage.after_backward(number)
-    return values
-
-
-def weights(module: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
-
-
-def gradients(module: torch.nn.Module) -> list[Tensor]:
-    return [p.grad for p in module.parameters() if p.grad is not None]
+make = denoiser_steps.make
 
 
 def test_bf16_keeps_float32_weights(make: Callable[..., tuple[DenoiserStage, Loop]]) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from autoencoder.fidelity import psnr
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.tiny import Tiny
+from ldm.noise import Noise
 from training.data.order import Slot
 from training.data.samples import Images
 from training.loop.loop import Loop
@@ -176,6 +177,37 @@ def test_the_split_of_the_batch_does_not_matter(shapes: Path, autoencoder: Path,
         assert one.perceptual and all(p.grad is None for p in (*one.teacher.parameters(), *one.perceptual.parameters()))
     assert len(found[0]) == sum(p.numel() for p in one.model.parameters())
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_and_its_grid_by_hand(shapes: Path, autoencoder: Path, tmp_path: Path) -> None:
+    """mean |D_s(z) - D_t(z)| + mean (E_s(x) - z̄)² + 0.5 LPIPS, z drawn by (seed, step, slot); told in parts.
+
+    The grid shows the input, the teacher's picture, the student's, and twice the difference of the last two.
+    """
+    one, _ = stage(shapes, autoencoder, tmp_path / "run")
+    batch = one.dataset.__getitems__([Slot(i, 0, 24 + i) for i in range(8)])
+    images, moments = to_unit(batch.data), one.teacher.encode(to_unit(batch.data))
+    noise = Noise(24 + torch.arange(8)).normal((4, 8, 8), one.config.train.seed, 3, "posterior")
+    with torch.no_grad():
+        z, mean = one.teacher.norm.latents(moments, noise), one.teacher.norm.mean_latents(moments)
+        ours, theirs = one.model.decode(z), one.teacher.decode(z)
+        assert one.perceptual is not None
+        wanted = {
+            "pictures": (ours - theirs).abs().mean().item(),
+            "latents": (one.model.norm.mean_latents(one.model.encode(images)) - mean).square().mean().item(),
+            "perceptual": 0.5 * one.perceptual(ours, theirs).mean().item(),
+        }
+        with torch.enable_grad():
+            told = one.backward(batch, 3, 1.0)
+        found = {name: value.item() for name, value in told.items()}
+        assert found == pytest.approx({"loss": sum(wanted.values()), **wanted}, rel=1e-4)
+        numbers = one.evaluate(tmp_path)
+        pixels = one.held_out.__getitems__([Slot(i, 0, i) for i in range(8)]).data
+        latents = one.teacher.norm.mean_latents(one.teacher.encode(to_unit(pixels)))
+        rows = {"input": pixels, "teacher": one.teacher.decode(latents), "student": one.model.decode(latents)}
+    sheet = grids.comparison({n: p if n == "input" else to_uint8(p) for n, p in rows.items()})
+    difference = np.asarray(sheet).astype(int) - np.asarray(Image.open(tmp_path / "grid.png"))
+    assert np.abs(difference).max() <= 4 and numbers["teacher_psnr"] > 0  # of a batch of 64, rounded otherwise
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,141 @@
+"""What a run tells of itself: the clock's numbers under a clock of our own, and every column of both files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from training.runs.journal import Journal
+from training.settings.sections import Train
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Board:
+    """TensorBoard's writer, that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[tuple[str, int], float] = {}
+        self.pictures: dict[tuple[str, int], tuple[int, ...]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars[name, step] = value
+
+    def add_image(self, name: str, pixels: Any, step: int, dataformats: str) -> None:
+        assert dataformats == "HWC"
+        self.pictures[name, step] = pixels.shape
+
+    def flush(self) -> None: ...
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("training.runs.journal.time.perf_counter", clock.perf_counter)
+    return clock
+
+
+@pytest.fixture
+def journal(clock: Clock, tmp_path: Path) -> Journal:
+    """Of a run of 20 steps on 8 images each, told of every 2 steps."""
+    found = Journal(tmp_path, Train(batch_size=8, log_every=2, max_steps=20), Accelerator(cpu=True))
+    found.board = Board()
+    return found
+
+
+def pass_steps(journal: Journal, clock: Clock, steps: range, seconds: float, waiting: float) -> None:
+    """Steps that take so many seconds each, some of them spent waiting for data."""
+    for step in steps:
+        with journal.waiting():
+            clock.now += waiting
+        clock.now += seconds - waiting
+        values = {"loss": torch.tensor(float(step)), "grad_norm/net": torch.tensor(0.5)}
+        journal.record(step, values, 0.1 * step)
+
+
+def told(run: Path, file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def test_images_a_second_and_the_share_of_waiting(journal: Journal, clock: Clock, tmp_path: Path) -> None:
+    """Two steps of 2 s with 0.5 s of waiting: 4 images a second, a quarter waited; then each pair by itself."""
+    pass_steps(journal, clock, range(1, 3), 2.0, 0.5)
+    pass_steps(journal, clock, range(3, 5), 1.0, 0.75)
+    first, second = told(tmp_path, "timing.jsonl")
+    memory = first.pop("memory_bytes"), second.pop("memory_bytes")
+    assert first == {"step": 2, "images_per_second": pytest.approx(4.0), "data_wait": pytest.approx(0.25)}
+    assert second == {"step": 4, "images_per_second": pytest.approx(8.0), "data_wait": pytest.approx(0.75)}
+    assert 50 << 20 < memory[0] <= memory[1] < 1 << 40  # bytes: a process that holds torch
+
+
+def test_looking_and_what_was_before_a_resume_are_no_training_time(
+    journal: Journal, clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal.look(0, {"loss": 1.0}, tmp_path)
+    pass_steps(journal, clock, range(1, 3), 2.0, 0.0)
+    clock.now += 1000
+    with journal.waiting():
+        clock.now += 50
+    journal.look(2, {"loss": 1.0}, tmp_path)
+    pass_steps(journal, clock, range(3, 5), 2.0, 0.0)
+    rows = told(tmp_path, "timing.jsonl")
+    assert [(row["images_per_second"], row["data_wait"]) for row in rows] == [(4.0, 0.0), (4.0, 0.0)]
+    later = Journal(tmp_path, journal.train, journal.accelerator)
+    later.resume(13, {"metrics_bytes": 0})
+    pass_steps(later, clock, range(14, 15), 2.0, 0.0)  # one step until the next line
+    assert told(tmp_path, "timing.jsonl")[-1]["images_per_second"] == 4.0
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("step 14/20  loss 14.0000  lr 1.40e+00  4.0 images/s  ETA 00:00:12  memory ")
+    assert said[-1].endswith(" GiB  waiting for data 0%")
+
+
+def test_metrics_tell_every_step_its_own_values(
+    journal: Journal, clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loss and rate of each step; the line on the screen has the mean loss since the last one and the latest rate."""
+    pass_steps(journal, clock, range(1, 5), 1.0, 0.0)
+    wanted = [{"step": n, "lr": 0.1 * n, "grad_norm/net": 0.5, "loss": float(n)} for n in range(1, 5)]
+    assert told(tmp_path, "metrics.jsonl") == wanted
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:29] for line in lines] == ["step 2/20  loss 1.5000  lr 2.", "step 4/20  loss 3.5000  lr 4."]
+    scalars = {(f"train/{name}", row["step"]): row[name] for row in wanted for name in row if name != "step"}
+    assert journal.board.scalars == scalars
+
+
+def test_a_look_is_told_to_both_journals(journal: Journal, tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "grid.png")
+    journal.look(7, {"psnr": 20.0, "lpips": 0.5}, tmp_path)
+    assert told(tmp_path, "metrics.jsonl") == [{"step": 7, "val/psnr": 20.0, "val/lpips": 0.5}]
+    assert journal.board.scalars == {("val/psnr", 7): 20.0, ("val/lpips", 7): 0.5}
+    assert journal.board.pictures == {("grid", 7): (4, 6, 3)}
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_the_columns_of_a_run(stage: str, autoencoder: Path, denoiser: Path) -> None:
+    """metrics.jsonl has a row for each step and each look, timing.jsonl one for each time that it is told."""
+    run = {"autoencoder": autoencoder, "denoiser": denoiser}[stage]
+    rows, timing = tiny.rows(run), told(run, "timing.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    losses = {"loss", "kl", "adversarial", "balance"} if stage == "autoencoder" else {"loss"}
+    norms = {f"grad_norm/{name}" for name in ([stage, "discriminator"] if stage == "autoencoder" else [stage])}
+    assert [row["step"] for row in steps] == list(range(1, 7))
+    assert all(row.keys() - {"discriminator"} == {"step", "lr", *losses, *norms} for row in steps)
+    assert [row["step"] for row in steps if "discriminator" in row] == ([3, 4, 5, 6] if len(losses) > 1 else [])
+    assert [row["lr"] for row in steps] == pytest.approx([1e-4 * n for n in range(1, 7)], rel=1e-6)
+    assert [row["step"] for row in rows if "loss" not in row] == [0, 4, 6]
+    assert [row["step"] for row in timing] == [4, 6]
+    assert all(0 < row["images_per_second"] < 1e6 and 0 < row["data_wait"] < 1 for row in timing)
