@@ -36,6 +36,8 @@ PURE_IMPORTS = {
     *["numbers", "operator", "re", "string", "typing", "warnings", "zlib", "torch"],
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }
+# Product code depends on no test code: no import of a file that lies under tests/.
+TESTS = {"tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -61,7 +63,8 @@ def test_a_file(path: Path) -> None:
         top = module.partition(".")[0]
         if top in MAY_IMPORT or top == "configs":
             assert top in MAY_IMPORT[package], f"{path}:{line}: {package} must not import {module}"
-        elif package in PURE:
+        assert top not in TESTS, f"{path}:{line}: {module} is test code"
+        if package in PURE and top not in {*MAY_IMPORT, "configs"}:
             assert top in PURE_IMPORTS, f"{path}:{line}: {module} has no place in pure tensor code"
     if package in PURE:
         calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}

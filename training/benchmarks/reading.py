@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.cli import Parser, run_main
-
 if TYPE_CHECKING:
+    import argparse
+
+    from training.cli import Parser
     from training.shards import ShardSet
 
 
@@ -46,13 +47,16 @@ def readers(shards: ShardSet) -> dict[str, Callable[[], int]]:
     }
 
 
-def main() -> None:
-    parser = Parser(__doc__ or "")
+def flags(parser: Parser) -> None:
+    """The flags of this benchmark."""
     add = parser.add_argument
     add("--data", metavar="DIR", type=Path, help="shards to read; small made-up latents when not given")
     add("--samples", type=int, default=20_000, help="how many to make up")
     add("--rounds", type=int, default=5, help="of all readers in turn; the best of each counts")
-    args = parser.read()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read with every reader in turn and print the rates."""
     from tempfile import TemporaryDirectory
 
     from training.shards import ShardSet
@@ -74,6 +78,3 @@ def main() -> None:
     for name, rate in best.items():
         print(f"{name:<21} {rate:>9,.0f} samples/s")
 
-
-if __name__ == "__main__":
-    run_main(main)
