@@ -17,7 +17,7 @@ def main() -> None:
     add("what", choices=("quickstart", "autoencoders"), help="which recipe's runs")
     add("folder", metavar="DIR", type=Path, help="the folder it was given as --output")
     add("--seconds", metavar="N", type=int, default=0, help="quickstart: how long it took in all")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine(device="")
     args = parser.read()
     from training.measuring.summaries import autoencoders, quickstart
 

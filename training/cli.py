@@ -59,6 +59,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(message, hint=f"{self.prog} --help lists the flags", code=USAGE)
 
+    def machine(self, group: Any = None, device: str = "auto") -> None:
+        """Where a door computes (`device` unless told; "": nowhere of its own), and whether it shows tracebacks."""
+        add = (group or self).add_argument
+        if device:
+            add("--device", default=device, help="auto, cpu, cuda or cuda:N")
+        add("--debug", action="store_true", help="show tracebacks")
+
+    def packed(self, text: str, required: bool = False) -> None:
+        """The packed pictures that a door reads, and where those of an address are kept."""
+        self.add_argument("--data", metavar="DIR", required=required, help=text)
+        add_cache(self)
+
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
         args = self.parse_args(self._spelled(argv))
@@ -179,10 +191,9 @@ class TrainParser(Parser):
             "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
         )
         run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
-        run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
         run.add_argument("--dry-run", action="store_true", help="check config, data and model, then stop")
-        run.add_argument("--debug", action="store_true", help="show tracebacks")
+        self.machine(run)
         keys = self.add_argument_group("config keys with a flag of their own")
         for flag, (key, text, aliases) in KEYS.items():
             also = f" (also --{', --'.join(aliases)})" if aliases else ""

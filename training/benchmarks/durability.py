@@ -32,10 +32,9 @@ def flags(parser: Parser) -> None:
     add("--batch-size", metavar="N", type=int, default=64, help="images a step")
     add("--side", metavar="N", type=int, default=32, help="latents of 4 x N x N")
     add("--rounds", metavar="N", type=int, default=5, help="how often everything is timed, after once for nothing")
-    add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     add("--threads", metavar="N", type=int, default=0, help="processor threads; 0: torch's own choice")
     add("--folder", metavar="DIR", help="on the disk to write to; a temporary folder when not given")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine(device="cpu")
 
 
 def run(args: Any) -> None:

@@ -25,7 +25,7 @@ def flags(parser: Parser) -> None:
     parser.add_argument("--side", metavar="N", type=int, default=32, help="latents of N x N, in patches of 2")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="processor threads")
     parser.add_argument("--output", metavar="FILE", help="write the table there too")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.machine(device="")
 
 
 def run(args: Any) -> None:

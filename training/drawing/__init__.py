@@ -1,0 +1,1 @@
+"""Pictures from captions: what is asked for, how it is drawn, and how it is drawn again."""
