@@ -82,7 +82,7 @@ def test_a_file(path: Path) -> None:
 def test_light_at_import() -> None:
     """The command line answers before torch is loaded: what it imports at module level is light."""
     heavy = {"torch", "transformers", "lpips", "accelerate", "numpy", "torchvision", "safetensors", "PIL", "pydantic"}
-    for name in ("cli", "errors", "settings", "files", "config"):
+    for name in ("cli", "errors", "settings", "files", "config", "names", "plugins"):
         tree = parse(ROOT / "training" / f"{name}.py")
         top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         assert not {module.partition(".")[0] for module, _ in imports(top)} & heavy, name

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, USAGE, UserError
-from training.names import FAMILIES, kinds, meant, unknown_key, unknown_kind
+from training.names import FAMILIES, all_kinds, meant, unknown_key, unknown_kind
 from training.settings import Conditioning, Loss, Optimizer, Sample, Train
 
 # Flags that stand for a config key, with the names that users of diffusers' training scripts know.
@@ -129,8 +129,8 @@ def check_keys(overrides: Mapping[str, str]) -> None:
 def _wrong(key: str, text: str) -> str:
     section, _, name = key.partition(".")
     if name == "kind" and section in FAMILIES:
-        known = kinds(section)
-        return "" if text in known else unknown_kind(section, text, known)
+        there = all_kinds(section)
+        return "" if text in there else unknown_kind(section, text, there)
     if section not in PLAIN:
         return ""
     types = {field.name: field.type for field in dataclasses.fields(PLAIN[section])}
