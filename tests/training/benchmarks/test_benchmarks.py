@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import tiny
+
+from training.benchmarks import autoencoder
 
 
 def rows(text: str) -> list[list[str]]:
@@ -51,6 +54,20 @@ def test_autoencoder_times_equal_networks(capsys: pytest.CaptureFixture[str]) ->
     told = [(line[:7].strip(), line[8:33].strip()) for line in capsys.readouterr().out.splitlines()[1:]]
     names = ("ours", "diffusers", "diffusers, channels-last")
     assert told == [(verb, name) for verb in ("train", "encode", "decode") for name in names]
+
+
+def test_autoencoder_does_not_time_unequal_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    right = autoencoder.models
+
+    def wrong(*args: Any) -> dict[str, Any]:
+        built = right(*args)
+        built["diffusers"].decoder.conv_out.bias.data += 1
+        return built
+
+    monkeypatch.setattr(autoencoder, "models", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        tiny.call("benchmark", "autoencoder", "--config", "smoke", "--size", 16, "--batch-size", 1, "--rounds", 1)
 
 
 def test_autoencoder_without_diffusers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
