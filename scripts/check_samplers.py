@@ -10,268 +10,30 @@ on their distribution: the command ends with code 5 where one does not.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
-from functools import lru_cache
-from itertools import chain
-from pathlib import Path
-from typing import Any
-
-from training.errors import UserError
-from training.settings.flags import Parser, run_main
-
-MEAN, STD = 0.3, 0.5
-SAMPLES = 64  # of the mixture
+from training.settings.flags import Parser, check_least, run_main
 
 
 def main() -> None:
     parser = Parser(__doc__ or "")
-    parser.add_argument("--samplers", metavar="NAME,...", default="all", help="which samplers, by name")
-    parser.add_argument("--processes", metavar="NAME,...", default="all",
-                        help="which schedules, by name; TABLE-zero-snr is a DDPM table rescaled to end in pure noise")
-    parser.add_argument("--grids", metavar="NAME,...", default="karras", help="which grids, by name, or all")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of each run (32; with --model 200)")
-    parser.add_argument("--model", metavar="RUN", help="check the samplers on this denoiser's run instead")
-    parser.add_argument("--prompt", metavar="TEXT", default="", help="with --model: the caption to draw")
-    parser.add_argument("--seeds", metavar="N", type=int, default=32,
-                        help="with --model: pictures that a distribution is judged by")
-    parser.add_argument("--output", metavar="FILE", help="write the table there too")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add = parser.add_argument
+    add("--samplers", metavar="NAME,...", default="all", help="which samplers, by name")
+    text = "which schedules, by name; TABLE-zero-snr is a DDPM table rescaled to end in pure noise"
+    add("--processes", metavar="NAME,...", default="all", help=text)
+    add("--grids", metavar="NAME,...", default="karras", help="which grids, by name, or all")
+    add("--steps", metavar="N", type=int, help="steps of each run (32; with --model 200)")
+    add("--model", metavar="RUN", help="check the samplers on this denoiser's run instead")
+    add("--prompt", metavar="TEXT", default="", help="with --model: the caption to draw")
+    add("--seeds", metavar="N", type=int, default=32, help="with --model: pictures that a distribution is judged by")
+    add("--output", metavar="FILE", help="write the table there too")
+    parser.machine(device="")
     args = parser.read()
     if args.steps is None:
         args.steps = 200 if args.model else 32
-    if args.steps < 1:
-        raise UserError(f"--steps must be at least 1, got {args.steps}")
-    if args.seeds < 16:
-        raise UserError(f"--seeds must be at least 16, got {args.seeds}", hint="fewer say nothing about a distribution")
-    since, lines = (time.perf_counter(), time.process_time()), list[str]()
-    title = "# Samplers against each other\n" if args.model else "# Samplers against the exact answer\n"
-    for line in chain((title, *command()), run_table(args) if args.model else oracle_tables(args)):
-        print(line, flush=True)
-        lines.append(line)
-    took = f"Took {time.perf_counter() - since[0]:.0f} s, {time.process_time() - since[1]:.0f} s of processor time."
-    print(f"\n{took}")
-    if args.output:
-        Path(args.output).write_text("\n".join([*lines[:4], f"{took}\n", *lines[4:]]) + "\n")
-    if strays := [line.split("|")[1].strip() for line in lines if line.endswith("| no |")]:
-        raise UserError(f"{', '.join(strays)}: further away than allowed after {args.steps} steps",
-                        hint="ask for more --steps; a sampler that stays away is wrong for this model", code=5)
+    check_least(args, {"steps": 1})
+    check_least(args, {"seeds": 16}, hint="fewer say nothing about a distribution")
+    from training.measuring.conformance import check
 
-
-def command() -> tuple[str, ...]:
-    """How this table was made."""
-    import shlex
-
-    return "```bash", f"python scripts/check_samplers.py {shlex.join(sys.argv[1:])}".rstrip(), "```\n"
-
-
-def chosen(members: dict[str, Any], names: str, flag: str) -> dict[str, Any]:
-    """The members of these names, all for "all". Raises UserError on an unknown name."""
-    wanted = list(members) if names == "all" else names.split(",")
-    if unknown := [name for name in wanted if name not in members]:
-        raise UserError(f"{flag}: unknown name {unknown[0]!r}", hint=f"choose from {', '.join(members)} or all")
-    return {name: members[name] for name in wanted}
-
-
-def every(family: tuple[Any, ...]) -> dict[str, Any]:
-    """The members of a family by their kind, built with their defaults."""
-    return {member.kind: member() for member in family}
-
-
-def processes() -> dict[str, Any]:
-    """Every schedule by name, and the DDPM tables with their last entry rescaled to pure noise."""
-    from ldm.schedules import SCHEDULES, Table
-
-    tables = [member for member in SCHEDULES if issubclass(member, Table)]
-    return every(SCHEDULES) | {f"{member.kind}-zero-snr": member(zero_terminal_snr=True) for member in tables}
-
-
-def oracle_tables(args: Any) -> Iterator[str]:
-    """Errors of every combination, orders of convergence, and what is refused."""
-    import torch
-
-    from ldm.grids import GRIDS, Given
-    from ldm.samplers import SAMPLERS
-
-    schedules = chosen(processes(), args.processes, "--processes")
-    samplers = chosen(every(SAMPLERS), args.samplers, "--samplers")
-    own = Given(times=tuple(torch.linspace(1, 0, args.steps + 1, dtype=torch.float64).tolist()))
-    grids = chosen(every(GRIDS) | {Given.kind: own}, args.grids, "--grids")
-    refused: dict[str, str] = {}
-    yield f"""Data N({MEAN}, {STD}^2), {args.steps} steps. Bias of the result's mean and variance: exact, but for
-predictor-corrector, whose steps look at the sample: measured on 2^15 numbers, which alone vary by 0.8 % in variance.
-End error: how far a sampler without noise of its own carries a sample from where the ODE does, root mean square over
-the data's standard deviation; two modes: the same on {SAMPLES} samples of a mixture in the plane, against RK4 in 200
-steps. Predictions: the largest difference their coefficients make to a result (float64). The grid `given` is a list of
-equal steps of t.
-"""
-    columns = "process | grid | calls | mean - exact | variance / exact - 1 | end error | two modes | predictions"
-    yield f"| sampler | {columns} |"
-    yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
-    for name, schedule in schedules.items():
-        yield from rows(name, schedule, samplers, grids, args.steps, refused)
-    yield from orders(schedules, samplers)
-    yield "\n## Refused when built\n"
-    for pair, reason in refused.items():
-        yield f"- {pair}: {reason}"
-
-
-def rows(name: str, schedule: Any, samplers: dict[str, Any], grids: dict[str, Any], steps: int,
-         refused: dict[str, str]) -> Iterator[str]:
-    """The rows of one process; what it does not combine with is added to `refused`."""
-    from ldm.diffusion import Diffusion
-    from ldm.predictions import PREDICTIONS
-
-    allowed, times = [], {}
-    for kind, prediction in every(PREDICTIONS).items():
-        try:
-            allowed.append(Diffusion(schedule=schedule, prediction=prediction))
-        except ValueError as error:
-            refused[f"{name} x {kind}"] = str(error)
-    for kind, grid in grids.items():
-        try:
-            times[kind] = grid(steps, schedule)
-        except ValueError as error:
-            refused[f"{name} x {kind}"] = str(error)
-    for sampler in samplers.values():
-        for grid, visited in times.items():
-            calls, spread = through(sampler, schedule, visited, allowed)
-            mean, variance, end = moments(sampler, schedule, visited)
-            ends = f"{end / STD:.1e} | {on_two_modes(sampler, schedule, visited):.1e}" if sampler.rises else "- | -"
-            bias = f"{mean - MEAN:+.1e} | {variance / STD**2 - 1:+.1e}"
-            yield f"| {sampler.kind} | {name} | {grid} | {calls} | {bias} | {ends} | {spread:.0e} |"
-
-
-def through(sampler: Any, schedule: Any, times: Any, allowed: list[Any]) -> tuple[int, float]:
-    """Network calls, and the largest difference between a result through a prediction and without one."""
-    import torch
-
-    from ldm.noise import Noise
-    from ldm.samplers import prior, sample
-
-    oracles, noise = bench(), Noise.from_seeds([0] * (1 + len(allowed)))
-    counted = oracles.Counted(oracles.Beside(oracles.Isotropic(schedule, STD, MEAN), allowed))
-    drawn = sample(sampler, counted, prior(schedule, (4,), noise, dtype=torch.float64), times, noise)
-    return len(counted.times), (drawn[1:] - drawn[0]).abs().max().item()
-
-
-def moments(sampler: Any, schedule: Any, times: Any) -> tuple[float, float, float]:
-    """Mean and variance of the result from the exact marginal at times[0], and the root mean square of its difference
-    to the ODE's."""
-    import torch
-
-    from ldm.samplers import sample
-
-    oracles = bench()
-    oracle, (alpha, sigma) = oracles.Isotropic(schedule, STD, MEAN), schedule(times[0])
-    start = ((alpha * STD) ** 2 + sigma**2).sqrt()
-    draws = 0 if sampler.rises and sampler.order else oracles.draws_of(sampler, oracle, times)
-    if draws is None:
-        return measured(sampler, oracle, times, alpha * MEAN, start)
-    x = (alpha * MEAN).expand(draws + 2, 1).clone()
-    # Sample 0 has neither noise nor a start of its own; the last has the start alone, and the rest a draw each.
-    x[-1] += start
-    drawn = sample(sampler, oracle, x, times, oracles.Impulses(draws + 2))
-    parts = drawn - drawn[0]
-    end = torch.hypot(drawn[0] - MEAN, parts[-1] - STD)
-    return drawn[0].item(), parts.square().sum().item(), end.item()
-
-
-def measured(sampler: Any, oracle: Any, times: Any, mean: Any, std: Any) -> tuple[float, float, float]:
-    """`moments` of a sampler whose steps look at the sample: over 2^15 numbers, or Gauss-Hermite nodes for one without
-    noise."""
-    import torch
-    from numpy.polynomial.hermite_e import hermegauss
-
-    from ldm.noise import Noise
-    from ldm.samplers import sample
-
-    noise = Noise.from_seeds(list(range(32)))
-    z = noise.normal((1024,), "start", dtype=torch.float64)
-    weights = torch.full_like(z, 1 / z.numel())
-    if sampler.rises:
-        z, weights = (torch.from_numpy(part[:, None]) for part in hermegauss(32))
-        weights = weights / weights.sum()
-    drawn = sample(sampler, oracle, mean + std * z, times, noise)
-    middle, end = (weights * drawn).sum(), (weights * (drawn - MEAN - STD * z).square()).sum().sqrt()
-    return middle.item(), (weights * (drawn - middle).square()).sum().item(), end.item()
-
-
-def on_two_modes(sampler: Any, schedule: Any, times: Any) -> float:
-    """The root mean square of the distance to where the ODE ends on the mixture, over its standard deviation."""
-    from ldm.noise import Noise
-    from ldm.samplers import sample
-
-    x, exact, std = mixture(schedule, times[0].item())
-    drawn = sample(sampler, bench().two_modes(schedule), x, times, Noise.from_seeds(list(range(SAMPLES))))
-    return float((drawn - exact).square().mean().sqrt()) / std
-
-
-@lru_cache(maxsize=64)
-def mixture(schedule: Any, t: float) -> tuple[Any, Any, float]:
-    """Samples of the mixture noised to t, where the ODE takes them, and its standard deviation."""
-    import torch
-
-    from ldm.noise import Noise
-
-    oracles, noise = bench(), Noise.from_seeds(list(range(SAMPLES)))
-    time = oracles.scalar(t)
-    alpha, sigma = schedule(time)
-    x0 = oracles.two_modes(schedule).samples(noise)
-    x = alpha * x0 + sigma * noise.normal((2,), "eps", dtype=torch.float64)
-    return x, oracles.end_of_ode(oracles.two_modes, schedule, x, time), x0.std().item()
-
-
-def orders(schedules: dict[str, Any], samplers: dict[str, Any]) -> Iterator[str]:
-    """The order of each solver, a property of its own that no grid with ends has a part in."""
-    yield "\n## Orders of convergence\n"
-    yield """The slope of the variance's error on grids even in log-SNR from -4.6 to 4.6, in 32 to 128 steps (16 to 64
-above order 3): the solver's own, on a stretch of the process without its ends, whatever the grid of the rows above;
-least and most over the processes. -: its bias is not set by the step.
-"""
-    yield "| sampler | declared | least | most |"
-    yield "|---|---:|---:|---:|"
-    for sampler in samplers.values():
-        found = [fitted(sampler, schedule) for schedule in schedules.values()] if sampler.order else []
-        ends = f"{sampler.order} | {min(found):.2f} | {max(found):.2f}" if found else "- | - | -"
-        yield f"| {sampler.kind} | {ends} |"
-
-
-def fitted(sampler: Any, schedule: Any) -> float:
-    """The order of convergence, over an interval without the ends of time."""
-    import torch
-
-    oracles = bench()
-    counts, errors = ([16, 32, 64] if sampler.order > 3 else [32, 64, 128]), []
-    for steps in counts:
-        times = schedule.time(torch.linspace(-4.6, 4.6, steps + 1, dtype=torch.float64))
-        alpha, sigma = schedule(times[-1])
-        errors.append(abs(moments(sampler, schedule, times)[1] - ((alpha * STD) ** 2 + sigma**2).item()))
-    return float(oracles.fitted_order(counts, errors))
-
-
-def run_table(args: Any) -> Iterator[str]:
-    """How the samplers agree on a trained network."""
-    from ldm.samplers import SAMPLERS
-    from training.measuring.sampler_agreement import Bench, table
-    from training.models.assembly import load_pipeline
-
-    samplers = list(chosen(every(SAMPLERS), args.samplers, "--samplers").values())
-    seeds = 2 if all(sampler.rises for sampler in samplers) else args.seeds
-    yield from table(Bench(load_pipeline(args.model), args.prompt, args.steps, seeds), samplers)
-
-
-def bench(module: str = "oracles") -> Any:
-    """A judge that lives with the tests of this checkout. Raises UserError where there is none."""
-    import importlib
-
-    folder = Path(__file__).resolve().parent.parent / "tests" / "ldm"
-    if not (folder / f"{module}.py").is_file():
-        raise UserError(f"the {module} are not at {folder}", hint="run this from a checkout of the repository")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return importlib.import_module(module)
+    check(args)
 
 
 if __name__ == "__main__":

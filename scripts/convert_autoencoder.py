@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", default="", help=text)
     text = "import: latents are z * X, whatever SOURCE says of them"
     parser.add_argument("--scale-factor", metavar="X", type=float, help=text)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.machine(device="")
     args = parser.read()
     if args.verb == "export" and (args.data or args.scale_factor is not None):
         raise UserError("--data and --scale-factor belong to import", hint="leave them out")

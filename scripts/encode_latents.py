@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser, add_cache, run_main
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--autoencoder", metavar="RUN", required=True, help="a finished autoencoder run, or its final/ folder")
-    add("--data", metavar="DIR", required=True, help="packed images (make_shards.py pack): folder or address")
-    add_cache(parser)
+    parser.packed("packed images (make_shards.py pack): folder or address", required=True)
     add("--output", metavar="DIR", required=True, help="where the latent shards go")
     add("--flip", action="store_true", help="also encode the mirrored image")
     add("--dtype", choices=("float16", "float32"), default="float16", help="how moments are stored")
@@ -34,8 +33,7 @@ def main() -> None:
         default="skip",
         help="a sample that cannot be read: an error, or left out and counted, up to 1 %%",
     )
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine()
     args = parser.read()
     from training.encoding.data_set import encode
 

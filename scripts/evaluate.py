@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser, add_cache, run_main
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--model", metavar="RUN", required=True, help="a run of either stage, its final/ or a checkpoint")
-    add("--data", metavar="DIR", help="packed pictures, folder or address; their val split is the truth")
-    add_cache(parser)
+    parser.packed("packed pictures, folder or address; their val split is the truth")
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
     add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
     add(
@@ -46,8 +45,7 @@ def main() -> None:
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
     add("--grid", metavar="FILE", help="also draw the first judged pictures with their verdicts")
     add("--output", metavar="FILE", help="write all numbers and settings as JSON")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine()
     args = parser.read_with_keys()
     from training.measuring.evaluate import evaluate
 

@@ -7,56 +7,14 @@ from __future__ import annotations
 
 import sys
 
-from training.drawing.starts import STARTS
+from training.drawing.flags import add_flags
 from training.settings.families import SAMPLING, listing
 from training.settings.flags import Parser, run_main
 
 
-def what_to_draw(parser: Parser) -> None:
-    group = parser.add_argument_group("what to draw")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", action="append", help="a caption; may be given several times")
-    source.add_argument("--prompts", metavar="FILE", help="a text file, one caption a line")
-    source.add_argument("--like", metavar="PICTURE", help="draw again what generate drew: all is read from its PNG")
-    add = group.add_argument
-    add("--num-images", metavar="N", type=int, default=1, help="pictures per caption, with seeds seed, seed + 1, ...")
-    add("--negative-prompt", metavar="TEXT", default="", help="what guidance moves away from")
-    text = "a further caption for every picture, with its own guidance weight (below 0: away from it); repeatable"
-    add("--also", metavar=("WEIGHT", "TEXT"), nargs=2, action="append", default=[], help=text)
-    for start in STARTS:
-        start.add_flags(group)
-    add("--seed", type=int, default=0, help="seed of each caption's first picture")
-    add("--size", metavar="N|HxW", help="pixels; the training size when not given")
-
-
-def how_to_draw_it(parser: Parser) -> None:
-    add = parser.add_argument_group("how to draw it (the run's own settings when not given)").add_argument
-    add("--sampler", metavar="NAME", help="the kind of sampler: one of those below")
-    add("--steps", metavar="N", type=int, help="steps of the sampler")
-    add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
-    add("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")
-    add("--classifier", metavar="DIR", help="one of train_classifier.py, for --guidance.kind classifier")
-
-
 def main() -> None:
     parser = Parser(__doc__ or "", epilog=listing(SAMPLING))
-    what_to_draw(parser)
-    how_to_draw_it(parser)
-    add = parser.add_argument_group("run").add_argument
-    text = "a denoiser's run (also while it trains), its final/, or a checkpoint"
-    add("--model", metavar="RUN", required=True, help=text)
-    add("--output", metavar="DIR", required=True, help="where 00000.png ... and grid.png go")
-    add("--strip", action="store_true", help="also draw strips/: what each picture was on its way")
-    add("--overwrite", action="store_true", help="replace pictures that are there")
-    add("--batch-size", metavar="N", type=int, default=64, help="pictures at once; does not change them")
-    text = "decode in overlapping tiles of N x N latents: large pictures in the memory of one tile; 0 = whole"
-    add("--tile", metavar="N", type=int, default=0, help=text)
-    text = "draw quickly and roughly with this tiny autoencoder, distilled (--teacher) from the denoiser's own"
-    add("--preview", metavar="RUN", help=text)
-    add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the networks")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_flags(parser)
     args = parser.read_with_keys()
     from training.drawing.generate import generate
 

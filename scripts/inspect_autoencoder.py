@@ -25,8 +25,7 @@ def main() -> None:
     add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
     add("--probe-steps", metavar="N", type=int, default=300, help="training steps of the probe; 0 = no probe")
     add("--probe-samples", metavar="N", type=int, default=256, help="pictures that the probe draws")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine()
     args = parser.read()
     from training.measuring.inspection import inspect
 

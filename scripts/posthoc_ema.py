@@ -17,7 +17,7 @@ def main() -> None:
     add("--length", metavar="SIGMA_REL", type=float, required=True, help="width of the average over the steps trained")
     add("--step", metavar="N", type=int, help="the average as of this step; the last snapshot's when not given")
     add("--output", metavar="DIR", required=True, help="the new model folder, as generate --model takes it")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine(device="")
     args = parser.read()
     from training.stages.rebuild import rebuild
 

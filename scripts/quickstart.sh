@@ -24,14 +24,4 @@ run scripts/generate.py --model "$out/denoiser" --output "$out/pictures" --overw
     --prompt "a large red cross in the top left on a white background" --prompt "a small blue triangle at the bottom" \
     --prompt "a green circle above a yellow square" --prompt "a pink square to the left of a blue triangle on a black background"
 
-"$PYTHON" - "$out" $((SECONDS - start)) <<'SUMMARY'
-import json, pathlib, sys
-out, seconds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-numbers = json.loads((out / "evaluation.json").read_text())
-obedience = {f"{n}_objects": numbers[f"obedience_{n}"] for n in (1, 2, 3)}
-summary = {"obedience": obedience["1_objects"], "obedience_by_objects": obedience, "prompts": numbers["prompts"], "seconds": seconds, "grid": "grid.png"}
-(out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-print(f"captions never trained on, obeyed in shape, colour and position: {summary['obedience']:.1%} of one-object captions"
-      f" (two objects {obedience['2_objects']:.1%}, three {obedience['3_objects']:.1%}), {seconds} s in all")
-print(f"picture grid: {out / 'grid.png'}")
-SUMMARY
+run scripts/summarize.py quickstart "$out" --seconds $((SECONDS - start))

@@ -16,7 +16,7 @@ def main() -> None:
     add("--steps", metavar="N", type=int, default=40, help="steps of each training")
     add("--seed", type=int, default=0, help="seed of the moments")
     add("--folder", metavar="DIR", help="where to work; a temporary folder when not given")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine(device="")
     args = parser.read()
     from training.drills.soak import soak
 

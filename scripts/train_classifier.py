@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser, add_cache, run_main
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
-    add("--data", metavar="DIR", required=True, help="packed pictures whose captions are classes: folder or address")
-    add_cache(parser)
+    parser.packed("packed pictures whose captions are classes: folder or address", required=True)
     add("--output", metavar="DIR", required=True, help="where the classifier goes")
     add("--epochs", type=int, default=4, help="passes over the training pictures")
     add("--batch-size", type=int, default=128, help="pictures per step")
     add("--width", type=int, default=32, help="maps of the first layer")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine()
     args = parser.read()
     from training.stages.classifier import train_classifier
 

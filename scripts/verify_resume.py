@@ -19,7 +19,7 @@ def main() -> None:
     add("--latents", metavar="DIR", help="encoded latents: proves stage two")
     add("--steps", metavar="N", type=int, default=9, help="steps of each training")
     add("--folder", metavar="DIR", help="where to keep both trainings; removed when not given")
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.machine(device="")
     args, rest = parser.parse_known_args()
     from training.drills.verify_resume import verify
 

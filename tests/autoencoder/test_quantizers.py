@@ -314,4 +314,3 @@ def test_lookup_free_can_hold_many_codes() -> None:
 def test_bad_shapes_are_refused(kind: type[Quantised], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**change)
-

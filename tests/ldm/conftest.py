@@ -1,4 +1,4 @@
-"""Makes the oracles importable by the tests beside them, which importlib mode alone would not."""
+"""Lets the tests of all families import each other, which importlib mode alone would not."""
 
 from __future__ import annotations
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import F64, scalar
 from torch import Tensor
 
 from ldm.composition import composed
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
+from ldm.exact import F64, scalar
 from ldm.guidance import ClassifierFree
 from ldm.predictions import X0
 from ldm.schedules import EDM

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import F64, Counted, final_variance, fitted_order, gaussian, marginal
 
+from ldm.exact import F64, Counted, final_variance, fitted_order, gaussian, marginal
 from ldm.noise import Noise
 from ldm.samplers import DEIS, IPNDM, LMS, SAMPLERS, HeunChurn, Langevin, PredictorCorrector, Sampler, UniPC, sample
 from ldm.schedules import EDM, VP, Flow, NoiseSchedule

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import F64, Impulses, Isotropic, final_variance, gaussian, marginal
 from torch import Tensor
 
+from ldm.exact import F64, Impulses, Isotropic, final_variance, gaussian, marginal
 from ldm.grids import Linspace, Trailing
 from ldm.noise import Noise
 from ldm.samplers import DDIM, DDPM, IPNDM, DPMpp3M, DPMppSDE3M, Sampler, sample

@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 from numpy.polynomial.legendre import leggauss
-from oracles import F64, fitted_order, gaussian, scalar
 from torch import Tensor
 
 from ldm.diffusion import Denoised
+from ldm.exact import F64, fitted_order, gaussian, scalar
 from ldm.noise import Noise
 from ldm.samplers import DPMpp2M, DPMpp3M, DPMppSDE2M, DPMppSDE3M, DPMSolver2, DPMSolver3, Sampler
 from ldm.samplers.dpm import Multistep

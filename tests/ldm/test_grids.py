@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import F64
 
+from ldm.exact import F64
 from ldm.grids import (
     GRIDS,
     Exponential,

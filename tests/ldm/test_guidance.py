@@ -6,13 +6,13 @@ from typing import cast
 
 import pytest
 import torch
-from oracles import F64, gaussian, scalar
 from torch import Tensor
 
 from ldm.composition import composed
 from ldm.conditioning import Cond
 from ldm.denoiser import Backbone, Denoise, Denoiser
 from ldm.diffusion import Diffusion
+from ldm.exact import F64, gaussian, scalar
 from ldm.grids import Karras, Uniform
 from ldm.guidance import (
     GUIDANCES,

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from oracles import F64, Isotropic, gaussian, two_modes
 
+from ldm.exact import F64, Isotropic, gaussian, two_modes
 from ldm.grids import Karras, Uniform, UniformLogSNR
 from ldm.likelihood import bits_per_dim, log_likelihood
 from ldm.noise import Noise

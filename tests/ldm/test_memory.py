@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from meters import holding
 from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers import DDIM, SAMPLERS, Memory, Sampler
+from training.benchmarks.meters import holding
 
 
 @pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS], ids=repr)

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from oracles import F64
 from torch import Tensor
 
 from ldm import weighting
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
+from ldm.exact import F64
 from ldm.noise import Noise
 from ldm.objective import Objective
 from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, Score, V, Velocity

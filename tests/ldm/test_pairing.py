@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64
 
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
+from ldm.exact import F64
 from ldm.noise import Noise
 from ldm.objective import Objective
 from ldm.pairing import PAIRINGS, Independent, MinibatchOT, Pairing, assignment

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, gaussian, scalar
 
 from ldm.denoiser import Denoiser, Rescheduled
 from ldm.diffusion import Denoised, Diffusion
+from ldm.exact import F64, gaussian, scalar
 from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, Prediction, Score, V, Velocity
 from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, Flow, NoiseSchedule, Table
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracles import F64, Counted, Isotropic, Smooth, gaussian, scalar, two_modes
 from torch import Tensor
 
 from ldm.diffusion import Denoised, Diffusion
+from ldm.exact import F64, Counted, Isotropic, Smooth, gaussian, scalar, two_modes
 from ldm.grids import Given, Uniform
 from ldm.noise import Noise
 from ldm.predictions import PREDICTIONS

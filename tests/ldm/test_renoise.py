@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracles import F64, Counted, Impulses, Isotropic, Smooth, fitted_order, gaussian, scalar, two_modes
 from torch import Tensor
 
+from ldm.exact import F64, Counted, Impulses, Isotropic, Smooth, fitted_order, gaussian, scalar, two_modes
 from ldm.grids import Karras, Uniform
 from ldm.noise import Noise
 from ldm.samplers import (

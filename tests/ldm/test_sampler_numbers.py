@@ -8,10 +8,10 @@ from typing import Literal
 
 import pytest
 import torch
-from oracles import F64, Counted, Impulses, Isotropic, Smooth, final_variance, fitted_order, gaussian, scalar
 from torch import Tensor
 
 from ldm.diffusion import Denoised
+from ldm.exact import F64, Counted, Impulses, Isotropic, Smooth, final_variance, fitted_order, gaussian, scalar
 from ldm.grids import Karras, Uniform
 from ldm.guidance import classifier_guided
 from ldm.noise import Noise

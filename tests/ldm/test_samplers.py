@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
-from oracles import (
+from torch import Tensor
+
+from ldm.diffusion import Denoised, Diffusion
+from ldm.exact import (
     F64,
     Counted,
     Smooth,
@@ -18,9 +21,6 @@ from oracles import (
     scalar,
     two_modes,
 )
-from torch import Tensor
-
-from ldm.diffusion import Denoised, Diffusion
 from ldm.grids import Karras, Uniform
 from ldm.noise import Noise
 from ldm.predictions import PREDICTIONS

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, scalar
 from torch import Tensor
 
+from ldm.exact import F64, scalar
 from ldm.schedules import (
     EDM,
     GVP,

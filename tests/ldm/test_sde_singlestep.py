@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from oracles import F64, final_variance, marginal, scalar, two_modes
 from torch import Tensor
 
+from ldm.exact import F64, final_variance, marginal, scalar, two_modes
 from ldm.noise import Noise
 from ldm.samplers import DDPM, DPMppSDE2S
 from ldm.schedules import EDM, GVP, VP, NoiseSchedule

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from oracles import F64, final_variance, marginal, scalar
 
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
+from ldm.exact import F64, final_variance, marginal, scalar
 from ldm.grids import Grid, Karras
 from ldm.grids import Uniform as UniformGrid
 from ldm.guidance import ClassifierFree

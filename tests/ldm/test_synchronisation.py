@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from meters import Waits, waits
-from oracles import Counted, Isotropic, Smooth
 from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser, Rescheduled
 from ldm.diffusion import Diffusion
+from ldm.exact import Counted, Isotropic, Smooth
 from ldm.grids import Uniform
 from ldm.guidance import GUIDANCES, ByClassifier, ClassifierFree, Guidance, Projected
 from ldm.likelihood import log_likelihood
@@ -19,6 +18,7 @@ from ldm.predictions import Velocity
 from ldm.samplers import DDIM, SAMPLERS, DDIMInversion, Heun, Memory, Sampler, prior, sample
 from ldm.samplers.adaptive import Embedded
 from ldm.schedules import SCHEDULES, VP, Flow, NoiseSchedule
+from training.benchmarks.meters import Waits, waits
 
 FIXED: list[Sampler] = [cls() for cls in SAMPLERS if not issubclass(cls, Embedded)]
 PAIRS: list[Sampler] = [cls() for cls in SAMPLERS if issubclass(cls, Embedded)]

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from oracles import F64, gaussian, scalar
 from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
+from ldm.exact import F64, gaussian, scalar
 from ldm.noise import Noise
 from ldm.objective import Objective
 from ldm.predictions import EDMF, Velocity

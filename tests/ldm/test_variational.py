@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from oracles import F64, Isotropic
 from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion import Denoised, Diffusion
+from ldm.exact import F64, Isotropic
 from ldm.noise import Noise
 from ldm.objective import Draw, Objective
 from ldm.predictions import Eps, Prediction, V

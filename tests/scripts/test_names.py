@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import tiny
 
 from training.settings import decoding
-from training.settings.families import FAMILIES, SAMPLING, TRAINING, Part, kinds, listing
+from training.settings.families import FAMILIES, SAMPLING, TRAINING, Part, families, kinds, listing
+from training.settings.kinds_table import HEAD, table
 
 
 @pytest.mark.parametrize("section", FAMILIES)
@@ -17,15 +19,22 @@ def test_the_listed_kinds_are_the_families_members(section: str) -> None:
     assert section in TRAINING.sections + SAMPLING.sections
 
 
-STAGES = {(stage, name): ", ".join(found) for stage in ("autoencoder", "denoiser")
-          for name, members in decoding.sections(stage).items() if (found := decoding.kinds(members))}  # fmt: skip
+def test_the_readme_lists_them_too() -> None:
+    """Every section of either stage that is a choice among kinds, and every kind."""
+    text = (tiny.ROOT / "README.md").read_text()
+    assert table() in text, "renew it: python scripts/list_kinds.py --readme README.md"
+    for stage in decoding.STAGES:
+        for section, members in families(stage).items():
+            if found := decoding.kinds(members):
+                assert f"\n| {section} | {', '.join(found)} |\n" in table()
 
 
-@pytest.mark.parametrize("section", STAGES)
-def test_the_readme_lists_them_too(section: tuple[str, str]) -> None:
-    """Every section of either stage that is a choice among kinds."""
-    rows = dict(re.findall(r"^\| (\S+) \| (.*) \|$", (tiny.ROOT / "README.md").read_text(), re.MULTILINE))
-    assert rows[section[1]] == STAGES[section]
+def test_the_door_renews_a_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stale = tmp_path / "README.md"
+    stale.write_text(f"before\n\n{HEAD}| sampler | euler |\n\nafter | text\n")
+    assert tiny.call("list_kinds", "--readme", stale) == 0
+    assert stale.read_text() == f"before\n\n{table()}\nafter | text\n"
+    assert tiny.call("list_kinds") == 0 and capsys.readouterr().out == table()
 
 
 @pytest.mark.parametrize("flags", [*TRAINING.methods.values(), *SAMPLING.methods.values()])

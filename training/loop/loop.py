@@ -256,17 +256,13 @@ class Loop:
         target: Path | None = broadcast_object_list([good])[0]
         if target is None:
             return
-        limit = f"more than {rollback.margin:g} below that of {target.name}"
-        worse = f"held-out {self.stage.score[0]} at step {step} is {limit}"
-        rollback.allow(worse, target)
+        worse = rollback.verdict(self.stage.score[0], step, target)
         checkpoint = rollback.merged(self.checkpoints.load(target), self.snapshot(step).state, step)
         for optimizer in self.optimizers.values():
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
         self.scored = None  # the number is not that of the weights that now stand
-        start, weight = step + rollback.pause, f"{rollback.weight:g} of its weight"
-        again = f"the adversarial gradient begins again at step {start}, at {weight}"
-        announce(self.accelerator, f"warning: {worse}: back to its weights; {again}")
+        announce(self.accelerator, f"warning: {worse}: back to its weights; {rollback.prospect(step)}")
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
@@ -301,5 +297,3 @@ class Loop:
             wishes = everyone.max(dim=0).values.tolist()
         self.saving = bool(wishes[1])
         return wishes[0]
-
-

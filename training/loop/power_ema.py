@@ -132,5 +132,3 @@ def reconstruct(folder: Path, length: float, step: int | None = None) -> tuple[d
             part = value.double() * float(weights[number, name])
             total[parameter] = total[parameter] + part if parameter in total else part
     return {key: value.float() for key, value in total.items()}, at
-
-

@@ -50,8 +50,9 @@ class Rollback:
             return None
         return best
 
-    def allow(self, worse: str, good: Path) -> None:
-        """Raises UserError (exit 5) where no return is left."""
+    def verdict(self, score: str, step: int, good: Path) -> str:
+        """What is said of a wreck. Raises UserError (exit 5) where no return is left."""
+        worse = f"held-out {score} at step {step} is more than {self.margin:g} below that of {good.name}"
         if not self.left:
             raise UserError(
                 f"{worse}, and no return is left of {self.limit}",
@@ -59,6 +60,11 @@ class Rollback:
                 f"what was good is kept in {good}",
                 code=NUMERICAL,
             )
+        return worse
+
+    def prospect(self, step: int) -> str:
+        """How a run that went back at `step` goes on."""
+        return f"the adversarial gradient begins again at step {step + self.pause}, at {self.weight:g} of its weight"
 
     def merged(self, good: Checkpoint, present: Mapping[str, Any], step: int) -> Checkpoint:
         """The good checkpoint as of `step`: its weights and averages with the present place in the data."""

@@ -153,5 +153,3 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
         numbers |= {"obedience": sum(verdicts) / len(verdicts), "obedience_judge": f"classifier {_short(judge)}"}
         numbers["obedience_95"] = list(wilson(sum(verdicts), len(verdicts)))
     return numbers
-
-

@@ -253,5 +253,3 @@ def fill_network(parts: Parts, dataset: Latents, path: str) -> None:
     fill(parts.backbone, other.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
     if text.trainable:
         fill(text, other.text.state_dict(), Path(path))
-
-

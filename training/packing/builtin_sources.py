@@ -1,5 +1,5 @@
-"""The sources that are not a user's own files: Fashion-MNIST from its idx files, and the embedded generator of
-shapes."""
+"""The sources that are not a user's own files: Fashion-MNIST from its idx files, emoji from their npm package, and the
+embedded generator of shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.errors import DATA, UserError
-from training.packing.sources import Remark, Sample, Source
+from training.files import read_json
+from training.packing.captions import clean_captions
+from training.packing.sources import Remark, Sample, Source, safe_key
+from training.pictures.decoding import LARGEST_FILE, read_file
 from training.shapes.rendering import render
 from training.shapes.scenes import scene
 from training.shapes.wording import choose_captions
@@ -96,6 +99,47 @@ class FashionMnist(Source):
                 caption = f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
                 image = Image.fromarray(picture).convert("RGB")
                 yield Sample(f"{stem}-{number:05d}", image, (caption,), {"label": label}, split)
+
+
+class Emoji(Source):
+    """The 64 px pictures of the unpacked npm package emoji-datasource-google, skin tones too, in order of file names.
+
+    Captions: `NAME, CATEGORY` and `NAME`, in lower case. Flags and components are left out: a flag's name says nothing
+    of its picture. Raises UserError where `root` holds no such package.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.name, self.root = "emoji", root
+        self.captions = dict(sorted(dict(self._captions()).items())) if (root / "emoji.json").is_file() else {}
+        if not self.captions:
+            hint = "unpack `npm pack emoji-datasource-google` and name its folder"
+            raise UserError(f"{root}: holds no emoji (emoji.json, img/google/64)", hint=hint, code=DATA)
+        self.total = len(self.captions)
+
+    def _captions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        try:
+            for emoji in read_json(self.root / "emoji.json", code=DATA):
+                name, category = emoji["name"].lower(), emoji["category"]
+                for variant in (emoji, *emoji.get("skin_variations", {}).values()):
+                    if category not in ("Flags", "Component") and self._picture(variant["image"]).is_file():
+                        yield variant["image"], clean_captions([f"{name}, {category.lower()}", name])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.root / 'emoji.json'}: not a list of emoji ({error})", code=DATA) from None
+
+    def _picture(self, image: str) -> Path:
+        return self.root / "img" / "google" / "64" / image
+
+    def state(self) -> str:
+        sizes = [self._picture(image).stat().st_size for image in self.captions]
+        return hashlib.sha256(repr((self.captions, sizes)).encode()).hexdigest()
+
+    def samples(self) -> Iterator[Sample | Remark]:
+        for image, captions in self.captions.items():
+            key, picture = safe_key(image.removesuffix(".png")), self._picture(image)
+            try:
+                yield Sample(key, read_file(picture, LARGEST_FILE), captions, suffix=picture.suffix)
+            except UserError as error:
+                yield Remark(key, error.what)
 
 
 class Shapes(Source):

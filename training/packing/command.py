@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import fields
 from glob import glob
 from pathlib import Path
 from typing import get_args
 
 from training.errors import DATA, USAGE, UserError
-from training.packing.builtin_sources import FashionMnist, Shapes
+from training.packing.builtin_sources import Emoji, FashionMnist, Shapes
 from training.packing.pack import Settings, pack
 from training.packing.sources import Folder, Source, Tars
 from training.pictures.decoding import MAX_PIXELS, Crop
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
   make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
   make_shards.py pack shapes --samples 60000 --output data/shapes
+  make_shards.py pack emoji --root package --output data/emoji --resolution 64
   make_shards.py verify data/photos
 """
 
@@ -70,25 +72,27 @@ def find_tars(patterns: list[str]) -> list[Path]:
     return list(found)
 
 
-def find_source(arguments: argparse.Namespace, resolution: int) -> Source:
+def find_source(arguments: argparse.Namespace) -> Source:
     """The source that the words after `pack` name."""
     names: list[str] = arguments.source
     if names == ["fashion-mnist"]:
         return FashionMnist(arguments.root)
+    if names == ["emoji"] and arguments.root is not None:
+        return Emoji(arguments.root)
     if arguments.root is not None:
         raise UserError(
-            "--root goes with fashion-mnist; a folder is named in its place",
+            "--root goes with fashion-mnist and emoji; a folder is named in its place",
             hint="make_shards.py pack FOLDER",
             code=USAGE,
         )
     if names == ["shapes"]:
-        held = round(arguments.samples * arguments.val_fraction) if arguments.val_fraction else 0
-        return Shapes(arguments.samples, max(held, 1) if arguments.val_fraction else 0, arguments.seed, resolution)
+        held = max(round(arguments.samples * arguments.val_fraction), 1) if arguments.val_fraction else 0
+        return Shapes(arguments.samples, held, arguments.seed, arguments.resolution)
     if len(names) == 1 and Path(names[0]).is_dir():
         return Folder(Path(names[0]))
     if all(name.endswith((".tar", "}")) or "*" in name or ADDRESS.match(name) for name in names):
         return Tars(find_tars(names))
-    hint = "SOURCE is a folder of pictures, tars (braces and stars allowed), fashion-mnist or shapes"
+    hint = "SOURCE is a folder of pictures, tars (braces, stars), fashion-mnist, shapes, or emoji with --root"
     raise UserError(f"{names[0]}: no such folder", hint=hint, code=DATA)
 
 
@@ -97,9 +101,10 @@ def build_parser() -> Parser:
     parser = Parser("Captioned pictures to shards.", epilog=EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True)
     add = verbs.add_parser("pack", help="write shards from a source").add_argument
-    add("source", nargs="+", metavar="SOURCE", help="a folder, tars, fashion-mnist or shapes")
+    add("source", nargs="+", metavar="SOURCE", help="a folder, tars, fashion-mnist, emoji or shapes")
     add("--output", type=Path, required=True, metavar="DIR")
-    add("--root", type=Path, metavar="DIR", help="where fashion-mnist's idx files are, or may be downloaded to")
+    text = "fashion-mnist: where its idx files are, or may be downloaded to; emoji: emoji-datasource-google, unpacked"
+    add("--root", type=Path, metavar="DIR", help=text)
     add("--samples", type=int, default=60_000, help="shapes: training pictures")
     add("--resolution", type=int, help="side of the packed pictures (shapes and fashion-mnist: 32, others: 64)")
     add("--crop", choices=get_args(Crop), default="center", help="what is kept of oblong pictures")
@@ -124,25 +129,10 @@ def build_parser() -> Parser:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    made = arguments.source in (["shapes"], ["fashion-mnist"])
-    resolution = (32 if made else 64) if arguments.resolution is None else arguments.resolution
-    settings = Settings(
-        resolution=resolution,
-        crop=arguments.crop,
-        flip=arguments.flip,
-        val_fraction=arguments.val_fraction,
-        seed=arguments.seed,
-        format=arguments.format,
-        missing_caption=arguments.missing_caption,
-        on_bad_data=arguments.on_bad_data,
-        background=arguments.background,
-        upscale=arguments.upscale,
-        limit=arguments.limit,
-        samples_per_shard=arguments.samples_per_shard,
-        animated=arguments.animated,
-        max_pixels=arguments.max_pixels,
-    )
-    pack(find_source(arguments, resolution), arguments.output, settings)
+    if arguments.resolution is None:
+        arguments.resolution = 32 if arguments.source in (["shapes"], ["fashion-mnist"]) else 64
+    settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
+    pack(find_source(arguments), arguments.output, settings)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -178,5 +178,3 @@ def versions() -> dict[str, str]:
     for package in ("torch", "torchvision", "transformers", "accelerate", "lpips", "numpy"):
         known[package] = metadata.version(package)
     return {"python": platform.python_version(), **known}
-
-

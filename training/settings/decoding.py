@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
-from training.settings.families import meant, unknown_key, unknown_kind
+from training.settings import plugins
+from training.settings.families import families, meant, unknown_key, unknown_kind
 from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
 
 if TYPE_CHECKING:
@@ -63,30 +64,10 @@ STAGES: dict[str, type] = {"autoencoder": AutoencoderConfig, "denoiser": Denoise
 
 @cache
 def sections(stage: str) -> dict[str, tuple[type, ...]]:
-    """The sections of a stage's config, each with the kinds it may hold; the first kind is the default."""
-    shared = {"optimizer": (Optimizer,), "train": (Train,)}
-    if stage == "autoencoder":
-        from autoencoder import AUTOENCODERS
-        from autoencoder.discriminator import DISCRIMINATORS
-        from autoencoder.regularisers import LATENT_REGULARISERS
-
-        losses = {"loss": (Loss,), "latent": LATENT_REGULARISERS, "discriminator": DISCRIMINATORS}
-        return {"model": AUTOENCODERS, **losses, **shared}
-    from ldm.backbones import BACKBONES
-    from ldm.grids import GRIDS
-    from ldm.guidance import GUIDANCES
-    from ldm.pairing import PAIRINGS
-    from ldm.predictions import PREDICTIONS
-    from ldm.samplers import SAMPLERS
-    from ldm.schedules import SCHEDULES
-    from ldm.text import TEXT_ENCODERS
-    from ldm.times import TIMES
-    from ldm.weighting import WEIGHTINGS
-
-    process = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
-    sampling = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
-    networks = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
-    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling}
+    """The sections of a stage's config, each with the kinds it may hold, installed packages' last; the first is the
+    default. Raises UserError where such a package is at fault."""
+    named = {name: (own, kinds(own)) for name, own in families(stage).items()}
+    return {name: own + plugins.members(name, known) if known else own for name, (own, known) in named.items()}
 
 
 def kinds(members: tuple[type, ...]) -> list[str]:

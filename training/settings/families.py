@@ -8,6 +8,9 @@ import difflib
 from importlib import resources
 from typing import NamedTuple
 
+from training.settings.plugins import added
+from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
+
 FAMILIES = {  # section: a module or package of ldm, and the tuple there that lists the members
     "schedule": ("schedules", "SCHEDULES"),
     "prediction": ("predictions", "PREDICTIONS"),
@@ -57,6 +60,33 @@ SAMPLING = Part(
 )
 
 
+def families(stage: str) -> dict[str, tuple[type, ...]]:
+    """The sections of a stage's config, each with our own kinds; of a choice among kinds, the first is the default."""
+    shared = {"optimizer": (Optimizer,), "train": (Train,)}
+    if stage == "autoencoder":
+        from autoencoder import AUTOENCODERS
+        from autoencoder.discriminator import DISCRIMINATORS
+        from autoencoder.regularisers import LATENT_REGULARISERS
+
+        losses = {"loss": (Loss,), "latent": LATENT_REGULARISERS, "discriminator": DISCRIMINATORS}
+        return {"model": AUTOENCODERS, **losses, **shared}
+    from ldm.backbones import BACKBONES
+    from ldm.grids import GRIDS
+    from ldm.guidance import GUIDANCES
+    from ldm.pairing import PAIRINGS
+    from ldm.predictions import PREDICTIONS
+    from ldm.samplers import SAMPLERS
+    from ldm.schedules import SCHEDULES
+    from ldm.text import TEXT_ENCODERS
+    from ldm.times import TIMES
+    from ldm.weighting import WEIGHTINGS
+
+    process = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
+    sampling = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
+    networks = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
+    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling}
+
+
 def kinds(section: str) -> list[str]:
     """The names of a family's members, in the order of the tuple that lists them."""
     module, members = FAMILIES[section]
@@ -79,9 +109,15 @@ def listing(*parts: Part) -> str:
     """One paragraph a section, as `--SECTION.kind` takes the names; then the methods that are keys."""
     from textwrap import fill
 
-    texts = [f"--{name}.kind  {', '.join(kinds(name))}" for part in parts for name in part.sections]
+    texts = [f"--{name}.kind  {', '.join(all_kinds(name))}" for part in parts for name in part.sections]
     texts += ["", "by a key:", *(f"  {name}: {flags}" for part in parts for name, flags in part.methods.items())]
     return "\n".join(fill(text, 110, subsequent_indent=" " * 8, break_on_hyphens=False) for text in texts)
+
+
+def all_kinds(section: str) -> list[str]:
+    """The names of a family's members, installed packages' last. Raises UserError where such a package is at fault."""
+    own = kinds(section)
+    return [*own, *added(section, own)]
 
 
 def meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, USAGE, UserError
-from training.settings.families import FAMILIES, kinds, meant, unknown_key, unknown_kind
+from training.settings.families import FAMILIES, all_kinds, meant, unknown_key, unknown_kind
 from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
 
 # Flags that stand for a config key, with the names that users of diffusers' training scripts know.
@@ -58,6 +58,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise UserError(message, hint=f"{self.prog} --help lists the flags", code=USAGE)
+
+    def machine(self, group: Any = None, device: str = "auto") -> None:
+        """Where a door computes (`device` unless told; "": nowhere of its own), and whether it shows tracebacks."""
+        add = (group or self).add_argument
+        if device:
+            add("--device", default=device, help="auto, cpu, cuda or cuda:N")
+        add("--debug", action="store_true", help="show tracebacks")
+
+    def packed(self, text: str, required: bool = False) -> None:
+        """The packed pictures that a door reads, and where those of an address are kept."""
+        self.add_argument("--data", metavar="DIR", required=required, help=text)
+        add_cache(self)
 
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
@@ -117,8 +129,8 @@ def check_keys(overrides: Mapping[str, str]) -> None:
 def _wrong(key: str, text: str) -> str:
     section, _, name = key.partition(".")
     if name == "kind" and section in FAMILIES:
-        known = kinds(section)
-        return "" if text in known else unknown_kind(section, text, known)
+        there = all_kinds(section)
+        return "" if text in there else unknown_kind(section, text, there)
     if section not in PLAIN:
         return ""
     types = {field.name: field.type for field in dataclasses.fields(PLAIN[section])}
@@ -180,10 +192,9 @@ class TrainParser(Parser):
             "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
         )
         run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
-        run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
         run.add_argument("--dry-run", action="store_true", help="check config, data and model, then stop")
-        run.add_argument("--debug", action="store_true", help="show tracebacks")
+        self.machine(run)
         keys = self.add_argument_group("config keys with a flag of their own")
         for flag, (key, text, aliases) in KEYS.items():
             also = f" (also --{', --'.join(aliases)})" if aliases else ""

@@ -79,5 +79,3 @@ def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator:
         loop.checkpoints.prune(path)  # the future that this run gives up: `auto` must not go back to it
     announce(accelerator, f"resumed from step {checkpoint.step}")
     return checkpoint.step
-
-

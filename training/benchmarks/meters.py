@@ -1,15 +1,17 @@
-"""What a sampler costs beside its network: where the host would wait for a GPU, and how much it holds on to."""
+"""Seconds of a call; of a sampler, where the host would wait for a GPU, and how much it holds on to."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from oracles import Smooth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm.exact import Smooth
 from ldm.grids import Uniform
 from ldm.noise import Noise
 from ldm.samplers import Sampler, prior, sample
@@ -20,7 +22,17 @@ aten = torch.ops.aten
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
-class Waits(TorchDispatchMode):
+def seconds(call: Callable[[], object], device: str) -> float:
+    """What one call takes, the device's own work included."""
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    since = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - since
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lists where the host would wait for a GPU, for which the meta device stands.
 
     A tensor there has a shape and no values. Reading one is listed, and answered with True; so is a copy from the host
@@ -29,7 +41,7 @@ class Waits(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,16 +63,17 @@ def waits(sampler: Sampler, steps: int) -> list[str]:
     """Where `steps` steps of a sampler would wait, the network apart."""
     noise, grid = Noise.from_seeds([0, 1], "meta"), Uniform()(steps, Flow())
     x = prior(Flow(), (3, 4, 4), noise)
-    with Waits() as found:
+    found = Waits()
+    with found:
         sample(sampler, Smooth(Flow()), x, grid, noise)
     return found.found
 
 
-class Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows which results of operations, of one shape, something still refers to."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shape, self.made, self.tensors = shape, 0, WeakValueDictionary[int, Tensor]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,32 +2,35 @@
 
 A training step (forward, and backward of a squared error), encode and decode, in turn and in alternating order within
 one run, after both have given the same pictures. diffusers gets the tuned allocator and channels-last too, and is
-timed with both memory layouts; the better one counts. Needs the test extra.
+timed with both memory layouts; the better one counts. Needs the package diffusers.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from training.settings.flags import Parser, run_main
+from training.errors import UserError
 
 if TYPE_CHECKING:
     import argparse
 
     from autoencoder.kl import KL
+    from training.settings.flags import Parser
 
 VERBS = ("train", "encode", "decode")
 
 
 def models(shape: KL, device: str) -> dict[str, Any]:
-    """Ours, and diffusers' with the same weights in both memory layouts."""
+    """Ours, and diffusers' with the same weights in both memory layouts. Raises UserError without diffusers."""
     import copy
 
-    import diffusers
     import torch
 
+    try:
+        import diffusers
+    except ModuleNotFoundError:
+        raise UserError("diffusers is not installed", hint="pip install diffusers") from None
     levels = [2**i in shape.attention_at for i in range(len(shape.channels))]
     ours = shape.build()
     theirs = diffusers.AutoencoderKL(
@@ -81,18 +84,6 @@ def case(name: str, model: Any, verb: str, args: argparse.Namespace, shape: KL) 
     return train if verb == "train" else frozen
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """What one call takes."""
-    import torch
-
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    begun = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - begun
-
-
 def peak(call: Callable[[], Any], device: str) -> float:
     """MiB that one call has at most, beyond what was there: on a CPU the allocator's own, by the profiler."""
     import torch
@@ -121,6 +112,8 @@ def compare(verb: str, built: dict[str, Any], args: argparse.Namespace, shape: K
 
     import torch
 
+    from training.benchmarks.meters import seconds
+
     cases = {name: case(name, model, verb, args, shape) for name, model in built.items()}
     answers, near = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1
     for answer in answers[1:]:
@@ -139,8 +132,8 @@ def compare(verb: str, built: dict[str, Any], args: argparse.Namespace, shape: K
         print(f"{verb:<7} {name:<25} {rate:8.2f} images/s  peak {most:7.0f} MiB{beside}", flush=True)
 
 
-def main() -> None:
-    parser = Parser(__doc__ or "")
+def flags(parser: Parser) -> None:
+    """The flags of this benchmark."""
     add = parser.add_argument
     add("--config", default="kl-f8", metavar="NAME|FILE", help="a KL autoencoder")
     add("--size", type=int, default=64, help="pixels a side")
@@ -149,16 +142,19 @@ def main() -> None:
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--mixed-precision", default="no", choices=("no", "bf16"))
     add("--compile", action="store_true", help="torch.compile all of them")
-    args = parser.read()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time every verb and print a line for each model."""
     import torch
 
     from training.machine.memory import keep_memory
     from training.settings import decoding
 
     keep_memory()
-    shape: Any = decoding.load("autoencoder", args.config).model
+    config: Any = decoding.load("autoencoder", args.config)
     torch.manual_seed(0)
-    built = models(shape, args.device)
+    built = models(config.model, args.device)
     print(f"{args.config}, {sum(p.numel() for p in built['ours'].parameters()):,} parameters, batch {args.batch_size} "
           f"of {args.size} px, {args.device}, {torch.get_num_threads()} threads", flush=True)  # fmt: skip
     if args.compile:
@@ -166,8 +162,4 @@ def main() -> None:
             model.encoder.compile()
             model.decoder.compile()
     for verb in VERBS:
-        compare(verb, built, args, shape)
-
-
-if __name__ == "__main__":
-    run_main(main)
+        compare(verb, built, args, config.model)

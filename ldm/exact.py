@@ -1,4 +1,11 @@
-"""Data whose denoiser, score, velocity, density and samples are known exactly: the judges of samplers and guidance."""
+"""Denoisers whose answer is known: the judges of samplers and guidance.
+
+Data that are a mixture of Gaussians stay one under x_t = alpha x0 + sigma eps, so E[x0 | x_t], the score, the velocity
+of the probability-flow ODE and the density have closed forms. What a sampler makes of them is then compared with what
+it should: where the ODE ends, and mean and variance of the data. All in float64 on the CPU; x is (B, D), or any shape
+for the elementwise ones; t is a scalar. Every denoiser here is called as a sampler calls one, `denoise(x, t)`, and has
+a `schedule`.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +35,8 @@ class Mixture:
     """A mixture of K Gaussians in D dimensions, noised by `schedule`: weights (K,), means (K, D), covariances (K, D,
     D).
 
-    At a level (alpha, sigma) component k is N(alpha m, alpha^2 C + sigma^2 I), so everything is a weighted sum of
-    linear functions of x; no formula divides by alpha or sigma.
+    At a level (alpha, sigma) component k is N(alpha m, S) with S = alpha^2 C + sigma^2 I, so everything is a sum of
+    linear functions of x weighted by the responsibilities r_k(x); no formula divides by alpha or sigma.
     """
 
     schedule: NoiseSchedule
@@ -54,35 +61,44 @@ class Mixture:
         return logs, logs.softmax(1)[..., None], whitened, x0
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        """x0 = sum r (m + alpha C S^-1 (x - alpha m)) and eps = sigma sum r S^-1 (x - alpha m), each (B, D)."""
         _, share, whitened, x0 = self._components(x, t)
         return Denoised((share * x0).sum(1), self.schedule(t).sigma * (share * whitened).sum(1))
 
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p_t(x) in nats, (B,)."""
         return self._components(x, t)[0].logsumexp(1)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """The gradient of log p_t(x) in x, (B, D)."""
         _, share, whitened, _ = self._components(x, t)
         return -(share * whitened).sum(1)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt of the probability-flow ODE, alpha' x0 + sigma' eps, (B, D)."""
         return mix(self.schedule.rates(t), self(x, t))
 
     def samples(self, noise: Noise) -> Tensor:
+        """One draw of the data for each seed, (B, D)."""
         choice = (noise.uniform((1,), "component") > self.weights.cumsum(0)).sum(1).clamp(max=len(self.weights) - 1)
         roots = torch.linalg.cholesky(self.covariances)[choice]
         z = noise.normal((self.means.shape[1],), "sample", dtype=F64)
-        return self.means[choice] + (roots @ z[..., None])[..., 0]
+        drawn: Tensor = self.means[choice] + (roots @ z[..., None])[..., 0]
+        return drawn
 
 
 def gaussian(schedule: NoiseSchedule, std: float = 0.5, mean: float = 0.0, dim: int = 1) -> Mixture:
-    """N(mean, std^2 I): the oracle G(s) of the reference."""
+    """N(mean, std^2 I) in `dim` dimensions."""
     eye = torch.eye(dim, dtype=F64)
     return Mixture(schedule, torch.ones(1, dtype=F64), torch.full((1, dim), mean, dtype=F64), std**2 * eye[None])
 
 
 @dataclass(frozen=True)
 class Isotropic:
-    """N(mean, std^2 I) for data of any shape, element by element: `gaussian` without its matrices."""
+    """N(mean, std^2 I) for data of any shape, element by element: `gaussian` without its matrices.
+
+    x0 = mean + alpha std^2 (x - alpha mean) / v and eps = sigma (x - alpha mean) / v with v = alpha^2 std^2 + sigma^2.
+    """
 
     schedule: NoiseSchedule
     std: float = 0.5
@@ -117,7 +133,7 @@ def end_of_ode(data: Callable[[NoiseSchedule], Mixture], schedule: NoiseSchedule
 
 @dataclass(frozen=True)
 class Through:
-    """An oracle seen through a network's prediction: what a perfect network of that prediction gives a sampler."""
+    """A denoiser seen through a network's prediction: what a perfect network of that prediction gives a sampler."""
 
     oracle: Denoise
     diffusion: Diffusion
@@ -133,7 +149,7 @@ class Through:
 
 @dataclass(frozen=True)
 class Beside:
-    """An oracle as it is for the first sample of a batch, and `Through` one prediction for each of the others."""
+    """A denoiser as it is for the first sample of a batch, and `Through` one prediction for each of the others."""
 
     oracle: Denoise
     diffusions: list[Diffusion]
@@ -143,16 +159,16 @@ class Beside:
         return self.oracle.schedule
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        first, *ends = map(Denoised, *(part.split(1) for part in self.oracle(x, t)[:2]))
+        first, *ends = map(Denoised, *(part.tensor_split(len(x)) for part in self.oracle(x, t)[:2]))
         targets = [diffusion.target(end.x0, end.eps, t) for diffusion, end in zip(self.diffusions, ends, strict=True)]
-        others = zip(self.diffusions, x[1:].split(1), targets, strict=True)
+        others = zip(self.diffusions, x[1:].tensor_split(len(ends)), targets, strict=True)
         parts = [first, *(diffusion.recover(part, target, t) for diffusion, part, target in others)]
         return Denoised(torch.cat([part.x0 for part in parts]), torch.cat([part.eps for part in parts]))
 
 
 @dataclass
 class Counted:
-    """Counts the calls of a denoiser."""
+    """Counts the calls of a denoiser, and notes their times."""
 
     denoise: Denoise
     times: list[float] = field(default_factory=list)
@@ -213,7 +229,7 @@ def draws_of(sampler: Sampler, denoise: Denoise, grid: Tensor) -> int | None:
 
 
 def fitted_order(steps: list[int], errors: list[float]) -> float:
-    """The slope of log error on log step."""
+    """The slope of log error on log step: -slope of log(errors) on log(steps), by least squares."""
     x = torch.tensor(steps, dtype=F64).log()
     y = torch.tensor(errors, dtype=F64).log()
     x, y = x - x.mean(), y - y.mean()
@@ -222,7 +238,10 @@ def fitted_order(steps: list[int], errors: list[float]) -> float:
 
 @dataclass
 class Smooth:
-    """A bounded, elementwise denoiser, so that the samples of a batch cannot meet inside it."""
+    """A bounded, elementwise denoiser, so that the samples of a batch cannot meet inside it.
+
+    x0 = tanh(alpha x / (alpha^2 + sigma^2)), as of a network: smooth, not linear, and of no data in particular.
+    """
 
     schedule: NoiseSchedule
 
@@ -249,6 +268,6 @@ def final_variance(sampler: Sampler, schedule: NoiseSchedule, grid: Tensor, std:
 
 
 def marginal(schedule: NoiseSchedule, t: Tensor, std: float) -> float:
-    """The exact variance of x_t on data N(0, std^2)."""
+    """The exact variance of x_t on data N(0, std^2): alpha^2 std^2 + sigma^2."""
     alpha, sigma = schedule(t)
     return ((alpha * std) ** 2 + sigma**2).item()

@@ -1,4 +1,4 @@
-"""The oracles against calculus: what judges the samplers is itself proven, for any mixture in any dimension."""
+"""The exact denoisers against calculus: what judges the samplers is itself proven, for any mixture in any dimension."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
+from torch import Tensor
+
+from ldm.diffusion import Diffusion
+from ldm.exact import (
     F64,
     Beside,
     Impulses,
@@ -23,9 +26,6 @@ from oracles import (
     scalar,
     two_modes,
 )
-from torch import Tensor
-
-from ldm.diffusion import Diffusion
 from ldm.grids import Karras, Uniform
 from ldm.noise import Noise
 from ldm.predictions import PREDICTIONS

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fashion-MNIST, both stages, within an hour on two CPU cores: shards, latents and runs under --output, numbers in --output/*.json.
-# Usage: bash scripts/fashion_mnist.sh --root FOLDER_OF_IDX_FILES --output DIR
+# Usage: bash scripts/recipes/fashion_mnist.sh --root FOLDER_OF_IDX_FILES --output DIR
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 root= out=
 while [ $# -gt 0 ]; do
     case $1 in

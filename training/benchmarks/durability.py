@@ -10,8 +10,6 @@ writing takes from the next steps.
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,7 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 if TYPE_CHECKING:
     from training.loop.loop import Loop
@@ -27,18 +25,20 @@ if TYPE_CHECKING:
 SAVES = [("checkpoint", "save"), ("or begun in the background", "begin")]
 
 
-def main() -> None:
-    parser = Parser(__doc__ or "")
+def flags(parser: Parser) -> None:
+    """The flags of this benchmark."""
     add = parser.add_argument
     add("--config", metavar="NAME|FILE", default="dit-s", help="a denoiser whose text encoder learns")
     add("--batch-size", metavar="N", type=int, default=64, help="images a step")
     add("--side", metavar="N", type=int, default=32, help="latents of 4 x N x N")
     add("--rounds", metavar="N", type=int, default=5, help="how often everything is timed, after once for nothing")
-    add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     add("--threads", metavar="N", type=int, default=0, help="processor threads; 0: torch's own choice")
     add("--folder", metavar="DIR", help="on the disk to write to; a temporary folder when not given")
-    add("--debug", action="store_true", help="show tracebacks")
-    args = parser.read()
+    parser.machine(device="cpu")
+
+
+def run(args: Any) -> None:
+    """Time everything in turn and print the table."""
     if min(args.batch_size, args.side, args.rounds) < 1 or args.threads < 0:
         raise UserError("--batch-size, --side and --rounds must be at least 1, --threads at least 0")
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.folder) as folder:
@@ -49,6 +49,7 @@ def table(args: Any, folder: Path) -> list[str]:
     """Time everything in turn; the rows."""
     import torch
 
+    from training.benchmarks.meters import seconds
     from training.loop.loop import COMPARED_EVERY
 
     if args.threads:
@@ -56,44 +57,32 @@ def table(args: Any, folder: Path) -> list[str]:
     loop = begin(args, folder)
     taken: dict[str, list[float]] = {name: [] for name in ("bare", "step", "judge", "compare", "save", "begin")}
     dogs: Any = loop.watchdogs
-    judge, device = dogs.judge, loop.accelerator.device
+    judge, kind = dogs.judge, loop.accelerator.device.type
 
     def judged(*seen: Any) -> bool:
         answers: list[bool] = []
-        taken["judge"].append(timed(device, lambda: answers.append(judge(*seen))))
+        taken["judge"].append(seconds(lambda: answers.append(judge(*seen)), kind))
         return answers[0]
 
     for number in range(0, 2 * args.rounds + 2, 2):
         for name, watchdog in (("bare", lambda *_: True), ("step", judged)):
             dogs.judge = watchdog
-            taken[name].append(timed(device, lambda: advance(loop)))
-        taken["compare"].append(timed(device, lambda: checksums(loop)))
+            taken[name].append(seconds(lambda: advance(loop), kind))
+        taken["compare"].append(seconds(lambda: checksums(loop), kind))
         for name, wait in (("save", True), ("begin", False)):
-            taken[name].append(timed(device, partial(loop.save, number + 1 + (not wait), wait=wait)))
+            taken[name].append(seconds(partial(loop.save, number + 1 + (not wait), wait=wait), kind))
         loop.writer.finish()
-    seconds = {name: median(values[1:]) for name, values in taken.items()}
+    middle = {name: median(values[1:]) for name, values in taken.items()}
     rows = [("watchdogs", "judge", 1), ("checksums, with several processes", "compare", COMPARED_EVERY)]
     rows += [(part, name, loop.train.save_every) for part, name in SAVES]
-    shares = {name: seconds[name] / every / seconds["bare"] for _, name, every in rows}
+    shares = {name: middle[name] / every / middle["bare"] for _, name, every in rows}
     count = sum(p.numel() for p in loop.stage.networks["denoiser"].parameters())
     what = f"{args.config}, {count:,} parameters, batch {args.batch_size}, latents 4x{args.side}x{args.side}"
-    each = f"{seconds['bare']:.3f} s a step without watchdogs, {seconds['step']:.3f} s with them"
-    lines = [f"{what}, {device.type}, {torch.get_num_threads()} thread(s): {each}.\n"]
+    each = f"{middle['bare']:.3f} s a step without watchdogs, {middle['step']:.3f} s with them"
+    lines = [f"{what}, {kind}, {torch.get_num_threads()} thread(s): {each}.\n"]
     lines += ["| part | seconds | every | share of a step |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {part} | {seconds[name]:.4f} | {every} | {shares[name]:.3%} |" for part, name, every in rows]
+    lines += [f"| {part} | {middle[name]:.4f} | {every} | {shares[name]:.3%} |" for part, name, every in rows]
     return [*lines, f"| all but the last | | | {sum(shares.values()) - shares['begin']:.3%} |"]
-
-
-def timed(device: Any, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes, the device's own work included."""
-    import torch
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    wait()
-    since = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - since
 
 
 def advance(loop: Loop) -> None:
@@ -159,7 +148,3 @@ def made_up(side: int, count: int) -> Any:
             return Batch(self.moments[[slot.index for slot in slots]], numbers, ["picture"] * len(slots))
 
     return MadeUp()
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from oracles import Isotropic
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser
 from ldm.diffusion import Diffusion
+from ldm.exact import Isotropic
 from ldm.grids import Uniform
 from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
@@ -24,11 +25,11 @@ from ldm.samplers import DDPM, SAMPLERS, Heun, Sampler, UniPC
 from ldm.schedules import Flow
 from training.measuring import sampler_agreement
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_samplers.py"
+SCRIPT = tiny.SCRIPTS / "check_samplers.py"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    return tiny.spawn(SCRIPT, *flags)
 
 
 def cells(text: str, start: str) -> list[list[str]]:
@@ -55,6 +56,18 @@ def test_the_tables_and_what_is_refused(tmp_path: Path) -> None:
     for pair in ("flow x eps", "ddpm-cosine-zero-snr x eps", "ddpm-cosine-zero-snr x score"):
         assert f"- {pair}: prediction '{pair.split()[-1]}' cannot tell x0 from pure noise" in done.stdout
     assert "given" not in done.stdout.split("## Refused")[1]
+
+
+def test_it_needs_the_packages_alone(tmp_path: Path) -> None:
+    """As after `pip install .`: no tests beside it, none on the path."""
+    for name in ("autoencoder", "ldm", "training", "configs"):
+        shutil.copytree(tiny.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    door = Path(shutil.copy(SCRIPT, tmp_path))
+    command = [sys.executable, str(door), "--samplers", "heun", "--processes", "flow", "--steps", "4"]
+    environment = {**tiny.ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(cells(done.stdout, "| heun")) == 2
 
 
 def test_an_unknown_name_is_one_clear_sentence() -> None:
@@ -126,13 +139,3 @@ def test_a_broken_ddpm_is_found_out(fault: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(DDPM, "step", wrong)
     row = judged(DDPM())
     assert not row.agrees and row.apart > 0.06, row
-
-
-def test_the_benchmark_counts_calls_waits_and_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny.call("benchmark_samplers", "--samplers", "heun,dopri5", "--steps", 2, "--side", 4) == 0
-    heun, pair = (line.split("|") for line in capsys.readouterr().out.splitlines()[-2:])
-    assert heun[2].strip() == "3" and heun[6].strip() == "0" and pair[6].strip() == "1"
-    for row in (heun, pair):
-        early, late = (int(part) for part in row[7].split(","))
-        assert late <= early
-    assert "unknown name 'hewn'" in str(tiny.refused("benchmark_samplers", "--samplers", "hewn"))

@@ -8,24 +8,26 @@ meta device, which has no values to wait for), and how many tensors of a sample'
 
 from __future__ import annotations
 
-import runpy
 import time
 from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
-def main() -> None:
-    parser = Parser(__doc__ or "")
+def flags(parser: Parser) -> None:
+    """The flags of this benchmark."""
     parser.add_argument("--samplers", metavar="NAME,...", default="all", help="which samplers, by name")
     parser.add_argument("--steps", metavar="N", type=int, default=8, help="steps of each run")
     parser.add_argument("--side", metavar="N", type=int, default=32, help="latents of N x N, in patches of 2")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="processor threads")
     parser.add_argument("--output", metavar="FILE", help="write the table there too")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.read()
+    parser.machine(device="")
+
+
+def run(args: Any) -> None:
+    """Print the table, and write it."""
     if min(args.steps, args.side, args.threads) < 1:
         raise UserError("--steps, --side and --threads must be at least 1")
     lines = table(args)
@@ -58,16 +60,14 @@ def table(args: Any) -> list[str]:
     from ldm.grids import Uniform
     from ldm.noise import Noise
     from ldm.predictions import Velocity
-    from ldm.samplers import SAMPLERS, prior, sample
+    from ldm.samplers import Euler, prior, sample
     from ldm.schedules import Flow
+    from training.benchmarks.meters import holding, waits
+    from training.measuring.conformance import chosen, every
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    kinds = {str(member.kind): member for member in SAMPLERS}  # type: ignore[attr-defined]
-    names = list(kinds) if args.samplers == "all" else args.samplers.split(",")
-    if unknown := [name for name in names if name not in kinds]:
-        raise UserError(f"--samplers: unknown name {unknown[0]!r}", hint=f"choose from {', '.join(kinds)} or all")
-    meters = runpy.run_path(str(Path(__file__).with_name("check_samplers.py")))["bench"]("meters")
+    samplers = chosen(every("sampler"), args.samplers, "--samplers")
     network = DiT(width=384, depth=12, heads=6, patch=2, pooled=False).build(channels=4, context_dim=384)
     network.eval().requires_grad_(False)
     cond = Cond(torch.zeros(1, 16, 384), torch.ones(1, 16, dtype=torch.bool))
@@ -75,18 +75,14 @@ def table(args: Any) -> list[str]:
     lines = [f"DiT-S/2, latents 1x4x{args.side}x{args.side}, {args.steps} steps, {args.threads} thread(s).\n",
              "| sampler | calls | in the network (s) | outside (s) | share | waits a step | held |",
              "|---|---:|---:|---:|---:|---:|---:|"]
-    for warm, name in enumerate(["euler", *names]):
+    for warm, sampler in enumerate([Euler(), *samplers.values()]):
         timed = Timed(network)
         denoise = Denoiser(timed, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
         x, since = prior(Flow(), (4, args.side, args.side), noise), time.process_time()
-        sample(kinds[name](), denoise, x, grid, noise)
+        sample(sampler, denoise, x, grid, noise)
         outside = time.process_time() - since - timed.seconds
         if warm:
-            waits, (early, late) = len(meters.waits(kinds[name](), args.steps)), meters.holding(kinds[name]())
-            lines.append(f"| {name} | {timed.calls} | {timed.seconds:.3f} | {outside:.4f} | "
-                         f"{100 * outside / timed.seconds:.2f} % | {waits / args.steps:g} | {early}, {late} |")
+            stops, (early, late) = len(waits(sampler, args.steps)), holding(sampler)
+            lines.append(f"| {sampler.kind} | {timed.calls} | {timed.seconds:.3f} | {outside:.4f} | "
+                         f"{100 * outside / timed.seconds:.2f} % | {stops / args.steps:g} | {early}, {late} |")
     return lines
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -3,9 +3,9 @@
 # budget and judged by inspect_autoencoder.py with its probe; what the latent regularisers do, by the probe and by a full training;
 # a start of the adversarial game that is held back beside one that is not. Writes DIR/table.md and the runs; finished runs are kept.
 # --data: packed pictures, one set or more, such as the data/ folders of fashion_mnist.sh and emoji.sh; the first is also used for
-# the regularisers and the start. Usage: bash scripts/compare_autoencoders.sh --output DIR --data DIR [--data DIR ...]
+# the regularisers and the start. Usage: bash scripts/recipes/compare_autoencoders.sh --output DIR --data DIR [--data DIR ...]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 out= data=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -53,34 +53,4 @@ for set in "${data[@]}"; do
     train "$name-vq-f8" "$set" "${f8[@]}" "${vq[@]}"; inspect "$name-vq-f8" "$set"
 done
 
-"$PYTHON" - "$out" > "$out/table.md" <<'TABLE'
-"""What the runs' own files say, as tables."""
-import json, pathlib, statistics, sys
-out = pathlib.Path(sys.argv[1])
-print("| autoencoder | PSNR, dB | SSIM | LPIPS (random) | images/s | probe's loss | Frechet, reconstructed | Frechet, probe's pictures | Frechet, full training |")
-print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-for home in sorted(file.parents[1] for file in out.glob("*/inspection/inspection.json")):
-    numbers = json.loads((home / "inspection" / "inspection.json").read_text())
-    told, probe = numbers["reconstruction"], numbers["probe"]
-    rates = [json.loads(line)["images_per_second"] for line in (home / "timing.jsonl").read_text().splitlines()]
-    full = home / "denoiser.json"
-    last = f"{json.loads(full.read_text())['frechet_generated']:.2f}" if full.exists() else ""
-    print(f"| {home.name} | {told['psnr']['mean']:.2f} | {told['ssim']['mean']:.3f} | {told['lpips']['mean']:.3f} | {statistics.median(rates):.0f}"
-          f" | {probe['loss']:.3f} | {probe['frechet_reconstructed']:.2f} | {probe['frechet']:.2f} | {last} |")
-print("\n| autoencoder | equivariance error: half the size | turned by a quarter | power of the latents above half the highest frequency |")
-print("| --- | --- | --- | --- |")
-name = next(out.glob("*-start-hard")).name.removesuffix("-start-hard")
-for home in (f"{name}-{kind}" for kind in ("kl-f4", "equivariance", "spectral")):
-    numbers = json.loads((out / home / "inspection" / "inspection.json").read_text())
-    moved, rings = numbers["equivariance_error"], numbers["spectrum"]["latents"]
-    high = sum(rings[len(rings) // 2:]) / sum(rings)
-    print(f"| {home} | {moved['half the size']['mean']:.3f} | {moved['turned by a quarter']['mean']:.3f} | {high:.1%} |")
-print("\n| held-out PSNR, dB (LPIPS) at step | held back | hard start |\n| --- | --- | --- |")
-curves = []
-for home in (f"{name}-start-{kind}" for kind in ("held-back", "hard")):
-    rows = map(json.loads, (out / home / "metrics.jsonl").read_text().splitlines())
-    curves.append({row["step"]: f"{row['val/psnr']:.2f} ({row['val/lpips']:.3f})" for row in rows if "val/psnr" in row})
-for step in curves[0]:
-    print(f"| {step} | {curves[0][step]} | {curves[1].get(step, '')} |")
-TABLE
-cat "$out/table.md"
+"$PYTHON" scripts/summarize.py autoencoders "$out" | tee "$out/table.md"
