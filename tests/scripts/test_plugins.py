@@ -115,11 +115,11 @@ def test_every_family_takes_one(installed: Installed) -> None:
     assert {"sampler", "schedule", "backbone", "text", "model", "latent", "discriminator"} <= sections.keys()
     installed.add("own-kinds", OTHER, **dict.fromkeys(sections, "own:Own"))
     code = (
-        "import json, sys; from training import config\n"
+        "import json, sys; from training.settings import decoding\n"
         "for name, stage in json.loads(sys.argv[1]).items():\n"
-        "    made = config.decode(stage, {name: {'kind': 'own', 'part': 0.75}})\n"
+        "    made = decoding.decode(stage, {name: {'kind': 'own', 'part': 0.75}})\n"
         "    assert getattr(made, name).part == 0.75 and type(getattr(made, name)).__module__ == 'own_kinds', name\n"
-        "    default = config.decode(stage, {})\n"
+        "    default = decoding.decode(stage, {})\n"
         "    assert getattr(default, name).kind != 'own', name\n"
     )
     done = installed.run("-c", code, json.dumps(sections))
