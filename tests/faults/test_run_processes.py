@@ -123,11 +123,11 @@ DOUBLE = """
 import json, os
 from pathlib import Path
 import torch
-from training import system
-from training.data import Latents
+from training.data.samples import Latents
+from training.models import assembly
 from training.stages.denoiser import DenoiserStage
 
-hashes, join, backward = system.autoencoder_hashes, Latents.join, DenoiserStage.backward
+hashes, join, backward = assembly.autoencoder_hashes, Latents.join, DenoiserStage.backward
 
 def built_in_double(autoencoder):
     found = hashes(autoencoder)  # of the weights as they are stored; what is built from here on is double
@@ -146,7 +146,7 @@ def told(self, batch, step, share):
         file.write(json.dumps([batch.slots.tolist(), values["loss"].item()]) + "\\n")
     return values
 
-system.autoencoder_hashes, Latents.join, DenoiserStage.backward = built_in_double, in_double, told
+assembly.autoencoder_hashes, Latents.join, DenoiserStage.backward = built_in_double, in_double, told
 DenoiserStage.evaluate = lambda self, folder: {"loss": 0.0}  # the pictures' noise is float32
 """
 

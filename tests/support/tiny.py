@@ -91,6 +91,21 @@ def spawn(*words: object, limit: float = 120) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=limit, check=False)
 
 
+def shake(home: Path) -> Path:
+    """Add noise to all weights of a denoiser's final/: a few steps of training leave it deaf to captions."""
+    import torch
+
+    from training.files import content_hash, load_tensors, save_tensors
+    from training.models.lineage import store_ingredients
+
+    noise = torch.Generator().manual_seed(0)
+    tensors = load_tensors(home / "model.safetensors")
+    changed = {name: x + 0.3 * torch.randn(x.shape, generator=noise) for name, x in tensors.items()}
+    save_tensors(home / "model.safetensors", changed)
+    store_ingredients(home, {"denoiser": content_hash(changed)})
+    return home
+
+
 def rows(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl, parsed."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

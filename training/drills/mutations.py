@@ -112,9 +112,11 @@ def outcome(tree: Path, tests: Sequence[str], limit: float) -> str:
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that the tests started
-            process.wait()
             return TOO_LONG
+        finally:
+            if process.poll() is None:  # too long, or the drill itself is stopped
+                os.killpg(process.pid, signal.SIGKILL)  # with all that the tests started
+                process.wait()
         if code not in (0, 1):
             said.seek(0)
             raise UserError(f"pytest ended with {code}:\n{said.read()[-2000:]}", hint="run the tests alone", code=DATA)

@@ -15,10 +15,9 @@ from PIL import Image
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.tiles import decode_tiled, encode_tiled
 from training.drawing.requests import ask
-from training.files import content_hash, load_tensors, save_tensors
+from training.files import save_tensors
 from training.models.assembly import load_pipeline
 from training.models.judge import Classifier, Judge
-from training.models.lineage import store_ingredients
 from training.pictures import grids
 
 CAPTIONS = ["a red circle at the top", "a small blue square", "a <b>bold</b> claim | ../../x"]
@@ -172,15 +171,8 @@ def drawn(run: Path, output: Path, *words: object) -> Path:
 
 @pytest.fixture(scope="module")
 def listening(denoiser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The denoiser with noise in all its weights: a few steps of training leave it deaf to captions."""
-    home = tmp_path_factory.mktemp("listening") / "final"
-    shutil.copytree(denoiser / "final", home)
-    noise = torch.Generator().manual_seed(0)
-    tensors = load_tensors(home / "model.safetensors")
-    changed = {name: x + 0.3 * torch.randn(x.shape, generator=noise) for name, x in tensors.items()}
-    save_tensors(home / "model.safetensors", changed)
-    store_ingredients(home, {"denoiser": content_hash(changed)})
-    return home
+    """The denoiser, with weights that listen to captions."""
+    return tiny.shake(Path(shutil.copytree(denoiser / "final", tmp_path_factory.mktemp("listening") / "final")))
 
 
 def test_further_captions_have_their_own_weights(listening: Path, tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from autoencoder.base import Autoencoder
 from autoencoder.dc import DC
+from autoencoder.fidelity import psnr
+from autoencoder.images import to_uint8, to_unit
 from autoencoder.kl import KL
 from autoencoder.tiny import Tiny
 from autoencoder.vq import FSQ, LFQ, VQ
@@ -21,7 +24,7 @@ from training.data.samples import Images
 from training.measuring.features import load_features
 from training.measuring.inspection import Study, interval
 from training.measuring.probe import encoded, held_out_loss, probe
-from training.pictures import html
+from training.pictures import grids, html
 from training.shards.reading import ShardSet
 
 SMALL: dict[str, Any] = {"channels": (8, 8, 8), "blocks": 1, "groups": 4, "mid_attention": False}
@@ -129,6 +132,16 @@ def test_kl_is_that_of_the_normalised_posterior(held_out: Images) -> None:
     assert numbers["kl"] == pytest.approx(wanted.sum().item(), rel=1e-5)
     assert numbers["channels"][3]["std"] == pytest.approx(0.25, rel=0.1)  # all noise, and so dead all the same
     assert numbers["dead_channels"] == [3]
+
+
+def test_the_worst_are_those_of_lowest_psnr(held_out: Images) -> None:
+    """Worst first; the input, what was made of it, and the difference."""
+    study, _ = studied(Pixels(None), held_out)
+    pixels = next(held_out.chunks(range(len(held_out)), len(held_out))).data
+    made = to_uint8(Pixels(None)(to_unit(pixels), None)[0])
+    chosen = psnr(made, pixels).argsort()[:8]
+    wanted = grids.comparison({"input": pixels[chosen], "reconstruction": made[chosen]})
+    assert np.array_equal(np.asarray(study.worst(held_out)), np.asarray(wanted))
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:

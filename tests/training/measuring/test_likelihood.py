@@ -26,9 +26,10 @@ LEARNED = (
 
 @pytest.fixture(scope="module")
 def learned(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose variance is learned, over a table of 12 steps."""
+    """A run whose variance is learned, over a table of 12 steps, and which listens to captions."""
     run = tmp_path_factory.mktemp("likelihood") / "run"
     assert tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, *LEARNED.split()) == 0
+    tiny.shake(run / "final")
     return run
 
 
@@ -50,6 +51,8 @@ def test_the_trace_asked_for_and_the_bound(learned: Path, shapes: Path, tmp_path
         assert numbers[trace]["bound_bits_per_dim"] == pytest.approx(bound(denoise, latents, seeds).item(), rel=1e-4)
     assert numbers["exact"]["likelihood_trace"] == "exact"
     assert numbers["hutchinson"]["likelihood_trace"] == "hutchinson, 3 probe(s) a picture"
+    (deaf,) = log_likelihood(pipeline.denoiser.bind(pipeline.text([""])), latents, grid, None).tolist()
+    assert numbers["exact"]["log_likelihood"] != pytest.approx(deaf, rel=1e-3)
     assert numbers["exact"]["log_likelihood"] != numbers["hutchinson"]["log_likelihood"]
 
 
