@@ -46,9 +46,9 @@ class Embedded(Sampler):
     is at most 1, or after `halvings` halvings of the grid's step. Asking that costs a synchronisation a trial.
     """
 
-    order: ClassVar[int] = 0
-    calls: ClassVar[int] = 0
-    rises: ClassVar[bool] = True
+    order = 0
+    calls = 0
+    rises = True
     tableau: ClassVar[Tableau]
     difference: ClassVar[tuple[float, ...]]
     tolerance: float
@@ -129,3 +129,6 @@ class BogackiShampine(Embedded):
     halvings: int = 10
     tableau: ClassVar[Tableau] = BOGACKI_SHAMPINE
     difference: ClassVar[tuple[float, ...]] = (-5 / 72, 1 / 12, 1 / 9, -1 / 8)
+
+
+SAMPLERS = (DormandPrince, BogackiShampine)

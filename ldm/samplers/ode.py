@@ -98,7 +98,7 @@ class RungeKutta(Sampler):
     """x_s = c_s (x / c_t + (w_s - w_t) sum_i b_i dz/dw_i), by the first tableau whose stages the network may be called
     at. Raises ValueError on an unknown variable."""
 
-    rises: ClassVar[bool] = True
+    rises = True
     variable: str
     tableaux: ClassVar[tuple[Tableau, ...]]
 
@@ -152,8 +152,6 @@ Variable = Literal["flow", "sigma", "t"]
 class Euler(RungeKutta):
     """Order 1, one call a step. In `flow` and `sigma` it is DDIM at eta 0; on flow matching, Euler on the velocity."""
 
-    order: ClassVar[int] = 1
-    calls: ClassVar[int] = 1
     kind: Literal["euler"] = "euler"
     variable: Variable = "flow"
     tableaux: ClassVar[tuple[Tableau, ...]] = (EULER,)
@@ -163,8 +161,8 @@ class Euler(RungeKutta):
 class Midpoint(RungeKutta):
     """Order 2, two calls a step."""
 
-    order: ClassVar[int] = 2
-    calls: ClassVar[int] = 2
+    order = 2
+    calls = 2
     kind: Literal["midpoint"] = "midpoint"
     variable: Variable = "flow"
     tableaux: ClassVar[tuple[Tableau, ...]] = (MIDPOINT, EULER)
@@ -174,8 +172,8 @@ class Midpoint(RungeKutta):
 class Heun(RungeKutta):
     """Order 2, two calls a step, one on the step that lands on t = 0. Karras et al. 2022 (arXiv 2206.00364), alg. 1."""
 
-    order: ClassVar[int] = 2
-    calls: ClassVar[int] = 2
+    order = 2
+    calls = 2
     kind: Literal["heun"] = "heun"
     variable: Variable = "flow"
     tableaux: ClassVar[tuple[Tableau, ...]] = (HEUN, EULER)
@@ -186,8 +184,11 @@ class RK4(RungeKutta):
     """The classic method of order 4, four calls a step; where the last stage may not be called, Heun's third-order
     rule, which has none at the end of the step and so keeps the order."""
 
-    order: ClassVar[int] = 4
-    calls: ClassVar[int] = 4
+    order = 4
+    calls = 4
     kind: Literal["rk4"] = "rk4"
     variable: Variable = "flow"
     tableaux: ClassVar[tuple[Tableau, ...]] = (CLASSIC, HEUN3, EULER)
+
+
+SAMPLERS = (Euler, Midpoint, Heun, RK4)

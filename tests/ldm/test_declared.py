@@ -7,7 +7,7 @@ import torch
 from oracles import F64, Counted, final_variance, fitted_order, gaussian, marginal
 
 from ldm.noise import Noise
-from ldm.samplers import DEIS, IPNDM, LMS, SAMPLERS, HeunChurn, Langevin, PredictorCorrector, Sampler, UniPC, sample
+from ldm.samplers import DEIS, IPNDM, LMS, HeunChurn, Langevin, PredictorCorrector, Sampler, UniPC, sample
 from ldm.schedules import EDM, VP, Flow, NoiseSchedule
 
 OTHERS: list[Sampler] = [
@@ -48,9 +48,3 @@ def test_what_is_not_set_by_the_step_says_so() -> None:
         if isinstance(sampler, Langevin) or (isinstance(sampler, HeunChurn) and sampler.churn)
         or (isinstance(sampler, PredictorCorrector) and sampler.snr and sampler.corrector_steps)
     }
-
-
-@pytest.mark.parametrize("cls", SAMPLERS)
-def test_a_class_says_what_its_defaults_do(cls: type[Sampler]) -> None:
-    assert (cls.order, cls.calls, cls.rises) == (cls().order, cls().calls, cls().rises)
-    assert type(cls.order) is int and type(cls.calls) is int

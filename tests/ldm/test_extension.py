@@ -145,7 +145,7 @@ def test_an_outsider_passes(function: Callable[..., None], arguments: dict[str, 
 def test_what_hypothesis_draws_schedules_for_holds_on_a_new_one(test: str, sampler: type[Sampler]) -> None:
     inner = getattr(test_properties, test).hypothesis.inner_test
     wanted = {"schedule": Secant(), "a": 0.7, "b": -2.0, "x": 1.5, "y": -0.4, "order": [3, 0, 4, 1, 2], "cut": 2}
-    if sampler.order or "cut" in inspect.signature(inner).parameters:
+    if sampler().order or "cut" in inspect.signature(inner).parameters:
         inner(sampler=sampler(), **{key: wanted[key] for key in inspect.signature(inner).parameters if key in wanted})
 
 

@@ -154,7 +154,7 @@ def test_draws_are_counted_where_a_sampler_is_affine() -> None:
     grid, oracle = Uniform()(6, Flow()), Isotropic(Flow(), 0.5, 0.3)
     assert draws_of(Heun(), oracle, grid) == 0 and draws_of(DDPM(), oracle, grid) == 5
     assert draws_of(PredictorCorrector(), oracle, grid) is None
-    for sampler in (cls() for cls in SAMPLERS if cls.order):
+    for sampler in (cls() for cls in SAMPLERS if cls().order):
         count = draws_of(sampler, oracle, grid)
         assert count is not None and (count == 0) == sampler.rises
         sample(sampler, oracle, torch.zeros(count + 1, 1, dtype=F64), grid, Impulses(count + 1))

@@ -53,7 +53,7 @@ def test_every_prediction_is_converted_to_every_other(schedule: NoiseSchedule, u
             assert (diffusion.target(ends.x0, ends.eps, t) - expected).abs().item() <= slack
 
 
-@pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS if cls.order], ids=repr)
+@pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS if cls().order], ids=repr)
 @settings(max_examples=8)
 @given(schedule=st.sampled_from(FOUR), a=number, b=number, x=number, y=number)
 def test_samplers_are_linear_on_gaussian_data(
