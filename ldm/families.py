@@ -11,8 +11,9 @@ from pkgutil import iter_modules
 from typing import Any
 
 
-def members(package: str, family: str, order: Sequence[str]) -> tuple[Any, ...]:
-    """The classes that a package's modules list under `family`: those whose kind is in `order` first, in that order."""
+def members(package: str, family: str, order: Sequence[str] = ()) -> tuple[Any, ...]:
+    """The classes that a package's modules list under `family`, module by module; those whose kind is in `order` first.
+    """
     found = import_module(package)
     modules = [import_module(f"{package}.{module.name}") for module in iter_modules(found.__path__)]
     listed = [member for module in modules for member in getattr(module, family, ())]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ldm.schedules.base import Level, NoiseSchedule
+from ldm.schedules.base import Bounded, Level
 
 
-class Table(NoiseSchedule):
+class Table(Bounded):
     """alpha^2 = alpha_bar, the running product of 1 - beta; between entries linear in log-SNR.
 
     `zero_terminal_snr` shifts and scales alpha so that its last entry is 0 and its first unchanged (Lin et al. 2023,
@@ -51,10 +51,6 @@ class Table(NoiseSchedule):
     @property
     def pure_noise(self) -> bool:
         return self.zero_terminal_snr
-
-    @property
-    def prior_std(self) -> float:
-        return 1.0
 
     def alpha_bar(self) -> Tensor:
         """alpha^2 at the T entries, float64 on the CPU."""
@@ -99,9 +95,6 @@ class Table(NoiseSchedule):
 
     def noise_level(self, t: Tensor) -> Tensor:
         return self.steps * t - 1
-
-    def input_scale(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where t lies between two entries, in [0, 1], and their log-SNRs; below t_min the first interval goes on."""
@@ -181,3 +174,6 @@ class DDPMSigmoid(Table):
     def betas(self) -> Tensor:
         ramp = torch.linspace(-self.width, self.width, self.steps, dtype=torch.float64).sigmoid()
         return self.beta_min + (self.beta_max - self.beta_min) * ramp
+
+
+SCHEDULES = (DDPMLinear, DDPMScaledLinear, DDPMCosine, DDPMSigmoid)
