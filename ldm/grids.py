@@ -75,32 +75,12 @@ def _levels(steps: int) -> Tensor:
     return _fractions(steps - 1) if steps > 1 else _fractions(steps)[:1]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Ratios(Grid):
-    """Noise-to-signal ratios sigma / alpha that fall from the greatest asked for to the least, then t = 0.
+    """Noise-to-signal ratios sigma / alpha that fall from sigma_max to sigma_min, then t = 0.
 
     The range is cut to the one where the network may be called; the first time is always 1.
     """
-
-    @property
-    @abstractmethod
-    def range(self) -> tuple[float, float]:
-        """The least and the greatest sigma / alpha asked for."""
-
-    @abstractmethod
-    def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
-        """sigma / alpha at `levels` that fall from 1, the greatest, to 0, the least."""
-
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        ends = torch.tensor([max(schedule.t_min, 1e-5), 1], dtype=torch.float64)
-        least, most = (-schedule.logsnr(ends) / 2).exp().unbind()
-        ratios = self.ratios(_levels(steps), least.clamp(min=self.range[0]), most.clamp(max=self.range[1]))
-        times = schedule.time(-2 * ratios.log())
-        return torch.cat([times.new_ones(1), times[1:], times.new_zeros(1)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BySigma(Ratios):
-    """A grid told its range as sigma / alpha, and one power."""
 
     kind: str
     sigma_min: float = 0.002
@@ -112,13 +92,20 @@ class _BySigma(Ratios):
             raise ValueError(f"{self.kind} needs 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, "
                              f"{self.sigma_max} and {self.rho}")
 
-    @property
-    def range(self) -> tuple[float, float]:
-        return self.sigma_min, self.sigma_max
+    @abstractmethod
+    def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        """sigma / alpha at `levels` that fall from 1, the greatest, to 0, the least."""
+
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        ends = torch.tensor([max(schedule.t_min, 1e-5), 1], dtype=torch.float64)
+        least, most = (-schedule.logsnr(ends) / 2).exp().unbind()
+        ratios = self.ratios(_levels(steps), least.clamp(min=self.sigma_min), most.clamp(max=self.sigma_max))
+        times = schedule.time(-2 * ratios.log())
+        return torch.cat([times.new_ones(1), times[1:], times.new_zeros(1)])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Karras(_BySigma):
+class Karras(Ratios):
     """(sigma / alpha)^(1/rho) in equal steps from sigma_max to sigma_min, then 0. Karras et al. 2022 (arXiv
     2206.00364), eq. 5."""
 
@@ -131,7 +118,7 @@ class Karras(_BySigma):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exponential(_BySigma):
+class Exponential(Ratios):
     """ln(sigma / alpha) falling from that of sigma_max to that of sigma_min as ramp^rho, then t = 0.
 
     rho 1 is the exponential grid, any other the poly-exponential one of k-diffusion.
@@ -144,7 +131,7 @@ class Exponential(_BySigma):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformLogSNR(Ratios):
+class UniformLogSNR(Grid):
     """log-SNR in equal steps from logsnr_min to logsnr_max, then t = 0: DPM-Solver's own grid. Lu et al. 2022 (arXiv
     2206.00927), section 3.3."""
 
@@ -157,12 +144,9 @@ class UniformLogSNR(Ratios):
             raise ValueError(f"uniform-logsnr needs logsnr_min < logsnr_max, got {self.logsnr_min} and "
                              f"{self.logsnr_max}")
 
-    @property
-    def range(self) -> tuple[float, float]:
-        return math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
-
-    def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
-        return (least.log() + levels * (most.log() - least.log())).exp()
+    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        least, most = math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
+        return Exponential(sigma_min=least, sigma_max=most)(steps, schedule)
 
 
 class Entries(Grid):

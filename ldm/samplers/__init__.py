@@ -20,17 +20,7 @@ from ldm.families import members
 from ldm.samplers.adaptive import BogackiShampine, DormandPrince
 from ldm.samplers.ancestral import DDIM, DDPM, DDIMInversion
 from ldm.samplers.base import Memory, Sampler, Snapshot, check_grid, mix, prior, sample
-from ldm.samplers.multistep import (
-    DEIS,
-    IPNDM,
-    LMS,
-    PNDM,
-    DPMpp2M,
-    DPMpp3M,
-    DPMppSDE2M,
-    DPMppSDE3M,
-    UniPC,
-)
+from ldm.samplers.multistep import DEIS, IPNDM, LMS, PNDM, DPMpp2M, DPMpp3M, DPMppSDE2M, DPMppSDE3M, UniPC
 from ldm.samplers.ode import RK4, Euler, Heun, Midpoint
 from ldm.samplers.renoise import HeunChurn, Restart
 from ldm.samplers.singlestep import DPMpp2S, DPMpp3S, DPMppSDE2S, DPMSolver2, DPMSolver3

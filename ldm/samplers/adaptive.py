@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler
+from ldm.samplers.base import Sampler, Step
 from ldm.samplers.ode import VARIABLES, Tableau
 
 _FLOW = VARIABLES["flow"]
@@ -59,8 +59,7 @@ class Embedded(Sampler):
             raise ValueError(f"{self.kind} needs a positive tolerance and halvings of at least 0, got "
                              f"{self.tolerance} and {self.halvings}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Tensor | None,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Tensor | None, noise: Noise) -> Step:
         schedule = denoise.schedule
         start, scale = _FLOW.place(schedule, t)
         end, end_scale = _FLOW.place(schedule, s)

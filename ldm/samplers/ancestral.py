@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler, mix
+from ldm.samplers.base import Memory, Sampler, Step, mix
 from ldm.schedules import Level
 
 
@@ -46,8 +46,7 @@ class DDPM(Sampler):
         if self.variance not in ("small", "large", "learned"):
             raise ValueError(f"ddpm variance must be small, large or learned, got {self.variance!r}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         ends, level = denoise(x, t), denoise.schedule(s)
         if s == 0:
             return ends.x0, None
@@ -78,8 +77,7 @@ class DDIM(Sampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"ddim eta must be in [0, 1], got {self.eta}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         ends, level = denoise(x, t), denoise.schedule(s)
         if self.eta == 0 or s == 0:
             return mix(level, ends), None
@@ -102,8 +100,7 @@ class DDIMInversion(Sampler):
     rises = True
     kind: Literal["ddim-inversion"] = "ddim-inversion"
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if s < t:
             raise ValueError("ddim-inversion walks away from the data: its grid must rise")
         (alpha, sigma), level = denoise.schedule(t), denoise.schedule(s)

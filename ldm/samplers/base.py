@@ -18,6 +18,8 @@ from ldm.schedules import Level, NoiseSchedule
 
 Memory = Any
 """What a multistep sampler hands from one step to the next: None before the first step."""
+Step = tuple[Tensor, Memory]
+"""x at s, and the memory for the step from there."""
 
 
 class Sampler(ABC):
@@ -41,8 +43,7 @@ class Sampler(ABC):
         return 1
 
     @abstractmethod
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         """x at s from x at t, and the memory for the next step. t and s are float64 () on the CPU; noise is this step's
         own source."""
 

@@ -17,7 +17,6 @@ with lower orders, which leaves an error of h^2 from the first step.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +28,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.ancestral import posterior
-from ldm.samplers.base import Memory, Sampler, half_logsnr, mix, noise_ratio
+from ldm.samplers.base import Memory, Sampler, Step, half_logsnr, mix, noise_ratio
 
 
 class Past(NamedTuple):
@@ -65,6 +64,12 @@ def middle(places: Sequence[Tensor], end: Tensor, rate: int) -> list[Tensor]:
     return [-(-rate * h).expm1() * h / (2 * (place - places[0])) for place in places[1:]]
 
 
+def counted(places: Sequence[Tensor], end: Tensor, rate: int) -> list[Tensor]:
+    """C_j of a polynomial in the number of the step: the fixed Adams-Bashforth weights."""
+    fixed = {1: (), 2: (-1 / 2,), 3: (-16 / 12, 5 / 12), 4: (-59 / 24, 37 / 24, -9 / 24)}[len(places)]
+    return [(end - places[0]) * weight for weight in fixed]
+
+
 def bent(x: Tensor, scale: Tensor, weights: Sequence[Tensor], now: Past, past: Sequence[Past]) -> Tensor:
     """x + scale sum_j weight_j (f_j - f)."""
     for weight, old in zip(weights, past, strict=True):
@@ -73,11 +78,14 @@ def bent(x: Tensor, scale: Tensor, weights: Sequence[Tensor], now: Past, past: S
 
 
 class Multistep(Sampler):
-    """The common step, one call each; a member says how much each earlier estimate weighs. Raises ValueError on a
-    `solver_order`, the number of estimates, that it has no rule for."""
+    """The common step, one call each; `rule` gives the weights C_j of the earlier estimates, newest first.
+
+    Raises ValueError on a `solver_order`, the number of estimates, that it has no rule for.
+    """
 
     solver_order: int
     rate = 1
+    rule = staticmethod(integrals)
     rises = True
 
     def __post_init__(self) -> None:
@@ -88,12 +96,7 @@ class Multistep(Sampler):
     def order(self) -> int:
         return min(self.solver_order, 2)
 
-    @abstractmethod
-    def weights(self, places: Sequence[Tensor], end: Tensor) -> list[Tensor]:
-        """C_j of the earlier estimates, `places` being those of this step's start and, newest first, theirs."""
-
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[Past, ...] | None,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         ends, level, place = denoise(x, t), denoise.schedule(s), half_logsnr if self.rate else noise_ratio
         start, end = place(denoise.schedule, t), place(denoise.schedule, s)
         x = mix(level, ends)
@@ -102,40 +105,26 @@ class Multistep(Sampler):
         if not bool((end - start).isfinite()):
             return x, None
         now, past = Past(ends.x0 if self.rate > 0 else ends.eps, start), memory or ()
-        weights = self.weights([start, *(old.place for old in past)], end)
+        weights = self.rule([start, *(old.place for old in past)], end, self.rate)
         x = bent(x, level.sigma if self.rate < 0 else level.alpha, weights, now, past)
         return x, (now, *past)[: self.solver_order - 1]
 
 
-class Line(Multistep):
-    """A line through two estimates, its slope taken at the middle of the step."""
-
-    solver_order = 2
-
-    def weights(self, places: Sequence[Tensor], end: Tensor) -> list[Tensor]:
-        return middle(places, end, self.rate)
-
-
-class Polynomial(Multistep):
-    """The polynomial through all estimates, integrated exactly."""
-
-    def weights(self, places: Sequence[Tensor], end: Tensor) -> list[Tensor]:
-        return integrals(places, end, self.rate)
-
-
 @dataclass(frozen=True, kw_only=True)
-class DPMpp2M(Line):
+class DPMpp2M(Multistep):
     """DPM-Solver++(2M): order 2 from two estimates, one call a step.
 
     x_s = (sigma_s / sigma_t) x - alpha_s expm1(-h) ((1 + 1/2r) D - 1/2r D_prev), r = h_prev / h. First and last step of
     order 1. Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
     """
 
+    solver_order = 2
+    rule = staticmethod(middle)
     kind: Literal["dpmpp-2m"] = "dpmpp-2m"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMpp3M(Polynomial):
+class DPMpp3M(Multistep):
     """DPM-Solver++(3M): the parabola through three estimates of x0, integrated exactly. One call a step.
 
     Each step errs by h^4, but the first two, of lower order, leave an error of h^2 from the start. The released code
@@ -147,36 +136,40 @@ class DPMpp3M(Polynomial):
     kind: Literal["dpmpp-3m"] = "dpmpp-3m"
 
 
+class OnSDE(Multistep):
+    """The same on the reverse SDE, whose order-1 step is `ddpm`'s."""
+
+    order = 1
+    rate = 2
+    rises = False
+
+
 @dataclass(frozen=True, kw_only=True)
-class DPMppSDE2M(Line):
+class DPMppSDE2M(OnSDE):
     """SDE-DPM-Solver++(2M): as `dpmpp-2m` on the reverse SDE. One call a step; its first step is `ddpm`'s.
 
     x_s = alpha_s x0 + sigma_s e^-h eps + alpha_s (1 - e^-2h) (D - D_prev) / 2r + sigma_s sqrt(1 - e^-2h) z.
     Lu et al. 2022 (arXiv 2211.01095), appendix; the midpoint form of its released code.
     """
 
-    order = 1
-    rate = 2
-    rises = False
+    solver_order = 2
+    rule = staticmethod(middle)
     kind: Literal["dpmpp-sde-2m"] = "dpmpp-sde-2m"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMppSDE3M(Polynomial):
+class DPMppSDE3M(OnSDE):
     """SDE-DPM-Solver++(3M): as `dpmpp-3m` on the reverse SDE, its parabola integrated exactly. One call a step.
 
     The released sampler of k-diffusion halves the quadratic term, for the reason given at `dpmpp-3m`.
     """
 
     solver_order = 3
-    order = 1
-    rate = 2
-    rises = False
     kind: Literal["dpmpp-sde-3m"] = "dpmpp-sde-3m"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DEIS(Polynomial):
+class DEIS(Multistep):
     """eps a polynomial in ln(sigma / alpha); of order 1 onto t = 0. Zhang & Chen 2022 (arXiv 2204.13902), rho-AB in
     log."""
 
@@ -186,7 +179,7 @@ class DEIS(Polynomial):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMS(Polynomial):
+class LMS(Multistep):
     """eps a polynomial in sigma / alpha. The linear multistep sampler of k-diffusion (Karras et al. 2022, appendix)."""
 
     rate = 0
@@ -202,12 +195,9 @@ class IPNDM(Multistep):
 
     order = 1
     rate = 0
+    rule = staticmethod(counted)
     kind: Literal["ipndm"] = "ipndm"
     solver_order: int = 4
-
-    def weights(self, places: Sequence[Tensor], end: Tensor) -> list[Tensor]:
-        fixed = {1: (), 2: (-1 / 2,), 3: (-16 / 12, 5 / 12), 4: (-59 / 24, 37 / 24, -9 / 24)}[len(places)]
-        return [(end - places[0]) * weight for weight in fixed]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +210,7 @@ class PNDM(Sampler):
     rises = True
     kind: Literal["pndm"] = "pndm"
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[Past, ...] | None,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         moved, after = IPNDM().step(denoise, x, t, s, memory, noise)
         if memory is not None or after is None or s < denoise.schedule.t_min:
             return moved, after
@@ -256,8 +245,7 @@ class UniPC(Sampler):
         # What may be relied on: how far the first steps, of lower order, hold the rest back depends on the grid.
         return min(self.solver_order + self.corrector, 2)
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: tuple[Past, ...] | None,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule, start, end = denoise.schedule, half_logsnr(denoise.schedule, t), half_logsnr(denoise.schedule, s)
         past, level = memory or (Past(denoise(x, t).x0, start),), schedule(s)
         base = (level.sigma / schedule(t).sigma) * x - (level.alpha * (start - end).expm1()) * past[0].value

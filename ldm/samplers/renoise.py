@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler, noise_ratio
+from ldm.samplers.base import Memory, Sampler, Step, noise_ratio
 from ldm.samplers.ode import Heun, Variable
 from ldm.schedules import NoiseSchedule
 
@@ -59,8 +59,7 @@ class HeunChurn(Sampler):
     def order(self) -> int:
         return 0 if self.churn else Heun.order
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule = denoise.schedule
         if self.churn and self.ratio_min <= noise_ratio(schedule, t) <= self.ratio_max:
             above = schedule.time(schedule.logsnr(t) - 2 * math.log1p(self.churn))
@@ -96,8 +95,7 @@ class Restart(Sampler):
                              f"and {self.inner_steps}")
         Heun(variable=self.variable)
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         heun, schedule = Heun(variable=self.variable), denoise.schedule
         x, _ = heun.step(denoise, x, t, s, None, noise)
         before, after = (noise_ratio(schedule, time).item() for time in (t, s))

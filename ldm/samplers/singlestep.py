@@ -23,7 +23,7 @@ from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
 from ldm.samplers.ancestral import posterior
-from ldm.samplers.base import Memory, Sampler, half_logsnr, mix
+from ldm.samplers.base import Memory, Sampler, Step, half_logsnr, mix
 from ldm.schedules import Level
 
 
@@ -37,8 +37,7 @@ class Singlestep(Sampler):
     def calls(self) -> int:
         return self.order
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule, ends = denoise.schedule, denoise(x, t)
         start, end = half_logsnr(schedule, t), half_logsnr(schedule, s)
         if not bool((end - start).isfinite()):
@@ -117,8 +116,7 @@ class DPMppSDE2S(Sampler):
     calls = 2
     kind: Literal["dpmpp-sde-2s"] = "dpmpp-sde-2s"
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule, ends = denoise.schedule, denoise(x, t)
         if s == 0:
             return ends.x0, None

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.ancestral import DDPM
-from ldm.samplers.base import Memory, Sampler, mix
+from ldm.samplers.base import Memory, Sampler, Step, mix
 from ldm.schedules import NoiseSchedule
 
 
@@ -42,8 +42,7 @@ class EulerMaruyama(Sampler):
             raise ValueError(f"euler-maruyama diffusion must be sde or sigma and strength at least 0, got "
                              f"{self.diffusion!r} and {self.strength}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if s == 0 or (self.diffusion == "sde" and _ends(denoise, t, s)):
             return DDPM().step(denoise, x, t, s, None, noise)
         level, rates, ends = denoise.schedule(t), denoise.schedule.rates(t), denoise(x, t)
@@ -63,8 +62,7 @@ class ReverseDiffusion(Sampler):
 
     kind: Literal["reverse-diffusion"] = "reverse-diffusion"
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if _ends(denoise, t, s):
             return DDPM().step(denoise, x, t, s, None, noise)
         schedule = denoise.schedule
@@ -113,8 +111,7 @@ class PredictorCorrector(Sampler):
     def order(self) -> int:
         return 0 if self.calls > 1 else 1
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if not _ends(denoise, t, s):
             for index in range(self.corrector_steps):
                 x = self.correct(denoise, x, t, s, noise.fold("corrector", index))
@@ -154,8 +151,7 @@ class Langevin(Sampler):
     def calls(self) -> int:
         return self.inner_steps
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule = denoise.schedule
         if bool(schedule.logsnr(t).isinf()):
             return DDPM().step(denoise, x, t, s, None, noise)

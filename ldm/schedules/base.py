@@ -85,9 +85,7 @@ class NoiseSchedule(ABC):
 class Bounded(NoiseSchedule):
     """A process whose x_t has about the variance of the data: the network sees x_t as it is."""
 
-    @property
-    def prior_std(self) -> float:
-        return 1.0
+    prior_std = 1.0
 
     def input_scale(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

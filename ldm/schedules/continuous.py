@@ -19,13 +19,10 @@ class _ToNoise(Continuous):
 
     kind: str
     t_min: float = 1e-5
+    pure_noise = True
 
     def __post_init__(self) -> None:
         check_t_min(self.t_min, zero_allowed=True)
-
-    @property
-    def pure_noise(self) -> bool:
-        return True
 
     def logsnr(self, t: Tensor) -> Tensor:
         alpha, sigma = self(t)
@@ -82,15 +79,12 @@ class _LinearBeta(Continuous):
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-3
+    pure_noise = False
 
     def __post_init__(self) -> None:
         check_t_min(self.t_min)
         if not 0 < self.beta_min < self.beta_max < math.inf:
             raise ValueError(f"{self.kind} needs 0 < beta_min < beta_max, got {self.beta_min} and {self.beta_max}")
-
-    @property
-    def pure_noise(self) -> bool:
-        return False
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t) = beta_min + (beta_max - beta_min) t."""

@@ -20,6 +20,7 @@ class Exploding(NoiseSchedule):
     sigma_min: float
     sigma_max: float
     sigma_data: float = 0.5
+    pure_noise = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
@@ -27,10 +28,6 @@ class Exploding(NoiseSchedule):
         if not 0 < self.sigma_data < math.inf:
             raise ValueError(f"{self.kind} needs a positive sigma_data, got {self.sigma_data}")
         check_t_min(self.t_min)
-
-    @property
-    def pure_noise(self) -> bool:
-        return False
 
     @property
     def prior_std(self) -> float:

@@ -63,7 +63,7 @@ class Table(Bounded):
     def logsnr(self, t: Tensor) -> Tensor:
         position, below, above = self._interval(t)
         inside = below + (above - below) * position
-        if self.zero_terminal_snr:
+        if self.zero_terminal_snr:  # elsewhere its gradient at an entry would not be finite
             inside = torch.where(above.isneginf(), below + 2 * (1 - position).log(), inside)
         return torch.where(t > 0, inside, math.inf)
 
@@ -72,8 +72,7 @@ class Table(Bounded):
         index = torch.searchsorted(-table, -logsnr.contiguous()).clamp(1, self.steps - 1)
         below, above = table[index - 1], table[index]
         position = (logsnr - below) / (above - below)
-        if self.zero_terminal_snr:
-            position = torch.where(above.isneginf(), 1 - ((logsnr - below) / 2).exp(), position)
+        position = torch.where(above.isneginf(), 1 - ((logsnr - below) / 2).exp(), position)
         return ((index + position) / self.steps).clamp(min=0)
 
     def __call__(self, t: Tensor) -> Level:
@@ -85,9 +84,7 @@ class Table(Bounded):
         _, below, above = self._interval(t)
         alpha, sigma = self(t)
         slope = (alpha / sigma) * (above - below) / 2
-        if self.zero_terminal_snr:
-            slope = torch.where(above.isneginf(), -(below / 2).exp(), slope)
-        slope = slope * self.steps
+        slope = torch.where(above.isneginf(), -(below / 2).exp(), slope) * self.steps
         return Level(sigma**3 * slope, -alpha * sigma**2 * slope)
 
     def trained(self, t: Tensor) -> Tensor:
