@@ -24,15 +24,23 @@ class Grid(ABC):
 
     kind: str
 
-    @abstractmethod
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         """(steps + 1,) float64 times. Raises ValueError when there is no such grid."""
+        if steps < 1:
+            raise ValueError(f"sampling needs at least 1 step, got {steps}")
+        times = self.visits(steps, schedule)
+        if not bool((times.diff() < 0).all()):
+            raise ValueError(f"{self.kind} has no {steps} steps that fall strictly on this schedule: some of its times "
+                             "are the same in float64, or none; ask for fewer steps or milder settings of the grid")
+        return times
+
+    @abstractmethod
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        """The times of at least 1 step. Raises ValueError where the schedule cannot have them."""
 
 
 def _fractions(steps: int) -> Tensor:
     """1 to 0 in equal steps."""
-    if steps < 1:
-        raise ValueError(f"sampling needs at least 1 step, got {steps}")
     return torch.arange(steps, -1, -1, dtype=torch.float64) / steps
 
 
@@ -53,10 +61,10 @@ class Uniform(Grid):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"uniform shift must be positive, got {self.shift}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         return _callable(shifted(_fractions(steps), self.shift, schedule), schedule)
 
 
@@ -66,13 +74,18 @@ class Quadratic(Grid):
 
     kind: Literal["quadratic"] = "quadratic"
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         return _callable(_fractions(steps) ** 2, schedule)
 
 
 def _levels(steps: int) -> Tensor:
     """1 to 0 in `steps` levels, ends included: the rules that add a last step to t = 0 themselves."""
     return _fractions(steps - 1) if steps > 1 else _fractions(steps)[:1]
+
+
+def _logsnr(ratio: float | Tensor) -> float:
+    """log-SNR at sigma / alpha."""
+    return -2 * math.log(ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +109,16 @@ class Ratios(Grid):
     def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
         """sigma / alpha at `levels` that fall from 1, the greatest, to 0, the least."""
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         ends = torch.tensor([max(schedule.t_min, 1e-5), 1], dtype=torch.float64)
-        least, most = (-schedule.logsnr(ends) / 2).exp().unbind()
-        ratios = self.ratios(_levels(steps), least.clamp(min=self.sigma_min), most.clamp(max=self.sigma_max))
+        low, high = (-schedule.logsnr(ends) / 2).exp().unbind()
+        least, most = low.clamp(min=self.sigma_min), high.clamp(max=self.sigma_max)
+        if not least < most:
+            raise ValueError(f"the grid's range of sigma / alpha, {self.sigma_min:g} to {self.sigma_max:g} (log-SNR "
+                             f"{_logsnr(self.sigma_max):g} to {_logsnr(self.sigma_min):g}), lies outside the "
+                             f"schedule's, {low:g} to {high:g} ({_logsnr(high):g} to {_logsnr(low):g}); choose one "
+                             "that meets it")
+        ratios = self.ratios(_levels(steps), least, most)
         times = schedule.time(-2 * ratios.log())
         return torch.cat([times.new_ones(1), times[1:], times.new_zeros(1)])
 
@@ -140,13 +159,13 @@ class UniformLogSNR(Grid):
     logsnr_max: float = 10.0
 
     def __post_init__(self) -> None:
-        if not self.logsnr_min < self.logsnr_max:
-            raise ValueError(f"uniform-logsnr needs logsnr_min < logsnr_max, got {self.logsnr_min} and "
-                             f"{self.logsnr_max}")
+        if not -1400 <= self.logsnr_min < self.logsnr_max <= 1400:  # beyond, sigma / alpha is no float64
+            raise ValueError("uniform-logsnr needs -1400 <= logsnr_min < logsnr_max <= 1400, got "
+                             f"{self.logsnr_min} and {self.logsnr_max}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         least, most = math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
-        return Exponential(sigma_min=least, sigma_max=most)(steps, schedule)
+        return Exponential(sigma_min=least, sigma_max=most).visits(steps, schedule)
 
 
 class Entries(Grid):
@@ -156,10 +175,10 @@ class Entries(Grid):
     def indices(self, steps: int, total: int) -> Tensor:
         """The falling indices (steps,) of a table of `total` entries, float64."""
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         total = schedule.steps
-        if not 1 <= steps <= total:
-            raise ValueError(f"a table of {total} entries has grids of 1 to {total} steps, got {steps}")
+        if steps > total:
+            raise ValueError(f"a table of {total} entries has grids of 1 to {total} steps, got {steps}; ask for fewer")
         return torch.cat([self.indices(steps, total) + 1, torch.zeros(1, dtype=torch.float64)]) / total
 
 
@@ -178,8 +197,10 @@ class Leading(Entries):
             raise ValueError(f"leading offset must be 0 or 1, got {self.offset}")
 
     def indices(self, steps: int, total: int) -> Tensor:
-        entries = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (total // steps) + self.offset
-        return entries.clamp(max=total - 1)
+        if (steps - 1) * (total // steps) + self.offset >= total:
+            raise ValueError(f"leading offset {self.offset} leaves a table of {total} entries {total - self.offset} "
+                             f"steps, got {steps}; ask for fewer, or for offset 0")
+        return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (total // steps) + self.offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +235,7 @@ class Given(Grid):
         if len(self.times) < 2 or self.times[0] > 1 or self.times[-1] != 0 or not falling:
             raise ValueError(f"given times must fall strictly from at most 1 to exactly 0, got {self.times}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         if steps != len(self.times) - 1:
             raise ValueError(f"{len(self.times)} given times make {len(self.times) - 1} steps, got steps = {steps}")
         if self.times[-2] < schedule.t_min * (1 - 1e-9):
