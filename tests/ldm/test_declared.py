@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from looping import each
 from oracles import F64, Counted, final_variance, fitted_order, gaussian, marginal
 
 from ldm.noise import Noise
@@ -28,7 +29,7 @@ def test_a_step_costs_what_is_declared(sampler: Sampler) -> None:
         assert len(counted.times) == 12 * sampler.calls + isinstance(sampler, UniPC)
 
 
-@pytest.mark.parametrize("schedule", THREE, ids=repr)
+@each("schedule", THREE)
 @pytest.mark.parametrize("sampler", [sampler for sampler in OTHERS if sampler.order], ids=repr)
 def test_the_error_falls_with_the_order_declared(sampler: Sampler, schedule: NoiseSchedule) -> None:
     """And no faster than by one power where that is 1: a rule of the first order says so."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from looping import each
 from oracles import F64
 
 from ldm.denoiser import Denoiser
@@ -40,7 +41,7 @@ def build(cls: type[Grid], steps: int) -> Grid:
     return Given(times=tuple(torch.linspace(1, 0, steps + 1).tolist())) if cls is Given else cls()
 
 
-@pytest.mark.parametrize("schedule", ENDS, ids=repr)
+@each("schedule", ENDS)
 @pytest.mark.parametrize("cls", GRIDS)
 def test_every_grid_falls_to_zero_on_every_schedule(cls: type[Grid], schedule: NoiseSchedule) -> None:
     for steps in (1, 2, 3, 10, 50):

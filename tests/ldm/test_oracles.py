@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import each
 from oracles import (
     F64,
     Beside,
@@ -108,7 +109,7 @@ def test_the_density_at_time_zero_is_the_datas_own() -> None:
     assert peak == pytest.approx(1 / (2 * torch.pi * (0.5 * 0.4 - 0.09) ** 0.5), rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ALL, ids=repr)
+@each("schedule", ALL)
 def test_the_isotropic_oracle_is_the_gaussian_without_matrices(schedule: NoiseSchedule) -> None:
     x, t = torch.tensor([[0.3, -1.1], [2.0, 0.0]], dtype=F64), inside(schedule, 0.4)
     for got, expected in zip(Isotropic(schedule, 0.7, 0.2)(x, t)[:2], gaussian(schedule, 0.7, 0.2, 2)(x, t)[:2],

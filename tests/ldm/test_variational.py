@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from looping import each
 from oracles import F64, Isotropic
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def test_the_bound_never_moves_the_mean(schedule: NoiseSchedule) -> None:
 EVERY = [cls() for cls in SCHEDULES] + [cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]
 
 
-@pytest.mark.parametrize("schedule", EVERY, ids=repr)
+@each("schedule", EVERY)
 def test_the_variance_learns_at_every_time_a_network_is_trained_at(schedule: NoiseSchedule) -> None:
     """Its gradient is finite and not 0 from t_min to pure noise, in float32, a step of the walk from either end too."""
     step = 1 / schedule.steps
