@@ -149,7 +149,7 @@ class Through:
 
 @dataclass(frozen=True)
 class Beside:
-    """A denoiser as it is for the first sample of a batch, and `Through` one prediction for each of the others."""
+    """An oracle as it is for the first of equal parts of a batch, and `Through` one prediction for each other one."""
 
     oracle: Denoise
     diffusions: list[Diffusion]
@@ -159,9 +159,10 @@ class Beside:
         return self.oracle.schedule
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        first, *ends = map(Denoised, *(part.tensor_split(len(x)) for part in self.oracle(x, t)[:2]))
+        size = len(x) // (1 + len(self.diffusions))
+        first, *ends = map(Denoised, *(torch.split(part, size) for part in self.oracle(x, t)[:2]))
         targets = [diffusion.target(end.x0, end.eps, t) for diffusion, end in zip(self.diffusions, ends, strict=True)]
-        others = zip(self.diffusions, x[1:].tensor_split(len(ends)), targets, strict=True)
+        others = zip(self.diffusions, torch.split(x[size:], size), targets, strict=True)
         parts = [first, *(diffusion.recover(part, target, t) for diffusion, part, target in others)]
         return Denoised(torch.cat([part.x0 for part in parts]), torch.cat([part.eps for part in parts]))
 

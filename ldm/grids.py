@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.schedules import NoiseSchedule, Table
+from ldm.schedules import NoiseSchedule
 from ldm.times import shifted
 
 
@@ -24,15 +24,23 @@ class Grid(ABC):
 
     kind: str
 
-    @abstractmethod
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         """(steps + 1,) float64 times. Raises ValueError when there is no such grid."""
+        if steps < 1:
+            raise ValueError(f"sampling needs at least 1 step, got {steps}")
+        times = self.visits(steps, schedule)
+        if not bool((times.diff() < 0).all()):
+            raise ValueError(f"{self.kind} has no {steps} steps that fall strictly on this schedule: some of its times "
+                             "are the same in float64, or none; ask for fewer steps or milder settings of the grid")
+        return times
+
+    @abstractmethod
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        """The times of at least 1 step. Raises ValueError where the schedule cannot have them."""
 
 
 def _fractions(steps: int) -> Tensor:
     """1 to 0 in equal steps."""
-    if steps < 1:
-        raise ValueError(f"sampling needs at least 1 step, got {steps}")
     return torch.arange(steps, -1, -1, dtype=torch.float64) / steps
 
 
@@ -53,10 +61,10 @@ class Uniform(Grid):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"uniform shift must be positive, got {self.shift}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         return _callable(shifted(_fractions(steps), self.shift, schedule), schedule)
 
 
@@ -66,7 +74,7 @@ class Quadratic(Grid):
 
     kind: Literal["quadratic"] = "quadratic"
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         return _callable(_fractions(steps) ** 2, schedule)
 
 
@@ -75,101 +83,107 @@ def _levels(steps: int) -> Tensor:
     return _fractions(steps - 1) if steps > 1 else _fractions(steps)[:1]
 
 
-def _through_sigmas(sigmas: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Times 1, ..., 0 at falling noise-to-signal ratios sigma / alpha, of which the first only stands for t = 1."""
-    times = schedule.time(-2 * sigmas.log())
-    return torch.cat([times.new_ones(1), times[1:], times.new_zeros(1)])
-
-
-def _range(sigma_min: float, sigma_max: float, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """The asked range of sigma / alpha cut to the one where the network may be called."""
-    t_min = torch.tensor(max(schedule.t_min, 1e-5), dtype=torch.float64)
-    least, most = (-schedule.logsnr(torch.stack([t_min, torch.ones_like(t_min)])) / 2).exp().unbind()
-    return least.clamp(min=sigma_min), most.clamp(max=sigma_max)
+def _logsnr(ratio: float | Tensor) -> float:
+    """log-SNR at sigma / alpha."""
+    return -2 * math.log(ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Karras(Grid):
-    """(sigma / alpha)^(1/rho) in equal steps from sigma_max to sigma_min, then 0.
+class Ratios(Grid):
+    """Noise-to-signal ratios sigma / alpha that fall from sigma_max to sigma_min, then t = 0.
 
-    The range is cut to the schedule's own; the first time is always 1. Karras et al. 2022 (arXiv 2206.00364), eq. 5.
+    The range is cut to the one where the network may be called; the first time is always 1.
     """
 
-    kind: Literal["karras"] = "karras"
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-
-    def __post_init__(self) -> None:
-        if not (0 < self.sigma_min < self.sigma_max and self.rho > 0):
-            raise ValueError(f"karras needs 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, "
-                             f"{self.sigma_max} and {self.rho}")
-
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        least, most = (end ** (1 / self.rho) for end in _range(self.sigma_min, self.sigma_max, schedule))
-        return _through_sigmas((least + _levels(steps) * (most - least)) ** self.rho, schedule)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exponential(Grid):
-    """ln(sigma / alpha) falling from that of sigma_max to that of sigma_min as ramp^rho, then t = 0.
-
-    rho 1 is the exponential grid, any other the poly-exponential one of k-diffusion. The range is cut to the schedule's
-    own; the first time is always 1.
-    """
-
-    kind: Literal["exponential"] = "exponential"
+    kind: str
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 < self.sigma_min < self.sigma_max and self.rho > 0):
-            raise ValueError(f"exponential needs 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, "
+            raise ValueError(f"{self.kind} needs 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, "
                              f"{self.sigma_max} and {self.rho}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        least, most = (end.log() for end in _range(self.sigma_min, self.sigma_max, schedule))
-        return _through_sigmas((least + _levels(steps) ** self.rho * (most - least)).exp(), schedule)
+    @abstractmethod
+    def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        """sigma / alpha at `levels` that fall from 1, the greatest, to 0, the least."""
+
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        ends = torch.tensor([max(schedule.t_min, 1e-5), 1], dtype=torch.float64)
+        low, high = (-schedule.logsnr(ends) / 2).exp().unbind()
+        least, most = low.clamp(min=self.sigma_min), high.clamp(max=self.sigma_max)
+        if not least < most:
+            raise ValueError(f"the grid's range of sigma / alpha, {self.sigma_min:g} to {self.sigma_max:g} (log-SNR "
+                             f"{_logsnr(self.sigma_max):g} to {_logsnr(self.sigma_min):g}), lies outside the "
+                             f"schedule's, {low:g} to {high:g} ({_logsnr(high):g} to {_logsnr(low):g}); choose one "
+                             "that meets it")
+        ratios = self.ratios(_levels(steps), least, most)
+        times = schedule.time(-2 * ratios.log())
+        return torch.cat([times.new_ones(1), times[1:], times.new_zeros(1)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Karras(Ratios):
+    """(sigma / alpha)^(1/rho) in equal steps from sigma_max to sigma_min, then 0. Karras et al. 2022 (arXiv
+    2206.00364), eq. 5."""
+
+    kind: Literal["karras"] = "karras"
+    rho: float = 7.0
+
+    def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        least, most = least ** (1 / self.rho), most ** (1 / self.rho)
+        return (least + levels * (most - least)) ** self.rho
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(Ratios):
+    """ln(sigma / alpha) falling from that of sigma_max to that of sigma_min as ramp^rho, then t = 0.
+
+    rho 1 is the exponential grid, any other the poly-exponential one of k-diffusion.
+    """
+
+    kind: Literal["exponential"] = "exponential"
+
+    def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        return (least.log() + levels**self.rho * (most.log() - least.log())).exp()
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformLogSNR(Grid):
-    """log-SNR in equal steps from logsnr_min to logsnr_max, then t = 0: DPM-Solver's own grid.
-
-    The range is cut to the schedule's own; the first time is always 1. Lu et al. 2022 (arXiv 2206.00927), section 3.3.
-    """
+    """log-SNR in equal steps from logsnr_min to logsnr_max, then t = 0: DPM-Solver's own grid. Lu et al. 2022 (arXiv
+    2206.00927), section 3.3."""
 
     kind: Literal["uniform-logsnr"] = "uniform-logsnr"
     logsnr_min: float = -10.0
     logsnr_max: float = 10.0
 
     def __post_init__(self) -> None:
-        if not self.logsnr_min < self.logsnr_max:
-            raise ValueError(f"uniform-logsnr needs logsnr_min < logsnr_max, got {self.logsnr_min} and "
-                             f"{self.logsnr_max}")
+        if not -1400 <= self.logsnr_min < self.logsnr_max <= 1400:  # beyond, sigma / alpha is no float64
+            raise ValueError("uniform-logsnr needs -1400 <= logsnr_min < logsnr_max <= 1400, got "
+                             f"{self.logsnr_min} and {self.logsnr_max}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        sigmas = math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
-        least, most = (end.log() for end in _range(*sigmas, schedule))
-        return _through_sigmas((least + _levels(steps) * (most - least)).exp(), schedule)
-
-
-def _table_steps(steps: int, schedule: NoiseSchedule) -> int:
-    """T of the table, or 1000 for a continuous schedule, whose network counts the same."""
-    total = schedule.steps if isinstance(schedule, Table) else 1000
-    if not 1 <= steps <= total:
-        raise ValueError(f"a table of {total} entries has grids of 1 to {total} steps, got {steps}")
-    return total
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        least, most = math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
+        return Exponential(sigma_min=least, sigma_max=most).visits(steps, schedule)
 
 
-def _of_indices(indices: Tensor, total: int) -> Tensor:
-    """Times (i + 1) / T of falling table indices, then 0."""
-    return torch.cat([(indices.double() + 1) / total, torch.zeros(1, dtype=torch.float64)])
+class Entries(Grid):
+    """Some entries of a DDPM table, as indices i at t = (i + 1) / T, then t = 0; of 1000 on a continuous schedule."""
+
+    @abstractmethod
+    def indices(self, steps: int, total: int) -> Tensor:
+        """The falling indices (steps,) of a table of `total` entries, float64."""
+
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+        total = schedule.steps
+        if steps > total:
+            raise ValueError(f"a table of {total} entries has grids of 1 to {total} steps, got {steps}; ask for fewer")
+        return torch.cat([self.indices(steps, total) + 1, torch.zeros(1, dtype=torch.float64)]) / total
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leading(Grid):
+class Leading(Entries):
     """Table entries k (T // steps) + offset: DDIM's own choice, which never visits the noisiest entries.
 
     offset 1 is Stable Diffusion's. Lin et al. 2023 (arXiv 2305.08891), table 2.
@@ -182,32 +196,31 @@ class Leading(Grid):
         if self.offset not in (0, 1):
             raise ValueError(f"leading offset must be 0 or 1, got {self.offset}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        total = _table_steps(steps, schedule)
-        indices = torch.arange(steps - 1, -1, -1) * (total // steps) + self.offset
-        return _of_indices(indices.clamp(max=total - 1), total)
+    def indices(self, steps: int, total: int) -> Tensor:
+        if (steps - 1) * (total // steps) + self.offset >= total:
+            raise ValueError(f"leading offset {self.offset} leaves a table of {total} entries {total - self.offset} "
+                             f"steps, got {steps}; ask for fewer, or for offset 0")
+        return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (total // steps) + self.offset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linspace(Grid):
+class Linspace(Entries):
     """Table entries from T - 1 to 0 in equal, rounded steps. Lin et al. 2023 (arXiv 2305.08891), table 2."""
 
     kind: Literal["linspace"] = "linspace"
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        total = _table_steps(steps, schedule)
-        return _of_indices((_levels(steps) * (total - 1)).round(), total)
+    def indices(self, steps: int, total: int) -> Tensor:
+        return (_levels(steps) * (total - 1)).round()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trailing(Grid):
+class Trailing(Entries):
     """Table entries T - 1, T - 1 - T / steps, ..., rounded. Lin et al. 2023 (arXiv 2305.08891), table 2."""
 
     kind: Literal["trailing"] = "trailing"
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
-        total = _table_steps(steps, schedule)
-        return _of_indices((total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round() - 1, total)
+    def indices(self, steps: int, total: int) -> Tensor:
+        return (total - torch.arange(steps, dtype=torch.float64) * (total / steps)).round() - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +235,7 @@ class Given(Grid):
         if len(self.times) < 2 or self.times[0] > 1 or self.times[-1] != 0 or not falling:
             raise ValueError(f"given times must fall strictly from at most 1 to exactly 0, got {self.times}")
 
-    def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
+    def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         if steps != len(self.times) - 1:
             raise ValueError(f"{len(self.times)} given times make {len(self.times) - 1} steps, got steps = {steps}")
         if self.times[-2] < schedule.t_min * (1 - 1e-9):

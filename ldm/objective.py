@@ -16,7 +16,7 @@ from ldm.noise import Noise
 from ldm.pairing import Independent, Pairing
 from ldm.times import LossAware, Places, TimeSampling
 from ldm.uncertainty import Weighed
-from ldm.variational import bound_at, walk_steps
+from ldm.variational import bound_at
 from ldm.weighting import Weighting
 
 Network = Backbone | Callable[[Tensor, Tensor, Cond], Tensor | Weighed]
@@ -87,7 +87,7 @@ class Objective:
         if self.diffusion.learned_variance:
             schedule, (mean, v) = self.diffusion.schedule, _prediction(answer).chunk(2, dim=1)
             ends = self.diffusion.recover(x_t, torch.cat([mean.detach(), v], dim=1), draw.t)
-            loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (walk_steps(schedule) / 1000)
+            loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (schedule.steps / 1000)
         return Losses(draw.factor.float() * loss, loss)
 
     def at(self, backbone: Network, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:

@@ -16,14 +16,9 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
-from ldm.schedules import NoiseSchedule, Table, match
+from ldm.schedules import NoiseSchedule, match
 
 BIN = 2 / 255  # the width of an 8-bit value on [-1, 1]
-
-
-def walk_steps(schedule: NoiseSchedule) -> int:
-    """T: the table's entries, or 1000 for a continuous schedule, whose network counts the same."""
-    return schedule.steps if isinstance(schedule, Table) else 1000
 
 
 def bound_at(schedule: NoiseSchedule, ends: Denoised, x0: Tensor, t: Tensor, *, bins: float = 0.0) -> Tensor:
@@ -33,7 +28,7 @@ def bound_at(schedule: NoiseSchedule, ends: Denoised, x0: Tensor, t: Tensor, *, 
     lands on t = 0 is -log p(x0 | x_t): of a density, or with `bins` > 0 of a discretised Gaussian with bins so wide,
     open at -1 and 1. Its small variance is that of the step before, as its own is 0.
     """
-    step = 1 / walk_steps(schedule)
+    step = 1 / schedule.steps
     last = t - step < schedule.t_min * (1 - 1e-9)
     # Each sample takes one of two terms. The other is thrown away, but must be finite for its gradient to be 0: it is
     # that of a step from t to t / 2.
@@ -76,7 +71,7 @@ def prior_bits(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
 
 def bound(denoise: Denoise, x0: Tensor, noise: Noise, *, bins: float = 0.0) -> Tensor:
     """An upper bound of -log2 p(x0) per dimension, (B,): all T terms, one network call each, and the prior's."""
-    schedule, steps = denoise.schedule, walk_steps(denoise.schedule)
+    schedule, steps = denoise.schedule, denoise.schedule.steps
     total = prior_bits(schedule, x0)
     with torch.no_grad():
         for index in range(1, steps + 1):

@@ -34,6 +34,7 @@ PURE_IMPORTS = {
         "math",
     ],
     *["numbers", "operator", "re", "string", "typing", "warnings", "zlib", "torch"],
+    *["importlib", "pkgutil"],  # a family finds its own modules
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }
 # The rooms of training/ from the ground up: each may import what lies below it, none beside it.

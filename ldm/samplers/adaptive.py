@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler
+from ldm.samplers.base import Sampler, Step
 from ldm.samplers.ode import VARIABLES, Tableau
 
 _FLOW = VARIABLES["flow"]
@@ -46,9 +46,9 @@ class Embedded(Sampler):
     is at most 1, or after `halvings` halvings of the grid's step. Asking that costs a synchronisation a trial.
     """
 
-    order: ClassVar[int] = 0
-    calls: ClassVar[int] = 0
-    rises: ClassVar[bool] = True
+    order = 0
+    calls = 0
+    rises = True
     tableau: ClassVar[Tableau]
     difference: ClassVar[tuple[float, ...]]
     tolerance: float
@@ -59,8 +59,7 @@ class Embedded(Sampler):
             raise ValueError(f"{self.kind} needs a positive tolerance and halvings of at least 0, got "
                              f"{self.tolerance} and {self.halvings}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Tensor | None,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Tensor | None, noise: Noise) -> Step:
         schedule = denoise.schedule
         start, scale = _FLOW.place(schedule, t)
         end, end_scale = _FLOW.place(schedule, s)
@@ -129,3 +128,6 @@ class BogackiShampine(Embedded):
     halvings: int = 10
     tableau: ClassVar[Tableau] = BOGACKI_SHAMPINE
     difference: ClassVar[tuple[float, ...]] = (-5 / 72, 1 / 12, 1 / 9, -1 / 8)
+
+
+SAMPLERS = (DormandPrince, BogackiShampine)

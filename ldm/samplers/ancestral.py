@@ -7,18 +7,26 @@ x_s = alpha_s x0 + sigma_s e eps + sigma_s sqrt(1 - e^2) z: no division by alpha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from ldm.denoiser import Denoise
+from ldm.diffusion import Denoised
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler, mix
+from ldm.samplers.base import Memory, Sampler, Step, mix
+from ldm.schedules import Level
 
 
 def _decay(denoise: Denoise, t: Tensor, s: Tensor) -> Tensor:
     """ln e^2 = logsnr(t) - logsnr(s), minus infinity from pure noise or onto a clean sample."""
     return denoise.schedule.logsnr(t) - denoise.schedule.logsnr(s)
+
+
+def posterior(level: Level, ends: Denoised, h: Tensor, z: Tensor) -> Tensor:
+    """x_s at a level, half log-SNR having grown by h, so that e = exp(-h), by the draw z."""
+    x = level.alpha * ends.x0 + (level.sigma * (-h).exp()) * ends.eps
+    return x + (level.sigma * (-(-2 * h).expm1()).sqrt()) * z
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +39,6 @@ class DDPM(Sampler):
     without such a network.
     """
 
-    order: ClassVar[int] = 1
-    calls: ClassVar[int] = 1
     kind: Literal["ddpm"] = "ddpm"
     variance: Literal["small", "large", "learned"] = "small"
 
@@ -40,21 +46,18 @@ class DDPM(Sampler):
         if self.variance not in ("small", "large", "learned"):
             raise ValueError(f"ddpm variance must be small, large or learned, got {self.variance!r}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         ends, level = denoise(x, t), denoise.schedule(s)
         if s == 0:
             return ends.x0, None
-        decay = _decay(denoise, t, s)
-        std = (-decay.expm1()).sqrt()
+        std = (-_decay(denoise, t, s).expm1()).sqrt()
         small, large = level.sigma * std, denoise.schedule(t).sigma * std
+        spread: Tensor = large if self.variance == "large" else small
         if self.variance == "learned":
             if ends.log_var_frac is None:
                 raise ValueError("ddpm variance 'learned' needs a network that learned it; use small or large")
             spread = small * ((large / small).log() * ends.log_var_frac).exp()
-        else:
-            spread = large if self.variance == "large" else small
-        mean = level.alpha * ends.x0 + level.sigma * (decay / 2).exp() * ends.eps
+        mean = level.alpha * ends.x0 + level.sigma * (_decay(denoise, t, s) / 2).exp() * ends.eps
         return mean + spread * noise.normal(x.shape[1:], dtype=x.dtype), None
 
 
@@ -66,9 +69,7 @@ class DDIM(Sampler):
     Song et al. 2021 (arXiv 2010.02502), eq. 12.
     """
 
-    order: ClassVar[int] = 1
-    calls: ClassVar[int] = 1
-    rises: ClassVar[bool] = True
+    rises = True
     kind: Literal["ddim"] = "ddim"
     eta: float = 0.0
 
@@ -76,8 +77,7 @@ class DDIM(Sampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"ddim eta must be in [0, 1], got {self.eta}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         ends, level = denoise(x, t), denoise.schedule(s)
         if self.eta == 0 or s == 0:
             return mix(level, ends), None
@@ -97,15 +97,15 @@ class DDIMInversion(Sampler):
     one call a step. Mokady et al. 2023 (arXiv 2211.09794), eq. 3. Raises ValueError on a falling grid.
     """
 
-    order: ClassVar[int] = 1
-    calls: ClassVar[int] = 1
-    rises: ClassVar[bool] = True
+    rises = True
     kind: Literal["ddim-inversion"] = "ddim-inversion"
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if s < t:
             raise ValueError("ddim-inversion walks away from the data: its grid must rise")
         (alpha, sigma), level = denoise.schedule(t), denoise.schedule(s)
         keep = level.alpha / alpha
         return keep * x + (level.sigma - keep * sigma) * denoise(x, s).eps, None
+
+
+SAMPLERS = (DDPM, DDIM)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +16,10 @@ from ldm.diffusion import Denoised
 from ldm.noise import Noise
 from ldm.schedules import Level, NoiseSchedule
 
-
-class BySettings:
-    """A number of a sampler that its settings decide, by the decorated method; of the class, that of its defaults."""
-
-    def __init__(self, rule: Callable[[Any], int]) -> None:
-        self.rule = rule
-
-    def __get__(self, sampler: Any, cls: type) -> int:
-        return self.rule(cls() if sampler is None else sampler)
-
-
 Memory = Any
 """What a multistep sampler hands from one step to the next: None before the first step."""
+Step = tuple[Tensor, Memory]
+"""x at s, and the memory for the step from there."""
 
 
 class Sampler(ABC):
@@ -36,18 +27,23 @@ class Sampler(ABC):
 
     `order` is the power of the step with which its error falls (the variance's, where it adds noise), 0 where that is
     not what sets it; `calls` the number of network calls a step away from the ends, 0 where it depends on grid or data;
-    `rises` whether it also walks away from the data, as rules without noise can: s > t. What settings change is
-    `BySettings`.
+    `rises` whether it also walks away from the data, as rules without noise can: s > t. Where settings change them they
+    are of the instance.
     """
 
     kind: str
-    order: ClassVar[int]
-    calls: ClassVar[int]
-    rises: ClassVar[bool] = False
+    rises = False
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    @property
+    def calls(self) -> int:
+        return 1
 
     @abstractmethod
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         """x at s from x at t, and the memory for the next step. t and s are float64 () on the CPU; noise is this step's
         own source."""
 
@@ -120,9 +116,14 @@ def prior(schedule: NoiseSchedule, shape: tuple[int, ...], noise: Noise, dtype: 
     return schedule.prior_std * noise.normal(shape, "prior", dtype=dtype)
 
 
-def noise_ratio(schedule: NoiseSchedule, t: Tensor) -> float:
+def half_logsnr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """lambda = ln(alpha / sigma)."""
+    return schedule.logsnr(t) / 2
+
+
+def noise_ratio(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """sigma / alpha at t, infinite at pure noise."""
-    return (-schedule.logsnr(t) / 2).exp().item()
+    return (-half_logsnr(schedule, t)).exp()
 
 
 def mix(level: Level, ends: Denoised) -> Tensor:

@@ -13,7 +13,7 @@ infinite, and one whose inner stages would call the network below t_min, falls b
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -23,60 +23,39 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
-from ldm.samplers.base import Memory, Sampler, mix
+from ldm.samplers.base import Memory, Sampler, Step, mix
 from ldm.schedules import NoiseSchedule
 
 
-class _Variable(ABC):
-    @abstractmethod
-    def place(self, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(w, c) at t."""
+class _Variable(NamedTuple):
+    """A row of the table above: (w, c) at t; the t at which the variable is w; and dz/dw from both ends at t."""
 
-    @abstractmethod
-    def time(self, schedule: NoiseSchedule, w: Tensor) -> Tensor:
-        """The t at which the variable is w."""
-
-    @abstractmethod
-    def slope(self, schedule: NoiseSchedule, t: Tensor, ends: Denoised) -> Tensor:
-        """dz/dw."""
+    place: Callable[[NoiseSchedule, Tensor], tuple[Tensor, Tensor]]
+    time: Callable[[NoiseSchedule, Tensor], Tensor]
+    slope: Callable[[NoiseSchedule, Tensor, Denoised], Tensor]
 
 
-class _FlowTime(_Variable):
-    def place(self, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = schedule(t)
-        return sigma / (alpha + sigma), alpha + sigma
-
-    def time(self, schedule: NoiseSchedule, w: Tensor) -> Tensor:
-        return schedule.time(2 * ((1 - w).log() - w.log()))
-
-    def slope(self, schedule: NoiseSchedule, t: Tensor, ends: Denoised) -> Tensor:
-        return ends.eps - ends.x0
+def _over_sum(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    alpha, sigma = schedule(t)
+    return sigma / (alpha + sigma), alpha + sigma
 
 
-class _Ratio(_Variable):
-    def place(self, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = schedule(t)
-        return sigma / alpha, alpha
-
-    def time(self, schedule: NoiseSchedule, w: Tensor) -> Tensor:
-        return schedule.time(-2 * w.log())
-
-    def slope(self, schedule: NoiseSchedule, t: Tensor, ends: Denoised) -> Tensor:
-        return ends.eps
+def _over_alpha(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    alpha, sigma = schedule(t)
+    return sigma / alpha, alpha
 
 
-class _OwnTime(_Variable):
-    def place(self, schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-        return t, torch.ones_like(t)
+VARIABLES = {
+    "flow": _Variable(_over_sum, lambda schedule, w: schedule.time(2 * ((1 - w).log() - w.log())),
+                      lambda schedule, t, ends: ends.eps - ends.x0),
+    "sigma": _Variable(_over_alpha, lambda schedule, w: schedule.time(-2 * w.log()),
+                       lambda schedule, t, ends: ends.eps),
+    "t": _Variable(lambda schedule, t: (t, torch.ones_like(t)), lambda schedule, w: w,
+                   lambda schedule, t, ends: mix(schedule.rates(t), ends)),
+}
 
-    def time(self, schedule: NoiseSchedule, w: Tensor) -> Tensor:
-        return w
 
-    def slope(self, schedule: NoiseSchedule, t: Tensor, ends: Denoised) -> Tensor:
-        return mix(schedule.rates(t), ends)
-
-
-VARIABLES: dict[str, _Variable] = {"flow": _FlowTime(), "sigma": _Ratio(), "t": _OwnTime()}
+Variable = Literal["flow", "sigma", "t"]
 
 
 class Tableau(NamedTuple):
@@ -94,20 +73,25 @@ HEUN3 = Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)
 CLASSIC = Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 
+@dataclass(frozen=True, kw_only=True)
 class RungeKutta(Sampler):
     """x_s = c_s (x / c_t + (w_s - w_t) sum_i b_i dz/dw_i), by the first tableau whose stages the network may be called
     at. Raises ValueError on an unknown variable."""
 
-    rises: ClassVar[bool] = True
-    variable: str
+    rises = True
     tableaux: ClassVar[tuple[Tableau, ...]]
+    kind: str
+    variable: Variable = "flow"
+
+    @property
+    def calls(self) -> int:
+        return len(self.tableaux[0].nodes)
 
     def __post_init__(self) -> None:
         if self.variable not in VARIABLES:
             raise ValueError(f"{self.kind} variable must be one of {', '.join(VARIABLES)}, got {self.variable!r}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         variable, schedule = VARIABLES[self.variable], denoise.schedule
         (start, scale), (end, _) = variable.place(schedule, t), variable.place(schedule, s)
         if not bool(start.isfinite() & end.isfinite()):
@@ -145,40 +129,30 @@ def _advance(x: Tensor, scale: Tensor, new_scale: Tensor, width: Tensor, weights
     return x
 
 
-Variable = Literal["flow", "sigma", "t"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Euler(RungeKutta):
     """Order 1, one call a step. In `flow` and `sigma` it is DDIM at eta 0; on flow matching, Euler on the velocity."""
 
-    order: ClassVar[int] = 1
-    calls: ClassVar[int] = 1
     kind: Literal["euler"] = "euler"
-    variable: Variable = "flow"
-    tableaux: ClassVar[tuple[Tableau, ...]] = (EULER,)
+    tableaux = (EULER,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Midpoint(RungeKutta):
     """Order 2, two calls a step."""
 
-    order: ClassVar[int] = 2
-    calls: ClassVar[int] = 2
+    order = 2
     kind: Literal["midpoint"] = "midpoint"
-    variable: Variable = "flow"
-    tableaux: ClassVar[tuple[Tableau, ...]] = (MIDPOINT, EULER)
+    tableaux = (MIDPOINT, EULER)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(RungeKutta):
     """Order 2, two calls a step, one on the step that lands on t = 0. Karras et al. 2022 (arXiv 2206.00364), alg. 1."""
 
-    order: ClassVar[int] = 2
-    calls: ClassVar[int] = 2
+    order = 2
     kind: Literal["heun"] = "heun"
-    variable: Variable = "flow"
-    tableaux: ClassVar[tuple[Tableau, ...]] = (HEUN, EULER)
+    tableaux = (HEUN, EULER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +160,9 @@ class RK4(RungeKutta):
     """The classic method of order 4, four calls a step; where the last stage may not be called, Heun's third-order
     rule, which has none at the end of the step and so keeps the order."""
 
-    order: ClassVar[int] = 4
-    calls: ClassVar[int] = 4
+    order = 4
     kind: Literal["rk4"] = "rk4"
-    variable: Variable = "flow"
-    tableaux: ClassVar[tuple[Tableau, ...]] = (CLASSIC, HEUN3, EULER)
+    tableaux = (CLASSIC, HEUN3, EULER)
+
+
+SAMPLERS = (Euler, Midpoint, Heun, RK4)

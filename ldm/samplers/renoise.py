@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
-from ldm.samplers.base import BySettings, Memory, Sampler, noise_ratio
+from ldm.samplers.base import Memory, Sampler, Step, noise_ratio
 from ldm.samplers.ode import Heun, Variable
 from ldm.schedules import NoiseSchedule
 
@@ -38,7 +38,7 @@ class HeunChurn(Sampler):
     of 256 steps. Karras et al. 2022 (arXiv 2206.00364), algorithm 2 and table 5.
     """
 
-    calls: ClassVar[int] = 2
+    calls = 2
     kind: Literal["heun-churn"] = "heun-churn"
     churn: float = 0.15625
     ratio_min: float = 0.05
@@ -55,12 +55,11 @@ class HeunChurn(Sampler):
                              f"{self.ratio_min}, {self.ratio_max} and {self.noise_scale}")
         Heun(variable=self.variable)
 
-    @BySettings
+    @property
     def order(self) -> int:
         return 0 if self.churn else Heun.order
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule = denoise.schedule
         if self.churn and self.ratio_min <= noise_ratio(schedule, t) <= self.ratio_max:
             above = schedule.time(schedule.logsnr(t) - 2 * math.log1p(self.churn))
@@ -80,8 +79,8 @@ class Restart(Sampler):
     above 0 reaches does nothing; inner times are those of `karras`. Xu et al. 2023 (arXiv 2306.14878), algorithm 1.
     """
 
-    order: ClassVar[int] = 0
-    calls: ClassVar[int] = 0
+    order = 0
+    calls = 0
     kind: Literal["restart"] = "restart"
     intervals: tuple[tuple[float, float], ...] = ((0.06, 0.3),)
     repeats: int = 2
@@ -96,11 +95,10 @@ class Restart(Sampler):
                              f"and {self.inner_steps}")
         Heun(variable=self.variable)
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         heun, schedule = Heun(variable=self.variable), denoise.schedule
         x, _ = heun.step(denoise, x, t, s, None, noise)
-        before, after = (noise_ratio(schedule, time) for time in (t, s))
+        before, after = (noise_ratio(schedule, time).item() for time in (t, s))
         for index, (low, high) in enumerate(self.intervals):
             if s >= schedule.t_min and 0 < after <= low < before:
                 inner = self._inner(schedule, s, after, high)
@@ -112,7 +110,10 @@ class Restart(Sampler):
         return x, None
 
     def _inner(self, schedule: NoiseSchedule, s: Tensor, low: float, high: float) -> Tensor:
-        most = noise_ratio(schedule, torch.ones_like(s))
+        most = noise_ratio(schedule, torch.ones_like(s)).item()
         ends = torch.tensor([min(high, most), low], dtype=torch.float64) ** (1 / 7)
         ratios = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, self.inner_steps + 1, dtype=torch.float64)) ** 7
         return torch.cat([schedule.time(-2 * ratios[:-1].log()).clamp(max=1), s[None]])
+
+
+SAMPLERS = (HeunChurn, Restart)

@@ -8,14 +8,14 @@ lands on t = 0 without noise, from x0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.ancestral import DDPM
-from ldm.samplers.base import BySettings, Memory, Sampler, mix
+from ldm.samplers.base import Memory, Sampler, Step, mix
 from ldm.schedules import NoiseSchedule
 
 
@@ -33,8 +33,6 @@ class EulerMaruyama(Sampler):
     2024 (arXiv 2401.08740), eq. 4 and table 2.
     """
 
-    order: ClassVar[int] = 1
-    calls: ClassVar[int] = 1
     kind: Literal["euler-maruyama"] = "euler-maruyama"
     diffusion: Literal["sde", "sigma"] = "sde"
     strength: float = 1.0
@@ -44,8 +42,7 @@ class EulerMaruyama(Sampler):
             raise ValueError(f"euler-maruyama diffusion must be sde or sigma and strength at least 0, got "
                              f"{self.diffusion!r} and {self.strength}")
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if s == 0 or (self.diffusion == "sde" and _ends(denoise, t, s)):
             return DDPM().step(denoise, x, t, s, None, noise)
         level, rates, ends = denoise.schedule(t), denoise.schedule.rates(t), denoise(x, t)
@@ -63,12 +60,9 @@ class ReverseDiffusion(Sampler):
     On VE it is `ddpm` with the large variance. Song et al. 2021 (arXiv 2011.13456), eq. 46.
     """
 
-    order: ClassVar[int] = 1
-    calls: ClassVar[int] = 1
     kind: Literal["reverse-diffusion"] = "reverse-diffusion"
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if _ends(denoise, t, s):
             return DDPM().step(denoise, x, t, s, None, noise)
         schedule = denoise.schedule
@@ -109,16 +103,15 @@ class PredictorCorrector(Sampler):
             raise ValueError(f"predictor-corrector needs snr and corrector_steps of at least 0, got {self.snr} and "
                              f"{self.corrector_steps}")
 
-    @BySettings
+    @property
     def calls(self) -> int:
         return 1 + (self.corrector_steps if self.snr else 0)
 
-    @BySettings
+    @property
     def order(self) -> int:
-        return 0 if self.calls > 1 else ReverseDiffusion.order
+        return 0 if self.calls > 1 else 1
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if not _ends(denoise, t, s):
             for index in range(self.corrector_steps):
                 x = self.correct(denoise, x, t, s, noise.fold("corrector", index))
@@ -144,7 +137,7 @@ class Langevin(Sampler):
     step ends with x0. Song & Ermon 2020 (arXiv 2006.09011), algorithm 1: step_size 0.062 on 232 levels from 50 to 0.01.
     """
 
-    order: ClassVar[int] = 0
+    order = 0
     kind: Literal["langevin"] = "langevin"
     inner_steps: int = 5
     step_size: float = 0.062
@@ -154,12 +147,11 @@ class Langevin(Sampler):
             raise ValueError(f"langevin needs inner_steps of at least 1 and step_size in (0, 1), got "
                              f"{self.inner_steps} and {self.step_size}")
 
-    @BySettings
+    @property
     def calls(self) -> int:
         return self.inner_steps
 
-    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
-             noise: Noise) -> tuple[Tensor, Memory]:
+    def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule = denoise.schedule
         if bool(schedule.logsnr(t).isinf()):
             return DDPM().step(denoise, x, t, s, None, noise)
@@ -170,3 +162,6 @@ class Langevin(Sampler):
         if s == 0:
             return mix(schedule(s), denoise(x, t)), None
         return (schedule(s).alpha / schedule(t).alpha) * x, None
+
+
+SAMPLERS = (EulerMaruyama, ReverseDiffusion, PredictorCorrector, Langevin)

@@ -34,6 +34,11 @@ class NoiseSchedule(ABC):
     """
 
     @property
+    def steps(self) -> int:
+        """T: the entries of a table, and 1000 for a process in continuous time, whose network counts the same."""
+        return 1000
+
+    @property
     @abstractmethod
     def t_min(self) -> float:
         """The least time at which a network is called."""
@@ -77,21 +82,23 @@ class NoiseSchedule(ABC):
         """c_in: what x_t is multiplied by on its way into the network."""
 
 
-class Continuous(NoiseSchedule):
-    """A process of bounded variance, defined at every t in [0, 1]: the network sees 1000 t and x_t as it is."""
+class Bounded(NoiseSchedule):
+    """A process whose x_t has about the variance of the data: the network sees x_t as it is."""
 
-    @property
-    def prior_std(self) -> float:
-        return 1.0
+    prior_std = 1.0
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+class Continuous(Bounded):
+    """Such a process defined at every t in [0, 1]: the network sees 1000 t."""
 
     def trained(self, t: Tensor) -> Tensor:
         return t.clamp(self.t_min, 1)
 
     def noise_level(self, t: Tensor) -> Tensor:
         return 1000 * t
-
-    def input_scale(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
 
 
 def check_t_min(t_min: float, *, zero_allowed: bool = False) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,23 @@ from ldm.schedules.base import Continuous, Level, check_t_min
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow(Continuous):
+class _ToNoise(Continuous):
+    """The interpolants that end in pure noise, alpha(1) = 0, and whose network may be called down to t = 0."""
+
+    kind: str
+    t_min: float = 1e-5
+    pure_noise = True
+
+    def __post_init__(self) -> None:
+        check_t_min(self.t_min, zero_allowed=True)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        alpha, sigma = self(t)
+        return 2 * (alpha.log() - sigma.log())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow(_ToNoise):
     """Rectified flow: alpha = 1 - t, sigma = t. Lipman et al. 2023 (arXiv 2210.02747); Liu et al. 2023 (arXiv
     2209.03003).
 
@@ -24,14 +39,6 @@ class Flow(Continuous):
     """
 
     kind: Literal["flow"] = "flow"
-    t_min: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_t_min(self.t_min, zero_allowed=True)
-
-    @property
-    def pure_noise(self) -> bool:
-        return True
 
     def __call__(self, t: Tensor) -> Level:
         return Level(1 - t, t)
@@ -39,29 +46,18 @@ class Flow(Continuous):
     def rates(self, t: Tensor) -> Level:
         return Level(-torch.ones_like(t), torch.ones_like(t))
 
-    def logsnr(self, t: Tensor) -> Tensor:
-        return 2 * ((1 - t).log() - t.log())
-
     def time(self, logsnr: Tensor) -> Tensor:
         return torch.sigmoid(-logsnr / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GVP(Continuous):
+class GVP(_ToNoise):
     """The generalised variance-preserving interpolant: alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 
     Albergo & Vanden-Eijnden 2023 (arXiv 2209.15571); SiT (arXiv 2401.08740), table 1.
     """
 
     kind: Literal["gvp"] = "gvp"
-    t_min: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_t_min(self.t_min, zero_allowed=True)
-
-    @property
-    def pure_noise(self) -> bool:
-        return True
 
     def __call__(self, t: Tensor) -> Level:
         # The sine of the complement is exactly 0 at t = 1, where the cosine would leave 6e-17.
@@ -71,30 +67,24 @@ class GVP(Continuous):
         alpha, sigma = self(t)
         return Level(-math.pi / 2 * sigma, math.pi / 2 * alpha)
 
-    def logsnr(self, t: Tensor) -> Tensor:
-        alpha, sigma = self(t)
-        return 2 * (alpha.log() - sigma.log())
-
     def time(self, logsnr: Tensor) -> Tensor:
         return 2 / math.pi * (-logsnr / 2).exp().atan()
 
 
+@dataclass(frozen=True, kw_only=True)
 class _LinearBeta(Continuous):
     """The SDEs whose beta(t) rises linearly: alpha = exp(-b / 2), with b(t) the integral of beta up to t."""
 
     kind: str
-    beta_min: float
-    beta_max: float
-    t_min: float
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+    pure_noise = False
 
     def __post_init__(self) -> None:
         check_t_min(self.t_min)
         if not 0 < self.beta_min < self.beta_max < math.inf:
             raise ValueError(f"{self.kind} needs 0 < beta_min < beta_max, got {self.beta_min} and {self.beta_max}")
-
-    @property
-    def pure_noise(self) -> bool:
-        return False
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t) = beta_min + (beta_max - beta_min) t."""
@@ -108,9 +98,6 @@ class _LinearBeta(Continuous):
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * slope * integral).sqrt())
 
-    @abstractmethod
-    def logsnr(self, t: Tensor) -> Tensor: ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class VP(_LinearBeta):
@@ -120,9 +107,6 @@ class VP(_LinearBeta):
     """
 
     kind: Literal["vp"] = "vp"
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-3
 
     def __call__(self, t: Tensor) -> Level:
         b = self._integral(t)
@@ -147,9 +131,6 @@ class SubVP(_LinearBeta):
     """
 
     kind: Literal["sub-vp"] = "sub-vp"
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-3
 
     def __call__(self, t: Tensor) -> Level:
         b = self._integral(t)
@@ -166,3 +147,6 @@ class SubVP(_LinearBeta):
     def time(self, logsnr: Tensor) -> Tensor:
         # sigma / alpha = (1 - alpha^2) / alpha = 2 sinh(b / 2), whose inverse keeps its digits at both ends.
         return self._time(2 * ((-logsnr / 2).exp() / 2).asinh())
+
+
+SCHEDULES = (Flow, GVP, VP, SubVP)

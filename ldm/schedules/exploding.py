@@ -12,13 +12,15 @@ from torch import Tensor
 from ldm.schedules.base import Level, NoiseSchedule, check_t_min
 
 
+@dataclass(frozen=True, kw_only=True)
 class Exploding(NoiseSchedule):
     """alpha = 1; the network is given x_t / sqrt(sigma^2 + sigma_data^2), which has unit variance."""
 
     kind: str
     sigma_min: float
     sigma_max: float
-    sigma_data: float
+    sigma_data: float = 0.5
+    pure_noise = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
@@ -26,10 +28,6 @@ class Exploding(NoiseSchedule):
         if not 0 < self.sigma_data < math.inf:
             raise ValueError(f"{self.kind} needs a positive sigma_data, got {self.sigma_data}")
         check_t_min(self.t_min)
-
-    @property
-    def pure_noise(self) -> bool:
-        return False
 
     @property
     def prior_std(self) -> float:
@@ -55,7 +53,6 @@ class VE(Exploding):
     kind: Literal["ve"] = "ve"
     sigma_min: float = 0.01
     sigma_max: float = 50.0
-    sigma_data: float = 0.5
     t_min: float = 1e-5
 
     def __call__(self, t: Tensor) -> Level:
@@ -83,7 +80,6 @@ class EDM(Exploding):
     kind: Literal["edm"] = "edm"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    sigma_data: float = 0.5
 
     @property
     def t_min(self) -> float:
@@ -100,3 +96,6 @@ class EDM(Exploding):
 
     def noise_level(self, t: Tensor) -> Tensor:
         return (self.sigma_max * t).log() / 4
+
+
+SCHEDULES = (VE, EDM)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ldm.schedules.base import Level, NoiseSchedule
+from ldm.schedules.base import Bounded, Level
 
 
-class Table(NoiseSchedule):
+class Table(Bounded):
     """alpha^2 = alpha_bar, the running product of 1 - beta; between entries linear in log-SNR.
 
     `zero_terminal_snr` shifts and scales alpha so that its last entry is 0 and its first unchanged (Lin et al. 2023,
@@ -52,10 +52,6 @@ class Table(NoiseSchedule):
     def pure_noise(self) -> bool:
         return self.zero_terminal_snr
 
-    @property
-    def prior_std(self) -> float:
-        return 1.0
-
     def alpha_bar(self) -> Tensor:
         """alpha^2 at the T entries, float64 on the CPU."""
         alpha_bar = (1 - self.betas()).cumprod(0)
@@ -67,7 +63,7 @@ class Table(NoiseSchedule):
     def logsnr(self, t: Tensor) -> Tensor:
         position, below, above = self._interval(t)
         inside = below + (above - below) * position
-        if self.zero_terminal_snr:
+        if self.zero_terminal_snr:  # elsewhere its gradient at an entry would not be finite
             inside = torch.where(above.isneginf(), below + 2 * (1 - position).log(), inside)
         return torch.where(t > 0, inside, math.inf)
 
@@ -76,8 +72,7 @@ class Table(NoiseSchedule):
         index = torch.searchsorted(-table, -logsnr.contiguous()).clamp(1, self.steps - 1)
         below, above = table[index - 1], table[index]
         position = (logsnr - below) / (above - below)
-        if self.zero_terminal_snr:
-            position = torch.where(above.isneginf(), 1 - ((logsnr - below) / 2).exp(), position)
+        position = torch.where(above.isneginf(), 1 - ((logsnr - below) / 2).exp(), position)
         return ((index + position) / self.steps).clamp(min=0)
 
     def __call__(self, t: Tensor) -> Level:
@@ -89,9 +84,7 @@ class Table(NoiseSchedule):
         _, below, above = self._interval(t)
         alpha, sigma = self(t)
         slope = (alpha / sigma) * (above - below) / 2
-        if self.zero_terminal_snr:
-            slope = torch.where(above.isneginf(), -(below / 2).exp(), slope)
-        slope = slope * self.steps
+        slope = torch.where(above.isneginf(), -(below / 2).exp(), slope) * self.steps
         return Level(sigma**3 * slope, -alpha * sigma**2 * slope)
 
     def trained(self, t: Tensor) -> Tensor:
@@ -99,9 +92,6 @@ class Table(NoiseSchedule):
 
     def noise_level(self, t: Tensor) -> Tensor:
         return self.steps * t - 1
-
-    def input_scale(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where t lies between two entries, in [0, 1], and their log-SNRs; below t_min the first interval goes on."""
@@ -181,3 +171,6 @@ class DDPMSigmoid(Table):
     def betas(self) -> Tensor:
         ramp = torch.linspace(-self.width, self.width, self.steps, dtype=torch.float64).sigmoid()
         return self.beta_min + (self.beta_max - self.beta_min) * ramp
+
+
+SCHEDULES = (DDPMLinear, DDPMScaledLinear, DDPMCosine, DDPMSigmoid)

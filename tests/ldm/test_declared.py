@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from looping import each
 
 from ldm.exact import F64, Counted, final_variance, fitted_order, gaussian, marginal
 from ldm.noise import Noise
-from ldm.samplers import DEIS, IPNDM, LMS, SAMPLERS, HeunChurn, Langevin, PredictorCorrector, Sampler, UniPC, sample
+from ldm.samplers import DEIS, IPNDM, LMS, HeunChurn, Langevin, PredictorCorrector, Sampler, UniPC, sample
 from ldm.schedules import EDM, VP, Flow, NoiseSchedule
 
 OTHERS: list[Sampler] = [
@@ -28,7 +29,7 @@ def test_a_step_costs_what_is_declared(sampler: Sampler) -> None:
         assert len(counted.times) == 12 * sampler.calls + isinstance(sampler, UniPC)
 
 
-@pytest.mark.parametrize("schedule", THREE, ids=repr)
+@each("schedule", THREE)
 @pytest.mark.parametrize("sampler", [sampler for sampler in OTHERS if sampler.order], ids=repr)
 def test_the_error_falls_with_the_order_declared(sampler: Sampler, schedule: NoiseSchedule) -> None:
     """And no faster than by one power where that is 1: a rule of the first order says so."""
@@ -48,9 +49,3 @@ def test_what_is_not_set_by_the_step_says_so() -> None:
         if isinstance(sampler, Langevin) or (isinstance(sampler, HeunChurn) and sampler.churn)
         or (isinstance(sampler, PredictorCorrector) and sampler.snr and sampler.corrector_steps)
     }
-
-
-@pytest.mark.parametrize("cls", SAMPLERS)
-def test_a_class_says_what_its_defaults_do(cls: type[Sampler]) -> None:
-    assert (cls.order, cls.calls, cls.rises) == (cls().order, cls().calls, cls().rises)
-    assert type(cls.order) is int and type(cls.calls) is int

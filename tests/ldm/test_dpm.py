@@ -14,7 +14,7 @@ from ldm.diffusion import Denoised
 from ldm.exact import F64, fitted_order, gaussian, scalar
 from ldm.noise import Noise
 from ldm.samplers import DPMpp2M, DPMpp3M, DPMppSDE2M, DPMppSDE3M, DPMSolver2, DPMSolver3, Sampler
-from ldm.samplers.dpm import Multistep
+from ldm.samplers.multistep import Multistep
 from ldm.schedules import EDM, VP, Flow, NoiseSchedule
 
 ONE = Noise.from_seeds([0])

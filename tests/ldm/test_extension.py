@@ -6,12 +6,15 @@ ends of time; each that is run over samplers, with `Twice` in the place of `DDIM
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +37,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser
 from ldm.diffusion import Diffusion
+from ldm.families import members
 from ldm.grids import Karras
 from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
@@ -117,42 +121,59 @@ def rows(mark: pytest.Mark) -> list[dict[str, object]]:
     return [dict(zip(names, row, strict=True)) for row in values]
 
 
-def cases() -> Iterator[Any]:
-    """Every test of a family with every choice of its arguments that has an outsider among them."""
+def choices(function: Any) -> tuple[Callable[..., None], list[list[dict[str, object]]]]:
+    """A test without its loops, and the arguments of these and of its parametrisations."""
+    found = [rows(mark) for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
+    while hasattr(function, "loop"):
+        name, values, function = function.loop
+        found.append(rows(pytest.mark.parametrize(name, values).mark))
+    return function, found
+
+
+def cases() -> dict[str, list[tuple[Callable[..., None], dict[str, object]]]]:
+    """Every test of a family by its name, with every choice of its arguments that has an outsider among them."""
+    found: dict[str, list[tuple[Callable[..., None], dict[str, object]]]] = {}
     for module in FAMILIES:
         for name, function in vars(module).items():
             marks = getattr(function, "pytestmark", [])
             if not name.startswith("test_") or any(mark.name == "skipif" and mark.args[0] for mark in marks):
                 continue
-            for chosen in product(*(rows(mark) for mark in marks if mark.name == "parametrize")):
-                arguments = {key: value for row in chosen for key, value in row.items()}
-                kinds = [str(getattr(value, "kind", value)) for value in arguments.values()]
-                if {"secant", "twice"} & set(kinds):
-                    yield pytest.param(function, arguments, id=f"{name[5:]}-{'-'.join(kinds)}")
+            inner, arguments = choices(function)
+            for chosen in product(*arguments):
+                case = {key: value for row in chosen for key, value in row.items()}
+                if {"secant", "twice"} & {str(getattr(value, "kind", value)) for value in case.values()}:
+                    found.setdefault(name, []).append((inner, case))
+    return found
 
 
-CASES = list(cases())
+CASES = cases()
 
 
-@pytest.mark.parametrize(("function", "arguments"), CASES)
-def test_an_outsider_passes(function: Callable[..., None], arguments: dict[str, object]) -> None:
-    function(**arguments)
+@pytest.mark.parametrize("name", CASES)
+def test_an_outsider_passes(name: str) -> None:
+    failures = []
+    for function, arguments in CASES[name]:
+        try:
+            function(**arguments)
+        except Exception as failure:
+            failures.append(f"{arguments}: {type(failure).__name__}: {failure}")
+    assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("test", ["test_samplers_are_linear_on_gaussian_data",
                                   "test_a_sample_does_not_depend_on_its_place_in_a_batch"])
 @pytest.mark.parametrize("sampler", [*test_samplers.SAMPLERS, Twice])
 def test_what_hypothesis_draws_schedules_for_holds_on_a_new_one(test: str, sampler: type[Sampler]) -> None:
-    inner = getattr(test_properties, test).hypothesis.inner_test
+    inner = choices(getattr(test_properties, test))[0].hypothesis.inner_test  # type: ignore[attr-defined]
     wanted = {"schedule": Secant(), "a": 0.7, "b": -2.0, "x": 1.5, "y": -0.4, "order": [3, 0, 4, 1, 2], "cut": 2}
-    if sampler.order or "cut" in inspect.signature(inner).parameters:
+    if sampler().order or "cut" in inspect.signature(inner).parameters:
         inner(sampler=sampler(), **{key: wanted[key] for key in inspect.signature(inner).parameters if key in wanted})
 
 
 def test_the_families_are_all_there() -> None:
     """The list above is made by looking; these must not fall out of it."""
-    ran = {(case.values[0].__name__, kind) for case in CASES for kind in ("secant", "twice")
-           if kind in [getattr(value, "kind", None) for value in case.values[1].values()]}
+    ran = {(name, value.kind) for name, found in CASES.items() for _, arguments in found  # type: ignore[attr-defined]
+           for value in arguments.values() if getattr(value, "kind", None) in ("secant", "twice")}
     schedules = ["the_clean_end", "logsnr_falls_and_is_that_of_the_level", "rates_are_the_derivatives",
                  "time_inverts_logsnr", "logsnr_falls_between_any_two_times", "both_ends_come_back",
                  "every_prediction_is_converted_to_every_other", "every_grid_falls_to_zero_on_every_schedule",
@@ -188,3 +209,61 @@ def test_outsiders_train_and_draw_as_objects() -> None:
         drawn.append(sample(Twice(), denoise, x, Karras()(8, Secant()), noise))
         assert bool(drawn[-1].isfinite().all())
     assert not torch.equal(*drawn)
+
+
+MODULES = {
+    "schedules": """
+from ldm.schedules.continuous import _ToNoise
+from ldm.schedules import Level
+import torch
+from dataclasses import dataclass
+
+@dataclass(frozen=True, kw_only=True)
+class Root(_ToNoise):
+    kind: str = "root"
+
+    def __call__(self, t):
+        return Level((1 - t).sqrt(), t.sqrt())
+
+    def rates(self, t):
+        return Level(-0.5 / (1 - t).sqrt(), 0.5 / t.sqrt())
+
+    def time(self, logsnr):
+        return torch.sigmoid(-logsnr)
+
+SCHEDULES = (Root,)
+""",
+    "samplers": """
+from dataclasses import dataclass
+from ldm.samplers.base import Sampler, mix
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Sampler):
+    rises = True
+    kind: str = "plain"
+
+    def step(self, denoise, x, t, s, memory, noise):
+        return mix(denoise.schedule(s), denoise(x, t)), None
+
+SAMPLERS = (Plain,)
+""",
+}
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_one_new_module_is_a_new_member(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found without a line anywhere else, last in the family, and it draws."""
+    package, name = importlib.import_module(f"ldm.{family}"), f"ldm.{family}.from_outside"
+    (tmp_path / "from_outside.py").write_text(MODULES[family])
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    order = getattr(package, "ORDER", ())
+    *known, new = members(f"ldm.{family}", family.upper(), order)
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(package, "from_outside")
+    assert tuple(known) == getattr(package, family.upper())
+    assert [cls.kind for cls in known][: len(order)] == list(order)
+    sampler, schedule = (new(), Flow()) if family == "samplers" else (DDIM(), new())
+    noise, data = Noise.from_seeds([0, 1]), test_samplers.gaussian(schedule)
+    x = prior(schedule, (1,), noise, dtype=torch.float64)
+    drawn = sample(sampler, data, x, Karras()(64, schedule), noise)
+    torch.testing.assert_close(drawn, 0.5 * x, rtol=0.05, atol=0)

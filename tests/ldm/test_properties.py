@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from looping import each
 from torch import Tensor
 
 from ldm.diffusion import Denoised, Diffusion
@@ -24,7 +25,7 @@ every_sampler = pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS], 
 number = st.floats(-3, 3, allow_nan=False)
 
 
-@pytest.mark.parametrize("schedule", ENDS, ids=repr)
+@each("schedule", ENDS)
 @given(a=st.floats(0, 1), b=st.floats(0, 1))
 def test_logsnr_falls_between_any_two_times(schedule: NoiseSchedule, a: float, b: float) -> None:
     assume(b - a > 1e-9)
@@ -32,7 +33,7 @@ def test_logsnr_falls_between_any_two_times(schedule: NoiseSchedule, a: float, b
     assert early > late
 
 
-@pytest.mark.parametrize("schedule", ENDS, ids=repr)
+@each("schedule", ENDS)
 @settings(max_examples=10)
 @given(u=st.floats(0.01, 0.99), x0=number, eps=number)
 def test_every_prediction_is_converted_to_every_other(schedule: NoiseSchedule, u: float, x0: float, eps: float) -> None:
@@ -53,7 +54,7 @@ def test_every_prediction_is_converted_to_every_other(schedule: NoiseSchedule, u
             assert (diffusion.target(ends.x0, ends.eps, t) - expected).abs().item() <= slack
 
 
-@pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS if cls.order], ids=repr)
+@pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS if cls().order], ids=repr)
 @settings(max_examples=8)
 @given(schedule=st.sampled_from(FOUR), a=number, b=number, x=number, y=number)
 def test_samplers_are_linear_on_gaussian_data(
@@ -94,7 +95,7 @@ def test_any_list_of_times_can_be_walked(times: list[float], schedule: NoiseSche
 
 
 @every_sampler
-@pytest.mark.parametrize("schedule", FOUR, ids=repr)
+@each("schedule", FOUR)
 def test_away_from_the_ends_a_step_costs_what_is_declared(sampler: Sampler, schedule: NoiseSchedule) -> None:
     """Exactly, but for one call more in a whole run where a rule says so (`pndm` at its start, `unipc` at its end)."""
     counted, grid = Counted(gaussian(schedule)), schedule.time(torch.linspace(-4, 4, 13, dtype=F64))
@@ -124,7 +125,7 @@ def test_watching_is_a_stream_of_what_the_network_last_expected(sampler: Sampler
     assert len(parts) == 5 and parts[0] and parts[1] and parts[-1] == ""
 
 
-@pytest.mark.parametrize("schedule", FOUR, ids=repr)
+@each("schedule", FOUR)
 @every_sampler
 def test_a_sampler_that_rises_comes_back_and_any_other_refuses(sampler: Sampler, schedule: NoiseSchedule) -> None:
     """From data to noise as a rule of order 4 goes, and down again by the same steps."""

@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from looping import each
 from torch import Tensor
 
 from ldm.diffusion import Denoised, Diffusion
 from ldm.exact import (
     F64,
+    Beside,
     Counted,
     Smooth,
-    Through,
     final_variance,
     fitted_order,
     gaussian,
@@ -55,7 +56,7 @@ ENDS: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [
     cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)
 ]  # type: ignore[call-arg]
 every_sampler = pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS], ids=repr)
-every_schedule = pytest.mark.parametrize("schedule", ENDS, ids=repr)
+every_schedule = each("schedule", ENDS)
 ONE = Noise.from_seeds([0])
 
 
@@ -70,19 +71,19 @@ def test_the_data_come_out_on_every_process_and_prediction(sampler: Sampler, sch
     std, grid = 0.5, Karras()(64 if sampler.order else 256, schedule)
     variance = final_variance(sampler, schedule, grid, std, marginal(schedule, scalar(1.0), std) ** 0.5)
     assert variance == pytest.approx(std**2, rel=0.3 if sampler.order < 2 else 0.03)
-    noise, oracle = Noise.from_seeds([1, 2, 3]), two_modes(schedule)
-    x, grid = prior(schedule, (2,), noise, dtype=F64), Uniform()(6, schedule)
-    direct = sample(sampler, oracle, x, grid, noise)
-    for prediction in (cls() for cls in PREDICTIONS):
-        if prediction.refusal(schedule) is None:
-            through = Through(oracle, Diffusion(schedule=schedule, prediction=prediction))
-            # x0 = (x - sigma eps) / alpha costs 1 / alpha at t = 1, and that is all.
-            slack = 1e-11 / max(schedule(scalar(1.0)).alpha.item(), 1e-3)
-            torch.testing.assert_close(sample(sampler, through, x, grid, noise), direct, rtol=slack, atol=slack)
+    # The same three samples with the oracle as it is and, beside them, through each prediction.
+    diffusions = [Diffusion(schedule=schedule, prediction=cls()) for cls in PREDICTIONS if not cls().refusal(schedule)]
+    noise = Noise.from_seeds([1, 2, 3] * (1 + len(diffusions)))
+    x, oracle = prior(schedule, (2,), noise, dtype=F64), Beside(two_modes(schedule), diffusions)
+    direct, *others = sample(sampler, oracle, x, Uniform()(6, schedule), noise).split(3)
+    # x0 = (x - sigma eps) / alpha costs 1 / alpha at t = 1, and that is all.
+    slack = 1e-11 / max(schedule(scalar(1.0)).alpha.item(), 1e-3)
+    for diffusion, through in zip(diffusions, others, strict=True):
+        torch.testing.assert_close(through, direct, rtol=slack, atol=slack, msg=lambda m, d=diffusion: f"{d}: {m}")
 
 
 @every_schedule
-@pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS if cls.order > 0], ids=repr)
+@pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS if cls().order], ids=repr)
 def test_order_of_convergence(sampler: Sampler, schedule: NoiseSchedule) -> None:
     """The error of the variance from log-SNR -4.6 to 4.6, on a log grid, falls with the order the sampler declares."""
     counts, errors = [16, 32, 64, 128] if sampler.order < 4 else [8, 16, 32, 64], []
@@ -105,7 +106,7 @@ def test_one_step_and_two_reach_a_finite_sample(sampler: Sampler, schedule: Nois
 
 
 @every_sampler
-@pytest.mark.parametrize("schedule", [Flow(), VP(), EDM()], ids=repr)
+@each("schedule", [Flow(), VP(), EDM()])
 def test_a_sample_does_not_depend_on_its_batch(sampler: Sampler, schedule: NoiseSchedule) -> None:
     noise = Noise.from_seeds([7, 8, 9, 10, 11])
     x, grid = prior(schedule, (2, 3), noise, dtype=F64), Uniform()(9, schedule)
@@ -142,6 +143,7 @@ def test_watching_changes_nothing_and_shows_every_step(sampler: Sampler) -> None
 def test_samplers_are_frozen_configs(sampler: Sampler) -> None:
     assert dataclasses.is_dataclass(sampler) and hash(sampler) == hash(dataclasses.replace(sampler))
     assert inspect.getdoc(type(sampler)) and type(sampler).kind == sampler.kind
+    assert (type(sampler.order), type(sampler.calls), type(sampler.rises)) == (int, int, bool)
 
 
 def test_samples_of_a_mixture_have_its_moments() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from looping import each
 from torch import Tensor
 
 from ldm.exact import F64, scalar
@@ -27,21 +28,21 @@ from ldm.schedules import (
 
 TABLES = [cls for cls in SCHEDULES if issubclass(cls, Table)]
 ALL: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [cls(zero_terminal_snr=True) for cls in TABLES]  # type: ignore[call-arg]
-each = pytest.mark.parametrize("schedule", ALL, ids=repr)
+every = each("schedule", ALL)
 
 
 def times(schedule: NoiseSchedule, count: int = 501) -> torch.Tensor:
     return torch.linspace(max(schedule.t_min, 1e-5), 1, count, dtype=F64)
 
 
-@each
+@every
 def test_the_clean_end(schedule: NoiseSchedule) -> None:
     alpha, sigma = schedule(scalar(0.0))
     assert alpha == 1 and sigma == 0 and schedule.logsnr(scalar(0.0)) == math.inf
     assert schedule.time(scalar(math.inf)) == 0
 
 
-@each
+@every
 def test_the_noisy_end_is_what_is_declared(schedule: NoiseSchedule) -> None:
     alpha, sigma = schedule(scalar(1.0))
     assert (alpha == 0) == schedule.pure_noise == (schedule.logsnr(scalar(1.0)) == -math.inf)
@@ -49,7 +50,7 @@ def test_the_noisy_end_is_what_is_declared(schedule: NoiseSchedule) -> None:
     assert schedule.time(schedule.logsnr(scalar(1.0))) == pytest.approx(1, abs=1e-12)
 
 
-@each
+@every
 def test_logsnr_falls_and_is_that_of_the_level(schedule: NoiseSchedule) -> None:
     t = times(schedule)
     logsnr, (alpha, sigma) = schedule.logsnr(t), schedule(t)
@@ -57,7 +58,7 @@ def test_logsnr_falls_and_is_that_of_the_level(schedule: NoiseSchedule) -> None:
     torch.testing.assert_close(logsnr[:-1], 2 * (alpha.log() - sigma.log())[:-1], rtol=1e-9, atol=1e-9)
 
 
-@each
+@every
 def test_rates_are_the_derivatives(schedule: NoiseSchedule) -> None:
     t = times(schedule, 97)[1:-1] * 0.999 + 3e-4
     h = 1e-7
@@ -66,7 +67,7 @@ def test_rates_are_the_derivatives(schedule: NoiseSchedule) -> None:
         torch.testing.assert_close(rate, (high - low) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
-@each
+@every
 @settings(max_examples=25)
 @given(t=st.floats(0, 1))
 def test_time_inverts_logsnr(schedule: NoiseSchedule, t: float) -> None:
@@ -74,7 +75,7 @@ def test_time_inverts_logsnr(schedule: NoiseSchedule, t: float) -> None:
     assert schedule.time(schedule.logsnr(scalar(t))).item() == pytest.approx(t, abs=1e-9)
 
 
-@each
+@every
 def test_a_level_keeps_the_shape_and_the_device_precision(schedule: NoiseSchedule) -> None:
     t = times(schedule, 4)
     for batched, alone in zip(schedule(t), schedule(t[2]), strict=True):
@@ -83,7 +84,7 @@ def test_a_level_keeps_the_shape_and_the_device_precision(schedule: NoiseSchedul
         assert values.shape == (4,) and values.dtype == F64 and bool(values.isfinite().all())
 
 
-@each
+@every
 def test_trained_times_can_be_called(schedule: NoiseSchedule) -> None:
     trained = schedule.trained(torch.linspace(0, 1, 1001, dtype=F64))
     assert trained.min() >= schedule.t_min and trained.max() == 1

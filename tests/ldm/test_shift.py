@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from looping import each
 
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
@@ -29,7 +30,7 @@ T = (torch.arange(2, 1000, 6, dtype=F64) + 0.37) / 1000  # between the entries o
 
 
 @pytest.mark.parametrize("shift", [0.5, 3.0])
-@pytest.mark.parametrize("schedule", ENDLESS, ids=repr)
+@each("schedule", ENDLESS)
 def test_times_move_by_log_snr_and_the_ends_stay(schedule: NoiseSchedule, shift: float) -> None:
     moved = schedule.logsnr(shifted(T, shift, schedule))
     torch.testing.assert_close(moved, schedule.logsnr(T) - 2 * math.log(shift), rtol=1e-9, atol=1e-9)
@@ -52,7 +53,7 @@ def pipeline(schedule: NoiseSchedule, grid: Grid) -> Pipeline:
     return Pipeline(None, denoiser, None, plan, (8, 8))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("schedule", ENDING, ids=repr)
+@each("schedule", ENDING)
 def test_where_less_log_snr_has_no_time_a_shift_is_refused_when_built(schedule: NoiseSchedule) -> None:
     for times in (LogitNormal, Uniform):
         with pytest.raises(ValueError, match="shift: times can be shifted where the schedule ends in pure noise"):

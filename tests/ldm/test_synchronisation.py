@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from looping import each
 from torch import Tensor
 
 from ldm.conditioning import Cond
@@ -102,7 +103,7 @@ GUIDED: list[Guidance] = [
 
 
 @pytest.mark.parametrize("guidance", GUIDED, ids=repr)
-@pytest.mark.parametrize("schedule", [cls() for cls in SCHEDULES], ids=repr)
+@each("schedule", [cls() for cls in SCHEDULES])
 def test_no_guidance_and_no_denoiser_waits(guidance: Guidance, schedule: NoiseSchedule) -> None:
     denoise = guidance(denoiser(schedule), told(1, 2, "meta"), told(0, 1, "meta"))
     noise, grid = Noise.from_seeds([0, 1], "meta"), Uniform()(3, schedule)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from looping import each
 from torch import Tensor
 
 from ldm.conditioning import Cond
@@ -17,7 +18,7 @@ from ldm.predictions import Eps, Prediction, V
 from ldm.samplers import DDPM, prior, sample
 from ldm.schedules import SCHEDULES, VE, VP, DDPMCosine, DDPMLinear, NoiseSchedule, Table
 from ldm.times import Uniform
-from ldm.variational import BIN, _log_bins, bound, bound_at, prior_bits, walk_steps
+from ldm.variational import BIN, _log_bins, bound, bound_at, prior_bits
 from ldm.weighting import Uniform as Plain
 
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
@@ -125,10 +126,10 @@ def test_the_bound_never_moves_the_mean(schedule: NoiseSchedule) -> None:
 EVERY = [cls() for cls in SCHEDULES] + [cls(zero_terminal_snr=True) for cls in SCHEDULES if issubclass(cls, Table)]
 
 
-@pytest.mark.parametrize("schedule", EVERY, ids=repr)
+@each("schedule", EVERY)
 def test_the_variance_learns_at_every_time_a_network_is_trained_at(schedule: NoiseSchedule) -> None:
     """Its gradient is finite and not 0 from t_min to pure noise, in float32, a step of the walk from either end too."""
-    step = 1 / walk_steps(schedule)
+    step = 1 / schedule.steps
     ends = [schedule.t_min, schedule.t_min + 0.5 * step, schedule.t_min + step, 1 - step, 1 - 0.5 * step, 1.0]
     t = schedule.trained(torch.tensor([*ends, 0.5], dtype=F64))
     noise = Noise.from_seeds(list(range(len(t))))

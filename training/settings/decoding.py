@@ -123,7 +123,14 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
             "\n       ".join(sorted(problems)),
             hint=f"see the keys with --print-config, or start from: {', '.join(names(stage))}",
         )
-    return STAGES[stage](**parts)  # type: ignore[no-any-return]
+    config: Config = STAGES[stage](**parts)
+    if isinstance(config, DenoiserConfig):
+        try:
+            config.grid(config.sample.steps, config.schedule)
+        except ValueError as refused:
+            hint = "see the keys of the grid with --print-config"
+            raise UserError(_at(lines, "grid.kind") + f"grid: {refused}", hint=hint) from None
+    return config
 
 
 def to_values(config: Config) -> Values:

@@ -88,21 +88,27 @@ def families(stage: str) -> dict[str, tuple[type, ...]]:
 
 
 def kinds(section: str) -> list[str]:
-    """The names of a family's members, in the order of the tuple that lists them."""
+    """The names of a family's members, in the order of the tuple that lists them; those of a package's modules in its
+    `ORDER`."""
     module, members = FAMILIES[section]
     package = resources.files("ldm") / module
     files = list(package.iterdir()) if package.is_dir() else [resources.files("ldm") / f"{module}.py"]
-    trees = (ast.parse(file.read_text("utf-8")) for file in files if file.name.endswith(".py"))
     named: dict[str, str] = {}
     listed: list[str] = []
-    for node in (node for tree in trees for node in tree.body):
-        if isinstance(node, ast.ClassDef):
-            for part in node.body:
-                if isinstance(part, ast.AnnAssign) and part.value and ast.unparse(part.target) == "kind":
-                    named[node.name] = ast.literal_eval(part.value)
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == members:
-            listed = ast.unparse(node.value).strip("()").split(", ")
-    return [named[name] for name in listed]
+    order: list[str] = []
+    for file in sorted((file for file in files if file.name.endswith(".py")), key=lambda file: file.name):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                for part in node.body:
+                    if isinstance(part, ast.AnnAssign) and part.value and ast.unparse(part.target) == "kind":
+                        named[node.name] = ast.literal_eval(part.value)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+                if ast.unparse(node.targets[0]) == members:
+                    listed += map(ast.unparse, node.value.elts)
+                elif ast.unparse(node.targets[0]) == "ORDER":
+                    order += ast.literal_eval(node.value)
+    known = [named[name] for name in listed]
+    return sorted(known, key=lambda kind: order.index(kind) if kind in order else len(order))
 
 
 def listing(*parts: Part) -> str:

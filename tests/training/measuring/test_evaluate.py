@@ -70,7 +70,7 @@ def test_shapes_obedience_counts_the_checkers_verdicts(denoiser: Path, tmp_path:
     numbers = report(tmp_path, "--model", denoiser, *words)
     assert [numbers[f"obedience_{n}"] for n in (1, 2, 3)] == [0, 0, 0]
     assert (tmp_path / "grid.png").exists() and numbers["prompts"] == 6
-    assert "shapes_checker" in str(numbers["obedience_judge"]) and numbers["data"] is None
+    assert "shapes/checker" in str(numbers["obedience_judge"]) and numbers["data"] is None
 
 
 def test_obedience_of_shapes_and_distances_together(denoiser: Path, shapes: Path, tmp_path: Path) -> None:

@@ -332,3 +332,13 @@ def test_fewer_steps_than_were_trained_are_explained(
     problem = tiny.refused(*words, "--resume", "auto", "--max-steps", "2", "--loss.adversarial_start", "3")
     assert problem.code == 2 and problem.what == "the run is at step 3, past train.max_steps 2"
     assert "--max-steps 3 or more" in problem.hint
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ({"grid.kind": "karras", "grid.sigma_min": "20", "schedule.kind": "ddpm-linear", "grid.sigma_max": "40",
+      "schedule.beta_max": "0.002"}, "choose one that meets it"),
+    ({"grid.kind": "leading", "grid.offset": "1", "sample.steps": "1000"}, "ask for fewer, or for offset 0"),
+])
+def test_a_grid_that_the_schedule_cannot_have_is_refused_with_the_config(overrides: dict[str, str], said: str) -> None:
+    problem = str(told("denoiser", "smoke", overrides))
+    assert "command line: grid: " in problem and said in problem
