@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser
-from ldm.diffusion import Denoised, Diffusion
-from ldm.predictions import Velocity
-from ldm.schedules import NoiseSchedule
+from ldm.diffusion import Denoised
+from ldm.schedules import NoiseSchedule, match
 
 
 class Guidance(ABC):
@@ -149,9 +148,11 @@ class Projected(Guidance):
 
 @dataclass(frozen=True, kw_only=True)
 class CFGZeroStar(Guidance):
-    """CFG-zero* in the velocity: k u_null + scale (u - k u_null), k = <u, u_null> / ||u_null||^2 per sample; and no
-    motion at all at times from `zero_from` on, where an under-trained model only does harm.
+    """CFG-zero* in u = eps - x0, the velocity of `flow`: k u_null + scale (u - k u_null) with k = <u, u_null> over
+    ||u_null||^2, per sample; and no motion at all at times from `zero_from` on, where an under-trained model does harm.
 
+    Every process is the flow at w = sigma / (alpha + sigma), scaled by alpha + sigma: there u = 0 stands still, at
+    x0 = eps = x / (alpha + sigma). dx/dt = 0 would not: on `edm` it is eps = 0, a sample that is all signal.
     Fan et al. 2025 (arXiv 2503.18886), eq. 10 and algorithm 1.
     """
 
@@ -169,19 +170,20 @@ class CFGZeroStar(Guidance):
         if self.scale == 1:
             return denoiser.bind(cond)
         plain, pair = denoiser.bind(cond), both(denoiser, cond, _needed(null))
-        process = Diffusion(schedule=denoiser.schedule, prediction=Velocity())
 
         def call(x: Tensor, t: Tensor) -> Denoised:
+            alpha, sigma = denoiser.schedule(t)
+            total = alpha + sigma
+            still = x / match(total, x)
             if t >= self.zero_from:
-                still = process.recover(x, torch.zeros_like(x), t)
                 # Only a learned variance is worth a call here.
                 learned = denoiser.diffusion.learned_variance
-                return still._replace(log_var_frac=plain(x, t).log_var_frac) if learned else still
+                return Denoised(still, still, plain(x, t).log_var_frac if learned else None)
             told, absent = pair(x, t)
-            with_cond, without = (process.target(ends.x0, ends.eps, t) for ends in (told, absent))
-            without = without * (_dot(with_cond, without) / _dot(without, without).clamp(min=1e-12))
-            ends = process.recover(x, torch.lerp(without, with_cond, self.scale), t)
-            return ends._replace(log_var_frac=told.log_var_frac)
+            u, u_null = told.eps - told.x0, absent.eps - absent.x0
+            u_null = u_null * (_dot(u, u_null) / _dot(u_null, u_null).clamp(min=1e-12))
+            u = torch.lerp(u_null, u, self.scale)
+            return told._replace(x0=still - match(sigma / total, x) * u, eps=still + match(alpha / total, x) * u)
 
         return Guided(denoiser.schedule, call)
 

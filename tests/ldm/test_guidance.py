@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.composition import composed
 from ldm.conditioning import Cond
 from ldm.denoiser import Backbone, Denoise, Denoiser
-from ldm.diffusion import Diffusion
+from ldm.diffusion import Denoised, Diffusion
 from ldm.grids import Karras, Uniform
 from ldm.guidance import (
     GUIDANCES,
@@ -21,6 +21,7 @@ from ldm.guidance import (
     CFGZeroStar,
     ClassifierFree,
     Guidance,
+    Guided,
     Projected,
     autoguided,
     classifier_guided,
@@ -28,7 +29,7 @@ from ldm.guidance import (
 from ldm.noise import Noise
 from ldm.predictions import X0, V, Velocity
 from ldm.samplers import DDPM, Heun, prior, sample
-from ldm.schedules import EDM, VP, DDPMLinear, Flow, NoiseSchedule
+from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule
 
 
 class Network:
@@ -230,6 +231,55 @@ def test_cfg_zero_star() -> None:
     torch.testing.assert_close(guided(x, scalar(0.5)).x0, denoiser(x, scalar(0.5), cond(1, 2)).x0)
     still = guided(x, scalar(1.0))
     torch.testing.assert_close(still.eps - still.x0, torch.zeros_like(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The denoiser of N(m, 1/4) on any process, m the condition's number: linear, so that its samples are known."""
+
+    schedule: NoiseSchedule
+
+    @property
+    def diffusion(self) -> Diffusion:
+        return Diffusion(schedule=self.schedule, prediction=Velocity())
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
+        alpha, sigma = self.schedule(t)
+        off = x - alpha * cond.context[:, 0].to(x.dtype)
+        variance = alpha**2 / 4 + sigma**2
+        return Denoised(cond.context[:, 0].to(x.dtype) + off * alpha / 4 / variance, off * sigma / variance)
+
+    def bind(self, cond: Cond) -> Denoise:
+        return Guided(self.schedule, lambda x, t: self(x, t, cond))
+
+
+@pytest.mark.parametrize("schedule", [cls() for cls in SCHEDULES], ids=repr)
+def test_cfg_zero_star_is_the_same_on_every_process(schedule: NoiseSchedule) -> None:
+    """As on `flow` at w = sigma / (alpha + sigma), x / (alpha + sigma): the guided pair, standing still included."""
+    x, flow = torch.randn(3, 4, dtype=F64, generator=torch.Generator().manual_seed(6)), Flow()
+    for ratio in (0.3, 2.0, 9.0):
+        t = schedule.time(scalar(-2 * math.log(ratio)))
+        alpha, sigma = schedule(t)
+        for zero_from in (2.0, 1e-3):
+            here, there = (
+                CFGZeroStar(scale=3.0, zero_from=zero_from)(Exact(process), cond(1, 3), cond(0, 1))  # type: ignore[arg-type]
+                for process in (schedule, flow)
+            )
+            found, wanted = here(x * (alpha + sigma), t), there(x, sigma / (alpha + sigma))
+            for got, expected in zip(found[:2], wanted[:2], strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+            assert zero_from > 1 or torch.equal(found.x0, found.eps)
+
+
+@pytest.mark.parametrize(("schedule", "zero_from", "off"), [(EDM(), 1, 0.005), (VE(), 1, 0.005), (EDM(), 0.4, 0.02)])
+def test_cfg_zero_star_keeps_the_spread_of_data_that_no_condition_moves(
+    schedule: NoiseSchedule, zero_from: float, off: float
+) -> None:
+    """.5, but for what a stillness at sigma 32 and more, or in the first of the steps, leaves undone."""
+    guided = CFGZeroStar(scale=3.0, zero_from=zero_from)(Exact(schedule), cond(0, 2), cond(0, 1))  # type: ignore[arg-type]
+    grid, ends = Karras()(64, schedule), torch.tensor([[0.0], [1.0]], dtype=F64) * schedule.prior_std
+    low, high = sample(Heun(variable="sigma"), guided, ends, grid, Noise.from_seeds([0, 0])).flatten().tolist()
+    assert high - low == pytest.approx(0.5, abs=off) and low == 0
 
 
 def test_autoguidance() -> None:
