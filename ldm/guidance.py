@@ -95,10 +95,23 @@ class ClassifierFree(Guidance):
                               torch.lerp(without.eps, with_cond.eps, self.scale), with_cond.log_var_frac)
             if self.rescale == 0:
                 return guided
-            ratio = per_sample_std(with_cond.x0) / per_sample_std(guided.x0)
-            return guided.with_x0(guided.x0 * (1 + self.rescale * (ratio - 1)), x, denoiser.schedule(t))
+            return rescaled(guided, with_cond, self.rescale)
 
         return Guided(denoiser.schedule, call)
+
+
+def rescaled(guided: Denoised, told: Denoised, share: float) -> Denoised:
+    """x0 moved by `share` to the standard deviation of told's, per sample, and the eps that keeps x_t what it is.
+
+    With r = std told / std guided, x0 becomes (1 + share (r - 1)) x0 and eps grows by share alpha (1 - r) / sigma x0.
+    That factor is written by a covariance with alpha (guided - told) / sigma in x0, which is told - guided in eps, and
+    so without a division by sigma: where that is 0, r is 1, and the factor is finite.
+    """
+    wanted, std, total = per_sample_std(told.x0), per_sample_std(guided.x0), told.x0 + guided.x0
+    off = total - total.mean(dim=tuple(range(1, total.ndim)), keepdim=True)
+    factor = _dot(told.eps - guided.eps, off) / (off[0].numel() - 1) / (std * (std + wanted))
+    x0 = guided.x0 * (1 + share * (wanted / std - 1))
+    return guided._replace(x0=x0, eps=guided.eps + share * factor * guided.x0)
 
 
 def per_sample_std(x: Tensor) -> Tensor:
@@ -136,12 +149,16 @@ class Projected(Guidance):
 
         def call(x: Tensor, t: Tensor) -> Denoised:
             with_cond, without = pair(x, t)
-            push = with_cond.x0 - without.x0
-            if self.max_norm:
-                push = push * (self.max_norm / _dot(push, push).sqrt().clamp(min=1e-12)).clamp(max=1)
-            along = with_cond.x0 * (_dot(push, with_cond.x0) / _dot(with_cond.x0, with_cond.x0).clamp(min=1e-12))
-            push = push - (1 - self.parallel) * along
-            return with_cond.with_x0(with_cond.x0 + (self.scale - 1) * push, x, denoiser.schedule(t))
+            pushes, d = (with_cond.x0 - without.x0, with_cond.eps - without.eps), with_cond.x0
+            size = _dot(pushes[0], pushes[0]).sqrt().clamp(min=1e-12)
+            short = (self.max_norm / size).clamp(max=1) if self.max_norm else 1.0
+
+            def pushed(end: Tensor, push: Tensor) -> Tensor:
+                along = d * (_dot(push, d) / _dot(d, d).clamp(min=1e-12))
+                return end + (self.scale - 1) * short * (push - (1 - self.parallel) * along)
+
+            # One linear rule for both ends: where alpha d_x0 + sigma d_eps = 0, its results make up x_t as well.
+            return with_cond._replace(x0=pushed(d, pushes[0]), eps=pushed(with_cond.eps, pushes[1]))
 
         return Guided(denoiser.schedule, call)
 

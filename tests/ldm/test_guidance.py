@@ -28,7 +28,7 @@ from ldm.guidance import (
 )
 from ldm.noise import Noise
 from ldm.predictions import X0, V, Velocity
-from ldm.samplers import DDPM, Heun, prior, sample
+from ldm.samplers import DDPM, RK4, DormandPrince, Heun, prior, sample
 from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule
 
 
@@ -280,6 +280,29 @@ def test_cfg_zero_star_keeps_the_spread_of_data_that_no_condition_moves(
     grid, ends = Karras()(64, schedule), torch.tensor([[0.0], [1.0]], dtype=F64) * schedule.prior_std
     low, high = sample(Heun(variable="sigma"), guided, ends, grid, Noise.from_seeds([0, 0])).flatten().tolist()
     assert high - low == pytest.approx(0.5, abs=off) and low == 0
+
+
+BENT = [ClassifierFree(scale=3.0, rescale=0.7), Projected(scale=3.0), Projected(scale=3.0, parallel=0.5, max_norm=0.1)]
+
+
+@pytest.mark.parametrize("rule", BENT, ids=repr)
+def test_guidance_is_finite_and_continuous_where_there_is_no_noise(rule: Guidance) -> None:
+    """At sigma = 0, where eps is nothing that x0 could be turned into: the limit from t above, and finite samples."""
+
+    def network(x: Tensor, level: Tensor, condition: Cond) -> Tensor:
+        return torch.sin(3 * x + condition.context[:, 0])
+
+    denoiser = Denoiser(network, Diffusion(schedule=Flow(t_min=0.0), prediction=Velocity()))
+    guided = rule(denoiser, cond(1, 3), cond(0, 1))
+    x = 0.7 + torch.randn(3, 6, dtype=F64, generator=torch.Generator().manual_seed(6))
+    landed, near = guided(x, scalar(0.0)), guided(x, scalar(1e-7))
+    for got, expected in zip(landed[:2], near[:2], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(landed.x0, x)
+    assert not torch.allclose(landed.eps, denoiser(x, scalar(0.0), cond(1, 3)).eps)
+    grid, noise = Uniform()(6, Flow(t_min=0.0)), Noise.from_seeds([0, 1, 2])
+    for sampler in (Heun(), RK4(variable="t"), DormandPrince()):
+        assert bool(sample(sampler, guided, x, grid, noise).isfinite().all()), sampler
 
 
 def test_autoguidance() -> None:
