@@ -2,7 +2,9 @@
 
 Any combination with weights that sum to one of pairs (x0, eps) that make up x_t makes up x_t too, whichever of x0, eps
 or velocity it is written in; where a guidance does more, it names the space it works in and completes the pair. A
-learned variance stays the condition's own. A new guidance is a class and an entry in `GUIDANCES`.
+learned variance stays the condition's own. What is guided is any conditional denoiser, and `Guided` is one again, so
+that guidances, masks and measurements stand around each other in any order. A new guidance is a class and an entry in
+`GUIDANCES`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,21 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
-from ldm.denoiser import Denoise, Denoiser
+from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
-from ldm.schedules import NoiseSchedule, match
+from ldm.schedules import Level, NoiseSchedule, match
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """What some guidances ask for beside the denoiser: a poorer model of the same process, and log p(cond | x_t) (B,)
+    of (x_t, t, cond), differentiable in x_t."""
+
+    weak: Conditional | None = None
+    log_prob: Callable[[Tensor, Tensor, Cond], Tensor] | None = None
+
+
+ALONE = Helpers()
 
 
 class Guidance(ABC):
@@ -27,37 +41,86 @@ class Guidance(ABC):
     kind: str
 
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
+    def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
         """The guided denoiser. `null` is the condition's absence or its opposite (a negative prompt), batch 1 or B.
-        Raises ValueError when the guidance needs `null` and gets None."""
+        Raises ValueError when the guidance needs `null` or a helper and gets None."""
 
 
 @dataclass(frozen=True)
-class Guided:
-    """A guided denoiser: a schedule and what is called for both ends."""
+class Guided(Conditional):
+    """A denoiser under a guidance whose condition is still open, for another guidance or a mask to wrap."""
 
-    schedule: NoiseSchedule
-    call: Callable[[Tensor, Tensor], Denoised]
+    guidance: Guidance
+    denoiser: Conditional
+    null: Cond | None = None
+    helpers: Helpers = ALONE
 
-    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        return self.call(x, t)
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
 
+    @property
+    def learned_variance(self) -> bool:
+        return self.denoiser.learned_variance
 
-def both(denoiser: Denoiser, cond: Cond, null: Cond) -> Callable[[Tensor, Tensor], tuple[Denoised, Denoised]]:
-    """One call of twice the batch that answers with and without the condition."""
-    batch = len(cond.mask)
-    pair = Cond.cat([cond, null.expand(batch)])
-
-    def call(x: Tensor, t: Tensor) -> tuple[Denoised, Denoised]:
-        x0, eps, fraction = denoiser(torch.cat([x, x]), t, pair)
-        return (Denoised(x0[:batch], eps[:batch], None if fraction is None else fraction[:batch]),
-                Denoised(x0[batch:], eps[batch:]))
-
-    return call
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
+        return self.guidance(self.denoiser, cond, self.null, self.helpers)(x, t)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierFree(Guidance):
+class Scaled(Guidance):
+    """Guidance from a worse answer through the condition's own, as far as `scale` says; 1 is the condition alone."""
+
+    kind: str
+    scale: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
+
+    def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
+        return denoiser.bind(cond) if self.scale == 1 else self.close(denoiser, cond, null, helpers)
+
+    @abstractmethod
+    def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
+        """What is called at another scale than 1."""
+
+
+class AgainstNull(Scaled):
+    """Guidance away from the null: both answers come from one call of twice the batch, and a member mixes them."""
+
+    @abstractmethod
+    def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
+        """The answer where one call at most is enough for it, else None."""
+
+    @abstractmethod
+    def mix(self, told: Denoised, absent: Denoised, x: Tensor, level: Level) -> Denoised:
+        """The guided pair of x_t, from those with the condition and without; told's variance stays."""
+
+    def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
+        if null is None:
+            raise ValueError("guidance at another scale than 1 needs a null condition: the empty caption encoded")
+        batch = len(cond.mask)
+        other = null.expand(batch)
+        pair = Cond.cat([cond, other])
+
+        def call(x: Tensor, t: Tensor) -> Denoised:
+            if (ends := self.spared(x, t, denoiser, cond, other)) is not None:
+                return ends
+            x0, eps, fraction = denoiser(torch.cat([x, x]), t, pair)
+            told = Denoised(x0[:batch], eps[:batch], None if fraction is None else fraction[:batch])
+            return self.mix(told, Denoised(x0[batch:], eps[batch:]), x, denoiser.schedule(t))
+
+        return Bound(denoiser.schedule, call)
+
+
+def _extrapolated(told: Denoised, absent: Denoised, scale: float) -> Denoised:
+    """absent + scale (told - absent), in both ends."""
+    return told._replace(x0=torch.lerp(absent.x0, told.x0, scale), eps=torch.lerp(absent.eps, told.eps, scale))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierFree(AgainstNull):
     """uncond + scale (cond - uncond), on times in `interval`; the plain condition elsewhere.
 
     Scale 1 never calls without the condition, scale 0 never with it. `rescale` in [0, 1] moves the standard deviation
@@ -66,38 +129,24 @@ class ClassifierFree(Guidance):
     """
 
     kind: Literal["classifier-free"] = "classifier-free"
-    scale: float = 4.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
+        super().__post_init__()
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"guidance interval must be two times 0 <= low <= high <= 1, got {self.interval}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale must be in [0, 1], got {self.rescale}")
 
-    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
-        if self.scale == 1:
-            return denoiser.bind(cond)
-        null = _needed(null)
-        plain, pair = denoiser.bind(cond), both(denoiser, cond, null)
-        absent = denoiser.bind(null.expand(len(cond.mask)))
+    def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
+        if not self.interval[0] <= t <= self.interval[1]:
+            return denoiser(x, t, cond)
+        return denoiser(x, t, null) if self.scale == 0 else None
 
-        def call(x: Tensor, t: Tensor) -> Denoised:
-            if not self.interval[0] <= t <= self.interval[1]:
-                return plain(x, t)
-            if self.scale == 0:
-                return absent(x, t)
-            with_cond, without = pair(x, t)
-            guided = Denoised(torch.lerp(without.x0, with_cond.x0, self.scale),
-                              torch.lerp(without.eps, with_cond.eps, self.scale), with_cond.log_var_frac)
-            if self.rescale == 0:
-                return guided
-            return rescaled(guided, with_cond, self.rescale)
-
-        return Guided(denoiser.schedule, call)
+    def mix(self, told: Denoised, absent: Denoised, x: Tensor, level: Level) -> Denoised:
+        guided = _extrapolated(told, absent, self.scale)
+        return rescaled(guided, told, self.rescale) if self.rescale else guided
 
 
 def rescaled(guided: Denoised, told: Denoised, share: float) -> Denoised:
@@ -125,7 +174,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projected(Guidance):
+class Projected(AgainstNull):
     """Adaptive projected guidance in x0: D + (scale - 1) (d_across + parallel d_along), d = D - D_null.
 
     d is first shortened to `max_norm` where that is positive, then split along and across D, per sample: the part along
@@ -134,37 +183,31 @@ class Projected(Guidance):
     """
 
     kind: Literal["apg"] = "apg"
-    scale: float = 4.0
     parallel: float = 0.0
     max_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.scale >= 0 and self.max_norm >= 0):
-            raise ValueError(f"apg needs scale and max_norm of at least 0, got {self.scale} and {self.max_norm}")
+        super().__post_init__()
+        if not self.max_norm >= 0:
+            raise ValueError(f"apg max_norm must be at least 0 (0 is off), got {self.max_norm}")
 
-    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
-        if self.scale == 1:
-            return denoiser.bind(cond)
-        pair = both(denoiser, cond, _needed(null))
+    def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
+        return None
 
-        def call(x: Tensor, t: Tensor) -> Denoised:
-            with_cond, without = pair(x, t)
-            pushes, d = (with_cond.x0 - without.x0, with_cond.eps - without.eps), with_cond.x0
-            size = _dot(pushes[0], pushes[0]).sqrt().clamp(min=1e-12)
-            short = (self.max_norm / size).clamp(max=1) if self.max_norm else 1.0
+    def mix(self, told: Denoised, absent: Denoised, x: Tensor, level: Level) -> Denoised:
+        d, push = told.x0, told.x0 - absent.x0
+        short = (self.max_norm / _dot(push, push).sqrt().clamp(min=1e-12)).clamp(max=1) if self.max_norm else 1.0
 
-            def pushed(end: Tensor, push: Tensor) -> Tensor:
-                along = d * (_dot(push, d) / _dot(d, d).clamp(min=1e-12))
-                return end + (self.scale - 1) * short * (push - (1 - self.parallel) * along)
+        def pushed(end: Tensor, push: Tensor) -> Tensor:
+            along = d * (_dot(push, d) / _dot(d, d).clamp(min=1e-12))
+            return end + (self.scale - 1) * short * (push - (1 - self.parallel) * along)
 
-            # One linear rule for both ends: where alpha d_x0 + sigma d_eps = 0, its results make up x_t as well.
-            return with_cond._replace(x0=pushed(d, pushes[0]), eps=pushed(with_cond.eps, pushes[1]))
-
-        return Guided(denoiser.schedule, call)
+        # One linear rule for both ends: where alpha d_x0 + sigma d_eps = 0, its results make up x_t as well.
+        return told._replace(x0=pushed(d, push), eps=pushed(told.eps, told.eps - absent.eps))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFGZeroStar(Guidance):
+class CFGZeroStar(AgainstNull):
     """CFG-zero* in u = eps - x0, the velocity of `flow`: k u_null + scale (u - k u_null) with k = <u, u_null> over
     ||u_null||^2, per sample; and no motion at all at times from `zero_from` on, where an under-trained model does harm.
 
@@ -174,86 +217,54 @@ class CFGZeroStar(Guidance):
     """
 
     kind: Literal["cfg-zero-star"] = "cfg-zero-star"
-    scale: float = 4.0
     zero_from: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
+        super().__post_init__()
         if not self.zero_from > 0:
             raise ValueError(f"cfg-zero-star zero_from must be positive (above 1 is never), got {self.zero_from}")
 
-    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
-        if self.scale == 1:
-            return denoiser.bind(cond)
-        plain, pair = denoiser.bind(cond), both(denoiser, cond, _needed(null))
+    def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
+        if t < self.zero_from:
+            return None
+        alpha, sigma = denoiser.schedule(t)
+        still = x / match(alpha + sigma, x)
+        # Only a learned variance is worth a call here.
+        return Denoised(still, still, denoiser(x, t, cond).log_var_frac if denoiser.learned_variance else None)
 
-        def call(x: Tensor, t: Tensor) -> Denoised:
-            alpha, sigma = denoiser.schedule(t)
-            total = alpha + sigma
-            still = x / match(total, x)
-            if t >= self.zero_from:
-                # Only a learned variance is worth a call here.
-                learned = denoiser.diffusion.learned_variance
-                return Denoised(still, still, plain(x, t).log_var_frac if learned else None)
-            told, absent = pair(x, t)
-            u, u_null = told.eps - told.x0, absent.eps - absent.x0
-            u_null = u_null * (_dot(u, u_null) / _dot(u_null, u_null).clamp(min=1e-12))
-            u = torch.lerp(u_null, u, self.scale)
-            return told._replace(x0=still - match(sigma / total, x) * u, eps=still + match(alpha / total, x) * u)
-
-        return Guided(denoiser.schedule, call)
-
-
-def _needed(null: Cond | None) -> Cond:
-    if null is None:
-        raise ValueError("guidance at a scale other than 1 needs a null condition: the encoding of the empty caption")
-    return null
-
-
-def autoguided(denoise: Denoise, weak: Denoise, scale: float) -> Denoise:
-    """weak + scale (strong - weak): guidance by a worse version of the same denoiser, both already conditioned.
-
-    Scale 1 never calls the weak one. Karras et al. 2024 (arXiv 2406.02507), eq. 2. Raises ValueError when the two walk
-    different schedules.
-    """
-    if denoise.schedule != weak.schedule:
-        raise ValueError("autoguidance needs two denoisers of one schedule; wrap one in ldm.denoiser.Rescheduled")
-    if scale == 1:
-        return denoise
-
-    def call(x: Tensor, t: Tensor) -> Denoised:
-        strong, poor = denoise(x, t), weak(x, t)
-        return strong._replace(x0=torch.lerp(poor.x0, strong.x0, scale), eps=torch.lerp(poor.eps, strong.eps, scale))
-
-    return Guided(denoise.schedule, call)
+    def mix(self, told: Denoised, absent: Denoised, x: Tensor, level: Level) -> Denoised:
+        total = level.alpha + level.sigma
+        still, w, rest = x / match(total, x), match(level.sigma / total, x), match(level.alpha / total, x)
+        u, u_null = told.eps - told.x0, absent.eps - absent.x0
+        u_null = u_null * (_dot(u, u_null) / _dot(u_null, u_null).clamp(min=1e-12))
+        u = torch.lerp(u_null, u, self.scale)
+        return told._replace(x0=still - w * u, eps=still + rest * u)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Autoguidance(Guidance):
-    """`autoguided` under the same condition by the weaker model that the denoiser carries; no null is needed.
+class Autoguidance(Scaled):
+    """weak + scale (strong - weak): guidance by a worse version of the same denoiser under the same condition.
 
-    The weaker model is the same network trained for less, or smaller. Karras et al. 2024 (arXiv 2406.02507), eq. 2.
+    The weaker model is the same network trained for less, or smaller; no null is needed, and scale 1 never calls it.
+    Karras et al. 2024 (arXiv 2406.02507), eq. 2. Raises ValueError when the two walk different schedules.
     """
 
     kind: Literal["autoguidance"] = "autoguidance"
     scale: float = 2.0
 
-    def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
-
-    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
-        if self.scale == 1:
-            return denoiser.bind(cond)
-        if denoiser.weak is None:
+    def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
+        if helpers.weak is None:
             raise ValueError("autoguidance needs a weaker model of the same process beside the denoiser")
-        return autoguided(denoiser.bind(cond), denoiser.weak.bind(cond), self.scale)
+        if helpers.weak.schedule != denoiser.schedule:
+            raise ValueError("autoguidance needs two denoisers of one schedule: as the weaker one take an earlier "
+                             "checkpoint of the same run, or a smaller model trained with the same schedule")
+        strong, weak = denoiser.bind(cond), helpers.weak.bind(cond)
+        return Bound(denoiser.schedule, lambda x, t: _extrapolated(strong(x, t), weak(x, t), self.scale))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByClassifier(Guidance):
-    """`classifier_guided` by the log p(condition | x_t) that the denoiser carries, on top of the condition.
+    """`classifier_guided` by the log p(condition | x_t) of the helpers, on top of the condition.
 
     `strength` 1 is Bayes' rule, and 0 is off. Dhariwal & Nichol 2021 (arXiv 2105.05233), eq. 14.
     """
@@ -265,13 +276,13 @@ class ByClassifier(Guidance):
         if not self.strength >= 0:
             raise ValueError(f"classifier strength must be at least 0 (0 is off), got {self.strength}")
 
-    def __call__(self, denoiser: Denoiser, cond: Cond, null: Cond | None) -> Denoise:
-        judge = denoiser.log_prob
+    def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
+        judge, plain = helpers.log_prob, denoiser.bind(cond)
         if self.strength == 0:
-            return denoiser.bind(cond)
+            return plain
         if judge is None:
             raise ValueError("classifier guidance needs a log p(condition | x_t) beside the denoiser")
-        return classifier_guided(denoiser.bind(cond), lambda x, t: judge(x, t, cond), self.strength)
+        return classifier_guided(plain, lambda x, t: judge(x, t, cond), self.strength)
 
 
 def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Denoise:
@@ -293,7 +304,7 @@ def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Ten
         push = scale * sigma * gradient
         return ends._replace(x0=ends.x0 + (sigma / alpha) * push, eps=ends.eps - push)
 
-    return Guided(denoise.schedule, call)
+    return Bound(denoise.schedule, call)
 
 
 GUIDANCES = (ClassifierFree, Projected, CFGZeroStar, Autoguidance, ByClassifier)

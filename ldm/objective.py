@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
-from ldm.denoiser import Backbone
+from ldm.denoiser import Network
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.pairing import Independent, Pairing
@@ -19,7 +19,7 @@ from ldm.uncertainty import Weighed
 from ldm.variational import bound_at, walk_steps
 from ldm.weighting import Weighting
 
-Network = Backbone | Callable[[Tensor, Tensor, Cond], Tensor | Weighed]
+Trained = Network | Callable[[Tensor, Tensor, Cond], Tensor | Weighed]
 
 
 class Draw(NamedTuple):
@@ -55,7 +55,7 @@ class Objective:
     def __post_init__(self) -> None:
         self.times.sample(torch.full((1,), 0.5, dtype=torch.float64), self.diffusion.schedule)
 
-    def __call__(self, backbone: Network, x0: Tensor, cond: Cond, noise: Noise, places: Places | None = None) -> Tensor:
+    def __call__(self, backbone: Trained, x0: Tensor, cond: Cond, noise: Noise, places: Places | None = None) -> Tensor:
         """The loss of each sample, (B,) float32. `places` in the global batch are needed where times are stratified."""
         return self.losses(backbone, x0, cond, self.draw(x0, noise, places)).total
 
@@ -76,7 +76,7 @@ class Objective:
             t = self.times.sample(u, schedule)
         return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype)), factor)
 
-    def losses(self, backbone: Network, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
+    def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
         """What a batch costs at the times and with the noise drawn for it."""
         error, answer, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
         loss = self.weighting(self.diffusion, draw.t).float() * error
@@ -88,11 +88,11 @@ class Objective:
             loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (walk_steps(schedule) / 1000)
         return Losses(draw.factor.float() * loss, loss)
 
-    def at(self, backbone: Network, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
+    def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
         """The unweighted error at given times (B,) and noise, (B,) float32: what validation by noise level reads."""
         return self._compared(backbone, x0, cond, t, eps)[0]
 
-    def _compared(self, backbone: Network, x0: Tensor, cond: Cond, t: Tensor,
+    def _compared(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,
                   eps: Tensor) -> tuple[Tensor, Tensor | Weighed, Tensor]:
         x_t = self.diffusion.perturb(x0, eps, t)
         answer = backbone(*self.diffusion.condition(x_t, t), cond)

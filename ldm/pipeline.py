@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from autoencoder.base import Autoencoder
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.composition import beside
-from ldm.denoiser import Denoise, Denoiser
+from ldm.conditioning import Cond
+from ldm.denoiser import Conditional, Denoise, Denoiser
+from ldm.grids import Grid
+from ldm.guidance import Guidance, Helpers
 from ldm.noise import Noise
-from ldm.samplers import DDIMInversion, Snapshot, prior, sample
+from ldm.samplers import DDIMInversion, Sampler, Snapshot, prior, sample
 from ldm.text import TextEncoder
 
 
@@ -23,36 +26,36 @@ from ldm.text import TextEncoder
 class Sampling:
     """How pictures are made: solver, its steps and the times it visits, and what steers it."""
 
-    sampler: Any
-    grid: Any
-    guidance: Any
+    sampler: Sampler
+    grid: Grid
+    guidance: Guidance
     steps: int = 25
 
 
+@dataclass(frozen=True, eq=False)
 class Pipeline:
     """A trained run, ready to draw: `pipeline(["a red circle"], seeds=[0])` gives PIL images.
 
     A picture depends on its caption, its seed and the settings alone, not on its batch: the noise is keyed by the seed,
-    bit for bit. `judge`, for classifier guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their
-    captions. `tile`, 0 or at least 16: the side, in latents, of the overlapping tiles that the autoencoder works in, so
-    that its memory is that of one tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal).
-    Raises ValueError where the schedule has no such grid of so many steps.
+    bit for bit. `size`: pixels (height, width). `weak`: the poorer model of autoguidance. `judge`, for classifier
+    guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their captions. `tile`, 0 or at least 16:
+    the side, in latents, of the overlapping tiles that the autoencoder works in, so that its memory is that of one
+    tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal). Nothing of it changes:
+    `dataclasses.replace(pipeline, tile=16)` is another. Raises ValueError where the schedule has no such grid of so
+    many steps.
     """
 
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+    text: TextEncoder
+    sampling: Sampling
+    size: tuple[int, int]
+    weak: Conditional | None = None
     judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     tile: int = 0
 
-    def __init__(
-        self, autoencoder: Autoencoder, denoiser: Denoiser, text: TextEncoder, sampling: Sampling, size: tuple[int, int]
-    ) -> None:
-        self.autoencoder, self.denoiser, self.text, self.sampling, self.size = (
-            autoencoder,
-            denoiser,
-            text,
-            sampling,
-            size,
-        )
-        sampling.grid(sampling.steps, denoiser.schedule)
+    def __post_init__(self) -> None:
+        self.sampling.grid(self.sampling.steps, self.denoiser.schedule)
 
     @property
     def device(self) -> torch.device:
@@ -125,15 +128,14 @@ class Pipeline:
         if also:
             weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
             return beside(plan.guidance, self.denoiser, cond, weighed, null)
-        denoiser, judge = self.denoiser, self.judge
-        if judge is not None:
-            # A classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023, arXiv 2302.07121).
-            denoiser = replace(
-                denoiser,
-                log_prob=lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions),
-            )
-        guided: Denoise = plan.guidance(denoiser, cond, null)
-        return guided
+        return plan.guidance(self.denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+
+    def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
+        """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,
+        arXiv 2302.07121); None where there is no judge."""
+        if (judge := self.judge) is None:
+            return None
+        return lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions)
 
     @torch.no_grad()
     def invert(self, images: Tensor, captions: Sequence[str], sampling: Sampling | None = None) -> Tensor:

@@ -28,10 +28,11 @@ from training.runs import autoencoder_hashes, copy_model, fill, find, load_autoe
 from training.vocabulary import captions, vocabulary
 
 
+@dataclass(frozen=True, eq=False)
 class Named(Pipeline):
     """A pipeline with the content hashes of what it is made of, each taken once, when it was loaded."""
 
-    hashes: dict[str, str]
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,7 @@ def draw_with(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
     sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
-    pipeline = Named(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size)
-    pipeline.hashes = hashes
-    return pipeline
+    return Named(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size, hashes=hashes)
 
 
 def export_learned(parts: Parts, home: Path) -> None:
@@ -181,12 +180,13 @@ def load_pipeline(
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
-    pipeline.hashes |= _networks(pipeline)
+    pipeline = dataclasses.replace(pipeline, hashes=pipeline.hashes | _networks(pipeline))
     if file.is_file():  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
     if preview:
-        pipeline.autoencoder = load_preview(preview, hashes["autoencoder"], target)
-        pipeline.hashes["autoencoder"] = content_hash(pipeline.autoencoder.state_dict())
+        shown = load_preview(preview, hashes["autoencoder"], target)
+        known = pipeline.hashes | {"autoencoder": content_hash(shown.state_dict())}
+        pipeline = dataclasses.replace(pipeline, autoencoder=shown, hashes=known)
     return pipeline
 
 
@@ -220,8 +220,8 @@ def _fill_learned(backbone: nn.Module, text: TextEncoder, file: Path, final: Pat
         fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
 
 
-def add_weak(pipeline: Named, path: str | Path) -> None:
-    """Put the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
+def add_weak(pipeline: Named, path: str | Path) -> Named:
+    """The pipeline with the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
 
     Raises UserError where it was made for other captions or another process.
     """
@@ -233,8 +233,8 @@ def add_weak(pipeline: Named, path: str | Path) -> None:
             hint="give an earlier checkpoint of the same run, or a smaller model trained with the same settings",
             code=CHECKPOINT,
         )
-    pipeline.denoiser = dataclasses.replace(pipeline.denoiser, weak=other.denoiser)
-    pipeline.hashes["weak"] = other.hashes["denoiser"]
+    known = pipeline.hashes | {"weak": other.hashes["denoiser"]}
+    return dataclasses.replace(pipeline, weak=other.denoiser, hashes=known)
 
 
 def vocabulary_home(config: Any, own: Path | None, donor: str | None) -> Path | None:

@@ -6,13 +6,14 @@ from typing import cast
 
 import pytest
 import torch
+from conditional import Exact, Fixed, cond
 from oracles import F64, gaussian, scalar
 from torch import Tensor
 
 from ldm.composition import composed
 from ldm.conditioning import Cond
-from ldm.denoiser import Backbone, Denoise, Denoiser
-from ldm.diffusion import Denoised, Diffusion
+from ldm.denoiser import Denoise, Denoiser, Network
+from ldm.diffusion import Diffusion
 from ldm.grids import Karras, Uniform
 from ldm.guidance import (
     GUIDANCES,
@@ -21,9 +22,8 @@ from ldm.guidance import (
     CFGZeroStar,
     ClassifierFree,
     Guidance,
-    Guided,
+    Helpers,
     Projected,
-    autoguided,
     classifier_guided,
 )
 from ldm.noise import Noise
@@ -32,7 +32,7 @@ from ldm.samplers import DDPM, RK4, DormandPrince, Heun, prior, sample
 from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule
 
 
-class Network:
+class Gaussians:
     """The exact x0 of N(m, v), with m and v = 1 and 1/4 under the condition 1, and 0 and 5/4 under the condition 0.
 
     It is told EDM's noise level ln(sigma) / 4 and given c_in x, as a network is. Records the batch of each call.
@@ -50,19 +50,15 @@ class Network:
         return (variance * x + sigma**2 * mean) / (variance + sigma**2)
 
 
-def cond(flag: float, batch: int) -> Cond:
-    return Cond(torch.full((batch, 1, 1), flag), torch.ones(batch, 1, dtype=torch.bool))
-
-
-def aided(network: Backbone, diffusion: Diffusion) -> Denoiser:
-    """With all that any guidance asks for: a weaker model and a classifier."""
+def aids(network: Network, diffusion: Diffusion) -> Helpers:
+    """All that any guidance asks for: a weaker model and a classifier."""
     weak = Denoiser(lambda x, level, cond: 0.5 * network(x, level, cond), diffusion)
-    return Denoiser(network, diffusion, weak, lambda x, t, cond: -x.square().flatten(1).sum(1) / 2)
+    return Helpers(weak, lambda x, t, cond: -x.square().flatten(1).sum(1) / 2)
 
 
-def edm() -> tuple[Network, Denoiser]:
-    network = Network()
-    return network, aided(network, Diffusion(schedule=EDM(), prediction=X0()))
+def edm() -> tuple[Gaussians, Denoiser]:
+    network = Gaussians()
+    return network, Denoiser(network, Diffusion(schedule=EDM(), prediction=X0()))
 
 
 def ruled(cls: type[Guidance], scale: float) -> Guidance:
@@ -105,11 +101,12 @@ def test_a_guided_pair_makes_up_x_again_in_one_call(cls: type[Guidance], schedul
         calls.append(len(x))
         return torch.tanh(x + condition.context.view(-1, 1, 1))
 
-    denoiser = aided(network, Diffusion(schedule=schedule, prediction=Velocity()))
+    diffusion = Diffusion(schedule=schedule, prediction=Velocity())
     x = torch.randn(4, 3, 5, dtype=F64, generator=torch.Generator().manual_seed(1))
     for t in (schedule.t_min, 0.3, 1.0):
         calls.clear()
-        ends = ruled(cls, 3.0)(denoiser, cond(1, 4), cond(0, 1))(x, scalar(t))
+        guided = ruled(cls, 3.0)(Denoiser(network, diffusion), cond(1, 4), cond(0, 1), aids(network, diffusion))
+        ends = guided(x, scalar(t))
         alpha, sigma = schedule(scalar(t))
         torch.testing.assert_close(alpha * ends.x0 + sigma * ends.eps, x, rtol=1e-9, atol=1e-9)
         assert calls == {Autoguidance: [4, 4], ByClassifier: [4]}.get(cls, [8]) or (cls is CFGZeroStar and not calls)
@@ -124,10 +121,12 @@ def test_a_learned_variance_stays_the_conditions_own(cls: type[Guidance] | None)
         return torch.cat([torch.tanh(x + told), torch.sin(x - told)], dim=1)
 
     schedule = DDPMLinear(zero_terminal_snr=True)
-    denoiser = aided(network, Diffusion(schedule=schedule, prediction=V(), learned_variance=True))
+    diffusion = Diffusion(schedule=schedule, prediction=V(), learned_variance=True)
+    denoiser = Denoiser(network, diffusion)
     noise, told, null = Noise.from_seeds([0, 1, 2]), cond(1, 3), cond(0, 1)
     both = [(told, 2.0), (cond(2, 3), 0.5)]
-    guided = ruled(cls, 3.0)(denoiser, told, null) if cls else composed(denoiser, both, null)
+    helpers = aids(network, diffusion)
+    guided = ruled(cls, 3.0)(denoiser, told, null, helpers) if cls else composed(denoiser, both, null)
     x = prior(schedule, (2, 3, 3), noise)
     for t in (schedule.t_min, 0.3, 1.0):
         fraction = guided(x, scalar(t)).log_var_frac
@@ -139,17 +138,17 @@ def test_a_learned_variance_stays_the_conditions_own(cls: type[Guidance] | None)
 
 @pytest.mark.parametrize("cls", GUIDANCES)
 def test_guidance_is_per_sample(cls: type[Guidance]) -> None:
-    _, denoiser = edm()
+    network, denoiser = edm()
     x = torch.randn(5, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(2))
-    rule = ruled(cls, 3.0)
-    whole = rule(denoiser, cond(1, 5), cond(0, 5))(x, scalar(0.01)).x0
-    parts = [rule(denoiser, cond(1, n), cond(0, 1))(part, scalar(0.01)).x0 for n, part in ((2, x[:2]), (3, x[2:]))]
+    rule, helpers, t = ruled(cls, 3.0), aids(network, denoiser.diffusion), scalar(0.01)
+    whole = rule(denoiser, cond(1, 5), cond(0, 5), helpers)(x, t).x0
+    parts = [rule(denoiser, cond(1, n), cond(0, 1), helpers)(part, t).x0 for n, part in ((2, x[:2]), (3, x[2:]))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cls", GUIDANCES)
 def test_guidance_without_what_it_needs_is_refused(cls: type[Guidance]) -> None:
-    bare = Denoiser(Network(), Diffusion(schedule=EDM(), prediction=X0()))
+    bare = Denoiser(Gaussians(), Diffusion(schedule=EDM(), prediction=X0()))
     with pytest.raises(ValueError, match="null condition|beside the denoiser"):
         ruled(cls, 2.0)(bare, cond(1, 1), None)
     with pytest.raises(ValueError, match="scale|strength"):
@@ -233,26 +232,6 @@ def test_cfg_zero_star() -> None:
     torch.testing.assert_close(still.eps - still.x0, torch.zeros_like(x))
 
 
-@dataclasses.dataclass(frozen=True)
-class Exact:
-    """The denoiser of N(m, 1/4) on any process, m the condition's number: linear, so that its samples are known."""
-
-    schedule: NoiseSchedule
-
-    @property
-    def diffusion(self) -> Diffusion:
-        return Diffusion(schedule=self.schedule, prediction=Velocity())
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
-        alpha, sigma = self.schedule(t)
-        off = x - alpha * cond.context[:, 0].to(x.dtype)
-        variance = alpha**2 / 4 + sigma**2
-        return Denoised(cond.context[:, 0].to(x.dtype) + off * alpha / 4 / variance, off * sigma / variance)
-
-    def bind(self, cond: Cond) -> Denoise:
-        return Guided(self.schedule, lambda x, t: self(x, t, cond))
-
-
 @pytest.mark.parametrize("schedule", [cls() for cls in SCHEDULES], ids=repr)
 def test_cfg_zero_star_is_the_same_on_every_process(schedule: NoiseSchedule) -> None:
     """As on `flow` at w = sigma / (alpha + sigma), x / (alpha + sigma): the guided pair, standing still included."""
@@ -262,7 +241,7 @@ def test_cfg_zero_star_is_the_same_on_every_process(schedule: NoiseSchedule) -> 
         alpha, sigma = schedule(t)
         for zero_from in (2.0, 1e-3):
             here, there = (
-                CFGZeroStar(scale=3.0, zero_from=zero_from)(Exact(process), cond(1, 3), cond(0, 1))  # type: ignore[arg-type]
+                CFGZeroStar(scale=3.0, zero_from=zero_from)(Exact(process), cond(1, 3), cond(0, 1))
                 for process in (schedule, flow)
             )
             found, wanted = here(x * (alpha + sigma), t), there(x, sigma / (alpha + sigma))
@@ -276,7 +255,7 @@ def test_cfg_zero_star_keeps_the_spread_of_data_that_no_condition_moves(
     schedule: NoiseSchedule, zero_from: float, off: float
 ) -> None:
     """.5, but for what a stillness at sigma 32 and more, or in the first of the steps, leaves undone."""
-    guided = CFGZeroStar(scale=3.0, zero_from=zero_from)(Exact(schedule), cond(0, 2), cond(0, 1))  # type: ignore[arg-type]
+    guided = CFGZeroStar(scale=3.0, zero_from=zero_from)(Exact(schedule), cond(0, 2), cond(0, 1))
     grid, ends = Karras()(64, schedule), torch.tensor([[0.0], [1.0]], dtype=F64) * schedule.prior_std
     low, high = sample(Heun(variable="sigma"), guided, ends, grid, Noise.from_seeds([0, 0])).flatten().tolist()
     assert high - low == pytest.approx(0.5, abs=off) and low == 0
@@ -306,24 +285,24 @@ def test_guidance_is_finite_and_continuous_where_there_is_no_noise(rule: Guidanc
 
 
 def test_autoguidance() -> None:
-    strong, weak = gaussian(EDM(), 0.5), gaussian(EDM(), 0.8)
+    strong, weak = Fixed(gaussian(EDM(), 0.5)), Fixed(gaussian(EDM(), 0.8))
     x, t = torch.ones(1, 1, dtype=F64), scalar(0.01)
-    got = autoguided(strong, weak, 2.0)(x, t)
-    torch.testing.assert_close(got.x0, 2 * strong(x, t).x0 - weak(x, t).x0)
-    assert autoguided(strong, weak, 1.0) is cast(Denoise, strong)
-    with pytest.raises(ValueError, match="schedule"):
-        autoguided(strong, gaussian(Flow()), 2.0)
+    got = Autoguidance(scale=2.0)(strong, cond(1, 1), None, Helpers(weak))(x, t)
+    torch.testing.assert_close(got.x0, 2 * strong.oracle(x, t).x0 - weak.oracle(x, t).x0)
+    with pytest.raises(ValueError, match="one schedule"):
+        Autoguidance(scale=2.0)(strong, cond(1, 1), None, Helpers(Fixed(gaussian(Flow()))))
 
 
-def test_guidances_by_name_are_the_functions() -> None:
+def test_guidance_by_a_classifier_hears_the_condition() -> None:
     _, denoiser = edm()
-    assert denoiser.weak is not None and denoiser.log_prob is not None
     x, t, told = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(7)), scalar(0.02), cond(1, 3)
-    weak = autoguided(denoiser.bind(told), denoiser.weak.bind(told), 3.0)
-    assert torch.equal(Autoguidance(scale=3.0)(denoiser, told, None)(x, t).x0, weak(x, t).x0)
-    judge = denoiser.log_prob
-    judged = classifier_guided(denoiser.bind(told), lambda x, t: judge(x, t, told), 0.7)
-    assert torch.equal(ByClassifier(strength=0.7)(denoiser, told, None)(x, t).x0, judged(x, t).x0)
+
+    def log_prob(x: Tensor, t: Tensor, condition: Cond) -> Tensor:
+        return (x * condition.context[:, 0]).sum(1)
+
+    judged = classifier_guided(denoiser.bind(told), lambda x, t: log_prob(x, t, told), 0.7)
+    found = ByClassifier(strength=0.7)(denoiser, told, None, Helpers(log_prob=log_prob))(x, t)
+    assert torch.equal(found.x0, judged(x, t).x0) and not torch.equal(found.x0, denoiser(x, t, told).x0)
 
 
 @pytest.mark.parametrize(("scale", "mean"), [(1.0, 0.496875), (2.0, 0.99375)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,8 +247,7 @@ def test_tiles(denoiser: Path, tmp_path: Path) -> None:
     tiled = generate(denoiser, tmp_path / "tiled", "--size", "48x96", "--tile", 16)
     assert np.array_equal(pixels(one / "00000.png"), pixels(whole / "00000.png"))
     assert pictures.facts(tiled / "00000.png")["tile"] == 16 and pictures.facts(whole / "00000.png")["tile"] == 0
-    pipeline = load_pipeline(denoiser, "cpu")
-    pipeline.tile = 16
+    pipeline = replace(load_pipeline(denoiser, "cpu"), tile=16)
     latents, images = torch.randn(1, 4, 12, 24), torch.rand(1, 3, 48, 96) * 2 - 1
     with torch.no_grad():
         wanted = decode_tiled(pipeline.autoencoder, latents, tile=16, overlap=4)
