@@ -14,7 +14,7 @@ from ldm.denoiser import Network
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.pairing import Independent, Pairing
-from ldm.times import LossAware, Places, TimeSampling
+from ldm.times import Places, TimeSampling
 from ldm.uncertainty import Weighed
 from ldm.variational import bound_at, walk_steps
 from ldm.weighting import Weighting
@@ -53,7 +53,7 @@ class Objective:
     pairing: Pairing = Independent()  # noqa: RUF009  # frozen, without state
 
     def __post_init__(self) -> None:
-        self.times.sample(torch.full((1,), 0.5, dtype=torch.float64), self.diffusion.schedule)
+        self.times.draw(torch.full((1,), 0.5, dtype=torch.float64), self.diffusion.schedule)
 
     def __call__(self, backbone: Trained, x0: Tensor, cond: Cond, noise: Noise, places: Places | None = None) -> Tensor:
         """The loss of each sample, (B,) float32. `places` in the global batch are needed where times are stratified."""
@@ -64,26 +64,22 @@ class Objective:
 
         Raises ValueError where stratified times lack the places of their samples.
         """
-        u, schedule = noise.uniform((), "time"), self.diffusion.schedule
+        u = noise.uniform((), "time")
         if self.times.stratified:
             if places is None:
                 raise ValueError("stratified times need the places of the samples in their global batch")
             u = places.stratify(u)
-        factor = torch.ones_like(u)
-        if isinstance(self.times, LossAware) and seen is not None:
-            t, factor = self.times.important(u, schedule, seen)
-        else:
-            t = self.times.sample(u, schedule)
+        t, factor = self.times.draw(u, self.diffusion.schedule, seen)
         return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype)), factor)
 
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
         """What a batch costs at the times and with the noise drawn for it."""
-        error, answer, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
+        error, y, log_var, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
         loss = self.weighting(self.diffusion, draw.t).float() * error
-        if isinstance(answer, Weighed):
-            loss = loss * (-answer.log_var).exp() + answer.log_var
+        if log_var is not None:
+            loss = loss * (-log_var).exp() + log_var
         if self.diffusion.learned_variance:
-            schedule, (mean, v) = self.diffusion.schedule, _prediction(answer).chunk(2, dim=1)
+            schedule, (mean, v) = self.diffusion.schedule, y.chunk(2, dim=1)
             ends = self.diffusion.recover(x_t, torch.cat([mean.detach(), v], dim=1), draw.t)
             loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (walk_steps(schedule) / 1000)
         return Losses(draw.factor.float() * loss, loss)
@@ -93,15 +89,11 @@ class Objective:
         return self._compared(backbone, x0, cond, t, eps)[0]
 
     def _compared(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,
-                  eps: Tensor) -> tuple[Tensor, Tensor | Weighed, Tensor]:
+                  eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The error, the prediction and its expected loss where there is one, and x_t."""
         x_t = self.diffusion.perturb(x0, eps, t)
         answer = backbone(*self.diffusion.condition(x_t, t), cond)
-        y = _prediction(answer)
-        if self.diffusion.learned_variance:
-            y = y.chunk(2, dim=1)[0]
-        error = y.float() - self.diffusion.target(x0, eps, t).float()
-        return error.square().flatten(1).mean(1), answer, x_t
-
-
-def _prediction(answer: Tensor | Weighed) -> Tensor:
-    return answer.prediction if isinstance(answer, Weighed) else answer
+        y, log_var = answer if isinstance(answer, Weighed) else (answer, None)
+        told = y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y
+        error = told.float() - self.diffusion.target(x0, eps, t).float()
+        return error.square().flatten(1).mean(1), y, log_var, x_t

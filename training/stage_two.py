@@ -15,9 +15,8 @@ from ldm.noise import Noise
 from ldm.objective import Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
-from ldm.times import LossAware, Places
+from ldm.times import Places
 from ldm.uncertainty import Uncertainty, Weighed
-from ldm.weighting import Learned
 from training import pictures
 from training.config import DenoiserConfig
 from training.data import Batch, Latents
@@ -68,8 +67,7 @@ class DenoiserStage(Stage):
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out = dataset, held_out
-        learned = config.weighting.build(config.schedule) if isinstance(config.weighting, Learned) else None
-        self.network = Captioned(backbone, text, learned)
+        self.network = Captioned(backbone, text, config.weighting.build(config.schedule))
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score = ("loss", 1.0)
@@ -79,7 +77,7 @@ class DenoiserStage(Stage):
         self.objective = Objective(
             diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
         )
-        self.seen = config.times.start() if isinstance(config.times, LossAware) else None
+        self.seen = config.times.start()
         self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
         self.channels = self.norm.scale.numel()
 

@@ -262,26 +262,3 @@ def _pooled_projection(config: DiT, pooled_dim: int) -> nn.Module | None:
             f"must be the backbone's ({config.width})"
         )
     return nn.Identity()
-
-
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-
-
-def published(name: str) -> DiT:
-    """The published class-conditional DiT-{S,B,L,XL}/{2,4,8} for 32x32 latents, or "PixArt-XL/2" for 64x64 ones.
-
-    A DiT's labels come as pooled vectors from a `label` text encoder as wide as the network.
-    """
-    if name == "PixArt-XL/2":
-        return DiT(
-            width=1152, depth=28, heads=16, mlp="gelu-tanh", conditioning="adaln-single", cross_norm=False,
-            pooled=False, base_size=64, learned_variance=True,
-        )  # fmt: skip
-    size, _, patch = name.removeprefix("DiT-").partition("/")
-    if size not in SIZES or patch not in ("2", "4", "8"):
-        raise ValueError(f"no published shape {name!r}: DiT-S, -B, -L or -XL with /2, /4 or /8, or PixArt-XL/2")
-    width, depth, heads = SIZES[size]
-    return DiT(
-        width=width, depth=depth, heads=heads, patch=int(patch), mlp="gelu-tanh", text="none", pooled_projection=False,
-        learned_variance=True,
-    )  # fmt: skip

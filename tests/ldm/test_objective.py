@@ -34,7 +34,8 @@ def processes(schedule: NoiseSchedule) -> list[Diffusion]:
 @each
 @pytest.mark.parametrize("times", [cls() for cls in TIMES], ids=repr)
 def test_drawn_times_can_be_trained_at(times: TimeSampling, schedule: NoiseSchedule) -> None:
-    t = times.sample(U, schedule)
+    t, factor = times.draw(U, schedule)
+    assert torch.equal(factor, torch.ones_like(U))
     assert t.dtype == F64 and t.min() >= schedule.t_min and t.max() <= 1
     if isinstance(schedule, Table):
         torch.testing.assert_close(t * schedule.steps, (t * schedule.steps).round(), rtol=0, atol=1e-9)
