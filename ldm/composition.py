@@ -13,7 +13,8 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
-from ldm.guidance import ClassifierFree, Guidance
+from ldm.guidance import ClassifierFree
+from ldm.guiding import Guidance
 
 
 def composed(denoiser: Conditional, conds: Sequence[tuple[Cond, float]], null: Cond) -> Denoise:
@@ -30,7 +31,7 @@ def composed(denoiser: Conditional, conds: Sequence[tuple[Cond, float]], null: C
     (batch,) = sizes
     rest = 1 - sum(weight for _, weight in used)
     if abs(rest) > 1e-12:
-        used.append((null.expand(batch), rest))
+        used.append((conds[0][0].absence(null), rest))
     if len(used) == 1:
         return denoiser.bind(used[0][0])
     joint = Cond.cat([cond for cond, _ in used])

@@ -1,15 +1,12 @@
-"""Guidance: from a denoiser, a condition and its absence to one callable for a sampler, itself a denoiser.
+"""Guidances: rules that make a condition count for more than a network gives it.
 
 Any combination with weights that sum to one of pairs (x0, eps) that make up x_t makes up x_t too, whichever of x0, eps
-or velocity it is written in; where a guidance does more, it names the space it works in and completes the pair. A
-learned variance stays the condition's own. What is guided is any conditional denoiser, and `Guided` is one again, so
-that guidances, masks and measurements stand around each other in any order. A new guidance is a class and an entry in
-`GUIDANCES`.
+or velocity it is written in; a guidance that does more names its space and completes the pair. A learned variance stays
+the condition's own. A new guidance is a class and an entry in `GUIDANCES`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,98 +17,8 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
-from ldm.schedules import Level, NoiseSchedule, match
-
-
-@dataclass(frozen=True)
-class Helpers:
-    """What some guidances ask for beside the denoiser: a poorer model of the same process, and log p(cond | x_t) (B,)
-    of (x_t, t, cond), differentiable in x_t."""
-
-    weak: Conditional | None = None
-    log_prob: Callable[[Tensor, Tensor, Cond], Tensor] | None = None
-
-
-ALONE = Helpers()
-
-
-class Guidance(ABC):
-    """A rule that closes a condition over a denoiser."""
-
-    kind: str
-
-    @abstractmethod
-    def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
-        """The guided denoiser. `null` is the condition's absence or its opposite (a negative prompt), batch 1 or B.
-        Raises ValueError when the guidance needs `null` or a helper and gets None."""
-
-
-@dataclass(frozen=True)
-class Guided(Conditional):
-    """A denoiser under a guidance whose condition is still open, for another guidance or a mask to wrap."""
-
-    guidance: Guidance
-    denoiser: Conditional
-    null: Cond | None = None
-    helpers: Helpers = ALONE
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.denoiser.schedule
-
-    @property
-    def learned_variance(self) -> bool:
-        return self.denoiser.learned_variance
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
-        return self.guidance(self.denoiser, cond, self.null, self.helpers)(x, t)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scaled(Guidance):
-    """Guidance from a worse answer through the condition's own, as far as `scale` says; 1 is the condition alone."""
-
-    kind: str
-    scale: float = 4.0
-
-    def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
-
-    def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
-        return denoiser.bind(cond) if self.scale == 1 else self.close(denoiser, cond, null, helpers)
-
-    @abstractmethod
-    def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
-        """What is called at another scale than 1."""
-
-
-class AgainstNull(Scaled):
-    """Guidance away from the null: both answers come from one call of twice the batch, and a member mixes them."""
-
-    @abstractmethod
-    def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
-        """The answer where one call at most is enough for it, else None."""
-
-    @abstractmethod
-    def mix(self, told: Denoised, absent: Denoised, x: Tensor, level: Level) -> Denoised:
-        """The guided pair of x_t, from those with the condition and without; told's variance stays."""
-
-    def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
-        if null is None:
-            raise ValueError("guidance at another scale than 1 needs a null condition: the empty caption encoded")
-        batch = len(cond.mask)
-        other = null.expand(batch)
-        pair = Cond.cat([cond, other])
-
-        def call(x: Tensor, t: Tensor) -> Denoised:
-            if (ends := self.spared(x, t, denoiser, cond, other)) is not None:
-                return ends
-            x0, eps, fraction = denoiser(torch.cat([x, x]), t, pair)
-            told = Denoised(x0[:batch], eps[:batch], None if fraction is None else fraction[:batch])
-            return self.mix(told, Denoised(x0[batch:], eps[batch:]), x, denoiser.schedule(t))
-
-        return Bound(denoiser.schedule, call)
+from ldm.guiding import ALONE, AgainstNull, Guidance, Helpers, Scaled
+from ldm.schedules import Level, match
 
 
 def _extrapolated(told: Denoised, absent: Denoised, scale: float) -> Denoised:
@@ -178,8 +85,8 @@ class Projected(AgainstNull):
     """Adaptive projected guidance in x0: D + (scale - 1) (d_across + parallel d_along), d = D - D_null.
 
     d is first shortened to `max_norm` where that is positive, then split along and across D, per sample: the part along
-    D is what saturates. The paper's momentum is left out: a denoiser here remembers no earlier call. With parallel 1
-    and no max_norm it is classifier-free guidance. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
+    D is what saturates. The paper's momentum is left out. With parallel 1 and no max_norm it is classifier-free
+    guidance. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
     """
 
     kind: Literal["apg"] = "apg"
@@ -277,22 +184,19 @@ class ByClassifier(Guidance):
             raise ValueError(f"classifier strength must be at least 0 (0 is off), got {self.strength}")
 
     def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
-        judge, plain = helpers.log_prob, denoiser.bind(cond)
         if self.strength == 0:
-            return plain
-        if judge is None:
+            return denoiser.bind(cond)
+        if (judge := helpers.log_prob) is None:
             raise ValueError("classifier guidance needs a log p(condition | x_t) beside the denoiser")
-        return classifier_guided(plain, lambda x, t: judge(x, t, cond), self.strength)
+        return classifier_guided(denoiser.bind(cond), lambda x, t: judge(x, t, cond), self.strength)
 
 
 def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Denoise:
     """Bayes' rule on scores, in eps: eps - scale sigma grad log p(y | x_t), and x0 + scale sigma^2 / alpha grad.
 
-    `log_prob(x_t, t)` is differentiable in x_t, (B,). At alpha = 0 x_t says nothing of y, and nothing is added. Scale 0
-    is the denoiser itself. Dhariwal & Nichol 2021 (arXiv 2105.05233), eq. 14.
+    `log_prob(x_t, t)` is differentiable in x_t, (B,). At alpha = 0 x_t says nothing of y, and nothing is added.
+    Dhariwal & Nichol 2021 (arXiv 2105.05233), eq. 14.
     """
-    if scale == 0:
-        return denoise
 
     def call(x: Tensor, t: Tensor) -> Denoised:
         ends, (alpha, sigma) = denoise(x, t), denoise.schedule(t)

@@ -16,7 +16,7 @@ from ldm.composition import beside
 from ldm.conditioning import Cond
 from ldm.denoiser import Conditional, Denoise, Denoiser
 from ldm.grids import Grid
-from ldm.guidance import Guidance, Helpers
+from ldm.guiding import Guidance, Helpers
 from ldm.noise import Noise
 from ldm.samplers import DDIMInversion, Sampler, Snapshot, prior, sample
 from ldm.text import TextEncoder

@@ -29,11 +29,13 @@ PURE_IMPORTS = {
         "enum",
         "fractions",
         "functools",
+        "importlib",
+        "inspect",
         "itertools",
         "json",
         "math",
     ],
-    *["numbers", "operator", "re", "string", "typing", "warnings", "zlib", "torch"],
+    *["numbers", "operator", "pkgutil", "re", "string", "typing", "warnings", "zlib", "torch"],
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]

@@ -24,7 +24,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform as UniformGrid
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objectives import LEVELS, Denoising
 from ldm.predictions import Velocity
 from ldm.samplers import prior, sample
 from ldm.samplers.ode import Euler
@@ -34,7 +34,6 @@ from ldm.weighting import Uniform
 from training.data import Images
 from training.features import Features
 from training.metrics import Moments, frechet_distance
-from training.stage_two import LEVELS
 
 SEED = 0
 BATCH = 64
@@ -45,7 +44,7 @@ TOKENS = 64
 RATE, WARMUP = 1e-3, 20
 SAMPLING_STEPS = 25
 DIFFUSION = Diffusion(schedule=Flow(), prediction=Velocity())
-OBJECTIVE = Objective(diffusion=DIFFUSION, times=LogitNormal(), weighting=Uniform())
+OBJECTIVE = Denoising(diffusion=DIFFUSION, times=LogitNormal(), weighting=Uniform())
 
 
 def probe(

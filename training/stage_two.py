@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objectives import LEVELS, Denoising
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import Places
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from autoencoder.norm import LatentNorm
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of the validation loss
 SHOWN = 16
 VALIDATION_SEED = 1 << 40
 
@@ -74,7 +73,7 @@ class DenoiserStage(Stage):
         diffusion = Diffusion(
             schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
         )
-        self.objective = Objective(
+        self.objective = Denoising(
             diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
         )
         self.seen = config.times.start()
@@ -83,7 +82,7 @@ class DenoiserStage(Stage):
 
     def wrap(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        if self.text.trainable and not getattr(self.config.backbone, "pooled", True):
+        if self.text.trainable and not self.config.backbone.pooled:
             # Nothing reads the encoder's pooled vector: processes must not wait for the gradients of its projection.
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.forward = accelerator.prepare(self.network)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -36,6 +37,23 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"the latents have {channels} channels, the backbone was built for {self.channels}")
         if height % self.multiple or width % self.multiple:
             raise ValueError(f"latents of {height}x{width} do not fit: both sides must be divisible by {self.multiple}")
+
+
+class BackboneConfig(ABC):
+    """What the config of a backbone declares: a frozen dataclass with a `kind`, and what others read of it.
+
+    `learned_variance`: it answers twice the channels; `pooled`: it reads the text encoder's pooled vector. A kind that
+    has them makes them fields. `small`: the settings that make a network small enough for a test.
+    """
+
+    kind: str
+    learned_variance: bool = False
+    pooled: bool = False
+    small: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> Backbone:
+        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
 
 
 def need_pooled(wanted: bool, pooled_dim: int | None) -> int:

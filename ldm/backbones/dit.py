@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ldm.backbones.attention import (
     key_mask,
     zero,
 )
-from ldm.backbones.base import Backbone, need_pooled
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ LEVEL_FEATURES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiT:
+class DiT(BackboneConfig):
     """Config of a diffusion transformer.
 
     `base_size`: the latent size whose position grid is not scaled; give the training size. `pooled` adds the text
@@ -40,6 +41,7 @@ class DiT:
     is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width.
     """
 
+    small: ClassVar[Mapping[str, Any]] = {"width": 32, "depth": 2, "heads": 2, "base_size": 8}
     kind: Literal["dit"] = "dit"
     width: int = 384
     depth: int = 12
@@ -73,7 +75,6 @@ class DiT:
             raise ValueError(f"{divided} ({dim}) must be divisible by 4 for two-dimensional {self.position} positions")
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> DiffusionTransformer:
-        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
         return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
 
 

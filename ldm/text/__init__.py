@@ -1,8 +1,12 @@
-"""Text encoders: captions in; context tokens, padding mask and pooled vector out. `TEXT_ENCODERS` lists them."""
+"""Text encoders: captions in; context tokens, padding mask and pooled vector out. A config that derives from
+`TextConfig`, in a file of its own here, is in `TEXT_ENCODERS`."""
 
 from __future__ import annotations
 
-from ldm.text.encoders import TEXT_ENCODERS, HuggingFace, Label, Scratch, TextEncoder
+from ldm.families import members
+from ldm.text.encoders import HuggingFace, Label, Scratch, TextConfig, TextEncoder
 from ldm.text.tokenizer import WordTokenizer
 
-__all__ = ["TEXT_ENCODERS", "HuggingFace", "Label", "Scratch", "TextEncoder", "WordTokenizer"]
+TEXT_ENCODERS = members(__name__, __path__, TextConfig, Scratch)
+
+__all__ = ["TEXT_ENCODERS", "HuggingFace", "Label", "Scratch", "TextConfig", "TextEncoder", "WordTokenizer"]

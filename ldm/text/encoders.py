@@ -37,8 +37,7 @@ class TextEncoder(nn.Module, ABC):
         if len(place) == len(captions):
             return cond
         rows = torch.tensor([place[caption] for caption in captions], device=cond.context.device)
-        context, mask, pooled = cond
-        return Cond(context[rows], mask[rows], None if pooled is None else pooled[rows])
+        return cond.select(rows)
 
     @abstractmethod
     def encode(self, captions: list[str]) -> Cond:
@@ -49,6 +48,13 @@ class TextEncoder(nn.Module, ABC):
         """How many of the captions are too long to be read whole."""
 
 
+class TextConfig(ABC):
+    """The config of a text encoder: a frozen dataclass with a `kind`. One that learns makes its encoder of `vocabulary`
+    of the captions (`build`), one that is frozen of a loaded model."""
+
+    kind: str
+
+
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     """Mean of states (B, L, D) over the real tokens of mask (B, L) -> (B, D); zero where there is none."""
     weight = mask.to(states.dtype)[..., None]
@@ -56,7 +62,7 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scratch:
+class Scratch(TextConfig):
     """Config of latent diffusion's own design: a word vocabulary and a transformer trained with the denoiser."""
 
     kind: Literal["scratch"] = "scratch"
@@ -145,7 +151,7 @@ class ScratchTextEncoder(TextEncoder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Label:
+class Label(TextConfig):
     """Config for closed sets of captions: every distinct caption is a class with an embedding, "" the null class.
 
     DiT's class conditioning is `width` = the backbone's and `pooled_projection = false` there.
@@ -203,7 +209,7 @@ class LabelEncoder(TextEncoder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFace:
+class HuggingFace(TextConfig):
     """Config of a frozen Hugging Face encoder: CLIP's text half, a T5 encoder, or one like BERT.
 
     `pooling`: "auto" (the model's own projected or pooled text where it was trained to give one, as CLIP's; else the
@@ -290,6 +296,3 @@ def _pooling(asked: str, model: nn.Module) -> str:
         return "projected"
     shape: Any = model.config
     return "pooler" if shape.model_type.startswith(("clip", "siglip")) else "mean"
-
-
-TEXT_ENCODERS = (Scratch, Label, HuggingFace)

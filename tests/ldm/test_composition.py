@@ -15,7 +15,8 @@ from ldm.composition import composed
 from ldm.conditioning import Cond
 from ldm.denoiser import Conditional, Denoiser
 from ldm.diffusion import Denoised, Diffusion
-from ldm.guidance import ByClassifier, ClassifierFree, Guided, Helpers
+from ldm.guidance import ByClassifier, ClassifierFree
+from ldm.guiding import Guided, Helpers
 from ldm.predictions import X0
 from ldm.schedules import EDM, VP, Flow, NoiseSchedule
 
@@ -114,3 +115,18 @@ def test_text_classifier_and_mask_stand_around_each_other_in_any_order(
         torch.testing.assert_close(ends.x0[:, 2:], wanted.x0[:, 2:])
         torch.testing.assert_close(ends.x0[:, :2], KNOWN.expand(3, 2))
         torch.testing.assert_close(alpha * ends.x0 + sigma * ends.eps, x)
+
+
+def test_the_absence_of_a_caption_is_shown_the_same_picture() -> None:
+    """Guided and composed: x0 = picture + caption, so that at scale 3 the picture counts once, not three times."""
+
+    class Shown(Exact):
+        def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
+            assert cond.image is not None
+            return Denoised(cond.image + cond.context[:, 0].to(x.dtype), x)
+
+    told = cond(1, 3)._replace(extras={"image": torch.arange(6, dtype=F64).view(3, 2)})
+    x, t = torch.zeros(3, 2, dtype=F64), scalar(0.5)
+    for guided in (ClassifierFree(scale=3.0)(Shown(Flow()), told, cond(0, 1)),
+                   composed(Shown(Flow()), [(told, 3.0)], cond(0, 1))):
+        torch.testing.assert_close(guided(x, t).x0, told.extras["image"] + 3)

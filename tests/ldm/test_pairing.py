@@ -13,7 +13,7 @@ from oracles import F64
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objectives import Denoising
 from ldm.pairing import PAIRINGS, Independent, MinibatchOT, Pairing, assignment
 from ldm.predictions import Velocity
 from ldm.schedules import Flow
@@ -74,8 +74,8 @@ def test_the_objective_trains_on_the_paired_noise() -> None:
     noise, nothing = Noise.from_seeds(list(range(16))), Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
     x0 = noise.normal((4,), "data")
     process = {"diffusion": Diffusion(schedule=Flow(), prediction=Velocity()), "times": Uniform(), "weighting": Plain()}
-    plain = Objective(**process)(network, x0, nothing, noise)  # type: ignore[arg-type]
-    paired = Objective(**process, pairing=MinibatchOT())(network, x0, nothing, noise)  # type: ignore[arg-type]
+    plain = Denoising(**process)(network, x0, nothing, noise)  # type: ignore[arg-type]
+    paired = Denoising(**process, pairing=MinibatchOT())(network, x0, nothing, noise)  # type: ignore[arg-type]
     assert paired.mean() < plain.mean()
     eps = MinibatchOT()(x0, noise.normal((4,), "eps"))
     t = seen[1][1].float()[:, None] / 1000

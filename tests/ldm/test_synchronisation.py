@@ -12,7 +12,8 @@ from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform
-from ldm.guidance import GUIDANCES, ByClassifier, ClassifierFree, Guidance, Helpers, Projected
+from ldm.guidance import GUIDANCES, ByClassifier, ClassifierFree, Projected
+from ldm.guiding import Guidance, Helpers
 from ldm.likelihood import log_likelihood
 from ldm.noise import Noise
 from ldm.predictions import Velocity

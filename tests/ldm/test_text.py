@@ -95,19 +95,20 @@ def bert() -> tuple[nn.Module, Any]:
 MODELS = {"clip": lambda: clip(False), "clip-projected": lambda: clip(True), "t5": t5, "bert": bert}
 
 
+LEARNED: dict[str, Any] = {kind.kind: kind for kind in TEXT_ENCODERS if hasattr(kind, "vocabulary")}
+
+
 def make(name: str) -> TextEncoder:
     torch.manual_seed(0)
-    if name == "scratch":
-        config = Scratch(width=16, heads=2, length=12)
+    if name in LEARNED:
+        config = LEARNED[name](width=16, length=12, heads=2) if name == "scratch" else LEARNED[name](width=16)
         return config.build(config.vocabulary(CAPTIONS))
-    if name == "label":
-        return Label(width=16).build(Label(width=16).vocabulary(CAPTIONS))
     return HuggingFace(length=12).build(*MODELS[name]())
 
 
 # --- what all encoders promise
 
-@pytest.fixture(params=["scratch", "label", *MODELS])
+@pytest.fixture(params=[*LEARNED, *MODELS])
 def encoder(request: pytest.FixtureRequest) -> TextEncoder:
     return make(request.param)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objectives import Denoising
 from ldm.predictions import EDMF, Velocity
 from ldm.samplers import RK4, sample
 from ldm.schedules import EDM, VP, DDPMLinear, Flow
@@ -26,9 +26,9 @@ U = (torch.arange(20000, dtype=F64) + 0.5) / 20000
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
-def objective(times: object, weighting: object = None) -> Objective:
+def objective(times: object, weighting: object = None) -> Denoising:
     diffusion = Diffusion(schedule=Flow(), prediction=Velocity())
-    return Objective(diffusion=diffusion, times=times, weighting=weighting or Plain())  # type: ignore[arg-type]
+    return Denoising(diffusion=diffusion, times=times, weighting=weighting or Plain())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cls", TIMES)
@@ -189,7 +189,7 @@ def test_it_learns_the_loss_at_every_noise_level(schedule: Flow) -> None:
 def test_at_unit_weight_it_is_edm2s_loss() -> None:
     """weight / exp(u) ||F - y||^2 + u, with EDM's weight 1 on F."""
     noise, diffusion = Noise.from_seeds([0, 1]), Diffusion(schedule=EDM(), prediction=EDMF())
-    rule = Objective(diffusion=diffusion, times=Uniform(), weighting=Learned())
+    rule = Denoising(diffusion=diffusion, times=Uniform(), weighting=Learned())
     x0, u = noise.normal((3,), "data"), torch.tensor([0.3, -0.2])
     draw = rule.draw(x0, noise)
     error = rule.at(lambda x, level, cond: torch.zeros_like(x), x0, NOTHING, draw.t, draw.eps)
