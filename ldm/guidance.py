@@ -28,7 +28,10 @@ def _extrapolated(told: Denoised, absent: Denoised, scale: float) -> Denoised:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFree(AgainstNull):
-    """uncond + scale (cond - uncond), on times in `interval`; the plain condition elsewhere.
+    """uncond + scale (cond - uncond), on noise shares in `interval`; the plain condition elsewhere.
+
+    The share of noise is sigma / (alpha + sigma), on every process the time of `flow`: 0.2 to 0.8 is sigma / alpha 1/4
+    to 4. `interval_in` "t" means times of the schedule itself, as runs of old do.
 
     Scale 1 never calls without the condition, scale 0 never with it. `rescale` in [0, 1] moves the standard deviation
     of the guided x0, per sample, back to the conditional one's. Ho & Salimans 2022 (arXiv 2207.12598), eq. 6; interval:
@@ -38,16 +41,20 @@ class ClassifierFree(AgainstNull):
     kind: Literal["classifier-free"] = "classifier-free"
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    interval_in: Literal["noise-share", "t"] = "noise-share"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise ValueError(f"guidance interval must be two times 0 <= low <= high <= 1, got {self.interval}")
+            raise ValueError(f"guidance interval must be two numbers 0 <= low <= high <= 1, got {self.interval}")
+        if self.interval_in not in ("noise-share", "t"):
+            raise ValueError(f"guidance interval_in must be noise-share or t, got {self.interval_in!r}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale must be in [0, 1], got {self.rescale}")
 
     def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
-        if not self.interval[0] <= t <= self.interval[1]:
+        alpha, sigma = denoiser.schedule(t)
+        if not self.interval[0] <= (t if self.interval_in == "t" else sigma / (alpha + sigma)) <= self.interval[1]:
             return denoiser(x, t, cond)
         return denoiser(x, t, null) if self.scale == 0 else None
 

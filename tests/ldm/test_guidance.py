@@ -169,7 +169,7 @@ def test_the_interval_spares_calls() -> None:
 
     def run(interval: tuple[float, float]) -> tuple[float, list[int]]:
         network, denoiser = edm()
-        guided = ClassifierFree(scale=2.0, interval=interval)(denoiser, cond(1, 1), cond(0, 1))
+        guided = ClassifierFree(scale=2.0, interval=interval, interval_in="t")(denoiser, cond(1, 1), cond(0, 1))
         return sample(Heun(variable="sigma"), guided, x, grid, noise).item(), network.batches
 
     full, empty = run((0, 1)), run((0.5, 0.5))
@@ -183,10 +183,31 @@ def test_six_steps_of_an_interval_cost_twice_six_calls_with_heun() -> None:
     """EDM2's indices 17 to 22 of 32: each grid time inside is called by the step that ends and the one that starts
     there."""
     grid, network = Karras()(32, EDM()), edm()
-    guided = ClassifierFree(scale=2.0, interval=(grid[22].item(), grid[17].item()))(network[1], cond(1, 1), cond(0, 1))
+    sigma = [EDM()(grid[i]).sigma.item() for i in (22, 17)]
+    rule = ClassifierFree(scale=2.0, interval=(sigma[0] / (1 + sigma[0]), sigma[1] / (1 + sigma[1])))
+    guided = rule(network[1], cond(1, 1), cond(0, 1))
     sample(Heun(variable="sigma"), guided, torch.ones(1, 1, dtype=F64), grid, Noise.from_seeds([0]))
     assert network[0].batches.count(2) == 2 * 6
     torch.testing.assert_close(grid[[17, 22]] * 80, torch.tensor([1.609, 0.283], dtype=F64), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [cls() for cls in SCHEDULES], ids=repr)
+def test_an_interval_is_the_same_share_of_noise_on_every_process(schedule: NoiseSchedule) -> None:
+    """.2 to .8 is sigma / alpha 1/4 to 4, the times .2 to .8 of `flow`; as times of a schedule, whatever they are."""
+    x, rule = torch.ones(2, 3, dtype=F64), ClassifierFree(scale=3.0, interval=(0.2, 0.8))
+    by_time = dataclasses.replace(rule, interval_in="t")
+    for ratio, inside in ((0.1, False), (0.24, False), (0.26, True), (1, True), (3.9, True), (4.1, False), (9, False)):
+        t, exact = schedule.time(scalar(-2 * math.log(ratio))), Exact(schedule)
+        mean = {True: 3.0, False: 1.0}
+        for guidance, pushed in ((rule, inside), (by_time, 0.2 <= t <= 0.8)):
+            found = guidance(exact, cond(1, 2), cond(0, 1))(x, t)
+            torch.testing.assert_close(found.x0, exact(x, t, cond(mean[bool(pushed)], 2)).x0)
+
+
+def test_on_flow_the_share_of_noise_is_the_time_to_the_bit() -> None:
+    t = torch.cat([torch.linspace(0, 1, 1001, dtype=F64), torch.rand(5000, dtype=F64)])
+    alpha, sigma = Flow()(t)
+    assert torch.equal(sigma / (alpha + sigma), t)
 
 
 def test_rescale_gives_the_conditional_spread_back() -> None:
@@ -327,6 +348,7 @@ def test_classifier_guidance_from_pure_noise_is_finite() -> None:
         lambda: ClassifierFree(interval=(0.6, 0.5)),
         lambda: ClassifierFree(interval=(0.0, 1.5)),
         lambda: ClassifierFree(rescale=2),
+        lambda: ClassifierFree(interval_in="log-snr"),  # type: ignore[arg-type]
         lambda: Projected(max_norm=-1),
         lambda: CFGZeroStar(zero_from=0),
         lambda: ClassifierFree(scale=math.nan),
