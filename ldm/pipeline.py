@@ -62,17 +62,16 @@ class Pipeline:
         """Where the decoder lives."""
         return next(self.autoencoder.parameters()).device
 
-    def __call__(self, captions: Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
+    def __call__(self, captions: str | Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
         """One PIL image per caption. `seeds`: one each, or the first of a run; `settings`: as `pixels` takes them."""
         from PIL import Image
 
         pixels = torch.cat(list(self.pixels(captions, seeds, **settings)))
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    @torch.no_grad()
     def pixels(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
         *,
         negative: str | Sequence[str] = "",
@@ -85,22 +84,40 @@ class Pipeline:
     ) -> Iterator[Tensor]:
         """uint8 (b,3,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
-        `negative`: what guidance moves away from (one, or one per caption); `also`: further captions for every picture,
-        each with its weight (`ldm.composition`); `start`: latents of t = 1 to begin from, as `invert` gives them (one,
-        or one per caption); `size`: pixels (height, width). Raises ValueError for a size the autoencoder's factor does
-        not divide, and where captions and seeds differ in number.
+        `captions`: one string is one picture; `negative`: what guidance moves away from (one, or one per caption);
+        `also`: further captions for every picture, each with its weight (`ldm.composition`); `start`: latents of t = 1
+        to begin from, as `invert` gives them (one, or one per caption); `size`: pixels (height, width). Raises
+        ValueError, before anything is drawn, for a size that does not fit, and where what is given per caption is
+        more or fewer than there are captions.
         """
+        captions = _each(captions)
         seeds = list(range(seeds, seeds + len(captions))) if isinstance(seeds, int) else list(seeds)
+        negatives = [negative] * len(captions) if isinstance(negative, str) else list(negative)
         if len(seeds) != len(captions):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds.")
+        if len(negatives) != len(captions):
+            raise ValueError(f"{len(captions)} captions but {len(negatives)} negative prompts: give one, or one each.")
+        if start is not None and len(start) not in (1, len(captions)):
+            raise ValueError(f"{len(captions)} captions but {len(start)} starts: give one, or one each.")
+        if any(isinstance(pair, str) or len(pair) != 2 for pair in also):
+            raise ValueError("`also` takes pairs of a caption and its weight.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape = self.latent_shape(size or self.size)
-        negatives = [negative] * len(captions) if isinstance(negative, str) else list(negative)
-        for first in range(0, len(captions), batch_size):
-            part = slice(first, first + batch_size)
-            own = start if start is None or len(start) == 1 else start[part]
-            plan, noise = sampling or self.sampling, Noise.from_seeds(seeds[part], self.device)
-            denoise = self.guided(captions[part], negatives[part], also, plan)
-            yield to_uint8(self.decode(self.latents(denoise, noise, shape, plan, own, watch)))
+        if start is not None and tuple(start.shape[1:]) != shape:
+            raise ValueError(f"a start of {tuple(start.shape[1:])} is not the {shape} of these pictures' latents.")
+
+        @torch.no_grad()
+        def drawn() -> Iterator[Tensor]:
+            plan = sampling or self.sampling
+            for first in range(0, len(captions), batch_size):
+                part = slice(first, first + batch_size)
+                own = start if start is None or len(start) == 1 else start[part]
+                denoise = self.guided(captions[part], negatives[part], also, plan)
+                noise = Noise.from_seeds(seeds[part], self.device)
+                yield to_uint8(self.decode(self.latents(denoise, noise, shape, plan, own, watch)))
+
+        return drawn()
 
     def latents(
         self,
@@ -117,13 +134,13 @@ class Pipeline:
 
     def guided(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         negatives: Sequence[str] | None = None,
         also: Sequence[tuple[str, float]] = (),
         plan: Sampling | None = None,
     ) -> Denoise:
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over."""
-        plan = plan or self.sampling
+        plan, captions = plan or self.sampling, _each(captions)
         cond, null = self.text(captions), self.text(negatives or [""])
         if also:
             weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
@@ -138,13 +155,13 @@ class Pipeline:
         return lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions)
 
     @torch.no_grad()
-    def invert(self, images: Tensor, captions: Sequence[str], sampling: Sampling | None = None) -> Tensor:
+    def invert(self, images: Tensor, captions: str | Sequence[str], sampling: Sampling | None = None) -> Tensor:
         """The noise at t = 1 from which `ddim` draws pictures (B,3,H,W) in [-1, 1] again: DDIM inversion, unguided.
 
         It walks the grid of `sampling` upwards from the encoder's mean; the more steps, the nearer the way back.
         """
         plan = sampling or self.sampling
-        denoise = self.denoiser.bind(self.text(captions))
+        denoise = self.denoiser.bind(self.text(_each(captions)))
         x0 = self.autoencoder.norm.mean_latents(self.encode(images))
         grid = plan.grid(plan.steps, self.denoiser.schedule).flip(0)
         return sample(DDIMInversion(), denoise, x0, grid, Noise.from_seeds([0] * len(x0), self.device))
@@ -162,11 +179,20 @@ class Pipeline:
         return encode_tiled(self.autoencoder, images, tile=self.tile, overlap=self.tile // 4)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of pictures of `size` pixels. Raises ValueError where the factor does not divide them."""
-        factor = self.autoencoder.factor
+        """(C, h, w) of pictures of `size` pixels. Raises ValueError, in pixels, where the autoencoder's factor or the
+        backbone does not divide them."""
+        factor, multiple = self.autoencoder.factor, getattr(self.denoiser.backbone, "multiple", 1)
+        step = factor * multiple
         for side in size:
-            if side <= 0 or side % factor:
-                near = sorted({max(factor, side // factor * factor), (max(side, 0) // factor + 1) * factor})
-                said = f"size {size[1]}x{size[0]} is not divisible by the autoencoder's factor {factor}"
+            if side <= 0 or side % step:
+                near = sorted({max(step, side // step * step), (max(side, 0) // step + 1) * step})
+                by = f"{step}, which is {multiple} of the autoencoder's {factor} pixels" if multiple > 1 else (
+                    f"the autoencoder's factor {factor}")
+                said = f"size {size[1]}x{size[0]} is not divisible by {by}"
                 raise ValueError(f"{said}: nearest {' or '.join(map(str, near))}.")
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
+
+
+def _each(captions: str | Sequence[str]) -> Sequence[str]:
+    """One string is one caption, not one for each letter."""
+    return [captions] if isinstance(captions, str) else captions

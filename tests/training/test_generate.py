@@ -122,7 +122,7 @@ def test_prompt_files(denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--prompt", "x", "--steps", "0"], 2, "steps: must be > 0"),
         (["--prompt", "x", "--sampler", "eulr"], 2, "did you mean 'euler'"),
         (["--prompt", "x", "--guidance-scale", "-1"], 2, "guidance"),
-        (["--prompt", "x", "--size", "30"], 2, "nearest 28 or 32"),
+        (["--prompt", "x", "--size", "30"], 2, "nearest 24 or 32"),
         (["--prompt", "x", "--size", "big"], 2, "expected a number"),
         (["--prompt", "x", "--num-images", "0"], 2, "must be at least 1"),
         (["--prompt", "x", "--train.seed", "1"], 2, "settled by training"),
