@@ -198,9 +198,8 @@ class DiffusionTransformer(Backbone):
                 zero(module.out)
         zero(self.out)
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """See `Backbone.forward`."""
-        self.check(x)
+    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """See `Backbone.predict`."""
         rows, columns = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
         tokens = self.patch_embedding(self._cut(x))
         embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES))

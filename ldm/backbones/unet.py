@@ -279,9 +279,8 @@ class CrossAttentionUNet(Backbone):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero(self.conv_out)
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """See `Backbone.forward`."""
-        self.check(x)
+    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """See `Backbone.predict`."""
         time = self.time_embedding(sinusoid(noise_level, self.config.channels[0]))
         if self.class_embedding is not None and cond.pooled is not None:
             time = time + self.class_embedding(cond.pooled)

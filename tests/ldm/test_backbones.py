@@ -136,6 +136,22 @@ def test_bfloat16_autocast_sees_every_noise_level(config: DiT | UNet) -> None:
     assert not torch.equal(y[0], y[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_draw_without_autocast(config: DiT | UNet, dtype: torch.dtype) -> None:
+    """Latents, text and answer in float32; near the float32 network; and every noise level is told from the next."""
+    whole, half = build(config).float(), build(config).to(dtype)
+    x, level, cond = inputs()
+    x, cond = x.float(), cond.to("cpu", torch.float32)
+    y = half(x, level, cond)
+    assert y.dtype == torch.float32
+    off = (y - whole(x, level, cond)).abs().mean() / y.abs().mean()
+    assert 0 < off < 0.05
+    alone, told = torch.ones_like(x[:2]), cond.select(slice(1)).expand(2)
+    one, next_ = half(alone, torch.tensor([500.0, 501.0], dtype=torch.float64), told)
+    assert not torch.equal(one, next_)
+    assert half(x.to(dtype), level, cond).dtype == dtype
+
+
 def test_pooled_text_is_asked_for() -> None:
     for config in (SMALL["dit"], SMALL["unet-linear"]):
         with pytest.raises(ValueError, match="pooled = false"):
