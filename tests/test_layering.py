@@ -35,7 +35,7 @@ PURE_IMPORTS = {
         "json",
         "math",
     ],
-    *["numbers", "operator", "pkgutil", "re", "string", "typing", "warnings", "zlib", "torch"],
+    *["numbers", "operator", "pkgutil", "re", "string", "typing", "unicodedata", "warnings", "zlib", "torch"],
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]

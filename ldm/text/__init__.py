@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from ldm.families import members
-from ldm.text.encoders import HuggingFace, Label, Scratch, TextConfig, TextEncoder
+from ldm.text.encoders import Label, Scratch, TextConfig, TextEncoder
+from ldm.text.huggingface import HuggingFace
 from ldm.text.tokenizer import WordTokenizer
 
 TEXT_ENCODERS = members(__name__, __path__, TextConfig, Scratch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -20,6 +21,48 @@ def test_words_and_punctuation() -> None:
     assert split("A T-shirt,\tété — 2 don't!") == ["a", "t", "-", "shirt", ",", "été", "—", "2", "don", "'", "t", "!"]
     assert split("红色的圆 red") == ["红", "色", "的", "圆", "red"]
     assert split(" \n") == []
+    assert all(split(text) == split(text, 1) for text in (*CAPTIONS, "A T-shirt,\tété — 2 don't!", "红色的圆 red"))
+
+
+# what rule 2 reads as the same words, and those words
+SAME = {
+    "an accent in two characters": (["cafe\u0301", "café", "CAFÉ"], ["café"]),
+    "full width and ligatures": (["Ｒｅｄ ﬁsh", "red fish"], ["red", "fish"]),
+    "no width": (["re\u200bd", "r\u200ced", "red\ufeff", "r\u00aded", "red\u2060", "red"], ["red"]),
+    "snake case": (["red_car", "red car", "_red__car"], ["red", "car"]),
+    "sharp s and final sigma": (["STRASSE ΣΑΣ", "straße σας"], ["strasse", "σασ"]),
+    "a heart with its variation": (["❤\ufe0f", "❤"], ["❤"]),
+    "halfwidth katakana": (["ｶﾞ", "ガ"], ["ガ"]),
+    "compatibility ideographs": (["\uf9d1", "六"], ["六"]),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_reads_the_same_is_the_same_words(case: str) -> None:
+    captions, words = SAME[case]
+    assert [split(caption) for caption in captions] == [words] * len(captions)
+    assert len({tuple(split(caption, 1)) for caption in captions}) > 1
+
+
+def test_vowel_signs_stay_with_their_letters() -> None:
+    for text in ("हिन्दी कार", "காரை ஒரு", "รถ สีแดง", "বাংলা গাড়ি", "שָׁלוֹם עולם"):
+        assert len(split(text)) == 2 and len(split(text, 1)) > 2, text
+
+
+def test_the_rule_is_stored_and_old_vocabularies_keep_theirs() -> None:
+    new, old = (WordTokenizer.build(["red_car café"], 6, 10, rule) for rule in (2, 1))
+    assert new.vocabulary[4:] == ("café", "car", "red") and old.vocabulary[4:] == ("café", "red_car")
+    stored = '{\n"length": 6,\n"vocabulary": [\n"<pad>",\n"<unk>",\n"<start>",\n"<end>",\n"café",\n"red_car"\n]\n}'
+    assert old.to_json() == stored and WordTokenizer.from_json(stored) == old
+    assert json.loads(new.to_json())["rule"] == 2 and WordTokenizer.from_json(new.to_json()) == new
+    encoder = Scratch(width=16, heads=2, length=6).build(stored)
+    assert encoder.tokenizer.rule == 1 and encoder.tokenizer.unknown("red_car Red_Car red") == ["red"]
+    assert old.truncated(["a_b c d e f"]) == 1 and old(["red_car"])[0][0, 1] == 5
+    with pytest.raises(ValueError, match="rule 1 or 2"):
+        WordTokenizer.from_json(stored.replace("6", '6, "rule": 3'))
+    for rule in (0, 3):
+        with pytest.raises(ValueError, match="rule"):
+            Scratch(rule=rule)
 
 
 def test_vocabulary_by_frequency_then_alphabet() -> None:
