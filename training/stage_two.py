@@ -100,8 +100,9 @@ class DenoiserStage(Stage):
         latents = self.sample(batch, noise)
         keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
         with self.accelerator.autocast():
-            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen)
-            losses = self.objective.losses(self.forward, latents, self.condition(batch, keep), draw)
+            cond = self.condition(batch, keep)
+            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, cond)
+            losses = self.objective.losses(self.forward, latents, cond, draw)
             loss = losses.total.mean()
         if self.seen is not None:
             self.losses.append((draw.t, losses.seen.detach()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
@@ -41,11 +41,13 @@ class Objective(ABC):
 
     def __call__(self, backbone: Trained, x0: Tensor, cond: Cond, noise: Noise, places: Places | None = None) -> Tensor:
         """The loss of each sample, (B,) float32. `places` in the global batch are needed where times are stratified."""
-        return self.losses(backbone, x0, cond, self.draw(x0, noise, places)).total
+        return self.losses(backbone, x0, cond, self.draw(x0, noise, places, cond=cond)).total
 
     @abstractmethod
-    def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None) -> Draw:
-        """Times and noise for a batch; `seen` is what loss-aware times go by, none being uniform times."""
+    def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None,
+             cond: Cond | Sequence[str] | None = None) -> Draw:
+        """Times and noise for a batch; `seen` is what loss-aware times go by, none being uniform times, and `cond` what
+        the samples are conditioned on, encoded or as captions: noise is paired among equals."""
 
     @abstractmethod
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> Losses:

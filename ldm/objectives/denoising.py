@@ -6,6 +6,7 @@ with the target y = a x0 + b eps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,7 +43,8 @@ class Denoising(Objective):
     def __post_init__(self) -> None:
         self.times.draw(torch.full((1,), 0.5, dtype=torch.float64), self.diffusion.schedule)
 
-    def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None) -> Draw:
+    def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None,
+             cond: Cond | Sequence[str] | None = None) -> Draw:
         """See `Objective.draw`; ValueError where stratified times lack the places of their samples."""
         u = noise.uniform((), "time")
         if self.times.stratified:
@@ -50,7 +52,7 @@ class Denoising(Objective):
                 raise ValueError("stratified times need the places of the samples in their global batch")
             u = places.stratify(u)
         t, factor = self.times.draw(u, self.diffusion.schedule, seen)
-        return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype)), factor)
+        return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype), cond), factor)
 
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
         error, y, log_var, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
