@@ -1,4 +1,7 @@
-"""Guidance by several conditions at once, each with its own weight."""
+"""Guidance by several conditions at once, each with its own weight: uncond + sum_i w_i (cond_i - uncond).
+
+With the null's weight 1 - sum_i w_i it is one weighted sum of denoised pairs, whose weights sum to one.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
-from ldm.denoiser import Denoise, Denoiser
+from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
-from ldm.guidance import ClassifierFree, Guidance, Guided
+from ldm.guidance import ClassifierFree
+from ldm.guiding import Guidance
 
 
-def composed(denoiser: Denoiser, conds: Sequence[tuple[Cond, float]], null: Cond) -> Denoise:
+def composed(denoiser: Conditional, conds: Sequence[tuple[Cond, float]], null: Cond) -> Denoise:
     """uncond + sum_i w_i (cond_i - uncond): one call of as many times the batch as there are conditions, and null.
 
     A negative weight moves away from its condition; one of weight 0 is not called, nor is `null` (batch 1 or B) where
@@ -27,7 +31,7 @@ def composed(denoiser: Denoiser, conds: Sequence[tuple[Cond, float]], null: Cond
     (batch,) = sizes
     rest = 1 - sum(weight for _, weight in used)
     if abs(rest) > 1e-12:
-        used.append((null.expand(batch), rest))
+        used.append((conds[0][0].absence(null), rest))
     if len(used) == 1:
         return denoiser.bind(used[0][0])
     joint = Cond.cat([cond for cond, _ in used])
@@ -37,11 +41,11 @@ def composed(denoiser: Denoiser, conds: Sequence[tuple[Cond, float]], null: Cond
         x0, eps = (_weighed(part, [weight for _, weight in used]) for part in (ends.x0, ends.eps))
         return Denoised(x0, eps, None if ends.log_var_frac is None else ends.log_var_frac[:batch])
 
-    return Guided(denoiser.schedule, call)
+    return Bound(denoiser.schedule, call)
 
 
 def beside(
-    guidance: Guidance, denoiser: Denoiser, cond: Cond, also: Sequence[tuple[Cond, float]], null: Cond
+    guidance: Guidance, denoiser: Conditional, cond: Cond, also: Sequence[tuple[Cond, float]], null: Cond
 ) -> Denoise:
     """Classifier-free guidance by further conditions too: uncond + scale (cond - uncond) + sum_i w_i (also_i - uncond).
 

@@ -1,4 +1,9 @@
-"""From a network to a denoiser: everything between the raw backbone and what a sampler calls."""
+"""From a network to a denoiser: everything between the raw backbone and what a sampler calls.
+
+Of x_t = alpha x0 + sigma eps a *network* answers y of (c_in x_t, noise level, cond), as it was trained to; a
+*conditional denoiser* answers both ends, `Denoised(x0, eps)`, of (x_t, t, cond); and a `Denoise` is one with its
+condition closed over, all that a sampler sees. A guidance, mask or measurement wraps a conditional denoiser and is one.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,9 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion import Denoised, Diffusion
-from ldm.schedules import NoiseSchedule, match
+from ldm.schedules import NoiseSchedule
 
-Backbone = Callable[[Tensor, Tensor, Cond], Tensor]
+Network = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 class Denoise(Protocol):
@@ -25,23 +30,57 @@ class Denoise(Protocol):
     def __call__(self, x: Tensor, t: Tensor) -> Denoised: ...
 
 
+class Conditional(Protocol):
+    """Both ends of x_t under a condition: a network's own `Denoiser`, or anything that wraps one.
+
+    A class that derives from it has `bind`, and answers no learned variance unless it says so: one that wraps a
+    denoiser hands that property on.
+    """
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the ends come with a log_var_frac."""
+        return False
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised: ...
+
+    def bind(self, cond: Cond) -> Denoise:
+        """This denoiser with its condition closed over, ready for a sampler."""
+        return Bound(self.schedule, lambda x, t: self(x, t, cond))
+
+
 @dataclass(frozen=True)
-class Denoiser:
+class Bound:
+    """A schedule and what is called for both ends, all but (x, t) closed over."""
+
+    schedule: NoiseSchedule
+    call: Callable[[Tensor, Tensor], Denoised]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        return self.call(x, t)
+
+
+@dataclass(frozen=True)
+class Denoiser(Conditional):
     """A backbone and the process it was trained on: (x (B, ...), t () or (B,), cond) -> both ends of x.
 
     Latents keep their dtype (float32); the network runs under the caller's autocast. Raises ValueError at a time below
-    t_min, where it was not trained. `weak` is a poorer model and `log_prob` a noisy classifier, log p(cond | x_t) (B,)
-    of (x_t, t, cond), for the guidances that ask for one.
+    t_min, where it was not trained.
     """
 
-    backbone: Backbone
+    backbone: Network
     diffusion: Diffusion
-    weak: Denoiser | None = None
-    log_prob: Callable[[Tensor, Tensor, Cond], Tensor] | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:
         return self.diffusion.schedule
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.diffusion.learned_variance
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
         if t.ndim == 0 and t.item() < self.schedule.t_min * (1 - 1e-9):
@@ -49,10 +88,6 @@ class Denoiser:
                              "t = 0 is only landed on")
         inputs, level = self.diffusion.condition(x, t)
         return self.diffusion.recover(x, self.backbone(inputs, _per_sample(level, x), cond), t)
-
-    def bind(self, cond: Cond) -> Denoise:
-        """This denoiser with its condition closed over, ready for a sampler."""
-        return _Bound(self, cond)
 
 
 def _per_sample(level: Tensor, x: Tensor) -> Tensor:
@@ -62,38 +97,3 @@ def _per_sample(level: Tensor, x: Tensor) -> Tensor:
     if level.device == x.device:
         return level.expand(len(x))
     return torch.full((len(x),), level.item(), dtype=level.dtype, device=x.device)
-
-
-@dataclass(frozen=True)
-class _Bound:
-    denoiser: Denoiser
-    cond: Cond
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.denoiser.schedule
-
-    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        return self.denoiser(x, t, self.cond)
-
-
-@dataclass(frozen=True)
-class Rescheduled:
-    """A denoiser of one process walked along another: equal log-SNR, and x rescaled by alpha_trained / alpha.
-
-    x / alpha and sigma / alpha are the same in both processes, so x0 and eps are too. Karras et al. 2022, appendix C.
-    Raises ValueError when the walked schedule reaches alpha = 0, where x holds nothing to rescale.
-    """
-
-    denoise: Denoise
-    schedule: NoiseSchedule
-
-    def __post_init__(self) -> None:
-        if self.schedule.pure_noise and not self.denoise.schedule.pure_noise:
-            raise ValueError("a schedule with alpha(1) = 0 cannot be walked with a denoiser trained on one without")
-
-    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        trained = self.denoise.schedule
-        time = trained.time(self.schedule.logsnr(t)).clamp(trained.t_min, 1)
-        # The ratios of alpha and of sigma are equal, and sigma is nowhere 0 where the network is called.
-        return self.denoise(match(trained(time).sigma / self.schedule(t).sigma, x) * x, time)

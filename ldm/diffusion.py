@@ -21,10 +21,6 @@ class Denoised(NamedTuple):
     eps: Tensor
     log_var_frac: Tensor | None = None
 
-    def with_x0(self, x0: Tensor, x_t: Tensor, level: Level) -> Denoised:
-        """The pair that has this x0 and still makes up x_t: eps = (x_t - alpha x0) / sigma."""
-        return self._replace(x0=x0, eps=(x_t - match(level.alpha, x_t) * x0) / match(level.sigma, x_t))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from autoencoder.base import Autoencoder
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.composition import beside
-from ldm.denoiser import Denoise, Denoiser
+from ldm.conditioning import Cond
+from ldm.denoiser import Conditional, Denoise, Denoiser
+from ldm.grids import Grid
+from ldm.guiding import Guidance, Helpers
 from ldm.noise import Noise
-from ldm.samplers import DDIMInversion, Snapshot, prior, sample
+from ldm.samplers import DDIMInversion, Sampler, Snapshot, prior, sample
 from ldm.text import TextEncoder
 
 
@@ -23,53 +26,52 @@ from ldm.text import TextEncoder
 class Sampling:
     """How pictures are made: solver, its steps and the times it visits, and what steers it."""
 
-    sampler: Any
-    grid: Any
-    guidance: Any
+    sampler: Sampler
+    grid: Grid
+    guidance: Guidance
     steps: int = 25
 
 
+@dataclass(frozen=True, eq=False)
 class Pipeline:
     """A trained run, ready to draw: `pipeline(["a red circle"], seeds=[0])` gives PIL images.
 
     A picture depends on its caption, its seed and the settings alone, not on its batch: the noise is keyed by the seed,
-    bit for bit. `judge`, for classifier guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their
-    captions. `tile`, 0 or at least 16: the side, in latents, of the overlapping tiles that the autoencoder works in, so
-    that its memory is that of one tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal).
-    Raises ValueError where the schedule has no such grid of so many steps.
+    bit for bit. `size`: pixels (height, width). `weak`: the poorer model of autoguidance. `judge`, for classifier
+    guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their captions. `tile`, 0 or at least 16:
+    the side, in latents, of the overlapping tiles that the autoencoder works in, so that its memory is that of one
+    tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal). Nothing of it changes:
+    `dataclasses.replace(pipeline, tile=16)` is another. Raises ValueError where the schedule has no such grid of so
+    many steps.
     """
 
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+    text: TextEncoder
+    sampling: Sampling
+    size: tuple[int, int]
+    weak: Conditional | None = None
     judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     tile: int = 0
 
-    def __init__(
-        self, autoencoder: Autoencoder, denoiser: Denoiser, text: TextEncoder, sampling: Sampling, size: tuple[int, int]
-    ) -> None:
-        self.autoencoder, self.denoiser, self.text, self.sampling, self.size = (
-            autoencoder,
-            denoiser,
-            text,
-            sampling,
-            size,
-        )
-        sampling.grid(sampling.steps, denoiser.schedule)
+    def __post_init__(self) -> None:
+        self.sampling.grid(self.sampling.steps, self.denoiser.schedule)
 
     @property
     def device(self) -> torch.device:
         """Where the decoder lives."""
         return next(self.autoencoder.parameters()).device
 
-    def __call__(self, captions: Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
+    def __call__(self, captions: str | Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
         """One PIL image per caption. `seeds`: one each, or the first of a run; `settings`: as `pixels` takes them."""
         from PIL import Image
 
         pixels = torch.cat(list(self.pixels(captions, seeds, **settings)))
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    @torch.no_grad()
     def pixels(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
         *,
         negative: str | Sequence[str] = "",
@@ -82,22 +84,40 @@ class Pipeline:
     ) -> Iterator[Tensor]:
         """uint8 (b,3,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
-        `negative`: what guidance moves away from (one, or one per caption); `also`: further captions for every picture,
-        each with its weight (`ldm.composition`); `start`: latents of t = 1 to begin from, as `invert` gives them (one,
-        or one per caption); `size`: pixels (height, width). Raises ValueError for a size the autoencoder's factor does
-        not divide, and where captions and seeds differ in number.
+        `captions`: one string is one picture; `negative`: what guidance moves away from (one, or one per caption);
+        `also`: further captions for every picture, each with its weight (`ldm.composition`); `start`: latents of t = 1
+        to begin from, as `invert` gives them (one, or one per caption); `size`: pixels (height, width). Raises
+        ValueError, before anything is drawn, for a size that does not fit, and where what is given per caption is
+        more or fewer than there are captions.
         """
+        captions = _each(captions)
         seeds = list(range(seeds, seeds + len(captions))) if isinstance(seeds, int) else list(seeds)
+        negatives = [negative] * len(captions) if isinstance(negative, str) else list(negative)
         if len(seeds) != len(captions):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds.")
+        if len(negatives) != len(captions):
+            raise ValueError(f"{len(captions)} captions but {len(negatives)} negative prompts: give one, or one each.")
+        if start is not None and len(start) not in (1, len(captions)):
+            raise ValueError(f"{len(captions)} captions but {len(start)} starts: give one, or one each.")
+        if any(isinstance(pair, str) or len(pair) != 2 for pair in also):
+            raise ValueError("`also` takes pairs of a caption and its weight.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape = self.latent_shape(size or self.size)
-        negatives = [negative] * len(captions) if isinstance(negative, str) else list(negative)
-        for first in range(0, len(captions), batch_size):
-            part = slice(first, first + batch_size)
-            own = start if start is None or len(start) == 1 else start[part]
-            plan, noise = sampling or self.sampling, Noise.from_seeds(seeds[part], self.device)
-            denoise = self.guided(captions[part], negatives[part], also, plan)
-            yield to_uint8(self.decode(self.latents(denoise, noise, shape, plan, own, watch)))
+        if start is not None and tuple(start.shape[1:]) != shape:
+            raise ValueError(f"a start of {tuple(start.shape[1:])} is not the {shape} of these pictures' latents.")
+
+        @torch.no_grad()
+        def drawn() -> Iterator[Tensor]:
+            plan = sampling or self.sampling
+            for first in range(0, len(captions), batch_size):
+                part = slice(first, first + batch_size)
+                own = start if start is None or len(start) == 1 else start[part]
+                denoise = self.guided(captions[part], negatives[part], also, plan)
+                noise = Noise.from_seeds(seeds[part], self.device)
+                yield to_uint8(self.decode(self.latents(denoise, noise, shape, plan, own, watch)))
+
+        return drawn()
 
     def latents(
         self,
@@ -114,35 +134,34 @@ class Pipeline:
 
     def guided(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         negatives: Sequence[str] | None = None,
         also: Sequence[tuple[str, float]] = (),
         plan: Sampling | None = None,
     ) -> Denoise:
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over."""
-        plan = plan or self.sampling
+        plan, captions = plan or self.sampling, _each(captions)
         cond, null = self.text(captions), self.text(negatives or [""])
         if also:
             weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
             return beside(plan.guidance, self.denoiser, cond, weighed, null)
-        denoiser, judge = self.denoiser, self.judge
-        if judge is not None:
-            # A classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023, arXiv 2302.07121).
-            denoiser = replace(
-                denoiser,
-                log_prob=lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions),
-            )
-        guided: Denoise = plan.guidance(denoiser, cond, null)
-        return guided
+        return plan.guidance(self.denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+
+    def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
+        """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,
+        arXiv 2302.07121); None where there is no judge."""
+        if (judge := self.judge) is None:
+            return None
+        return lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions)
 
     @torch.no_grad()
-    def invert(self, images: Tensor, captions: Sequence[str], sampling: Sampling | None = None) -> Tensor:
+    def invert(self, images: Tensor, captions: str | Sequence[str], sampling: Sampling | None = None) -> Tensor:
         """The noise at t = 1 from which `ddim` draws pictures (B,3,H,W) in [-1, 1] again: DDIM inversion, unguided.
 
         It walks the grid of `sampling` upwards from the encoder's mean; the more steps, the nearer the way back.
         """
         plan = sampling or self.sampling
-        denoise = self.denoiser.bind(self.text(captions))
+        denoise = self.denoiser.bind(self.text(_each(captions)))
         x0 = self.autoencoder.norm.mean_latents(self.encode(images))
         grid = plan.grid(plan.steps, self.denoiser.schedule).flip(0)
         return sample(DDIMInversion(), denoise, x0, grid, Noise.from_seeds([0] * len(x0), self.device))
@@ -160,11 +179,20 @@ class Pipeline:
         return encode_tiled(self.autoencoder, images, tile=self.tile, overlap=self.tile // 4)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of pictures of `size` pixels. Raises ValueError where the factor does not divide them."""
-        factor = self.autoencoder.factor
+        """(C, h, w) of pictures of `size` pixels. Raises ValueError, in pixels, where the autoencoder's factor or the
+        backbone does not divide them."""
+        factor, multiple = self.autoencoder.factor, getattr(self.denoiser.backbone, "multiple", 1)
+        step = factor * multiple
         for side in size:
-            if side <= 0 or side % factor:
-                near = sorted({max(factor, side // factor * factor), (max(side, 0) // factor + 1) * factor})
-                said = f"size {size[1]}x{size[0]} is not divisible by the autoencoder's factor {factor}"
+            if side <= 0 or side % step:
+                near = sorted({max(step, side // step * step), (max(side, 0) // step + 1) * step})
+                by = f"{step}, which is {multiple} of the autoencoder's {factor} pixels" if multiple > 1 else (
+                    f"the autoencoder's factor {factor}")
+                said = f"size {size[1]}x{size[0]} is not divisible by {by}"
                 raise ValueError(f"{said}: nearest {' or '.join(map(str, near))}.")
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
+
+
+def _each(captions: str | Sequence[str]) -> Sequence[str]:
+    """One string is one caption, not one for each letter."""
+    return [captions] if isinstance(captions, str) else captions

@@ -1,7 +1,7 @@
 """Which noise levels are trained on: the distribution of t, as the inverse of its cumulative distribution.
 
-Randomness stays outside: `sample` turns uniform numbers into times. A new distribution is a class and an entry in
-`TIMES`.
+Randomness stays outside: `draw` turns uniform numbers into times, and says what undoes their choice. A new
+distribution is a class and an entry in `TIMES`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,27 @@ class TimeSampling(ABC):
     stratified: bool = False
 
     @abstractmethod
+    def draw(self, u: Tensor, schedule: NoiseSchedule, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Times (B,) float64 at which a network may be called, and the factors (B,) on their losses that undo how often
+        they come; from u (B,) uniform in (0, 1) and what has been `seen`, None for nothing."""
+
+    @abstractmethod
+    def start(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """What has been seen before the first step; None where times go by nothing that is seen."""
+
+
+class Stated(TimeSampling):
+    """A distribution that does not change."""
+
+    @abstractmethod
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Times (B,) float64 at which a network may be called, from u (B,) uniform in (0, 1)."""
+        """The times of u: the inverse of the cumulative distribution."""
+
+    def draw(self, u: Tensor, schedule: NoiseSchedule, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.sample(u, schedule), torch.ones_like(u)
+
+    def start(self, device: torch.device | str = "cpu") -> Tensor | None:
+        return None
 
 
 class Places(NamedTuple):
@@ -60,7 +79,7 @@ def shifted(t: Tensor, shift: float, schedule: NoiseSchedule) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitNormal(TimeSampling):
+class LogitNormal(Stated):
     """logit(t) ~ N(mean, std^2), then `shifted` towards noise. Esser et al. 2024 (arXiv 2403.03206), eq. 19."""
 
     kind: Literal["logit-normal"] = "logit-normal"
@@ -78,7 +97,7 @@ class LogitNormal(TimeSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(TimeSampling):
+class Uniform(Stated):
     """t uniform, then `shifted` towards noise; at shift 1 every entry of a DDPM table equally often."""
 
     kind: Literal["uniform"] = "uniform"
@@ -93,7 +112,7 @@ class Uniform(TimeSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormal(TimeSampling):
+class LogNormal(Stated):
     """ln(sigma / alpha) ~ N(mean, std^2). Karras et al. 2022 (arXiv 2206.00364), table 1: P_mean and P_std."""
 
     kind: Literal["log-normal"] = "log-normal"
@@ -129,12 +148,7 @@ class LossAware(TimeSampling):
             raise ValueError(f"loss-aware needs bins of at least 1, memory in [0, 1) and floor in (0, 1], got "
                              f"{self.bins}, {self.memory} and {self.floor}")
 
-    def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Uniform times: what it knows before it has seen a loss."""
-        return schedule.trained(u)
-
     def start(self, device: torch.device | str = "cpu") -> Tensor:
-        """What has been seen before the first step."""
         return torch.zeros(self.bins, dtype=torch.float64, device=device)
 
     def probabilities(self, seen: Tensor) -> Tensor:
@@ -144,8 +158,9 @@ class LossAware(TimeSampling):
         aimed = self.floor * flat + (1 - self.floor) * wanted / wanted.sum().clamp(min=1e-300)
         return torch.where((seen > 0).all(), aimed, flat)
 
-    def important(self, u: Tensor, schedule: NoiseSchedule, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Times (B,) and the factors (B,) on their losses, 1 / (bins p), from u (B,) uniform in (0, 1)."""
+    def draw(self, u: Tensor, schedule: NoiseSchedule, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if seen is None:
+            return schedule.trained(u), torch.ones_like(u)
         p = self.probabilities(seen)
         ends = p.cumsum(0)
         bin_ = torch.searchsorted(ends, u).clamp(max=self.bins - 1)
@@ -167,25 +182,3 @@ class LossAware(TimeSampling):
 
 
 TIMES = (LogitNormal, Uniform, LogNormal, LossAware)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Two times r <= t of the distribution `times`, apart in a share `different` of samples: what MeanFlow learns from.
-
-    Geng et al. 2025 (arXiv 2505.13447), section 4.2: logit-normal(-0.4, 1) and 25 %. Raises ValueError on a share
-    outside [0, 1].
-    """
-
-    times: TimeSampling
-    different: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.different <= 1:
-            raise ValueError(f"the share of different times must be in [0, 1], got {self.different}")
-
-    def sample(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-        """(r, t), each (B,) float64, from u (B, 3) uniform in (0, 1): two times and the choice whether r differs."""
-        first, second = (self.times.sample(u[:, i], schedule) for i in range(2))
-        t = first.maximum(second)
-        return torch.where(u[:, 2] < self.different, first.minimum(second), t), t

@@ -19,13 +19,18 @@ from ldm.uncertainty import Uncertainty
 
 
 class Weighting(ABC):
-    """A factor per sample on the mean square error of y."""
+    """A factor per sample on the mean square error of y; with `terms`, divided by a loss that is learned."""
 
     kind: str
+    terms: int = 0
 
     @abstractmethod
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         """Weights (B,) float64 at times t (B,)."""
+
+    def build(self, schedule: NoiseSchedule) -> Uncertainty | None:
+        """The module that learns how large the loss is at each noise level, from 1; None without `terms`."""
+        return Uncertainty(schedule, self.terms) if self.terms else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +164,6 @@ class Learned(Weighting):
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         return EDM(sigma_data=self.sigma_data)(diffusion, t)
-
-    def build(self, schedule: NoiseSchedule) -> Uncertainty:
-        """The module that learns u, from 0."""
-        return Uncertainty(schedule, self.terms)
 
 
 WEIGHTINGS = (Uniform, SNR, MinSNR, SoftMinSNR, ELBO, P2, Sigmoid, EDM, Learned)

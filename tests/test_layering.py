@@ -29,11 +29,13 @@ PURE_IMPORTS = {
         "enum",
         "fractions",
         "functools",
+        "importlib",
+        "inspect",
         "itertools",
         "json",
         "math",
     ],
-    *["numbers", "operator", "re", "string", "typing", "warnings", "zlib", "torch"],
+    *["numbers", "operator", "re", "string", "typing", "unicodedata", "warnings", "zlib", "torch"],
     *["importlib", "pkgutil"],  # a family finds its own modules
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -22,12 +24,22 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.channels, self.out_channels, self.multiple = channels, out_channels, multiple
 
-    @abstractmethod
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x (B, channels, H, W), noise_level (B,) as the schedule shows it to a network -> (B, out_channels, H, W).
 
-        Raises ValueError where H or W is not divisible by `multiple`.
+        Weights of another dtype than the latents (bfloat16, float16) work in theirs, and the answer comes in that of x;
+        the noise level is embedded in float32 all the same. Under autocast nothing is cast here. Raises ValueError
+        where H or W is not divisible by `multiple`.
         """
+        self.check(x)
+        dtype = next(self.parameters()).dtype
+        if x.dtype == cond.context.dtype == dtype or torch.is_autocast_enabled(x.device.type):
+            return self.predict(x, noise_level, cond)
+        return self.predict(x.to(dtype), noise_level, cond.to(x.device, dtype)).to(x.dtype)
+
+    @abstractmethod
+    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """What `forward` gives, of latents and a condition in the dtype of the weights."""
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError, saying what fits, for latents of the wrong channel count or size."""
@@ -36,6 +48,23 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"the latents have {channels} channels, the backbone was built for {self.channels}")
         if height % self.multiple or width % self.multiple:
             raise ValueError(f"latents of {height}x{width} do not fit: both sides must be divisible by {self.multiple}")
+
+
+class BackboneConfig(ABC):
+    """What the config of a backbone declares: a frozen dataclass with a `kind`, and what others read of it.
+
+    `learned_variance`: it answers twice the channels; `pooled`: it reads the text encoder's pooled vector. A kind that
+    has them makes them fields. `small`: the settings that make a network small enough for a test.
+    """
+
+    kind: str
+    learned_variance: bool = False
+    pooled: bool = False
+    small: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> Backbone:
+        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
 
 
 def need_pooled(wanted: bool, pooled_dim: int | None) -> int:

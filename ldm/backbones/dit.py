@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ldm.backbones.attention import (
     key_mask,
     zero,
 )
-from ldm.backbones.base import Backbone, need_pooled
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ LEVEL_FEATURES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiT:
+class DiT(BackboneConfig):
     """Config of a diffusion transformer.
 
     `base_size`: the latent size whose position grid is not scaled; give the training size. `pooled` adds the text
@@ -40,6 +41,7 @@ class DiT:
     is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width.
     """
 
+    small: ClassVar[Mapping[str, Any]] = {"width": 32, "depth": 2, "heads": 2, "base_size": 8}
     kind: Literal["dit"] = "dit"
     width: int = 384
     depth: int = 12
@@ -73,7 +75,6 @@ class DiT:
             raise ValueError(f"{divided} ({dim}) must be divisible by 4 for two-dimensional {self.position} positions")
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> DiffusionTransformer:
-        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
         return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
 
 
@@ -197,9 +198,8 @@ class DiffusionTransformer(Backbone):
                 zero(module.out)
         zero(self.out)
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """See `Backbone.forward`."""
-        self.check(x)
+    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """See `Backbone.predict`."""
         rows, columns = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
         tokens = self.patch_embedding(self._cut(x))
         embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES))
@@ -264,24 +264,4 @@ def _pooled_projection(config: DiT, pooled_dim: int) -> nn.Module | None:
     return nn.Identity()
 
 
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-
-
-def published(name: str) -> DiT:
-    """The published class-conditional DiT-{S,B,L,XL}/{2,4,8} for 32x32 latents, or "PixArt-XL/2" for 64x64 ones.
-
-    A DiT's labels come as pooled vectors from a `label` text encoder as wide as the network.
-    """
-    if name == "PixArt-XL/2":
-        return DiT(
-            width=1152, depth=28, heads=16, mlp="gelu-tanh", conditioning="adaln-single", cross_norm=False,
-            pooled=False, base_size=64, learned_variance=True,
-        )  # fmt: skip
-    size, _, patch = name.removeprefix("DiT-").partition("/")
-    if size not in SIZES or patch not in ("2", "4", "8"):
-        raise ValueError(f"no published shape {name!r}: DiT-S, -B, -L or -XL with /2, /4 or /8, or PixArt-XL/2")
-    width, depth, heads = SIZES[size]
-    return DiT(
-        width=width, depth=depth, heads=heads, patch=int(patch), mlp="gelu-tanh", text="none", pooled_projection=False,
-        learned_variance=True,
-    )  # fmt: skip
+BACKBONES = (DiT,)

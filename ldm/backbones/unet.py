@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.backbones.attention import GatedFeedForward, attend, blank, key_mask, zero
-from ldm.backbones.base import Backbone, need_pooled
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ EXTENT = 32.0  # tokens that the position table covers, whatever the size
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNet:
+class UNet(BackboneConfig):
     """Config of a U-Net: one level per entry of `channels`, each half the size of the one before.
 
     `attention`: the levels (0 = full size) with text transformers; the middle always has one. `heads` per attention, or
@@ -31,6 +32,7 @@ class UNet:
     that text can name places from the start. The defaults are Stable Diffusion 1.x: 859,520,964 parameters.
     """
 
+    small: ClassVar[Mapping[str, Any]] = {"channels": (32, 64), "attention": (0, 1), "blocks": 1, "groups": 8}
     kind: Literal["unet"] = "unet"
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     blocks: int = 2
@@ -58,7 +60,6 @@ class UNet:
             divisor = self.head_dim or self.heads
             if self.channels[level] % divisor:
                 raise ValueError(f"cannot cut level {level} ({self.channels[level]} channels) into heads by {divisor}")
-
         if self.position and self.channels[0] % 4:
             raise ValueError(f"a position table needs channels divisible by 4 at level 0, not {self.channels[0]}")
 
@@ -67,7 +68,6 @@ class UNet:
         return self.channels[level] // self.head_dim if self.head_dim else self.heads
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> CrossAttentionUNet:
-        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
         return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
 
 
@@ -279,9 +279,8 @@ class CrossAttentionUNet(Backbone):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero(self.conv_out)
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """See `Backbone.forward`."""
-        self.check(x)
+    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """See `Backbone.predict`."""
         time = self.time_embedding(sinusoid(noise_level, self.config.channels[0]))
         if self.class_embedding is not None and cond.pooled is not None:
             time = time + self.class_embedding(cond.pooled)
@@ -298,3 +297,6 @@ class CrossAttentionUNet(Backbone):
             x = up(x, kept, given)
         y: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return y
+
+
+BACKBONES = (UNet,)

@@ -1,4 +1,4 @@
-"""Text encoders: from scratch, one embedding per caption, or a loaded Hugging Face model."""
+"""Text encoders that learn with the denoiser: a transformer over words, or one embedding per caption."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.backbones.attention import FeedForward, SelfAttention, zero
 from ldm.conditioning import Cond
-from ldm.text.tokenizer import WordTokenizer
-
-POOLINGS = ("auto", "mean", "eos", "none")
+from ldm.text.tokenizer import RULE, WordTokenizer
 
 
 class TextEncoder(nn.Module, ABC):
@@ -37,8 +35,7 @@ class TextEncoder(nn.Module, ABC):
         if len(place) == len(captions):
             return cond
         rows = torch.tensor([place[caption] for caption in captions], device=cond.context.device)
-        context, mask, pooled = cond
-        return Cond(context[rows], mask[rows], None if pooled is None else pooled[rows])
+        return cond.select(rows)
 
     @abstractmethod
     def encode(self, captions: list[str]) -> Cond:
@@ -49,6 +46,13 @@ class TextEncoder(nn.Module, ABC):
         """How many of the captions are too long to be read whole."""
 
 
+class TextConfig(ABC):
+    """The config of a text encoder: a frozen dataclass with a `kind`. One that learns makes its encoder of `vocabulary`
+    of the captions (`build`), one that is frozen of a loaded model."""
+
+    kind: str
+
+
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     """Mean of states (B, L, D) over the real tokens of mask (B, L) -> (B, D); zero where there is none."""
     weight = mask.to(states.dtype)[..., None]
@@ -56,8 +60,11 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scratch:
-    """Config of latent diffusion's own design: a word vocabulary and a transformer trained with the denoiser."""
+class Scratch(TextConfig):
+    """Config of latent diffusion's own design: a word vocabulary and a transformer trained with the denoiser.
+
+    `rule`: how the captions of a new vocabulary are split (`tokenizer.split`); one that is stored keeps its own.
+    """
 
     kind: Literal["scratch"] = "scratch"
     width: int = 192
@@ -65,16 +72,19 @@ class Scratch:
     heads: int = 4
     length: int = 32
     max_words: int = 8192
+    rule: int = RULE
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads, self.max_words) <= 0 or self.length < 2:
             raise ValueError("width, depth, heads and max_words must be positive and length at least 2")
+        if self.rule not in (1, 2):
+            raise ValueError(f"rule must be 1 or 2, not {self.rule}")
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
 
     def vocabulary(self, captions: Iterable[str]) -> str:
         """The vocabulary of the training captions, as the JSON text that `build` takes and a run stores."""
-        return WordTokenizer.build(captions, self.length, self.max_words).to_json()
+        return WordTokenizer.build(captions, self.length, self.max_words, self.rule).to_json()
 
     def build(self, vocabulary: str) -> ScratchTextEncoder:
         """The encoder for a stored vocabulary; ValueError where that was made for another length."""
@@ -145,7 +155,7 @@ class ScratchTextEncoder(TextEncoder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Label:
+class Label(TextConfig):
     """Config for closed sets of captions: every distinct caption is a class with an embedding, "" the null class.
 
     DiT's class conditioning is `width` = the backbone's and `pooled_projection = false` there.
@@ -202,94 +212,4 @@ class LabelEncoder(TextEncoder):
         return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class HuggingFace:
-    """Config of a frozen Hugging Face encoder: CLIP's text half, a T5 encoder, or one like BERT.
-
-    `pooling`: "auto" (the model's own projected or pooled text where it was trained to give one, as CLIP's; else the
-    mean), "mean" over real tokens, "eos" (last real token) or "none". `layer`: -1 the last hidden state, after the
-    final norm; otherwise an index into hidden_states, -2 the penultimate. `lower`: lower-case and strip, as PixArt
-    does. `masked = False` lets padding be attended to, as Stable Diffusion's U-Nets do.
-    """
-
-    kind: Literal["huggingface"] = "huggingface"
-    length: int = 77
-    pooling: Literal["auto", "mean", "eos", "none"] = "auto"
-    layer: int = -1
-    lower: bool = False
-    masked: bool = True
-
-    def __post_init__(self) -> None:
-        if self.length <= 0:
-            raise ValueError(f"length must be positive, not {self.length}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
-
-    def build(self, model: nn.Module, tokenizer: Any) -> HuggingFaceTextEncoder:
-        """The encoder around a loaded transformers model, which it freezes; ValueError on a misfit."""
-        return HuggingFaceTextEncoder(self, model, tokenizer)
-
-
-class HuggingFaceTextEncoder(TextEncoder):
-    """A frozen transformers text model; its outputs are given as float32 whatever its dtype."""
-
-    def __init__(self, config: HuggingFace, model: nn.Module, tokenizer: Any) -> None:
-        shape: Any = model.config
-        positions = getattr(shape, "max_position_embeddings", config.length)
-        if config.length > positions:
-            raise ValueError(f"length {config.length} is more than the text encoder's {positions} positions")
-        if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token, so captions cannot be batched")
-        pooling = _pooling(config.pooling, model)
-        pooled_dim = shape.projection_dim if pooling == "projected" else shape.hidden_size
-        super().__init__(
-            context_dim=shape.hidden_size, pooled_dim=None if pooling == "none" else pooled_dim, trainable=False
-        )
-        self.config, self.pooling = config, pooling
-        self.model, self.tokenizer = model.requires_grad_(False), tokenizer
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> Cond:
-        """See `TextEncoder.encode`."""
-        tokens = self.tokenizer(
-            self._clean(captions), padding="max_length", max_length=self.config.length, truncation=True,
-            padding_side="right", return_tensors="pt",
-        )  # fmt: skip
-        device = next(self.model.parameters()).device
-        numbers, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
-        self.model.eval()  # a trainer's train() reaches this model too, and would switch T5's dropout on
-        output = self.model(input_ids=numbers, attention_mask=mask, output_hidden_states=self.config.layer != -1)
-        states = output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
-        states, real = states.float(), mask.bool()
-        pooled = self._pool(output, states, real)
-        return Cond(states, real if self.config.masked else torch.ones_like(real), pooled)
-
-    def _clean(self, captions: Iterable[str]) -> list[str]:
-        return [caption.lower().strip() if self.config.lower else caption for caption in captions]
-
-    def _pool(self, output: Any, states: Tensor, mask: Tensor) -> Tensor | None:
-        if self.pooling == "none":
-            return None
-        if self.pooling == "mean":
-            return masked_mean(states, mask)
-        if self.pooling == "eos":
-            return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-        pooled: Tensor = output.text_embeds if self.pooling == "projected" else output.pooler_output
-        return pooled.float()
-
-    def truncated(self, captions: Iterable[str]) -> int:
-        """See `TextEncoder.truncated`."""
-        return sum(len(row) > self.config.length for row in self.tokenizer(self._clean(captions))["input_ids"])
-
-
-def _pooling(asked: str, model: nn.Module) -> str:
-    """What "auto" means for this model. BERT's pooler is left out: it learned sentence order, not meaning."""
-    if asked != "auto":
-        return asked
-    if hasattr(model, "text_projection"):
-        return "projected"
-    shape: Any = model.config
-    return "pooler" if shape.model_type.startswith(("clip", "siglip")) else "mean"
-
-
-TEXT_ENCODERS = (Scratch, Label, HuggingFace)
+TEXT_ENCODERS = (Scratch, Label)

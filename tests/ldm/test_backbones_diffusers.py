@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.backbones import DiT, UNet
-from ldm.backbones.dit import published
 from ldm.backbones.embed import sincos_table, sinusoid
 from ldm.conditioning import Cond
 
@@ -50,7 +49,10 @@ def from_pixart(ours: nn.Module, theirs: dict[str, Tensor]) -> dict[str, Tensor]
 def test_pixart_has_the_published_size() -> None:
     with torch.device("meta"):
         theirs = diffusers.PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
-        ours = published("PixArt-XL/2").build(channels=4, context_dim=4096)
+        ours = DiT(
+            width=1152, depth=28, heads=16, mlp="gelu-tanh", conditioning="adaln-single", cross_norm=False,
+            pooled=False, base_size=64, learned_variance=True,
+        ).build(channels=4, context_dim=4096)  # fmt: skip
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 610_856_096
 
 

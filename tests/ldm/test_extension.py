@@ -41,7 +41,7 @@ from ldm.families import members
 from ldm.grids import Karras
 from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objectives import Denoising
 from ldm.predictions import V
 from ldm.samplers import DDIM, Memory, Sampler, mix, prior, sample
 from ldm.schedules import Flow, Level
@@ -199,7 +199,7 @@ def test_outsiders_train_and_draw_as_objects() -> None:
     def network(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
         return weight * torch.tanh(x + cond.context[:, 0])
 
-    loss = Objective(diffusion=diffusion, times=LogitNormal(), weighting=ELBO())(network, torch.ones(2, 3), told, noise)
+    loss = Denoising(diffusion=diffusion, times=LogitNormal(), weighting=ELBO())(network, torch.ones(2, 3), told, noise)
     loss.sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None and bool(weight.grad.isfinite()) and weight.grad != 0
     drawn = []

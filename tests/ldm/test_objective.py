@@ -11,7 +11,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.exact import F64
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objectives import Denoising
 from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, Score, V, Velocity
 from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule, Table
 from ldm.times import TIMES, LogitNormal, LogNormal, TimeSampling, Uniform, shifted
@@ -34,7 +34,8 @@ def processes(schedule: NoiseSchedule) -> list[Diffusion]:
 @each
 @pytest.mark.parametrize("times", [cls() for cls in TIMES], ids=repr)
 def test_drawn_times_can_be_trained_at(times: TimeSampling, schedule: NoiseSchedule) -> None:
-    t = times.sample(U, schedule)
+    t, factor = times.draw(U, schedule)
+    assert torch.equal(factor, torch.ones_like(U))
     assert t.dtype == F64 and t.min() >= schedule.t_min and t.max() <= 1
     if isinstance(schedule, Table):
         torch.testing.assert_close(t * schedule.steps, (t * schedule.steps).round(), rtol=0, atol=1e-9)
@@ -104,8 +105,8 @@ def test_the_published_weights() -> None:
     assert weighting.EDM()(Diffusion(schedule=EDM(), prediction=X0()), at_half).item() == pytest.approx(8, abs=1e-9)
 
 
-def objective(diffusion: Diffusion, rule: Weighting | None = None) -> Objective:
-    return Objective(diffusion=diffusion, times=Uniform(), weighting=rule or weighting.Uniform())
+def objective(diffusion: Diffusion, rule: Weighting | None = None) -> Denoising:
+    return Denoising(diffusion=diffusion, times=Uniform(), weighting=rule or weighting.Uniform())
 
 
 def test_the_loss_of_a_sample_depends_on_its_seed_alone() -> None:

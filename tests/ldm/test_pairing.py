@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.exact import F64
 from ldm.noise import Noise
-from ldm.objective import Objective
-from ldm.pairing import PAIRINGS, Independent, MinibatchOT, Pairing, assignment
+from ldm.objectives import Denoising
+from ldm.pairing import PAIRINGS, Independent, MinibatchOT, Pairing, assignment, groups
 from ldm.predictions import Velocity
 from ldm.schedules import Flow
 from ldm.times import Uniform
@@ -74,10 +75,68 @@ def test_the_objective_trains_on_the_paired_noise() -> None:
     noise, nothing = Noise.from_seeds(list(range(16))), Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
     x0 = noise.normal((4,), "data")
     process = {"diffusion": Diffusion(schedule=Flow(), prediction=Velocity()), "times": Uniform(), "weighting": Plain()}
-    plain = Objective(**process)(network, x0, nothing, noise)  # type: ignore[arg-type]
-    paired = Objective(**process, pairing=MinibatchOT())(network, x0, nothing, noise)  # type: ignore[arg-type]
+    plain = Denoising(**process)(network, x0, nothing, noise)  # type: ignore[arg-type]
+    paired = Denoising(**process, pairing=MinibatchOT())(network, x0, nothing, noise)  # type: ignore[arg-type]
     assert paired.mean() < plain.mean()
     eps = MinibatchOT()(x0, noise.normal((4,), "eps"))
     t = seen[1][1].float()[:, None] / 1000
     torch.testing.assert_close(seen[1][0], (1 - t) * x0 + t * eps)
     assert Independent()(x0, eps) is eps
+
+
+def cond(flags: torch.Tensor) -> Cond:
+    return Cond(flags[:, None, None], torch.ones(len(flags), 1, dtype=torch.bool))
+
+
+def test_noise_tells_nothing_of_the_condition() -> None:
+    """Captions "left" at -2 and "right" at +2: each keeps the noise drawn for it, in the order of its data. Pairing
+    over all gives "right" a mean that is far off."""
+    sides, captions, off = torch.tensor([-2.0, 2.0]).repeat(8), ["left", "right"] * 8, []
+    for step in range(100):
+        noise = Noise.from_seeds(list(range(16))).fold(step)
+        x0, eps = sides[:, None] + 0.5 * noise.normal((1,), "data"), noise.normal((1,), "eps")
+        for told in (captions, cond(sides)):
+            paired = MinibatchOT()(x0, eps, told)
+            for side in (sides > 0, sides < 0):
+                assert torch.equal(paired[side].sort(0).values, eps[side].sort(0).values)
+                assert torch.equal(x0[side].flatten().argsort(), paired[side].flatten().argsort())
+        off.append((MinibatchOT()(x0, eps) - eps)[sides > 0].mean())
+    assert torch.stack(off).mean() > 0.6
+
+
+def test_conditions_are_equal_in_every_part_that_is_read() -> None:
+    same = cond(torch.tensor([1.0, 2.0, 1.0, 1.0]))
+    assert groups(same, 4) == [0, 1, 0, 0] and groups(["b", "a", "b"], 3) == [0, 1, 0]
+    padding = same.padded(3)._replace(context=torch.cat([same.context, torch.arange(8.0).view(4, 2, 1)], 1))
+    assert groups(padding, 4) == [0, 1, 0, 0]
+    assert len(set(groups(same._replace(pooled=torch.tensor([[0.0], [0], [1], [0]])), 4))) == 3
+    assert len(set(groups(same._replace(extras={"image": torch.arange(4.0)[:, None]}), 4))) == 4
+    assert groups(cond(torch.ones(1)), 3) == [0, 0, 0]
+
+
+def test_pairing_says_when_there_is_nothing_to_pair() -> None:
+    x0, eps = torch.randn(4, 2), torch.randn(4, 2)
+    with pytest.warns(UserWarning, match="pairs nothing"):
+        assert torch.equal(MinibatchOT()(x0, eps, ["a", "b", "c", "d"]), eps)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_costs_that_are_not_finite_are_refused(wrong: float) -> None:
+    """A shortest path along NaN has no end."""
+    x0 = torch.randn(5, 2)
+    x0[3, 1] = wrong
+    with pytest.raises(ValueError, match="not finite"):
+        MinibatchOT()(x0, torch.randn(5, 2))
+
+
+def test_the_objective_pairs_among_equal_conditions() -> None:
+    noise, flags = Noise.from_seeds(list(range(12))), torch.tensor([0.0, 1.0]).repeat(6)
+    x0 = noise.normal((4,), "data")
+    rule = Denoising(diffusion=Diffusion(schedule=Flow(), prediction=Velocity()), times=Uniform(), weighting=Plain(),
+                     pairing=MinibatchOT())
+    wanted = MinibatchOT()(x0, noise.normal((4,), "eps"), cond(flags))
+    assert torch.equal(rule.draw(x0, noise, cond=cond(flags)).eps, wanted)
+    assert not torch.equal(rule.draw(x0, noise).eps, wanted)
+    silent = lambda x, level, cond: torch.zeros_like(x)  # noqa: E731
+    whole = rule.losses(silent, x0, cond(flags), rule.draw(x0, noise, cond=cond(flags))).total
+    assert torch.equal(rule(silent, x0, cond(flags), noise), whole)

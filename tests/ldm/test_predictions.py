@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.denoiser import Denoiser, Rescheduled
-from ldm.diffusion import Denoised, Diffusion
-from ldm.exact import F64, gaussian, scalar
+from ldm.denoiser import Denoiser
+from ldm.diffusion import Diffusion
+from ldm.exact import F64, scalar
 from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, Prediction, Score, V, Velocity
 from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, Flow, NoiseSchedule, Table
 
@@ -122,18 +122,3 @@ def test_a_denoiser_tells_its_network_scale_and_level() -> None:
         torch.testing.assert_close(ends.x0, x / 2)
     with pytest.raises(ValueError, match="t_min"):
         denoiser(x, scalar(0.0), None)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("walked", [Flow(), EDM(), VP(), DDPMLinear(zero_terminal_snr=True)], ids=repr)
-def test_walking_another_schedule_finds_the_same_ends(walked: NoiseSchedule) -> None:
-    trained, x = Flow(), torch.tensor([[0.4], [-3.0]], dtype=F64)
-    t = scalar(0.4)
-    direct: Denoised = gaussian(walked)(x, t)
-    through = Rescheduled(gaussian(trained), walked)(x, t)
-    torch.testing.assert_close(through.x0, direct.x0)
-    torch.testing.assert_close(through.eps, direct.eps)
-
-
-def test_pure_noise_cannot_be_rescaled_to_a_process_without_it() -> None:
-    with pytest.raises(ValueError, match="alpha"):
-        Rescheduled(gaussian(VP()), Flow())

@@ -14,7 +14,7 @@ from ldm.exact import F64, final_variance, marginal, scalar
 from ldm.grids import Grid, Karras
 from ldm.grids import Uniform as UniformGrid
 from ldm.guidance import ClassifierFree
-from ldm.objective import Objective
+from ldm.objectives import Denoising
 from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import V
 from ldm.samplers import Heun, check_grid
@@ -42,8 +42,8 @@ def test_times_move_by_log_snr_and_the_ends_stay(schedule: NoiseSchedule, shift:
     torch.testing.assert_close(trained, schedule.trained(shifted(T, shift, schedule)))
 
 
-def objective(schedule: NoiseSchedule, times: TimeSampling) -> Objective:
-    return Objective(diffusion=Diffusion(schedule=schedule, prediction=V()), times=times, weighting=Plain())
+def objective(schedule: NoiseSchedule, times: TimeSampling) -> Denoising:
+    return Denoising(diffusion=Diffusion(schedule=schedule, prediction=V()), times=times, weighting=Plain())
 
 
 def pipeline(schedule: NoiseSchedule, grid: Grid) -> Pipeline:

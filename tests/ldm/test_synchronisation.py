@@ -8,11 +8,12 @@ from looping import each
 from torch import Tensor
 
 from ldm.conditioning import Cond
-from ldm.denoiser import Denoise, Denoiser, Rescheduled
+from ldm.denoiser import Denoise, Denoiser
 from ldm.diffusion import Diffusion
 from ldm.exact import Counted, Isotropic, Smooth
 from ldm.grids import Uniform
-from ldm.guidance import GUIDANCES, ByClassifier, ClassifierFree, Guidance, Projected
+from ldm.guidance import GUIDANCES, ByClassifier, ClassifierFree, Projected
+from ldm.guiding import Guidance, Helpers
 from ldm.likelihood import log_likelihood
 from ldm.noise import Noise
 from ldm.predictions import Velocity
@@ -79,15 +80,17 @@ def test_an_adaptive_pair_waits_once_a_trial(sampler: Embedded) -> None:
     assert len(asked) == (len(counted.times) - 1) / (len(sampler.tableau.nodes) - 1) > 2
 
 
-def denoiser(schedule: NoiseSchedule) -> Denoiser:
-    """A toy network that hears its condition, with all that a guidance may ask for."""
+def guided(guidance: Guidance, schedule: NoiseSchedule, device: str) -> Denoise:
+    """A toy network that hears its condition, guided with all that a guidance may ask for."""
     diffusion = Diffusion(schedule=schedule, prediction=Velocity())
 
     def network(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
         told = cond.context[:, 0, 0] + level.float() / 1000
         return torch.tanh(x + told.view(-1, 1, 1, 1))
 
-    return Denoiser(network, diffusion, Denoiser(network, diffusion), lambda x, t, cond: -x.square().flatten(1).sum(1))
+    denoiser = Denoiser(network, diffusion)
+    helpers = Helpers(denoiser, lambda x, t, cond: -x.square().flatten(1).sum(1))
+    return guidance(denoiser, told(1, 2, device), told(0, 1, device), helpers)
 
 
 def told(flag: float, batch: int, device: str) -> Cond:
@@ -105,7 +108,7 @@ GUIDED: list[Guidance] = [
 @pytest.mark.parametrize("guidance", GUIDED, ids=repr)
 @each("schedule", [cls() for cls in SCHEDULES])
 def test_no_guidance_and_no_denoiser_waits(guidance: Guidance, schedule: NoiseSchedule) -> None:
-    denoise = guidance(denoiser(schedule), told(1, 2, "meta"), told(0, 1, "meta"))
+    denoise = guided(guidance, schedule, "meta")
     noise, grid = Noise.from_seeds([0, 1], "meta"), Uniform()(3, schedule)
     x = prior(schedule, (3, 4, 4), noise)
     with Waits() as waiting:
@@ -113,12 +116,11 @@ def test_no_guidance_and_no_denoiser_waits(guidance: Guidance, schedule: NoiseSc
     assert waiting.found == []
 
 
-def test_neither_inversion_nor_another_schedule_nor_the_likelihood_waits() -> None:
+def test_neither_inversion_nor_the_likelihood_waits() -> None:
     noise, grid = Noise.from_seeds([0, 1], "meta"), Uniform()(3, Flow())
     x = prior(Flow(), (2, 2), noise)
     with Waits() as waiting:
         sample(DDIMInversion(), Smooth(Flow()), x, grid.flip(0), noise)
-        sample(Heun(), Rescheduled(Smooth(Flow()), VP()), x, grid, noise)
         log_likelihood(Smooth(Flow()), x, grid, noise)
         log_likelihood(Smooth(Flow()), x, grid)
     assert waiting.found == []
@@ -133,7 +135,7 @@ def test_cuda_sees_no_synchronisation_in_a_sampler(sampler: Sampler) -> None:
 @on_a_gpu
 @pytest.mark.parametrize("guidance", GUIDED, ids=repr)
 def test_cuda_sees_no_synchronisation_in_a_guidance(guidance: Guidance) -> None:
-    walk_on_cuda(Heun(), guidance(denoiser(Flow()), told(1, 2, "cuda"), told(0, 1, "cuda")))
+    walk_on_cuda(Heun(), guided(guidance, Flow(), "cuda"))
 
 
 def walk_on_cuda(sampler: Sampler, denoise: Denoise) -> None:

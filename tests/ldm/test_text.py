@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -20,6 +21,48 @@ def test_words_and_punctuation() -> None:
     assert split("A T-shirt,\tété — 2 don't!") == ["a", "t", "-", "shirt", ",", "été", "—", "2", "don", "'", "t", "!"]
     assert split("红色的圆 red") == ["红", "色", "的", "圆", "red"]
     assert split(" \n") == []
+    assert all(split(text) == split(text, 1) for text in (*CAPTIONS, "A T-shirt,\tété — 2 don't!", "红色的圆 red"))
+
+
+# what rule 2 reads as the same words, and those words
+SAME = {
+    "an accent in two characters": (["cafe\u0301", "café", "CAFÉ"], ["café"]),
+    "full width and ligatures": (["Ｒｅｄ ﬁsh", "red fish"], ["red", "fish"]),
+    "no width": (["re\u200bd", "r\u200ced", "red\ufeff", "r\u00aded", "red\u2060", "red"], ["red"]),
+    "snake case": (["red_car", "red car", "_red__car"], ["red", "car"]),
+    "sharp s and final sigma": (["STRASSE ΣΑΣ", "straße σας"], ["strasse", "σασ"]),
+    "a heart with its variation": (["❤\ufe0f", "❤"], ["❤"]),
+    "halfwidth katakana": (["ｶﾞ", "ガ"], ["ガ"]),
+    "compatibility ideographs": (["\uf9d1", "六"], ["六"]),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_reads_the_same_is_the_same_words(case: str) -> None:
+    captions, words = SAME[case]
+    assert [split(caption) for caption in captions] == [words] * len(captions)
+    assert len({tuple(split(caption, 1)) for caption in captions}) > 1
+
+
+def test_vowel_signs_stay_with_their_letters() -> None:
+    for text in ("हिन्दी कार", "காரை ஒரு", "รถ สีแดง", "বাংলা গাড়ি", "שָׁלוֹם עולם"):
+        assert len(split(text)) == 2 and len(split(text, 1)) > 2, text
+
+
+def test_the_rule_is_stored_and_old_vocabularies_keep_theirs() -> None:
+    new, old = (WordTokenizer.build(["red_car café"], 6, 10, rule) for rule in (2, 1))
+    assert new.vocabulary[4:] == ("café", "car", "red") and old.vocabulary[4:] == ("café", "red_car")
+    stored = '{\n"length": 6,\n"vocabulary": [\n"<pad>",\n"<unk>",\n"<start>",\n"<end>",\n"café",\n"red_car"\n]\n}'
+    assert old.to_json() == stored and WordTokenizer.from_json(stored) == old
+    assert json.loads(new.to_json())["rule"] == 2 and WordTokenizer.from_json(new.to_json()) == new
+    encoder = Scratch(width=16, heads=2, length=6).build(stored)
+    assert encoder.tokenizer.rule == 1 and encoder.tokenizer.unknown("red_car Red_Car red") == ["red"]
+    assert old.truncated(["a_b c d e f"]) == 1 and old(["red_car"])[0][0, 1] == 5
+    with pytest.raises(ValueError, match="rule 1 or 2"):
+        WordTokenizer.from_json(stored.replace("6", '6, "rule": 3'))
+    for rule in (0, 3):
+        with pytest.raises(ValueError, match="rule"):
+            Scratch(rule=rule)
 
 
 def test_vocabulary_by_frequency_then_alphabet() -> None:
@@ -95,19 +138,20 @@ def bert() -> tuple[nn.Module, Any]:
 MODELS = {"clip": lambda: clip(False), "clip-projected": lambda: clip(True), "t5": t5, "bert": bert}
 
 
+LEARNED: dict[str, Any] = {kind.kind: kind for kind in TEXT_ENCODERS if hasattr(kind, "vocabulary")}
+
+
 def make(name: str) -> TextEncoder:
     torch.manual_seed(0)
-    if name == "scratch":
-        config = Scratch(width=16, heads=2, length=12)
+    if name in LEARNED:
+        config = LEARNED[name](width=16, length=12, heads=2) if name == "scratch" else LEARNED[name](width=16)
         return config.build(config.vocabulary(CAPTIONS))
-    if name == "label":
-        return Label(width=16).build(Label(width=16).vocabulary(CAPTIONS))
     return HuggingFace(length=12).build(*MODELS[name]())
 
 
 # --- what all encoders promise
 
-@pytest.fixture(params=["scratch", "label", *MODELS])
+@pytest.fixture(params=[*LEARNED, *MODELS])
 def encoder(request: pytest.FixtureRequest) -> TextEncoder:
     return make(request.param)
 
@@ -251,6 +295,22 @@ def test_truncation_lower_case_and_masked() -> None:
     assert torch.equal(encoder(["  A Red "]).context, encoder(["a red"]).context)
     assert encoder(["a", ""]).mask.all()
     assert encoder(["a red circle of a photo"]).context.shape == (1, 4, 16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unmasked_padding_is_attended_to_as_in_stable_diffusion(name: str) -> None:
+    """What the model gives for padded tokens without a mask; the pooled vector is still one of real tokens alone."""
+    model, tokenizer = MODELS[name]()
+    model.eval()
+    tokens = tokenizer(CAPTIONS, padding="max_length", max_length=12, return_tensors="pt")
+    with torch.no_grad():
+        wanted, hidden = (model(tokens["input_ids"], attention_mask=mask).last_hidden_state
+                          for mask in (None, tokens["attention_mask"]))
+    cond = HuggingFace(length=12, masked=False, pooling="mean").build(model, tokenizer)(CAPTIONS)
+    torch.testing.assert_close(cond.context, wanted, rtol=0, atol=1e-6)
+    assert not torch.allclose(cond.context, hidden, atol=1e-3) and cond.mask.all()
+    real = tokens["attention_mask"][..., None].float()
+    torch.testing.assert_close(cond.pooled, (wanted * real).sum(1) / real.sum(1), rtol=0, atol=1e-5)
 
 
 def test_dropout_never_runs() -> None:

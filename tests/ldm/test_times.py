@@ -1,4 +1,4 @@
-"""Times that depend on more than one sample: strata of a batch, losses seen, pairs; and the learned weighting."""
+"""Times that depend on more than one sample: strata of a batch, losses seen; and the learned weighting."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.exact import F64, gaussian, scalar
 from ldm.noise import Noise
-from ldm.objective import Objective
+from ldm.objectives import Denoising
 from ldm.predictions import EDMF, Velocity
 from ldm.samplers import RK4, sample
-from ldm.schedules import EDM, SCHEDULES, VP, DDPMLinear, Flow
-from ldm.times import TIMES, LogitNormal, LossAware, Pairs, Places, Uniform
+from ldm.schedules import EDM, VP, DDPMLinear, Flow
+from ldm.times import TIMES, LossAware, Places, Uniform
 from ldm.uncertainty import Uncertainty, Weighed
 from ldm.weighting import EDM as EDMWeight
 from ldm.weighting import Learned
@@ -26,9 +26,9 @@ U = (torch.arange(20000, dtype=F64) + 0.5) / 20000
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
-def objective(times: object, weighting: object = None) -> Objective:
+def objective(times: object, weighting: object = None) -> Denoising:
     diffusion = Diffusion(schedule=Flow(), prediction=Velocity())
-    return Objective(diffusion=diffusion, times=times, weighting=weighting or Plain())  # type: ignore[arg-type]
+    return Denoising(diffusion=diffusion, times=times, weighting=weighting or Plain())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cls", TIMES)
@@ -37,7 +37,7 @@ def test_strata_hold_one_time_each_whatever_the_process_layout(cls: type) -> Non
     noise, x0 = Noise.from_seeds(list(range(100, 100 + count))), torch.zeros(count, 1)
     position = torch.arange(100, 100 + count) % count
     whole = rule.draw(x0, noise, Places(position, count)).t
-    u = cls().sample((torch.arange(count + 1, dtype=F64) / count).clamp(1e-12, 1 - 1e-12), Flow())
+    u = cls().draw((torch.arange(count + 1, dtype=F64) / count).clamp(1e-12, 1 - 1e-12), Flow())[0]
     for t, p in zip(whole, position, strict=True):
         assert u[p] <= t <= u[p + 1]
     split = [rule.draw(x0[part], noise[part], Places(position[part], count)).t for part in (slice(0, 5), slice(5, 32))]
@@ -68,7 +68,7 @@ def test_loss_aware_times_keep_the_mean_and_lower_the_variance(schedule: Flow) -
     """Exactly, up to the width of the strata: the mean of factor * loss is that of the loss at uniform times."""
     rule, t = LossAware(bins=20), schedule.trained(U)
     plain = (4 * t).exp()
-    drawn, factor = rule.important(U, schedule, seen_after(rule, plain, t))
+    drawn, factor = rule.draw(U, schedule, seen_after(rule, plain, t))
     weighed = factor * (4 * drawn).exp()
     assert weighed.mean().item() == pytest.approx(plain.mean().item(), rel=1e-3)
     assert weighed.std() < 0.1 * plain.std()
@@ -90,8 +90,8 @@ def test_probabilities_are_the_roots_of_the_mean_squares() -> None:
 def test_until_every_bin_was_met_times_are_uniform() -> None:
     rule = LossAware(bins=3)
     half = seen_after(rule, torch.ones(2), torch.tensor([0.1, 0.5], dtype=F64))
-    for seen in (rule.start(), half):
-        t, factor = rule.important(U, Flow(), seen)
+    for seen in (None, rule.start(), half):
+        t, factor = rule.draw(U, Flow(), seen)
         torch.testing.assert_close(t, Flow().trained(U))
         torch.testing.assert_close(factor, torch.ones_like(U))
 
@@ -117,25 +117,12 @@ def test_the_objective_divides_by_the_probability() -> None:
     x0, seen = noise.normal((2,), "data"), torch.tensor([1.0, 4.0, 9.0, 16.0], dtype=F64)
     draw = objective(rule).draw(x0, noise, seen=seen)
     losses = objective(rule).losses(lambda x, level, cond: torch.zeros_like(x), x0, NOTHING, draw)
-    t, factor = rule.important(noise.uniform((), "time"), Flow(), seen)
+    t, factor = rule.draw(noise.uniform((), "time"), Flow(), seen)
     torch.testing.assert_close(draw.t, t)
     torch.testing.assert_close(losses.total, losses.seen * factor.float())
 
 
-# Pairs
-
-
-@pytest.mark.parametrize("schedule", [cls() for cls in SCHEDULES], ids=repr)
-def test_pairs_of_times(schedule: Flow) -> None:
-    u = Noise.from_seeds(list(range(4000))).uniform((3,))
-    r, t = Pairs(times=LogitNormal(mean=-0.4)).sample(u, schedule)
-    assert bool((r <= t).all()) and r.min() >= schedule.t_min
-    assert (r < t).double().mean().item() == pytest.approx(0.25, abs=0.02)
-    assert bool((Pairs(times=Uniform(), different=0).sample(u, schedule)[0] == Pairs(
-        times=Uniform(), different=0).sample(u, schedule)[1]).all())
-
-
-def test_the_mean_velocity_identity_that_pairs_are_for() -> None:
+def test_the_mean_velocity_identity_of_two_times() -> None:
     """u(z, r, t) = (z_t - z_r) / (t - r) on G(.5): u(1, 0, 1) = 0.5 and u + (t - r) du/dt = v = 1.2195122 at 0.7."""
     oracle = gaussian(Flow(t_min=0.0))
 
@@ -202,7 +189,7 @@ def test_it_learns_the_loss_at_every_noise_level(schedule: Flow) -> None:
 def test_at_unit_weight_it_is_edm2s_loss() -> None:
     """weight / exp(u) ||F - y||^2 + u, with EDM's weight 1 on F."""
     noise, diffusion = Noise.from_seeds([0, 1]), Diffusion(schedule=EDM(), prediction=EDMF())
-    rule = Objective(diffusion=diffusion, times=Uniform(), weighting=Learned())
+    rule = Denoising(diffusion=diffusion, times=Uniform(), weighting=Learned())
     x0, u = noise.normal((3,), "data"), torch.tensor([0.3, -0.2])
     draw = rule.draw(x0, noise)
     error = rule.at(lambda x, level, cond: torch.zeros_like(x), x0, NOTHING, draw.t, draw.eps)
@@ -216,7 +203,6 @@ def test_at_unit_weight_it_is_edm2s_loss() -> None:
         lambda: LossAware(bins=0),
         lambda: LossAware(memory=1),
         lambda: LossAware(floor=0),
-        lambda: Pairs(times=Uniform(), different=1.5),
         lambda: Learned(terms=0),
         lambda: Learned(sigma_data=0),
     ],

@@ -13,7 +13,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion import Denoised, Diffusion
 from ldm.exact import F64, Isotropic
 from ldm.noise import Noise
-from ldm.objective import Draw, Objective
+from ldm.objectives import Denoising, Draw
 from ldm.predictions import Eps, Prediction, V
 from ldm.samplers import DDPM, prior, sample
 from ldm.schedules import SCHEDULES, VE, VP, DDPMCosine, DDPMLinear, NoiseSchedule, Table
@@ -105,9 +105,9 @@ def test_the_prior_term() -> None:
 
 def hybrid(
     schedule: NoiseSchedule = DDPMLinear(), prediction: Prediction = Eps(), *, learned: bool = True  # noqa: B008
-) -> Objective:
+) -> Denoising:
     diffusion = Diffusion(schedule=schedule, prediction=prediction, learned_variance=learned)
-    return Objective(diffusion=diffusion, times=Uniform(), weighting=Plain())
+    return Denoising(diffusion=diffusion, times=Uniform(), weighting=Plain())
 
 
 @pytest.mark.parametrize("schedule", [DDPMLinear(), DDPMCosine(), VP()], ids=repr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,10 +93,9 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
     pipeline = load_pipeline(args.model, device, args.text_encoder, args.preview)
     if args.weak_model:
-        add_weak(pipeline, args.weak_model)
-    if args.classifier:
-        pipeline.judge = Judge(load_classifier(args.classifier, device))
-    pipeline.tile = chosen_tile(args, original)
+        pipeline = add_weak(pipeline, args.weak_model)
+    judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
+    pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = parse_size(args.size) or pipeline.size
     also, start = weighed(args.also), chosen(args)

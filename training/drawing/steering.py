@@ -7,12 +7,12 @@ from pathlib import Path
 
 from training.errors import CHECKPOINT, UserError
 from training.files import content_hash
-from training.models.assembly import Named, load_pipeline
+from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.judge import Judge
 
 
-def add_weak(pipeline: Named, path: str | Path) -> None:
-    """Put the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
+def add_weak(pipeline: HashedPipeline, path: str | Path) -> HashedPipeline:
+    """The pipeline with the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
 
     Raises UserError where it was made for other captions or another process.
     """
@@ -24,11 +24,11 @@ def add_weak(pipeline: Named, path: str | Path) -> None:
             hint="give an earlier checkpoint of the same run, or a smaller model trained with the same settings",
             code=CHECKPOINT,
         )
-    pipeline.denoiser = dataclasses.replace(pipeline.denoiser, weak=other.denoiser)
-    pipeline.hashes["weak"] = other.hashes["denoiser"]
+    known = pipeline.hashes | {"weak": other.hashes["denoiser"]}
+    return dataclasses.replace(pipeline, weak=other.denoiser, hashes=known)
 
 
-def pipeline_hashes(pipeline: Named) -> dict[str, str]:
+def pipeline_hashes(pipeline: HashedPipeline) -> dict[str, str]:
     """The content hashes a picture carries: whole autoencoder, backbone, text encoder and its words, what guides."""
     if not isinstance(pipeline.judge, Judge):
         return pipeline.hashes

@@ -28,7 +28,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform as UniformGrid
 from ldm.noise import Noise
-from ldm.objective import LEVELS, Objective
+from ldm.objectives import LEVELS, Denoising
 from ldm.predictions import Velocity
 from ldm.samplers import prior, sample
 from ldm.samplers.ode import Euler
@@ -53,7 +53,7 @@ TOKENS = 64
 RATE, WARMUP = 1e-3, 20
 SAMPLING_STEPS = 25
 DIFFUSION = Diffusion(schedule=Flow(), prediction=Velocity())
-OBJECTIVE = Objective(diffusion=DIFFUSION, times=LogitNormal(), weighting=Uniform())
+OBJECTIVE = Denoising(diffusion=DIFFUSION, times=LogitNormal(), weighting=Uniform())
 
 
 def probe(

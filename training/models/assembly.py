@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from training.models.vocabulary import captions, vocabulary
 from training.settings import decoding
 
 
-class Named(Pipeline):
+@dataclass(frozen=True, eq=False)
+class HashedPipeline(Pipeline):
     """A pipeline with the content hashes of what it is made of, each taken once, when it was loaded."""
 
-    hashes: dict[str, str]
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,13 @@ def draw_with(
     backbone: nn.Module,
     text: TextEncoder,
     hashes: dict[str, str],
-) -> Named:
+) -> HashedPipeline:
     """The pipeline of a config and its networks."""
     diffusion = Diffusion(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
     sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
-    pipeline = Named(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size)
-    pipeline.hashes = hashes
-    return pipeline
+    return HashedPipeline(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size, hashes=hashes)
 
 
 def export_learned(parts: Parts, home: Path) -> None:
@@ -155,7 +155,7 @@ def load_pipeline(
     device: torch.device | str = "auto",
     text_encoder: str | None = None,
     preview: str | Path | None = None,
-) -> Named:
+) -> HashedPipeline:
     """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`.
 
     `preview`: the run of a tiny autoencoder distilled from the denoiser's own, to stand in for it: quicker, rougher.
@@ -179,12 +179,13 @@ def load_pipeline(
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
-    pipeline.hashes |= _networks(pipeline)
+    pipeline = dataclasses.replace(pipeline, hashes=pipeline.hashes | _networks(pipeline))
     if found.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
     if preview:
-        pipeline.autoencoder = load_preview(preview, hashes["autoencoder"], target)
-        pipeline.hashes["autoencoder"] = content_hash(pipeline.autoencoder.state_dict())
+        shown = load_preview(preview, hashes["autoencoder"], target)
+        known = pipeline.hashes | {"autoencoder": content_hash(shown.state_dict())}
+        pipeline = dataclasses.replace(pipeline, autoencoder=shown, hashes=known)
     return pipeline
 
 

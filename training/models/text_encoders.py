@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.text import HuggingFace, TextEncoder
-from ldm.text.encoders import HuggingFaceTextEncoder
+from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import CHECKPOINT, DATA, UserError
 from training.files import content_hash, read_json, write_bytes, write_json
 from training.runs.ingredients import difference

@@ -7,13 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 from ldm.text import Label, Scratch
-from ldm.text.tokenizer import SPECIAL, WordTokenizer
+from ldm.text.tokenizer import RULE, SPECIAL, WordTokenizer
 from training.data.samples import Latents
 from training.errors import DATA, Unreachable, UserError
 from training.files import file_sha256, leads_out, read_json, write_json
 from training.shards.index import INDEX
 
-COUNTED = "captions.json"  # {index_sha256, words: most frequent first, all_words, captions: the distinct ones or null}
+COUNTED = "captions.json"  # {index_sha256, rule, words: most frequent first, all_words, captions: distinct or null}
 WORDS, LABELS = 1 << 16, 10_000  # most that are stored; what asks for more reads the captions themselves
 
 
@@ -36,7 +36,7 @@ def count_captions(dataset: Latents) -> None:
     few = sorted(distinct) if len(distinct) <= LABELS else None
     folder = dataset.shards.directory
     found = {"words": words[:WORDS], "all_words": len(words) <= WORDS, "captions": few}
-    write_json(folder / COUNTED, {"index_sha256": file_sha256(folder / INDEX), **found})
+    write_json(folder / COUNTED, {"index_sha256": file_sha256(folder / INDEX), "rule": RULE, **found})
 
 
 def vocabulary(config: Scratch | Label, dataset: Latents) -> str:
@@ -47,8 +47,10 @@ def vocabulary(config: Scratch | Label, dataset: Latents) -> str:
     counted = _counted(dataset)
     if isinstance(config, Scratch):
         words = counted.get("words", [])
+        if counted.get("rule", 1) != config.rule:  # the words of another rule, which was the only one once
+            return config.vocabulary(captions(dataset))
         if counted.get("all_words") or len(words) >= config.max_words:
-            return WordTokenizer((*SPECIAL, *words[: config.max_words]), config.length).to_json()
+            return WordTokenizer((*SPECIAL, *words[: config.max_words]), config.length, config.rule).to_json()
     elif isinstance(config, Label) and counted.get("captions") is not None:
         return config.vocabulary(counted["captions"])
     return config.vocabulary(captions(dataset))

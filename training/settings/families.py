@@ -11,6 +11,7 @@ from typing import NamedTuple
 from training.settings.plugins import added
 from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
 
+Families = dict[str, tuple[type, ...]]
 FAMILIES = {  # section: a module or package of ldm, and the tuple there that lists the members
     "schedule": ("schedules", "SCHEDULES"),
     "prediction": ("predictions", "PREDICTIONS"),
@@ -60,7 +61,7 @@ SAMPLING = Part(
 )
 
 
-def families(stage: str) -> dict[str, tuple[type, ...]]:
+def families(stage: str) -> Families:
     """The sections of a stage's config, each with our own kinds; of a choice among kinds, the first is the default."""
     shared = {"optimizer": (Optimizer,), "train": (Train,)}
     if stage == "autoencoder":
@@ -81,9 +82,9 @@ def families(stage: str) -> dict[str, tuple[type, ...]]:
     from ldm.times import TIMES
     from ldm.weighting import WEIGHTINGS
 
-    process = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
-    sampling = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
-    networks = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
+    process: Families = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
+    sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
+    networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
     return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling}
 
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objective import LEVELS, Objective
+from ldm.objectives import LEVELS, Denoising
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
-from ldm.times import LossAware, Places
+from ldm.times import Places
 from ldm.uncertainty import Uncertainty, Weighed
-from ldm.weighting import Learned
 from training.data.samples import Batch, Latents
 from training.loop.stage import Stage
 from training.pictures import grids
@@ -64,22 +63,21 @@ class DenoiserStage(Stage):
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out = dataset, held_out
-        learned = config.weighting.build(config.schedule) if isinstance(config.weighting, Learned) else None
-        self.network = Captioned(backbone, text, learned)
+        self.network = Captioned(backbone, text, config.weighting.build(config.schedule))
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score = ("loss", 1.0)
         diffusion = Diffusion(
             schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
         )
-        self.objective = Objective(
+        self.objective = Denoising(
             diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
         )
-        self.seen = config.times.start() if isinstance(config.times, LossAware) else None
+        self.seen = config.times.start()
         self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
         self.channels, self.frozen = self.norm.scale.numel(), [self.norm]
         # Where nothing reads the encoder's pooled vector, processes must not wait for the gradients of its projection.
-        self.unused_gradients = text.trainable and not getattr(config.backbone, "pooled", True)
+        self.unused_gradients = text.trainable and not config.backbone.pooled
 
     def connect(self) -> None:
         self.forward, device = self.wrapped["denoiser"], self.accelerator.device
@@ -96,8 +94,9 @@ class DenoiserStage(Stage):
         latents = self.sample(batch, noise)
         keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
         with self.accelerator.autocast():
-            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen)
-            losses = self.objective.losses(self.forward, latents, self.condition(batch, keep), draw)
+            cond = self.condition(batch, keep)
+            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, cond)
+            losses = self.objective.losses(self.forward, latents, cond, draw)
             loss = losses.total.mean()
         if self.seen is not None:
             self.losses.append((draw.t, losses.seen.detach()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_prompt_files(denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--prompt", "x", "--steps", "0"], 2, "steps: must be > 0"),
         (["--prompt", "x", "--sampler", "eulr"], 2, "did you mean 'euler'"),
         (["--prompt", "x", "--guidance-scale", "-1"], 2, "guidance"),
-        (["--prompt", "x", "--size", "30"], 2, "nearest 28 or 32"),
+        (["--prompt", "x", "--size", "30"], 2, "nearest 24 or 32"),
         (["--prompt", "x", "--size", "big"], 2, "expected a number"),
         (["--prompt", "x", "--num-images", "0"], 2, "must be at least 1"),
         (["--prompt", "x", "--train.seed", "1"], 2, "settled by training"),
@@ -254,8 +255,7 @@ def test_tiles(denoiser: Path, tmp_path: Path) -> None:
     tiled = generate(denoiser, tmp_path / "tiled", "--size", "48x96", "--tile", 16)
     assert np.array_equal(pixels(one / "00000.png"), pixels(whole / "00000.png"))
     assert grids.facts(tiled / "00000.png")["tile"] == 16 and grids.facts(whole / "00000.png")["tile"] == 0
-    pipeline = load_pipeline(denoiser, "cpu")
-    pipeline.tile = 16
+    pipeline = replace(load_pipeline(denoiser, "cpu"), tile=16)
     latents, images = torch.randn(1, 4, 12, 24), torch.rand(1, 3, 48, 96) * 2 - 1
     with torch.no_grad():
         wanted = decode_tiled(pipeline.autoencoder, latents, tile=16, overlap=4)

@@ -19,7 +19,7 @@ from autoencoder.images import to_uint8, to_unit
 from autoencoder.kl import KL
 from autoencoder.tiny import Tiny
 from autoencoder.vq import FSQ, LFQ, VQ
-from ldm.objective import LEVELS
+from ldm.objectives import LEVELS
 from training.data.samples import Images
 from training.measuring.features import load_features
 from training.measuring.inspection import Study, interval

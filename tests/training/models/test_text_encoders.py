@@ -293,7 +293,7 @@ def test_what_a_frozen_denoiser_refuses(
 def test_embeddings_that_float16_cannot_hold(
     folders: dict[str, Path], shapes: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ldm.text.encoders import HuggingFaceTextEncoder
+    from ldm.text.huggingface import HuggingFaceTextEncoder
 
     whole = HuggingFaceTextEncoder.encode
     large = lambda self, captions: whole(self, captions)._replace(context=torch.full((len(captions), 12, 16), 1e6))  # noqa: E731

@@ -66,6 +66,19 @@ def test_what_asks_for_more_than_was_stored_reads(
     )
 
 
+def test_words_counted_by_another_rule_are_not_taken(data: Latents, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, old, new = data.shards.directory / COUNTED, Scratch(rule=1), Scratch()
+    for unfit, fit in ((old, new), (new, old)):
+        wanted = [config.vocabulary(captions(data)) for config in (unfit, fit)]
+        with monkeypatch.context() as patch:
+            read = unread(patch)
+            assert vocabulary(fit, data) == wanted[1] and not read
+            assert vocabulary(unfit, data) == wanted[0] and len(read) == len(data)
+        told = json.loads(path.read_text())
+        told.pop("rule", None)
+        path.write_text(json.dumps(told))  # as an older version counts, by rule 1
+
+
 def test_a_count_of_another_index_is_not_taken(data: Latents, monkeypatch: pytest.MonkeyPatch) -> None:
     index = data.shards.directory / "index.json"
     index.write_text(index.read_text() + "\n")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.noise import Noise
-from ldm.objective import LEVELS
+from ldm.objectives import LEVELS
 from training.data.order import Slot
 from training.data.samples import Batch
 from training.loop.loop import Loop

@@ -1,0 +1,93 @@
+"""What a pipeline takes, and what it refuses before it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoiser
+from ldm.diffusion import Diffusion
+from ldm.grids import Uniform
+from ldm.guidance import ClassifierFree
+from ldm.pipeline import Pipeline, Sampling
+from ldm.predictions import Velocity
+from ldm.samplers import Euler
+from ldm.schedules import Flow
+
+DRAWN: list[int] = []
+
+
+class Backbone:
+    multiple = 2
+
+    def __call__(self, x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        DRAWN.append(len(x))
+        return x - cond.context[:, :1, :1, None]
+
+
+class Autoencoder(torch.nn.Module):
+    factor, latent_channels = 4, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(latents, scale_factor=4.0) / 4
+
+
+def text(captions: Sequence[str]) -> Cond:
+    assert isinstance(captions, list)
+    lengths = torch.tensor([float(len(caption)) for caption in captions])
+    return Cond(lengths[:, None, None] / 10, torch.ones(len(captions), 1, dtype=torch.bool))
+
+
+def pipeline() -> Pipeline:
+    DRAWN.clear()
+    plan = Sampling(sampler=Euler(), grid=Uniform(), guidance=ClassifierFree(scale=2.0), steps=2)
+    denoiser: Any = Denoiser(Backbone(), Diffusion(schedule=Flow(), prediction=Velocity()))
+    return Pipeline(Autoencoder(), denoiser, text, plan, (16, 24))  # type: ignore[arg-type]
+
+
+def test_one_string_is_one_picture() -> None:
+    (alone,) = pipeline().pixels("a red circle", seeds=7)
+    (listed,) = pipeline().pixels(["a red circle"], seeds=7)
+    assert alone.shape == (1, 3, 16, 24) and torch.equal(alone, listed)
+    guided = pipeline().guided("a red circle")
+    assert guided(torch.zeros(1, 3, 4, 6), torch.tensor(0.5, dtype=torch.float64)).x0.shape == (1, 3, 4, 6)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "fewer seeds": ({"seeds": [1, 2]}, "3 captions but 2 seeds"),
+    "fewer negatives": ({"negative": ["x", "y"]}, "3 captions but 2 negative"),
+    "more negatives": ({"negative": ["x"] * 4}, "3 captions but 4 negative"),
+    "fewer starts": ({"start": torch.zeros(2, 3, 4, 6)}, "3 captions but 2 starts"),
+    "a start of another size": ({"start": torch.zeros(1, 3, 4, 4)}, "latents"),
+    "also without weights": ({"also": ["red"]}, "caption and its weight"),
+    "a batch of none": ({"batch_size": 0}, "at least 1"),
+    "a size off the factor": ({"size": (16, 30)}, "size 30x16 is not divisible by 8.* nearest 24 or 32"),
+    "a size off the backbone's multiple": ({"size": (20, 24)}, "size 24x20 is not divisible by 8.* nearest 16 or 24"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused_at_the_call(case: str) -> None:
+    """Not when the first batch is asked for, and not in a later batch."""
+    asked, said = WRONG[case]
+    with pytest.raises(ValueError, match=said):
+        pipeline().pixels(["a", "b", "c"], **{"batch_size": 2, **asked})
+    assert DRAWN == []
+
+
+def test_what_is_given_per_caption_goes_to_its_caption() -> None:
+    captions, starts = ["a", "bb", "ccc"], torch.randn(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    how = {"negative": ["", "x", "yy"], "start": starts, "batch_size": 2}
+    whole = torch.cat(list(pipeline().pixels(captions, [4, 5, 6], **how)))  # type: ignore[arg-type]
+    alone = pipeline().pixels("ccc", [6], negative=["yy"], start=starts[2:])
+    assert torch.equal(next(alone), whole[2:])
+    assert not torch.equal(next(pipeline().pixels("ccc", [6], negative="", start=starts[2:])), whole[2:])
