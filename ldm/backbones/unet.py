@@ -27,9 +27,8 @@ class UNet(BackboneConfig):
 
     `attention`: the levels (0 = full size) with text transformers; the middle always has one. `heads` per attention, or
     channels per head where `head_dim` is not 0. `depth`: transformer layers per attention. `pooled` adds pooled text to
-    the time embedding (diffusers' class_embed_type "projection"). `scale_shift`: that embedding scales and shifts
-    normalised features instead of joining them (ADM). `position`: a fixed position table joins the first features, so
-    that text can name places from the start. The defaults are Stable Diffusion 1.x: 859,520,964 parameters.
+    the time embedding. `scale_shift`: that embedding scales and shifts normalised features (ADM). `position`: a fixed
+    position table joins the first features. The defaults are Stable Diffusion 1.x: 859,520,964 parameters.
     """
 
     small: ClassVar[Mapping[str, Any]] = {"channels": (32, 64), "attention": (0, 1), "blocks": 1, "groups": 8}

@@ -18,9 +18,10 @@ import tiny
 import torch
 
 from autoencoder.kl import KLAutoencoder
+from training.data.images import Images
+from training.data.latents import Latents
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder, Slot, substitute
-from training.data.samples import Images, Latents
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
 from training.shards.index import write_index

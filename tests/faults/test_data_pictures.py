@@ -15,8 +15,8 @@ import pytest
 from peaks import told
 from PIL import Image, ImageCms, ImageFile
 
+from training.data.images import Images
 from training.data.order import Slot
-from training.data.samples import Images
 from training.errors import UserError
 from training.packing.command import main
 from training.pictures.decoding import load_image

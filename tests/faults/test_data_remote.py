@@ -17,10 +17,10 @@ import tiny
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from training.data.images import Images
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder
 from training.data.prefetch import followed
-from training.data.samples import Images
 from training.errors import Unreachable, UserError
 from training.machine import faults
 from training.shards import remote as remotes

@@ -21,7 +21,7 @@ import webdataset
 from peaks import told
 from PIL import Image
 
-from training.data.samples import Images
+from training.data.images import Images
 from training.errors import UserError
 from training.packing.command import main
 from training.pictures.decoding import encode_png

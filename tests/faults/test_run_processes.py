@@ -123,7 +123,7 @@ DOUBLE = """
 import json, os
 from pathlib import Path
 import torch
-from training.data.samples import Latents
+from training.data.latents import Latents
 from training.models import assembly
 from training.stages.denoiser import DenoiserStage
 

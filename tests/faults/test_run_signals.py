@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import tiny
 
+from training.data.latents import Latents
 from training.data.order import Slot
-from training.data.samples import Latents
 from training.drills.verify_resume import launch
 from training.machine import faults
 from training.machine.signals import Signals

@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from autoencoder.alignment import VisionFeatures
+from training.data.images import Images
 from training.data.order import Slot
-from training.data.samples import Batch, Images
+from training.data.samples import Batch
 from training.loop.loop import Loop
 from training.models.lpips import load_perceptual
 from training.settings import decoding

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from training.data.latents import Latents
 from training.data.order import Slot
-from training.data.samples import Latents
 from training.loop.loop import Loop
 from training.settings import decoding
 from training.shards.reading import ShardSet

@@ -78,7 +78,7 @@ def spike(step: int) -> None:
 
 def bad_sample(step: int) -> None:
     """The data of this process alone cannot be read at `step`."""
-    from training.data.samples import Latents
+    from training.data.latents import Latents
     from training.errors import DATA, UserError
 
     kept, read = Latents.__getitems__, [0]

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from training.data.images import Images
+from training.data.latents import Latents
 from training.data.order import Batches, Slot
 from training.data.prefetch import followed
-from training.data.samples import Batch, Images, Latents
+from training.data.samples import Batch
 from training.errors import UserError
 from training.machine.signals import sheltered, shield
 

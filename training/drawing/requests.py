@@ -89,7 +89,7 @@ def choose(args: argparse.Namespace, kept: decoding.Values | None = None) -> tup
         if key.endswith(".kind") and values[key.partition(".")[0]].get("kind") != changes[key]:
             values[key.partition(".")[0]] = {}  # another kind has other keys
     whole = decoding.overlay({**own, **values}, changes)
-    config = decoding.decode("denoiser", whole, dict.fromkeys(changes, "command line"))
+    config = decoding.stored("denoiser", whole, dict.fromkeys(changes, "command line"))
     assert isinstance(config, decoding.DenoiserConfig)
     decoded = decoding.to_values(config)
     return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {

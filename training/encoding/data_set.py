@@ -19,8 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from autoencoder.tiles import encode_tiled
+from training.data.images import Images
+from training.data.latents import Latents
 from training.data.loader import loaders
-from training.data.samples import Images, Latents
 from training.encoding.shard import Encoder, embeddings, refuse_many
 from training.errors import CHECKPOINT, DATA, UserError, explained
 from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from training.data.samples import Batch, Images, Latents
+from training.data.images import Images
+from training.data.latents import Latents
+from training.data.samples import Batch
 from training.loop.rollback import Rollback
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.images import to_uint8, to_unit
-from training.data.samples import Images
+from training.data.images import Images
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError, explained

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from training.data.samples import Images
+from training.data.images import Images
 from training.errors import UserError
 from training.measuring.distances import Moments
 from training.measuring.features import Features

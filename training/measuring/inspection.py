@@ -20,7 +20,7 @@ from autoencoder.posterior import Posterior
 from autoencoder.quantizer import code_counts, perplexity, usage
 from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
-from training.data.samples import Images
+from training.data.images import Images
 from training.errors import DATA, explained
 from training.files import check_output, write_bytes, write_json
 from training.machine import memory, processes

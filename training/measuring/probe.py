@@ -35,8 +35,9 @@ from ldm.samplers.ode import Euler
 from ldm.schedules import Flow
 from ldm.times import LogitNormal
 from ldm.weighting import Uniform
+from training.data.images import Images
 from training.data.order import Slot
-from training.data.samples import Batch, Images
+from training.data.samples import Batch
 from training.loop.loop import Loop
 from training.loop.stage import Stage
 from training.machine import processes

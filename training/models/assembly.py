@@ -17,7 +17,7 @@ from ldm.diffusion import Diffusion
 from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import LabelEncoder
-from training.data.samples import Latents
+from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, explained
 from training.files import content_hash, load_tensors, read_json, save_tensors
 from training.models import text_encoders

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.base import Autoencoder
-from training.data.samples import Images
+from training.data.images import Images
 from training.errors import CHECKPOINT, DATA, UserError, explained
 from training.files import load_tensors, read_json, save_tensors, write_json
 from training.models.autoencoders import load_autoencoder

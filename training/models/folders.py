@@ -53,7 +53,7 @@ class Found(NamedTuple):
 
     def config(self) -> decoding.Config:
         """Its config, decoded."""
-        return decoding.decode(self.stage, read_json(self.home / "config.json"))
+        return decoding.stored(self.stage, read_json(self.home / "config.json"))
 
 
 WANTED = "give a run folder, its final/ or one of its checkpoints"

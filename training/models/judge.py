@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoder.images import to_unit
-from training.data.samples import Images
+from training.data.images import Images
 from training.errors import DATA, UserError
 from training.files import load_tensors, read_json
 

@@ -7,7 +7,7 @@ import torch
 from autoencoder.base import Autoencoder
 from autoencoder.images import to_unit
 from autoencoder.norm import LatentStatistics
-from training.data.samples import Images
+from training.data.images import Images
 
 MEASURED = 10_000  # images that stage one measures on
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoencoder.discriminator import LEAST_SIDE
 from autoencoder.perceptual import Perceptual, ScaledTrunk
-from training.data.samples import Images
+from training.data.images import Images
 from training.errors import DATA, UserError
 from training.files import load_tensors
 

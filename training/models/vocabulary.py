@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm.text import Label, Scratch
 from ldm.text.tokenizer import RULE, SPECIAL, WordTokenizer
-from training.data.samples import Latents
+from training.data.latents import Latents
 from training.errors import DATA, Unreachable, UserError
 from training.files import file_sha256, leads_out, read_json, write_json
 from training.shards.index import INDEX

@@ -93,7 +93,7 @@ class Run:
                 code=CHECKPOINT,
             )
         # Decoded, so that keys newer than the run stand at their defaults.
-        before = decoding.to_values(decoding.decode(self.stage, read_json(self.folder / "config.json")))
+        before = decoding.to_values(decoding.stored(self.stage, read_json(self.folder / "config.json")))
         changes = decoding.diff(before, values)
         fixed = [
             c

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from training.errors import UserError
 from training.settings import plugins
 from training.settings.families import families, meant, unknown_key, unknown_kind
-from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
+from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
+from training.settings.upgrading import upgraded, version
 
 if TYPE_CHECKING:
     from autoencoder.discriminator import Discriminator
@@ -56,6 +58,7 @@ class DenoiserConfig:
     sampler: Any
     grid: Any
     guidance: Any
+    format: Format = Format()  # noqa: RUF009  # frozen, without state
 
 
 Config = AutoencoderConfig | DenoiserConfig
@@ -82,15 +85,25 @@ def names(stage: str) -> list[str]:
     )
 
 
-def load(stage: str, source: str, overrides: Mapping[str, str] | None = None) -> Config:
+def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as_of: int | None = None) -> Config:
     """Read config NAME or FILE, lay `section.key -> text` overrides over it, and validate the whole.
+
+    `as_of`: the version of a run that goes on, which then counts instead of the one that the file names.
 
     Raises UserError listing every unknown key, wrong type and refused value.
     """
     text, where = _read(stage, source)
-    values = overlay(_parse(text, where), overrides or {})
+    own = _parse(text, where)
+    if not as_of and stage == "denoiser" and "format" not in own:
+        print(f"note: {where} names no [format] version, so it means what version 1 did", file=sys.stderr)
+    values = overlay(upgraded(own, sections(stage), as_of or version(own)), overrides or {})
     lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
+
+
+def stored(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
+    """What a run's config.json, of whatever version, means."""
+    return decode(stage, upgraded(values, sections(stage), version(values)), lines)
 
 
 def overlay(values: Values, overrides: Mapping[str, str]) -> Values:

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import NamedTuple
 
 from training.settings.plugins import added
-from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
+from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
 
 Families = dict[str, tuple[type, ...]]
 FAMILIES = {  # section: a module or package of ldm, and the tuple there that lists the members
@@ -85,7 +85,7 @@ def families(stage: str) -> Families:
     process: Families = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
     networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
-    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling}
+    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling, "format": (Format,)}
 
 
 def kinds(section: str) -> list[str]:

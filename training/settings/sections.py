@@ -39,6 +39,20 @@ class Optimizer:
             raise ValueError("warmup, weight_decay, final_lr and clip must be >= 0")
 
 
+VERSION = 2  # of configs: what they mean by a key (settings/upgrading.py)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """Which version of the configs this is."""
+
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.version <= VERSION:
+            raise ValueError(f"version: this program understands 1 to {VERSION} (got {self.version}); update it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """How long, how much at once, and how often to save and look."""

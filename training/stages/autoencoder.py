@@ -20,7 +20,8 @@ from autoencoder.perceptual import Perceptual
 from autoencoder.quantizer import Quantizer, identity
 from autoencoder.regularisers import Move
 from ldm.noise import Noise
-from training.data.samples import Batch, Images
+from training.data.images import Images
+from training.data.samples import Batch
 from training.loop.rollback import Rollback
 from training.loop.stage import Stage
 from training.models.latent_scale import fit_norm

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from training.data.samples import Images
+from training.data.images import Images
 from training.errors import explained
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import fill

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.noise import Noise
-from training.data.samples import Batch, Images
+from training.data.images import Images
+from training.data.samples import Batch
 from training.errors import DATA, UserError
 from training.files import save_tensors, write_json
 from training.loop.loop import Loop

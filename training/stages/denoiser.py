@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import Places
 from ldm.uncertainty import Uncertainty, Weighed
-from training.data.samples import Batch, Latents
+from training.data.latents import Latents
+from training.data.samples import Batch
 from training.loop.stage import Stage
 from training.pictures import grids
 from training.settings.decoding import DenoiserConfig
@@ -26,6 +28,17 @@ if TYPE_CHECKING:
 
 SHOWN = 16
 VALIDATION_SEED = 1 << 40
+
+
+class Captions(NamedTuple):
+    """What stands for a condition until a text encoder that learns has read it: captions, and extras beside them."""
+
+    texts: list[str]
+    extras: Mapping[str, Tensor]
+
+    def distinct(self) -> list[str]:
+        """A text a sample, equal where all that it is conditioned on is: with extras, which differ, nowhere."""
+        return [f"{number} {text}" for number, text in enumerate(self.texts)] if self.extras else self.texts
 
 
 class Captioned(nn.Module):
@@ -38,11 +51,11 @@ class Captioned(nn.Module):
         self.text = text if text.trainable else None
         self.uncertainty = uncertainty
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | list[str]) -> Tensor | Weighed:
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
         """Captions (encoded here) or their encoding -> the backbone's prediction."""
         if not isinstance(cond, Cond):
             assert self.text is not None
-            cond = self.text(cond)
+            cond = self.text(cond.texts)._replace(extras=cond.extras)
         prediction: Tensor = self.backbone(x, noise_level, cond)
         return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
 
@@ -95,7 +108,8 @@ class DenoiserStage(Stage):
         keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
         with self.accelerator.autocast():
             cond = self.condition(batch, keep)
-            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, cond)
+            paired_by = cond.distinct() if isinstance(cond, Captions) else cond
+            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
             losses = self.objective.losses(self.forward, latents, cond, draw)
             loss = losses.total.mean()
         if self.seen is not None:
@@ -124,18 +138,19 @@ class DenoiserStage(Stage):
         return self.norm.latents(moments, noise.normal(shape, "posterior"))
 
     def condition(self, batch: Batch, keep: Tensor) -> Any:
-        """A Cond, the empty caption's where `keep` is False; for an encoder that learns, the captions to be encoded.
+        """The condition, with the empty caption's where `keep` is False; extras are not dropped with their captions.
 
         `Captioned` takes both, so that the objective need not know which.
         """
+        device = self.accelerator.device
+        extras = {name: extra.to(device, non_blocking=True) for name, extra in batch.extras.items()}
+        texts = [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
         if self.text.trainable:
-            return [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
+            return Captions(texts, extras)
         if batch.text is None:
-            return self.text(
-                [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
-            )
+            return self.text(texts)._replace(extras=extras)
         assert self.null is not None
-        return stored(batch.text).to(self.accelerator.device).where(keep, self.null.to(self.accelerator.device))
+        return stored(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""

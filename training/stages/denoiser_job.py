@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from training.data.samples import Latents
+from training.data.latents import Latents
 from training.errors import explained
 from training.models import assembly
 from training.shards.index import data_facts

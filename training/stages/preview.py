@@ -16,7 +16,8 @@ from autoencoder.losses import RECONSTRUCTIONS, of_kind
 from autoencoder.perceptual import Perceptual
 from autoencoder.regularisers import Free
 from autoencoder.tiny import Tiny, check_student, distillation
-from training.data.samples import Batch, Images
+from training.data.images import Images
+from training.data.samples import Batch
 from training.errors import UserError, explained
 from training.loop.stage import Stage
 from training.models.autoencoders import finished_autoencoder, load_autoencoder

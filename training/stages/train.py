@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
 from training.settings import decoding
+from training.settings.upgrading import run_version
 
 if TYPE_CHECKING:
     import argparse
@@ -32,7 +33,7 @@ JOBS = {
 
 def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
-    config = decoding.load(stage, args.config, args.overrides)
+    config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
     if args.print_config:
         print(json.dumps(decoding.to_values(config), indent=1))
         return 0

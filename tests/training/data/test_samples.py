@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from training.data.images import Images
+from training.data.latents import Latents
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder, Slot
-from training.data.samples import Batch, Images, Latents
+from training.data.samples import Batch
 from training.errors import UserError
 from training.shards.index import write_index
 from training.shards.reading import ShardSet
@@ -135,3 +137,39 @@ def test_latents_that_do_not_fit(tmp_path: Path, shapes: Path) -> None:
     with pytest.raises(UserError, match="no mirrored images") as caught:
         Latents(shards, flip=True)
     assert "--flip" in caught.value.hint
+
+
+LATENT = {"latent": {"shape": [2, 1, 1], "dtype": "float32", "picture": [8, 8]}, "encoder": "e"}
+
+
+def with_hints(folder: Path, **more: bytes) -> ShardSet:
+    """Three latents of a number each, with the edges of 10 times that number; mirrored ones are negative."""
+    rows = []
+    for n in (1.0, 2.0, 3.0):
+        fields = {"moments.npy": npy(np.full((2, 1, 1), n, np.float32)), "json": b'{"captions": ["x"]}'}
+        fields |= {"extra-edges.npy": npy(np.full((1, 4, 4), 10 * n, np.float16))}
+        fields |= {"mirror.npy": npy(np.full((2, 1, 1), -n, np.float32))}
+        rows.append({**fields, **more})
+    return pack(folder, rows, LATENT, "latents")
+
+
+def test_further_fields_are_handed_on(tmp_path: Path) -> None:
+    """By name, in float32, each its own sample's: the mirrored one beside mirrored latents."""
+    batch = Latents(with_hints(tmp_path / "plain")).__getitems__(slots(3)[::-1])
+    edges = batch.extras["edges"]
+    assert list(batch.extras) == ["edges"] and edges.dtype == torch.float32 and edges.shape == (3, 1, 4, 4)
+    assert torch.equal(edges[:, 0, 0, 0], 10 * batch.data[:, 0, 0, 0])
+    mirrored = npy(np.full((1, 4, 4), -7.0, np.float16))
+    both = Latents(with_hints(tmp_path / "both", **{"mirror-edges.npy": mirrored}), flip=True)
+    found = both.__getitems__([Slot(i % 3, i // 3, i) for i in range(30)])
+    turned = found.data[:, 0, 0, 0] < 0
+    assert 0 < turned.sum() < 30 and torch.equal(found.extras["edges"][:, 0, 0, 0] == -7, turned)
+
+
+def test_further_fields_that_are_not_sound(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no mirrored edges"):
+        Latents(with_hints(tmp_path / "half"), flip=True)
+    for name, data in {"bytes": b"no array", "nan": npy(np.full((1, 4, 4), np.nan))}.items():
+        shards = with_hints(tmp_path / name, **{"extra-edges.npy": data})
+        with pytest.raises(UserError, match="extra-edges.npy"):
+            Latents(shards, on_bad_data="error").__getitems__(slots(1))

@@ -21,8 +21,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from autoencoder.images import to_unit
 from autoencoder.kl import KLAutoencoder
 from autoencoder.tiles import encode_tiled
+from training.data.images import Images
+from training.data.latents import Latents
 from training.data.order import Slot
-from training.data.samples import Images, Latents
 from training.models.autoencoders import load_autoencoder
 from training.shards.index import ShardInfo, read_index, write_index
 from training.shards.reading import ShardSet

@@ -13,8 +13,8 @@ from torchvision.models import squeezenet1_1
 
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
+from training.data.images import Images
 from training.data.order import Slot
-from training.data.samples import Images
 from training.files import content_hash, file_sha256
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import load_features

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.images import to_uint8, to_unit
-from training.data.samples import Images
+from training.data.images import Images
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.evaluate import distances
 from training.measuring.features import Features

@@ -20,7 +20,7 @@ from autoencoder.kl import KL
 from autoencoder.tiny import Tiny
 from autoencoder.vq import FSQ, LFQ, VQ
 from ldm.objectives import LEVELS
-from training.data.samples import Images
+from training.data.images import Images
 from training.measuring.features import load_features
 from training.measuring.inspection import Study, interval
 from training.measuring.probe import encoded, held_out_loss, probe

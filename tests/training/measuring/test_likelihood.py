@@ -12,8 +12,8 @@ from autoencoder.images import to_unit
 from ldm.likelihood import log_likelihood
 from ldm.noise import Noise
 from ldm.variational import bound
+from training.data.images import Images
 from training.data.order import Slot
-from training.data.samples import Images
 from training.models.assembly import load_pipeline
 from training.models.judge import caption
 from training.shards.reading import ShardSet

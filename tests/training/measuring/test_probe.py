@@ -9,7 +9,7 @@ import torch
 
 from autoencoder.images import to_unit
 from autoencoder.kl import KL
-from training.data.samples import Images
+from training.data.images import Images
 from training.measuring.distances import Moments
 from training.measuring.features import load_features
 from training.measuring.probe import RATE, WARMUP, batches, denoiser, fit, held_out_loss, probe

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autoencoder.images import to_unit
-from training.data.samples import Images
+from training.data.images import Images
 from training.models.autoencoders import load_autoencoder
 from training.shards.reading import ShardSet
 

@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from ldm.text import HuggingFace
-from training.data.samples import Latents
+from training.data.latents import Latents
 from training.errors import UserError
 from training.loop.loop import Loop
 from training.models import text_encoders

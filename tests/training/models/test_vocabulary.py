@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ldm.text import Label, Scratch
-from training.data.samples import Latents
+from training.data.latents import Latents
 from training.errors import UserError
 from training.models import vocabulary as vocabularies
 from training.models.vocabulary import COUNTED, captions, count_captions, vocabulary

@@ -20,7 +20,7 @@ from training.data.order import Slot
 from training.data.samples import Batch
 from training.loop.loop import Loop
 from training.pictures import grids
-from training.stages.denoiser import SHOWN, VALIDATION_SEED, DenoiserStage
+from training.stages.denoiser import SHOWN, VALIDATION_SEED, Captions, DenoiserStage
 
 make = denoiser_steps.make
 Make = Callable[..., tuple[DenoiserStage, Loop]]
@@ -43,7 +43,7 @@ def batch(text: list[dict[str, Tensor]] | None = None) -> Batch:
 
 
 def test_a_dropped_caption_is_the_empty_one_where_the_text_encoder_learns(make: Make) -> None:
-    assert make()[0].condition(batch(), KEEP) == ["one", "", "three", ""]
+    assert make()[0].condition(batch(), KEEP).texts == ["one", "", "three", ""]
 
 
 def test_a_dropped_caption_is_the_empty_one_where_the_text_encoder_is_frozen(make: Make) -> None:
@@ -68,6 +68,23 @@ def test_a_dropped_caption_is_the_empty_one_where_embeddings_are_stored(make: Ma
     assert cond.context[:, :, 0].tolist() == rows
     assert cond.mask.tolist() == [[value != 0 for value in row] for row in rows]
     assert (cond.pooled[:, 2].tolist() if pooled else cond.pooled) == ([10, -1, 30, -1] if pooled else None)
+
+
+def test_extras_stay_with_their_sample_whatever_becomes_of_its_caption(make: Make) -> None:
+    """On all three ways: read by an encoder that learns, by a frozen one, and stored."""
+    stage, _ = make()
+    hints = {"image": torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 2)}
+    learned = stage.condition(batch()._replace(extras=hints), KEEP)
+    seen: list[Cond] = []
+    stage.network.backbone.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    stage.network(torch.zeros(4, 4, 8, 8), torch.full((4,), 500.0), learned)
+    stage.text = Lengths()  # type: ignore[assignment]
+    frozen = stage.condition(batch()._replace(extras=hints), KEEP)
+    stage.null = Cond(torch.full((1, 1, 2), -1.0), torch.ones(1, 1, dtype=torch.bool), None)
+    stored = [{"context": torch.full((1, 2), 1.0)}] * 4
+    kept = stage.condition(batch(stored)._replace(extras=hints), KEEP)
+    assert all(torch.equal(cond.image, hints["image"]) for cond in (*seen, frozen, kept)) and len(seen) == 1
+    assert len(set(learned.distinct())) == 4 and learned._replace(extras={}).distinct() == ["one", "", "three", ""]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -155,6 +172,6 @@ def error(
     mean, logvar = moments.chunk(2, dim=1)
     z = mean + (logvar / 2).exp() * noise.normal(mean.shape[1:], "posterior")
     x0, eps = (z - stage.norm.shift) / stage.norm.scale, noise.normal(mean.shape[1:], *key)
-    velocity = stage.network((1 - t) * x0 + t * eps, torch.tensor([1000 * t]), captions)
+    velocity = stage.network((1 - t) * x0 + t * eps, torch.tensor([1000 * t]), Captions(captions, {}))
     assert isinstance(velocity, Tensor)
     return (velocity - (eps - x0)).square().mean()

@@ -13,7 +13,8 @@ from PIL import Image
 
 from autoencoder.images import to_unit
 from autoencoder.norm import LatentStatistics
-from training.data.samples import Images, Latents
+from training.data.images import Images
+from training.data.latents import Latents
 from training.files import load_tensors, write_json
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder

@@ -18,8 +18,8 @@ from autoencoder.fidelity import psnr
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.tiny import Tiny
 from ldm.noise import Noise
+from training.data.images import Images
 from training.data.order import Slot
-from training.data.samples import Images
 from training.loop.loop import Loop
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder

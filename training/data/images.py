@@ -1,0 +1,57 @@
+"""Packed pictures by slot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from training.data.order import Slot
+from training.data.samples import Batch, Policy, Samples, coin, ids, tried
+from training.errors import DATA, UserError
+
+if TYPE_CHECKING:
+    from training.shards.reading import ShardSet
+
+PICTURES = ("png", "jpg", "jpeg", "webp")
+
+
+class Images(Samples[np.ndarray]):
+    """Packed pictures by slot; half of them mirrored when `flip`, keyed by (seed, epoch, sample)."""
+
+    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip") -> None:
+        super().__init__(shards, seed, on_bad_data)
+        self.flip = flip
+        self.extensions = [ext for ext in PICTURES if ext in shards.fields]
+        if not self.extensions:
+            what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
+            raise UserError(what, hint="make them with scripts/make_shards.py pack", code=DATA)
+
+    def picture(self, index: int) -> np.ndarray:
+        """Sample `index` as uint8 (H,W,3). Raises UserError(code 3) where it cannot be decoded."""
+        from training.pictures.decoding import load_image
+
+        record = self.shards.read(index, self.extensions)
+        data = next((record[ext] for ext in self.extensions if record.get(ext)), b"")
+        try:
+            return np.asarray(load_image(data))
+        except UserError as failure:
+            what = f"{self.shards.key(index)}: not a readable picture ({failure.what})"
+            hint = f"run: scripts/make_shards.py verify {self.shards.directory}"
+            raise UserError(what, hint=hint, code=DATA) from None
+
+    def load(self, slots: list[Slot]) -> list[np.ndarray | UserError]:
+        """The picture of each slot."""
+        return [tried(self.picture, slot.index) for slot in slots]
+
+    def join(self, slots: list[Slot], samples: list[np.ndarray]) -> Batch:
+        """Stacked, some mirrored. Raises UserError where pictures differ in size."""
+        if len({p.shape for p in samples}) > 1:
+            sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in samples})
+            what = f"pictures of different sizes in one batch ({', '.join(sizes[:4])})"
+            raise UserError(what, hint="pack them with --resolution", code=DATA)
+        data = torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2)
+        if self.flip:
+            data = torch.where(coin(slots, self.seed, "flip")[:, None, None, None], data.flip(-1), data)
+        return Batch(data, ids(slots), [""] * len(slots))

@@ -1,0 +1,149 @@
+"""Encoded latents, their captions and whatever else a condition may hold, by slot."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.data.order import Slot
+from training.data.samples import Batch, Policy, Samples, coin, ids, tried, uniform
+from training.errors import DATA, NUMERICAL, UserError
+from training.shards.remote import NULL, refuse_without_null
+
+if TYPE_CHECKING:
+    from training.shards.reading import ShardSet
+
+EXTRA = re.compile(r"extra-([a-z0-9_-]+)\.npy")  # a further field of latents, by the name that a condition gives it
+
+
+class Latent(NamedTuple):
+    """One sample of `Latents`."""
+
+    moments: np.ndarray
+    caption: str
+    text: dict[str, Tensor] | None
+    extras: dict[str, np.ndarray]
+
+
+class Latents(Samples[Latent]):
+    """Encoded moments and a caption by slot; caption and mirrored variant are chosen by (seed, epoch, sample).
+
+    Fields `extra-NAME.npy` are handed on as `Batch.extras`, with a mirrored variant those of `mirror-NAME.npy`.
+    """
+
+    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip") -> None:
+        super().__init__(shards, seed, on_bad_data)
+        latent = shards.summary.get("latent")
+        if not latent:
+            hint = "make them with: scripts/encode_latents.py --autoencoder RUN --data DIR --output DIR"
+            raise UserError("these shards hold no latents", hint=hint, code=DATA)
+        self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
+        self.mirrored = flip and "mirror.npy" in shards.fields
+        self.text = "text.safetensors" in shards.fields
+        self.extras = [found[1] for field in shards.fields if (found := EXTRA.fullmatch(field))]
+        if lacking := [name for name in self.extras if self.mirrored and f"mirror-{name}.npy" not in shards.fields]:
+            what = f"train.flip is on, but the shards hold no mirrored {lacking[0]}"
+            raise UserError(what, hint="encode again with --flip, or set --train.flip false", code=DATA)
+        if self.text and not shards.remote:  # from elsewhere the file comes later, and is missed then
+            refuse_without_null((shards.directory / NULL).is_file())
+        if flip and not self.mirrored:
+            hint = "encode again with --flip, or set --train.flip false"
+            raise UserError("train.flip is on, but the latents hold no mirrored images", hint=hint, code=DATA)
+
+    def moments(self, index: int, field: str = "moments.npy") -> np.ndarray:
+        """Sample `index` as (2C,h,w)."""
+        return self._moments(index, self.shards.read(index, (field,)).get(field, b""))
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of sample `index`; the empty one where they cannot be read, unless `on_bad_data` is "error"."""
+        try:
+            return self._captions(index, self.shards.read(index, ("json",)).get("json", b""))
+        except UserError:
+            if self.on_bad_data == "error":
+                raise
+            return [""]
+
+    def load(self, slots: list[Slot]) -> list[Latent | UserError]:
+        """The variant of each slot's sample that its epoch asks for."""
+        mirror = coin(slots, self.seed, "flip").tolist() if self.mirrored else [False] * len(slots)
+        choice = uniform(slots, self.seed, "caption").tolist()
+        return [
+            tried(self._sample, slot.index, "mirror.npy" if mirrored else "moments.npy", share)
+            for slot, mirrored, share in zip(slots, mirror, choice, strict=True)
+        ]
+
+    def join(self, slots: list[Slot], samples: list[Latent]) -> Batch:
+        """Stacked, in float32."""
+        data = torch.from_numpy(np.stack([sample.moments for sample in samples]).astype(np.float32))
+        text = [sample.text for sample in samples if sample.text is not None] if self.text else None
+        extras = {name: self._stacked(name, [sample.extras[name] for sample in samples]) for name in self.extras}
+        return Batch(data, ids(slots), [sample.caption for sample in samples], text, extras=extras)
+
+    def _stacked(self, name: str, arrays: list[np.ndarray]) -> Tensor:
+        if len(shapes := {array.shape for array in arrays}) > 1:
+            what = f"extra-{name}.npy has different shapes in one batch ({', '.join(map(str, sorted(shapes)[:4]))})"
+            raise UserError(what, hint="store them in one size", code=DATA)
+        return torch.from_numpy(np.stack(arrays).astype(np.float32))
+
+    def _sample(self, index: int, field: str, share: float) -> Latent:
+        variant = "mirror" if field == "mirror.npy" else "extra"
+        further = {name: f"{variant}-{name}.npy" for name in self.extras}
+        record = self.shards.read(index, (field, "json", "text.safetensors", *further.values()))
+        moments = self._moments(index, record.get(field, b""))
+        if not np.isfinite(moments).all():
+            hint = "encode again: scripts/encode_latents.py --dtype float32 --mixed-precision no"
+            raise UserError(f"{self.shards.key(index)}: stored latents are not finite", hint=hint, code=NUMERICAL)
+        captions = self._captions(index, record.get("json", b""))
+        picked = int(share * len(captions))
+        text = self._text(index, record.get("text.safetensors", b""), picked) if self.text else None
+        extras = {name: self._extra(index, key, record.get(key, b"")) for name, key in further.items()}
+        return Latent(moments, captions[picked], text, extras)
+
+    def _extra(self, index: int, field: str, data: bytes) -> np.ndarray:
+        try:
+            array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            raise self._damaged(index, f"{field} is no array") from None
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise self._damaged(index, f"{field} holds no finite numbers")
+        return array
+
+    def _moments(self, index: int, data: bytes) -> np.ndarray:
+        """The array of an npy file; the length of its header stands in bytes 8-9."""
+        start = 10 + int.from_bytes(data[8:10], "little")
+        if data[:6] != b"\x93NUMPY" or len(data) - start != self.dtype.itemsize * math.prod(self.shape):
+            raise self._damaged(index, f"moments are no {'x'.join(map(str, self.shape))} array of {self.dtype}")
+        return np.frombuffer(data, self.dtype, offset=start).reshape(self.shape)
+
+    def _captions(self, index: int, data: bytes) -> list[str]:
+        try:
+            captions = json.loads(data)["captions"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            captions = None
+        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+            raise self._damaged(index, "no captions")
+        return captions
+
+    def _text(self, index: int, data: bytes, picked: int) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            stored = load(data)
+        except (SafetensorError, ValueError) as failure:
+            raise self._damaged(index, f"text embedding ({failure})") from None
+        own = {name.partition(".")[2]: tensor for name, tensor in stored.items() if name.startswith(f"{picked}.")}
+        if "context" not in own:
+            raise self._damaged(index, f"no embedding of caption {picked}")
+        return own
+
+    def _damaged(self, index: int, what: str) -> UserError:
+        hint = f"run: scripts/make_shards.py verify {self.shards.directory}"
+        return UserError(f"{self.shards.key(index)}: damaged sample: {what}", hint=hint, code=DATA)

@@ -1,0 +1,50 @@
+"""Configs of earlier versions: what a file means that names none.
+
+Version 1, which names no version: the words of captions are split by rule 1, and guidance.interval is in times t.
+Version 2: rule 2, and shares of noise. A run keeps the version it began with, so that it draws and resumes as before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, dict[str, Any]]
+# By version, where they are other than the defaults.
+RULES: dict[int, Values] = {1: {"text": {"rule": 1}, "guidance": {"interval_in": "t"}}}
+
+
+def version(values: Mapping[str, Any]) -> int:
+    """The version that a config names, 1 where it names none."""
+    section = values.get("format")
+    named = section.get("version") if isinstance(section, dict) else None
+    return named if isinstance(named, int) else 1  # anything else is refused where the section is decoded
+
+
+def run_version(run: str | Path | None) -> int | None:
+    """The version of the config of a run that was begun; None where there is none."""
+    from training.files import read_json
+
+    path = Path(run or "") / "config.json"
+    if not run or not path.is_file():
+        return None
+    values = read_json(path)
+    return version(values) if isinstance(values, dict) else None
+
+
+def upgraded(values: Values, families: Mapping[str, tuple[type, ...]], as_of: int) -> Values:
+    """Values with the rules of version `as_of` written out where they say nothing themselves."""
+    if "format" not in families:
+        return values
+    named = values.get("format", {})
+    old: Values = {"format": {**named, "version": as_of} if isinstance(named, dict) else named}
+    for name, rules in RULES.get(as_of, {}).items():
+        given, members = values.get(name, {}), families[name]
+        if isinstance(given, dict):
+            kinds = {getattr(member, "kind", None): member for member in members}
+            member = kinds.get(given.get("kind", getattr(members[0], "kind", None)), object)
+            known = {field.name for field in dataclasses.fields(member)} if dataclasses.is_dataclass(member) else set()
+            old[name] = {**{key: rule for key, rule in rules.items() if key in known}, **given}
+    return {**values, **old}
