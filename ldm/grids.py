@@ -1,7 +1,8 @@
-"""Which times a sampler visits: steps + 1 of them, strictly decreasing to 0. A new grid is a class and an entry in
-`GRIDS`.
+"""Which times a sampler visits: 1 = t_0 > t_1 > ... > t_N = 0, in equal steps of t, of a power or the logarithm of
+sigma / alpha, or of the index of a DDPM table. A new grid is a class and an entry in `GRIDS`.
 
 A grid starts at 1 but for `leading`, whose DDPM-table rule starts lower, and `given`. Positions are float64 on the CPU.
+One that a schedule cannot have is refused: each answer falls strictly.
 """
 
 from __future__ import annotations

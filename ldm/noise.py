@@ -1,4 +1,6 @@
-"""Seeded noise: each sample owns its random numbers, whatever batch, order, rank or step it is drawn in."""
+"""Seeded noise: number i of a sample is mix(fold(seed, key) + i golden), the SplitMix64 stream read by counter, and a
+normal one sqrt(-2 ln u) cos(2 pi v) of two of these. So each sample owns its random numbers, whatever batch, order,
+rank or step it is drawn in."""
 
 from __future__ import annotations
 

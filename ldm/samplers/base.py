@@ -1,4 +1,5 @@
-"""What every sampler is, and the loop that walks a grid with one."""
+"""What every sampler is: a rule for x_s from x_t = alpha_t x0 + sigma_t eps and what a network says of x0 and eps; and
+the loop that walks x down the times of a grid with one."""
 
 from __future__ import annotations
 

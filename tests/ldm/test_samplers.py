@@ -86,12 +86,12 @@ def test_the_data_come_out_on_every_process_and_prediction(sampler: Sampler, sch
 @pytest.mark.parametrize("sampler", [cls() for cls in SAMPLERS if cls().order], ids=repr)
 def test_order_of_convergence(sampler: Sampler, schedule: NoiseSchedule) -> None:
     """The error of the variance from log-SNR -4.6 to 4.6, on a log grid, falls with the order the sampler declares."""
-    counts, errors = [16, 32, 64, 128] if sampler.order < 4 else [8, 16, 32, 64], []
+    counts, errors = [24, 48, 96] if sampler.order < 4 else [16, 32, 64], []
     for steps in counts:
         grid = schedule.time(torch.linspace(-4.6, 4.6, steps + 1, dtype=F64))
         variance = final_variance(sampler, schedule, grid, 0.5, marginal(schedule, grid[0], 0.5) ** 0.5)
         errors.append(abs(variance - marginal(schedule, grid[-1], 0.5)))
-    assert fitted_order(counts[1:], errors[1:]) > sampler.order - 0.25
+    assert fitted_order(counts, errors) > sampler.order - 0.25
 
 
 @every_schedule
