@@ -199,7 +199,7 @@ def found(package: ModuleType, name: str, source: str, base: type, folder: Path,
     finally:
         sys.modules.pop(f"{package.__name__}.{name}", None)
     (new,) = set(whole) - set(known)
-    assert whole[0] is known[0] and len(whole) == len(known) + 1
+    assert whole[0] is known[0] and len(whole) == len(set(whole)) == len(known) + 1
     return new
 
 
