@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,17 +20,24 @@ _NO_EPS = "cannot tell eps from a clean sample: this schedule has t_min = 0; giv
 
 
 class Prediction(ABC):
-    """The coefficients of the target and the schedules on which they determine both ends."""
+    """The coefficients of the target, and where on a schedule they do not determine both ends.
+
+    `blind_to_x0`: at pure noise (alpha = 0); `blind_to_eps`: on a clean sample (sigma = 0).
+    """
 
     kind: str
+    blind_to_x0: ClassVar[bool] = False
+    blind_to_eps: ClassVar[bool] = False
 
     @abstractmethod
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         """(a, b) of y = a x0 + b eps, float64, of the shape of t. `rates` are d alpha / dt and d sigma / dt."""
 
-    @abstractmethod
     def refusal(self, schedule: NoiseSchedule) -> str | None:
         """Why the pair is singular somewhere on [t_min, 1], or None; judged by what the schedule declares."""
+        if self.blind_to_x0 and schedule.pure_noise:
+            return _NO_X0
+        return _NO_EPS if self.blind_to_eps and schedule.t_min == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +45,10 @@ class Eps(Prediction):
     """y = eps. Ho et al. 2020 (arXiv 2006.11239), eq. 14."""
 
     kind: Literal["eps"] = "eps"
+    blind_to_x0 = True
 
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(level.alpha), torch.ones_like(level.alpha)
-
-    def refusal(self, schedule: NoiseSchedule) -> str | None:
-        return _NO_X0 if schedule.pure_noise else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +56,10 @@ class X0(Prediction):
     """y = x0."""
 
     kind: Literal["x0"] = "x0"
+    blind_to_eps = True
 
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         return torch.ones_like(level.alpha), torch.zeros_like(level.alpha)
-
-    def refusal(self, schedule: NoiseSchedule) -> str | None:
-        return _NO_EPS if schedule.t_min == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +71,6 @@ class V(Prediction):
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         return -level.sigma, level.alpha
 
-    def refusal(self, schedule: NoiseSchedule) -> str | None:
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Velocity(Prediction):
@@ -81,21 +81,16 @@ class Velocity(Prediction):
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         return rates.alpha, rates.sigma
 
-    def refusal(self, schedule: NoiseSchedule) -> str | None:
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Prediction):
     """y = grad log p(x_t) = -eps / sigma. Song et al. 2021 (arXiv 2011.13456)."""
 
     kind: Literal["score"] = "score"
+    blind_to_x0 = blind_to_eps = True
 
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(level.alpha), -1 / level.sigma
-
-    def refusal(self, schedule: NoiseSchedule) -> str | None:
-        return _NO_X0 if schedule.pure_noise else _NO_EPS if schedule.t_min == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +113,6 @@ class EDMF(Prediction):
         alpha, sigma = level
         scale = (sigma**2 + (alpha * self.sigma_data) ** 2).rsqrt()
         return sigma * scale / self.sigma_data, -alpha * scale * self.sigma_data
-
-    def refusal(self, schedule: NoiseSchedule) -> str | None:
-        return None
 
 
 PREDICTIONS = (Velocity, Eps, X0, V, Score, EDMF)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ class Weighting(ABC):
 
     kind: str
     terms: int = 0
+    positive: ClassVar[tuple[str, ...]] = ()  # settings that must be
+
+    def __post_init__(self) -> None:
+        for name in self.positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{self.kind} weighting needs a positive {name}, got {getattr(self, name)}")
 
     @abstractmethod
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
@@ -59,10 +65,7 @@ class MinSNR(Weighting):
 
     kind: Literal["min-snr"] = "min-snr"
     gamma: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise ValueError(f"min-snr gamma must be positive, got {self.gamma}")
+    positive = ("gamma",)
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         return diffusion.schedule.logsnr(t).exp().clamp(max=self.gamma) * diffusion.gains(t)[0]
@@ -74,10 +77,7 @@ class SoftMinSNR(Weighting):
 
     kind: Literal["soft-min-snr"] = "soft-min-snr"
     gamma: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise ValueError(f"soft-min-snr gamma must be positive, got {self.gamma}")
+    positive = ("gamma",)
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         # 1 / (1 / SNR + 1 / gamma), which is 0 and not 0 / 0 at pure noise.
@@ -109,7 +109,7 @@ class P2(Weighting):
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.k <= 0 or self.gamma < 0:
+        if not (self.k > 0 and self.gamma >= 0):
             raise ValueError(f"p2 needs k > 0 and gamma >= 0, got {self.k} and {self.gamma}")
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
@@ -135,10 +135,7 @@ class EDM(Weighting):
 
     kind: Literal["edm"] = "edm"
     sigma_data: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.sigma_data <= 0:
-            raise ValueError(f"edm weighting needs a positive sigma_data, got {self.sigma_data}")
+    positive = ("sigma_data",)
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         of_x0, of_eps = diffusion.gains(t)
@@ -156,11 +153,7 @@ class Learned(Weighting):
     kind: Literal["learned"] = "learned"
     sigma_data: float = 0.5
     terms: int = 32
-
-    def __post_init__(self) -> None:
-        EDM(sigma_data=self.sigma_data)
-        if self.terms < 1:
-            raise ValueError(f"learned weighting needs at least 1 term, got {self.terms}")
+    positive = ("sigma_data", "terms")
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         return EDM(sigma_data=self.sigma_data)(diffusion, t)

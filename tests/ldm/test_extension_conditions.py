@@ -33,7 +33,7 @@ from ldm.families import members
 from ldm.guidance import GUIDANCES, Projected
 from ldm.guiding import AgainstNull
 from ldm.predictions import PREDICTIONS, Prediction, V
-from ldm.schedules import Level, NoiseSchedule
+from ldm.schedules import Level
 from ldm.weighting import SNR, WEIGHTINGS, Weighting
 
 
@@ -59,9 +59,6 @@ class Sum(Prediction):
 
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(level.alpha), torch.ones_like(level.alpha)
-
-    def refusal(self, schedule: NoiseSchedule) -> str | None:
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +199,7 @@ def found(package: ModuleType, name: str, source: str, base: type, folder: Path,
     finally:
         sys.modules.pop(f"{package.__name__}.{name}", None)
     (new,) = set(whole) - set(known)
-    assert whole[0] is known[0] and len(whole) == len(known) + 1
+    assert whole[0] is known[0] and len(whole) == len(set(whole)) == len(known) + 1
     return new
 
 

@@ -23,7 +23,7 @@ from ldm.guidance import (
     Projected,
     classifier_guided,
 )
-from ldm.guiding import Guidance, Helpers
+from ldm.guiding import Guidance, Guided, Helpers
 from ldm.noise import Noise
 from ldm.predictions import X0, V, Velocity
 from ldm.samplers import DDPM, RK4, DormandPrince, Heun, prior, sample
@@ -237,6 +237,23 @@ def test_projected_guidance_pushes_across_only() -> None:
     torch.testing.assert_close(short, torch.full((4,), 0.2, dtype=F64))
 
 
+def test_a_guided_denoiser_hands_its_learned_variance_on() -> None:
+    """Through another guidance, also where that one stands still and would not call it otherwise."""
+    schedule = DDPMLinear(zero_terminal_snr=True)
+
+    def network(x: Tensor, level: Tensor, condition: Cond) -> Tensor:
+        return torch.cat([torch.tanh(x), torch.sin(x + condition.context.to(x.dtype))], dim=1)
+
+    denoiser = Denoiser(network, Diffusion(schedule=schedule, prediction=V(), learned_variance=True))
+    inner = Guided(ClassifierFree(scale=2.0), denoiser, cond(0, 1))
+    assert not Exact(schedule).learned_variance
+    x = torch.ones(2, 3, 1, dtype=F64)
+    for t in (scalar(0.5), scalar(1.0)):
+        fraction = CFGZeroStar(scale=3.0)(inner, cond(1, 2), cond(0, 1))(x, t).log_var_frac
+        assert fraction is not None
+        torch.testing.assert_close(fraction, denoiser(x, t, cond(1, 2)).log_var_frac)
+
+
 def test_cfg_zero_star() -> None:
     """With an unconditional velocity that is a multiple of the conditional one, guidance has nothing left to add."""
 
@@ -297,6 +314,8 @@ def test_guidance_is_finite_and_continuous_where_there_is_no_noise(rule: Guidanc
     for got, expected in zip(landed[:2], near[:2], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(landed.x0, x)
+    inside = guided(x, scalar(0.3))
+    torch.testing.assert_close(0.7 * inside.x0 + 0.3 * inside.eps, x)
     assert not torch.allclose(landed.eps, denoiser(x, scalar(0.0), cond(1, 3)).eps)
     grid, noise = Uniform()(6, Flow(t_min=0.0)), Noise.from_seeds([0, 1, 2])
     for sampler in (Heun(), RK4(variable="t"), DormandPrince()):

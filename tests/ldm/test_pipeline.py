@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform
-from ldm.guidance import ClassifierFree
+from ldm.guidance import Autoguidance, ByClassifier, ClassifierFree
 from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import Velocity
 from ldm.samplers import Euler
@@ -91,3 +92,27 @@ def test_what_is_given_per_caption_goes_to_its_caption() -> None:
     alone = pipeline().pixels("ccc", [6], negative=["yy"], start=starts[2:])
     assert torch.equal(next(alone), whole[2:])
     assert not torch.equal(next(pipeline().pixels("ccc", [6], negative="", start=starts[2:])), whole[2:])
+
+
+def test_the_weaker_model_and_the_judge_reach_the_guidance_that_asks_for_them() -> None:
+    """Autoguidance by the same denoiser changes nothing, by half of it something; a judge is asked of decoded pictures
+    and of their own captions."""
+    whole, asked = pipeline(), list[tuple[tuple[int, ...], list[str]]]()
+    half: Any = Denoiser(lambda x, level, cond: 0.5 * (x - cond.context[:, :1, :1, None]), whole.denoiser.diffusion)
+
+    def judge(images: Tensor, captions: Sequence[str]) -> Tensor:
+        asked.append((tuple(images.shape), list(captions)))
+        return images.flatten(1).sum(1)
+
+    def drawn(guidance: Any, **parts: Any) -> Tensor:
+        plan = replace(whole.sampling, guidance=guidance)
+        return torch.cat(list(replace(whole, **parts).pixels(["a", "bb"], 3, sampling=plan)))
+
+    plain = drawn(ClassifierFree(scale=1.0))
+    assert torch.equal(drawn(Autoguidance(scale=3.0), weak=whole.denoiser), plain)
+    assert not torch.equal(drawn(Autoguidance(scale=3.0), weak=half), plain)
+    assert not torch.equal(drawn(ByClassifier(strength=3.0), judge=judge), plain)
+    assert set(map(str, asked)) == {str(((2, 3, 16, 24), ["a", "bb"]))}
+    for guidance in (Autoguidance(scale=3.0), ByClassifier()):
+        with pytest.raises(ValueError, match="beside the denoiser"):
+            drawn(guidance)
