@@ -22,7 +22,7 @@ class HuggingFace(TextConfig):
     `pooling`: "auto" (the model's own projected or pooled text where it was trained to give one, as CLIP's; else the
     mean), "mean" over real tokens, "eos" (last real token) or "none". `layer`: -1 the last hidden state, after the
     final norm; otherwise an index into hidden_states, -2 the penultimate. `lower`: lower-case and strip, as PixArt
-    does. `masked = False` lets padding be attended to, by the text model and the backbone, as in Stable Diffusion.
+    does. `masked = False` lets padding be attended to, as Stable Diffusion's U-Nets do.
     """
 
     kind: Literal["huggingface"] = "huggingface"
@@ -71,8 +71,7 @@ class HuggingFaceTextEncoder(TextEncoder):
         device = next(self.model.parameters()).device
         numbers, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         self.model.eval()  # a trainer's train() reaches this model too, and would switch T5's dropout on
-        seen = mask if self.config.masked else None
-        output = self.model(input_ids=numbers, attention_mask=seen, output_hidden_states=self.config.layer != -1)
+        output = self.model(input_ids=numbers, attention_mask=mask, output_hidden_states=self.config.layer != -1)
         states = output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
         states, real = states.float(), mask.bool()
         pooled = self._pool(output, states, real)
