@@ -153,6 +153,9 @@ class Pointwise(Backbone):
         read = self.text((cond.context.masked_fill(~cond.mask[..., None], 0) * mask).sum(1))
         told = self.level(sinusoid(noise_level, self.width)) + read
         return self.out(torch.tanh(self.into(x) + told[:, :, None, None]))
+
+
+BACKBONES = (Local,)
 '''
 ENCODER = '''
 from dataclasses import dataclass
@@ -186,16 +189,19 @@ class Sums(TextEncoder):
 
     def truncated(self, captions):
         return 0
+
+
+TEXT_ENCODERS = (Letters,)
 '''
 
 
-def found(package: ModuleType, name: str, source: str, base: type, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+def found(package: ModuleType, family: str, name: str, source: str, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     """The member that one file more in a package adds to its family."""
     (folder / f"{name}.py").write_text(source)
     patch.setattr(package, "__path__", [*package.__path__, str(folder)])
-    known = package.BACKBONES if package is backbones else package.TEXT_ENCODERS
+    known = getattr(package, family)
     try:
-        whole = members(package.__name__, package.__path__, base, known[0])
+        whole = members(package.__name__, family, (known[0].kind,))
     finally:
         sys.modules.pop(f"{package.__name__}.{name}", None)
     (new,) = set(whole) - set(known)
@@ -205,7 +211,7 @@ def found(package: ModuleType, name: str, source: str, base: type, folder: Path,
 
 def test_a_backbone_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found, with what others read of its config; and every test of the family that takes a config holds for it."""
-    local = found(backbones, "local", BACKBONE, backbones.BackboneConfig, tmp_path, monkeypatch)
+    local = found(backbones, "BACKBONES", "local", BACKBONE, tmp_path, monkeypatch)
     config = local(**local.small)
     assert not config.learned_variance and not config.pooled
     ran = 0
@@ -219,7 +225,7 @@ def test_a_backbone_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_text_encoder_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    letters = found(text, "letters", ENCODER, text.TextConfig, tmp_path, monkeypatch)
+    letters = found(text, "TEXT_ENCODERS", "letters", ENCODER, tmp_path, monkeypatch)
     monkeypatch.setitem(test_text.LEARNED, "letters", letters)
     ran = 0
     for name, test in vars(test_text).items():
