@@ -1,10 +1,12 @@
-"""Objectives: what a network is trained to do. A new one is a file here and an entry in `OBJECTIVES`."""
+"""Objectives: what a network is trained to do. A new one is an `ObjectiveConfig` in a module here, which lists it in
+its `OBJECTIVES`."""
 
 from __future__ import annotations
 
-from ldm.objectives.base import LEVELS, Draw, Losses, Objective
-from ldm.objectives.denoising import Denoising
+from ldm.families import members
+from ldm.objectives.base import LEVELS, Draw, Losses, Objective, ObjectiveConfig
+from ldm.objectives.denoising import Denoising, DenoisingConfig
 
-OBJECTIVES = (Denoising,)
+OBJECTIVES: tuple[type[ObjectiveConfig], ...] = members(__name__, "OBJECTIVES", ("denoising",))  # first: default
 
-__all__ = ["LEVELS", "OBJECTIVES", "Denoising", "Draw", "Losses", "Objective"]
+__all__ = ["LEVELS", "OBJECTIVES", "Denoising", "DenoisingConfig", "Draw", "Losses", "Objective", "ObjectiveConfig"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Network
+from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.times import Places
+from ldm.pairing import Pairing
+from ldm.times import Places, TimeSampling
 from ldm.uncertainty import Weighed
+from ldm.weighting import Weighting
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of the validation loss
 
@@ -37,8 +40,6 @@ class Losses(NamedTuple):
 class Objective(ABC):
     """A loss (B,) of a network, latents x0 (B, ...), their condition and what was drawn for them."""
 
-    kind: ClassVar[str]
-
     def __call__(self, backbone: Trained, x0: Tensor, cond: Cond, noise: Noise, places: Places | None = None) -> Tensor:
         """The loss of each sample, (B,) float32. `places` in the global batch are needed where times are stratified."""
         return self.losses(backbone, x0, cond, self.draw(x0, noise, places, cond=cond)).total
@@ -56,3 +57,13 @@ class Objective(ABC):
     @abstractmethod
     def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
         """The unweighted error at given times (B,) and noise, (B,) float32: what validation by noise level reads."""
+
+
+class ObjectiveConfig(ABC):
+    """The config of an objective: a frozen dataclass with a `kind`, in the `OBJECTIVES` of its module."""
+
+    kind: str
+
+    @abstractmethod
+    def build(self, *, diffusion: Diffusion, times: TimeSampling, weighting: Weighting, pairing: Pairing) -> Objective:
+        """The objective on a process. Raises ValueError where these do not go together."""

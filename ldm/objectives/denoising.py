@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objectives.base import Draw, Losses, Objective, Trained
+from ldm.objectives.base import Draw, Losses, Objective, ObjectiveConfig, Trained
 from ldm.pairing import Independent, Pairing
 from ldm.times import Places, TimeSampling
 from ldm.uncertainty import Weighed
@@ -34,7 +34,6 @@ class Denoising(Objective):
     is added. Raises ValueError where the schedule has no such times.
     """
 
-    kind: ClassVar[str] = "denoising"
     diffusion: Diffusion
     times: TimeSampling
     weighting: Weighting
@@ -77,3 +76,16 @@ class Denoising(Objective):
         told = y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y
         error = told.float() - self.diffusion.target(x0, eps, t).float()
         return error.square().flatten(1).mean(1), y, log_var, x_t
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig(ObjectiveConfig):
+    """Config of `Denoising`, which has no key of its own."""
+
+    kind: Literal["denoising"] = "denoising"
+
+    def build(self, *, diffusion: Diffusion, times: TimeSampling, weighting: Weighting, pairing: Pairing) -> Denoising:
+        return Denoising(diffusion=diffusion, times=times, weighting=weighting, pairing=pairing)
+
+
+OBJECTIVES = (DenoisingConfig,)

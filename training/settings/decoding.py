@@ -52,6 +52,7 @@ class DenoiserConfig:
     times: Any
     weighting: Any
     pairing: Any
+    objective: Any
     optimizer: Optimizer
     train: Train
     sample: Sample

@@ -74,6 +74,7 @@ def families(stage: str) -> Families:
     from ldm.backbones import BACKBONES
     from ldm.grids import GRIDS
     from ldm.guidance import GUIDANCES
+    from ldm.objectives import OBJECTIVES
     from ldm.pairing import PAIRINGS
     from ldm.predictions import PREDICTIONS
     from ldm.samplers import SAMPLERS
@@ -85,7 +86,8 @@ def families(stage: str) -> Families:
     process: Families = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
     networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
-    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling, "format": (Format,)}
+    learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES}
+    return {**networks, **process, **learning, **shared, **sampling, "format": (Format,)}
 
 
 def kinds(section: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objectives import LEVELS, Denoising
+from ldm.objectives import LEVELS, Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import Places
@@ -83,7 +83,7 @@ class DenoiserStage(Stage):
         diffusion = Diffusion(
             schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
         )
-        self.objective = Denoising(
+        self.objective: Objective = config.objective.build(
             diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
         )
         self.seen = config.times.start()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from denoiser_steps import gradients, step, weights
 
+from ldm.objectives import OBJECTIVES, Denoising, DenoisingConfig
 from training.loop.loop import Loop
 from training.stages.denoiser import DenoiserStage
 
@@ -49,3 +50,14 @@ def test_evaluation_sees_the_averages(
     averages = [loop.ema.shadow[f"denoiser.{key}"].flatten() for key, _ in stage.network.named_parameters()]
     assert torch.equal(seen[0], torch.cat(averages)) and not torch.allclose(seen[0], live, atol=1e-5)
     assert torch.equal(weights(stage.network), live)
+
+
+def test_the_objective_is_what_the_config_names(make: Callable[..., tuple[DenoiserStage, Loop]]) -> None:
+    """By its kind, on the config's own process: an objective that is one module more needs no line of the stage."""
+    stage, _ = make()
+    (kind,) = [objective for objective in OBJECTIVES if objective().kind == stage.config.objective.kind]
+    assert kind is DenoisingConfig and isinstance(stage.objective, Denoising)
+    objective, config = stage.objective, stage.config
+    assert objective.diffusion.schedule == config.schedule and objective.diffusion.prediction == config.prediction
+    assert (objective.times, objective.weighting) == (config.times, config.weighting)
+    assert objective.pairing == config.pairing
