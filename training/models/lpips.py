@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from autoencoder.discriminator import LEAST_SIDE
 from autoencoder.perceptual import Perceptual, ScaledTrunk
 from training.data.images import Images
 from training.errors import DATA, UserError
@@ -94,12 +93,20 @@ def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> 
     network.load_state_dict({key: weights[key.partition(".")[2]] for key in own})
 
 
+def fitting(side: int) -> list[str]:
+    """The networks whose pooling leaves something of pictures of `side` pixels."""
+    return [net for net, least in LPIPS_NEEDS.items() if least <= side]
+
+
 def load_distance(args: argparse.Namespace, images: Images, device: torch.device) -> Perceptual | None:
     """The LPIPS network asked for. Raises UserError for pictures too small for it."""
     if not args.lpips:
         return None
-    if min(images[0].data.shape[-2:]) < LEAST_SIDE:
-        raise UserError(f"LPIPS needs at least {LEAST_SIDE} pixels a side", hint="leave --lpips out", code=DATA)
+    height, width = images[0].data.shape[-2:]
+    if (least := LPIPS_NEEDS[args.lpips_net]) > min(height, width):
+        what = f"the pictures are {width}x{height}, LPIPS on {args.lpips_net} needs {least} pixels a side"
+        nets = " or ".join(fitting(min(height, width)))
+        raise UserError(what, hint=(f"--lpips-net {nets}, or " if nets else "") + "leave --lpips out", code=DATA)
     named = args.lpips in ("standard", "random")
     network = load_perceptual(args.lpips_net, args.lpips if named else "", None if named else args.lpips)
     return network.to(device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from training.data.order import split_batch
 from training.errors import UserError
 from training.files import check_output
-from training.models.lpips import LPIPS_NEEDS
+from training.models.lpips import LPIPS_NEEDS, fitting
 from training.settings import decoding
 from training.settings.sections import Loss, Train
 
@@ -84,10 +84,10 @@ def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:
         )
     least = LPIPS_NEEDS[loss.perceptual_net]
     if loss.perceptual and min(height, width) < least:
-        fitting = " or ".join(net for net, needs in LPIPS_NEEDS.items() if needs <= min(height, width))
+        nets = " or ".join(fitting(min(height, width)))
         raise UserError(
             f"{packed}, LPIPS on {loss.perceptual_net} needs {least} pixels a side",
-            hint=(f"set loss.perceptual_net to {fitting}, or" if fitting else "set") + " loss.perceptual to 0",
+            hint=(f"set loss.perceptual_net to {nets}, or" if nets else "set") + " loss.perceptual to 0",
         )
 
 

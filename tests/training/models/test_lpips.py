@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lpips
@@ -12,7 +14,7 @@ import torchvision
 
 from training.errors import UserError
 from training.files import save_tensors
-from training.models.lpips import load_perceptual
+from training.models.lpips import load_distance, load_perceptual
 
 BUILDERS = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}  # the names of torchvision
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchvision's, of the flags that lpips gives it
@@ -65,3 +67,17 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file") as e:
         load_perceptual("alex", "standard", str(tmp_path / "none.pth"))
     assert e.value.code == 3
+
+
+@pytest.mark.parametrize(("side", "net", "hint"), [
+    (24, "alex", "--lpips-net vgg or squeeze, or leave --lpips out"), (12, "vgg", "leave --lpips out"),
+])  # fmt: skip
+def test_one_rule_for_what_is_too_small(side: int, net: str, hint: str) -> None:
+    """That of training: pictures that a run could train with can be measured with the same network."""
+    pictures: Any = [SimpleNamespace(data=torch.zeros(1, 3, side, 2 * side, dtype=torch.uint8))]
+    with pytest.raises(UserError, match=f"the pictures are {2 * side}x{side}, LPIPS on {net} needs") as caught:
+        load_distance(Namespace(lpips="random", lpips_net=net), pictures, torch.device("cpu"))
+    assert caught.value.hint == hint
+    if side == 24:
+        network = load_distance(Namespace(lpips="random", lpips_net="vgg"), pictures, torch.device("cpu"))
+        assert network is not None and network(torch.zeros(1, 3, 24, 24), torch.ones(1, 3, 24, 24)).isfinite().all()
