@@ -173,9 +173,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        save_file(whole, path, metadata=dict(metadata or {"format": "pt"}))  # one key: the order of several varies
+        save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))  # one key: the order of several varies
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as failure:  # safetensors wraps the system's own error
@@ -222,12 +222,12 @@ def check_safetensors(path: Path) -> None:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, none of its names given twice: readers would disagree on which of the two counts."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise ValueError(f"{name!r:.80} is given twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -47,16 +47,16 @@ class Drawing:
     def draw(self, part: list[Request]) -> None:
         """One batch, written."""
         strip = Strip(self.pipeline, self.how["sampling"].steps) if self.strips else None
-        filled = part * ((self.chunk or len(part)) // len(part))
+        batch = part * ((self.chunk or len(part)) // len(part))
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
-            prompts, seeds = [r.prompt for r in filled], [r.seed for r in filled]
-            images = self.pipeline(prompts, seeds, batch_size=len(filled), watch=strip, **self.how)
+            prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=strip, **self.how)
         for index, request in enumerate(part):
-            own = {"prompt": request.prompt, "seed": request.seed, "batch": len(filled), **self.facts}
-            grids.save(images[index], self.output / name(request), own)
+            facts = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch), **self.facts}
+            grids.save(images[index], self.output / name(request), facts)
             if strip:
                 (self.output / "strips").mkdir(exist_ok=True)
-                grids.save(strip.draw(index), self.output / "strips" / name(request), own)
+                grids.save(strip.draw(index), self.output / "strips" / name(request), facts)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -67,16 +67,16 @@ def generate(args: argparse.Namespace) -> int:
     device, rank, world = processes(args)
     memory.keep_memory()
     drawing = prepare(args, device, original)
-    mine = requests[rank::world]
+    own_requests = requests[rank::world]
     since = time.perf_counter()
     try:
-        for first in range(0, len(mine), args.batch_size):
-            part = mine[first : first + args.batch_size]
+        for first in range(0, len(own_requests), args.batch_size):
+            part = own_requests[first : first + args.batch_size]
             drawing.draw(part)
             if rank == 0:
-                done, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
-                made = len(requests) if done == len(mine) else done * world
-                print(f"{made}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
+                finished, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
+                count = len(requests) if finished == len(own_requests) else finished * world
+                print(f"{count}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
     except ValueError as failure:
         raise UserError(str(failure), hint="see --help for sizes, samplers and guidance") from None
     if world > 1:

@@ -122,10 +122,10 @@ def read_ahead(
 def _some_at_once(splits: Mapping[str, Images], shards: Sequence[ShardInfo], size: int) -> Iterator[list[Place]]:
     """The places of pictures, `size` at a time; at an address, the shard after this one is fetched meanwhile."""
     for info, following in zip_longest(shards, shards[1:]):
-        own = splits[info.split].shards
-        if own.remote and following and info.bytes + following.bytes <= own.remote.limit:
-            Thread(target=_fetch, args=(own.remote, following), daemon=True).start()
-        start = sum(s.samples for s in own.shards if s.name < info.name)
+        shard_set = splits[info.split].shards
+        if shard_set.remote and following and info.bytes + following.bytes <= shard_set.remote.limit:
+            Thread(target=_fetch, args=(shard_set.remote, following), daemon=True).start()
+        start = sum(s.samples for s in shard_set.shards if s.name < info.name)
         for first in range(start, start + info.samples, size):
             yield [(info.split, index) for index in range(first, min(first + size, start + info.samples))]
 
@@ -171,8 +171,8 @@ def _prepare(
 ) -> None:
     """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
     size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize * (2 if args.flip else 1) + BESIDE
-    written = sum(path.stat().st_size for path in target.glob("*.tar"))
-    check_output(target, total * size - written)
+    present = sum(path.stat().st_size for path in target.glob("*.tar"))
+    check_output(target, total * size - present)
     _claim(target, plan)
     try:
         copy_model(home, target / "autoencoder")
@@ -186,23 +186,23 @@ def _prepare(
 def _claim(target: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     make_folder(target)
-    old = target / PLAN
-    if old.is_file():
-        before = read_json(old)
+    plan_file = target / PLAN
+    if plan_file.is_file():
+        before = read_json(plan_file)
         before = {"tile": 0, **(before if isinstance(before, dict) else {})}
-        changed = [
+        differences = [
             f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
         ]
-        if changed:
+        if differences:
             raise UserError(
-                f"{target} holds latents made from something else ({'; '.join(changed)})",
+                f"{target} holds latents made from something else ({'; '.join(differences)})",
                 hint="choose another --output, or remove that folder",
                 code=CHECKPOINT,
             )
         remove_partials(target)
     elif any(target.iterdir()):
         raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
-    write_json(old, plan)
+    write_json(plan_file, plan)
 
 
 def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
@@ -227,18 +227,18 @@ def _finish(
     infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
     summary |= {"tile": plan["tile"]} if plan["tile"] else {}
-    asked, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
-    if asked > total:
-        refuse_many(asked - total, asked, str(source))
-        summary["left_out"] = asked - total
+    samples, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
+    if samples > total:
+        refuse_many(samples - total, samples, str(source))
+        summary["left_out"] = samples - total
     write_index(target, infos, summary, kind="latents")
     if any(info.split == "train" for info in infos):
         count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
         print(f"warning: latent channels {dead} hardly vary (std below {DEAD:g})", file=sys.stderr)
     shape = "x".join(map(str, plan["latent"]["shape"]))
-    said = f", {asked - total:,} left out" if asked > total else ""
-    print(f"latents: {target} ({total:,} samples of {shape}{said}), waiting for data {waiting:.0%}", file=sys.stderr)
+    left_out = f", {samples - total:,} left out" if samples > total else ""
+    print(f"latents: {target} ({total:,} samples of {shape}{left_out}), waiting for data {waiting:.0%}", file=sys.stderr)
 
 
 def _dead_channels(shards: ShardSet, channels: int) -> list[int]:

@@ -103,10 +103,10 @@ class Loop:
         except Exception as failure:
             with suppress(Exception):  # what is being written is sound; the first failure is the one to tell
                 self.writer.finish()
-            told = explain(failure, self.done, self.micro, self.train.batch_size)
-            if told is failure:
+            explanation = explain(failure, self.done, self.micro, self.train.batch_size)
+            if explanation is failure:
                 raise
-            raise told from failure
+            raise explanation from failure
 
     def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
@@ -123,20 +123,20 @@ class Loop:
             self.writer.check()
             rate = self.rate(step)
             self.journal.record(step + 1, self.gradients(step) | self.step(step, rate), rate)
-            done = self.done = step + 1
-            last = done == train.max_steps
-            if done % train.sample_every == 0 or last:
-                self.validate(done)
-            stopped = self._stopped()
-            if self.accelerator.is_main_process and (done % train.ema_every == 0 or last):
-                self.powers.keep(self.run, done)
-            saving = done % train.save_every == 0 or last or bool(stopped) or self.saving
-            if saving or step == start or done % COMPARED_EVERY == 0:
-                self.watchdogs.compare(done, self.state.replicated())
+            completed = self.done = step + 1
+            final = completed == train.max_steps
+            if completed % train.sample_every == 0 or final:
+                self.validate(completed)
+            stop_signal = self._stopped()
+            if self.accelerator.is_main_process and (completed % train.ema_every == 0 or final):
+                self.powers.keep(self.run, completed)
+            saving = completed % train.save_every == 0 or final or bool(stop_signal) or self.saving
+            if saving or step == start or completed % COMPARED_EVERY == 0:
+                self.watchdogs.compare(completed, self.state.replicated())
             if saving:
-                self.save(done, wait=not train.save_async or last or bool(stopped) or self.saving)
-            if stopped:
-                return stopped
+                self.save(completed, wait=not train.save_async or final or bool(stop_signal) or self.saving)
+            if stop_signal:
+                return stop_signal
         return 0
 
     def gradients(self, step: int) -> dict[str, Tensor]:
@@ -210,19 +210,19 @@ class Loop:
             norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
         try:
-            taken = self.watchdogs.judge(step, self.losses, norms, self.sample_keys)
+            accepted = self.watchdogs.judge(step, self.losses, norms, self.sample_keys)
         except UserError:
             self.journal.flush(step)  # what led to it; every process is here
             raise
         for name, optimizer in self.optimizers.items():
-            if moving[name] and taken:
+            if moving[name] and accepted:
                 scaler.step(optimizer) if scaler else optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if scaler:
             scaler.update()
         self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
         self.powers.update(step + 1)
-        return norms if taken else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
+        return norms if accepted else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
 
     def sample_keys(self, process: int, part: int) -> list[str]:
         """The samples of one micro-batch of the step being taken, by key."""
@@ -234,35 +234,35 @@ class Loop:
         Raises UserError (exit 5) in all processes where a return is due and none is left.
         """
         self.journal.flush(step)  # so that metrics.jsonl is in the order of steps, however often it is flushed
-        rollback, good = self.stage.rollback, None
+        rollback, target = self.stage.rollback, None
         if self.accelerator.is_main_process:
             folder = self.run / "samples" / f"step-{step:08d}"
-            numbers, reached = validate(self.stage, self.ema, folder)
-            self.scored = step, reached
+            numbers, score = validate(self.stage, self.ema, folder)
+            self.scored = step, score
             if rollback and rollback.share(step - 1):
                 self.writer.finish()  # the best may be on its way to the disk
-                good = rollback.target(self.checkpoints, step, reached)
-                if good and rollback.left:
-                    numbers = {**numbers, "returned_to": float(good.name.rpartition("-")[2])}
+                target = rollback.target(self.checkpoints, step, score)
+                if target and rollback.left:
+                    numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
         if rollback:
-            self._roll_back(rollback, step, good)
+            self._roll_back(rollback, step, target)
         self.accelerator.wait_for_everyone()
 
-    def _roll_back(self, rollback: Rollback, step: int, good: Path | None) -> None:
+    def _roll_back(self, rollback: Rollback, step: int, best: Path | None) -> None:
         """Go back to the checkpoint that the main process names, if any. Collective."""
         from accelerate.utils import broadcast_object_list
 
-        target: Path | None = broadcast_object_list([good])[0]
+        target: Path | None = broadcast_object_list([best])[0]
         if target is None:
             return
-        worse = rollback.verdict(self.stage.score[0], step, target)
+        verdict = rollback.verdict(self.stage.score[0], step, target)
         checkpoint = rollback.merged(self.checkpoints.load(target), self.snapshot(step).state, step)
         for optimizer in self.optimizers.values():
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
         self.scored = None  # the number is not that of the weights that now stand
-        announce(self.accelerator, f"warning: {worse}: back to its weights; {rollback.prospect(step)}")
+        announce(self.accelerator, f"warning: {verdict}: back to its weights; {rollback.prospect(step)}")
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
@@ -283,11 +283,11 @@ class Loop:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back a snapshot, in every process. Raises UserError where the weights do not fit."""
         self.state.restore(checkpoint, self.checkpoints.folder / f"step-{checkpoint.step:08d}")
-        state, held = checkpoint.state, self.micro * self.accumulation
+        state, samples = checkpoint.state, self.micro * self.accumulation
         if "watchdogs" in state:  # not in checkpoints of earlier versions, which did not keep their place either
             self.base = checkpoint.step, int(state["place"])
-        if self.shrinks and "micro" in state and held % int(state["micro"]) == 0:  # what was found to fit
-            self.micro, self.accumulation = int(state["micro"]), held // int(state["micro"])
+        if self.shrinks and "micro" in state and samples % int(state["micro"]) == 0:  # what was found to fit
+            self.micro, self.accumulation = int(state["micro"]), samples // int(state["micro"])
 
     def _stopped(self) -> int:
         """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`)."""

@@ -26,15 +26,15 @@ def needed(text: str) -> str:
 
     The peak so far and the one allocation that failed: a lower bound.
     """
-    if not (found := TRIED.search(text)):
+    if not (match := TRIED.search(text)):
         return ""
-    tried = float(found[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB").index(found[2])
+    allocation = float(match[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB").index(match[2])
     if torch.cuda.is_available() and "CUDA" in text:
-        held, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
     else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f" (at least {gigabytes(int(held + tried))} needed, {gigabytes(there)} there)"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f" (at least {gigabytes(int(peak + allocation))} needed, {gigabytes(total)} there)"
 
 
 def keep_memory() -> None:

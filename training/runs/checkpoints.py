@@ -108,18 +108,18 @@ class Checkpoints:
 
         Raises UserError where every checkpoint is damaged: a run never silently starts again from zero.
         """
-        found = sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
-        broken: list[str] = []
-        for path in found:
+        folders = sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+        damages: list[str] = []
+        for path in folders:
             if not (reason := damage(path)):
-                for text in broken:
+                for text in damages:
                     print(f"warning: {text}; using {path.name}", file=sys.stderr)
                 return path
-            broken.append(f"checkpoint {path.name} is damaged ({reason})")
-        if found:
+            damages.append(f"checkpoint {path.name} is damaged ({reason})")
+        if folders:
             raise UserError(
-                f"no usable checkpoint in {self.folder} ({len(found)} found, all damaged)",
-                hint="; ".join(broken),
+                f"no usable checkpoint in {self.folder} ({len(folders)} found, all damaged)",
+                hint="; ".join(damages),
                 code=CHECKPOINT,
             )
         return None
@@ -163,12 +163,12 @@ class Checkpoints:
 
     def prune(self, last: Path) -> None:
         """Keep the newest ones up to `last`; later ones belong to a future that a resume from before them gave up."""
-        found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
-        past = [p for p in found if p.name <= last.name]
-        kept = {*past[-self.keep_last :], *(p for p in found if (p / "pinned").exists())}
-        if self.keep_best and (scores := {p: s for p in past if (s := score(p)) is not None}):
-            kept.add(min(scores, key=lambda p: scores[p]))
-        for path in (p for p in found if p not in kept):
+        folders = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        earlier = [p for p in folders if p.name <= last.name]
+        survivors = {*earlier[-self.keep_last :], *(p for p in folders if (p / "pinned").exists())}
+        if self.keep_best and (scores := {p: s for p in earlier if (s := score(p)) is not None}):
+            survivors.add(min(scores, key=lambda p: scores[p]))
+        for path in (p for p in folders if p not in survivors):
             try:
                 self._remove(path)
             except OSError as failure:
@@ -205,10 +205,10 @@ def damage(path: Path) -> str:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        files, written, _ = manifest["files"], int(manifest["format"]), int(manifest["step"])
-        if written > FORMAT:
+        files, version, _ = manifest["files"], int(manifest["format"]), int(manifest["step"])
+        if version > FORMAT:
             raise UserError(
-                f"checkpoint format {written} is newer than this program understands ({FORMAT})",
+                f"checkpoint format {version} is newer than this program understands ({FORMAT})",
                 hint="update this package",
                 code=CHECKPOINT,
             )

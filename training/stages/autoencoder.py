@@ -111,8 +111,8 @@ class AutoencoderStage(Stage):
         """
         if not self.loss.adversarial or self.start is None or step < self.start:
             return 0.0
-        whole = self.rollback.weight if self.rollback else 1.0
-        return whole * min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
+        full = self.rollback.weight if self.rollback else 1.0
+        return full * min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch: the decoder's balanced gradient, then the discriminator's own."""
@@ -123,29 +123,29 @@ class AutoencoderStage(Stage):
         with self.accelerator.autocast():
             x_hat, moments = self.forward(images, noise, *filter(None, [tap or move]))
         latent, penalty = self.latent_terms(moments, images)
-        aligned, asked = self.align(moments, images)
+        alignment, pull_square = self.align(moments, images)
         images = move(images, self.model.factor) if move else images
         uniform = Noise(slots).uniform((AUGMENTED_BY,), self.seed, step, "augment")
         playing = self.ramp(step + 1) > 0  # the step before the start measures the first balance
         fool = (lambda x: self.adversary.fooled(x, uniform)) if playing else None
-        split, spread = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
-        gradient = split.reconstruction
+        parts, variance_loss = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
+        gradient = parts.reconstruction
         if playing:
-            measured = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, split)) * share
-            self.sums = added(self.sums, measured)
-            gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
-        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + aligned + spread) * share)
-        self.note(split, moments, slots, share)
+            gradients_here = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, parts)) * share
+            self.sums = added(self.sums, gradients_here)
+            gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * parts.adversarial
+        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + alignment + variance_loss) * share)
+        self.note(parts, moments, slots, share)
         if tap:
-            self.pulls = added(self.pulls, torch.stack([tap.square / self.scale**2, asked * share**2]))
+            self.pulls = added(self.pulls, torch.stack([tap.square / self.scale**2, pull_square * share**2]))
         values: dict[str, Tensor] = {
-            "loss": split.reconstruction_loss + (penalty + aligned).detach(),
+            "loss": parts.reconstruction_loss + (penalty + alignment).detach(),
             "codebook" if self.model.quantize else "kl": latent.detach(),
-            "adversarial": split.adversarial_loss,
+            "adversarial": parts.adversarial_loss,
             "balance": self.balance,
         }
         if self.vision:
-            values["alignment"] = aligned.detach()
+            values["alignment"] = alignment.detach()
         if tap:
             values["align_balance"] = self.align_balance
         if self.loss.adversarial and step >= self.loss.discriminator_start:
@@ -197,10 +197,10 @@ class AutoencoderStage(Stage):
         """The split under the learned log-variance s, and the loss that trains s (0 where s is fixed)."""
         if self.log_variance is None:
             return split, 0.0
-        spread: Tensor = self.wrapped["log_variance"](split.reconstruction_loss)
+        loss: Tensor = self.wrapped["log_variance"](split.reconstruction_loss)
         scale = (-self.log_variance.value.detach()).exp()
-        scaled = split._replace(reconstruction=split.reconstruction * scale, reconstruction_loss=spread.detach())
-        return scaled, spread
+        scaled = split._replace(reconstruction=split.reconstruction * scale, reconstruction_loss=loss.detach())
+        return scaled, loss
 
     def note(self, split: Split, moments: Tensor, slots: Tensor, share: float) -> None:
         """Keep what `after_backward` needs of this micro-batch."""
@@ -245,8 +245,8 @@ class AutoencoderStage(Stage):
         anchors = None if self.adversary.anchors is None else self.adversary.anchors.tolist()
         counted = self.rollback and self.rollback.count
         returns = {"returns": {"count": counted, "start": self.start}} if counted else {}
-        aligned = {"align_balance": float(self.align_balance)} if self.loss.align_adaptive else {}
-        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **aligned}
+        alignment = {"align_balance": float(self.align_balance)} if self.loss.align_adaptive else {}
+        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **alignment}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)

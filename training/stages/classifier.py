@@ -52,13 +52,13 @@ def train_classifier(args: argparse.Namespace) -> int:
     labels = torch.tensor([classes.index(n) for n in names])
     stage = ClassifierStage(model, train, labels, held_out, args.seed)
     steps = max(1, args.epochs * len(train) // args.batch_size)
-    right = fit(stage, output, steps, args.batch_size, args.device)
+    share = fit(stage, output, steps, args.batch_size, args.device)
     save_tensors(output / "model.safetensors", model.state_dict())
     write_json(
         output / "config.json",
-        {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": right, "images": len(held_out)},
+        {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": share, "images": len(held_out)},
     )
-    print(f"classifier: {right:.2%} of {len(held_out):,} held-out pictures named right -> {output}", file=sys.stderr)
+    print(f"classifier: {share:.2%} of {len(held_out):,} held-out pictures named right -> {output}", file=sys.stderr)
     return 0
 
 

@@ -178,10 +178,10 @@ class DenoiserStage(Stage):
 
     def shown(self) -> list[str]:
         """The first distinct held-out captions, over and over where they are few."""
-        known: dict[str, None] = {}
+        captions: dict[str, None] = {}
         for i in range(min(len(self.held_out), 20 * SHOWN)):
-            known.setdefault(self.held_out.captions(i)[0])
-        names = list(known)[:SHOWN]
+            captions.setdefault(self.held_out.captions(i)[0])
+        names = list(captions)[:SHOWN]
         return [names[i % len(names)] for i in range(SHOWN)]
 
 

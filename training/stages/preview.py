@@ -50,9 +50,9 @@ def taught(args: argparse.Namespace, config: AutoencoderConfig) -> tuple[Autoenc
         hint = "take --config tiny, or set loss.adversarial 0, latent.kind free and so on"
         raise UserError(what, hint=hint)
     if isinstance(config.model, Tiny):
-        asked = {name: getattr(config.model, name) for name in SHAPE if f"model.{name}" in args.overrides}
+        shape = {name: getattr(config.model, name) for name in SHAPE if f"model.{name}" in args.overrides}
         with explained("leave the model's shape to the teacher"):
-            model = dataclasses.replace(config.model.fitted(teacher.factor, teacher.latent_channels), **asked)
+            model = dataclasses.replace(config.model.fitted(teacher.factor, teacher.latent_channels), **shape)
         config = dataclasses.replace(config, model=model)
     return config, teacher
 
@@ -123,8 +123,8 @@ class DistillationStage(Stage):
             pair = distillation(self.model, self.teacher, to_unit(pixels), None)
             ours, theirs = to_uint8(pair.images), to_uint8(pair.target)
             if not errors:
-                shown = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
-                grids.comparison(shown).save(folder / "grid.png")
+                rows = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
+                grids.comparison(rows).save(folder / "grid.png")
             fidelity.add(ours, theirs)
             errors.append(pair.latents)
         return {**fidelity.means("teacher_"), "latents": torch.cat(errors).mean().item()}

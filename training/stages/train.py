@@ -73,9 +73,9 @@ def _train(job: Job, ending: ExitStack) -> int:
     checkpoint = begin(args, run, accelerator, facts)
     if accelerator.is_main_process:
         job.begin(run.folder / "final")
-    loop, stopped = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
-    if stopped:
-        return stopped
+    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
+    if exit_code:
+        return exit_code
     if accelerator.is_main_process:
         with loop.ema.applied():
             finish(run, job.export(run.folder, facts), job.title, facts)
@@ -113,9 +113,9 @@ def fit(
         raise
     if number and accelerator.is_main_process:
         run.describe("stopped", loop.done, facts)
-        again = repeated([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
-        stopped = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
-        print(f"{stopped}; resume with: {again}", file=sys.stderr)
+        command = repeated([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
+        notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
+        print(f"{notice}; resume with: {command}", file=sys.stderr)
     return loop, 128 + number if number else 0
 
 
