@@ -76,13 +76,13 @@ def table(args: Any) -> list[str]:
              "| sampler | calls | in the network (s) | outside (s) | share | waits a step | held |",
              "|---|---:|---:|---:|---:|---:|---:|"]
     for warm, sampler in enumerate([Euler(), *samplers.values()]):
-        timed = Timed(network)
-        denoise = Denoiser(timed, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
+        timer = Timed(network)
+        denoise = Denoiser(timer, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
         x, since = prior(Flow(), (4, args.side, args.side), noise), time.process_time()
         sample(sampler, denoise, x, grid, noise)
-        outside = time.process_time() - since - timed.seconds
+        outside = time.process_time() - since - timer.seconds
         if warm:
             stops, (early, late) = len(waits(sampler, args.steps)), holding(sampler)
-            lines.append(f"| {sampler.kind} | {timed.calls} | {timed.seconds:.3f} | {outside:.4f} | "
-                         f"{100 * outside / timed.seconds:.2f} % | {stops / args.steps:g} | {early}, {late} |")
+            lines.append(f"| {sampler.kind} | {timer.calls} | {timer.seconds:.3f} | {outside:.4f} | "
+                         f"{100 * outside / timer.seconds:.2f} % | {stops / args.steps:g} | {early}, {late} |")
     return lines

@@ -131,18 +131,18 @@ class Latents(Samples[Latent]):
             raise self._damaged(index, "no captions")
         return captions
 
-    def _text(self, index: int, data: bytes, picked: int) -> dict[str, Tensor]:
+    def _text(self, index: int, data: bytes, number: int) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
-            stored = load(data)
+            tensors = load(data)
         except (SafetensorError, ValueError) as failure:
             raise self._damaged(index, f"text embedding ({failure})") from None
-        own = {name.partition(".")[2]: tensor for name, tensor in stored.items() if name.startswith(f"{picked}.")}
-        if "context" not in own:
-            raise self._damaged(index, f"no embedding of caption {picked}")
-        return own
+        parts = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
+        if "context" not in parts:
+            raise self._damaged(index, f"no embedding of caption {number}")
+        return parts
 
     def _damaged(self, index: int, what: str) -> UserError:
         hint = f"run: scripts/make_shards.py verify {self.shards.directory}"

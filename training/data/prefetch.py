@@ -43,18 +43,18 @@ class Followed:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        asked: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
-        threading.Thread(target=self._fetch, args=(asked,), daemon=True).start()
-        last: tuple[int, ...] = ()
+        queue: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
+        threading.Thread(target=self._fetch, args=(queue,), daemon=True).start()
+        previous: tuple[int, ...] = ()
         try:
             for slots in self.batches:
-                wanted = self.batches.order.ahead(slots[0].slot)
-                if wanted != last:
-                    asked.put(wanted)
-                    last = wanted
+                ahead = self.batches.order.ahead(slots[0].slot)
+                if ahead != previous:
+                    queue.put(ahead)
+                    previous = ahead
                 yield slots
         finally:
-            asked.put(None)
+            queue.put(None)
 
     def _fetch(self, asked: SimpleQueue[tuple[int, ...] | None]) -> None:
         while (wanted := asked.get()) is not None:

@@ -102,4 +102,5 @@ def verdict(original: Original, picture: Path) -> str:
         return f"the same pixels as {original.path}"
     then, now = original.facts.get("versions", {}), grids.facts(picture)["versions"]
     differences = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
-    return f"within {off} of 255 of {original.path}; what differs: {', '.join(differences) or 'the processor or its threads'}"
+    cause = ", ".join(differences) or "the processor or its threads"
+    return f"within {off} of 255 of {original.path}; what differs: {cause}"

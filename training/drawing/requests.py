@@ -72,7 +72,7 @@ def weighed(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
 
 
 def choose(args: argparse.Namespace, stored_values: decoding.Values | None = None) -> tuple[Sampling, decoding.Values]:
-    """The run's own sampling, or the `kept` one, with the flags' changes laid over it; also as plain values."""
+    """The run's sampling, or a picture's `stored_values`, with the flags' changes laid over; also as plain values."""
     run_values = read_json(find(args.model, "denoiser").home / "config.json")
     values = {
         name: section

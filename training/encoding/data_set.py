@@ -237,8 +237,8 @@ def _finish(
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
         print(f"warning: latent channels {dead} hardly vary (std below {DEAD:g})", file=sys.stderr)
     shape = "x".join(map(str, plan["latent"]["shape"]))
-    left_out = f", {samples - total:,} left out" if samples > total else ""
-    print(f"latents: {target} ({total:,} samples of {shape}{left_out}), waiting for data {waiting:.0%}", file=sys.stderr)
+    gap = f", {samples - total:,} left out" if samples > total else ""
+    print(f"latents: {target} ({total:,} samples of {shape}{gap}), waiting for data {waiting:.0%}", file=sys.stderr)
 
 
 def _dead_channels(shards: ShardSet, channels: int) -> list[int]:

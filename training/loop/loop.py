@@ -123,18 +123,18 @@ class Loop:
             self.writer.check()
             rate = self.rate(step)
             self.journal.record(step + 1, self.gradients(step) | self.step(step, rate), rate)
-            completed = self.done = step + 1
-            final = completed == train.max_steps
-            if completed % train.sample_every == 0 or final:
-                self.validate(completed)
+            step_count = self.done = step + 1
+            final = step_count == train.max_steps
+            if step_count % train.sample_every == 0 or final:
+                self.validate(step_count)
             stop_signal = self._stopped()
-            if self.accelerator.is_main_process and (completed % train.ema_every == 0 or final):
-                self.powers.keep(self.run, completed)
-            saving = completed % train.save_every == 0 or final or bool(stop_signal) or self.saving
-            if saving or step == start or completed % COMPARED_EVERY == 0:
-                self.watchdogs.compare(completed, self.state.replicated())
+            if self.accelerator.is_main_process and (step_count % train.ema_every == 0 or final):
+                self.powers.keep(self.run, step_count)
+            saving = step_count % train.save_every == 0 or final or bool(stop_signal) or self.saving
+            if saving or step == start or step_count % COMPARED_EVERY == 0:
+                self.watchdogs.compare(step_count, self.state.replicated())
             if saving:
-                self.save(completed, wait=not train.save_async or final or bool(stop_signal) or self.saving)
+                self.save(step_count, wait=not train.save_async or final or bool(stop_signal) or self.saving)
             if stop_signal:
                 return stop_signal
         return 0
@@ -210,19 +210,19 @@ class Loop:
             norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
         try:
-            accepted = self.watchdogs.judge(step, self.losses, norms, self.sample_keys)
+            sound = self.watchdogs.judge(step, self.losses, norms, self.sample_keys)
         except UserError:
             self.journal.flush(step)  # what led to it; every process is here
             raise
         for name, optimizer in self.optimizers.items():
-            if moving[name] and accepted:
+            if moving[name] and sound:
                 scaler.step(optimizer) if scaler else optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if scaler:
             scaler.update()
         self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
         self.powers.update(step + 1)
-        return norms if accepted else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
+        return norms if sound else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
 
     def sample_keys(self, process: int, part: int) -> list[str]:
         """The samples of one micro-batch of the step being taken, by key."""

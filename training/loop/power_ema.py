@@ -52,7 +52,7 @@ def decay(gamma: float, step: int) -> float:
 
 
 def mixture(profiles: Sequence[Profile], target: Profile) -> np.ndarray:
-    """The weights of stored averages in the one `wanted`: the least squares of their profiles, itself where stored."""
+    """The weights of stored averages in `target`: the least squares of their profiles, itself where stored."""
     if target in profiles:
         return np.asarray([float(place == list(profiles).index(target)) for place in range(len(profiles))])
     products = np.array([[a.dot(b) for b in profiles] for a in profiles])

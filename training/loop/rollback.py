@@ -42,7 +42,7 @@ class Rollback:
         return self.count < self.limit
 
     def target(self, checkpoints: Checkpoints, step: int, score_now: float) -> Path | None:
-        """The best checkpoint before `step`, where the score `reached` is too far above its own."""
+        """The best checkpoint before `step`, where `score_now` is too far above its score."""
         earlier = (path for path in checkpoints.folder.glob("step-*") if path.name < f"step-{step:08d}")
         scores = {path: value for path in earlier if (value := score(path)) is not None}
         best = min(scores, key=lambda path: scores[path], default=None)

@@ -47,14 +47,14 @@ def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool =
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
+    launch_count = int(os.environ.get("WORLD_SIZE", "1"))
+    if launch_count != accelerator.num_processes:
         raise UserError(
-            f"{launched} processes were started but only {accelerator.num_processes} is in the group",
+            f"{launch_count} processes were started but only {accelerator.num_processes} is in the group",
             hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs",
             code=USAGE,
         )
-    if on_cpu and launched == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"} <= os.environ.keys():
+    if on_cpu and launch_count == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"} <= os.environ.keys():
         # Without MPI, `accelerate launch --cpu --num_processes N` starts one process, and names the port it would join.
         raise UserError(
             "accelerate launch --cpu was asked for several processes but started only 1",
@@ -118,7 +118,7 @@ def lost(failure: Exception) -> bool:
 
 
 def _claim(record: str) -> str:
-    """What the first process to fail left in the store; `mine` where that is this one or where the store is gone."""
+    """What the first process to fail left in the store; `record` where that is this one or where the store is gone."""
     try:
         store: Any = torch.distributed.distributed_c10d._get_default_store()
         return str(store.compare_set("training/failure", "", record).decode())

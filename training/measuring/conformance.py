@@ -93,9 +93,9 @@ def oracle_tables(args: Any) -> Iterator[str]:
     """Errors of every combination, orders of convergence, and what is refused."""
     schedules = chosen(processes(), args.processes, "--processes")
     samplers = chosen(every("sampler"), args.samplers, "--samplers")
-    own = Given(times=tuple(torch.linspace(1, 0, args.steps + 1, dtype=torch.float64).tolist()))
-    grids = chosen(every("grid") | {Given.kind: own}, args.grids, "--grids")
-    refused: dict[str, str] = {}
+    given_grid = Given(times=tuple(torch.linspace(1, 0, args.steps + 1, dtype=torch.float64).tolist()))
+    grids = chosen(every("grid") | {Given.kind: given_grid}, args.grids, "--grids")
+    reasons: dict[str, str] = {}
     yield f"""Data N({MEAN}, {STD}^2), {args.steps} steps. Bias of the result's mean and variance: exact, but for
 predictor-corrector, whose steps look at the sample: measured on 2^15 numbers, which alone vary by 0.8 % in variance.
 End error: how far a sampler without noise of its own carries a sample from where the ODE does, root mean square over
@@ -107,30 +107,30 @@ equal steps of t.
     yield f"| sampler | {columns} |"
     yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
     for name, schedule in schedules.items():
-        yield from rows(name, schedule, samplers, grids, args.steps, refused)
+        yield from rows(name, schedule, samplers, grids, args.steps, reasons)
     yield from orders(schedules, samplers)
     yield "\n## Refused when built\n"
-    for pair, reason in refused.items():
+    for pair, reason in reasons.items():
         yield f"- {pair}: {reason}"
 
 
 def rows(name: str, schedule: Any, samplers: dict[str, Any], grids: dict[str, Any], steps: int,
-         refused: dict[str, str]) -> Iterator[str]:
-    """The rows of one process; what it does not combine with is added to `refused`."""
-    allowed, times = [], {}
+         reasons: dict[str, str]) -> Iterator[str]:
+    """The rows of one process; what it does not combine with is added to `reasons`."""
+    processes_here, times = [], {}
     for kind, prediction in every("prediction").items():
         try:
-            allowed.append(Diffusion(schedule=schedule, prediction=prediction))
+            processes_here.append(Diffusion(schedule=schedule, prediction=prediction))
         except ValueError as error:
-            refused[f"{name} x {kind}"] = str(error)
+            reasons[f"{name} x {kind}"] = str(error)
     for kind, grid in grids.items():
         try:
             times[kind] = grid(steps, schedule)
         except ValueError as error:
-            refused[f"{name} x {kind}"] = str(error)
+            reasons[f"{name} x {kind}"] = str(error)
     for sampler in samplers.values():
         for grid, visited in times.items():
-            calls, spread = through(sampler, schedule, visited, allowed)
+            calls, spread = through(sampler, schedule, visited, processes_here)
             mean, variance, end = moments(sampler, schedule, visited)
             ends = f"{end / STD:.1e} | {on_two_modes(sampler, schedule, visited):.1e}" if sampler.rises else "- | -"
             bias = f"{mean - MEAN:+.1e} | {variance / STD**2 - 1:+.1e}"

@@ -48,17 +48,17 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
     with explained("lower --count"):
         prompts = {objects: held_out_prompts(args.count, objects, seed=args.seed) for objects in (1, 2, 3)}
     numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes/checker.py"}
-    shown: list[Any] = []
+    samples: list[Any] = []
     captions: list[str] = []
-    for objects, asked in prompts.items():
+    for objects, captions_of in prompts.items():
         verdicts: list[dict[str, bool]] = []
-        for pixels, said in drawn(pipeline, sampling, ask(asked, 1, args.seed), args.batch_size):
+        for pixels, texts in drawn(pipeline, sampling, ask(captions_of, 1, args.seed), args.batch_size):
             images = pixels.permute(0, 2, 3, 1).cpu().numpy()
-            found = [check(image, prompt) for image, prompt in zip(images, said, strict=True)]
+            checks = [check(image, prompt) for image, prompt in zip(images, texts, strict=True)]
             if not verdicts:
-                shown += grids.to_pil(pixels[:16])
-                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(found, said, strict=True)][:16]
-            verdicts += found
+                samples += grids.to_pil(pixels[:16])
+                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(checks, texts, strict=True)][:16]
+            verdicts += checks
         obeyed = sum(v["obeyed"] for v in verdicts)
         numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
         numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))
@@ -66,7 +66,7 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
             answers = [v[key] for v in verdicts if key in v]
             numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
     if args.grid:
-        grids.grid(shown, 8, captions=captions).save(args.grid)
+        grids.grid(samples, 8, captions=captions).save(args.grid)
         numbers["grid"] = Path(args.grid).name
     return numbers
 

@@ -95,14 +95,14 @@ class Run:
         # Decoded, so that keys newer than the run stand at their defaults.
         before = decoding.to_values(decoding.stored(self.stage, read_json(self.folder / "config.json")))
         changes = decoding.diff(before, values)
-        refused = [
+        conflicts = [
             c
             for c in changes
             if (key := c.partition(":")[0]) not in self.mutable and key.partition(".")[0] not in MUTABLE_SECTIONS
         ]
-        if refused:
+        if conflicts:
             raise UserError(
-                "the config differs from the run's:\n       " + "\n       ".join(refused),
+                "the config differs from the run's:\n       " + "\n       ".join(conflicts),
                 hint=f"repeat the run's own with --config {self.folder}/config.json, or use another --output",
                 code=CHECKPOINT,
             )

@@ -63,14 +63,14 @@ SAMPLING = Part(
 
 def families(stage: str) -> Families:
     """The sections of a stage's config, each with our own kinds; of a choice among kinds, the first is the default."""
-    shared = {"optimizer": (Optimizer,), "train": (Train,)}
+    common = {"optimizer": (Optimizer,), "train": (Train,)}
     if stage == "autoencoder":
         from autoencoder import AUTOENCODERS
         from autoencoder.discriminator import DISCRIMINATORS
         from autoencoder.regularisers import LATENT_REGULARISERS
 
         losses = {"loss": (Loss,), "latent": LATENT_REGULARISERS, "discriminator": DISCRIMINATORS}
-        return {"model": AUTOENCODERS, **losses, **shared}
+        return {"model": AUTOENCODERS, **losses, **common}
     from ldm.backbones import BACKBONES
     from ldm.grids import GRIDS
     from ldm.guidance import GUIDANCES
@@ -85,7 +85,7 @@ def families(stage: str) -> Families:
     process: Families = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
     networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
-    return {**networks, **process, "pairing": PAIRINGS, **shared, **sampling, "format": (Format,)}
+    return {**networks, **process, "pairing": PAIRINGS, **common, **sampling, "format": (Format,)}
 
 
 def kinds(section: str) -> list[str]:
@@ -94,22 +94,22 @@ def kinds(section: str) -> list[str]:
     module, members = FAMILIES[section]
     package = resources.files("ldm") / module
     files = list(package.iterdir()) if package.is_dir() else [resources.files("ldm") / f"{module}.py"]
-    named: dict[str, str] = {}
-    listed: list[str] = []
+    kind_of: dict[str, str] = {}
+    names: list[str] = []
     order: list[str] = []
     for file in sorted((file for file in files if file.name.endswith(".py")), key=lambda file: file.name):
         for node in ast.parse(file.read_text("utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 for part in node.body:
                     if isinstance(part, ast.AnnAssign) and part.value and ast.unparse(part.target) == "kind":
-                        named[node.name] = ast.literal_eval(part.value)
+                        kind_of[node.name] = ast.literal_eval(part.value)
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
                 if ast.unparse(node.targets[0]) == members:
-                    listed += map(ast.unparse, node.value.elts)
+                    names += map(ast.unparse, node.value.elts)
                 elif ast.unparse(node.targets[0]) == "ORDER":
                     order += ast.literal_eval(node.value)
-    known = [named[name] for name in listed]
-    return sorted(known, key=lambda kind: order.index(kind) if kind in order else len(order))
+    members_kinds = [kind_of[name] for name in names]
+    return sorted(members_kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
 
 
 def listing(*parts: Part) -> str:

@@ -93,18 +93,18 @@ class Parser(argparse.ArgumentParser):
         return [spelled(word) for word in (sys.argv[1:] if argv is None else argv)]
 
     def _dotted(self, rest: list[str]) -> dict[str, str]:
-        found: dict[str, str] = {}
+        values: dict[str, str] = {}
         words = iter(rest)
         for word in words:
             flag, equals, value = word[2:].partition("=")
             if not word.startswith("--") or "." not in flag:
-                known = [option for option in self._option_string_actions if option.startswith("--")]
-                self.error(f"unrecognized argument: {word}{meant(word.partition('=')[0], known, cutoff=0.6)}")
+                options = [option for option in self._option_string_actions if option.startswith("--")]
+                self.error(f"unrecognized argument: {word}{meant(word.partition('=')[0], options, cutoff=0.6)}")
             try:
-                found[flag] = value if equals else next(words)
+                values[flag] = value if equals else next(words)
             except StopIteration:
                 self.error(f"{word}: expected a value")
-        return found
+        return values
 
 
 def spelled(word: str) -> str:

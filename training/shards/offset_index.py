@@ -127,15 +127,15 @@ def members(
 ) -> dict[str, bytes]:
     """The bytes at `places` of a tar of `end` bytes, in one `read(size, offset)` where they lie together, as those of
     one sample do. Raises UserError(code 3) where they are not what the index says."""
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     if not places:
-        return found
+        return contents
     low = min(offset for offset, _ in places.values()) - BLOCK
     high = max(offset + size for offset, size in places.values())
-    near = high - low <= SPAN + 2 * sum(size for _, size in places.values())
-    block = read(high - low, low) if near and 0 <= low < high <= end else b""
+    contiguous = high - low <= SPAN + 2 * sum(size for _, size in places.values())
+    block = read(high - low, low) if contiguous and 0 <= low < high <= end else b""
     for field, (offset, size) in places.items():
-        if not near:
+        if not contiguous:
             low = offset - BLOCK
             block = read(BLOCK + size, low) if low >= 0 and offset + size <= end else b""
         data = block[offset - low : offset - low + size]
@@ -145,5 +145,5 @@ def members(
         if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
             what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
             raise UserError(what, hint=again(Path(tar).parent), code=DATA)
-        found[field] = data
-    return found
+        contents[field] = data
+    return contents

@@ -53,8 +53,8 @@ class ShardSet:
         self.summary: dict[str, Any] = index["summary"]
         self.shards = tuple(info for info in shards if info.split == split)
         if not self.shards:
-            found = ", ".join(sorted({info.split for info in shards}))
-            what = f"{directory} has no split {split!r} (it has: {found})"
+            names = ", ".join(sorted({info.split for info in shards}))
+            what = f"{directory} has no split {split!r} (it has: {names})"
             raise UserError(what, hint="pack with --val-fraction", code=DATA)
         tars = [self.directory / info.name for info in self.shards]
         if self.remote:

@@ -219,12 +219,12 @@ class _Local(OSError):
     """A fault of the disk here, not of the other side."""
 
 
-def _pour(address: str, name: str, file: BinaryIO, most: int) -> tuple[int, str]:
-    """(bytes, sha256) of what is copied into `file`; a byte more than `most` ends it."""
+def _pour(address: str, name: str, file: BinaryIO, limit: int) -> tuple[int, str]:
+    """(bytes, sha256) of what is copied into `file`; a byte more than `limit` ends it."""
     size, digest = 0, hashlib.sha256()
     system, path = _opened(address, name)
     with system.open(path, "rb") as source:
-        while size <= most and (chunk := source.read(min(CHUNK, most + 1 - size))):
+        while size <= limit and (chunk := source.read(min(CHUNK, limit + 1 - size))):
             size += len(chunk)
             digest.update(chunk)
             try:

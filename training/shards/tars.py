@@ -120,12 +120,12 @@ class _Walk:
         if not any(head):
             raise UserError(f"{self.path}: is empty (only zeros)", hint="fetch or pack this shard again", code=DATA)
         if head[257:262] != b"ustar" and not self._sound(head):
-            shown = "gzip data" if head[:2] == b"\x1f\x8b" else repr(head[:16].decode("latin-1"))[1:-1]
-            shown = f'starts with "{shown}"' if shown != "gzip data" else "it is gzip data"
+            kind = "gzip data" if head[:2] == b"\x1f\x8b" else repr(head[:16].decode("latin-1"))[1:-1]
+            kind = f'starts with "{kind}"' if kind != "gzip data" else "it is gzip data"
             hint = (
-                "gunzip it first: shards are read by offset" if "gzip" in shown else "check where this file came from"
+                "gunzip it first: shards are read by offset" if "gzip" in kind else "check where this file came from"
             )
-            raise UserError(f"{self.path}: is not a tar archive ({shown})", hint=hint, code=DATA)
+            raise UserError(f"{self.path}: is not a tar archive ({kind})", hint=hint, code=DATA)
 
     @staticmethod
     def _sound(header: bytes) -> bool:
@@ -158,21 +158,21 @@ class _Walk:
         while header := os.pread(self.descriptor, BLOCK, self.at):
             if len(header) == BLOCK and not any(header):
                 return self.close()
-            shown = header[:100].split(b"\0")[0].decode(errors="replace")
+            label = header[:100].split(b"\0")[0].decode(errors="replace")
             if not self._sound(header):
                 raise self.refuse(
-                    "cut inside a header" if len(header) < BLOCK else "bad header checksum", shown if self.at else ""
+                    "cut inside a header" if len(header) < BLOCK else "bad header checksum", label if self.at else ""
                 )
-            kind, size = header[156:157], self._size(header, shown)
+            kind, size = header[156:157], self._size(header, label)
             if kind in b"xL" and kind != b"":
                 try:
                     records = (
-                        _pax(self.data(size, shown)) if kind == b"x" else {"path": self.data(size, shown).rstrip(b"\0")}
+                        _pax(self.data(size, label)) if kind == b"x" else {"path": self.data(size, label).rstrip(b"\0")}
                     )
                     long_name = records.get("path", long_name)
-                    long_size = self._limited(int(records["size"]), shown) if "size" in records else long_size
+                    long_size = self._limited(int(records["size"]), label) if "size" in records else long_size
                 except (ValueError, IndexError):
-                    raise self.refuse("bad extended header", shown) from None
+                    raise self.refuse("bad extended header", label) from None
             elif kind != b"g":  # a global header says nothing we need
                 name = long_name or self._name(header)
                 size = long_size if long_size >= 0 else size
@@ -189,16 +189,16 @@ class _Walk:
         name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
         return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
 
-    def _size(self, header: bytes, shown: str) -> int:
+    def _size(self, header: bytes, label: str) -> int:
         try:
             size = _number(header[124:136])
         except ValueError:
-            raise self.refuse("bad size", shown) from None
-        return self._limited(size, shown)
+            raise self.refuse("bad size", label) from None
+        return self._limited(size, label)
 
-    def _limited(self, size: int, shown: str) -> int:
+    def _limited(self, size: int, label: str) -> int:
         if not 0 <= size <= MEMBER_LIMIT:  # a negative one would walk backwards, for ever
-            raise self.refuse(f"the member claims {size:,} bytes; at most {MEMBER_LIMIT:,} are read", shown)
+            raise self.refuse(f"the member claims {size:,} bytes; at most {MEMBER_LIMIT:,} are read", label)
         return size
 
 
@@ -258,12 +258,12 @@ def stands_before(header: bytes, name: str, size: int) -> bool:
     Long and foreign names are told by their size alone, for they stand in an extended header.
     """
     try:
-        found = _number(header[124:136])
+        header_size = _number(header[124:136])
     except (ValueError, IndexError):
         return False
-    own = header[:100].split(b"\0", 1)[0].removeprefix(b"./").lower()
-    known = name.isascii() and len(name) < 98
-    return found == size and (not known or name.lower().encode().endswith(own))
+    header_name = header[:100].split(b"\0", 1)[0].removeprefix(b"./").lower()
+    comparable = name.isascii() and len(name) < 98
+    return header_size == size and (not comparable or name.lower().encode().endswith(header_name))
 
 
 def index_tar(path: str | Path, left_out: list[str] | None = None) -> Index:

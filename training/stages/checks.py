@@ -29,7 +29,7 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         0 if train.micro_batch_size == "auto" else train.micro_batch_size,
         getattr(args, "gradient_accumulation_steps", None),
         processes,
-        batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
+        explicit_batch="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
     if (parts := coupled(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
         shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"
@@ -109,7 +109,8 @@ def check_room(loop: Loop) -> None:
     """
     parameters = [p for network in loop.stage.networks.values() for p in network.parameters() if p.requires_grad]
     states = [value for network in loop.stage.networks.values() for value in network.state_dict().values()]
-    tensors = [*states, *loop.ema.shadow.values(), *loop.powers.tensors().values(), *parameters, *parameters]  # two moments
+    tensors = [*states, *loop.ema.shadow.values(), *loop.powers.tensors().values(), *parameters]
+    tensors += parameters  # two moments of each
     size = sum(value.nbytes for value in tensors)
     folder = loop.checkpoints.folder
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
