@@ -28,7 +28,7 @@ PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip arc
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` whole, synced and at once; after a crash `path` is what it was before.
 
     Raises UserError (code 6) where the disk refuses.
@@ -48,7 +48,7 @@ def staged(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what `staged` left in `folder` and below when its process was killed. Only for one nobody else writes."""
+    """Remove what killed writers (`atomic_write`) left in `folder` and below. Only where no other process writes."""
     for leftover in folder.rglob(f".*{PARTIAL}"):
         leftover.unlink(missing_ok=True)
 
@@ -78,8 +78,8 @@ def hold(folder: Path) -> IO[str]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` through `staged`."""
-    with staged(path) as file:
+    """Write `data` through `atomic_write`."""
+    with atomic_write(path) as file:
         file.write(data)
 
 

@@ -63,11 +63,11 @@ def table(args: Any) -> list[str]:
     from ldm.samplers import Euler, prior, sample
     from ldm.schedules import Flow
     from training.benchmarks.meters import holding, waits
-    from training.measuring.conformance import chosen, every
+    from training.measuring.conformance import every, select
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    samplers = chosen(every("sampler"), args.samplers, "--samplers")
+    samplers = select(every("sampler"), args.samplers, "--samplers")
     network = DiT(width=384, depth=12, heads=6, patch=2, pooled=False).build(channels=4, context_dim=384)
     network.eval().requires_grad_(False)
     cond = Cond(torch.zeros(1, 16, 384), torch.ones(1, 16, dtype=torch.bool))

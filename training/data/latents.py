@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.data.order import Slot
-from training.data.samples import Batch, Policy, Samples, coin, ids, tried, uniform
+from training.data.samples import Batch, Policy, Samples, coin, ids, or_error, uniform
 from training.errors import DATA, NUMERICAL, UserError
 from training.shards.remote import NULL, refuse_without_null
 
@@ -75,7 +75,7 @@ class Latents(Samples[Latent]):
         mirror = coin(slots, self.seed, "flip").tolist() if self.mirrored else [False] * len(slots)
         choice = uniform(slots, self.seed, "caption").tolist()
         return [
-            tried(self._sample, slot.index, "mirror.npy" if mirrored else "moments.npy", share)
+            or_error(self._sample, slot.index, "mirror.npy" if mirrored else "moments.npy", share)
             for slot, mirrored, share in zip(slots, mirror, choice, strict=True)
         ]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.shards.reading import ShardSet
 
 
-def followed(batches: Batches, shards: ShardSet) -> Batches | Followed:
+def prefetching(batches: Batches, shards: ShardSet) -> Batches | Prefetching:
     """The batches that a loader reads: of remote shards, with those of the next window fetched meanwhile.
 
     Raises UserError (code 6) where the cache cannot hold two windows.
@@ -29,10 +29,10 @@ def followed(batches: Batches, shards: ShardSet) -> Batches | Followed:
     if sum(sizes) > shards.remote.limit:
         what = f"two windows of {shards.remote.window} shards ({gigabytes(sum(sizes))}) do not fit into the cache"
         raise UserError(f"{what} of {gigabytes(shards.remote.limit)}", hint=ROOM, code=DISK)
-    return Followed(batches, shards.remote, shards.shards)
+    return Prefetching(batches, shards.remote, shards.shards)
 
 
-class Followed:
+class Prefetching:
     """Batches whose shards are fetched, in a thread, as their windows come near. A shard that cannot be fetched is left
     to whoever reads it, who can say so."""
 

@@ -105,7 +105,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
             raise UserError(what, hint=f"run: scripts/make_shards.py verify {self.shards.directory}", code=DATA)
 
 
-def tried(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
+def or_error(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
     """What `read` gives, or why it could not."""
     try:
         return read(*arguments)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from ldm.pipeline import Pipeline
 from training.drawing import replay
-from training.drawing.requests import Request, ask, choose, parse_size, prompts, weighed
-from training.drawing.starts import TOLD, chosen
+from training.drawing.requests import Request, ask, choose, parse_also, parse_size, prompts
+from training.drawing.starts import TOLD, start_of_flags
 from training.drawing.steering import add_weak, pipeline_hashes
 from training.errors import UserError
 from training.machine import memory
@@ -98,7 +98,7 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
     pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = parse_size(args.size) or pipeline.size
-    also, start = weighed(args.also), chosen(args)
+    also, start = parse_also(args.also), start_of_flags(args)
     begin = start.latents(pipeline, size, sampling)
     hashes = pipeline_hashes(pipeline)
     facts = {

@@ -60,7 +60,7 @@ def prompts(args: argparse.Namespace) -> list[str]:
     return captions
 
 
-def weighed(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
+def parse_also(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
     """--also WEIGHT TEXT ... as (caption, weight)."""
     weights = []
     for weight, caption in pairs:
@@ -89,7 +89,7 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
         if key.endswith(".kind") and values[key.partition(".")[0]].get("kind") != changes[key]:
             values[key.partition(".")[0]] = {}  # another kind has other keys
     merged = decoding.overlay({**run_values, **values}, changes)
-    config = decoding.stored("denoiser", merged, dict.fromkeys(changes, "command line"))
+    config = decoding.decode_stored("denoiser", merged, dict.fromkeys(changes, "command line"))
     assert isinstance(config, decoding.DenoiserConfig)
     plain = decoding.to_values(config)
     return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {

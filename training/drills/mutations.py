@@ -39,7 +39,7 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-def read(path: Path) -> list[Mutation]:
+def read_mutations(path: Path) -> list[Mutation]:
     """The mutations of a TOML file, [[mutation]] each. Raises UserError (exit 2) where one lacks a key."""
     try:
         rows = tomllib.loads(path.read_text("utf-8"))["mutation"]
@@ -49,7 +49,7 @@ def read(path: Path) -> list[Mutation]:
         raise UserError(f"{path}: no list of mutations ({failure})", hint=hint, code=USAGE) from None
 
 
-def wrong(root: Path, mutations: Sequence[Mutation]) -> list[str]:
+def unfit_rows(root: Path, mutations: Sequence[Mutation]) -> list[str]:
     """What keeps mutations from being made: an old text that is not there exactly once, tests that do not exist."""
     problems = [f"{name}: the name is given twice" for name in _twice(mutation.name for mutation in mutations)]
     for mutation in mutations:
@@ -82,7 +82,7 @@ def drill(root: Path, mutations: Sequence[Mutation], limit: float) -> dict[str, 
 
     Raises UserError (exit 2) where a mutation cannot be made, and (exit 3) where tests fail without one.
     """
-    if problems := wrong(root, mutations):
+    if problems := unfit_rows(root, mutations):
         raise UserError("\n       ".join(problems), hint="correct the list", code=USAGE)
     outcomes: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
@@ -134,7 +134,7 @@ def report(outcomes: dict[str, str]) -> int:
 
 def main(args: argparse.Namespace, root: Path) -> int:
     """The work of scripts/mutation_drill.py: the exit code."""
-    mutations = [mutation for mutation in read(Path(args.list)) if args.only in mutation.name]
+    mutations = [mutation for mutation in read_mutations(Path(args.list)) if args.only in mutation.name]
     if not mutations:
         raise UserError(f"no mutation's name holds '{args.only}'", code=USAGE)
     return report(drill(root, mutations, args.limit))

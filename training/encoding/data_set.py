@@ -23,7 +23,7 @@ from training.data.images import Images
 from training.data.latents import Latents
 from training.data.loader import loaders
 from training.encoding.shard import Encoder, embeddings, refuse_many
-from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
 from training.machine import processes
 from training.models import text_encoders
@@ -32,7 +32,7 @@ from training.models.folders import copy_model
 from training.models.vocabulary import count_captions
 from training.shards.index import ShardInfo, read_index, write_index
 from training.shards.reading import ShardSet
-from training.shards.remote import Remote, located
+from training.shards.remote import Remote, open_address
 from training.shards.writing import sound_shard, write_shard
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def encode(args: argparse.Namespace) -> int:
     if args.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
     accelerator = processes.start(args.device)
-    source, target = located(args.data, args.cache_dir, args.cache_size), Path(args.output)
+    source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
     args.data = source  # which shows no secrets where it is told
     check_output(target)
     _, shards = read_index(source)
@@ -161,7 +161,7 @@ def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder
         return None
     from ldm.text import HuggingFace
 
-    with explained("change --text-length"):
+    with as_user_error("change --text-length"):
         config = HuggingFace(length=args.text_length, pooling=args.text_pooling, lower=args.text_lower)
     return text_encoders.load_huggingface(config, args.text_encoder).to(device)
 
@@ -208,7 +208,7 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
 def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
     """What one stored latent is: shape, type, and the size of its picture."""
     picture = tuple(images[0].data.shape[2:])
-    with explained("pack the pictures again with another --resolution", DATA):
+    with as_user_error("pack the pictures again with another --resolution", DATA):
         model.check_images(torch.empty(1, 3, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}

@@ -35,7 +35,7 @@ class EMA:
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def averaged_weights(self) -> Iterator[None]:
         """Inside, the modules hold the averaged weights; outside, their own again. Off (decay 0) changes nothing."""
         if not self.decay:
             yield

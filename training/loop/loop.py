@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder
-from training.errors import UserError, explained
+from training.errors import UserError, as_user_error
 from training.loop import optim
 from training.loop.ema import EMA
 from training.loop.optim import learning
@@ -82,7 +82,7 @@ class Loop:
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
 
-    def planned(self, start: int) -> Batches:
+    def plan_batches(self, start: int) -> Batches:
         """This process's micro-batches from step `start` on."""
         dataset, train = self.stage.dataset, self.train
         order = DataOrder(len(dataset), train.batch_size, train.seed, self.base, *dataset.shards.windows)
@@ -110,14 +110,14 @@ class Loop:
 
     def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
-        self.batches = self.planned(start)
+        self.batches = self.plan_batches(start)
         pin = self.accelerator.device.type == "cuda"
         self.incoming = stream(self.stage.dataset, self.batches, self.train.num_workers, pin=pin)
 
     def _steps(self, start: int) -> int:
         train = self.train
         if start == 0:
-            with explained("change the config"):  # the first pictures try sampler, grid and guidance together
+            with as_user_error("change the config"):  # the first pictures try sampler, grid and guidance together
                 self.validate(0)
         for step in range(start, train.max_steps):
             self.writer.check()
@@ -127,7 +127,7 @@ class Loop:
             final = step_count == train.max_steps
             if step_count % train.sample_every == 0 or final:
                 self.validate(step_count)
-            stop_signal = self._stopped()
+            stop_signal = self._poll_signals()
             if self.accelerator.is_main_process and (step_count % train.ema_every == 0 or final):
                 self.powers.keep(self.run, step_count)
             saving = step_count % train.save_every == 0 or final or bool(stop_signal) or self.saving
@@ -242,7 +242,7 @@ class Loop:
             if rollback and rollback.share(step - 1):
                 self.writer.finish()  # the best may be on its way to the disk
                 target = rollback.target(self.checkpoints, step, score)
-                if target and rollback.left:
+                if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
         if rollback:
@@ -257,7 +257,7 @@ class Loop:
         if target is None:
             return
         verdict = rollback.verdict(self.stage.score[0], step, target)
-        checkpoint = rollback.merged(self.checkpoints.load(target), self.snapshot(step).state, step)
+        checkpoint = rollback.merge_checkpoint(self.checkpoints.load(target), self.snapshot(step).state, step)
         for optimizer in self.optimizers.values():
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
@@ -289,7 +289,7 @@ class Loop:
         if self.shrinks and "micro" in state and samples % int(state["micro"]) == 0:  # what was found to fit
             self.micro, self.accumulation = int(state["micro"]), samples // int(state["micro"])
 
-    def _stopped(self) -> int:
+    def _poll_signals(self) -> int:
         """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`)."""
         wishes = [self.signals.stop, int(self.signals.take_save())]
         if self.accelerator.num_processes > 1:

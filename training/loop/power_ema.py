@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, USAGE, UserError
 from training.files import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    pass
 
 FOLDER = "ema"  # of a run: step-00001000.safetensors, with `LENGTH/parameter` in it
 

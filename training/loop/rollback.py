@@ -37,7 +37,7 @@ class Rollback:
         return 0.5**self.count
 
     @property
-    def left(self) -> bool:
+    def may_return(self) -> bool:
         """Whether the run may go back once more."""
         return self.count < self.limit
 
@@ -53,7 +53,7 @@ class Rollback:
     def verdict(self, score: str, step: int, checkpoint: Path) -> str:
         """What is said of a wreck. Raises UserError (exit 5) where no return is left."""
         reason = f"held-out {score} at step {step} is more than {self.margin:g} below that of {checkpoint.name}"
-        if not self.left:
+        if not self.may_return:
             raise UserError(
                 f"{reason}, and no return is left of {self.limit}",
                 hint="lower loss.adversarial or discriminator_lr, or lengthen loss.adversarial_ramp; "
@@ -66,7 +66,7 @@ class Rollback:
         """How a run that went back at `step` goes on."""
         return f"the adversarial gradient begins again at step {step + self.pause}, at {self.weight:g} of its weight"
 
-    def merged(self, best: Checkpoint, present: Mapping[str, Any], step: int) -> Checkpoint:
+    def merge_checkpoint(self, best: Checkpoint, present: Mapping[str, Any], step: int) -> Checkpoint:
         """The good checkpoint as of `step`: its weights and averages with the present place in the data."""
         returns = {"returns": {"count": self.count + 1, "start": step + self.pause}}
         carried = {key: best.state[key] for key in ("ema_updates", "scaler")}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from training.errors import DISK, LOST, NUMERICAL, USAGE, UserError
 from training.files import write_json
-from training.machine.memory import needed, out_of_memory
-from training.machine.processes import lost
+from training.machine.memory import memory_needed, out_of_memory
+from training.machine.processes import is_lost_connection
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -152,9 +152,9 @@ def explain(failure: Exception, step: int, micro: int, batch: int) -> Exception:
     if out_of_memory(failure):
         half = f"--micro-batch-size {micro // 2}, or auto, trains the same with less (the global batch stays {batch})"
         least = half if micro > 1 else "more processes"
-        what = f"out of memory at step {step} with a micro-batch of {micro}{needed(text)}"
+        what = f"out of memory at step {step} with a micro-batch of {micro}{memory_needed(text)}"
         return UserError(what, hint=f"{least}; or --mixed-precision bf16; or a smaller model", code=DISK)
-    if lost(failure):
+    if is_lost_connection(failure):
         hint = "see what the other process said; then go on with the same command and --resume auto"
         return UserError(f"lost another process at step {step}", hint=hint, code=LOST)
     if type(failure).__module__.startswith(("torch._inductor", "torch._dynamo")):

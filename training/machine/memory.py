@@ -21,7 +21,7 @@ def out_of_memory(failure: RuntimeError) -> bool:
     return isinstance(failure, torch.OutOfMemoryError) or MEMORY.search(str(failure)) is not None
 
 
-def needed(text: str) -> str:
+def memory_needed(text: str) -> str:
     """The least memory that an out-of-memory message tells was needed, and what there is; empty where it tells none.
 
     The peak so far and the one allocation that failed: a lower bound.

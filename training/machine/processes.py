@@ -18,9 +18,6 @@ from training.machine.memory import keep_memory
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 
@@ -93,9 +90,9 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        if not joined():
+        if not is_distributed():
             raise
-        if lost(failure):
+        if is_lost_connection(failure):
             hint = "see what the other process said; then go on with the same command and --resume auto"
             failure = UserError("lost another process", hint=hint, code=LOST)
         code = failure.code if isinstance(failure, UserError) else LOST
@@ -106,15 +103,15 @@ def together() -> Iterator[None]:
         raise SystemExit(json.loads(first)[1]) from None
 
 
-def joined() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several."""
     initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     return initialized and torch.distributed.get_world_size() > 1
 
 
-def lost(failure: Exception) -> bool:
+def is_lost_connection(failure: Exception) -> bool:
     """Whether a failure is that of the connection to another process."""
-    return joined() and isinstance(failure, RuntimeError) and PEER.search(str(failure)) is not None
+    return is_distributed() and isinstance(failure, RuntimeError) and PEER.search(str(failure)) is not None
 
 
 def _claim(record: str) -> str:

@@ -21,7 +21,7 @@ from autoencoder.quantizer import code_counts, perplexity, usage
 from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
 from training.data.images import Images
-from training.errors import DATA, explained
+from training.errors import DATA, as_user_error
 from training.files import check_output, write_bytes, write_json
 from training.machine import memory, processes
 from training.measuring.features import load_features
@@ -51,7 +51,7 @@ def inspect(args: argparse.Namespace) -> int:
     check_output(output)
     model, held_out = load_autoencoder(args.model, device), Images(held_out_shards(args.data))
     features, distance = load_features(args.features, device), load_distance(args, held_out, device)
-    with explained("inspect with pictures like those that it was trained on", DATA):
+    with as_user_error("inspect with pictures like those that it was trained on", DATA):
         study = Study(model, distance)
         study.see(held_out, args.count, args.batch_size)
         numbers = study.numbers()
@@ -65,9 +65,10 @@ def inspect(args: argparse.Namespace) -> int:
     numbers = finite({**about, **numbers, "seconds": round(time.perf_counter() - since, 1)})
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "inspection.json", numbers)
-    write_bytes(output / "inspection.html", drawn(Path(args.model).name, numbers, study.worst(held_out)).encode())
+    write_bytes(output / "inspection.html", page(Path(args.model).name, numbers, study.worst(held_out)).encode())
     for name, value in numbers["reconstruction"].items():
-        print(f"{name:12} {html.told(value['mean'])} ({html.told(value['low'])} to {html.told(value['high'])})")
+        mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))
+        print(f"{name:12} {mean} ({low} to {high})")
     print(f"wrote {output / 'inspection.html'} and inspection.json", file=sys.stderr)
     return 0
 
@@ -204,7 +205,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def drawn(name: str, numbers: dict[str, Any], worst_picture: Any) -> str:
+def page(name: str, numbers: dict[str, Any], worst_picture: Any) -> str:
     """The page."""
     rows = [[key, *value.values()] for key, value in numbers["reconstruction"].items()]
     equivariance = [[key, *value.values()] for key, value in numbers["equivariance_error"].items()]
@@ -220,7 +221,7 @@ def drawn(name: str, numbers: dict[str, Any], worst_picture: Any) -> str:
         "Worst reconstructions": [html.picture(worst_picture, "worst reconstructions")],
         "Latent channels (normalised)": [
             html.paragraph(
-                f"Dead: {numbers['dead_channels'] or 'none'}. KL in all: {html.told(numbers['kl'])} nats."
+                f"Dead: {numbers['dead_channels'] or 'none'}. KL in all: {html.cell_text(numbers['kl'])} nats."
             ),
             html.table(columns, channels),
         ],
@@ -231,11 +232,11 @@ def drawn(name: str, numbers: dict[str, Any], worst_picture: Any) -> str:
     if numbers["codes"]:
         sections["Codes"] = [html.table(("", ""), list(numbers["codes"].items()))]
     if "probe" in numbers:
-        sections["Probe"] = probed(numbers["probe"])
+        sections["Probe"] = probe_section(numbers["probe"])
     return html.page(f"Autoencoder {name}", {**sections, "Made of": [html.table(("", ""), facts)]})
 
 
-def probed(numbers: dict[str, Any]) -> list[str]:
+def probe_section(numbers: dict[str, Any]) -> list[str]:
     """The probe's part of the page."""
     line = [(float(t), value) for t, value in numbers["loss_by_time"].items()]
     table_rows = [[key, value] for key, value in numbers.items() if key != "loss_by_time"]

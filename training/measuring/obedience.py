@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.drawing.requests import Request, ask
-from training.errors import UserError, explained
+from training.errors import UserError, as_user_error
 from training.measuring.distances import wilson
 from training.models.judge import Classifier
 from training.pictures import grids
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SAMPLING = "generate.py --help lists samplers, grids and guidance"
 
 
-def drawn(
+def draw_batches(
     pipeline: Pipeline, sampling: Sampling, requests: list[Request], batch: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """The pictures asked for and their captions, batch by batch. Raises UserError where they cannot be drawn so."""
@@ -33,7 +33,7 @@ def drawn(
         captions, seeds = [r.prompt for r in part], [r.seed for r in part]
         if first % (10 * batch) == 0:
             print(f"generating {first + len(part)} of {len(requests)}", file=sys.stderr)
-        with explained(SAMPLING):
+        with as_user_error(SAMPLING):
             pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
         yield pixels, captions
 
@@ -45,14 +45,14 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
 
     if args.count < 1:
         raise UserError("--obedience shapes draws --count pictures, which must be at least 1", hint="give --count N")
-    with explained("lower --count"):
+    with as_user_error("lower --count"):
         prompts = {objects: held_out_prompts(args.count, objects, seed=args.seed) for objects in (1, 2, 3)}
     numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes/checker.py"}
     samples: list[Any] = []
     captions: list[str] = []
     for objects, captions_of in prompts.items():
         verdicts: list[dict[str, bool]] = []
-        for pixels, texts in drawn(pipeline, sampling, ask(captions_of, 1, args.seed), args.batch_size):
+        for pixels, texts in draw_batches(pipeline, sampling, ask(captions_of, 1, args.seed), args.batch_size):
             images = pixels.permute(0, 2, 3, 1).cpu().numpy()
             checks = [check(image, prompt) for image, prompt in zip(images, texts, strict=True)]
             if not verdicts:
@@ -72,7 +72,7 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
 
 
 @torch.no_grad()
-def named(judge: Classifier, pixels: Tensor, captions: list[str]) -> list[bool]:
+def obeyed_by_classifier(judge: Classifier, pixels: Tensor, captions: list[str]) -> list[bool]:
     """Whether the classifier gives each picture the class its caption states."""
     answers = judge(pixels).argmax(1).tolist()
     return [judge.classes[a] == c for a, c in zip(answers, captions, strict=True)]

@@ -66,9 +66,9 @@ def probe(
     of as many as pictures are held out where those are fewer.
     """
     device, samples = next(model.parameters()).device, min(samples, len(held_out))
-    moments = encoded(model, train, PICTURES, device)
+    moments = encode_all(model, train, PICTURES, device)
     network = denoiser(moments, model)
-    losses = fit(network, model, moments, encoded(model, held_out, HELD_OUT, device), steps)
+    losses = fit(network, model, moments, encode_all(model, held_out, HELD_OUT, device), steps)
     real = Moments(features.dim)
     for images in batches(held_out, len(held_out), device):
         real.add(features(to_uint8(images)))
@@ -101,7 +101,7 @@ def batches(images: Images, count: int, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def encoded(model: Autoencoder, images: Images, count: int, device: torch.device) -> Tensor:
+def encode_all(model: Autoencoder, images: Images, count: int, device: torch.device) -> Tensor:
     """Their moments, on the CPU."""
     return torch.cat([model.encode(part).cpu() for part in batches(images, count, device)])
 

@@ -18,7 +18,7 @@ from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import LabelEncoder
 from training.data.latents import Latents
-from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import content_hash, load_tensors, read_json, save_tensors
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
@@ -46,7 +46,7 @@ class Parts:
     null: Cond | None  # stored encoding of the empty caption, where embeddings are stored
     shape: tuple[int, ...]  # one latent: (C, h, w)
     hashes: dict[str, str]
-    named: str  # what a frozen text encoder was loaded from, or the vocabulary of one that learns
+    text_source: str  # what a frozen text encoder was loaded from, or the vocabulary of one that learns
 
 
 def assemble(
@@ -72,28 +72,28 @@ def assemble(
         )
     null = None
     if isinstance(config.text, HuggingFace):
-        text, null, words = _frozen_text(config.text, latents, dataset, text_encoder)
+        text, null, text_source = _frozen_text(config.text, latents, dataset, text_encoder)
         hashes |= {"text_encoder": text_encoders.identity(text)["hash"], **text_encoders.tokenizer_hash(text)}
     else:
         if home and text_encoders.holds_vocabulary(home):
-            words = text_encoders.stored_vocabulary(home)
+            text_source = text_encoders.stored_vocabulary(home)
         else:
-            words = vocabulary(config.text, dataset)
-        text, hashes["vocabulary"] = config.text.build(words), text_encoders.vocabulary_hash(words)
+            text_source = vocabulary(config.text, dataset)
+        text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
     backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim)
     backbone, text = backbone.to(device), text.to(device)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes)
-    return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, words)
+    return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, text_source)
 
 
 def store(parts: Parts, latents: Path, home: Path) -> None:
     """Put what does not change in training into `home` (final/): autoencoder, and vocabulary or frozen text encoder."""
     copy_model(latents / "autoencoder", home / "autoencoder")
     if parts.text.trainable:
-        text_encoders.keep_vocabulary(parts.named, home)
+        text_encoders.keep_vocabulary(parts.text_source, home)
     else:
-        text_encoders.keep(parts.text, parts.named, home)
+        text_encoders.keep(parts.text, parts.text_source, home)
 
 
 def _frozen_text(
@@ -101,7 +101,7 @@ def _frozen_text(
 ) -> tuple[TextEncoder, Cond | None, str]:
     null = None
     if dataset.text:
-        text = text_encoders.load_kept(config, latents, name)
+        text = text_encoders.load_stored(config, latents, name)
         stored = load_tensors(latents / "text_encoder" / "null.safetensors")
         null = Cond(
             stored["context"][None].float(),
@@ -192,12 +192,12 @@ def load_pipeline(
 def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEncoder, dict[str, str]]:
     """The text encoder of final/, one that learned still without its weights, and the hash of its words."""
     if isinstance(config, HuggingFace):
-        text = text_encoders.load_kept(config, final, override)
+        text = text_encoders.load_stored(config, final, override)
         return text, text_encoders.tokenizer_hash(text)
     vocabulary = text_encoders.stored_vocabulary(final)
     words = {"vocabulary": text_encoders.vocabulary_hash(vocabulary)}
     same_ingredients(final, words)  # before its size is taken for an error of the weights
-    with explained(f"put back {final / 'tokenizer'} as it was trained with", CHECKPOINT):
+    with as_user_error(f"put back {final / 'tokenizer'} as it was trained with", CHECKPOINT):
         return config.build(vocabulary), words
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autoencoder.base import Autoencoder
 from training.data.images import Images
-from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import load_tensors, read_json, save_tensors, write_json
 from training.models.autoencoders import load_autoencoder
 from training.models.diffusers_layouts import LAYOUTS
@@ -82,7 +82,7 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
     elif scale_factor:
         norm.set_(torch.zeros_like(norm.shift), torch.full_like(norm.scale, 1 / scale_factor))
     else:
-        with explained("measure it with --data DIR, or give --scale-factor X", CHECKPOINT):
+        with as_user_error("measure it with --data DIR, or give --scale-factor X", CHECKPOINT):
             norm.set_(norm.shift.clone(), norm.scale.clone())
     if donor.assumed and not data and not scale_factor:
         text = f"{source} does not state the scale of its latents; scaling_factor {donor.assumed:g} is assumed"
@@ -101,7 +101,7 @@ def _measure(model: Autoencoder, data: str) -> None:
     """Set the normaliser from pictures, as stage one does in the end."""
     images = Images(ShardSet(data))
     print(f"measuring the scale of latents on {min(len(images), MEASURED):,} pictures", file=sys.stderr)
-    with explained("measure with pictures like those that it was trained on", DATA):
+    with as_user_error("measure with pictures like those that it was trained on", DATA):
         fit_norm(model, images, MEASURED, 8)
 
 
@@ -136,7 +136,7 @@ def read_folder(folder: Path) -> Imported:
     if name not in LAYOUTS:
         reason = f"{home}: a {name} has no counterpart here"
         raise UserError(reason, hint=f"{', '.join(LAYOUTS)} are read", code=CHECKPOINT)
-    return _read(name, about, modernised(load_tensors(home / WEIGHTS)), home)
+    return _read(name, about, modernise(load_tensors(home / WEIGHTS)), home)
 
 
 def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> Imported:
@@ -176,7 +176,7 @@ def read_file(path: Path) -> Imported:
         "scaling_factor": float(file_tensors["scale_factor"]) if "scale_factor" in file_tensors else None,
     }
     keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-    tensors = modernised({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
+    tensors = modernise({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
     return _read("VQModel" if "quantize.embedding.weight" in tensors else "AutoencoderKL", about, tensors, path)
 
 
@@ -187,7 +187,7 @@ def _renamed(key: str, levels: int) -> str:
     return re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{levels - 1 - int(level[1])}", key)
 
 
-def modernised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def modernise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Attention's layers by their present names, 1x1 convolutions among them as the matrices they are; float32."""
     result = {}
     for key, value in tensors.items():

@@ -75,10 +75,10 @@ def measure(
             rows = {"input": pixels[:SHOWN], "reconstruction": pictures[:SHOWN]}
             grids.comparison(rows).save(folder / "grid.png")
         fidelity.add(pictures, pixels)
-    return fidelity.means() | ({} if counts is None else told_of_codes(counts))
+    return fidelity.means() | ({} if counts is None else code_usage(counts))
 
 
-def told_of_codes(counts: Tensor) -> dict[str, float]:
+def code_usage(counts: Tensor) -> dict[str, float]:
     """Usage and perplexity of code counts (codes,), and a warning where they tell of a collapse."""
     share = usage(counts).item()
     if share < COLLAPSED and share * len(counts) < 0.5 * counts.sum():  # few, though there was occasion for more

@@ -103,7 +103,7 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
     write_json(record, {"name": public_name, "copied": not large, **identities})
 
 
-def load_kept(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
+def load_stored(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
     """The encoder that `keep` stored, or `override` (name or folder); either way it must be the same one, by hash."""
     stored = read_json(folder / "text_encoder" / "identity.json")
     source = override or (str(folder / "text_encoder") if stored["copied"] else stored["name"])

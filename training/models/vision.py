@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
 
 
-def chosen(args: argparse.Namespace, config: AutoencoderConfig) -> VisionFeatures | None:
+def vision_of_flags(args: argparse.Namespace, config: AutoencoderConfig) -> VisionFeatures | None:
     """The model that --align-with names, if latents are aligned. Raises UserError for the flag or the weight alone."""
     if config.loss.align and not args.align_with:
         what = f"loss.align {config.loss.align:g} needs a vision model"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.errors import CHECKPOINT, DISK, UserError
 from training.files import (
@@ -21,10 +21,6 @@ from training.files import (
 )
 from training.runs.ingredients import difference
 from training.settings import decoding
-
-if TYPE_CHECKING:
-
-    pass
 
 # Keys that may change between a run and its resumption; everything else is part of what the run is.
 MUTABLE = {
@@ -93,7 +89,7 @@ class Run:
                 code=CHECKPOINT,
             )
         # Decoded, so that keys newer than the run stand at their defaults.
-        before = decoding.to_values(decoding.stored(self.stage, read_json(self.folder / "config.json")))
+        before = decoding.to_values(decoding.decode_stored(self.stage, read_json(self.folder / "config.json")))
         changes = decoding.diff(before, values)
         conflicts = [
             c
@@ -116,7 +112,7 @@ class Run:
         write_json(self.folder / "config.json", decoding.to_values(self.config))
         write_json(self.folder / "run.json", {**stands, **made_with, **facts})
 
-    def went_on(self, step: int, environment: Mapping[str, Any]) -> None:
+    def note_environment(self, step: int, environment: Mapping[str, Any]) -> None:
         """Note what this part of the run is computed with; a resume at `step` with something else is said aloud."""
         self.environment = dict(environment)
         old = record(self.folder)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
 from training.settings import plugins
-from training.settings.families import families, meant, unknown_key, unknown_kind
+from training.settings.families import families, suggestion, unknown_key, unknown_kind
 from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
-from training.settings.upgrading import upgraded, version
+from training.settings.upgrading import upgrade, version
 
 if TYPE_CHECKING:
     from autoencoder.discriminator import Discriminator
@@ -96,14 +96,14 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
     own = _parse(text, where)
     if not as_of and stage == "denoiser" and "format" not in own:
         print(f"note: {where} names no [format] version, so it means what version 1 did", file=sys.stderr)
-    values = overlay(upgraded(own, sections(stage), as_of or version(own)), overrides or {})
+    values = overlay(upgrade(own, sections(stage), as_of or version(own)), overrides or {})
     lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
 
 
-def stored(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
+def decode_stored(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
     """What a run's config.json, of whatever version, means."""
-    return decode(stage, upgraded(values, sections(stage), version(values)), lines)
+    return decode(stage, upgrade(values, sections(stage), version(values)), lines)
 
 
 def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
@@ -122,7 +122,7 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
     parts: dict[str, Any] = {}
     known = sections(stage)
     for name in values.keys() - known.keys():
-        problems.append(_at(lines, name) + f"unknown section [{name}]{meant(name, list(known))}")
+        problems.append(_at(lines, name) + f"unknown section [{name}]{suggestion(name, list(known))}")
     for name, members in known.items():
         section = values.get(name, {})
         if not isinstance(section, dict):
@@ -225,7 +225,7 @@ def _read(stage: str, source: str) -> tuple[str, str]:
         file = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
         if not file.is_file():
             raise UserError(
-                f"no config named '{source}'{meant(source, names(stage))}",
+                f"no config named '{source}'{suggestion(source, names(stage))}",
                 hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file",
             )
         return file.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"

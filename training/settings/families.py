@@ -8,7 +8,7 @@ import difflib
 from importlib import resources
 from typing import NamedTuple
 
-from training.settings.plugins import added
+from training.settings.plugins import kinds_of_packages
 from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
 
 Families = dict[str, tuple[type, ...]]
@@ -124,10 +124,10 @@ def listing(*parts: Part) -> str:
 def all_kinds(section: str) -> list[str]:
     """The names of a family's members, installed packages' last. Raises UserError where such a package is at fault."""
     own = kinds(section)
-    return [*own, *added(section, own)]
+    return [*own, *kinds_of_packages(section, own)]
 
 
-def meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:
+def suggestion(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:
     """"; did you mean ...?" where one of the known names is near, else nothing."""
     close = difflib.get_close_matches(name, known, 1, cutoff)
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""
@@ -135,9 +135,9 @@ def meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) ->
 
 def unknown_kind(section: str, kind: str, known: list[str]) -> str:
     """What to say of a kind that a section has not."""
-    return f'{section}.kind: unknown kind "{kind}"{meant(kind, known)}; known: {", ".join(known)}'
+    return f'{section}.kind: unknown kind "{kind}"{suggestion(kind, known)}; known: {", ".join(known)}'
 
 
 def unknown_key(section: str, key: str, known: list[str]) -> str:
     """What to say of a key that a section has not."""
-    return f"unknown key '{section}.{key}'{meant(key, known, section + '.')}"
+    return f"unknown key '{section}.{key}'{suggestion(key, known, section + '.')}"

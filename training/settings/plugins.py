@@ -30,7 +30,7 @@ def _installed(section: str) -> EntryPoints:
     return entry_points(group=f"{GROUP}.{section}")
 
 
-def added(section: str, own_kinds: list[str]) -> dict[str, EntryPoint]:
+def kinds_of_packages(section: str, own_kinds: list[str]) -> dict[str, EntryPoint]:
     """The entry points of a section by kind, beside our `own_kinds`. Imports nothing of theirs.
 
     Raises UserError, naming the package, where a kind is already there.
@@ -49,7 +49,7 @@ def members(section: str, own_kinds: list[str]) -> tuple[type, ...]:
 
     Raises UserError, naming the package, for what cannot be imported, is no dataclass, or is of another kind.
     """
-    return tuple(_member(section, entry) for entry in added(section, own_kinds).values())
+    return tuple(_member(section, entry) for entry in kinds_of_packages(section, own_kinds).values())
 
 
 def _member(section: str, entry: EntryPoint) -> type:

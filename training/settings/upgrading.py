@@ -34,7 +34,7 @@ def run_version(run: str | Path | None) -> int | None:
     return version(values) if isinstance(values, dict) else None
 
 
-def upgraded(values: Values, families: Mapping[str, tuple[type, ...]], as_of: int) -> Values:
+def upgrade(values: Values, families: Mapping[str, tuple[type, ...]], as_of: int) -> Values:
     """Values with the rules of version `as_of` written out where they say nothing themselves."""
     if "format" not in families:
         return values

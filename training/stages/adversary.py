@@ -27,7 +27,7 @@ class Adversary:
         self.judge: Any = discriminator  # as the processes share it
         self.anchors: Tensor | None = None  # moving averages of the logits of images and reconstructions
 
-    def fooled(self, x_hat: Tensor, uniform: Tensor) -> Tensor:
+    def decoder_loss(self, x_hat: Tensor, uniform: Tensor) -> Tensor:
         """The decoder's adversarial loss, through the bare discriminator: its own gradient is not wanted here."""
         with self.accelerator.autocast():
             logits = maps(self.discriminator(augment(x_hat, uniform, self.loss.augment)))

@@ -127,17 +127,17 @@ class AutoencoderStage(Stage):
         images = move(images, self.model.factor) if move else images
         uniform = Noise(slots).uniform((AUGMENTED_BY,), self.seed, step, "augment")
         playing = self.ramp(step + 1) > 0  # the step before the start measures the first balance
-        fool = (lambda x: self.adversary.fooled(x, uniform)) if playing else None
+        fool = (lambda x: self.adversary.decoder_loss(x, uniform)) if playing else None
         parts, variance_loss = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
         gradient = parts.reconstruction
         if playing:
             gradients_here = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, parts)) * share
-            self.sums = added(self.sums, gradients_here)
+            self.sums = add_part(self.sums, gradients_here)
             gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * parts.adversarial
         self.accelerator.backward((surrogate(x_hat, gradient) + penalty + alignment + variance_loss) * share)
         self.note(parts, moments, slots, share)
         if tap:
-            self.pulls = added(self.pulls, torch.stack([tap.square / self.scale**2, pull_square * share**2]))
+            self.pulls = add_part(self.pulls, torch.stack([tap.square / self.scale**2, pull_square * share**2]))
         values: dict[str, Tensor] = {
             "loss": parts.reconstruction_loss + (penalty + alignment).detach(),
             "codebook" if self.model.quantize else "kl": latent.detach(),
@@ -150,7 +150,7 @@ class AutoencoderStage(Stage):
             values["align_balance"] = self.align_balance
         if self.loss.adversarial and step >= self.loss.discriminator_start:
             values["discriminator"], logits = self.adversary.learn(images, x_hat.detach(), uniform, step, share)
-            self.logits = added(self.logits, logits * share) if logits is not None else None
+            self.logits = add_part(self.logits, logits * share) if logits is not None else None
         return values
 
     def move(self, images: Tensor, step: int) -> Move | None:
@@ -205,7 +205,7 @@ class AutoencoderStage(Stage):
     def note(self, split: Split, moments: Tensor, slots: Tensor, share: float) -> None:
         """Keep what `after_backward` needs of this micro-batch."""
         if self.loss.plateau:
-            self.level = added(self.level, split.reconstruction_loss * share)
+            self.level = add_part(self.level, split.reconstruction_loss * share)
         if self.codes:
             self.seen.append((slots, moments.detach()))
 
@@ -271,7 +271,7 @@ class AutoencoderStage(Stage):
         fit_norm(self.model, self.dataset)
 
 
-def added(total: Tensor | None, part: Tensor) -> Tensor:
+def add_part(total: Tensor | None, part: Tensor) -> Tensor:
     """A sum begun with its first part. Not in place: a step may be undone and taken again."""
     return part if total is None else total + part
 

@@ -31,14 +31,14 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         processes,
         explicit_batch="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
-    if (parts := coupled(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
+    if (parts := batch_coupled_parts(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
         shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"
         what = f"{' and '.join(parts)} depend on how a batch is split, here over {shares}"
         print(f"warning: {what}: split otherwise, it trains another model", file=sys.stderr)
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
 
 
-def coupled(config: Any, accumulation: int, processes: int) -> list[str]:
+def batch_coupled_parts(config: Any, accumulation: int, processes: int) -> list[str]:
     """What sees no more than a part of a global batch that is split so; all else trains the same under every split."""
     if not isinstance(config, decoding.AutoencoderConfig):
         return []

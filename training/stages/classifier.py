@@ -24,7 +24,7 @@ from training.machine import memory, processes
 from training.models.judge import Classifier, caption
 from training.settings.sections import Optimizer, Train
 from training.shards.reading import ShardSet
-from training.shards.remote import located
+from training.shards.remote import open_address
 
 if TYPE_CHECKING:
     import argparse
@@ -37,7 +37,7 @@ def train_classifier(args: argparse.Namespace) -> int:
         raise UserError(f"{output} already holds a classifier", hint="choose another --output")
     device = processes.resolve(args.device)
     memory.keep_memory()
-    data = located(args.data, args.cache_dir, args.cache_size)
+    data = open_address(args.data, args.cache_dir, args.cache_size)
     train, held_out = Images(ShardSet(data, "train")), Images(ShardSet(data, "val"))
     names = [caption(train, i) for i in range(len(train))]
     classes = tuple(sorted(set(names)))

@@ -150,7 +150,7 @@ class DenoiserStage(Stage):
         if batch.text is None:
             return self.text(texts)._replace(extras=extras)
         assert self.null is not None
-        return stored(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
+        return join_embeddings(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
@@ -169,14 +169,14 @@ class DenoiserStage(Stage):
                             self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t))
                         )
                     )
-        captions = self.shown()
+        captions = self.grid_captions()
         with self.accelerator.autocast():
             images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
         grids.grid(images, 8, captions=captions).save(folder / "grid.png")
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
-    def shown(self) -> list[str]:
+    def grid_captions(self) -> list[str]:
         """The first distinct held-out captions, over and over where they are few."""
         captions: dict[str, None] = {}
         for i in range(min(len(self.held_out), 20 * SHOWN)):
@@ -185,7 +185,7 @@ class DenoiserStage(Stage):
         return [names[i % len(names)] for i in range(SHOWN)]
 
 
-def stored(text: list[dict[str, Tensor]]) -> Cond:
+def join_embeddings(text: list[dict[str, Tensor]]) -> Cond:
     """Stored text embeddings, each trimmed to its own tokens, as one padded condition."""
     parts = [
         Cond(

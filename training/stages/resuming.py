@@ -49,7 +49,7 @@ def begin(args: argparse.Namespace, run: Run, accelerator: Accelerator, facts: M
         run.same_ingredients(facts)
         number = path.name.rpartition("-")[2] if path else ""
         step = int(number) if number.isdecimal() else 0
-        run.went_on(step, environment(run.config, accelerator))
+        run.note_environment(step, environment(run.config, accelerator))
         run.describe("training", step, facts)
     return broadcast_object_list(checkpoint)[0]  # type: ignore[no-any-return]
 
