@@ -99,6 +99,7 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = parse_size(args.size) or pipeline.size
     also, start = parse_also(args.also), start_of_flags(args)
+    # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
     begin = start.latents(pipeline, size, sampling)
     hashes = pipeline_hashes(pipeline)
     facts = {
@@ -113,11 +114,13 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
         "preview": hashes["autoencoder"] if args.preview else None,
         "versions": versions(),
     }
+    # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
         replay.compare(original, facts)
     how = {"negative": args.negative_prompt, "also": also, "start": begin, "sampling": sampling, "size": size}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)
 
 

@@ -75,12 +75,12 @@ def encode(args: argparse.Namespace) -> int:
     total = sum(s.samples for s in shards)
     if accelerator.is_main_process:
         _prepare(target, plan, total, home, encoder, args)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # no process writes a shard before the folder is claimed for this plan
     tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
     worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
     _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
     waiting = worker.tell()
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # the index lists the shards of all processes
     if accelerator.is_main_process:
         _finish(source, target, plan, shards, model.latent_channels, waiting)
     accelerator.wait_for_everyone()
@@ -97,7 +97,9 @@ def _write(
     for info in shards:
         if info.name in waiting:
             samples = worker.samples(splits[info.split].shards, info, pictures)
-            if first := next(samples, None):  # none: nothing of it can be read
+            # The first sample is taken before the file is begun, for a shard of none is refused. All others are encoded
+            # while they are written: memory holds a batch, not a shard.
+            if first := next(samples, None):
                 write_shard(target, info.name.removesuffix(".tar"), chain([first], samples))
         worker.progress(info)
 
@@ -173,6 +175,7 @@ def _prepare(
     size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize * (2 if args.flip else 1) + BESIDE
     present = sum(path.stat().st_size for path in target.glob("*.tar"))
     check_output(target, total * size - present)
+    # Claimed before anything is put there: a folder of other latents is refused as it was.
     _claim(target, plan)
     try:
         copy_model(home, target / "autoencoder")
@@ -231,7 +234,7 @@ def _finish(
     if samples > total:
         refuse_many(samples - total, samples, str(source))
         summary["left_out"] = samples - total
-    write_index(target, infos, summary, kind="latents")
+    write_index(target, infos, summary, kind="latents")  # last of the data: a folder without is refused
     if any(info.split == "train" for info in infos):
         count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):

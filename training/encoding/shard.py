@@ -100,6 +100,7 @@ class Encoder:
                 f"{odd[0]}: pictures of different sizes in one data set", hint="pack them with --resolution", code=DATA
             )
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
+        # The mirrored picture is encoded on its own: an encoder's answer to it is not the mirrored answer.
         moments = {"moments.npy": self._moments(pixels, keys)}
         if self.flip:
             moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
@@ -132,6 +133,7 @@ class Encoder:
         return files
 
     def _moments(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
+        # Checked as it is stored: float16 overflows where the float32 that was encoded does not.
         moments: np.ndarray = self._encoded(pixels).astype(self.dtype)
         bad = ~np.isfinite(moments).reshape(len(keys), -1).all(1)
         if bad.any():
@@ -155,7 +157,7 @@ class Encoder:
             elif len(part) == 1:
                 raise UserError("out of memory with a single picture", hint="use a machine with more memory", code=DISK)
             else:
-                self.batch = len(part) // 2
+                self.batch = len(part) // 2  # of this part, which may be smaller than `batch`, and for all that follow
                 print(f"note: out of memory with {len(part)} images at once; now {self.batch}", file=sys.stderr)
         return np.concatenate(parts)
 

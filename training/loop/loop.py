@@ -41,7 +41,6 @@ from training.settings.sections import Optimizer, Train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
 COMPARED_EVERY = 100  # steps after which processes compare their weights, besides the first step and each save
 
 
@@ -73,9 +72,8 @@ class Loop:
         self.checkpoints = Checkpoints(run, train.keep_last, keep_best=train.keep_best)
         self.writer = Writer(self.checkpoints)
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
-        self.state = TrainingState(
-            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs
-        )
+        averages, notes = (self.ema, self.powers), (self.journal, self.watchdogs)
+        self.state = TrainingState(stage, *averages, self.optimizers, accelerator.scaler, *notes)
         self.signals, self.base = Signals(), (0, 0)  # of the data order
         self.open_data(0)
         self.done, self.saving = 0, False
@@ -120,17 +118,19 @@ class Loop:
             with as_user_error("change the config"):  # the first pictures try sampler, grid and guidance together
                 self.validate(0)
         for step in range(start, train.max_steps):
-            self.writer.check()
+            self.writer.check()  # a save that failed ends the run here, not at its end
             rate = self.rate(step)
             self.journal.record(step + 1, self.gradients(step) | self.step(step, rate), rate)
             step_count = self.done = step + 1
             final = step_count == train.max_steps
+            # Validated before the save: a checkpoint carries the score of its step, and a rollback changes weights.
             if step_count % train.sample_every == 0 or final:
                 self.validate(step_count)
-            stop_signal = self._poll_signals()
+            stop_signal = self._poll_signals()  # after validation, which may take long: what came meanwhile counts
             if self.accelerator.is_main_process and (step_count % train.ema_every == 0 or final):
                 self.powers.keep(self.run, step_count)
             saving = step_count % train.save_every == 0 or final or bool(stop_signal) or self.saving
+            # Compared before each save: weights on which processes do not agree never become a checkpoint.
             if saving or step == start or step_count % COMPARED_EVERY == 0:
                 self.watchdogs.compare(step_count, self.state.replicated())
             if saving:
@@ -154,9 +154,10 @@ class Loop:
                 if not out_of_memory(failure):
                     raise
                 reason = str(failure) or "out of memory"  # the exception itself would hold the activations
+            # Every process comes here, whether it failed or not: the others would wait for one that did not.
             failures = self.accelerator.reduce(torch.tensor(float(bool(reason)), device=self.accelerator.device), "sum")
             if not failures:
-                self.average()
+                self.average()  # here, for no pass of an attempt has averaged: it might have been undone
                 break
             attempt.drop()
             self._shrink(step, reason or "out of memory in another process")
@@ -205,7 +206,7 @@ class Loop:
         moving = {name: learning(optimizer) for name, optimizer in self.optimizers.items()}
         for name, optimizer in self.optimizers.items():
             if scaler and moving[name]:
-                scaler.unscale_(optimizer)
+                scaler.unscale_(optimizer)  # before the clip, whose limit and norms are those of true gradients
             norm = nn.utils.clip_grad_norm_(moving[name], self.settings.clip or math.inf)
             norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
@@ -217,9 +218,9 @@ class Loop:
         for name, optimizer in self.optimizers.items():
             if moving[name] and sound:
                 scaler.step(optimizer) if scaler else optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # of a skipped step, too: its gradients must not enter the next
         if scaler:
-            scaler.update()
+            scaler.update()  # once, after all optimisers: they share one scale
         self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
         self.powers.update(step + 1)
         return norms if sound else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}

@@ -59,6 +59,7 @@ class Checkpoints:
 
         Raises UserError for weights that are not finite (older checkpoints stay as they are) and for a full disk.
         """
+        # Refused before anything is written, so that what lies there stays untouched.
         refuse_non_finite({**checkpoint.tensors["model"], **checkpoint.tensors["ema"]})
         target = self.folder / f"step-{checkpoint.step:08d}"
         staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
@@ -66,6 +67,7 @@ class Checkpoints:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(self.folder.parent)  # what is made durable inside is lost without its folder's own name
+            # All is written under a name that no reader takes for a checkpoint; a kill leaves only that, for `sweep`.
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             fault("checkpoint.staging")
@@ -74,21 +76,23 @@ class Checkpoints:
                 fault("checkpoint.file")
             write_json(staging / "state.json", dict(checkpoint.state))
             fault("checkpoint.file")
+            # The manifest is last: it hashes the other files as they lie on the disk.
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
             write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
             fault("checkpoint.manifest")
             if target.exists():  # the same step again, after a resume from an earlier one
                 self._remove(target)
             fault("checkpoint.rename")
-            staging.replace(target)
-            sync_folder(self.folder)
+            staging.replace(target)  # the checkpoint exists from here on, whole
+            sync_folder(self.folder)  # the rename itself, which may else be lost with the power
             fault("checkpoint.latest")
+            # Only for people and other programs: `newest` goes by names and manifests, so an old pointer does no harm.
             write_bytes(self.folder / "latest", f"{target.name}\n".encode())
         except OSError as failure:
             raise disk_error(target, failure) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self.prune(target)
+        self.prune(target)  # only now: old ones go when the new one is safe
         return target
 
     def load(self, path: Path) -> Checkpoint:

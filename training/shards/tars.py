@@ -33,13 +33,11 @@ KINDS = {  # what is neither a file nor a folder
     b"6": "a pipe",
     b"S": "a sparse file",
 }
-NAME = re.compile(
-    r"((?:[^/]+/)*[^./][^./]*)\.([^/]+)"
-)  # webdataset's rule: key up to the first dot of the file's name, then the field
+# webdataset's rule: key up to the first dot of the file's name, then the field
+NAME = re.compile(r"((?:[^/]+/)*[^./][^./]*)\.([^/]+)")
 
-Index = NDArray[
-    np.void
-]  # one row a sample: `key` bytes, then per field (`offset` u8, `size` u4); offset 0 = the sample lacks the field
+# One row a sample: `key` bytes, then per field (`offset` u8, `size` u4); offset 0 = the sample lacks the field.
+Index = NDArray[np.void]
 
 
 class Member(NamedTuple):
@@ -100,6 +98,7 @@ class _Walk:
         self.at = 0
 
     def refuse(self, why: str, name: str = "") -> UserError:
+        """The error of damage at the present byte, in the member `name` where it is known."""
         name = "".join(letter if letter.isprintable() else "?" for letter in name)  # no escapes to a terminal
         where = f" (member {name})" if name else ""
         return UserError(
@@ -107,6 +106,7 @@ class _Walk:
         )
 
     def unsafe(self, name: bytes, why: str) -> UserError:
+        """The error of a whole member that must not be used, `name` as it is in the header."""
         shown = name[:80].decode(errors="backslashreplace")
         return UserError(
             f"{self.path}: unsafe member {shown!r}: {why}", hint="make the tar again without this member", code=DATA
@@ -156,7 +156,7 @@ class _Walk:
         """(raw name, kind, offset, size) of everything but folders; checks that it lies within the file."""
         long_name, long_size = b"", -1
         while header := os.pread(self.descriptor, BLOCK, self.at):
-            if len(header) == BLOCK and not any(header):
+            if len(header) == BLOCK and not any(header):  # the mark of the end, of which a cut archive has none
                 return self.close()
             label = header[:100].split(b"\0")[0].decode(errors="replace")
             if not self._sound(header):
@@ -164,7 +164,7 @@ class _Walk:
                     "cut inside a header" if len(header) < BLOCK else "bad header checksum", label if self.at else ""
                 )
             kind, size = header[156:157], self._size(header, label)
-            if kind in b"xL" and kind != b"":
+            if kind in b"xL" and kind != b"":  # an extension: its name and size are those of the member after it
                 try:
                     records = (
                         _pax(self.data(size, label)) if kind == b"x" else {"path": self.data(size, label).rstrip(b"\0")}
@@ -177,11 +177,11 @@ class _Walk:
                 name = long_name or self._name(header)
                 size = long_size if long_size >= 0 else size
                 long_name, long_size = b"", -1
-                if self.at + BLOCK + size > self.end:
+                if self.at + BLOCK + size > self.end:  # asked of the file's size: reading it all would be slow
                     raise self.refuse("unexpected end of data", name.decode(errors="replace"))
                 if kind != b"5":
                     yield name, kind, self.at + BLOCK, size
-            self.at += BLOCK + size + -size % BLOCK
+            self.at += BLOCK + size + -size % BLOCK  # data are padded to whole blocks
         raise self.refuse("the file ends without the end-of-archive mark; it was cut between two members")
 
     @staticmethod
@@ -211,7 +211,7 @@ def walk_tar(path: str | Path, left_out: list[str] | None = None) -> Iterator[Me
     """
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of this name must not hold us up
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe would wait for its writer
     except OSError as error:
         raise UserError(f"{path}: cannot be opened: {error.strerror}", code=DATA) from None
     try:
@@ -279,6 +279,7 @@ def index_tar(path: str | Path, left_out: list[str] | None = None) -> Index:
         if not (match := NAME.fullmatch(name)):
             continue
         key, field = match[1], match[2].lower()
+        # Members of a sample need not stand together; `key` is the index's own column, and no field may take its name.
         if field != "key" and field not in samples.setdefault(key, {}):
             samples[key][field] = (offset, size)
             fields.add(field)

@@ -122,6 +122,8 @@ class AutoencoderStage(Stage):
         tap = Tap(move or identity) if self.loss.align_adaptive else None
         with self.accelerator.autocast():
             x_hat, moments = self.forward(images, noise, *filter(None, [tap or move]))
+        # What is asked of the latents goes by the moments, which are of the picture as it was. The decoder saw moved
+        # latents: from here on the picture moved alike is what its output is compared with.
         latent, penalty = self.latent_terms(moments, images)
         alignment, pull_square = self.align(moments, images)
         images = move(images, self.model.factor) if move else images
@@ -131,27 +133,33 @@ class AutoencoderStage(Stage):
         parts, variance_loss = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
         gradient = parts.reconstruction
         if playing:
+            # The balance used is that of the step before: this step's needs the gradients of all micro-batches of all
+            # processes, for it divides norms of mean gradients, which are not means of norms.
             gradients_here = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, parts)) * share
             self.sums = add_part(self.sums, gradients_here)
             gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * parts.adversarial
+        # One pass for all terms: a second would cost as much again, and the process wrapper would average in both.
         self.accelerator.backward((surrogate(x_hat, gradient) + penalty + alignment + variance_loss) * share)
         self.note(parts, moments, slots, share)
-        if tap:
+        if tap:  # which has heard the decoder only now that the pass is done
             self.pulls = add_part(self.pulls, torch.stack([tap.square / self.scale**2, pull_square * share**2]))
+        values = self.values(parts, latent, penalty, alignment)
+        if self.loss.adversarial and step >= self.loss.discriminator_start:
+            # After the autoencoder's pass: R1 has images take gradients. Detached: the graphs have nothing in common.
+            values["discriminator"], logits = self.adversary.learn(images, x_hat.detach(), uniform, step, share)
+            self.logits = add_part(self.logits, logits * share) if logits is not None else None
+        return values
+
+    def values(self, parts: Split, latent: Tensor, penalty: Tensor, alignment: Tensor) -> dict[str, Tensor]:
+        """What the log holds of a micro-batch, detached (0-dim); `latent` is before its weight, `penalty` after it."""
         values: dict[str, Tensor] = {
             "loss": parts.reconstruction_loss + (penalty + alignment).detach(),
             "codebook" if self.model.quantize else "kl": latent.detach(),
             "adversarial": parts.adversarial_loss,
             "balance": self.balance,
         }
-        if self.vision:
-            values["alignment"] = alignment.detach()
-        if tap:
-            values["align_balance"] = self.align_balance
-        if self.loss.adversarial and step >= self.loss.discriminator_start:
-            values["discriminator"], logits = self.adversary.learn(images, x_hat.detach(), uniform, step, share)
-            self.logits = add_part(self.logits, logits * share) if logits is not None else None
-        return values
+        values |= {"alignment": alignment.detach()} if self.vision else {}
+        return values | ({"align_balance": self.align_balance} if self.loss.align_adaptive else {})
 
     def move(self, images: Tensor, step: int) -> Move | None:
         """How this step's latents and images are moved, the same for all its micro-batches and processes."""

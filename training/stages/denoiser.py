@@ -105,11 +105,15 @@ class DenoiserStage(Stage):
         slots, places = batch.slots.to(self.accelerator.device), self.config.train.batch_size
         noise = Noise(slots).fold(self.config.train.seed, step)
         latents = self.sample(batch, noise)
+        # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.
         keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
         with self.accelerator.autocast():
             cond = self.condition(batch, keep)
+            # Pairing asks only which conditions are equal; captions answer that before an encoder has read them.
             paired_by = cond.distinct() if isinstance(cond, Captions) else cond
+            # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
+            # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
             losses = self.objective.losses(self.forward, latents, cond, draw)
             loss = losses.total.mean()
         if self.seen is not None:
@@ -154,6 +158,9 @@ class DenoiserStage(Stage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
+        # Noise goes by the sample's number and the level, with seeds far from training's: every validation of every run
+        # on these data meets the same noise, so that numbers differ by the weights alone. Only the main process is
+        # here, so nothing may call a process wrapper: the bare network answers.
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
         for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
