@@ -117,14 +117,14 @@ class Cutout(Augmentation):
     draws = 2
 
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
-        inside = []
+        masks = []
         for axis, u in zip((2, 3), uniform.unbind(1), strict=True):
             side = images.shape[axis]
             size = int(side / 2 + 0.5)
             first = (u * (side + 1 - size % 2)).long() - size // 2
             place = torch.arange(side, device=images.device) - first[:, None]
-            inside.append((place >= 0) & (place < size))
-        return images * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+            masks.append((place >= 0) & (place < size))
+        return images * ~(masks[0][:, None, :, None] & masks[1][:, None, None, :])
 
 
 AUGMENTATIONS = (Colour, Translation, Cutout)

@@ -80,15 +80,15 @@ class DCEncoder(nn.Module):
     def __init__(self, config: DC) -> None:
         super().__init__()
         widths, blocks = config.channels, config.encoder_blocks
-        self.outputs, strided = config.latent_channels, config.resample == "conv"
+        self.outputs, by_convolution = config.latent_channels, config.resample == "conv"
         self.conv_in: nn.Module = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         if not blocks[0]:
-            self.conv_in = Down(config.image_channels, widths[1], shortcut=False, strided=strided)
+            self.conv_in = Down(config.image_channels, widths[1], shortcut=False, strided=by_convolution)
         self.down_blocks = nn.ModuleList()
         for i, count in enumerate(blocks):
             level = _level(config, i, count)
             if count and i < len(widths) - 1:
-                level.append(Down(widths[i], widths[i + 1], strided=strided))
+                level.append(Down(widths[i], widths[i + 1], strided=by_convolution))
             self.down_blocks.append(nn.Sequential(*level))
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
@@ -106,17 +106,17 @@ class DCDecoder(nn.Module):
     def __init__(self, config: DC) -> None:
         super().__init__()
         widths, blocks = config.channels, config.decoder_blocks
-        self.inputs, repeated = widths[-1], config.resample == "conv"
+        self.inputs, by_convolution = widths[-1], config.resample == "conv"
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()  # finest first, walked from the last
         for i, count in enumerate(blocks):
-            up = [Up(widths[i + 1], widths[i], repeated=repeated)] if count and i < len(widths) - 1 else []
+            up = [Up(widths[i + 1], widths[i], repeated=by_convolution)] if count and i < len(widths) - 1 else []
             self.up_blocks.append(nn.Sequential(*up, *_level(config, i, count, config.batch_norm_at)))
         last = widths[0] if blocks[0] else widths[1]
         self.norm_out = ChannelNorm(last)
         self.conv_out: nn.Module = nn.Conv2d(last, config.image_channels, 3, padding=1)
         if not blocks[0]:
-            self.conv_out = Up(last, config.image_channels, shortcut=False, repeated=repeated)
+            self.conv_out = Up(last, config.image_channels, shortcut=False, repeated=by_convolution)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z) + spread(z, self.inputs)

@@ -159,12 +159,12 @@ class Quantizer(Codebook):
         same on every process and after a resume.
         """
         dead = counts == 0
-        chosen = vectors[(uniform * len(vectors)).long().clamp(max=len(vectors) - 1)]
+        replacements = vectors[(uniform * len(vectors)).long().clamp(max=len(vectors) - 1)]
         with torch.no_grad():
             weight = self.embedding.weight
-            weight.copy_(torch.where(dead[:, None], chosen.to(weight.dtype), weight))
+            weight.copy_(torch.where(dead[:, None], replacements.to(weight.dtype), weight))
             if self.decay:
-                self.sums.copy_(torch.where(dead[:, None], chosen.to(self.sums.dtype), self.sums))
+                self.sums.copy_(torch.where(dead[:, None], replacements.to(self.sums.dtype), self.sums))
                 self.counts.masked_fill_(dead, 1.0)
         return dead
 

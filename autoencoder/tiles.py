@@ -36,36 +36,38 @@ def _tiled(call: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int,
     """Sum of the weighted answers; one cell of the grid is grain[0] elements of x and grain[1] of the answer."""
     if not tile > overlap >= 4 and not tile > overlap == 0:
         raise ValueError(f"tiles need tile > overlap >= 4 or overlap 0, in latents, got {tile} and {overlap}.")
-    near, far = grain
-    height, width = x.shape[2] // near, x.shape[3] // near
-    whole: Tensor | None = None
-    columns = list(_spans(width, tile, overlap, far, x.device))
-    for top, bottom, down in _spans(height, tile, overlap, far, x.device):
+    grain_in, grain_out = grain
+    height, width = x.shape[2] // grain_in, x.shape[3] // grain_in
+    output: Tensor | None = None
+    columns = list(_spans(width, tile, overlap, grain_out, x.device))
+    for top, bottom, down in _spans(height, tile, overlap, grain_out, x.device):
         for left, right, across in columns:
-            part = call(x[:, :, top * near : bottom * near, left * near : right * near])
-            if whole is None:
-                whole = part.new_zeros(*part.shape[:2], height * far, width * far)
-            area = whole[:, :, top * far : bottom * far, left * far : right * far]
+            part = call(x[:, :, top * grain_in : bottom * grain_in, left * grain_in : right * grain_in])
+            if output is None:
+                output = part.new_zeros(*part.shape[:2], height * grain_out, width * grain_out)
+            area = output[:, :, top * grain_out : bottom * grain_out, left * grain_out : right * grain_out]
             area += part * (down[:, None] * across).to(part.dtype)
-    assert whole is not None
-    return whole
+    assert output is not None
+    return output
 
 
-def _spans(size: int, tile: int, overlap: int, far: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, weights of the answer (far·(stop − start),)) of the tiles along one axis, weights summing to 1."""
+def _spans(
+    size: int, tile: int, overlap: int, grain_out: int, device: torch.device
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, weights (grain_out·(stop − start),)) of the tiles along one axis; the weights sum to 1."""
     count = max(1, math.ceil((size - overlap) / (tile - overlap)))
     starts = [round(i * (size - tile) / max(1, count - 1)) for i in range(count)]
     stops = [min(size, start + tile) for start in starts]
-    margin, fade = overlap // 4 * far, (overlap - 2 * (overlap // 4)) * far
-    rows = torch.zeros(count, size * far, dtype=torch.float64)
+    margin, fade = overlap // 4 * grain_out, (overlap - 2 * (overlap // 4)) * grain_out
+    rows = torch.zeros(count, size * grain_out, dtype=torch.float64)
     for row, start, stop in zip(rows, starts, stops, strict=True):
-        here = torch.arange(start * far, stop * far) + 0.5
-        weight = torch.ones(len(here), dtype=torch.float64)
+        positions = torch.arange(start * grain_out, stop * grain_out) + 0.5
+        weight = torch.ones(len(positions), dtype=torch.float64)
         if start > 0:
-            weight *= ((here - start * far - margin) / max(1, fade)).clamp(0, 1)
+            weight *= ((positions - start * grain_out - margin) / max(1, fade)).clamp(0, 1)
         if stop < size:
-            weight *= ((stop * far - margin - here) / max(1, fade)).clamp(0, 1)
-        row[start * far : stop * far] = weight
+            weight *= ((stop * grain_out - margin - positions) / max(1, fade)).clamp(0, 1)
+        row[start * grain_out : stop * grain_out] = weight
     rows /= rows.sum(0)
     for row, start, stop in zip(rows, starts, stops, strict=True):
-        yield start, stop, row[start * far : stop * far].to(device)
+        yield start, stop, row[start * grain_out : stop * grain_out].to(device)

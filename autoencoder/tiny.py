@@ -42,7 +42,7 @@ class Tiny:
         """Image size over latent size."""
         return 1 << (len(self.encoder_blocks) - 1)
 
-    def fitted(self, factor: int, latent_channels: int) -> Tiny:
+    def fit_to(self, factor: int, latent_channels: int) -> Tiny:
         """This shape for the latents of a teacher: levels are left out, or repeated, where latents are coarsest.
 
         `factor`: a power of 2, as every factor here.

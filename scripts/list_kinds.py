@@ -12,12 +12,12 @@ def main() -> None:
     parser.add_argument("--readme", metavar="FILE", type=Path, help="write the table into this file instead")
     parser.machine(device="")
     args = parser.read()
-    from training.settings.kinds_table import renewed, table
+    from training.settings.kinds_table import renew, table
 
     if args.readme is None:
         print(table(), end="")
     else:
-        args.readme.write_text(renewed(args.readme.read_text("utf-8")), "utf-8")
+        args.readme.write_text(renew(args.readme.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from training.settings.flags import Parser, run_main
 def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
-    parser.packed("packed pictures whose captions are classes: folder or address", required=True)
+    parser.add_data("packed pictures whose captions are classes: folder or address", required=True)
     add("--output", metavar="DIR", required=True, help="where the classifier goes")
     add("--epochs", type=int, default=4, help="passes over the training pictures")
     add("--batch-size", type=int, default=128, help="pictures per step")

@@ -31,7 +31,7 @@ class Unreachable(UserError):
 
 
 @contextmanager
-def explained(hint: str, code: int = USAGE) -> Iterator[None]:
+def as_user_error(hint: str, code: int = USAGE) -> Iterator[None]:
     """Inside, a ValueError of the model packages, which is one clear sentence, becomes a UserError."""
     try:
         yield

@@ -28,7 +28,7 @@ PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip arc
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` whole, synced and at once; after a crash `path` is what it was before.
 
     Raises UserError (code 6) where the disk refuses.
@@ -48,7 +48,7 @@ def staged(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what `staged` left in `folder` and below when its process was killed. Only for one nobody else writes."""
+    """Remove what killed writers (`atomic_write`) left in `folder` and below. Only where no other process writes."""
     for leftover in folder.rglob(f".*{PARTIAL}"):
         leftover.unlink(missing_ok=True)
 
@@ -78,8 +78,8 @@ def hold(folder: Path) -> IO[str]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` through `staged`."""
-    with staged(path) as file:
+    """Write `data` through `atomic_write`."""
+    with atomic_write(path) as file:
         file.write(data)
 
 
@@ -173,9 +173,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        save_file(whole, path, metadata=dict(metadata or {"format": "pt"}))  # one key: the order of several varies
+        save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))  # one key: the order of several varies
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as failure:  # safetensors wraps the system's own error
@@ -222,12 +222,12 @@ def check_safetensors(path: Path) -> None:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, none of its names given twice: readers would disagree on which of the two counts."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise ValueError(f"{name!r:.80} is given twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -90,11 +90,11 @@ def test_students_that_cannot_be_taught_are_refused() -> None:
 
 @pytest.mark.parametrize("factor", [1, 4, 8, 32])
 def test_a_shape_follows_its_teacher(factor: int) -> None:
-    fitted = Tiny().fitted(factor, 6)
+    fitted = Tiny().fit_to(factor, 6)
     assert (fitted.factor, fitted.latent_channels, fitted.width) == (factor, 6, 64)
     assert fitted.encoder_blocks[0] == fitted.decoder_blocks[-1] == 1  # the finest level
-    assert fitted.encoder_blocks == fitted.decoder_blocks[::-1] and fitted.fitted(factor, 6) == fitted
-    assert Tiny().fitted(8, 4) == Tiny()
+    assert fitted.encoder_blocks == fitted.decoder_blocks[::-1] and fitted.fit_to(factor, 6) == fitted
+    assert Tiny().fit_to(8, 4) == Tiny()
 
 
 @pytest.mark.parametrize("change", [{"width": 0}, {"encoder_blocks": (1, 2)}, {"decoder_blocks": (3, 3, -1, 1)}])

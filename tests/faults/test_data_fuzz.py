@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from training.drawing import replay
-from training.drawing.requests import ask, parse_size, prompts, weighed
+from training.drawing.requests import ask, parse_also, parse_size, prompts
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
 from training.packing.captions import clean_captions, decode_text
@@ -294,7 +294,7 @@ def recalled(path: Path) -> None:
     try:
         original = replay.recall(args)
         assert [request.prompt for request in ask(prompts(args), 1, args.seed)] == args.prompt
-        assert all(len(pair) == 2 for pair in weighed(args.also))
+        assert all(len(pair) == 2 for pair in parse_also(args.also))
         assert parse_size(args.size) and 0 < original.facts.get("batch", 1) <= replay.LARGEST_BATCH
         replay.compare(original, {"hashes": HASHES, "invert": {"prompt": "", "sha256": "d"}})
     except UserError as error:

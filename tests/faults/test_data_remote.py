@@ -20,14 +20,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from training.data.images import Images
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder
-from training.data.prefetch import followed
+from training.data.prefetch import prefetching
 from training.errors import Unreachable, UserError
 from training.machine import faults
 from training.shards import remote as remotes
-from training.shards.addresses import repeated, shown
+from training.shards.addresses import redact, repeat_command
 from training.shards.index import write_index
 from training.shards.reading import ShardSet
-from training.shards.remote import Remote, located
+from training.shards.remote import Remote, open_address
 from training.shards.writing import ShardWriter
 
 MEMORY = MemoryFileSystem()
@@ -62,7 +62,7 @@ def gigabytes_of(folder: Path, shards: int) -> float:
 
 
 def placed(address: str, cache: Path, **given: Any) -> Remote:
-    place = located(address, str(cache), **given)
+    place = open_address(address, str(cache), **given)
     assert isinstance(place, Remote)
     return place
 
@@ -211,26 +211,26 @@ def test_another_index_has_a_folder_of_its_own(packed: Path, tmp_path: Path) -> 
 )
 def test_addresses_that_are_refused(address: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
-        located(address, str(tmp_path))
+        open_address(address, str(tmp_path))
 
 
 def test_no_secret_is_shown() -> None:
-    assert shown("https://me:word@host:80/a/b?token=1#x") == "https://host:80/a/b"
-    assert shown("s3://bucket/data") == "s3://bucket/data"
+    assert redact("https://me:word@host:80/a/b?token=1#x") == "https://host:80/a/b"
+    assert redact("s3://bucket/data") == "s3://bucket/data"
 
 
 def test_a_command_to_repeat_hides_what_may_be_secret() -> None:
     plain = ["train.py", "--data", "s3://bucket/a b", "--output", "runs/x"]
-    assert repeated(plain) == "train.py --data 's3://bucket/a b' --output runs/x"
+    assert repeat_command(plain) == "train.py --data 's3://bucket/a b' --output runs/x"
     for address in (
         "https://me:w@rd@host:80/a?token=1#x",
         "--data=https://me@host:80/a?x",
         "https://:word@host:80/a#x",
     ):
-        command, note = repeated(["train.py", address, "--resume", "auto"]).splitlines()
+        command, note = repeat_command(["train.py", address, "--resume", "auto"]).splitlines()
         assert command.endswith("https://HIDDEN@host:80/a?HIDDEN' --resume auto"), command
         assert note.startswith("note: put user, password or query of the address back where HIDDEN stands")
-    assert "HIDDEN" not in repeated(["a@b", "x?y", "c:/d"])
+    assert "HIDDEN" not in repeat_command(["a@b", "x?y", "c:/d"])
 
 
 def windows(packed: Path, cache: Path, shards: int, steps: int) -> tuple[Remote, ShardSet, Batches]:
@@ -246,14 +246,14 @@ def test_two_windows_are_enough(packed: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Remote, "_copy", lambda self, shard, file: (came.append(shard.name), copy(self, shard, file)))
     remote, shards, batches = windows(packed, tmp_path / "cache", 4, 20)
     here, seen = ShardSet(packed), []
-    for slots in followed(batches, shards):
+    for slots in prefetching(batches, shards):
         assert len({i.index // 5 for i in slots}) <= 2 * 2
         seen += [s.index for s in slots]
         assert all(shards.read(s.index) == here.read(s.index) for s in slots)
         assert len(tars(tmp_path / "cache")) <= 4
     assert sorted(seen) == sorted([*range(40)] * 2) and len(came) <= 2 * 8 + 4  # and what is ahead of the end
     with pytest.raises(UserError, match="two windows of 2 shards") as caught:
-        followed(batches, ShardSet(replace(remote, limit=remote.limit - 1)))
+        prefetching(batches, ShardSet(replace(remote, limit=remote.limit - 1)))
     assert caught.value.code == 6 and "--train.window_shards" in caught.value.hint
 
 

@@ -16,7 +16,7 @@ from training.errors import UserError
 from training.files import load_tensors
 from training.loop.watchdogs import IN_A_ROW, LEAST, Watchdogs, checksum, explain
 from training.machine import faults
-from training.machine.memory import needed
+from training.machine.memory import memory_needed
 from training.settings.sections import Train
 from training.stages.denoiser import DenoiserStage
 
@@ -150,13 +150,13 @@ def test_out_of_memory_is_explained(failure: RuntimeError) -> None:
 def test_what_was_needed_is_estimated() -> None:
     """The peak so far and what could not be had: more than the latter alone."""
     text = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate {}."
-    small, large = (needed(text.format(size)) for size in ("512 bytes", "4398046511104 bytes. Error code 12"))
+    small, large = (memory_needed(text.format(size)) for size in ("512 bytes", "4398046511104 bytes. Error code 12"))
     first = re.compile(r" \(at least ([\d,.]+) GB needed, ([\d.]+) GB there\)")
     held, there = (float(number) for number in (first.match(small) or pytest.fail(small)).groups())
     assert 0 < held < there
     more = float((first.match(large) or pytest.fail(large))[1])
     assert 4398 + held - 0.2 < more < 4398 + held + 1
-    assert needed("Tried to allocate 2.00 GiB. GPU") and not needed("out of memory")
+    assert memory_needed("Tried to allocate 2.00 GiB. GPU") and not memory_needed("out of memory")
     told = explain(RuntimeError(text.format("512 bytes")), 3, 16, 64)
     assert isinstance(told, UserError) and told.what.startswith("out of memory at step 3 with a micro-batch of 16 (at")
 

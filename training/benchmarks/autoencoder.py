@@ -33,7 +33,7 @@ def models(shape: KL, device: str) -> dict[str, Any]:
         raise UserError("diffusers is not installed", hint="pip install diffusers") from None
     levels = [2**i in shape.attention_at for i in range(len(shape.channels))]
     ours = shape.build()
-    theirs = diffusers.AutoencoderKL(
+    peer = diffusers.AutoencoderKL(
         in_channels=shape.image_channels,
         out_channels=shape.image_channels,
         block_out_channels=shape.channels,
@@ -44,9 +44,9 @@ def models(shape: KL, device: str) -> dict[str, Any]:
         norm_num_groups=shape.groups,
         mid_block_add_attention=shape.mid_attention,
     )
-    theirs.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("norm.")})
-    layouts = {"ours": (ours, torch.channels_last), "diffusers": (theirs, torch.contiguous_format),
-               "diffusers, channels-last": (copy.deepcopy(theirs), torch.channels_last)}  # fmt: skip
+    peer.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("norm.")})
+    layouts = {"ours": (ours, torch.channels_last), "diffusers": (peer, torch.contiguous_format),
+               "diffusers, channels-last": (copy.deepcopy(peer), torch.channels_last)}  # fmt: skip
     return {name: model.to(device=device, memory_format=layout) for name, (model, layout) in layouts.items()}
 
 
@@ -106,7 +106,7 @@ def peak(call: Callable[[], Any], device: str) -> float:
     return highest / 2**20
 
 
-def compare(verb: str, built: dict[str, Any], args: argparse.Namespace, shape: KL) -> None:
+def compare(verb: str, models_by_name: dict[str, Any], args: argparse.Namespace, shape: KL) -> None:
     """Time `verb` of all models in turn and print a line for each."""
     from statistics import median
 
@@ -114,19 +114,19 @@ def compare(verb: str, built: dict[str, Any], args: argparse.Namespace, shape: K
 
     from training.benchmarks.meters import seconds
 
-    cases = {name: case(name, model, verb, args, shape) for name, model in built.items()}
-    answers, near = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1
+    cases = {name: case(name, model, verb, args, shape) for name, model in models_by_name.items()}
+    answers, tolerance = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1
     for answer in answers[1:]:
-        torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=near)
-    taken: dict[str, list[float]] = {name: [] for name in cases}
+        torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=tolerance)
+    times_of: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(args.rounds):
         for name in sorted(cases, reverse=bool(number % 2)):
-            taken[name].append(seconds(cases[name], args.device))
-    for model in built.values():
+            times_of[name].append(seconds(cases[name], args.device))
+    for model in models_by_name.values():
         model.zero_grad(set_to_none=True)  # what a call gives back is not to be set against what it takes
     memory = {name: peak(call, args.device) for name, call in cases.items()}
-    for name, times in taken.items():
-        ratios = [theirs / ours for theirs, ours in zip(times, taken["ours"], strict=True)]
+    for name, times in times_of.items():
+        ratios = [theirs / ours for theirs, ours in zip(times, times_of["ours"], strict=True)]
         beside = "" if name == "ours" else f"  ours is {median(ratios):.2f}x as fast (least {min(ratios):.2f}x)"
         rate, most = args.batch_size / min(times), memory[name]
         print(f"{verb:<7} {name:<25} {rate:8.2f} images/s  peak {most:7.0f} MiB{beside}", flush=True)
@@ -154,12 +154,13 @@ def run(args: argparse.Namespace) -> None:
     keep_memory()
     config: Any = decoding.load("autoencoder", args.config)
     torch.manual_seed(0)
-    built = models(config.model, args.device)
-    print(f"{args.config}, {sum(p.numel() for p in built['ours'].parameters()):,} parameters, batch {args.batch_size} "
+    networks = models(config.model, args.device)
+    count = sum(p.numel() for p in networks["ours"].parameters())
+    print(f"{args.config}, {count:,} parameters, batch {args.batch_size} "
           f"of {args.size} px, {args.device}, {torch.get_num_threads()} threads", flush=True)  # fmt: skip
     if args.compile:
-        for model in built.values():
+        for model in networks.values():
             model.encoder.compile()
             model.decoder.compile()
     for verb in VERBS:
-        compare(verb, built, args, config.model)
+        compare(verb, networks, args, config.model)

@@ -55,24 +55,24 @@ def table(args: Any, folder: Path) -> list[str]:
     if args.threads:
         torch.set_num_threads(args.threads)
     loop = begin(args, folder)
-    taken: dict[str, list[float]] = {name: [] for name in ("bare", "step", "judge", "compare", "save", "begin")}
+    times: dict[str, list[float]] = {name: [] for name in ("bare", "step", "judge", "compare", "save", "begin")}
     dogs: Any = loop.watchdogs
     judge, kind = dogs.judge, loop.accelerator.device.type
 
     def judged(*seen: Any) -> bool:
         answers: list[bool] = []
-        taken["judge"].append(seconds(lambda: answers.append(judge(*seen)), kind))
+        times["judge"].append(seconds(lambda: answers.append(judge(*seen)), kind))
         return answers[0]
 
     for number in range(0, 2 * args.rounds + 2, 2):
         for name, watchdog in (("bare", lambda *_: True), ("step", judged)):
             dogs.judge = watchdog
-            taken[name].append(seconds(lambda: advance(loop), kind))
-        taken["compare"].append(seconds(lambda: checksums(loop), kind))
+            times[name].append(seconds(lambda: advance(loop), kind))
+        times["compare"].append(seconds(lambda: checksums(loop), kind))
         for name, wait in (("save", True), ("begin", False)):
-            taken[name].append(seconds(partial(loop.save, number + 1 + (not wait), wait=wait), kind))
+            times[name].append(seconds(partial(loop.save, number + 1 + (not wait), wait=wait), kind))
         loop.writer.finish()
-    middle = {name: median(values[1:]) for name, values in taken.items()}
+    middle = {name: median(values[1:]) for name, values in times.items()}
     rows = [("watchdogs", "judge", 1), ("checksums, with several processes", "compare", COMPARED_EVERY)]
     rows += [(part, name, loop.train.save_every) for part, name in SAVES]
     shares = {name: middle[name] / every / middle["bare"] for _, name, every in rows}

@@ -63,11 +63,11 @@ def table(args: Any) -> list[str]:
     from ldm.samplers import Euler, prior, sample
     from ldm.schedules import Flow
     from training.benchmarks.meters import holding, waits
-    from training.measuring.conformance import chosen, every
+    from training.measuring.conformance import every, select
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    samplers = chosen(every("sampler"), args.samplers, "--samplers")
+    samplers = select(every("sampler"), args.samplers, "--samplers")
     network = DiT(width=384, depth=12, heads=6, patch=2, pooled=False).build(channels=4, context_dim=384)
     network.eval().requires_grad_(False)
     cond = Cond(torch.zeros(1, 16, 384), torch.ones(1, 16, dtype=torch.bool))
@@ -76,13 +76,13 @@ def table(args: Any) -> list[str]:
              "| sampler | calls | in the network (s) | outside (s) | share | waits a step | held |",
              "|---|---:|---:|---:|---:|---:|---:|"]
     for warm, sampler in enumerate([Euler(), *samplers.values()]):
-        timed = Timed(network)
-        denoise = Denoiser(timed, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
+        timer = Timed(network)
+        denoise = Denoiser(timer, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
         x, since = prior(Flow(), (4, args.side, args.side), noise), time.process_time()
         sample(sampler, denoise, x, grid, noise)
-        outside = time.process_time() - since - timed.seconds
+        outside = time.process_time() - since - timer.seconds
         if warm:
             stops, (early, late) = len(waits(sampler, args.steps)), holding(sampler)
-            lines.append(f"| {sampler.kind} | {timed.calls} | {timed.seconds:.3f} | {outside:.4f} | "
-                         f"{100 * outside / timed.seconds:.2f} % | {stops / args.steps:g} | {early}, {late} |")
+            lines.append(f"| {sampler.kind} | {timer.calls} | {timer.seconds:.3f} | {outside:.4f} | "
+                         f"{100 * outside / timer.seconds:.2f} % | {stops / args.steps:g} | {early}, {late} |")
     return lines

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from training.data.order import Slot
-from training.data.samples import Batch, Policy, Samples, coin, ids, tried
+from training.data.samples import Batch, Policy, Samples, coin, ids, or_error
 from training.errors import DATA, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Images(Samples[np.ndarray]):
 
     def load(self, slots: list[Slot]) -> list[np.ndarray | UserError]:
         """The picture of each slot."""
-        return [tried(self.picture, slot.index) for slot in slots]
+        return [or_error(self.picture, slot.index) for slot in slots]
 
     def join(self, slots: list[Slot], samples: list[np.ndarray]) -> Batch:
         """Stacked, some mirrored. Raises UserError where pictures differ in size."""

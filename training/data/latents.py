@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.data.order import Slot
-from training.data.samples import Batch, Policy, Samples, coin, ids, tried, uniform
+from training.data.samples import Batch, Policy, Samples, coin, ids, or_error, uniform
 from training.errors import DATA, NUMERICAL, UserError
 from training.shards.remote import NULL, refuse_without_null
 
@@ -75,7 +75,7 @@ class Latents(Samples[Latent]):
         mirror = coin(slots, self.seed, "flip").tolist() if self.mirrored else [False] * len(slots)
         choice = uniform(slots, self.seed, "caption").tolist()
         return [
-            tried(self._sample, slot.index, "mirror.npy" if mirrored else "moments.npy", share)
+            or_error(self._sample, slot.index, "mirror.npy" if mirrored else "moments.npy", share)
             for slot, mirrored, share in zip(slots, mirror, choice, strict=True)
         ]
 
@@ -131,18 +131,18 @@ class Latents(Samples[Latent]):
             raise self._damaged(index, "no captions")
         return captions
 
-    def _text(self, index: int, data: bytes, picked: int) -> dict[str, Tensor]:
+    def _text(self, index: int, data: bytes, number: int) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
-            stored = load(data)
+            tensors = load(data)
         except (SafetensorError, ValueError) as failure:
             raise self._damaged(index, f"text embedding ({failure})") from None
-        own = {name.partition(".")[2]: tensor for name, tensor in stored.items() if name.startswith(f"{picked}.")}
-        if "context" not in own:
-            raise self._damaged(index, f"no embedding of caption {picked}")
-        return own
+        parts = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
+        if "context" not in parts:
+            raise self._damaged(index, f"no embedding of caption {number}")
+        return parts
 
     def _damaged(self, index: int, what: str) -> UserError:
         hint = f"run: scripts/make_shards.py verify {self.shards.directory}"

@@ -11,22 +11,22 @@ from torch.utils.data import DataLoader, Dataset
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.order import Batches, Slot
-from training.data.prefetch import followed
+from training.data.prefetch import prefetching
 from training.data.samples import Batch
 from training.errors import UserError
-from training.machine.signals import sheltered, shield
+from training.machine.signals import block_sigterm, shield
 
 
 def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
     """The micro-batches of this process, in order, read ahead by `workers` processes."""
     loader: Any = DataLoader(
         _Fetched(dataset),
-        batch_sampler=followed(batches, dataset.shards),
+        batch_sampler=prefetching(batches, dataset.shards),
         collate_fn=_whole,
         pin_memory=pin,
         **loaders(workers, 4),
     )
-    with sheltered():
+    with block_sigterm():
         incoming = iter(loader)
     for batch in incoming:
         if isinstance(batch, UserError):

@@ -122,7 +122,7 @@ class Batches:
 
 
 def split_batch(
-    batch: int, micro: int, accumulation: int | None, processes: int, *, batch_given: bool = True
+    batch: int, micro: int, accumulation: int | None, processes: int, *, explicit_batch: bool = True
 ) -> tuple[int, int, int]:
     """Settle (global batch, micro-batch, accumulation) so that batch = processes * micro * accumulation.
 
@@ -130,17 +130,17 @@ def split_batch(
     """
     if accumulation is not None and accumulation < 1:
         raise UserError(f"--gradient-accumulation-steps: must be >= 1 (got {accumulation})")
-    if not batch_given and micro:
+    if not explicit_batch and micro:
         batch = micro * processes * (accumulation or 1)
     unit = processes * (micro or 1) * (accumulation or 1)
-    settled = bool(micro and accumulation)  # both given: only one global batch is their product
-    if batch % unit or (settled and batch != unit):
-        near = [unit] if settled else sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
+    is_exact = bool(micro and accumulation)  # both given: only one global batch is their product
+    if batch % unit or (is_exact and batch != unit):
+        nearest = [unit] if is_exact else sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
         raise UserError(
             f"train.batch_size {batch} cannot be split over {processes} process(es)"
             f" with train.micro_batch_size {micro or 'unset'}"
             f" and {accumulation or 'any number of'} accumulation step(s)",
-            hint=f"nearest --batch-size: {' or '.join(map(str, near))}",
+            hint=f"nearest --batch-size: {' or '.join(map(str, nearest))}",
         )
     micro = micro or batch // unit
     return batch, micro, batch // (processes * micro)

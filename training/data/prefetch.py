@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.shards.reading import ShardSet
 
 
-def followed(batches: Batches, shards: ShardSet) -> Batches | Followed:
+def prefetching(batches: Batches, shards: ShardSet) -> Batches | Prefetching:
     """The batches that a loader reads: of remote shards, with those of the next window fetched meanwhile.
 
     Raises UserError (code 6) where the cache cannot hold two windows.
@@ -29,10 +29,10 @@ def followed(batches: Batches, shards: ShardSet) -> Batches | Followed:
     if sum(sizes) > shards.remote.limit:
         what = f"two windows of {shards.remote.window} shards ({gigabytes(sum(sizes))}) do not fit into the cache"
         raise UserError(f"{what} of {gigabytes(shards.remote.limit)}", hint=ROOM, code=DISK)
-    return Followed(batches, shards.remote, shards.shards)
+    return Prefetching(batches, shards.remote, shards.shards)
 
 
-class Followed:
+class Prefetching:
     """Batches whose shards are fetched, in a thread, as their windows come near. A shard that cannot be fetched is left
     to whoever reads it, who can say so."""
 
@@ -43,18 +43,18 @@ class Followed:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        asked: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
-        threading.Thread(target=self._fetch, args=(asked,), daemon=True).start()
-        last: tuple[int, ...] = ()
+        queue: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
+        threading.Thread(target=self._fetch, args=(queue,), daemon=True).start()
+        previous: tuple[int, ...] = ()
         try:
             for slots in self.batches:
-                wanted = self.batches.order.ahead(slots[0].slot)
-                if wanted != last:
-                    asked.put(wanted)
-                    last = wanted
+                ahead = self.batches.order.ahead(slots[0].slot)
+                if ahead != previous:
+                    queue.put(ahead)
+                    previous = ahead
                 yield slots
         finally:
-            asked.put(None)
+            queue.put(None)
 
     def _fetch(self, asked: SimpleQueue[tuple[int, ...] | None]) -> None:
         while (wanted := asked.get()) is not None:

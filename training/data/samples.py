@@ -62,23 +62,23 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
         """The samples of slots as one batch."""
 
     def __getitems__(self, slots: list[Slot]) -> Batch:
-        filled, bad = list(slots), {}
-        found = self.load(filled)
+        places, reasons = list(slots), {}
+        samples = self.load(places)
         for attempt in range(ATTEMPTS):
-            wrong = [(i, sample) for i, sample in enumerate(found) if isinstance(sample, UserError)]
-            if not wrong:
+            failures = [(i, sample) for i, sample in enumerate(samples) if isinstance(sample, UserError)]
+            if not failures:
                 break
-            for i, problem in wrong:
+            for i, problem in failures:
                 if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
                     raise problem
-                bad[filled[i].index] = problem.what
-                filled[i] = substitute(slots[i], attempt, len(self), self.seed)
-            for (i, _), sample in zip(wrong, self.load([filled[i] for i, _ in wrong]), strict=True):
-                found[i] = sample
-        batch = self.join(filled, [sample for sample in found if not isinstance(sample, UserError)])
-        batch = batch._replace(bad=bad, indices=[slot.index for slot in filled])
+                reasons[places[i].index] = problem.what
+                places[i] = substitute(slots[i], attempt, len(self), self.seed)
+            for (i, _), sample in zip(failures, self.load([places[i] for i, _ in failures]), strict=True):
+                samples[i] = sample
+        batch = self.join(places, [sample for sample in samples if not isinstance(sample, UserError)])
+        batch = batch._replace(bad=reasons, indices=[slot.index for slot in places])
         if get_worker_info() is None:
-            self.count(bad)
+            self.count(reasons)
         return batch
 
     def __getitem__(self, index: int) -> Batch:
@@ -105,7 +105,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
             raise UserError(what, hint=f"run: scripts/make_shards.py verify {self.shards.directory}", code=DATA)
 
 
-def tried(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
+def or_error(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:
     """What `read` gives, or why it could not."""
     try:
         return read(*arguments)

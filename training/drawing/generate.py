@@ -14,8 +14,8 @@ from PIL import Image
 
 from ldm.pipeline import Pipeline
 from training.drawing import replay
-from training.drawing.requests import Request, ask, choose, parse_size, prompts, weighed
-from training.drawing.starts import TOLD, chosen
+from training.drawing.requests import Request, ask, choose, parse_also, parse_size, prompts
+from training.drawing.starts import TOLD, start_of_flags
 from training.drawing.steering import add_weak, pipeline_hashes
 from training.errors import UserError
 from training.machine import memory
@@ -47,16 +47,16 @@ class Drawing:
     def draw(self, part: list[Request]) -> None:
         """One batch, written."""
         strip = Strip(self.pipeline, self.how["sampling"].steps) if self.strips else None
-        filled = part * ((self.chunk or len(part)) // len(part))
+        batch = part * ((self.chunk or len(part)) // len(part))
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
-            prompts, seeds = [r.prompt for r in filled], [r.seed for r in filled]
-            images = self.pipeline(prompts, seeds, batch_size=len(filled), watch=strip, **self.how)
+            prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=strip, **self.how)
         for index, request in enumerate(part):
-            own = {"prompt": request.prompt, "seed": request.seed, "batch": len(filled), **self.facts}
-            grids.save(images[index], self.output / name(request), own)
+            facts = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch), **self.facts}
+            grids.save(images[index], self.output / name(request), facts)
             if strip:
                 (self.output / "strips").mkdir(exist_ok=True)
-                grids.save(strip.draw(index), self.output / "strips" / name(request), own)
+                grids.save(strip.draw(index), self.output / "strips" / name(request), facts)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -67,16 +67,16 @@ def generate(args: argparse.Namespace) -> int:
     device, rank, world = processes(args)
     memory.keep_memory()
     drawing = prepare(args, device, original)
-    mine = requests[rank::world]
+    own_requests = requests[rank::world]
     since = time.perf_counter()
     try:
-        for first in range(0, len(mine), args.batch_size):
-            part = mine[first : first + args.batch_size]
+        for first in range(0, len(own_requests), args.batch_size):
+            part = own_requests[first : first + args.batch_size]
             drawing.draw(part)
             if rank == 0:
-                done, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
-                made = len(requests) if done == len(mine) else done * world
-                print(f"{made}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
+                finished, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
+                count = len(requests) if finished == len(own_requests) else finished * world
+                print(f"{count}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
     except ValueError as failure:
         raise UserError(str(failure), hint="see --help for sizes, samplers and guidance") from None
     if world > 1:
@@ -98,7 +98,8 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
     pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = parse_size(args.size) or pipeline.size
-    also, start = weighed(args.also), chosen(args)
+    also, start = parse_also(args.also), start_of_flags(args)
+    # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
     begin = start.latents(pipeline, size, sampling)
     hashes = pipeline_hashes(pipeline)
     facts = {
@@ -113,11 +114,13 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
         "preview": hashes["autoencoder"] if args.preview else None,
         "versions": versions(),
     }
+    # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
         replay.compare(original, facts)
     how = {"negative": args.negative_prompt, "also": also, "start": begin, "sampling": sampling, "size": size}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)
 
 

@@ -41,8 +41,8 @@ def recall(args: argparse.Namespace) -> Original:
 
     Raises UserError where the picture does not say, and where a flag says otherwise.
     """
-    if given := [name for name in TAKEN if getattr(args, name)] + (["num_images"] if args.num_images != 1 else []):
-        raise UserError(f"--like takes everything from its picture, so --{given[0].replace('_', '-')} has no place")
+    if flags := [name for name in TAKEN if getattr(args, name)] + (["num_images"] if args.num_images != 1 else []):
+        raise UserError(f"--like takes everything from its picture, so --{flags[0].replace('_', '-')} has no place")
     path = Path(args.like)
     try:
         facts = grids.facts(path)
@@ -67,13 +67,13 @@ def _sound(facts: Any) -> bool:
     """Whether the facts in a picture, which anyone may have written, are of the kinds that `generate` writes."""
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in NEEDED.items()):
         return False
-    there = {name: facts[name] for name in MAY_BE if facts.get(name) is not None}
+    optional = {name: facts[name] for name in MAY_BE if facts.get(name) is not None}
     return (
-        all(isinstance(value, MAY_BE[name]) for name, value in there.items())
-        and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in there.get("also", []))
+        all(isinstance(value, MAY_BE[name]) for name, value in optional.items())
+        and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in optional.get("also", []))
         and all(start.sound(facts[key]) for key, start in TOLD.items() if facts.get(key) is not None)
-        and 0 <= there.get("tile", 0) <= LARGEST_BATCH
-        and 0 < there.get("batch", 1) <= LARGEST_BATCH
+        and 0 <= optional.get("tile", 0) <= LARGEST_BATCH
+        and 0 < optional.get("batch", 1) <= LARGEST_BATCH
     )
 
 
@@ -84,22 +84,23 @@ def compare(original: Original, facts: dict[str, Any]) -> None:
         was, now = (f"preview {value[:12]}" if value else "no preview" for value in (then, preview))
         hint = "give the same one with --preview" if then else "leave --preview out"
         raise UserError(f"{original.path} was decoded with {was}, this is {now}", hint=hint, code=CHECKPOINT)
-    wanted, here = original.facts["hashes"], facts["hashes"]
-    if other := difference(wanted, here, sorted({*wanted, *here} - (LATER - set(wanted)))):
-        hint = f"give the same one with {GIVE.get(other.name, '--model')}"
-        what = f"{original.path} was made with {other.name} {other.before}, this is {other.now}"
+    recorded, current = original.facts["hashes"], facts["hashes"]
+    if change := difference(recorded, current, sorted({*recorded, *current} - (LATER - set(recorded)))):
+        hint = f"give the same one with {GIVE.get(change.name, '--model')}"
+        what = f"{original.path} was made with {change.name} {change.before}, this is {change.now}"
         raise UserError(what, hint=hint, code=CHECKPOINT)
     for key, start in TOLD.items():
         start.compare(original.path, original.facts.get(key), facts.get(key))
 
 
-def verdict(original: Original, again: Path) -> str:
+def verdict(original: Original, picture: Path) -> str:
     """One sentence: the same pixels, or how far off and what differs."""
-    old, new = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (original.path, again))
+    old, new = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (original.path, picture))
     if old.shape != new.shape:
         return f"another size than {original.path}: it was changed after it was made"
     if not (off := int(abs(old - new).max())):
         return f"the same pixels as {original.path}"
-    then, now = original.facts.get("versions", {}), grids.facts(again)["versions"]
-    other = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
-    return f"within {off} of 255 of {original.path}; what differs: {', '.join(other) or 'the processor or its threads'}"
+    then, now = original.facts.get("versions", {}), grids.facts(picture)["versions"]
+    differences = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
+    cause = ", ".join(differences) or "the processor or its threads"
+    return f"within {off} of 255 of {original.path}; what differs: {cause}"

@@ -32,12 +32,12 @@ def ask(captions: list[str], copies: int, seed: int) -> list[Request]:
     """Prompt by prompt, `copies` of each. A prompt's k-th picture has seed + k, wherever in the list it stands."""
     if copies < 1:
         raise UserError(f"--num-images: must be at least 1 (got {copies})")
-    seen: Counter[str] = Counter()
+    copies_of: Counter[str] = Counter()
     requests: list[Request] = []
     for caption in captions:
         for _ in range(copies):
-            requests.append(Request(len(requests), caption, seed + seen[caption]))
-            seen[caption] += 1
+            requests.append(Request(len(requests), caption, seed + copies_of[caption]))
+            copies_of[caption] += 1
     return requests
 
 
@@ -52,35 +52,35 @@ def prompts(args: argparse.Namespace) -> list[str]:
         raise UserError(f"{path}: no such file of prompts", hint="one prompt a line", code=DATA) from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise UserError(f"{path}: not a UTF-8 text file", hint="one prompt a line, saved as UTF-8", code=DATA) from None
-    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if len(found) < len(lines):
-        print(f"note: {len(lines) - len(found)} blank or comment lines skipped in {path}", file=sys.stderr)
-    if not found:
+    captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if len(captions) < len(lines):
+        print(f"note: {len(lines) - len(captions)} blank or comment lines skipped in {path}", file=sys.stderr)
+    if not captions:
         raise UserError(f"{path}: no prompts in it", hint="one prompt a line", code=DATA)
-    return found
+    return captions
 
 
-def weighed(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
+def parse_also(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
     """--also WEIGHT TEXT ... as (caption, weight)."""
-    found = []
+    weights = []
     for weight, caption in pairs:
         try:
-            found.append((caption, float(weight)))
+            weights.append((caption, float(weight)))
         except ValueError:
             raise UserError(f"--also {weight} {caption!r}: expected a number, then a caption") from None
-    return found
+    return weights
 
 
-def choose(args: argparse.Namespace, kept: decoding.Values | None = None) -> tuple[Sampling, decoding.Values]:
-    """The run's own sampling, or the `kept` one, with the flags' changes laid over it; also as plain values."""
-    own = read_json(find(args.model, "denoiser").home / "config.json")
+def choose(args: argparse.Namespace, stored_values: decoding.Values | None = None) -> tuple[Sampling, decoding.Values]:
+    """The run's sampling, or a picture's `stored_values`, with the flags' changes laid over; also as plain values."""
+    run_values = read_json(find(args.model, "denoiser").home / "config.json")
     values = {
         name: section
-        for name, section in (own | (kept or {})).items()
+        for name, section in (run_values | (stored_values or {})).items()
         if name in ("sampler", "grid", "guidance", "sample")
     }
-    given = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
-    changes = {key: str(value) for key, value in given.items() if value is not None} | args.overrides
+    flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
+    changes = {key: str(value) for key, value in flags.items() if value is not None} | args.overrides
     for key in changes:
         if key.partition(".")[0] not in values:
             raise UserError(
@@ -88,12 +88,12 @@ def choose(args: argparse.Namespace, kept: decoding.Values | None = None) -> tup
             )
         if key.endswith(".kind") and values[key.partition(".")[0]].get("kind") != changes[key]:
             values[key.partition(".")[0]] = {}  # another kind has other keys
-    whole = decoding.overlay({**own, **values}, changes)
-    config = decoding.stored("denoiser", whole, dict.fromkeys(changes, "command line"))
+    merged = decoding.overlay({**run_values, **values}, changes)
+    config = decoding.decode_stored("denoiser", merged, dict.fromkeys(changes, "command line"))
     assert isinstance(config, decoding.DenoiserConfig)
-    decoded = decoding.to_values(config)
+    plain = decoding.to_values(config)
     return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {
-        n: decoded[n] for n in values
+        n: plain[n] for n in values
     }
 
 

@@ -34,7 +34,7 @@ class Start(ABC):
 
     @classmethod
     @abstractmethod
-    def chosen(cls, args: argparse.Namespace) -> Start | None:
+    def from_flags(cls, args: argparse.Namespace) -> Start | None:
         """The start that the flags ask for, if it is this kind."""
 
     @classmethod
@@ -76,7 +76,7 @@ class OwnNoise(Start):
         """The seed is a flag of every drawing."""
 
     @classmethod
-    def chosen(cls, args: argparse.Namespace) -> OwnNoise:
+    def from_flags(cls, args: argparse.Namespace) -> OwnNoise:
         return cls()
 
     @classmethod
@@ -113,7 +113,7 @@ class Inversion(Start):
         group.add_argument("--invert-prompt", metavar="TEXT", default="", help="what --invert's picture shows")
 
     @classmethod
-    def chosen(cls, args: argparse.Namespace) -> Inversion | None:
+    def from_flags(cls, args: argparse.Namespace) -> Inversion | None:
         return cls(Path(args.invert), args.invert_prompt) if args.invert else None
 
     @classmethod
@@ -160,6 +160,6 @@ STARTS: tuple[type[Start], ...] = (OwnNoise, Inversion)
 TOLD = {start.fact: start for start in STARTS if start.fact}  # by the key in a picture's facts
 
 
-def chosen(args: argparse.Namespace) -> Start:
+def start_of_flags(args: argparse.Namespace) -> Start:
     """The start that the flags ask for: the last member that finds its own among them."""
-    return next(start for kind in reversed(STARTS) if (start := kind.chosen(args)))
+    return next(start for kind in reversed(STARTS) if (start := kind.from_flags(args)))

@@ -16,16 +16,16 @@ def add_weak(pipeline: HashedPipeline, path: str | Path) -> HashedPipeline:
 
     Raises UserError where it was made for other captions or another process.
     """
-    other = load_pipeline(path, pipeline.device)
-    widths = [(text.context_dim, text.pooled_dim) for text in (other.text, pipeline.text)]
-    if widths[0] != widths[1] or other.denoiser.schedule != pipeline.denoiser.schedule:
+    weak = load_pipeline(path, pipeline.device)
+    widths = [(text.context_dim, text.pooled_dim) for text in (weak.text, pipeline.text)]
+    if widths[0] != widths[1] or weak.denoiser.schedule != pipeline.denoiser.schedule:
         raise UserError(
             f"{path} has another schedule or text encoder than the model it is to guide",
             hint="give an earlier checkpoint of the same run, or a smaller model trained with the same settings",
             code=CHECKPOINT,
         )
-    known = pipeline.hashes | {"weak": other.hashes["denoiser"]}
-    return dataclasses.replace(pipeline, weak=other.denoiser, hashes=known)
+    hashes = pipeline.hashes | {"weak": weak.hashes["denoiser"]}
+    return dataclasses.replace(pipeline, weak=weak.denoiser, hashes=hashes)
 
 
 def pipeline_hashes(pipeline: HashedPipeline) -> dict[str, str]:

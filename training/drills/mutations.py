@@ -39,7 +39,7 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-def read(path: Path) -> list[Mutation]:
+def read_mutations(path: Path) -> list[Mutation]:
     """The mutations of a TOML file, [[mutation]] each. Raises UserError (exit 2) where one lacks a key."""
     try:
         rows = tomllib.loads(path.read_text("utf-8"))["mutation"]
@@ -49,18 +49,18 @@ def read(path: Path) -> list[Mutation]:
         raise UserError(f"{path}: no list of mutations ({failure})", hint=hint, code=USAGE) from None
 
 
-def wrong(root: Path, mutations: Sequence[Mutation]) -> list[str]:
+def unfit_rows(root: Path, mutations: Sequence[Mutation]) -> list[str]:
     """What keeps mutations from being made: an old text that is not there exactly once, tests that do not exist."""
-    found = [f"{name}: the name is given twice" for name in _twice(mutation.name for mutation in mutations)]
+    problems = [f"{name}: the name is given twice" for name in _twice(mutation.name for mutation in mutations)]
     for mutation in mutations:
         path = root / mutation.file
         times = path.read_text("utf-8").count(mutation.old) if path.is_file() else 0
         if times != 1:
-            found.append(f"{mutation.name}: its old text occurs {times} times in {mutation.file}")
+            problems.append(f"{mutation.name}: its old text occurs {times} times in {mutation.file}")
         if mutation.old == mutation.new or not mutation.tests:
-            found.append(f"{mutation.name}: changes nothing, or names no test")
-        found += [f"{mutation.name}: no test {test}" for test in mutation.tests if not _exists(root, test)]
-    return found
+            problems.append(f"{mutation.name}: changes nothing, or names no test")
+        problems += [f"{mutation.name}: no test {test}" for test in mutation.tests if not _exists(root, test)]
+    return problems
 
 
 def _twice(names: Iterable[str]) -> set[str]:
@@ -82,7 +82,7 @@ def drill(root: Path, mutations: Sequence[Mutation], limit: float) -> dict[str, 
 
     Raises UserError (exit 2) where a mutation cannot be made, and (exit 3) where tests fail without one.
     """
-    if problems := wrong(root, mutations):
+    if problems := unfit_rows(root, mutations):
         raise UserError("\n       ".join(problems), hint="correct the list", code=USAGE)
     outcomes: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
@@ -107,8 +107,8 @@ def outcome(tree: Path, tests: Sequence[str], limit: float) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     # No bytecode: a file changed twice within a second, at equal length, would pass for its compiled form.
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=tree, env=environment, stdout=said, stderr=said, start_new_session=True)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -118,8 +118,8 @@ def outcome(tree: Path, tests: Sequence[str], limit: float) -> str:
                 os.killpg(process.pid, signal.SIGKILL)  # with all that the tests started
                 process.wait()
         if code not in (0, 1):
-            said.seek(0)
-            raise UserError(f"pytest ended with {code}:\n{said.read()[-2000:]}", hint="run the tests alone", code=DATA)
+            log.seek(0)
+            raise UserError(f"pytest ended with {code}:\n{log.read()[-2000:]}", hint="run the tests alone", code=DATA)
     return KILLED if code else SURVIVED
 
 
@@ -134,7 +134,7 @@ def report(outcomes: dict[str, str]) -> int:
 
 def main(args: argparse.Namespace, root: Path) -> int:
     """The work of scripts/mutation_drill.py: the exit code."""
-    mutations = [mutation for mutation in read(Path(args.list)) if args.only in mutation.name]
+    mutations = [mutation for mutation in read_mutations(Path(args.list)) if args.only in mutation.name]
     if not mutations:
         raise UserError(f"no mutation's name holds '{args.only}'", code=USAGE)
     return report(drill(root, mutations, args.limit))

@@ -40,7 +40,7 @@ def soak(args: argparse.Namespace, scripts: Path) -> int:
     while kills < args.kills:
         rounds += 1
         output = home / f"killed-{rounds}"
-        kills += until_done(script, [*words, "--output", str(output)], output, span, moments, args.kills - kills)
+        kills += kill_until_done(script, [*words, "--output", str(output)], output, span, moments, args.kills - kills)
         if unlike := differences(home / "calm", output):
             what = f"after {kills} kills {', '.join(unlike)} of {output} differ"
             raise UserError(what, hint=f"repeat with --seed {args.seed}", code=CHECKPOINT)
@@ -52,10 +52,12 @@ def soak(args: argparse.Namespace, scripts: Path) -> int:
     return 0
 
 
-def until_done(script: Path, words: list[str], output: Path, span: float, moments: random.Random, most: int) -> int:
+def kill_until_done(
+    script: Path, words: list[str], output: Path, span: float, moments: random.Random, limit: int
+) -> int:
     """Start a training again and again, each time killed after up to `span` seconds, until it ends; kills made."""
     log, kills = output.with_suffix(".log"), 0
-    while kills < most:
+    while kills < limit:
         process = launch(script, words, log, {})
         process.join(moments.uniform(0, span))
         if process.exitcode is None:

@@ -21,12 +21,12 @@ PRELOADED = ["torch", "accelerate", "torch.utils.tensorboard", "training.stages.
 PRELOADED += ["training.stages.denoiser", "training.models.assembly", "lpips", "torchvision"]
 
 
-def verify(args: argparse.Namespace, rest: list[str], scripts: Path) -> int:
-    """Train `args.steps` steps without and with interruptions, flags `rest` passed on; the exit code.
+def verify(args: argparse.Namespace, flags: list[str], scripts: Path) -> int:
+    """Train `args.steps` steps without and with interruptions, `flags` passed on; the exit code.
 
     Raises UserError (exit 4) naming the files whose bytes differ.
     """
-    script, words = command(args, rest)
+    script, words = command(args, flags)
     steps = args.steps
     if steps < 4:
         raise UserError(f"--steps: must be >= 4 (got {steps})", hint="4 steps hold a start, a middle and an end")
@@ -34,15 +34,15 @@ def verify(args: argparse.Namespace, rest: list[str], scripts: Path) -> int:
     words += ["--max-steps", str(steps), "--save-every", str(every), "--sample-every", str(steps)]
     words += ["--train.log_every", "1", "--resume", "auto"]
     home = Path(args.folder or tempfile.mkdtemp(prefix="verify-resume-"))
-    straight, broken = home / "straight", home / "interrupted"
+    straight, other_run = home / "straight", home / "interrupted"
     # Stopped after the first step and after one more; killed inside a step, inside a save, and just before its end.
     faults = ["step=term", "step=term", "step:2=kill", "checkpoint.rename=kill", "checkpoint.latest=kill"]
     run(scripts / script, [*words, "--output", str(straight)], home / "straight.log")
     for number, fault in enumerate([*faults, ""]):
         log = home / f"interrupted-{number}.log"
-        code = run(scripts / script, [*words, "--output", str(broken)], log, fault=fault)
+        code = run(scripts / script, [*words, "--output", str(other_run)], log, fault=fault)
         print(f"  {fault or 'to the end'}: exit code {code}", flush=True)
-    if unlike := differences(straight, broken):
+    if unlike := differences(straight, other_run):
         raise UserError(
             f"the interrupted training differs in {', '.join(unlike)}",
             hint=f"both are in {home}; a GPU needs deterministic kernels to repeat itself",
@@ -54,12 +54,12 @@ def verify(args: argparse.Namespace, rest: list[str], scripts: Path) -> int:
     return 0
 
 
-def command(args: argparse.Namespace, rest: list[str]) -> tuple[str, list[str]]:
+def command(args: argparse.Namespace, flags: list[str]) -> tuple[str, list[str]]:
     """The training script that the data asks for, and its flags."""
     if bool(args.data) == bool(args.latents):
         raise UserError("give --data DIR (stage one) or --latents DIR (stage two)", code=USAGE)
     stage, source = ("autoencoder", ["--data", args.data]) if args.data else ("denoiser", ["--latents", args.latents])
-    return f"train_{stage}.py", [*source, "--config", args.config, *rest]
+    return f"train_{stage}.py", [*source, "--config", args.config, *flags]
 
 
 def run(script: Path, words: list[str], log: Path, *, fault: str = "") -> int:

@@ -23,7 +23,7 @@ from training.data.images import Images
 from training.data.latents import Latents
 from training.data.loader import loaders
 from training.encoding.shard import Encoder, embeddings, refuse_many
-from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
 from training.machine import processes
 from training.models import text_encoders
@@ -32,7 +32,7 @@ from training.models.folders import copy_model
 from training.models.vocabulary import count_captions
 from training.shards.index import ShardInfo, read_index, write_index
 from training.shards.reading import ShardSet
-from training.shards.remote import Remote, located
+from training.shards.remote import Remote, open_address
 from training.shards.writing import sound_shard, write_shard
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def encode(args: argparse.Namespace) -> int:
     if args.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
     accelerator = processes.start(args.device)
-    source, target = located(args.data, args.cache_dir, args.cache_size), Path(args.output)
+    source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
     args.data = source  # which shows no secrets where it is told
     check_output(target)
     _, shards = read_index(source)
@@ -75,12 +75,12 @@ def encode(args: argparse.Namespace) -> int:
     total = sum(s.samples for s in shards)
     if accelerator.is_main_process:
         _prepare(target, plan, total, home, encoder, args)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # no process writes a shard before the folder is claimed for this plan
     tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
     worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
     _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
     waiting = worker.tell()
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # the index lists the shards of all processes
     if accelerator.is_main_process:
         _finish(source, target, plan, shards, model.latent_channels, waiting)
     accelerator.wait_for_everyone()
@@ -97,7 +97,9 @@ def _write(
     for info in shards:
         if info.name in waiting:
             samples = worker.samples(splits[info.split].shards, info, pictures)
-            if first := next(samples, None):  # none: nothing of it can be read
+            # The first sample is taken before the file is begun, for a shard of none is refused. All others are encoded
+            # while they are written: memory holds a batch, not a shard.
+            if first := next(samples, None):
                 write_shard(target, info.name.removesuffix(".tar"), chain([first], samples))
         worker.progress(info)
 
@@ -122,10 +124,10 @@ def read_ahead(
 def _some_at_once(splits: Mapping[str, Images], shards: Sequence[ShardInfo], size: int) -> Iterator[list[Place]]:
     """The places of pictures, `size` at a time; at an address, the shard after this one is fetched meanwhile."""
     for info, following in zip_longest(shards, shards[1:]):
-        own = splits[info.split].shards
-        if own.remote and following and info.bytes + following.bytes <= own.remote.limit:
-            Thread(target=_fetch, args=(own.remote, following), daemon=True).start()
-        start = sum(s.samples for s in own.shards if s.name < info.name)
+        shard_set = splits[info.split].shards
+        if shard_set.remote and following and info.bytes + following.bytes <= shard_set.remote.limit:
+            Thread(target=_fetch, args=(shard_set.remote, following), daemon=True).start()
+        start = sum(s.samples for s in shard_set.shards if s.name < info.name)
         for first in range(start, start + info.samples, size):
             yield [(info.split, index) for index in range(first, min(first + size, start + info.samples))]
 
@@ -161,7 +163,7 @@ def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder
         return None
     from ldm.text import HuggingFace
 
-    with explained("change --text-length"):
+    with as_user_error("change --text-length"):
         config = HuggingFace(length=args.text_length, pooling=args.text_pooling, lower=args.text_lower)
     return text_encoders.load_huggingface(config, args.text_encoder).to(device)
 
@@ -171,8 +173,9 @@ def _prepare(
 ) -> None:
     """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
     size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize * (2 if args.flip else 1) + BESIDE
-    written = sum(path.stat().st_size for path in target.glob("*.tar"))
-    check_output(target, total * size - written)
+    present = sum(path.stat().st_size for path in target.glob("*.tar"))
+    check_output(target, total * size - present)
+    # Claimed before anything is put there: a folder of other latents is refused as it was.
     _claim(target, plan)
     try:
         copy_model(home, target / "autoencoder")
@@ -186,29 +189,29 @@ def _prepare(
 def _claim(target: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     make_folder(target)
-    old = target / PLAN
-    if old.is_file():
-        before = read_json(old)
+    plan_file = target / PLAN
+    if plan_file.is_file():
+        before = read_json(plan_file)
         before = {"tile": 0, **(before if isinstance(before, dict) else {})}
-        changed = [
+        differences = [
             f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
         ]
-        if changed:
+        if differences:
             raise UserError(
-                f"{target} holds latents made from something else ({'; '.join(changed)})",
+                f"{target} holds latents made from something else ({'; '.join(differences)})",
                 hint="choose another --output, or remove that folder",
                 code=CHECKPOINT,
             )
         remove_partials(target)
     elif any(target.iterdir()):
         raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
-    write_json(old, plan)
+    write_json(plan_file, plan)
 
 
 def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
     """What one stored latent is: shape, type, and the size of its picture."""
     picture = tuple(images[0].data.shape[2:])
-    with explained("pack the pictures again with another --resolution", DATA):
+    with as_user_error("pack the pictures again with another --resolution", DATA):
         model.check_images(torch.empty(1, 3, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
@@ -227,18 +230,18 @@ def _finish(
     infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
     summary |= {"tile": plan["tile"]} if plan["tile"] else {}
-    asked, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
-    if asked > total:
-        refuse_many(asked - total, asked, str(source))
-        summary["left_out"] = asked - total
-    write_index(target, infos, summary, kind="latents")
+    samples, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
+    if samples > total:
+        refuse_many(samples - total, samples, str(source))
+        summary["left_out"] = samples - total
+    write_index(target, infos, summary, kind="latents")  # last of the data: a folder without is refused
     if any(info.split == "train" for info in infos):
         count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
         print(f"warning: latent channels {dead} hardly vary (std below {DEAD:g})", file=sys.stderr)
     shape = "x".join(map(str, plan["latent"]["shape"]))
-    said = f", {asked - total:,} left out" if asked > total else ""
-    print(f"latents: {target} ({total:,} samples of {shape}{said}), waiting for data {waiting:.0%}", file=sys.stderr)
+    gap = f", {samples - total:,} left out" if samples > total else ""
+    print(f"latents: {target} ({total:,} samples of {shape}{gap}), waiting for data {waiting:.0%}", file=sys.stderr)
 
 
 def _dead_channels(shards: ShardSet, channels: int) -> list[int]:

@@ -100,16 +100,17 @@ class Encoder:
                 f"{odd[0]}: pictures of different sizes in one data set", hint="pack them with --resolution", code=DATA
             )
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
+        # The mirrored picture is encoded on its own: an encoder's answer to it is not the mirrored answer.
         moments = {"moments.npy": self._moments(pixels, keys)}
         if self.flip:
             moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
-        embedded = self._texts([picture.notes["captions"] for picture in pictures], keys) if self.text else []
+        embeddings_of = self._texts([picture.notes["captions"] for picture in pictures], keys) if self.text else []
         for i, (key, _, notes) in enumerate(pictures):
             fields = {name: _npy(values[i]) for name, values in moments.items()}
             fields["txt"] = notes["captions"][0].encode()
             fields["json"] = json.dumps(notes, ensure_ascii=False).encode("utf-8", "replace")
-            if embedded:
-                fields["text.safetensors"] = embedded[i]
+            if embeddings_of:
+                fields["text.safetensors"] = embeddings_of[i]
             yield key, fields
 
     def _texts(self, captions: list[list[str]], keys: list[str]) -> list[bytes]:
@@ -117,47 +118,48 @@ class Encoder:
         from safetensors.torch import save
 
         assert self.text is not None
-        self.cut += self.text.truncated(caption for own in captions for caption in own)
-        rows = iter(embeddings(self.text, [caption for own in captions for caption in own]))
-        stored = []
-        for key, own in zip(keys, captions, strict=True):
-            named = {f"{n}.{name}": tensor for n in range(len(own)) for name, tensor in next(rows).items()}
-            if not all(tensor.isfinite().all() for tensor in named.values()):
+        self.cut += self.text.truncated(caption for texts in captions for caption in texts)
+        rows = iter(embeddings(self.text, [caption for texts in captions for caption in texts]))
+        files = []
+        for key, texts in zip(keys, captions, strict=True):
+            tensors = {f"{n}.{name}": tensor for n in range(len(texts)) for name, tensor in next(rows).items()}
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise UserError(
                     f"{key}: the caption's embedding is not finite (stored as float16)",
                     hint="leave --text-encoder out here and give it to scripts/train_denoiser.py instead",
                     code=NUMERICAL,
                 )
-            stored.append(bytes(save(named)))
-        return stored
+            files.append(bytes(save(tensors)))
+        return files
 
     def _moments(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
-        stored: np.ndarray = self._encoded(pixels).astype(self.dtype)
-        bad = ~np.isfinite(stored).reshape(len(keys), -1).all(1)
+        # Checked as it is stored: float16 overflows where the float32 that was encoded does not.
+        moments: np.ndarray = self._encoded(pixels).astype(self.dtype)
+        bad = ~np.isfinite(moments).reshape(len(keys), -1).all(1)
         if bad.any():
             raise UserError(
                 f"{keys[int(bad.argmax())]}: latents are not finite (stored as {self.dtype})",
                 hint="try --dtype float32 and --mixed-precision no",
                 code=NUMERICAL,
             )
-        return stored
+        return moments
 
     def _encoded(self, pixels: Tensor) -> np.ndarray:
         """Moments of a batch, in parts of `batch` pictures."""
-        done: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
         at = 0
         while at < len(pixels):
             part = pixels[at : at + self.batch]
             moments = self._fitting(part)
             if moments is not None:
-                done.append(moments)
+                parts.append(moments)
                 at += len(part)
             elif len(part) == 1:
                 raise UserError("out of memory with a single picture", hint="use a machine with more memory", code=DISK)
             else:
-                self.batch = len(part) // 2
+                self.batch = len(part) // 2  # of this part, which may be smaller than `batch`, and for all that follow
                 print(f"note: out of memory with {len(part)} images at once; now {self.batch}", file=sys.stderr)
-        return np.concatenate(done)
+        return np.concatenate(parts)
 
     @torch.no_grad()
     def _fitting(self, pixels: Tensor) -> np.ndarray | None:

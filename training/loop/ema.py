@@ -21,9 +21,9 @@ class EMA:
         self.decay, self.updates = decay, 0
         self._live: dict[str, nn.Parameter] = {}
         for name, module in modules.items():
-            kept = _followers(module)
-            found = ((key, p) for key, p in module.named_parameters() if p.requires_grad or key in kept)
-            self._live |= {f"{name}.{key}": p for key, p in found}
+            followers = _followers(module)
+            parameters = ((key, p) for key, p in module.named_parameters() if p.requires_grad or key in followers)
+            self._live |= {f"{name}.{key}": p for key, p in parameters}
         self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
 
     @torch.no_grad()
@@ -35,19 +35,19 @@ class EMA:
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def averaged_weights(self) -> Iterator[None]:
         """Inside, the modules hold the averaged weights; outside, their own again. Off (decay 0) changes nothing."""
         if not self.decay:
             yield
             return
-        kept = {key: p.data for key, p in self._live.items()}
+        live = {key: p.data for key, p in self._live.items()}
         for key, p in self._live.items():
             p.data = self.shadow[key].to(p.dtype)
         try:
             yield
         finally:
             for key, p in self._live.items():
-                p.data = kept[key]
+                p.data = live[key]
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Take back saved shadows and their counter; after the weights, from which what was not averaged is taken."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder
-from training.errors import UserError, explained
+from training.errors import UserError, as_user_error
 from training.loop import optim
 from training.loop.ema import EMA
 from training.loop.optim import learning
@@ -40,7 +40,6 @@ from training.settings.sections import Optimizer, Train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
 
 COMPARED_EVERY = 100  # steps after which processes compare their weights, besides the first step and each save
 
@@ -73,16 +72,15 @@ class Loop:
         self.checkpoints = Checkpoints(run, train.keep_last, keep_best=train.keep_best)
         self.writer = Writer(self.checkpoints)
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
-        self.state = TrainingState(
-            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs
-        )
+        averages, notes = (self.ema, self.powers), (self.journal, self.watchdogs)
+        self.state = TrainingState(stage, *averages, self.optimizers, accelerator.scaler, *notes)
         self.signals, self.base = Signals(), (0, 0)  # of the data order
         self.open_data(0)
         self.done, self.saving = 0, False
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
 
-    def planned(self, start: int) -> Batches:
+    def plan_batches(self, start: int) -> Batches:
         """This process's micro-batches from step `start` on."""
         dataset, train = self.stage.dataset, self.train
         order = DataOrder(len(dataset), train.batch_size, train.seed, self.base, *dataset.shards.windows)
@@ -103,40 +101,42 @@ class Loop:
         except Exception as failure:
             with suppress(Exception):  # what is being written is sound; the first failure is the one to tell
                 self.writer.finish()
-            told = explain(failure, self.done, self.micro, self.train.batch_size)
-            if told is failure:
+            explanation = explain(failure, self.done, self.micro, self.train.batch_size)
+            if explanation is failure:
                 raise
-            raise told from failure
+            raise explanation from failure
 
     def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
-        self.batches = self.planned(start)
+        self.batches = self.plan_batches(start)
         pin = self.accelerator.device.type == "cuda"
         self.incoming = stream(self.stage.dataset, self.batches, self.train.num_workers, pin=pin)
 
     def _steps(self, start: int) -> int:
         train = self.train
         if start == 0:
-            with explained("change the config"):  # the first pictures try sampler, grid and guidance together
+            with as_user_error("change the config"):  # the first pictures try sampler, grid and guidance together
                 self.validate(0)
         for step in range(start, train.max_steps):
-            self.writer.check()
+            self.writer.check()  # a save that failed ends the run here, not at its end
             rate = self.rate(step)
             self.journal.record(step + 1, self.gradients(step) | self.step(step, rate), rate)
-            done = self.done = step + 1
-            last = done == train.max_steps
-            if done % train.sample_every == 0 or last:
-                self.validate(done)
-            stopped = self._stopped()
-            if self.accelerator.is_main_process and (done % train.ema_every == 0 or last):
-                self.powers.keep(self.run, done)
-            saving = done % train.save_every == 0 or last or bool(stopped) or self.saving
-            if saving or step == start or done % COMPARED_EVERY == 0:
-                self.watchdogs.compare(done, self.state.replicated())
+            step_count = self.done = step + 1
+            final = step_count == train.max_steps
+            # Validated before the save: a checkpoint carries the score of its step, and a rollback changes weights.
+            if step_count % train.sample_every == 0 or final:
+                self.validate(step_count)
+            stop_signal = self._poll_signals()  # after validation, which may take long: what came meanwhile counts
+            if self.accelerator.is_main_process and (step_count % train.ema_every == 0 or final):
+                self.powers.keep(self.run, step_count)
+            saving = step_count % train.save_every == 0 or final or bool(stop_signal) or self.saving
+            # Compared before each save: weights on which processes do not agree never become a checkpoint.
+            if saving or step == start or step_count % COMPARED_EVERY == 0:
+                self.watchdogs.compare(step_count, self.state.replicated())
             if saving:
-                self.save(done, wait=not train.save_async or last or bool(stopped) or self.saving)
-            if stopped:
-                return stopped
+                self.save(step_count, wait=not train.save_async or final or bool(stop_signal) or self.saving)
+            if stop_signal:
+                return stop_signal
         return 0
 
     def gradients(self, step: int) -> dict[str, Tensor]:
@@ -154,9 +154,10 @@ class Loop:
                 if not out_of_memory(failure):
                     raise
                 reason = str(failure) or "out of memory"  # the exception itself would hold the activations
+            # Every process comes here, whether it failed or not: the others would wait for one that did not.
             failures = self.accelerator.reduce(torch.tensor(float(bool(reason)), device=self.accelerator.device), "sum")
             if not failures:
-                self.average()
+                self.average()  # here, for no pass of an attempt has averaged: it might have been undone
                 break
             attempt.drop()
             self._shrink(step, reason or "out of memory in another process")
@@ -205,24 +206,24 @@ class Loop:
         moving = {name: learning(optimizer) for name, optimizer in self.optimizers.items()}
         for name, optimizer in self.optimizers.items():
             if scaler and moving[name]:
-                scaler.unscale_(optimizer)
+                scaler.unscale_(optimizer)  # before the clip, whose limit and norms are those of true gradients
             norm = nn.utils.clip_grad_norm_(moving[name], self.settings.clip or math.inf)
             norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
         try:
-            taken = self.watchdogs.judge(step, self.losses, norms, self.sample_keys)
+            sound = self.watchdogs.judge(step, self.losses, norms, self.sample_keys)
         except UserError:
             self.journal.flush(step)  # what led to it; every process is here
             raise
         for name, optimizer in self.optimizers.items():
-            if moving[name] and taken:
+            if moving[name] and sound:
                 scaler.step(optimizer) if scaler else optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # of a skipped step, too: its gradients must not enter the next
         if scaler:
-            scaler.update()
+            scaler.update()  # once, after all optimisers: they share one scale
         self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
         self.powers.update(step + 1)
-        return norms if taken else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
+        return norms if sound else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
 
     def sample_keys(self, process: int, part: int) -> list[str]:
         """The samples of one micro-batch of the step being taken, by key."""
@@ -234,35 +235,35 @@ class Loop:
         Raises UserError (exit 5) in all processes where a return is due and none is left.
         """
         self.journal.flush(step)  # so that metrics.jsonl is in the order of steps, however often it is flushed
-        rollback, good = self.stage.rollback, None
+        rollback, target = self.stage.rollback, None
         if self.accelerator.is_main_process:
             folder = self.run / "samples" / f"step-{step:08d}"
-            numbers, reached = validate(self.stage, self.ema, folder)
-            self.scored = step, reached
+            numbers, score = validate(self.stage, self.ema, folder)
+            self.scored = step, score
             if rollback and rollback.share(step - 1):
                 self.writer.finish()  # the best may be on its way to the disk
-                good = rollback.target(self.checkpoints, step, reached)
-                if good and rollback.left:
-                    numbers = {**numbers, "returned_to": float(good.name.rpartition("-")[2])}
+                target = rollback.target(self.checkpoints, step, score)
+                if target and rollback.may_return:
+                    numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
         if rollback:
-            self._roll_back(rollback, step, good)
+            self._roll_back(rollback, step, target)
         self.accelerator.wait_for_everyone()
 
-    def _roll_back(self, rollback: Rollback, step: int, good: Path | None) -> None:
+    def _roll_back(self, rollback: Rollback, step: int, best: Path | None) -> None:
         """Go back to the checkpoint that the main process names, if any. Collective."""
         from accelerate.utils import broadcast_object_list
 
-        target: Path | None = broadcast_object_list([good])[0]
+        target: Path | None = broadcast_object_list([best])[0]
         if target is None:
             return
-        worse = rollback.verdict(self.stage.score[0], step, target)
-        checkpoint = rollback.merged(self.checkpoints.load(target), self.snapshot(step).state, step)
+        verdict = rollback.verdict(self.stage.score[0], step, target)
+        checkpoint = rollback.merge_checkpoint(self.checkpoints.load(target), self.snapshot(step).state, step)
         for optimizer in self.optimizers.values():
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
         self.scored = None  # the number is not that of the weights that now stand
-        announce(self.accelerator, f"warning: {worse}: back to its weights; {rollback.prospect(step)}")
+        announce(self.accelerator, f"warning: {verdict}: back to its weights; {rollback.prospect(step)}")
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
@@ -283,13 +284,13 @@ class Loop:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take back a snapshot, in every process. Raises UserError where the weights do not fit."""
         self.state.restore(checkpoint, self.checkpoints.folder / f"step-{checkpoint.step:08d}")
-        state, held = checkpoint.state, self.micro * self.accumulation
+        state, samples = checkpoint.state, self.micro * self.accumulation
         if "watchdogs" in state:  # not in checkpoints of earlier versions, which did not keep their place either
             self.base = checkpoint.step, int(state["place"])
-        if self.shrinks and "micro" in state and held % int(state["micro"]) == 0:  # what was found to fit
-            self.micro, self.accumulation = int(state["micro"]), held // int(state["micro"])
+        if self.shrinks and "micro" in state and samples % int(state["micro"]) == 0:  # what was found to fit
+            self.micro, self.accumulation = int(state["micro"]), samples // int(state["micro"])
 
-    def _stopped(self) -> int:
+    def _poll_signals(self) -> int:
         """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`)."""
         wishes = [self.signals.stop, int(self.signals.take_save())]
         if self.accelerator.num_processes > 1:

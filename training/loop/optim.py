@@ -16,8 +16,8 @@ def learning_rate(settings: Optimizer, step: int, max_steps: int) -> float:
     rate = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
     if settings.decay == "constant":
         return rate
-    done = min(1.0, max(0.0, (step - settings.warmup) / max(1, max_steps - settings.warmup)))
-    fall = (1 + math.cos(math.pi * done)) / 2 if settings.decay == "cosine" else 1 - done
+    progress = min(1.0, max(0.0, (step - settings.warmup) / max(1, max_steps - settings.warmup)))
+    fall = (1 + math.cos(math.pi * progress)) / 2 if settings.decay == "cosine" else 1 - progress
     return rate * (settings.final_lr + (1 - settings.final_lr) * fall)
 
 
@@ -26,12 +26,12 @@ def adamw(settings: Optimizer, modules: Iterable[nn.Module], *, scale: float = 1
 
     The fused kernel is 5x the loop on a CPU and 2x on a GPU; it runs wherever torch offers it.
     """
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay, "scale": scale},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": scale},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay, "scale": scale},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "scale": scale},
     ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=fused)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, USAGE, UserError
 from training.files import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    pass
 
 FOLDER = "ema"  # of a run: step-00001000.safetensors, with `LENGTH/parameter` in it
 
@@ -51,15 +48,15 @@ def decay(gamma: float, step: int) -> float:
     return float((1 - 1 / step) ** (gamma + 1))
 
 
-def mixture(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
-    """The weights of stored averages in the one `wanted`: the least squares of their profiles, itself where stored."""
-    if wanted in stored:
-        return np.asarray([float(place == list(stored).index(wanted)) for place in range(len(stored))])
-    known = np.array([[a.dot(b) for b in stored] for a in stored])
-    aim = np.array([a.dot(wanted) for a in stored])
+def mixture(profiles: Sequence[Profile], target: Profile) -> np.ndarray:
+    """The weights of stored averages in `target`: the least squares of their profiles, itself where stored."""
+    if target in profiles:
+        return np.asarray([float(place == list(profiles).index(target)) for place in range(len(profiles))])
+    products = np.array([[a.dot(b) for b in profiles] for a in profiles])
+    aim = np.array([a.dot(target) for a in profiles])
     # Scaled to unit diagonal, which keeps early snapshots, of tiny overlap, from being rounded away.
-    scale = 1 / np.sqrt(known.diagonal())
-    solution = np.linalg.lstsq(known * scale * scale[:, None], aim * scale, rcond=None)[0]
+    scale = 1 / np.sqrt(products.diagonal())
+    solution = np.linalg.lstsq(products * scale * scale[:, None], aim * scale, rcond=None)[0]
     return np.asarray(solution * scale)
 
 
@@ -110,21 +107,21 @@ def reconstruct(folder: Path, length: float, step: int | None = None) -> tuple[d
 
     Reads one snapshot at a time. Raises UserError where there are none up to that step.
     """
-    found = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
-    at = max(found, default=0) if step is None else step
-    files = {number: path for number, path in found.items() if number <= at}
+    snapshots = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
+    at = max(snapshots, default=0) if step is None else step
+    files = {number: path for number, path in snapshots.items() if number <= at}
     if not files:
         raise UserError(
-            f"{folder}: no snapshots of averages" + (f" up to step {step}" if found else ""),
+            f"{folder}: no snapshots of averages" + (f" up to step {step}" if snapshots else ""),
             hint="train with --train.ema_lengths 0.05,0.1 and --train.ema_every N"
-            if not found else f"the first is of step {min(found)}", code=CHECKPOINT)
+            if not snapshots else f"the first is of step {min(snapshots)}", code=CHECKPOINT)
     try:
-        wanted = Profile(at, exponent(length))
+        target = Profile(at, exponent(length))
     except ValueError as failure:
         raise UserError(str(failure), hint="EDM2 used 0.05 to 0.15", code=USAGE) from None
     names = sorted({key.partition("/")[0] for key in load_tensors(next(iter(files.values())))})
     places = [(number, name) for number in files for name in names]
-    weights = dict(zip(places, mixture([Profile(n, exponent(float(name))) for n, name in places], wanted), strict=True))
+    weights = dict(zip(places, mixture([Profile(n, exponent(float(name))) for n, name in places], target), strict=True))
     total: dict[str, Tensor] = {}
     for number, path in files.items():
         for key, value in load_tensors(path).items():

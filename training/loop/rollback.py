@@ -37,38 +37,38 @@ class Rollback:
         return 0.5**self.count
 
     @property
-    def left(self) -> bool:
+    def may_return(self) -> bool:
         """Whether the run may go back once more."""
         return self.count < self.limit
 
-    def target(self, checkpoints: Checkpoints, step: int, reached: float) -> Path | None:
-        """The best checkpoint before `step`, where the score `reached` is too far above its own."""
+    def target(self, checkpoints: Checkpoints, step: int, score_now: float) -> Path | None:
+        """The best checkpoint before `step`, where `score_now` is too far above its score."""
         earlier = (path for path in checkpoints.folder.glob("step-*") if path.name < f"step-{step:08d}")
         scores = {path: value for path in earlier if (value := score(path)) is not None}
         best = min(scores, key=lambda path: scores[path], default=None)
-        if best is None or reached <= scores[best] + self.margin:  # a score that is NaN is no good one
+        if best is None or score_now <= scores[best] + self.margin:  # a score that is NaN is no good one
             return None
         return best
 
-    def verdict(self, score: str, step: int, good: Path) -> str:
+    def verdict(self, score: str, step: int, checkpoint: Path) -> str:
         """What is said of a wreck. Raises UserError (exit 5) where no return is left."""
-        worse = f"held-out {score} at step {step} is more than {self.margin:g} below that of {good.name}"
-        if not self.left:
+        reason = f"held-out {score} at step {step} is more than {self.margin:g} below that of {checkpoint.name}"
+        if not self.may_return:
             raise UserError(
-                f"{worse}, and no return is left of {self.limit}",
+                f"{reason}, and no return is left of {self.limit}",
                 hint="lower loss.adversarial or discriminator_lr, or lengthen loss.adversarial_ramp; "
-                f"what was good is kept in {good}",
+                f"what was good is kept in {checkpoint}",
                 code=NUMERICAL,
             )
-        return worse
+        return reason
 
     def prospect(self, step: int) -> str:
         """How a run that went back at `step` goes on."""
         return f"the adversarial gradient begins again at step {step + self.pause}, at {self.weight:g} of its weight"
 
-    def merged(self, good: Checkpoint, present: Mapping[str, Any], step: int) -> Checkpoint:
+    def merge_checkpoint(self, best: Checkpoint, present: Mapping[str, Any], step: int) -> Checkpoint:
         """The good checkpoint as of `step`: its weights and averages with the present place in the data."""
-        back = {"returns": {"count": self.count + 1, "start": step + self.pause}}
-        kept = {key: good.state[key] for key in ("ema_updates", "scaler")}
-        state = {**present, **kept, "stage": {**good.state["stage"], **back}}
-        return dataclasses.replace(good, step=step, state=state)
+        returns = {"returns": {"count": self.count + 1, "start": step + self.pause}}
+        carried = {key: best.state[key] for key in ("ema_updates", "scaler")}
+        state = {**present, **carried, "stage": {**best.state["stage"], **returns}}
+        return dataclasses.replace(best, step=step, state=state)

@@ -17,7 +17,7 @@ def validate(stage: Stage, ema: EMA, folder: Path) -> tuple[dict[str, float], fl
     try:
         fault("samples")
         folder.mkdir(parents=True, exist_ok=True)
-        with ema.applied(), torch.no_grad():
+        with ema.averaged_weights(), torch.no_grad():
             numbers = stage.evaluate(folder)
     except OSError as failure:
         raise disk_error(folder, failure) from None

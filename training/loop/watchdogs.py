@@ -15,8 +15,8 @@ from torch import Tensor
 
 from training.errors import DISK, LOST, NUMERICAL, USAGE, UserError
 from training.files import write_json
-from training.machine.memory import needed, out_of_memory
-from training.machine.processes import lost
+from training.machine.memory import memory_needed, out_of_memory
+from training.machine.processes import is_lost_connection
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Watchdogs:
         fp16 scaler's overflow. Raises UserError (exit 5) where a loss is not finite, where a norm is not and no scaler
         is at work, and after 20 skips in a row; `keys(process, micro-batch)` names the samples to blame.
         """
-        mine = torch.stack([value.detach().float().reshape(()) for value in (*losses, *norms.values())])
-        every = self.accelerator.gather(mine[None]).reshape(-1, len(mine)).tolist()
+        row_of_process = torch.stack([value.detach().float().reshape(()) for value in (*losses, *norms.values())])
+        every = self.accelerator.gather(row_of_process[None]).reshape(-1, len(row_of_process)).tolist()
         parts = len(losses)
         if bad := [(r, a) for r, row in enumerate(every) for a in range(parts) if not math.isfinite(row[a])]:
             raise self._stop("loss is not finite", step, [key for r, a in bad for key in keys(r, a)], every)
@@ -140,8 +140,8 @@ class Attempt:
 
 def checksum(value: Tensor) -> Tensor:
     """The sum of the tensor's bits read as integers, modulo 2^64: exact, in any order, and quick on any device."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    return value.detach().view(whole).sum(dtype=torch.int64)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return value.detach().view(integers).sum(dtype=torch.int64)
 
 
 def explain(failure: Exception, step: int, micro: int, batch: int) -> Exception:
@@ -152,9 +152,9 @@ def explain(failure: Exception, step: int, micro: int, batch: int) -> Exception:
     if out_of_memory(failure):
         half = f"--micro-batch-size {micro // 2}, or auto, trains the same with less (the global batch stays {batch})"
         least = half if micro > 1 else "more processes"
-        what = f"out of memory at step {step} with a micro-batch of {micro}{needed(text)}"
+        what = f"out of memory at step {step} with a micro-batch of {micro}{memory_needed(text)}"
         return UserError(what, hint=f"{least}; or --mixed-precision bf16; or a smaller model", code=DISK)
-    if lost(failure):
+    if is_lost_connection(failure):
         hint = "see what the other process said; then go on with the same command and --resume auto"
         return UserError(f"lost another process at step {step}", hint=hint, code=LOST)
     if type(failure).__module__.startswith(("torch._inductor", "torch._dynamo")):

@@ -31,14 +31,14 @@ def fault(point: str) -> None:
 
     Raises UserError for an LDM_FAULT that names no known point or action: a drill that tests nothing is no drill.
     """
-    asked = os.environ.get("LDM_FAULT")
-    if not asked:
+    request = os.environ.get("LDM_FAULT")
+    if not request:
         return
-    place, _, action = asked.partition("=")
+    place, _, action = request.partition("=")
     name, _, number = place.partition(":")
     if name not in POINTS or action not in ACTIONS or not (number or "1").isdecimal():
         raise UserError(
-            f"LDM_FAULT={asked}: expected <point>[:n]=<action>",
+            f"LDM_FAULT={request}: expected <point>[:n]=<action>",
             hint=f"points: {', '.join(POINTS)}; actions: {', '.join(ACTIONS)}",
         )
     if name != point:

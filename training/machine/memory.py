@@ -21,20 +21,20 @@ def out_of_memory(failure: RuntimeError) -> bool:
     return isinstance(failure, torch.OutOfMemoryError) or MEMORY.search(str(failure)) is not None
 
 
-def needed(text: str) -> str:
+def memory_needed(text: str) -> str:
     """The least memory that an out-of-memory message tells was needed, and what there is; empty where it tells none.
 
     The peak so far and the one allocation that failed: a lower bound.
     """
-    if not (found := TRIED.search(text)):
+    if not (match := TRIED.search(text)):
         return ""
-    tried = float(found[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB").index(found[2])
+    allocation = float(match[1]) * 1024 ** ("bytes", "KiB", "MiB", "GiB").index(match[2])
     if torch.cuda.is_available() and "CUDA" in text:
-        held, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
     else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f" (at least {gigabytes(int(held + tried))} needed, {gigabytes(there)} there)"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f" (at least {gigabytes(int(peak + allocation))} needed, {gigabytes(total)} there)"
 
 
 def keep_memory() -> None:

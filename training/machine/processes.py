@@ -18,9 +18,6 @@ from training.machine.memory import keep_memory
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 
@@ -32,8 +29,8 @@ def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool =
     """
     keep_memory()
     torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
-    wanted = resolve(device)
-    on_cpu = wanted.type == "cpu"
+    target = resolve(device)
+    on_cpu = target.type == "cpu"
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if mixed_precision == "fp16":
@@ -41,20 +38,20 @@ def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool =
     elif mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
     if compiles:
-        check_compiler(wanted)
-    if wanted.index is not None:
-        torch.cuda.set_device(wanted)
+        check_compiler(target)
+    if target.index is not None:
+        torch.cuda.set_device(target)
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
+    launch_count = int(os.environ.get("WORLD_SIZE", "1"))
+    if launch_count != accelerator.num_processes:
         raise UserError(
-            f"{started} processes were started but only {accelerator.num_processes} is in the group",
+            f"{launch_count} processes were started but only {accelerator.num_processes} is in the group",
             hint="start with torchrun or accelerate launch, and with ACCELERATE_USE_CPU=true on CPUs",
             code=USAGE,
         )
-    if on_cpu and started == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"} <= os.environ.keys():
+    if on_cpu and launch_count == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"} <= os.environ.keys():
         # Without MPI, `accelerate launch --cpu --num_processes N` starts one process, and names the port it would join.
         raise UserError(
             "accelerate launch --cpu was asked for several processes but started only 1",
@@ -93,37 +90,37 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        if not joined():
+        if not is_distributed():
             raise
-        if lost(failure):
+        if is_lost_connection(failure):
             hint = "see what the other process said; then go on with the same command and --resume auto"
             failure = UserError("lost another process", hint=hint, code=LOST)
         code = failure.code if isinstance(failure, UserError) else LOST
-        mine = json.dumps([torch.distributed.get_rank(), code])
-        first = _claim(mine)
-        if first == mine:
+        record = json.dumps([torch.distributed.get_rank(), code])
+        first = _claim(record)
+        if first == record:
             raise failure from None
         raise SystemExit(json.loads(first)[1]) from None
 
 
-def joined() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return initialized and torch.distributed.get_world_size() > 1
 
 
-def lost(failure: Exception) -> bool:
+def is_lost_connection(failure: Exception) -> bool:
     """Whether a failure is that of the connection to another process."""
-    return joined() and isinstance(failure, RuntimeError) and PEER.search(str(failure)) is not None
+    return is_distributed() and isinstance(failure, RuntimeError) and PEER.search(str(failure)) is not None
 
 
-def _claim(mine: str) -> str:
-    """What the first process to fail left in the store; `mine` where that is this one or where the store is gone."""
+def _claim(record: str) -> str:
+    """What the first process to fail left in the store; `record` where that is this one or where the store is gone."""
     try:
         store: Any = torch.distributed.distributed_c10d._get_default_store()
-        return str(store.compare_set("training/failure", "", mine).decode())
+        return str(store.compare_set("training/failure", "", record).decode())
     except (RuntimeError, ValueError):
-        return mine
+        return record
 
 
 def resolve(device: str) -> torch.device:
@@ -131,12 +128,12 @@ def resolve(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        wanted = torch.device(device)
+        target = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: unknown device", hint="use auto, cpu, cuda or cuda:N") from None
-    if wanted.type == "cuda" and not (torch.cuda.is_available() and (wanted.index or 0) < torch.cuda.device_count()):
+    if target.type == "cuda" and not (torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count()):
         raise UserError(f"--device {device}: no CUDA device (torch {torch.__version__})", hint="use --device cpu")
-    return wanted
+    return target
 
 
 def announce(accelerator: Accelerator, text: str) -> None:

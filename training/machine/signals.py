@@ -51,7 +51,7 @@ def shield(_worker: int) -> None:
 
 
 @contextmanager
-def sheltered() -> Iterator[None]:
+def block_sigterm() -> Iterator[None]:
     """Around the start of loader processes: they are born with SIGTERM blocked, and `shield` comes in time."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigtimedwait") else set())
     try:

@@ -65,7 +65,7 @@ def command() -> tuple[str, ...]:
     return "```bash", f"python scripts/check_samplers.py {shlex.join(sys.argv[1:])}".rstrip(), "```\n"
 
 
-def chosen(members: dict[str, Any], names: str, flag: str) -> dict[str, Any]:
+def select(members: dict[str, Any], names: str, flag: str) -> dict[str, Any]:
     """The members of these names, all for "all". Raises UserError on an unknown name."""
     wanted = list(members) if names == "all" else names.split(",")
     if unknown := [name for name in wanted if name not in members]:
@@ -91,11 +91,11 @@ def processes() -> dict[str, Any]:
 
 def oracle_tables(args: Any) -> Iterator[str]:
     """Errors of every combination, orders of convergence, and what is refused."""
-    schedules = chosen(processes(), args.processes, "--processes")
-    samplers = chosen(every("sampler"), args.samplers, "--samplers")
-    own = Given(times=tuple(torch.linspace(1, 0, args.steps + 1, dtype=torch.float64).tolist()))
-    grids = chosen(every("grid") | {Given.kind: own}, args.grids, "--grids")
-    refused: dict[str, str] = {}
+    schedules = select(processes(), args.processes, "--processes")
+    samplers = select(every("sampler"), args.samplers, "--samplers")
+    given_grid = Given(times=tuple(torch.linspace(1, 0, args.steps + 1, dtype=torch.float64).tolist()))
+    grids = select(every("grid") | {Given.kind: given_grid}, args.grids, "--grids")
+    reasons: dict[str, str] = {}
     yield f"""Data N({MEAN}, {STD}^2), {args.steps} steps. Bias of the result's mean and variance: exact, but for
 predictor-corrector, whose steps look at the sample: measured on 2^15 numbers, which alone vary by 0.8 % in variance.
 End error: how far a sampler without noise of its own carries a sample from where the ODE does, root mean square over
@@ -107,30 +107,30 @@ equal steps of t.
     yield f"| sampler | {columns} |"
     yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
     for name, schedule in schedules.items():
-        yield from rows(name, schedule, samplers, grids, args.steps, refused)
+        yield from rows(name, schedule, samplers, grids, args.steps, reasons)
     yield from orders(schedules, samplers)
     yield "\n## Refused when built\n"
-    for pair, reason in refused.items():
+    for pair, reason in reasons.items():
         yield f"- {pair}: {reason}"
 
 
 def rows(name: str, schedule: Any, samplers: dict[str, Any], grids: dict[str, Any], steps: int,
-         refused: dict[str, str]) -> Iterator[str]:
-    """The rows of one process; what it does not combine with is added to `refused`."""
-    allowed, times = [], {}
+         reasons: dict[str, str]) -> Iterator[str]:
+    """The rows of one process; what it does not combine with is added to `reasons`."""
+    processes_here, times = [], {}
     for kind, prediction in every("prediction").items():
         try:
-            allowed.append(Diffusion(schedule=schedule, prediction=prediction))
+            processes_here.append(Diffusion(schedule=schedule, prediction=prediction))
         except ValueError as error:
-            refused[f"{name} x {kind}"] = str(error)
+            reasons[f"{name} x {kind}"] = str(error)
     for kind, grid in grids.items():
         try:
             times[kind] = grid(steps, schedule)
         except ValueError as error:
-            refused[f"{name} x {kind}"] = str(error)
+            reasons[f"{name} x {kind}"] = str(error)
     for sampler in samplers.values():
         for grid, visited in times.items():
-            calls, spread = through(sampler, schedule, visited, allowed)
+            calls, spread = through(sampler, schedule, visited, processes_here)
             mean, variance, end = moments(sampler, schedule, visited)
             ends = f"{end / STD:.1e} | {on_two_modes(sampler, schedule, visited):.1e}" if sampler.rises else "- | -"
             bias = f"{mean - MEAN:+.1e} | {variance / STD**2 - 1:+.1e}"
@@ -152,7 +152,7 @@ def moments(sampler: Any, schedule: Any, times: Any) -> tuple[float, float, floa
     start = ((alpha * STD) ** 2 + sigma**2).sqrt()
     draws = 0 if sampler.rises and sampler.order else draws_of(sampler, oracle, times)
     if draws is None:
-        return measured(sampler, oracle, times, alpha * MEAN, start)
+        return sampled_moments(sampler, oracle, times, alpha * MEAN, start)
     x = (alpha * MEAN).expand(draws + 2, 1).clone()
     # Sample 0 has neither noise nor a start of its own; the last has the start alone, and the rest a draw each.
     x[-1] += start
@@ -162,7 +162,7 @@ def moments(sampler: Any, schedule: Any, times: Any) -> tuple[float, float, floa
     return drawn[0].item(), parts.square().sum().item(), end.item()
 
 
-def measured(sampler: Any, oracle: Any, times: Any, mean: Any, std: Any) -> tuple[float, float, float]:
+def sampled_moments(sampler: Any, oracle: Any, times: Any, mean: Any, std: Any) -> tuple[float, float, float]:
     """`moments` of a sampler whose steps look at the sample: over 2^15 numbers, or Gauss-Hermite nodes for one without
     noise."""
     noise = Noise.from_seeds(list(range(32)))
@@ -204,12 +204,12 @@ least and most over the processes. -: its bias is not set by the step.
     yield "| sampler | declared | least | most |"
     yield "|---|---:|---:|---:|"
     for sampler in samplers.values():
-        found = [fitted(sampler, schedule) for schedule in schedules.values()] if sampler.order else []
+        found = [convergence_order(sampler, schedule) for schedule in schedules.values()] if sampler.order else []
         ends = f"{sampler.order} | {min(found):.2f} | {max(found):.2f}" if found else "- | - | -"
         yield f"| {sampler.kind} | {ends} |"
 
 
-def fitted(sampler: Any, schedule: Any) -> float:
+def convergence_order(sampler: Any, schedule: Any) -> float:
     """The order of convergence, over an interval without the ends of time."""
     counts, errors = ([16, 32, 64] if sampler.order > 3 else [32, 64, 128]), []
     for steps in counts:
@@ -221,6 +221,6 @@ def fitted(sampler: Any, schedule: Any) -> float:
 
 def run_table(args: Any) -> Iterator[str]:
     """How the samplers agree on a trained network."""
-    samplers = list(chosen(every("sampler"), args.samplers, "--samplers").values())
+    samplers = list(select(every("sampler"), args.samplers, "--samplers").values())
     seeds = 2 if all(sampler.rises for sampler in samplers) else args.seeds
     yield from table(Bench(load_pipeline(args.model), args.prompt, args.steps, seeds), samplers)

@@ -15,14 +15,14 @@ from autoencoder.images import to_uint8, to_unit
 from training.data.images import Images
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
-from training.errors import UserError, explained
+from training.errors import UserError, as_user_error
 from training.files import content_hash, write_json
 from training.machine import memory, processes
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.features import load_features
-from training.measuring.held_out import check_crop, chunks, enough, even_captions, even_indices, gather, held_out
+from training.measuring.held_out import check_count, check_crop, chunks, even_captions, even_indices, gather, held_out
 from training.measuring.likelihood import likelihood
-from training.measuring.obedience import SAMPLING, drawn, named, shapes_obedience
+from training.measuring.obedience import SAMPLING, draw_batches, obeyed_by_classifier, shapes_obedience
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
@@ -33,7 +33,7 @@ from training.runs.folder import versions
 from training.settings.flags import check_least
 from training.shards.index import data_facts
 from training.shards.reading import ShardSet
-from training.shards.remote import located
+from training.shards.remote import open_address
 
 if TYPE_CHECKING:
     import argparse
@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> int:
     check_least(args, least, "evaluate.py --help says what it means")
     memory.keep_memory()
     if args.data:
-        args.data = located(args.data, args.cache_dir, args.cache_size)
+        args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
     numbers = of_autoencoder(args) if find(args.model).stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
@@ -68,7 +68,7 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     model = load_autoencoder(args.model, device)
     images, features = held_out(args), load_features(args.features, device)
     network, places = load_distance(args, images, device), images.first(args.count)
-    enough(len(places))
+    check_count(len(places))
     check_crop(args.crop, images)
     fidelity, real, ours = Fidelity(network), Moments(features.dim), Moments(features.dim)
     for pixels in chunks(images, places, device):
@@ -113,7 +113,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     if args.obedience == "shapes":
         numbers |= shapes_obedience(pipeline, sampling, args)
     if args.likelihood:
-        with explained(SAMPLING):
+        with as_user_error(SAMPLING):
             numbers |= likelihood(pipeline, sampling, args, device)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device)
@@ -126,13 +126,13 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
     train = Images(ShardSet(args.data, "train"))
     judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
     count = args.count or len(images)
-    enough(min(count, len(images), len(train)))
+    check_count(min(count, len(images), len(train)))
     requests = ask(even_captions(images, count), 1, args.seed)
     verdicts: list[bool] = []
 
     def judged() -> Iterator[Tensor]:
-        for pixels, captions in drawn(pipeline, sampling, requests, args.batch_size):
-            verdicts.extend(named(judge, pixels, captions) if judge else [])
+        for pixels, captions in draw_batches(pipeline, sampling, requests, args.batch_size):
+            verdicts.extend(obeyed_by_classifier(judge, pixels, captions) if judge else [])
             yield pixels
 
     copies = (_reconstruct(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHUNK = 100
 
 
-def enough(pictures: int) -> None:
+def check_count(pictures: int) -> None:
     """Raises UserError for fewer pictures than have a covariance."""
     if pictures < 2:
         what = f"a distance between sets of pictures needs at least 2 in each (got {pictures})"

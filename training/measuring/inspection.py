@@ -21,7 +21,7 @@ from autoencoder.quantizer import code_counts, perplexity, usage
 from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
 from training.data.images import Images
-from training.errors import DATA, explained
+from training.errors import DATA, as_user_error
 from training.files import check_output, write_bytes, write_json
 from training.machine import memory, processes
 from training.measuring.features import load_features
@@ -51,7 +51,7 @@ def inspect(args: argparse.Namespace) -> int:
     check_output(output)
     model, held_out = load_autoencoder(args.model, device), Images(held_out_shards(args.data))
     features, distance = load_features(args.features, device), load_distance(args, held_out, device)
-    with explained("inspect with pictures like those that it was trained on", DATA):
+    with as_user_error("inspect with pictures like those that it was trained on", DATA):
         study = Study(model, distance)
         study.see(held_out, args.count, args.batch_size)
         numbers = study.numbers()
@@ -65,9 +65,10 @@ def inspect(args: argparse.Namespace) -> int:
     numbers = finite({**about, **numbers, "seconds": round(time.perf_counter() - since, 1)})
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "inspection.json", numbers)
-    write_bytes(output / "inspection.html", drawn(Path(args.model).name, numbers, study.worst(held_out)).encode())
+    write_bytes(output / "inspection.html", page(Path(args.model).name, numbers, study.worst(held_out)).encode())
     for name, value in numbers["reconstruction"].items():
-        print(f"{name:12} {html.told(value['mean'])} ({html.told(value['low'])} to {html.told(value['high'])})")
+        mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))
+        print(f"{name:12} {mean} ({low} to {high})")
     print(f"wrote {output / 'inspection.html'} and inspection.json", file=sys.stderr)
     return 0
 
@@ -154,21 +155,21 @@ class Study:
         in nats per picture against N(0, 1), near to what the channel tells of it.
         """
         count = self.seen * self.cells
-        first, second, third, fourth = self.powers / count
-        variance = (second - first**2).clamp_min(0)
-        tails = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+        mean, second, third, fourth = self.powers / count
+        variance = (second - mean**2).clamp_min(0)
+        tails = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
         signal = (self.means[1] / count - (self.means[0] / count) ** 2).clamp_min(0).sqrt()
         return [
             {
                 "channel": i,
-                "mean": first[i].item(),
+                "mean": mean[i].item(),
                 "std": variance[i].sqrt().item(),
                 "kurtosis": (tails[i] / variance[i] ** 2).item() if variance[i] > 0 else None,
                 "kl": self.rates[i].item() / self.seen if self.model.norm.gaussian else None,
                 "signal": signal[i].item(),
                 "dead": signal[i].item() < DEAD,
             }
-            for i in range(len(first))
+            for i in range(len(mean))
         ]
 
     def codes(self) -> dict[str, Any] | None:
@@ -204,10 +205,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def drawn(name: str, numbers: dict[str, Any], worst: Any) -> str:
+def page(name: str, numbers: dict[str, Any], worst_picture: Any) -> str:
     """The page."""
     rows = [[key, *value.values()] for key, value in numbers["reconstruction"].items()]
-    moved = [[key, *value.values()] for key, value in numbers["equivariance_error"].items()]
+    equivariance = [[key, *value.values()] for key, value in numbers["equivariance_error"].items()]
     noisy = [(float(level), value["mean"]) for level, value in numbers["psnr_of_noisy_latents"].items()]
     spectrum = {key: [(k + 1, v) for k, v in enumerate(line)] for key, line in numbers["spectrum"].items()}
     head, told = ("", "mean", "95 % from", "to"), ("hashes", "versions")
@@ -217,28 +218,28 @@ def drawn(name: str, numbers: dict[str, Any], worst: Any) -> str:
     channels = [[row[key] for key in columns] for row in numbers["channels"]]
     sections = {
         "Reconstruction": [html.table(head, rows)],
-        "Worst reconstructions": [html.picture(worst, "worst reconstructions")],
+        "Worst reconstructions": [html.picture(worst_picture, "worst reconstructions")],
         "Latent channels (normalised)": [
             html.paragraph(
-                f"Dead: {numbers['dead_channels'] or 'none'}. KL in all: {html.told(numbers['kl'])} nats."
+                f"Dead: {numbers['dead_channels'] or 'none'}. KL in all: {html.cell_text(numbers['kl'])} nats."
             ),
             html.table(columns, channels),
         ],
         "Latent spectrum": [html.chart(spectrum, "ring (cycles per shorter side)", "share of power")],
-        "Equivariance error (0 = commutes)": [html.table(head, moved)],
+        "Equivariance error (0 = commutes)": [html.table(head, equivariance)],
         "Decoder's sensitivity": [html.chart({"PSNR": noisy}, "noise added to normalised latents (std)", "dB")],
     }
     if numbers["codes"]:
         sections["Codes"] = [html.table(("", ""), list(numbers["codes"].items()))]
     if "probe" in numbers:
-        sections["Probe"] = probed(numbers["probe"])
+        sections["Probe"] = probe_section(numbers["probe"])
     return html.page(f"Autoencoder {name}", {**sections, "Made of": [html.table(("", ""), facts)]})
 
 
-def probed(found: dict[str, Any]) -> list[str]:
+def probe_section(numbers: dict[str, Any]) -> list[str]:
     """The probe's part of the page."""
-    line = [(float(t), value) for t, value in found["loss_by_time"].items()]
-    rest = [[key, value] for key, value in found.items() if key != "loss_by_time"]
+    line = [(float(t), value) for t, value in numbers["loss_by_time"].items()]
+    table_rows = [[key, value] for key, value in numbers.items() if key != "loss_by_time"]
     limits = (
         "A small unconditional denoiser of fixed seed and budget. Distances compare autoencoders of the same pictures, "
         "budget, features and number of samples; losses only those of one latent shape. It tells which latents are "
@@ -246,6 +247,6 @@ def probed(found: dict[str, Any]) -> list[str]:
     )
     return [
         html.paragraph(limits),
-        html.table(("", ""), rest),
+        html.table(("", ""), table_rows),
         html.chart({"held-out loss": line}, "t", "mean squared error of the velocity"),
     ]

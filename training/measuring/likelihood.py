@@ -22,18 +22,18 @@ def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: t
     """log p of held-out pictures' latents given their captions, by the probability-flow ODE; and the bound that a model
     of learned variance was trained on."""
     images, exact = held_out(args), args.likelihood_trace == "exact"
-    found, bounds = [], []
+    log_likelihoods, bounds = [], []
     for first, pixels in enumerate(chunks(images, images.first(args.likelihood), device)):
         index = range(first * CHUNK, first * CHUNK + len(pixels))
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
         denoise = pipeline.denoiser.bind(pipeline.text([caption(images, i) for i in index]))
         probe = Noise.from_seeds([args.seed + i for i in index], device)
         grid, probes = sampling.grid(sampling.steps, denoise.schedule), args.likelihood_probes
-        found.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
+        log_likelihoods.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
         if pipeline.denoiser.diffusion.learned_variance:
             bounds.append(bound(denoise, latents, probe).cpu())
         print(f"log-likelihood of {index.stop} pictures", file=sys.stderr)
-    nats, dims = torch.cat(found).double(), latents[0].numel()
+    nats, dims = torch.cat(log_likelihoods).double(), latents[0].numel()
     return {
         "likelihood_trace": "exact" if exact else f"hutchinson, {args.likelihood_probes} probe(s) a picture",
         "log_likelihood": nats.mean().item(),

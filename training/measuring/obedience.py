@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.drawing.requests import Request, ask
-from training.errors import UserError, explained
+from training.errors import UserError, as_user_error
 from training.measuring.distances import wilson
 from training.models.judge import Classifier
 from training.pictures import grids
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SAMPLING = "generate.py --help lists samplers, grids and guidance"
 
 
-def drawn(
+def draw_batches(
     pipeline: Pipeline, sampling: Sampling, requests: list[Request], batch: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """The pictures asked for and their captions, batch by batch. Raises UserError where they cannot be drawn so."""
@@ -33,7 +33,7 @@ def drawn(
         captions, seeds = [r.prompt for r in part], [r.seed for r in part]
         if first % (10 * batch) == 0:
             print(f"generating {first + len(part)} of {len(requests)}", file=sys.stderr)
-        with explained(SAMPLING):
+        with as_user_error(SAMPLING):
             pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
         yield pixels, captions
 
@@ -45,20 +45,20 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
 
     if args.count < 1:
         raise UserError("--obedience shapes draws --count pictures, which must be at least 1", hint="give --count N")
-    with explained("lower --count"):
+    with as_user_error("lower --count"):
         prompts = {objects: held_out_prompts(args.count, objects, seed=args.seed) for objects in (1, 2, 3)}
     numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes/checker.py"}
-    shown: list[Any] = []
+    samples: list[Any] = []
     captions: list[str] = []
-    for objects, asked in prompts.items():
+    for objects, captions_of in prompts.items():
         verdicts: list[dict[str, bool]] = []
-        for pixels, said in drawn(pipeline, sampling, ask(asked, 1, args.seed), args.batch_size):
+        for pixels, texts in draw_batches(pipeline, sampling, ask(captions_of, 1, args.seed), args.batch_size):
             images = pixels.permute(0, 2, 3, 1).cpu().numpy()
-            found = [check(image, prompt) for image, prompt in zip(images, said, strict=True)]
+            checks = [check(image, prompt) for image, prompt in zip(images, texts, strict=True)]
             if not verdicts:
-                shown += grids.to_pil(pixels[:16])
-                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(found, said, strict=True)][:16]
-            verdicts += found
+                samples += grids.to_pil(pixels[:16])
+                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(checks, texts, strict=True)][:16]
+            verdicts += checks
         obeyed = sum(v["obeyed"] for v in verdicts)
         numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
         numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))
@@ -66,13 +66,13 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
             answers = [v[key] for v in verdicts if key in v]
             numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
     if args.grid:
-        grids.grid(shown, 8, captions=captions).save(args.grid)
+        grids.grid(samples, 8, captions=captions).save(args.grid)
         numbers["grid"] = Path(args.grid).name
     return numbers
 
 
 @torch.no_grad()
-def named(judge: Classifier, pixels: Tensor, captions: list[str]) -> list[bool]:
+def obeyed_by_classifier(judge: Classifier, pixels: Tensor, captions: list[str]) -> list[bool]:
     """Whether the classifier gives each picture the class its caption states."""
     answers = judge(pixels).argmax(1).tolist()
     return [judge.classes[a] == c for a, c in zip(answers, captions, strict=True)]

@@ -66,25 +66,25 @@ def probe(
     of as many as pictures are held out where those are fewer.
     """
     device, samples = next(model.parameters()).device, min(samples, len(held_out))
-    moments = encoded(model, train, PICTURES, device)
+    moments = encode_all(model, train, PICTURES, device)
     network = denoiser(moments, model)
-    losses = fit(network, model, moments, encoded(model, held_out, HELD_OUT, device), steps)
+    losses = fit(network, model, moments, encode_all(model, held_out, HELD_OUT, device), steps)
     real = Moments(features.dim)
     for images in batches(held_out, len(held_out), device):
         real.add(features(to_uint8(images)))
-    drawn, copied = Moments(features.dim), Moments(features.dim)
+    sample_moments, reconstruction_moments = Moments(features.dim), Moments(features.dim)
     for first in range(0, samples, AT_ONCE):
         noise = Noise.from_seeds(range(first, min(samples, first + AT_ONCE)), device)
-        drawn.add(features(draw(network, model, noise, tuple(moments.shape[2:]))))
+        sample_moments.add(features(draw(network, model, noise, tuple(moments.shape[2:]))))
     for images in batches(held_out, samples, device):
-        copied.add(features(to_uint8(model.decode(model.norm.mean_latents(model.encode(images))))))
+        reconstruction_moments.add(features(to_uint8(model.decode(model.norm.mean_latents(model.encode(images))))))
     return {
         "loss": sum(losses.values()) / len(losses),
         "loss_by_time": losses,
-        "frechet": frechet_distance(real, drawn),
-        "frechet_reconstructed": frechet_distance(real, copied),
+        "frechet": frechet_distance(real, sample_moments),
+        "frechet_reconstructed": frechet_distance(real, reconstruction_moments),
         "features": features.name,
-        "samples": drawn.count,
+        "samples": sample_moments.count,
         "real_pictures": real.count,
         "steps": steps,
         "batch": BATCH,
@@ -101,7 +101,7 @@ def batches(images: Images, count: int, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def encoded(model: Autoencoder, images: Images, count: int, device: torch.device) -> Tensor:
+def encode_all(model: Autoencoder, images: Images, count: int, device: torch.device) -> Tensor:
     """Their moments, on the CPU."""
     return torch.cat([model.encode(part).cpu() for part in batches(images, count, device)])
 
@@ -210,7 +210,7 @@ def latents(model: Autoencoder, moments: Tensor, noise: Noise) -> Tensor:
 @torch.no_grad()
 def held_out_loss(network: Any, model: Autoencoder, moments: Tensor) -> dict[str, float]:
     """The mean loss at fixed times, of fixed noise."""
-    device, found = next(network.parameters()).device, {}
+    device, losses = next(network.parameters()).device, {}
     for t in LEVELS:
         rows = []
         for first in range(0, len(moments), BATCH):
@@ -219,8 +219,8 @@ def held_out_loss(network: Any, model: Autoencoder, moments: Tensor) -> dict[str
             x0, at = latents(model, part, noise), torch.full((len(part),), t, dtype=torch.float64, device=device)
             eps = noise.normal(x0.shape[1:], "eps")
             rows.append(OBJECTIVE.at(network, x0, nothing(len(part), device), at, eps))
-        found[str(t)] = torch.cat(rows).mean().item()
-    return found
+        losses[str(t)] = torch.cat(rows).mean().item()
+    return losses
 
 
 @torch.no_grad()

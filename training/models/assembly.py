@@ -18,7 +18,7 @@ from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import LabelEncoder
 from training.data.latents import Latents
-from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import content_hash, load_tensors, read_json, save_tensors
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
@@ -46,7 +46,7 @@ class Parts:
     null: Cond | None  # stored encoding of the empty caption, where embeddings are stored
     shape: tuple[int, ...]  # one latent: (C, h, w)
     hashes: dict[str, str]
-    named: str  # what a frozen text encoder was loaded from, or the vocabulary of one that learns
+    text_source: str  # what a frozen text encoder was loaded from, or the vocabulary of one that learns
 
 
 def assemble(
@@ -72,28 +72,28 @@ def assemble(
         )
     null = None
     if isinstance(config.text, HuggingFace):
-        text, null, named = _frozen_text(config.text, latents, dataset, text_encoder)
+        text, null, text_source = _frozen_text(config.text, latents, dataset, text_encoder)
         hashes |= {"text_encoder": text_encoders.identity(text)["hash"], **text_encoders.tokenizer_hash(text)}
     else:
         if home and text_encoders.holds_vocabulary(home):
-            named = text_encoders.stored_vocabulary(home)
+            text_source = text_encoders.stored_vocabulary(home)
         else:
-            named = vocabulary(config.text, dataset)
-        text, hashes["vocabulary"] = config.text.build(named), text_encoders.vocabulary_hash(named)
+            text_source = vocabulary(config.text, dataset)
+        text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
     backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim)
     backbone, text = backbone.to(device), text.to(device)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes)
-    return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, named)
+    return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, text_source)
 
 
 def store(parts: Parts, latents: Path, home: Path) -> None:
     """Put what does not change in training into `home` (final/): autoencoder, and vocabulary or frozen text encoder."""
     copy_model(latents / "autoencoder", home / "autoencoder")
     if parts.text.trainable:
-        text_encoders.keep_vocabulary(parts.named, home)
+        text_encoders.keep_vocabulary(parts.text_source, home)
     else:
-        text_encoders.keep(parts.text, parts.named, home)
+        text_encoders.keep(parts.text, parts.text_source, home)
 
 
 def _frozen_text(
@@ -101,7 +101,7 @@ def _frozen_text(
 ) -> tuple[TextEncoder, Cond | None, str]:
     null = None
     if dataset.text:
-        text = text_encoders.load_kept(config, latents, name)
+        text = text_encoders.load_stored(config, latents, name)
         stored = load_tensors(latents / "text_encoder" / "null.safetensors")
         null = Cond(
             stored["context"][None].float(),
@@ -165,8 +165,8 @@ def load_pipeline(
     from training.models.previews import load_preview
 
     target = resolve(device) if isinstance(device, str) else device
-    found = find(path, "denoiser")
-    config, file, final = found.config(), found.weights, found.final
+    folder = find(path, "denoiser")
+    config, file, final = folder.config(), folder.weights, folder.final
     assert isinstance(config, decoding.DenoiserConfig)
     autoencoder = load_autoencoder(final / "autoencoder", target)
     hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
@@ -180,24 +180,24 @@ def load_pipeline(
         part.to(target).eval().requires_grad_(False)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
     pipeline = dataclasses.replace(pipeline, hashes=pipeline.hashes | _networks(pipeline))
-    if found.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
+    if folder.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
     if preview:
-        shown = load_preview(preview, hashes["autoencoder"], target)
-        known = pipeline.hashes | {"autoencoder": content_hash(shown.state_dict())}
-        pipeline = dataclasses.replace(pipeline, autoencoder=shown, hashes=known)
+        tiny = load_preview(preview, hashes["autoencoder"], target)
+        hashes_with_preview = pipeline.hashes | {"autoencoder": content_hash(tiny.state_dict())}
+        pipeline = dataclasses.replace(pipeline, autoencoder=tiny, hashes=hashes_with_preview)
     return pipeline
 
 
 def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEncoder, dict[str, str]]:
     """The text encoder of final/, one that learned still without its weights, and the hash of its words."""
     if isinstance(config, HuggingFace):
-        text = text_encoders.load_kept(config, final, override)
+        text = text_encoders.load_stored(config, final, override)
         return text, text_encoders.tokenizer_hash(text)
     vocabulary = text_encoders.stored_vocabulary(final)
     words = {"vocabulary": text_encoders.vocabulary_hash(vocabulary)}
     same_ingredients(final, words)  # before its size is taken for an error of the weights
-    with explained(f"put back {final / 'tokenizer'} as it was trained with", CHECKPOINT):
+    with as_user_error(f"put back {final / 'tokenizer'} as it was trained with", CHECKPOINT):
         return config.build(vocabulary), words
 
 
@@ -214,23 +214,23 @@ def _fill_learned(backbone: nn.Module, text: TextEncoder, file: Path, final: Pat
         fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
 
 
-def vocabulary_home(config: Any, own: Path | None, donor: str | None) -> Path | None:
+def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> Path | None:
     """The final/ whose vocabulary a text encoder that learns is to have: a run's own, else that of `--init-from`.
 
     The rows of its weights are words in the order of that vocabulary; with another they would be other words'.
     Raises UserError where the donor's text encoder is of another kind.
     """
-    if donor is None or isinstance(config, HuggingFace) or (own and text_encoders.holds_vocabulary(own)):
-        return own
-    found = find(donor, "denoiser")
-    theirs: Any = found.config()
-    if (kind := theirs.text.kind) != config.kind:
+    if donor is None or isinstance(config, HuggingFace) or (run_final and text_encoders.holds_vocabulary(run_final)):
+        return run_final
+    folder = find(donor, "denoiser")
+    donor_config: Any = folder.config()
+    if (kind := donor_config.text.kind) != config.kind:
         raise UserError(
             f"the text encoder of {donor} is of the kind {kind}, this config's is {config.kind}",
             hint=f"give --text.kind {kind}, or leave --init-from out",
             code=CHECKPOINT,
         )
-    return found.final
+    return folder.final
 
 
 def fill_network(parts: Parts, dataset: Latents, path: str) -> None:
@@ -238,8 +238,8 @@ def fill_network(parts: Parts, dataset: Latents, path: str) -> None:
 
     Raises UserError where a text encoder that learns has not that run's vocabulary, or cannot take the captions.
     """
-    other, text = load_pipeline(path, "cpu"), parts.text
-    if text.trainable and (theirs := other.hashes.get("vocabulary", "none")) != parts.hashes["vocabulary"]:
+    donor, text = load_pipeline(path, "cpu"), parts.text
+    if text.trainable and (theirs := donor.hashes.get("vocabulary", "none")) != parts.hashes["vocabulary"]:
         raise UserError(
             f"{path} was trained with the vocabulary {theirs[:12]}, this run has {parts.hashes['vocabulary'][:12]}",
             hint="leave --init-from out to go on with this run, or begin another with it: --output",
@@ -251,6 +251,6 @@ def fill_network(parts: Parts, dataset: Latents, path: str) -> None:
             hint="labels cannot be added to: leave --init-from out, or take --text.kind scratch",
             code=DATA,
         )
-    fill(parts.backbone, other.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
+    fill(parts.backbone, donor.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
     if text.trainable:
-        fill(text, other.text.state_dict(), Path(path))
+        fill(text, donor.text.state_dict(), Path(path))

@@ -42,11 +42,11 @@ def autoencoder_hashes(model: Autoencoder) -> dict[str, str]:
 
 def finished_autoencoder(path: str) -> Path:
     """The folder of a finished stage-one run's config.json. Raises UserError where its latents have no scale yet."""
-    found = find(path, "autoencoder")
-    if not found.finished:
+    folder = find(path, "autoencoder")
+    if not folder.finished:
         raise UserError(
             f"{path}: the autoencoder is not finished (its latent normaliser is measured last)",
             hint="let its training end first",
             code=CHECKPOINT,
         )
-    return found.home
+    return folder.home

@@ -155,12 +155,12 @@ def _read_tiny(about: Mapping[str, Any], tensors: Tensors) -> tuple[Settings, Te
 
 def _write_tiny(model: Settings, tensors: Tensors, shift: Tensor, scale: Tensor) -> tuple[Settings, Tensors]:
     widths = [model["width"]] * len(model["encoder_blocks"])
-    own = {"in_channels": model["image_channels"], "out_channels": model["image_channels"],
+    settings = {"in_channels": model["image_channels"], "out_channels": model["image_channels"],
            "encoder_block_out_channels": widths, "decoder_block_out_channels": widths, "force_upcast": False,
            "num_encoder_blocks": model["encoder_blocks"], "num_decoder_blocks": model["decoder_blocks"],
            "latent_channels": model["latent_channels"],
            "scaling_factor": _factor("AutoencoderTiny", shift, scale)}  # fmt: skip
-    return TINY_FIXED | own, tensors
+    return TINY_FIXED | settings, tensors
 
 
 def _read_dc(about: Mapping[str, Any], tensors: Tensors) -> tuple[Settings, Tensors]:
@@ -204,14 +204,14 @@ def _write_dc(model: Settings, tensors: Tensors, shift: Tensor, scale: Tensor) -
               "block_out_channels": model["channels"],
               "qkv_multiscales": [model["scales"] if n in model["attention_at"] else [] for n in levels]}  # fmt: skip
     down, up = next(ends for ends, resample in RESAMPLED.items() if resample == model["resample"])
-    own = {"in_channels": model["image_channels"], "latent_channels": model["latent_channels"],
+    settings = {"in_channels": model["image_channels"], "latent_channels": model["latent_channels"],
            "encoder_layers_per_block": model["encoder_blocks"], "decoder_layers_per_block": model["decoder_blocks"],
            "downsample_block_type": down, "upsample_block_type": up,
            "decoder_norm_types": ["batch_norm" if there else "rms_norm" for there in odd],
            "decoder_act_fns": ["relu" if there else "silu" for there in odd],
            "scaling_factor": _factor("AutoencoderDC", shift, scale)}  # fmt: skip
-    own |= {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in halves.items()}
-    return DC_FIXED | own, tensors
+    settings |= {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in halves.items()}
+    return DC_FIXED | settings, tensors
 
 
 # Each class, the scaling_factor of its files that state none, and its two ways.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autoencoder.base import Autoencoder
 from training.data.images import Images
-from training.errors import CHECKPOINT, DATA, UserError, explained
+from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import load_tensors, read_json, save_tensors, write_json
 from training.models.autoencoders import load_autoencoder
 from training.models.diffusers_layouts import LAYOUTS
@@ -71,23 +71,23 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
     if data and scale_factor:
         raise UserError("--data measures what --scale-factor states", hint="give one of them")
     path = Path(source) if Path(source).exists() else _download(source)
-    found = read_file(path) if path.is_file() else read_folder(path)
-    config = decoding.decode("autoencoder", {"model": found.model})
+    donor = read_file(path) if path.is_file() else read_folder(path)
+    config = decoding.decode("autoencoder", {"model": donor.model})
     assert isinstance(config, decoding.AutoencoderConfig)
     model = config.model.build().eval()
-    fill(model, found.tensors, path)
+    fill(model, donor.tensors, path)
     norm = model.norm
     if data:
         _measure(model, data)
     elif scale_factor:
         norm.set_(torch.zeros_like(norm.shift), torch.full_like(norm.scale, 1 / scale_factor))
     else:
-        with explained("measure it with --data DIR, or give --scale-factor X", CHECKPOINT):
+        with as_user_error("measure it with --data DIR, or give --scale-factor X", CHECKPOINT):
             norm.set_(norm.shift.clone(), norm.scale.clone())
-    if found.assumed and not data and not scale_factor:
-        said = f"{source} does not state the scale of its latents; scaling_factor {found.assumed:g} is assumed"
-        print(f"note: {said} (--data DIR measures it on packed pictures, --scale-factor X states it)", file=sys.stderr)
-    card = f"# Autoencoder ({found.model['kind']})\n\nTaken from another program's checkpoint; not trained here.\n"
+    if donor.assumed and not data and not scale_factor:
+        text = f"{source} does not state the scale of its latents; scaling_factor {donor.assumed:g} is assumed"
+        print(f"note: {text} (--data DIR measures it on packed pictures, --scale-factor X states it)", file=sys.stderr)
+    card = f"# Autoencoder ({donor.model['kind']})\n\nTaken from another program's checkpoint; not trained here.\n"
     return export(output, decoding.to_values(config), model.state_dict(), card)
 
 
@@ -101,7 +101,7 @@ def _measure(model: Autoencoder, data: str) -> None:
     """Set the normaliser from pictures, as stage one does in the end."""
     images = Images(ShardSet(data))
     print(f"measuring the scale of latents on {min(len(images), MEASURED):,} pictures", file=sys.stderr)
-    with explained("measure with pictures like those that it was trained on", DATA):
+    with as_user_error("measure with pictures like those that it was trained on", DATA):
         fit_norm(model, images, MEASURED, 8)
 
 
@@ -130,25 +130,25 @@ def read_folder(folder: Path) -> Imported:
     about = read_json(home / "config.json")
     if not (home / WEIGHTS).is_file():
         pickled = next((p.name for p in sorted(home.iterdir()) if p.suffix in PICKLES), None)
-        said = f"{home} holds {pickled}, a pickle, which is not read" if pickled else f"{home} holds no {WEIGHTS}"
-        raise UserError(said, hint="save it with safe_serialization=True", code=CHECKPOINT)
+        reason = f"{home} holds {pickled}, a pickle, which is not read" if pickled else f"{home} holds no {WEIGHTS}"
+        raise UserError(reason, hint="save it with safe_serialization=True", code=CHECKPOINT)
     name = about.get("_class_name") if isinstance(about, dict) else None
     if name not in LAYOUTS:
-        said = f"{home}: a {name} has no counterpart here"
-        raise UserError(said, hint=f"{', '.join(LAYOUTS)} are read", code=CHECKPOINT)
-    return _read(name, about, modernised(load_tensors(home / WEIGHTS)), home)
+        reason = f"{home}: a {name} has no counterpart here"
+        raise UserError(reason, hint=f"{', '.join(LAYOUTS)} are read", code=CHECKPOINT)
+    return _read(name, about, modernise(load_tensors(home / WEIGHTS)), home)
 
 
 def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> Imported:
     """A class of diffusers' by its name. Raises UserError for settings that it never writes."""
     _, usual, reader, _ = LAYOUTS[name]
-    stated = {key: value for key, value in about.items() if value is not None}
+    settings = {key: value for key, value in about.items() if value is not None}
     try:
-        model, tensors = reader({"scaling_factor": usual} | stated, tensors)
+        model, tensors = reader({"scaling_factor": usual} | settings, tensors)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as failure:
-        said = f"{source}: not the settings of {name} ({type(failure).__name__}: {failure})"
-        raise UserError(said, hint="is the config.json its own, and whole?", code=CHECKPOINT) from None
-    return Imported(model, tensors, None if "scaling_factor" in stated else usual)
+        reason = f"{source}: not the settings of {name} ({type(failure).__name__}: {failure})"
+        raise UserError(reason, hint="is the config.json its own, and whole?", code=CHECKPOINT) from None
+    return Imported(model, tensors, None if "scaling_factor" in settings else usual)
 
 
 def read_file(path: Path) -> Imported:
@@ -156,9 +156,9 @@ def read_file(path: Path) -> Imported:
 
     Its scaling_factor is the file's `scale_factor` where there is one, else Stable Diffusion's, as `assumed` says.
     """
-    whole = load_tensors(path)
-    prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in whole) else ""
-    ldm = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
+    file_tensors = load_tensors(path)
+    prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in file_tensors) else ""
+    ldm = {key.removeprefix(prefix): value for key, value in file_tensors.items() if key.startswith(prefix)}
     if "encoder.conv_in.weight" not in ldm:
         hint = "expected tensors first_stage_model.encoder.* or encoder.*"
         raise UserError(f"{path} holds no autoencoder of LDM's", hint=hint, code=CHECKPOINT)
@@ -173,10 +173,10 @@ def read_file(path: Path) -> Imported:
         "in_channels": ldm["encoder.conv_in.weight"].shape[1],
         "latent_channels": ldm["decoder.conv_in.weight"].shape[1],
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in ldm,
-        "scaling_factor": float(whole["scale_factor"]) if "scale_factor" in whole else None,
+        "scaling_factor": float(file_tensors["scale_factor"]) if "scale_factor" in file_tensors else None,
     }
     keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-    tensors = modernised({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
+    tensors = modernise({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
     return _read("VQModel" if "quantize.embedding.weight" in tensors else "AutoencoderKL", about, tensors, path)
 
 
@@ -187,17 +187,17 @@ def _renamed(key: str, levels: int) -> str:
     return re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{levels - 1 - int(level[1])}", key)
 
 
-def modernised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def modernise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Attention's layers by their present names, 1x1 convolutions among them as the matrices they are; float32."""
-    found = {}
+    result = {}
     for key, value in tensors.items():
         if part := re.match(r"(.*\.attentions\.\d+)\.(\w+)\.(weight|bias)$", key):
             key = f"{part[1]}.{ATTENTION.get(part[2], part[2])}.{part[3]}"
             value = value.flatten(1) if value.ndim == 4 else value
         elif re.search(r"\.attentions\.\d+\.", key) and value.ndim == 4:
             value = value.flatten(1)
-        found[key] = value.float()
-    return found
+        result[key] = value.float()
+    return result
 
 
 def export_autoencoder(path: str, output: Path) -> None:
@@ -207,13 +207,13 @@ def export_autoencoder(path: str, output: Path) -> None:
     """
     check_free(output)
     model = decoding.to_values(find(path, "autoencoder").config())["model"]
-    found = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
-    if found is None:
-        known = ", ".join(kind for kind, *_ in LAYOUTS.values())
-        raise UserError(f"diffusers has no class for a {model['kind']} autoencoder", hint=known, code=CHECKPOINT)
+    layout = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
+    if layout is None:
+        kinds = ", ".join(kind for kind, *_ in LAYOUTS.values())
+        raise UserError(f"diffusers has no class for a {model['kind']} autoencoder", hint=kinds, code=CHECKPOINT)
     tensors = {key: value.clone() for key, value in load_autoencoder(path).state_dict().items()}
     shift, scale = tensors.pop("norm.shift").flatten(), tensors.pop("norm.scale").flatten()
-    about, tensors = found[1](model, tensors, shift, scale)
+    about, tensors = layout[1](model, tensors, shift, scale)
     output.mkdir(parents=True, exist_ok=True)
     save_tensors(output / WEIGHTS, tensors, {"format": "pt"})
-    write_json(output / "config.json", {"_class_name": found[0], "_diffusers_version": "0.35.0"} | about)
+    write_json(output / "config.json", {"_class_name": layout[0], "_diffusers_version": "0.35.0"} | about)

@@ -53,7 +53,7 @@ class Found(NamedTuple):
 
     def config(self) -> decoding.Config:
         """Its config, decoded."""
-        return decoding.stored(self.stage, read_json(self.home / "config.json"))
+        return decoding.decode_stored(self.stage, read_json(self.home / "config.json"))
 
 
 WANTED = "give a run folder, its final/ or one of its checkpoints"

@@ -30,17 +30,17 @@ def store_ingredients(final: Path, hashes: Mapping[str, str]) -> None:
     write_json(final / INGREDIENTS, stored_ingredients(final) | dict(hashes))
 
 
-def same_ingredients(final: Path, found: Mapping[str, str]) -> None:
+def same_ingredients(final: Path, current: Mapping[str, str]) -> None:
     """Raises UserError (code 4) with both hashes where a part of `final` is not the one that was trained, or with.
 
     What that was is told by `INGREDIENTS` and, before a run has ended, by its run.json; older runs say less.
     """
     begun = record(final.parent).get("hashes", {})
-    known = {name: begun.get(name) for name in BEGUN_WITH} | stored_ingredients(final)
-    if other := difference(known, found):
-        place = final / PLACES.get(other.name, other.name)
+    baseline = {name: begun.get(name) for name in BEGUN_WITH} | stored_ingredients(final)
+    if change := difference(baseline, current):
+        place = final / PLACES.get(change.name, change.name)
         raise UserError(
-            f"{place} is {other.now}, the denoiser was trained with {other.before}",
+            f"{place} is {change.now}, the denoiser was trained with {change.before}",
             hint="put back the one it was trained with, or go on with the run, which writes it again at its end",
             code=CHECKPOINT,
         )

@@ -82,15 +82,15 @@ def _standard(net: str) -> dict[str, Tensor]:
 
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """lpips cuts torchvision's `features` into slices that keep their layers' numbers: slice2.5 is features.5."""
-    own = {key: value.shape for key, value in network.state_dict().items()}
-    shapes = {key: getattr(weights.get(key.partition(".")[2]), "shape", None) for key in own}
-    if odd := [key for key in own if shapes[key] != own[key]]:
+    slots = {key: value.shape for key, value in network.state_dict().items()}
+    shapes = {key: getattr(weights.get(key.partition(".")[2]), "shape", None) for key in slots}
+    if odd := [key for key in slots if shapes[key] != slots[key]]:
         raise UserError(
-            f"{source}: lacks features.{odd[0].partition('.')[2]} of shape {tuple(own[odd[0]])}: another network's?",
+            f"{source}: lacks features.{odd[0].partition('.')[2]} of shape {tuple(slots[odd[0]])}: another network's?",
             hint="name torchvision's weights of that network",
             code=DATA,
         )
-    network.load_state_dict({key: weights[key.partition(".")[2]] for key in own})
+    network.load_state_dict({key: weights[key.partition(".")[2]] for key in slots})
 
 
 def fitting(side: int) -> list[str]:

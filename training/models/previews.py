@@ -27,8 +27,8 @@ def keep_teacher(teacher: Autoencoder | None, home: Path) -> None:
         write_json(home / TEACHER, teacher_hash(teacher))
 
 
-def load_preview(path: str | Path, own: str, device: torch.device) -> Autoencoder:
-    """The distilled model of a run (finished or not), to stand in for its teacher, the autoencoder of hash `own`.
+def load_preview(path: str | Path, teacher: str, device: torch.device) -> Autoencoder:
+    """The distilled model of a run (finished or not), to stand in for its teacher, the autoencoder of hash `teacher`.
 
     Raises UserError (exit 4) where it was not distilled, or from another one.
     """
@@ -36,9 +36,9 @@ def load_preview(path: str | Path, own: str, device: torch.device) -> Autoencode
     if not record.is_file():
         hint = "distil one: scripts/train_autoencoder.py --config tiny --teacher RUN"
         raise UserError(f"{path} was not distilled from another autoencoder", hint=hint, code=CHECKPOINT)
-    if (taught_by := read_json(record)["autoencoder"]) != own:
+    if (recorded := read_json(record)["autoencoder"]) != teacher:
         raise UserError(
-            f"{path} was distilled from autoencoder {taught_by[:12]}, the denoiser's is {own[:12]}",
+            f"{path} was distilled from autoencoder {recorded[:12]}, the denoiser's is {teacher[:12]}",
             hint="distil one from the denoiser's own: --teacher RUN/final/autoencoder",
             code=CHECKPOINT,
         )

@@ -31,16 +31,16 @@ class Fidelity:
         self.rows: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
-    def add(self, made: Tensor, pixels: Tensor, crop: int = 0) -> None:
+    def add(self, pictures: Tensor, pixels: Tensor, crop: int = 0) -> None:
         """Pictures and their references, uint8 (B,3,H,W); PSNR and SSIM of the inner `crop` pixels a side.
 
         0 takes whole pictures; a crop leaves out padding, which is easy to reconstruct.
         """
-        inner, outer = (center(part, crop) for part in (made, pixels))
-        found = {"psnr": psnr(inner, outer), "ssim": ssim(inner, outer)}
+        inner, outer = (center(part, crop) for part in (pictures, pixels))
+        scores = {"psnr": psnr(inner, outer), "ssim": ssim(inner, outer)}
         if self.perceptual:
-            found["lpips"] = self.perceptual(to_unit(made), to_unit(pixels))
-        for name, values in found.items():
+            scores["lpips"] = self.perceptual(to_unit(pictures), to_unit(pixels))
+        for name, values in scores.items():
             self.rows.setdefault(name, []).append(values)
 
     def values(self) -> dict[str, Tensor]:
@@ -67,24 +67,24 @@ def measure(
     fidelity, counts = Fidelity(perceptual), None
     for pixels in batches:
         reconstruction, moments = model(to_unit(pixels), None)
-        made = to_uint8(reconstruction)
+        pictures = to_uint8(reconstruction)
         if model.quantize:
-            found = code_counts(model.quantize.indices(moments), model.quantize.codes)
-            counts = found if counts is None else counts + found
+            batch_counts = code_counts(model.quantize.indices(moments), model.quantize.codes)
+            counts = batch_counts if counts is None else counts + batch_counts
         if not fidelity.rows:
-            shown = {"input": pixels[:SHOWN], "reconstruction": made[:SHOWN]}
-            grids.comparison(shown).save(folder / "grid.png")
-        fidelity.add(made, pixels)
-    return fidelity.means() | ({} if counts is None else told_of_codes(counts))
+            rows = {"input": pixels[:SHOWN], "reconstruction": pictures[:SHOWN]}
+            grids.comparison(rows).save(folder / "grid.png")
+        fidelity.add(pictures, pixels)
+    return fidelity.means() | ({} if counts is None else code_usage(counts))
 
 
-def told_of_codes(counts: Tensor) -> dict[str, float]:
+def code_usage(counts: Tensor) -> dict[str, float]:
     """Usage and perplexity of code counts (codes,), and a warning where they tell of a collapse."""
-    used = usage(counts).item()
-    if used < COLLAPSED and used * len(counts) < 0.5 * counts.sum():  # few, though there was occasion for more
+    share = usage(counts).item()
+    if share < COLLAPSED and share * len(counts) < 0.5 * counts.sum():  # few, though there was occasion for more
         print(
-            f"warning: only {used:.1%} of the {len(counts):,} codes are in use; "
+            f"warning: only {share:.1%} of the {len(counts):,} codes are in use; "
             "see model.normalize, model.codebook_decay and model.revive_every",
             file=sys.stderr,
         )
-    return {"usage": used, "perplexity": perplexity(counts).item()}
+    return {"usage": share, "perplexity": perplexity(counts).item()}

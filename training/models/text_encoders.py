@@ -89,21 +89,21 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     assert isinstance(encoder, HuggingFaceTextEncoder)
-    own, record = identity(encoder), folder / "text_encoder" / "identity.json"
+    identities, record = identity(encoder), folder / "text_encoder" / "identity.json"
     if record.is_file():
-        _same(read_json(record), own, name)
+        _same(read_json(record), identities, name)
     large = sum(p.numel() for p in encoder.parameters()) > LARGE
     if not large:
         model: Any = encoder.model
         model.save_pretrained(folder / "text_encoder", safe_serialization=True)
         encoder.tokenizer.save_pretrained(folder / "tokenizer")
     # A hub name is worth keeping; a path of this machine is not.
-    named = Path(name).name if Path(name).exists() else name
+    public_name = Path(name).name if Path(name).exists() else name
     (folder / "text_encoder").mkdir(exist_ok=True)
-    write_json(record, {"name": named, "copied": not large, **own})
+    write_json(record, {"name": public_name, "copied": not large, **identities})
 
 
-def load_kept(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
+def load_stored(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
     """The encoder that `keep` stored, or `override` (name or folder); either way it must be the same one, by hash."""
     stored = read_json(folder / "text_encoder" / "identity.json")
     source = override or (str(folder / "text_encoder") if stored["copied"] else stored["name"])
@@ -112,12 +112,12 @@ def load_kept(config: HuggingFace, folder: Path, override: str | None = None) ->
     return encoder
 
 
-def _same(stored: dict[str, Any], found: dict[str, Any], source: str) -> None:
-    names = ["hash", *(["tokenizer"] if "tokenizer" in stored else [])]  # `tokenizer` came later
-    if other := difference(stored, found, names):
-        part = "text encoder" if other.name == "hash" else "the tokenizer of text encoder"
+def _same(baseline: dict[str, Any], current: dict[str, Any], source: str) -> None:
+    names = ["hash", *(["tokenizer"] if "tokenizer" in baseline else [])]  # `tokenizer` came later
+    if change := difference(baseline, current, names):
+        part = "text encoder" if change.name == "hash" else "the tokenizer of text encoder"
         raise UserError(
-            f"{part} {source} is {other.now}, the one asked for is {other.before} ({stored['name']})",
+            f"{part} {source} is {change.now}, the one asked for is {change.before} ({baseline['name']})",
             hint="give the right one with --text-encoder",
             code=CHECKPOINT,
         )

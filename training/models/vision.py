@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
 
 
-def chosen(args: argparse.Namespace, config: AutoencoderConfig) -> VisionFeatures | None:
+def vision_of_flags(args: argparse.Namespace, config: AutoencoderConfig) -> VisionFeatures | None:
     """The model that --align-with names, if latents are aligned. Raises UserError for the flag or the weight alone."""
     if config.loss.align and not args.align_with:
         what = f"loss.align {config.loss.align:g} needs a vision model"
@@ -39,12 +39,12 @@ def load_vision(name: str) -> VisionFeatures:
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise UserError(f"{name}: no such folder of a vision model", hint=hint, code=DATA)
     try:
-        whole, told = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-        if missing := sorted(key for key in told["missing_keys"] if "pooler" not in key):  # poolers are not used
+        model, report = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):  # poolers are not used
             raise ValueError(f"its weights lack {missing[0]}")
-        network = getattr(whole, "vision_model", whole)
+        network = getattr(model, "vision_model", model)
         if network.main_input_name != "pixel_values":
-            raise ValueError(f"a {whole.config.model_type} model is no vision model")
+            raise ValueError(f"a {model.config.model_type} model is no vision model")
         processor = AutoImageProcessor.from_pretrained(name)
         return VisionFeatures(network, side(processor), processor.image_mean, processor.image_std)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as failure:
@@ -54,8 +54,8 @@ def load_vision(name: str) -> VisionFeatures:
 
 def side(processor: Any) -> int:
     """Pixels a side of what the model is given. ValueError where its preprocessor does not tell."""
-    cropped = getattr(processor, "do_center_crop", False)
-    size: Any = (getattr(processor, "crop_size", None) if cropped else None) or processor.size
+    crops = getattr(processor, "do_center_crop", False)
+    size: Any = (getattr(processor, "crop_size", None) if crops else None) or processor.size
     for key in ("height", "shortest_edge"):
         if value := (size.get(key) if hasattr(size, "get") else getattr(size, key, None)):
             return int(value)

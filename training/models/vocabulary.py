@@ -44,15 +44,15 @@ def vocabulary(config: Scratch | Label, dataset: Latents) -> str:
 
     Raises UserError (code 3) where what was counted is damaged.
     """
-    counted = _counted(dataset)
+    counts = _counted(dataset)
     if isinstance(config, Scratch):
-        words = counted.get("words", [])
-        if counted.get("rule", 1) != config.rule:  # the words of another rule, which was the only one once
+        words = counts.get("words", [])
+        if counts.get("rule", 1) != config.rule:  # the words of another rule, which was the only one once
             return config.vocabulary(captions(dataset))
-        if counted.get("all_words") or len(words) >= config.max_words:
+        if counts.get("all_words") or len(words) >= config.max_words:
             return WordTokenizer((*SPECIAL, *words[: config.max_words]), config.length, config.rule).to_json()
-    elif isinstance(config, Label) and counted.get("captions") is not None:
-        return config.vocabulary(counted["captions"])
+    elif isinstance(config, Label) and counts.get("captions") is not None:
+        return config.vocabulary(counts["captions"])
     return config.vocabulary(captions(dataset))
 
 

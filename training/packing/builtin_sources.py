@@ -162,7 +162,7 @@ class Shapes(Source):
         for split, count in self.counts.items():
             for number in range(count):
                 seed = 2 * (self.seed * 100_000_000 + number) + (split == "val")  # even: training, odd: validation
-                drawn = scene(seed)
-                captions = choose_captions(drawn, self.CAPTIONS, seed)
-                image = Image.fromarray(render(drawn, self.resolution))
-                yield Sample(f"{split}-{number:08d}", image, captions, {"scene": asdict(drawn)}, split)
+                picture_scene = scene(seed)
+                captions = choose_captions(picture_scene, self.CAPTIONS, seed)
+                image = Image.fromarray(render(picture_scene, self.resolution))
+                yield Sample(f"{split}-{number:08d}", image, captions, {"scene": asdict(picture_scene)}, split)

@@ -27,15 +27,15 @@ def clean_captions(texts: Iterable[object]) -> tuple[str, ...]:
 
     Raises UserError(code 3) for anything but strings and for endless ones.
     """
-    found: dict[str, None] = {}
+    captions: dict[str, None] = {}
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"caption not a string ({text!r:.40})", code=DATA)
-        cleaned = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufeff]", " ", text).split())
-        if len(cleaned) > CAPTION_LIMIT:
-            raise UserError(f"caption too long ({len(cleaned):,} characters)", code=DATA)
-        if any("\ud800" <= letter <= "\udfff" for letter in cleaned):  # JSON can spell half a character
+        line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ufeff]", " ", text).split())
+        if len(line) > CAPTION_LIMIT:
+            raise UserError(f"caption too long ({len(line):,} characters)", code=DATA)
+        if any("\ud800" <= letter <= "\udfff" for letter in line):  # JSON can spell half a character
             raise UserError("caption not valid Unicode (a lone surrogate)", code=DATA)
-        if cleaned:
-            found[cleaned] = None
-    return tuple(found)
+        if line:
+            captions[line] = None
+    return tuple(captions)

@@ -50,26 +50,26 @@ def _local(pattern: str) -> list[Path]:
     names = braces(pattern)
     if "*" in pattern:
         return [path for name in names for path in map(Path, sorted(glob(name))) if path.is_file()]
-    found = [path for path in map(Path, names) if path.is_file()]
-    if found and len(found) < len(names):
+    paths = [path for path in map(Path, names) if path.is_file()]
+    if paths and len(paths) < len(names):
         missing = [name for name in names if not Path(name).is_file()]
         what = f"{len(missing)} of the {len(names)} shards of '{pattern}' are missing (first: {missing[0]})"
         raise UserError(what, hint="name those that are there, or use a star", code=DATA)
-    return found
+    return paths
 
 
 def find_tars(patterns: list[str]) -> list[Path]:
     """The tars that names, globs and brace patterns mean. Raises UserError where one matches nothing or is no local
     file."""
-    found: dict[Path, None] = {}
+    tars: dict[Path, None] = {}
     for pattern in patterns:
         if ADDRESS.match(pattern):
             raise UserError(f"{pattern}: only local files are read", hint="download the tars first", code=USAGE)
         paths = _local(pattern)
         if not paths:
             raise UserError(f"no shards match '{pattern}'", hint="quote brace and star patterns", code=DATA)
-        found.update(dict.fromkeys(paths))
-    return list(found)
+        tars.update(dict.fromkeys(paths))
+    return list(tars)
 
 
 def find_source(arguments: argparse.Namespace) -> Source:
@@ -151,13 +151,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _verify(directory: Path, on_bad_data: str) -> None:
     report = verify(directory)
-    said = f"{directory}: {report.shards} shards, {report.samples:,} samples, {report.bytes:,} bytes"
+    summary = f"{directory}: {report.shards} shards, {report.samples:,} samples, {report.bytes:,} bytes"
     if not report.problems:
-        print(f"{said}: all sound")
+        print(f"{summary}: all sound")
         return
-    listed = "\n  ".join(report.problems)
-    what = f"{len(report.problems)} problems in {directory}:\n  {listed}"
+    problems = "\n  ".join(report.problems)
+    what = f"{len(report.problems)} problems in {directory}:\n  {problems}"
     if on_bad_data == "error":
         hint = f"fetch or pack them again; if they were changed on purpose: scripts/make_shards.py index {directory}"
         raise UserError(what, hint=hint, code=DATA)
-    print(f"{said}\nwarning: {what}")
+    print(f"{summary}\nwarning: {what}")

@@ -101,16 +101,16 @@ class Progress:
         self.total, self.start, self.live = total, time.monotonic(), sys.stderr.isatty()
         self.next = self.start + (0.2 if self.live else 10.0)
 
-    def show(self, done: int, skipped: int) -> None:
+    def show(self, pictures: int, skips: int) -> None:
         """Where the packing stands; cheap to call for every picture."""
         now = time.monotonic()
         if now < self.next:
             return
         self.next = now + (0.2 if self.live else 10.0)
-        rate = done / (now - self.start)
-        whole = f" of {self.total:,}" if self.total else ""
-        left = f", {max(0, self.total - done - skipped) / rate:.0f} s left" if self.total and rate else ""
-        line = f"packing: {done:,}{whole} pictures, {rate:,.0f}/s{left}" + (f", {skipped:,} skipped" if skipped else "")
+        rate = pictures / (now - self.start)
+        total = f" of {self.total:,}" if self.total else ""
+        eta = f", {max(0, self.total - pictures - skips) / rate:.0f} s left" if self.total and rate else ""
+        line = f"packing: {pictures:,}{total} pictures, {rate:,.0f}/s{eta}" + (f", {skips:,} skipped" if skips else "")
         sys.stderr.write(f"\r{line}\x1b[K" if self.live else f"{line}\n")
         sys.stderr.flush()
 
@@ -209,23 +209,23 @@ def _prepare(output: Path, packing: dict[str, Any]) -> bool:
     make_folder(output)
     mark = output / PACKING
     try:
-        found = json.loads(mark.read_bytes()) if mark.is_file() else None
-        if found is not None:  # settings newer than the packing stood at their defaults
-            found["settings"] = {**asdict(Settings()), **found["settings"]}
+        stored_packing = json.loads(mark.read_bytes()) if mark.is_file() else None
+        if stored_packing is not None:  # settings newer than the packing stood at their defaults
+            stored_packing["settings"] = {**asdict(Settings()), **stored_packing["settings"]}
     except (ValueError, LookupError, TypeError):
-        found = None
-    if found is None and any(output.iterdir()):
+        stored_packing = None
+    if stored_packing is None and any(output.iterdir()):
         raise UserError(f"{output} is not empty", hint="give another --output; nothing is overwritten", code=USAGE)
-    finished = (output / INDEX).is_file()
-    if finished and found != packing:
+    complete = (output / INDEX).is_file()
+    if complete and stored_packing != packing:
         raise UserError(
             f"{output} holds another packing (other source or settings)",
             hint="give another --output, or delete it",
             code=USAGE,
         )
-    if not finished:  # one that was stopped is begun anew, with other settings too
+    if not complete:  # one that was stopped is begun anew, with other settings too
         write_json(mark, packing)
-    return finished
+    return complete
 
 
 def _finish(packer: Packer, source: Source, packing: dict[str, Any]) -> list[ShardInfo]:

@@ -127,24 +127,24 @@ class Folder(Source):
         present = {path: path.relative_to(self.root).as_posix() for path in self._files}
         records, remarks = self._metadata(present)
         yield from remarks
-        used: set[str] = set()
+        keys: set[str] = set()
         for path in self._pictures:
             name = present[path]
             key = safe_key(name[: -len(path.suffix)])
-            if key in used:
+            if key in keys:
                 yield Remark(
                     name, f"same name as another picture (packed as {key}_{path.suffix[1:].lower()})", harmless=True
                 )
                 key = f"{key}_{path.suffix[1:].lower()}"
-                while key in used:
+                while key in keys:
                     key += "_"
-            used.add(key)
+            keys.add(key)
             yield self._sample(path, key, records.get(path))
         for path in self._files:
             suffix = path.suffix.lower()
             if suffix in ELSEWHERE:
                 yield Remark(present[path], ELSEWHERE[suffix])
-            elif suffix == ".txt" and safe_key(present[path][:-4]) not in used:
+            elif suffix == ".txt" and safe_key(present[path][:-4]) not in keys:
                 yield Remark(present[path], "caption without image", harmless=True)
             elif suffix not in SUFFIXES and suffix != ".txt" and path.name not in METADATA:
                 yield Remark(present[path], "neither picture nor caption", harmless=True)

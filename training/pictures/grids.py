@@ -31,16 +31,16 @@ def grid(
     factor = max(1, -(-SMALLEST // max(images[0].size)))
     width, height = (side * factor for side in images[0].size)
     font = ImageFont.load_default(size=11)
-    wrapped = [textwrap.wrap(_drawable(c), max(8, width // 6))[:4] for c in captions]
-    below = 4 + 13 * max(map(len, wrapped), default=0) if captions else 0
-    left = 12 + max((int(font.getlength(r)) for r in rows), default=-12)
+    caption_lines = [textwrap.wrap(_drawable(c), max(8, width // 6))[:4] for c in captions]
+    below = 4 + 13 * max(map(len, caption_lines), default=0) if captions else 0
+    margin = 12 + max((int(font.getlength(r)) for r in rows), default=-12)
     lines = -(-len(images) // columns)
-    sheet = Image.new("RGB", (left + columns * (width + 4), lines * (height + below + 4)), "white")
+    sheet = Image.new("RGB", (margin + columns * (width + 4), lines * (height + below + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = left + i % columns * (width + 4), i // columns * (height + below + 4)
+        x, y = margin + i % columns * (width + 4), i // columns * (height + below + 4)
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
-        for n, line in enumerate(wrapped[i] if captions else []):
+        for n, line in enumerate(caption_lines[i] if captions else []):
             draw.text((x, y + height + 2 + 13 * n), line, fill="black", font=font)
         if rows and i % columns == 0:
             draw.text((4, y + height // 2 - 6), rows[i // columns], fill="black", font=font)

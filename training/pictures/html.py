@@ -40,11 +40,11 @@ def paragraph(text: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Numbers to four digits, a dash for None."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = ("".join(f"<td>{escape(told(value))}</td>" for value in row) for row in rows)
+    lines = ("".join(f"<td>{escape(cell_text(value))}</td>" for value in row) for row in rows)
     return f"<table><tr>{top}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def told(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A table's cell, unescaped."""
     if value is None:
         return "–"

@@ -59,6 +59,7 @@ class Checkpoints:
 
         Raises UserError for weights that are not finite (older checkpoints stay as they are) and for a full disk.
         """
+        # Refused before anything is written, so that what lies there stays untouched.
         refuse_non_finite({**checkpoint.tensors["model"], **checkpoint.tensors["ema"]})
         target = self.folder / f"step-{checkpoint.step:08d}"
         staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
@@ -66,6 +67,7 @@ class Checkpoints:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(self.folder.parent)  # what is made durable inside is lost without its folder's own name
+            # All is written under a name that no reader takes for a checkpoint; a kill leaves only that, for `sweep`.
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             fault("checkpoint.staging")
@@ -74,21 +76,23 @@ class Checkpoints:
                 fault("checkpoint.file")
             write_json(staging / "state.json", dict(checkpoint.state))
             fault("checkpoint.file")
+            # The manifest is last: it hashes the other files as they lie on the disk.
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
             write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
             fault("checkpoint.manifest")
             if target.exists():  # the same step again, after a resume from an earlier one
                 self._remove(target)
             fault("checkpoint.rename")
-            staging.replace(target)
-            sync_folder(self.folder)
+            staging.replace(target)  # the checkpoint exists from here on, whole
+            sync_folder(self.folder)  # the rename itself, which may else be lost with the power
             fault("checkpoint.latest")
+            # Only for people and other programs: `newest` goes by names and manifests, so an old pointer does no harm.
             write_bytes(self.folder / "latest", f"{target.name}\n".encode())
         except OSError as failure:
             raise disk_error(target, failure) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self.prune(target)
+        self.prune(target)  # only now: old ones go when the new one is safe
         return target
 
     def load(self, path: Path) -> Checkpoint:
@@ -108,18 +112,18 @@ class Checkpoints:
 
         Raises UserError where every checkpoint is damaged: a run never silently starts again from zero.
         """
-        found = sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
-        broken: list[str] = []
-        for path in found:
+        folders = sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+        damages: list[str] = []
+        for path in folders:
             if not (reason := damage(path)):
-                for text in broken:
+                for text in damages:
                     print(f"warning: {text}; using {path.name}", file=sys.stderr)
                 return path
-            broken.append(f"checkpoint {path.name} is damaged ({reason})")
-        if found:
+            damages.append(f"checkpoint {path.name} is damaged ({reason})")
+        if folders:
             raise UserError(
-                f"no usable checkpoint in {self.folder} ({len(found)} found, all damaged)",
-                hint="; ".join(broken),
+                f"no usable checkpoint in {self.folder} ({len(folders)} found, all damaged)",
+                hint="; ".join(damages),
                 code=CHECKPOINT,
             )
         return None
@@ -163,12 +167,12 @@ class Checkpoints:
 
     def prune(self, last: Path) -> None:
         """Keep the newest ones up to `last`; later ones belong to a future that a resume from before them gave up."""
-        found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
-        past = [p for p in found if p.name <= last.name]
-        kept = {*past[-self.keep_last :], *(p for p in found if (p / "pinned").exists())}
-        if self.keep_best and (scores := {p: s for p in past if (s := score(p)) is not None}):
-            kept.add(min(scores, key=lambda p: scores[p]))
-        for path in (p for p in found if p not in kept):
+        folders = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        earlier = [p for p in folders if p.name <= last.name]
+        survivors = {*earlier[-self.keep_last :], *(p for p in folders if (p / "pinned").exists())}
+        if self.keep_best and (scores := {p: s for p in earlier if (s := score(p)) is not None}):
+            survivors.add(min(scores, key=lambda p: scores[p]))
+        for path in (p for p in folders if p not in survivors):
             try:
                 self._remove(path)
             except OSError as failure:
@@ -205,10 +209,10 @@ def damage(path: Path) -> str:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        files, written, _ = manifest["files"], int(manifest["format"]), int(manifest["step"])
-        if written > FORMAT:
+        files, version, _ = manifest["files"], int(manifest["format"]), int(manifest["step"])
+        if version > FORMAT:
             raise UserError(
-                f"checkpoint format {written} is newer than this program understands ({FORMAT})",
+                f"checkpoint format {version} is newer than this program understands ({FORMAT})",
                 hint="update this package",
                 code=CHECKPOINT,
             )

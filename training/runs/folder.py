@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.errors import CHECKPOINT, DISK, UserError
 from training.files import (
@@ -21,10 +21,6 @@ from training.files import (
 )
 from training.runs.ingredients import difference
 from training.settings import decoding
-
-if TYPE_CHECKING:
-
-    pass
 
 # Keys that may change between a run and its resumption; everything else is part of what the run is.
 MUTABLE = {
@@ -93,16 +89,16 @@ class Run:
                 code=CHECKPOINT,
             )
         # Decoded, so that keys newer than the run stand at their defaults.
-        before = decoding.to_values(decoding.stored(self.stage, read_json(self.folder / "config.json")))
+        before = decoding.to_values(decoding.decode_stored(self.stage, read_json(self.folder / "config.json")))
         changes = decoding.diff(before, values)
-        fixed = [
+        conflicts = [
             c
             for c in changes
             if (key := c.partition(":")[0]) not in self.mutable and key.partition(".")[0] not in MUTABLE_SECTIONS
         ]
-        if fixed:
+        if conflicts:
             raise UserError(
-                "the config differs from the run's:\n       " + "\n       ".join(fixed),
+                "the config differs from the run's:\n       " + "\n       ".join(conflicts),
                 hint=f"repeat the run's own with --config {self.folder}/config.json, or use another --output",
                 code=CHECKPOINT,
             )
@@ -116,28 +112,28 @@ class Run:
         write_json(self.folder / "config.json", decoding.to_values(self.config))
         write_json(self.folder / "run.json", {**stands, **made_with, **facts})
 
-    def went_on(self, step: int, environment: Mapping[str, Any]) -> None:
+    def note_environment(self, step: int, environment: Mapping[str, Any]) -> None:
         """Note what this part of the run is computed with; a resume at `step` with something else is said aloud."""
         self.environment = dict(environment)
         old = record(self.folder)
         self.resumes = list(old.get("resumes", []))
         before = {**old.get("versions", {}), **old.get("environment", {})}
-        changed = [
+        differences = [
             f"{name} {before[name]} -> {value}"
             for name, value in {**versions(), **environment}.items()
             if before.get(name, value) != value
         ]
-        if step and changed:
-            self.resumes.append({"step": step, "changed": changed})
-            print(f"warning: bit-exactness is not guaranteed across {', '.join(changed)}", file=sys.stderr)
+        if step and differences:
+            self.resumes.append({"step": step, "changed": differences})
+            print(f"warning: bit-exactness is not guaranteed across {', '.join(differences)}", file=sys.stderr)
 
     def same_ingredients(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
         old = record(self.folder)
-        for group, given in facts.items():
-            if other := difference(old.get(group, {}), given):
+        for group, identities in facts.items():
+            if change := difference(old.get(group, {}), identities):
                 raise UserError(
-                    f"this run was made with {group} {other.name} {other.before}, now given {other.now}",
+                    f"this run was made with {group} {change.name} {change.before}, now given {change.now}",
                     hint="give what the run began with, or start another from its weights with --init-from",
                     code=CHECKPOINT,
                 )
@@ -174,7 +170,7 @@ def _barely_begun(folder: Path, values: decoding.Values) -> bool:
 
 def versions() -> dict[str, str]:
     """What the numbers of a run may depend on."""
-    known = {}
+    packages = {}
     for package in ("torch", "torchvision", "transformers", "accelerate", "lpips", "numpy"):
-        known[package] = metadata.version(package)
-    return {"python": platform.python_version(), **known}
+        packages[package] = metadata.version(package)
+    return {"python": platform.python_version(), **packages}

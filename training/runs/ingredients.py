@@ -14,13 +14,13 @@ class Difference(NamedTuple):
     now: str
 
 
-def difference(known: Mapping[str, Any], found: Mapping[str, Any], names: Iterable[str] = ()) -> Difference | None:
-    """The first of `names` under which `found` is not what was `known`; None where all are the same.
+def difference(baseline: Mapping[str, Any], current: Mapping[str, Any], names: Iterable[str] = ()) -> Difference | None:
+    """The first of `names` under which `current` differs from `baseline`; None where all are the same.
 
     Without names, those that both tell: what an older record does not name says nothing.
     """
-    for name in names or [name for name in found if known.get(name) is not None and found[name] is not None]:
-        before, now = (hashes.get(name) for hashes in (known, found))
+    for name in names or [name for name in current if baseline.get(name) is not None and current[name] is not None]:
+        before, now = (hashes.get(name) for hashes in (baseline, current))
         if before != now:
             return Difference(name, *("none" if value is None else str(value)[:12] for value in (before, now)))
     return None

@@ -27,7 +27,8 @@ class Writer:
             return
         self.pending = Future()
         # A daemon: a second Ctrl-C leaves at once, and what is staged is swept by the next run.
-        Thread(target=self._write, args=(copied(checkpoint), self.pending), daemon=True, name="checkpoint").start()
+        work = copy_checkpoint(checkpoint), self.pending
+        Thread(target=self._write, args=work, daemon=True, name="checkpoint").start()
 
     def check(self) -> None:
         """Raise what ended the save under way, where it has failed by now."""
@@ -48,7 +49,7 @@ class Writer:
             pending.set_exception(failure)
 
 
-def copied(checkpoint: Checkpoint) -> Checkpoint:
+def copy_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint in memory that nothing else writes to, on the CPU."""
     tensors = {
         file: {name: value.detach().to("cpu", copy=True) for name, value in part.items()}

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
 from training.settings import plugins
-from training.settings.families import families, meant, unknown_key, unknown_kind
+from training.settings.families import families, suggestion, unknown_key, unknown_kind
 from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
-from training.settings.upgrading import upgraded, version
+from training.settings.upgrading import upgrade, version
 
 if TYPE_CHECKING:
     from autoencoder.discriminator import Discriminator
@@ -97,24 +97,24 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
     own = _parse(text, where)
     if not as_of and stage == "denoiser" and "format" not in own:
         print(f"note: {where} names no [format] version, so it means what version 1 did", file=sys.stderr)
-    values = overlay(upgraded(own, sections(stage), as_of or version(own)), overrides or {})
+    values = overlay(upgrade(own, sections(stage), as_of or version(own)), overrides or {})
     lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
 
 
-def stored(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
+def decode_stored(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
     """What a run's config.json, of whatever version, means."""
-    return decode(stage, upgraded(values, sections(stage), version(values)), lines)
+    return decode(stage, upgrade(values, sections(stage), version(values)), lines)
 
 
 def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
     """Values with `section.key -> text` laid over them."""
-    merged = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
+    result = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     for key, raw in overrides.items():
         section, _, name = key.partition(".")
-        if isinstance(part := merged.setdefault(section, {}), dict):
+        if isinstance(part := result.setdefault(section, {}), dict):
             part[name] = _literal(raw)
-    return merged
+    return result
 
 
 def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
@@ -123,7 +123,7 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
     parts: dict[str, Any] = {}
     known = sections(stage)
     for name in values.keys() - known.keys():
-        problems.append(_at(lines, name) + f"unknown section [{name}]{meant(name, list(known))}")
+        problems.append(_at(lines, name) + f"unknown section [{name}]{suggestion(name, list(known))}")
     for name, members in known.items():
         section = values.get(name, {})
         if not isinstance(section, dict):
@@ -162,34 +162,34 @@ def diff(old: Values, new: Values) -> list[str]:
 def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
     from pydantic import ValidationError
 
-    allowed = kinds(members)
-    if allowed:
-        values = {"kind": allowed[0], **values}
-        if values["kind"] not in allowed:
-            return None, [(f"{name}.kind", unknown_kind(name, str(values["kind"]), allowed))]
-    member = members[allowed.index(values["kind"])] if allowed else members[0]
-    known = [f.name for f in dataclasses.fields(member)]
-    wrong = [(f"{name}.{k}", _unknown(name, k, known, members, values)) for k in values if k not in known]
+    kind_names = kinds(members)
+    if kind_names:
+        values = {"kind": kind_names[0], **values}
+        if values["kind"] not in kind_names:
+            return None, [(f"{name}.kind", unknown_kind(name, str(values["kind"]), kind_names))]
+    member = members[kind_names.index(values["kind"])] if kind_names else members[0]
+    fields = [f.name for f in dataclasses.fields(member)]
+    mistakes = [(f"{name}.{k}", _unknown(name, k, fields, members, values)) for k in values if k not in fields]
     try:
-        plain = json.dumps({k: v for k, v in values.items() if k in known}, default=str)  # TOML also has dates
-        return _adapter(member).validate_json(plain, strict=True), wrong
+        plain = json.dumps({k: v for k, v in values.items() if k in fields}, default=str)  # TOML also has dates
+        return _adapter(member).validate_json(plain, strict=True), mistakes
     except ValidationError as failure:
         for error in failure.errors():
             place = [str(p) for p in error["loc"]]
             reason, field = _reason(error), place[0] if place else ""
-            if not place and (found := re.match(r"(\w+): ", reason)) and found[1] in known:
-                reason, field = reason[found.end() :], found[1]  # a member's own check that names its key
+            if not place and (match := re.match(r"(\w+): ", reason)) and match[1] in fields:
+                reason, field = reason[match.end() :], match[1]  # a member's own check that names its key
             key = f"{name}.{field}" if field else name
-            wrong.append((key, f"{key}: {reason}"))
-        return None, wrong
+            mistakes.append((key, f"{key}: {reason}"))
+        return None, mistakes
 
 
-def _unknown(name: str, key: str, known: list[str], members: tuple[type, ...], values: dict[str, Any]) -> str:
+def _unknown(name: str, key: str, field_names: list[str], members: tuple[type, ...], values: dict[str, Any]) -> str:
     """What to say of a key that the chosen kind does not have: whose it is, or what may have been meant."""
     owners = kinds(tuple(m for m in members if key in {f.name for f in dataclasses.fields(m)}))
     if not owners:
-        return unknown_key(name, key, known)
-    takes = ", ".join(k for k in known if k != "kind") or "no keys"
+        return unknown_key(name, key, field_names)
+    takes = ", ".join(k for k in field_names if k != "kind") or "no keys"
     return f"'{name}.{key}' belongs to kind {', '.join(owners)}; kind {values['kind']} takes {takes}"
 
 
@@ -203,8 +203,8 @@ def _adapter(member: type) -> Any:
 
 
 def _reason(error: Any) -> str:
-    got = json.dumps(error["input"], default=str)
-    expected = {
+    text = json.dumps(error["input"], default=str)
+    type_name = {
         "float_type": "a number",
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -213,9 +213,9 @@ def _reason(error: Any) -> str:
         "tuple_type": "a list",
         "finite_number": "a finite number",
     }.get(error["type"])
-    if expected:
-        return f"expected {expected}, got {got}"
-    return f"{error['msg'].removeprefix('Value error, ')}" + ("" if error["type"] == "value_error" else f", got {got}")
+    if type_name:
+        return f"expected {type_name}, got {text}"
+    return f"{error['msg'].removeprefix('Value error, ')}" + ("" if error["type"] == "value_error" else f", got {text}")
 
 
 def _read(stage: str, source: str) -> tuple[str, str]:
@@ -223,13 +223,13 @@ def _read(stage: str, source: str) -> tuple[str, str]:
     if path.is_dir() and (path / "config.json").is_file():
         path = path / "config.json"
     if not path.is_file():
-        packaged = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
-        if not packaged.is_file():
+        file = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
+        if not file.is_file():
             raise UserError(
-                f"no config named '{source}'{meant(source, names(stage))}",
+                f"no config named '{source}'{suggestion(source, names(stage))}",
                 hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file",
             )
-        return packaged.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
+        return file.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
     if path.stat().st_size > LARGEST:
         what = f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})"
         raise UserError(what, hint="is this the right file?")
@@ -268,12 +268,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _lines(text: str) -> Iterator[tuple[str, int]]:
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
-        if found := re.match(r"\s*\[([\w-]+)\]", line):
-            section = found[1]
+        if match := re.match(r"\s*\[([\w-]+)\]", line):
+            section = match[1]
             yield section, number
-        elif found := re.match(r"\s*\"?([\w-]+)\"?\s*[=:]\s*({?)", line):
-            section = found[1] if found[2] else section
-            yield section if found[2] else f"{section}.{found[1]}" if section else found[1], number
+        elif match := re.match(r"\s*\"?([\w-]+)\"?\s*[=:]\s*({?)", line):
+            section = match[1] if match[2] else section
+            yield section if match[2] else f"{section}.{match[1]}" if section else match[1], number
 
 
 def _literal(raw: str) -> Any:

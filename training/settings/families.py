@@ -8,7 +8,7 @@ import difflib
 from importlib import resources
 from typing import NamedTuple
 
-from training.settings.plugins import added
+from training.settings.plugins import kinds_of_packages
 from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
 
 Families = dict[str, tuple[type, ...]]
@@ -63,14 +63,14 @@ SAMPLING = Part(
 
 def families(stage: str) -> Families:
     """The sections of a stage's config, each with our own kinds; of a choice among kinds, the first is the default."""
-    shared = {"optimizer": (Optimizer,), "train": (Train,)}
+    common = {"optimizer": (Optimizer,), "train": (Train,)}
     if stage == "autoencoder":
         from autoencoder import AUTOENCODERS
         from autoencoder.discriminator import DISCRIMINATORS
         from autoencoder.regularisers import LATENT_REGULARISERS
 
         losses = {"loss": (Loss,), "latent": LATENT_REGULARISERS, "discriminator": DISCRIMINATORS}
-        return {"model": AUTOENCODERS, **losses, **shared}
+        return {"model": AUTOENCODERS, **losses, **common}
     from ldm.backbones import BACKBONES
     from ldm.grids import GRIDS
     from ldm.guidance import GUIDANCES
@@ -87,7 +87,7 @@ def families(stage: str) -> Families:
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
     networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
     learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES}
-    return {**networks, **process, **learning, **shared, **sampling, "format": (Format,)}
+    return {**networks, **process, **learning, **common, **sampling, "format": (Format,)}
 
 
 def kinds(section: str) -> list[str]:
@@ -96,22 +96,22 @@ def kinds(section: str) -> list[str]:
     module, members = FAMILIES[section]
     package = resources.files("ldm") / module
     files = list(package.iterdir()) if package.is_dir() else [resources.files("ldm") / f"{module}.py"]
-    named: dict[str, str] = {}
-    listed: list[str] = []
+    kind_of: dict[str, str] = {}
+    names: list[str] = []
     order: list[str] = []
     for file in sorted((file for file in files if file.name.endswith(".py")), key=lambda file: file.name):
         for node in ast.parse(file.read_text("utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 for part in node.body:
                     if isinstance(part, ast.AnnAssign) and part.value and ast.unparse(part.target) == "kind":
-                        named[node.name] = ast.literal_eval(part.value)
+                        kind_of[node.name] = ast.literal_eval(part.value)
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
                 if ast.unparse(node.targets[0]) == members:
-                    listed += map(ast.unparse, node.value.elts)
+                    names += map(ast.unparse, node.value.elts)
                 elif ast.unparse(node.targets[0]) == "ORDER":
                     order += ast.literal_eval(node.value)
-    known = [named[name] for name in listed]
-    return sorted(known, key=lambda kind: order.index(kind) if kind in order else len(order))
+    members_kinds = [kind_of[name] for name in names]
+    return sorted(members_kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
 
 
 def listing(*parts: Part) -> str:
@@ -126,10 +126,10 @@ def listing(*parts: Part) -> str:
 def all_kinds(section: str) -> list[str]:
     """The names of a family's members, installed packages' last. Raises UserError where such a package is at fault."""
     own = kinds(section)
-    return [*own, *added(section, own)]
+    return [*own, *kinds_of_packages(section, own)]
 
 
-def meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:
+def suggestion(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) -> str:
     """"; did you mean ...?" where one of the known names is near, else nothing."""
     close = difflib.get_close_matches(name, known, 1, cutoff)
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""
@@ -137,9 +137,9 @@ def meant(name: str, known: list[str], prefix: str = "", cutoff: float = 0.5) ->
 
 def unknown_kind(section: str, kind: str, known: list[str]) -> str:
     """What to say of a kind that a section has not."""
-    return f'{section}.kind: unknown kind "{kind}"{meant(kind, known)}; known: {", ".join(known)}'
+    return f'{section}.kind: unknown kind "{kind}"{suggestion(kind, known)}; known: {", ".join(known)}'
 
 
 def unknown_key(section: str, key: str, known: list[str]) -> str:
     """What to say of a key that a section has not."""
-    return f"unknown key '{section}.{key}'{meant(key, known, section + '.')}"
+    return f"unknown key '{section}.{key}'{suggestion(key, known, section + '.')}"

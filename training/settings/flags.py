@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, USAGE, UserError
-from training.settings.families import FAMILIES, all_kinds, meant, unknown_key, unknown_kind
+from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
 from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
 
 # Flags that stand for a config key, with the names that users of diffusers' training scripts know.
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             add("--device", default=device, help="auto, cpu, cuda or cuda:N")
         add("--debug", action="store_true", help="show tracebacks")
 
-    def packed(self, text: str, required: bool = False) -> None:
+    def add_data(self, text: str, required: bool = False) -> None:
         """The packed pictures that a door reads, and where those of an address are kept."""
         self.add_argument("--data", metavar="DIR", required=required, help=text)
         add_cache(self)
@@ -90,24 +90,24 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _spelled(self, argv: list[str] | None) -> list[str]:
-        return [spelled(word) for word in (sys.argv[1:] if argv is None else argv)]
+        return [canonical_word(word) for word in (sys.argv[1:] if argv is None else argv)]
 
     def _dotted(self, rest: list[str]) -> dict[str, str]:
-        found: dict[str, str] = {}
+        values: dict[str, str] = {}
         words = iter(rest)
         for word in words:
             flag, equals, value = word[2:].partition("=")
             if not word.startswith("--") or "." not in flag:
-                known = [option for option in self._option_string_actions if option.startswith("--")]
-                self.error(f"unrecognized argument: {word}{meant(word.partition('=')[0], known, cutoff=0.6)}")
+                options = [option for option in self._option_string_actions if option.startswith("--")]
+                self.error(f"unrecognized argument: {word}{suggestion(word.partition('=')[0], options, cutoff=0.6)}")
             try:
-                found[flag] = value if equals else next(words)
+                values[flag] = value if equals else next(words)
             except StopIteration:
                 self.error(f"{word}: expected a value")
-        return found
+        return values
 
 
-def spelled(word: str) -> str:
+def canonical_word(word: str) -> str:
     """`--train_batch_size=4` -> `--micro-batch-size=4`; config keys keep their underscores."""
     if not word.startswith("--"):
         return word

@@ -16,6 +16,6 @@ def table() -> str:
     return HEAD + "".join(f"| {name} | {', '.join(own)} |\n" for name, own in named.items() if own)
 
 
-def renewed(text: str) -> str:
+def renew(text: str) -> str:
     """A README whose table of kinds is that of now."""
     return re.sub(re.escape(HEAD) + r"(\|.*\n)*", lambda _: table(), text)

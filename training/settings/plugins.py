@@ -30,26 +30,26 @@ def _installed(section: str) -> EntryPoints:
     return entry_points(group=f"{GROUP}.{section}")
 
 
-def added(section: str, own: list[str]) -> dict[str, EntryPoint]:
-    """The entry points of a section by kind, beside our `own` kinds. Imports nothing of theirs.
+def kinds_of_packages(section: str, own_kinds: list[str]) -> dict[str, EntryPoint]:
+    """The entry points of a section by kind, beside our `own_kinds`. Imports nothing of theirs.
 
     Raises UserError, naming the package, where a kind is already there.
     """
-    found: dict[str, EntryPoint] = {}
+    entries: dict[str, EntryPoint] = {}
     for entry in _installed(section):
-        if entry.name in own or entry.name in found:
-            there = "latent-diffusion-from-scratch" if entry.name in own else _package(found[entry.name])
-            raise _wrong(section, entry, f"{there} has that kind already")
-        found[entry.name] = entry
-    return found
+        if entry.name in own_kinds or entry.name in entries:
+            owner = "latent-diffusion-from-scratch" if entry.name in own_kinds else _package(entries[entry.name])
+            raise _wrong(section, entry, f"{owner} has that kind already")
+        entries[entry.name] = entry
+    return entries
 
 
-def members(section: str, own: list[str]) -> tuple[type, ...]:
+def members(section: str, own_kinds: list[str]) -> tuple[type, ...]:
     """The dataclasses that installed packages add to a section.
 
     Raises UserError, naming the package, for what cannot be imported, is no dataclass, or is of another kind.
     """
-    return tuple(_member(section, entry) for entry in added(section, own).values())
+    return tuple(_member(section, entry) for entry in kinds_of_packages(section, own_kinds).values())
 
 
 def _member(section: str, entry: EntryPoint) -> type:

@@ -34,17 +34,17 @@ def run_version(run: str | Path | None) -> int | None:
     return version(values) if isinstance(values, dict) else None
 
 
-def upgraded(values: Values, families: Mapping[str, tuple[type, ...]], as_of: int) -> Values:
+def upgrade(values: Values, families: Mapping[str, tuple[type, ...]], as_of: int) -> Values:
     """Values with the rules of version `as_of` written out where they say nothing themselves."""
     if "format" not in families:
         return values
-    named = values.get("format", {})
-    old: Values = {"format": {**named, "version": as_of} if isinstance(named, dict) else named}
+    current = values.get("format", {})
+    sections: Values = {"format": {**current, "version": as_of} if isinstance(current, dict) else current}
     for name, rules in RULES.get(as_of, {}).items():
-        given, members = values.get(name, {}), families[name]
-        if isinstance(given, dict):
+        section, members = values.get(name, {}), families[name]
+        if isinstance(section, dict):
             kinds = {getattr(member, "kind", None): member for member in members}
-            member = kinds.get(given.get("kind", getattr(members[0], "kind", None)), object)
-            known = {field.name for field in dataclasses.fields(member)} if dataclasses.is_dataclass(member) else set()
-            old[name] = {**{key: rule for key, rule in rules.items() if key in known}, **given}
-    return {**values, **old}
+            member = kinds.get(section.get("kind", getattr(members[0], "kind", None)), object)
+            fields = {field.name for field in dataclasses.fields(member)} if dataclasses.is_dataclass(member) else set()
+            sections[name] = {**{key: rule for key, rule in rules.items() if key in fields}, **section}
+    return {**values, **sections}

@@ -106,15 +106,15 @@ def _label(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Connected regions (by edges): 0 outside the mask, one positive number in each region."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
-        grown = labels.copy()
-        grown[1:] = np.maximum(grown[1:], labels[:-1])
-        grown[:-1] = np.maximum(grown[:-1], labels[1:])
-        grown[:, 1:] = np.maximum(grown[:, 1:], labels[:, :-1])
-        grown[:, :-1] = np.maximum(grown[:, :-1], labels[:, 1:])
-        grown *= mask
-        if np.array_equal(grown, labels):
+        neighbours = labels.copy()
+        neighbours[1:] = np.maximum(neighbours[1:], labels[:-1])
+        neighbours[:-1] = np.maximum(neighbours[:-1], labels[1:])
+        neighbours[:, 1:] = np.maximum(neighbours[:, 1:], labels[:, :-1])
+        neighbours[:, :-1] = np.maximum(neighbours[:, :-1], labels[:, 1:])
+        neighbours *= mask
+        if np.array_equal(neighbours, labels):
             return labels
-        labels = grown
+        labels = neighbours
 
 
 def _fit(alpha: Floats, corner: tuple[int, int]) -> tuple[str, tuple[float, float], float]:
@@ -128,7 +128,7 @@ def _fit(alpha: Floats, corner: tuple[int, int]) -> tuple[str, tuple[float, floa
     area = alpha.sum()
     x = left + float((alpha.sum(axis=0) * (np.arange(width) + 0.5)).sum() / area)
     y = top + float((alpha.sum(axis=1) * (np.arange(height) + 0.5)).sum() / area)
-    best, found = -1.0, (UNKNOWN, (x, y), math.sqrt(area))
+    best, fit = -1.0, (UNKNOWN, (x, y), math.sqrt(area))
     for shape in SHAPES:
         extent = math.sqrt(area / AREA[shape])
         centre = (
@@ -138,8 +138,8 @@ def _fit(alpha: Floats, corner: tuple[int, int]) -> tuple[str, tuple[float, floa
         for template in (sharp, _blurred(sharp)):
             overlap = float(np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum())
             if overlap > best:
-                best, found = overlap, (shape if overlap >= OVERLAP else UNKNOWN, centre, extent)
-    return found
+                best, fit = overlap, (shape if overlap >= OVERLAP else UNKNOWN, centre, extent)
+    return fit
 
 
 def read(image: Bytes) -> list[Seen]:
@@ -178,20 +178,20 @@ def _related(a: Seen, b: Seen, relation: str) -> bool:
     return abs(along) > abs(across) and (along > 0) == (relation in ("left of", "above"))
 
 
-def _compare(spec: Spec, seen: tuple[Seen, ...]) -> dict[str, bool]:
-    """Each thing the caption says, true or false, with `seen` in the order of the caption's objects."""
-    pairs: list[tuple[Wanted, Seen]] = list(zip(spec.objects, seen, strict=False))
-    whole = len(pairs) == len(spec.objects)
+def _compare(spec: Spec, objects: tuple[Seen, ...]) -> dict[str, bool]:
+    """Each thing the caption says, true or false, with `objects` in the order of the caption's objects."""
+    pairs: list[tuple[Wanted, Seen]] = list(zip(spec.objects, objects, strict=False))
+    complete = len(pairs) == len(spec.objects)
     result = {
-        "shape": whole and all(wanted.shape == found.shape for wanted, found in pairs),
-        "colour": whole and all(wanted.colour == found.colour for wanted, found in pairs),
+        "shape": complete and all(target.shape == visible.shape for target, visible in pairs),
+        "colour": complete and all(target.colour == visible.colour for target, visible in pairs),
     }
     if spec.relation is None:
-        result["position"] = whole and all(wanted.position == found.cell for wanted, found in pairs)
+        result["position"] = complete and all(target.position == visible.cell for target, visible in pairs)
     else:
-        result["relation"] = whole and _related(seen[0], seen[1], spec.relation)
+        result["relation"] = complete and _related(objects[0], objects[1], spec.relation)
     if spec.objects[0].size is not None:
-        result["size"] = whole and all(wanted.size == found.size for wanted, found in pairs)
+        result["size"] = complete and all(target.size == visible.size for target, visible in pairs)
     return result
 
 
@@ -206,12 +206,12 @@ def check(image: Bytes, caption: str) -> dict[str, bool]:
     spec, seen = parse(caption), read(image)
     count = len(seen) == len(spec.objects)
     orders = permutations(seen[:MOST], min(len(spec.objects), len(seen)))
-    best = max((_compare(spec, order) for order in orders), key=_merit)
+    result = max((_compare(spec, order) for order in orders), key=_merit)
     must = ("shape", "colour", "position" if spec.relation is None else "relation")
-    best |= {"count": count, "obeyed": count and all(best[key] for key in must)}
+    result |= {"count": count, "obeyed": count and all(result[key] for key in must)}
     if spec.background is not None:
-        best["background"] = background(image) == spec.background
-    return best
+        result["background"] = background(image) == spec.background
+    return result
 
 
 def _merit(result: dict[str, bool]) -> tuple[bool, int]:

@@ -80,13 +80,13 @@ def _bodies(scene: Scene, sized: bool) -> Iterator[str]:
 
 def captions(scene: Scene) -> tuple[str, ...]:
     """Every way to say the scene, the canonical one (everything said) first; all different."""
-    said = (
+    sentences = (
         frame.format(body=body, background=scene.background)
         for sized in (True, False)
         for frame in FRAMES
         for body in _bodies(scene, sized)
     )
-    return tuple(said)
+    return tuple(sentences)
 
 
 def choose_captions(scene: Scene, count: int, seed: int) -> tuple[str, ...]:
@@ -132,15 +132,15 @@ def parse(caption: str) -> Spec:
             break
     else:
         raise ValueError(f"not a caption of shapes: {caption!r}")
-    said = framed.groupdict()
-    if related := _RELATED.fullmatch(said["body"]):
+    parts = framed.groupdict()
+    if related := _RELATED.fullmatch(parts["body"]):
         size_a, colour_a, shape_a, relation, size_b, colour_b, shape_b = related.groups()
         pair = (Wanted(shape_a, colour_a, size_a), Wanted(shape_b, colour_b, size_b))
-        return Spec(pair, said.get("background"), relation)
-    listed = [_PLACED.fullmatch(part) for part in re.split(r", | and ", said["body"])]
-    if len(listed) not in (1, 3) or not all(listed):
+        return Spec(pair, parts.get("background"), relation)
+    matches = [_PLACED.fullmatch(part) for part in re.split(r", | and ", parts["body"])]
+    if len(matches) not in (1, 3) or not all(matches):
         raise ValueError(f"not a caption of shapes: {caption!r}")
-    items = [match.groups() for match in listed if match]
+    items = [match.groups() for match in matches if match]
     return Spec(
-        tuple(Wanted(shape, colour, size, place) for size, colour, shape, place in items), said.get("background")
+        tuple(Wanted(shape, colour, size, place) for size, colour, shape, place in items), parts.get("background")
     )

@@ -11,7 +11,7 @@ HIDDEN = "HIDDEN"
 SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
 
 
-def shown(address: str) -> str:
+def redact(address: str) -> str:
     """An address without what may be secret: user, password and query."""
     parts = urlsplit(address)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
@@ -25,7 +25,7 @@ def without_secrets(text: str, address: str) -> str:
     return text
 
 
-def repeated(words: Iterable[str]) -> str:
+def repeat_command(words: Iterable[str]) -> str:
     """A command line to repeat, quoted for a shell; where addresses in it hold secrets, HIDDEN stands for each, and a
     note says so."""
     told = list(words)

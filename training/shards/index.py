@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from training.errors import DATA, UserError
 from training.files import file_sha256, leads_out, no_index, write_json
-from training.shards.offset_index import again, open_index
+from training.shards.offset_index import open_index, reindex_hint
 from training.shards.tars import is_safe
 
 SPLITS = ("train", "val", "test")
@@ -83,7 +83,7 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
         what = f"{path}: format {version} is newer than this program understands ({FORMAT})"
         raise UserError(what, hint="update it", code=DATA)
     if not sound:
-        raise UserError(f"{path}: is not an index of shards", hint=again(Path(directory)), code=DATA)
+        raise UserError(f"{path}: is not an index of shards", hint=reindex_hint(Path(directory)), code=DATA)
     return index, shards
 
 

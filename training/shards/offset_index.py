@@ -37,7 +37,7 @@ def write_tar_index(tar: Path, index: Index) -> None:
     write_bytes(index_path(tar), buffer.getvalue())
 
 
-def again(directory: Path) -> str:
+def reindex_hint(directory: Path) -> str:
     """The hint of everything that a new index mends."""
     return f"run: scripts/make_shards.py index {directory}"
 
@@ -91,7 +91,8 @@ def open_index(tar: Path) -> Layout:
                 raise ValueError("a link out of its folder")
     except (OSError, ValueError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise UserError(f"{path}: the shard's offset index {reason}", hint=again(tar.parent), code=DATA) from None
+        what = f"{path}: the shard's offset index {reason}"
+        raise UserError(what, hint=reindex_hint(tar.parent), code=DATA) from None
     return layout
 
 
@@ -127,15 +128,15 @@ def members(
 ) -> dict[str, bytes]:
     """The bytes at `places` of a tar of `end` bytes, in one `read(size, offset)` where they lie together, as those of
     one sample do. Raises UserError(code 3) where they are not what the index says."""
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     if not places:
-        return found
+        return contents
     low = min(offset for offset, _ in places.values()) - BLOCK
     high = max(offset + size for offset, size in places.values())
-    near = high - low <= SPAN + 2 * sum(size for _, size in places.values())
-    block = read(high - low, low) if near and 0 <= low < high <= end else b""
+    contiguous = high - low <= SPAN + 2 * sum(size for _, size in places.values())
+    block = read(high - low, low) if contiguous and 0 <= low < high <= end else b""
     for field, (offset, size) in places.items():
-        if not near:
+        if not contiguous:
             low = offset - BLOCK
             block = read(BLOCK + size, low) if low >= 0 and offset + size <= end else b""
         data = block[offset - low : offset - low + size]
@@ -144,6 +145,6 @@ def members(
             raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(tar).parent}", code=DATA)
         if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
             what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
-            raise UserError(what, hint=again(Path(tar).parent), code=DATA)
-        found[field] = data
-    return found
+            raise UserError(what, hint=reindex_hint(Path(tar).parent), code=DATA)
+        contents[field] = data
+    return contents

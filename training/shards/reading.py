@@ -23,7 +23,7 @@ from typing import Any
 from training.errors import DATA, UserError
 from training.files import leads_out
 from training.shards.index import INDEX, Kind, ShardInfo, read_index
-from training.shards.offset_index import Descriptors, Layout, again, index_path, members, open_index
+from training.shards.offset_index import Descriptors, Layout, index_path, members, open_index, reindex_hint
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
 
@@ -53,8 +53,8 @@ class ShardSet:
         self.summary: dict[str, Any] = index["summary"]
         self.shards = tuple(info for info in shards if info.split == split)
         if not self.shards:
-            found = ", ".join(sorted({info.split for info in shards}))
-            what = f"{directory} has no split {split!r} (it has: {found})"
+            names = ", ".join(sorted({info.split for info in shards}))
+            what = f"{directory} has no split {split!r} (it has: {names})"
             raise UserError(what, hint="pack with --val-fraction", code=DATA)
         tars = [self.directory / info.name for info in self.shards]
         if self.remote:
@@ -100,16 +100,16 @@ class ShardSet:
 
     def _checked(self, info: ShardInfo, tar: Path) -> Layout:
         if not (self.remote or tar.is_file()):
-            raise UserError(f"{tar}: listed in {INDEX} but not there", hint=again(self.directory), code=DATA)
+            raise UserError(f"{tar}: listed in {INDEX} but not there", hint=reindex_hint(self.directory), code=DATA)
         if leads_out(tar):
             raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
         size, layout = info.bytes if self.remote else tar.stat().st_size, open_index(tar)
         if size != info.bytes:
             what = f"{tar}: has {size:,} bytes, its index says {info.bytes:,}"
-            raise UserError(what, hint=again(self.directory), code=DATA)
+            raise UserError(what, hint=reindex_hint(self.directory), code=DATA)
         if layout.rows != info.samples:
             what = f"{tar}: its index lists {layout.rows} samples, {INDEX} says {info.samples}"
-            raise UserError(what, hint=again(self.directory), code=DATA)
+            raise UserError(what, hint=reindex_hint(self.directory), code=DATA)
         return layout
 
     def _locate(self, i: int) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class ShardSet:
                 return key, places
             raise ValueError(key)
         except (StructError, ValueError):
-            raise UserError(f"{self._indices[shard]}: damaged", hint=again(self.directory), code=DATA) from None
+            raise UserError(f"{self._indices[shard]}: damaged", hint=reindex_hint(self.directory), code=DATA) from None
 
     def _data(self, shard: int, key: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
         info, tar = self.shards[shard], self._tars[shard]

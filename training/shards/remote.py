@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from training.errors import CHECKPOINT, DISK, Unreachable, UserError
 from training.files import PARTIAL, disk_error, gigabytes, make_folder, write_bytes
-from training.shards.addresses import shown, without_secrets
+from training.shards.addresses import redact, without_secrets
 from training.shards.index import INDEX
 from training.shards.tars import is_safe
 
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 class Remote:
     """A folder of shards at an address, and the local folder that stands for it: `Path(remote)` holds its index.
 
-    Shown without user, password and query. Built by `located`.
+    Shown without user, password and query. Built by `open_address`.
     """
 
     address: str = field(repr=False)
@@ -58,7 +58,7 @@ class Remote:
         return str(self.folder)
 
     def __str__(self) -> str:
-        return shown(self.address)
+        return redact(self.address)
 
     def bring(self, names: Iterable[str]) -> None:
         """Fetches small files that are not here yet. Raises Unreachable."""
@@ -75,7 +75,7 @@ class Remote:
         """Fetches what lies beside latents: the autoencoder and, where `text`, the text encoder. Raises Unreachable."""
         self.bring(["autoencoder/config.json", "autoencoder/model.safetensors"])
         if text:
-            names = tried(self.address, TEXT, self._text_files)
+            names = retry(self.address, TEXT, self._text_files)
             refuse_without_null(NULL in names)
             self.bring(names)
 
@@ -111,7 +111,7 @@ class Remote:
                 try:
                     with partial.open("wb") as file:
                         self._make_room(shard.bytes, file)
-                        tried(self.address, shard.name, lambda: self._copy(shard, file))
+                        retry(self.address, shard.name, lambda: self._copy(shard, file))
                         file.flush()
                         os.fsync(file.fileno())
                     _touch(partial)
@@ -151,7 +151,7 @@ class Remote:
             time.sleep(0.1)
 
 
-def located(
+def open_address(
     address: str | Path, cache_dir: str | None = None, cache_size: float = 20.0, window: int = 16
 ) -> Path | Remote:
     """The folder that `--data` or `--latents` names: a path as it is; an address as a `Remote`, its index read.
@@ -168,10 +168,10 @@ def located(
     try:
         _opened(text, INDEX)
     except (ImportError, ValueError) as failure:
-        raise UserError(f"{shown(text)}: {failure}", hint="install the package that reads such addresses") from None
+        raise UserError(f"{redact(text)}: {failure}", hint="install the package that reads such addresses") from None
     index = read_bytes(text, INDEX)
     cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-diffusion")
-    folder = cache / hashlib.sha256(shown(text).encode() + b"\0" + index).hexdigest()[:16]
+    folder = cache / hashlib.sha256(redact(text).encode() + b"\0" + index).hexdigest()[:16]
     make_folder(folder)
     if not (folder / INDEX).is_file():
         write_bytes(folder / INDEX, index)
@@ -186,9 +186,9 @@ def refuse_without_null(there: bool) -> None:
         raise UserError(what, hint=hint, code=CHECKPOINT)
 
 
-def tried(address: str, name: str, attempt: Callable[[], Result]) -> Result:
+def retry(address: str, name: str, attempt: Callable[[], Result]) -> Result:
     """What `attempt` gives, tried again where it fails. Raises Unreachable."""
-    file = f"{shown(address).rstrip('/')}/{name}"
+    file = f"{redact(address).rstrip('/')}/{name}"
     for wait in [PAUSE * 2**n for n in range(ATTEMPTS - 1)] + [0.0]:
         try:
             return attempt()
@@ -212,19 +212,19 @@ def read_bytes(address: str, name: str) -> bytes:
         _pour(address, name, file, LARGEST_FILE)
         return file.getvalue()
 
-    return tried(address, name, attempt)
+    return retry(address, name, attempt)
 
 
 class _Local(OSError):
     """A fault of the disk here, not of the other side."""
 
 
-def _pour(address: str, name: str, file: BinaryIO, most: int) -> tuple[int, str]:
-    """(bytes, sha256) of what is copied into `file`; a byte more than `most` ends it."""
+def _pour(address: str, name: str, file: BinaryIO, limit: int) -> tuple[int, str]:
+    """(bytes, sha256) of what is copied into `file`; a byte more than `limit` ends it."""
     size, digest = 0, hashlib.sha256()
     system, path = _opened(address, name)
     with system.open(path, "rb") as source:
-        while size <= most and (chunk := source.read(min(CHUNK, most + 1 - size))):
+        while size <= limit and (chunk := source.read(min(CHUNK, limit + 1 - size))):
             size += len(chunk)
             digest.update(chunk)
             try:

@@ -33,13 +33,11 @@ KINDS = {  # what is neither a file nor a folder
     b"6": "a pipe",
     b"S": "a sparse file",
 }
-NAME = re.compile(
-    r"((?:[^/]+/)*[^./][^./]*)\.([^/]+)"
-)  # webdataset's rule: key up to the first dot of the file's name, then the field
+# webdataset's rule: key up to the first dot of the file's name, then the field
+NAME = re.compile(r"((?:[^/]+/)*[^./][^./]*)\.([^/]+)")
 
-Index = NDArray[
-    np.void
-]  # one row a sample: `key` bytes, then per field (`offset` u8, `size` u4); offset 0 = the sample lacks the field
+# One row a sample: `key` bytes, then per field (`offset` u8, `size` u4); offset 0 = the sample lacks the field.
+Index = NDArray[np.void]
 
 
 class Member(NamedTuple):
@@ -100,6 +98,7 @@ class _Walk:
         self.at = 0
 
     def refuse(self, why: str, name: str = "") -> UserError:
+        """The error of damage at the present byte, in the member `name` where it is known."""
         name = "".join(letter if letter.isprintable() else "?" for letter in name)  # no escapes to a terminal
         where = f" (member {name})" if name else ""
         return UserError(
@@ -107,6 +106,7 @@ class _Walk:
         )
 
     def unsafe(self, name: bytes, why: str) -> UserError:
+        """The error of a whole member that must not be used, `name` as it is in the header."""
         shown = name[:80].decode(errors="backslashreplace")
         return UserError(
             f"{self.path}: unsafe member {shown!r}: {why}", hint="make the tar again without this member", code=DATA
@@ -120,12 +120,12 @@ class _Walk:
         if not any(head):
             raise UserError(f"{self.path}: is empty (only zeros)", hint="fetch or pack this shard again", code=DATA)
         if head[257:262] != b"ustar" and not self._sound(head):
-            shown = "gzip data" if head[:2] == b"\x1f\x8b" else repr(head[:16].decode("latin-1"))[1:-1]
-            shown = f'starts with "{shown}"' if shown != "gzip data" else "it is gzip data"
+            kind = "gzip data" if head[:2] == b"\x1f\x8b" else repr(head[:16].decode("latin-1"))[1:-1]
+            kind = f'starts with "{kind}"' if kind != "gzip data" else "it is gzip data"
             hint = (
-                "gunzip it first: shards are read by offset" if "gzip" in shown else "check where this file came from"
+                "gunzip it first: shards are read by offset" if "gzip" in kind else "check where this file came from"
             )
-            raise UserError(f"{self.path}: is not a tar archive ({shown})", hint=hint, code=DATA)
+            raise UserError(f"{self.path}: is not a tar archive ({kind})", hint=hint, code=DATA)
 
     @staticmethod
     def _sound(header: bytes) -> bool:
@@ -156,32 +156,32 @@ class _Walk:
         """(raw name, kind, offset, size) of everything but folders; checks that it lies within the file."""
         long_name, long_size = b"", -1
         while header := os.pread(self.descriptor, BLOCK, self.at):
-            if len(header) == BLOCK and not any(header):
+            if len(header) == BLOCK and not any(header):  # the mark of the end, of which a cut archive has none
                 return self.close()
-            shown = header[:100].split(b"\0")[0].decode(errors="replace")
+            label = header[:100].split(b"\0")[0].decode(errors="replace")
             if not self._sound(header):
                 raise self.refuse(
-                    "cut inside a header" if len(header) < BLOCK else "bad header checksum", shown if self.at else ""
+                    "cut inside a header" if len(header) < BLOCK else "bad header checksum", label if self.at else ""
                 )
-            kind, size = header[156:157], self._size(header, shown)
-            if kind in b"xL" and kind != b"":
+            kind, size = header[156:157], self._size(header, label)
+            if kind in b"xL" and kind != b"":  # an extension: its name and size are those of the member after it
                 try:
                     records = (
-                        _pax(self.data(size, shown)) if kind == b"x" else {"path": self.data(size, shown).rstrip(b"\0")}
+                        _pax(self.data(size, label)) if kind == b"x" else {"path": self.data(size, label).rstrip(b"\0")}
                     )
                     long_name = records.get("path", long_name)
-                    long_size = self._limited(int(records["size"]), shown) if "size" in records else long_size
+                    long_size = self._limited(int(records["size"]), label) if "size" in records else long_size
                 except (ValueError, IndexError):
-                    raise self.refuse("bad extended header", shown) from None
+                    raise self.refuse("bad extended header", label) from None
             elif kind != b"g":  # a global header says nothing we need
                 name = long_name or self._name(header)
                 size = long_size if long_size >= 0 else size
                 long_name, long_size = b"", -1
-                if self.at + BLOCK + size > self.end:
+                if self.at + BLOCK + size > self.end:  # asked of the file's size: reading it all would be slow
                     raise self.refuse("unexpected end of data", name.decode(errors="replace"))
                 if kind != b"5":
                     yield name, kind, self.at + BLOCK, size
-            self.at += BLOCK + size + -size % BLOCK
+            self.at += BLOCK + size + -size % BLOCK  # data are padded to whole blocks
         raise self.refuse("the file ends without the end-of-archive mark; it was cut between two members")
 
     @staticmethod
@@ -189,16 +189,16 @@ class _Walk:
         name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
         return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
 
-    def _size(self, header: bytes, shown: str) -> int:
+    def _size(self, header: bytes, label: str) -> int:
         try:
             size = _number(header[124:136])
         except ValueError:
-            raise self.refuse("bad size", shown) from None
-        return self._limited(size, shown)
+            raise self.refuse("bad size", label) from None
+        return self._limited(size, label)
 
-    def _limited(self, size: int, shown: str) -> int:
+    def _limited(self, size: int, label: str) -> int:
         if not 0 <= size <= MEMBER_LIMIT:  # a negative one would walk backwards, for ever
-            raise self.refuse(f"the member claims {size:,} bytes; at most {MEMBER_LIMIT:,} are read", shown)
+            raise self.refuse(f"the member claims {size:,} bytes; at most {MEMBER_LIMIT:,} are read", label)
         return size
 
 
@@ -211,7 +211,7 @@ def walk_tar(path: str | Path, left_out: list[str] | None = None) -> Iterator[Me
     """
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of this name must not hold us up
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe would wait for its writer
     except OSError as error:
         raise UserError(f"{path}: cannot be opened: {error.strerror}", code=DATA) from None
     try:
@@ -258,12 +258,12 @@ def stands_before(header: bytes, name: str, size: int) -> bool:
     Long and foreign names are told by their size alone, for they stand in an extended header.
     """
     try:
-        found = _number(header[124:136])
+        header_size = _number(header[124:136])
     except (ValueError, IndexError):
         return False
-    own = header[:100].split(b"\0", 1)[0].removeprefix(b"./").lower()
-    known = name.isascii() and len(name) < 98
-    return found == size and (not known or name.lower().encode().endswith(own))
+    header_name = header[:100].split(b"\0", 1)[0].removeprefix(b"./").lower()
+    comparable = name.isascii() and len(name) < 98
+    return header_size == size and (not comparable or name.lower().encode().endswith(header_name))
 
 
 def index_tar(path: str | Path, left_out: list[str] | None = None) -> Index:
@@ -279,6 +279,7 @@ def index_tar(path: str | Path, left_out: list[str] | None = None) -> Index:
         if not (match := NAME.fullmatch(name)):
             continue
         key, field = match[1], match[2].lower()
+        # Members of a sample need not stand together; `key` is the index's own column, and no field may take its name.
         if field != "key" and field not in samples.setdefault(key, {}):
             samples[key][field] = (offset, size)
             fields.add(field)

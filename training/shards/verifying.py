@@ -44,13 +44,13 @@ def _duplicates(homes: dict[str, str], keys: list[str], shard: str) -> list[str]
 
 def _readable(tar: Path, index: Index) -> int:
     """How many of the samples that an index lists stand whole before the tar's damage."""
-    walked = {0}  # where a sample lacks the field
+    offsets = {0}  # where a sample lacks the field
     try:
-        walked.update(member.offset for member in walk_tar(tar, []))
+        offsets.update(member.offset for member in walk_tar(tar, []))
     except UserError:
         pass
     fields = (index.dtype.names or ())[1:]
-    return sum(all(row[field]["offset"].item() in walked for field in fields) for row in index)
+    return sum(all(row[field]["offset"].item() in offsets for field in fields) for row in index)
 
 
 def _content(kind: Kind, fields: dict[str, bytes]) -> str | None:
@@ -105,22 +105,22 @@ def _faults(directory: Path, info: ShardInfo, kind: Kind | None, homes: dict[str
         faults.append(f"{tar}: sha256 differs from {INDEX}")
     try:
         open_index(tar)
-        stored: Index = np.load(index_path(tar), allow_pickle=False)
+        index: Index = np.load(index_path(tar), allow_pickle=False)
     except UserError as error:
         return [*faults, error.what]
-    if len(stored) != info.samples:
-        faults.append(f"{tar}: its index lists {len(stored)} samples, {INDEX} says {info.samples}")
+    if len(index) != info.samples:
+        faults.append(f"{tar}: its index lists {len(index)} samples, {INDEX} says {info.samples}")
     unsafe: list[str] = []
     try:
-        walked = index_tar(tar, unsafe)
+        actual = index_tar(tar, unsafe)
     except UserError as error:
-        lost = f"{tar}: index lists {info.samples} samples, {_readable(tar, stored)} readable"
-        return [*faults, error.what, lost]
+        message = f"{tar}: index lists {info.samples} samples, {_readable(tar, index)} readable"
+        return [*faults, error.what, message]
     faults += _first([f"{tar}: {why}" for why in unsafe])
-    if walked.dtype != stored.dtype or not set(stored.tolist()) <= set(walked.tolist()):
+    if actual.dtype != index.dtype or not set(index.tolist()) <= set(actual.tolist()):
         return [*faults, f"{index_path(tar)}: does not fit its tar"]
-    faults += _first(list(_contents(tar, stored, kind))) if kind else []
-    return faults + _first(_duplicates(homes, [key.decode() for key in stored["key"].tolist()], info.name))
+    faults += _first(list(_contents(tar, index, kind))) if kind else []
+    return faults + _first(_duplicates(homes, [key.decode() for key in index["key"].tolist()], info.name))
 
 
 def verify(directory: str | Path, *, contents: bool = True) -> Report:
@@ -149,18 +149,18 @@ def _lacking(directory: Path, infos: list[ShardInfo]) -> list[str]:
     """Sentences on fields that only some samples have."""
     indices = [index_path(directory / info.name) for info in infos]
     names = [open_index(directory / info.name).fields for info in infos]
-    found = []
-    for field in sorted({name for own in names for name in own}):
+    sentences = []
+    for field in sorted({name for fields_here in names for name in fields_here}):
         keys: list[str] = []
         lacking = 0
-        for path, own in zip(indices, names, strict=True):
+        for path, fields_here in zip(indices, names, strict=True):
             rows: Index = np.load(path, allow_pickle=False)
-            rows = rows[rows[field]["offset"] == 0] if field in own else rows
+            rows = rows[rows[field]["offset"] == 0] if field in fields_here else rows
             lacking += len(rows)
             keys += [key.decode() for key in rows["key"][: SHOWN - len(keys)].tolist()]
         if lacking:
-            found.append(f"{lacking:,} samples without {field} (first: {', '.join(keys)})")
-    return found
+            sentences.append(f"{lacking:,} samples without {field} (first: {', '.join(keys)})")
+    return sentences
 
 
 def _indexed(tar: Path, homes: dict[str, str], left_out: list[str] | None) -> Index:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import UserError
-from training.files import file_sha256, staged
+from training.files import atomic_write, file_sha256
 from training.shards.index import ShardInfo
 from training.shards.offset_index import index_path, open_index, write_tar_index
 from training.shards.tars import END, NAME, index_tar, is_safe, make_index, member_bytes
@@ -24,7 +24,7 @@ def write_shard(directory: Path, name: str, samples: Iterable[tuple[str, Mapping
     tar = directory / f"{name}.tar"
     places: dict[str, dict[str, tuple[int, int]]] = {}
     digest, at = hashlib.sha256(), 0
-    with staged(tar) as file:
+    with atomic_write(tar) as file:
         for key, fields in samples:
             if key in places or not fields:
                 raise ValueError(f"{tar.name}: sample {key!r} " + ("is given twice" if fields else "has no fields"))

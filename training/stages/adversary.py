@@ -27,7 +27,7 @@ class Adversary:
         self.judge: Any = discriminator  # as the processes share it
         self.anchors: Tensor | None = None  # moving averages of the logits of images and reconstructions
 
-    def fooled(self, x_hat: Tensor, uniform: Tensor) -> Tensor:
+    def decoder_loss(self, x_hat: Tensor, uniform: Tensor) -> Tensor:
         """The decoder's adversarial loss, through the bare discriminator: its own gradient is not wanted here."""
         with self.accelerator.autocast():
             logits = maps(self.discriminator(augment(x_hat, uniform, self.loss.augment)))
@@ -42,15 +42,15 @@ class Adversary:
         at as many times its weight, for the same mean pull at less cost (lazy regularisation, Karras et al. 2020,
         section 3.1).
         """
-        due = bool(self.loss.r1) and step % self.loss.r1_every == 0
-        images = images.requires_grad_(due)
+        takes_r1 = bool(self.loss.r1) and step % self.loss.r1_every == 0
+        images = images.requires_grad_(takes_r1)
         both = augment(torch.cat([images, fakes]), uniform.repeat(2, 1), self.loss.augment)
         with self.accelerator.autocast():
             logits = maps(self.judge(both))
         pairs = [part.chunk(2) for part in logits]
         loss = torch.stack([self.game.discriminator(real, fake).mean() for real, fake in pairs]).mean()
         total, means = loss, None
-        if due:
+        if takes_r1:
             total = total + self.loss.r1 * self.loss.r1_every * r1([real for real, _ in pairs], images).mean()
         if self.loss.lecam:
             means = torch.stack([torch.stack([real.mean(), fake.mean()]) for real, fake in pairs]).mean(0).detach()

@@ -111,8 +111,8 @@ class AutoencoderStage(Stage):
         """
         if not self.loss.adversarial or self.start is None or step < self.start:
             return 0.0
-        whole = self.rollback.weight if self.rollback else 1.0
-        return whole * min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
+        full = self.rollback.weight if self.rollback else 1.0
+        return full * min(1.0, (step - self.start + 1) / max(1, self.loss.adversarial_ramp))
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch: the decoder's balanced gradient, then the discriminator's own."""
@@ -122,36 +122,44 @@ class AutoencoderStage(Stage):
         tap = Tap(move or identity) if self.loss.align_adaptive else None
         with self.accelerator.autocast():
             x_hat, moments = self.forward(images, noise, *filter(None, [tap or move]))
+        # What is asked of the latents goes by the moments, which are of the picture as it was. The decoder saw moved
+        # latents: from here on the picture moved alike is what its output is compared with.
         latent, penalty = self.latent_terms(moments, images)
-        aligned, asked = self.align(moments, images)
+        alignment, pull_square = self.align(moments, images)
         images = move(images, self.model.factor) if move else images
         uniform = Noise(slots).uniform((AUGMENTED_BY,), self.seed, step, "augment")
         playing = self.ramp(step + 1) > 0  # the step before the start measures the first balance
-        fool = (lambda x: self.adversary.fooled(x, uniform)) if playing else None
-        split, spread = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
-        gradient = split.reconstruction
+        fool = (lambda x: self.adversary.decoder_loss(x, uniform)) if playing else None
+        parts, variance_loss = self.weigh(split_gradients(x_hat, lambda x: self.reconstruction(x, images), fool))
+        gradient = parts.reconstruction
         if playing:
-            measured = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, split)) * share
-            self.sums = added(self.sums, measured)
-            gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * split.adversarial
-        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + aligned + spread) * share)
-        self.note(split, moments, slots, share)
-        if tap:
-            self.pulls = added(self.pulls, torch.stack([tap.square / self.scale**2, asked * share**2]))
+            # The balance used is that of the step before: this step's needs the gradients of all micro-batches of all
+            # processes, for it divides norms of mean gradients, which are not means of norms.
+            gradients_here = torch.stack(last_layer_gradients(x_hat, self.model.last_layer, parts)) * share
+            self.sums = add_part(self.sums, gradients_here)
+            gradient = gradient + self.loss.adversarial * self.ramp(step) * self.balance * parts.adversarial
+        # One pass for all terms: a second would cost as much again, and the process wrapper would average in both.
+        self.accelerator.backward((surrogate(x_hat, gradient) + penalty + alignment + variance_loss) * share)
+        self.note(parts, moments, slots, share)
+        if tap:  # which has heard the decoder only now that the pass is done
+            self.pulls = add_part(self.pulls, torch.stack([tap.square / self.scale**2, pull_square * share**2]))
+        values = self.values(parts, latent, penalty, alignment)
+        if self.loss.adversarial and step >= self.loss.discriminator_start:
+            # After the autoencoder's pass: R1 has images take gradients. Detached: the graphs have nothing in common.
+            values["discriminator"], logits = self.adversary.learn(images, x_hat.detach(), uniform, step, share)
+            self.logits = add_part(self.logits, logits * share) if logits is not None else None
+        return values
+
+    def values(self, parts: Split, latent: Tensor, penalty: Tensor, alignment: Tensor) -> dict[str, Tensor]:
+        """What the log holds of a micro-batch, detached (0-dim); `latent` is before its weight, `penalty` after it."""
         values: dict[str, Tensor] = {
-            "loss": split.reconstruction_loss + (penalty + aligned).detach(),
+            "loss": parts.reconstruction_loss + (penalty + alignment).detach(),
             "codebook" if self.model.quantize else "kl": latent.detach(),
-            "adversarial": split.adversarial_loss,
+            "adversarial": parts.adversarial_loss,
             "balance": self.balance,
         }
-        if self.vision:
-            values["alignment"] = aligned.detach()
-        if tap:
-            values["align_balance"] = self.align_balance
-        if self.loss.adversarial and step >= self.loss.discriminator_start:
-            values["discriminator"], logits = self.adversary.learn(images, x_hat.detach(), uniform, step, share)
-            self.logits = added(self.logits, logits * share) if logits is not None else None
-        return values
+        values |= {"alignment": alignment.detach()} if self.vision else {}
+        return values | ({"align_balance": self.align_balance} if self.loss.align_adaptive else {})
 
     def move(self, images: Tensor, step: int) -> Move | None:
         """How this step's latents and images are moved, the same for all its micro-batches and processes."""
@@ -197,15 +205,15 @@ class AutoencoderStage(Stage):
         """The split under the learned log-variance s, and the loss that trains s (0 where s is fixed)."""
         if self.log_variance is None:
             return split, 0.0
-        spread: Tensor = self.wrapped["log_variance"](split.reconstruction_loss)
+        loss: Tensor = self.wrapped["log_variance"](split.reconstruction_loss)
         scale = (-self.log_variance.value.detach()).exp()
-        scaled = split._replace(reconstruction=split.reconstruction * scale, reconstruction_loss=spread.detach())
-        return scaled, spread
+        scaled = split._replace(reconstruction=split.reconstruction * scale, reconstruction_loss=loss.detach())
+        return scaled, loss
 
     def note(self, split: Split, moments: Tensor, slots: Tensor, share: float) -> None:
         """Keep what `after_backward` needs of this micro-batch."""
         if self.loss.plateau:
-            self.level = added(self.level, split.reconstruction_loss * share)
+            self.level = add_part(self.level, split.reconstruction_loss * share)
         if self.codes:
             self.seen.append((slots, moments.detach()))
 
@@ -245,8 +253,8 @@ class AutoencoderStage(Stage):
         anchors = None if self.adversary.anchors is None else self.adversary.anchors.tolist()
         counted = self.rollback and self.rollback.count
         returns = {"returns": {"count": counted, "start": self.start}} if counted else {}
-        aligned = {"align_balance": float(self.align_balance)} if self.loss.align_adaptive else {}
-        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **aligned}
+        alignment = {"align_balance": float(self.align_balance)} if self.loss.align_adaptive else {}
+        return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **alignment}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)
@@ -271,7 +279,7 @@ class AutoencoderStage(Stage):
         fit_norm(self.model, self.dataset)
 
 
-def added(total: Tensor | None, part: Tensor) -> Tensor:
+def add_part(total: Tensor | None, part: Tensor) -> Tensor:
     """A sum begun with its first part. Not in place: a step may be undone and taken again."""
     return part if total is None else total + part
 

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from training.data.images import Images
-from training.errors import explained
+from training.errors import as_user_error
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import fill
 from training.models.lpips import load_perceptual
 from training.models.previews import keep_teacher, teacher_hash
-from training.models.vision import chosen, vision_hash
+from training.models.vision import vision_hash, vision_of_flags
 from training.shards.index import data_facts
 from training.shards.reading import ShardSet, held_out_shards
-from training.shards.remote import located
+from training.shards.remote import open_address
 from training.stages.autoencoder import AutoencoderStage
 from training.stages.checks import check_images, check_shrinking, check_starts
 from training.stages.job import Job, parameters
-from training.stages.preview import DistillationStage, taught
+from training.stages.preview import DistillationStage, fit_to_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,12 +39,12 @@ class AutoencoderJob(Job):
 
     def open_data(self) -> None:
         args, train = self.args, self.config.train
-        args.data = located(args.data, args.cache_dir, args.cache_size, train.window_shards)
+        args.data = open_address(args.data, args.cache_dir, args.cache_size, train.window_shards)
         shards = ShardSet(args.data, "train")
         self.dataset = Images(shards, flip=train.flip, seed=train.seed, on_bad_data=args.on_bad_data)
         self.held_out = Images(held_out_shards(args.data))
-        self.config, self.teacher = taught(args, self.config)
-        self.vision = chosen(args, self.config)
+        self.config, self.teacher = fit_to_teacher(args, self.config)
+        self.vision = vision_of_flags(args, self.config)
         check_images(self.config, self.dataset)
 
     def settle(self) -> None:
@@ -55,7 +55,7 @@ class AutoencoderJob(Job):
         if loss.perceptual or config.discriminator.on_features:
             perceptual = load_perceptual(loss.perceptual_net, loss.perceptual_weights, self.args.lpips_weights)
         torch.manual_seed(config.train.seed)
-        with explained("change the config"):
+        with as_user_error("change the config"):
             model = config.model.build()
             discriminator = config.discriminator.build(perceptual.features if perceptual else None)
         for network in (model, discriminator):  # convolutions run 10-50 % faster with channels innermost
@@ -71,7 +71,7 @@ class AutoencoderJob(Job):
         check_shrinking(config, model, accelerator.num_processes)
         return self.trained
 
-    def described(self) -> str:
+    def description(self) -> str:
         model = self.trained.model
         what = f"{parameters(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
         return f"autoencoder: {what}; {len(self.dataset):,} images"

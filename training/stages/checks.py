@@ -29,24 +29,24 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         0 if train.micro_batch_size == "auto" else train.micro_batch_size,
         getattr(args, "gradient_accumulation_steps", None),
         processes,
-        batch_given="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
+        explicit_batch="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
-    if (parted := coupled(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
-        split = f"{processes} process(es) and {accumulation} micro-batch(es) each"
-        what = f"{' and '.join(parted)} depend on how a batch is split, here over {split}"
+    if (parts := batch_coupled_parts(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
+        shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"
+        what = f"{' and '.join(parts)} depend on how a batch is split, here over {shares}"
         print(f"warning: {what}: split otherwise, it trains another model", file=sys.stderr)
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
 
 
-def coupled(config: Any, accumulation: int, processes: int) -> list[str]:
+def batch_coupled_parts(config: Any, accumulation: int, processes: int) -> list[str]:
     """What sees no more than a part of a global batch that is split so; all else trains the same under every split."""
     if not isinstance(config, decoding.AutoencoderConfig):
         return []
     norm = config.loss.adversarial and getattr(config.discriminator, "norm", "") == "batch"
-    found = ["the statistics of discriminator.norm batch"] if norm and accumulation * processes > 1 else []
+    parts = ["the statistics of discriminator.norm batch"] if norm and accumulation * processes > 1 else []
     if config.model.kind == "lfq" and config.model.entropy and accumulation > 1:  # processes share theirs
-        found.append("the batch entropy of model.kind lfq")
-    return found
+        parts.append("the batch entropy of model.kind lfq")
+    return parts
 
 
 def check_shrinking(config: decoding.AutoencoderConfig, model: Any, processes: int) -> None:
@@ -63,21 +63,21 @@ def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:
     """Refuse pictures that the networks cannot take, before anything is built."""
     channels, height, width = dataset[0].data.shape[-3:]
     factor, loss, critic = config.model.factor, config.loss, config.discriminator
-    packed = f"the packed pictures are {width}x{height}"
-    judged = [("discriminator", critic)] if loss.adversarial else []
-    for name, part in [("model", config.model), *judged]:
-        if (asked := getattr(part, "image_channels", channels)) != channels:
-            what = f"{name}.image_channels is {asked}, the packed pictures have {channels}"
+    actual = f"the packed pictures are {width}x{height}"
+    critics = [("discriminator", critic)] if loss.adversarial else []
+    for name, part in [("model", config.model), *critics]:
+        if (channels_needed := getattr(part, "image_channels", channels)) != channels:
+            what = f"{name}.image_channels is {channels_needed}, the packed pictures have {channels}"
             raise UserError(what, hint=f"set {name}.image_channels to {channels}")
     if height % factor or width % factor:
         raise UserError(
-            f"{packed}, not divisible by the autoencoder's factor {factor}",
+            f"{actual}, not divisible by the autoencoder's factor {factor}",
             hint=f"pack again with --resolution {max(factor, height // factor * factor)}"
             f" or {(height // factor + 1) * factor}, or choose another config",
         )
-    if judged and min(height, width) < critic.smallest_image:
+    if critics and min(height, width) < critic.smallest_image:
         raise UserError(
-            f"{packed}, the discriminator needs {critic.smallest_image} pixels a side",
+            f"{actual}, the discriminator needs {critic.smallest_image} pixels a side",
             hint="set discriminator.kind to patch"
             if critic.on_features
             else f"lower discriminator.layers (now {critic.layers})",
@@ -86,7 +86,7 @@ def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:
     if loss.perceptual and min(height, width) < least:
         nets = " or ".join(fitting(min(height, width)))
         raise UserError(
-            f"{packed}, LPIPS on {loss.perceptual_net} needs {least} pixels a side",
+            f"{actual}, LPIPS on {loss.perceptual_net} needs {least} pixels a side",
             hint=(f"set loss.perceptual_net to {nets}, or" if nets else "set") + " loss.perceptual to 0",
         )
 
@@ -107,13 +107,14 @@ def check_room(loop: Loop) -> None:
 
     Raises UserError (exit 6) with what is needed and what is free.
     """
-    trained = [p for network in loop.stage.networks.values() for p in network.parameters() if p.requires_grad]
+    parameters = [p for network in loop.stage.networks.values() for p in network.parameters() if p.requires_grad]
     states = [value for network in loop.stage.networks.values() for value in network.state_dict().values()]
-    held = [*states, *loop.ema.shadow.values(), *loop.powers.tensors().values(), *trained, *trained]  # two moments
-    size = sum(value.nbytes for value in held)
+    tensors = [*states, *loop.ema.shadow.values(), *loop.powers.tensors().values(), *parameters]
+    tensors += parameters  # two moments of each
+    size = sum(value.nbytes for value in tensors)
     folder = loop.checkpoints.folder
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    check_output(loop.run, max(size, 3 * size - there))
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_output(loop.run, max(size, 3 * size - present))
 
 
 def check_returns(loss: Loss, train: Train) -> None:

@@ -24,7 +24,7 @@ from training.machine import memory, processes
 from training.models.judge import Classifier, caption
 from training.settings.sections import Optimizer, Train
 from training.shards.reading import ShardSet
-from training.shards.remote import located
+from training.shards.remote import open_address
 
 if TYPE_CHECKING:
     import argparse
@@ -37,7 +37,7 @@ def train_classifier(args: argparse.Namespace) -> int:
         raise UserError(f"{output} already holds a classifier", hint="choose another --output")
     device = processes.resolve(args.device)
     memory.keep_memory()
-    data = located(args.data, args.cache_dir, args.cache_size)
+    data = open_address(args.data, args.cache_dir, args.cache_size)
     train, held_out = Images(ShardSet(data, "train")), Images(ShardSet(data, "val"))
     names = [caption(train, i) for i in range(len(train))]
     classes = tuple(sorted(set(names)))
@@ -52,13 +52,13 @@ def train_classifier(args: argparse.Namespace) -> int:
     labels = torch.tensor([classes.index(n) for n in names])
     stage = ClassifierStage(model, train, labels, held_out, args.seed)
     steps = max(1, args.epochs * len(train) // args.batch_size)
-    right = fit(stage, output, steps, args.batch_size, args.device)
+    share = fit(stage, output, steps, args.batch_size, args.device)
     save_tensors(output / "model.safetensors", model.state_dict())
     write_json(
         output / "config.json",
-        {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": right, "images": len(held_out)},
+        {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": share, "images": len(held_out)},
     )
-    print(f"classifier: {right:.2%} of {len(held_out):,} held-out pictures named right -> {output}", file=sys.stderr)
+    print(f"classifier: {share:.2%} of {len(held_out):,} held-out pictures named right -> {output}", file=sys.stderr)
     return 0
 
 

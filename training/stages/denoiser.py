@@ -105,11 +105,15 @@ class DenoiserStage(Stage):
         slots, places = batch.slots.to(self.accelerator.device), self.config.train.batch_size
         noise = Noise(slots).fold(self.config.train.seed, step)
         latents = self.sample(batch, noise)
+        # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.
         keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
         with self.accelerator.autocast():
             cond = self.condition(batch, keep)
+            # Pairing asks only which conditions are equal; captions answer that before an encoder has read them.
             paired_by = cond.distinct() if isinstance(cond, Captions) else cond
+            # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
+            # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
             losses = self.objective.losses(self.forward, latents, cond, draw)
             loss = losses.total.mean()
         if self.seen is not None:
@@ -150,10 +154,13 @@ class DenoiserStage(Stage):
         if batch.text is None:
             return self.text(texts)._replace(extras=extras)
         assert self.null is not None
-        return stored(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
+        return join_embeddings(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
+        # Noise goes by the sample's number and the level, with seeds far from training's: every validation of every run
+        # on these data meets the same noise, so that numbers differ by the weights alone. Only the main process is
+        # here, so nothing may call a process wrapper: the bare network answers.
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
         for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
@@ -169,23 +176,23 @@ class DenoiserStage(Stage):
                             self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t))
                         )
                     )
-        captions = self.shown()
+        captions = self.grid_captions()
         with self.accelerator.autocast():
             images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
         grids.grid(images, 8, captions=captions).save(folder / "grid.png")
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
-    def shown(self) -> list[str]:
+    def grid_captions(self) -> list[str]:
         """The first distinct held-out captions, over and over where they are few."""
-        known: dict[str, None] = {}
+        captions: dict[str, None] = {}
         for i in range(min(len(self.held_out), 20 * SHOWN)):
-            known.setdefault(self.held_out.captions(i)[0])
-        names = list(known)[:SHOWN]
+            captions.setdefault(self.held_out.captions(i)[0])
+        names = list(captions)[:SHOWN]
         return [names[i % len(names)] for i in range(SHOWN)]
 
 
-def stored(text: list[dict[str, Tensor]]) -> Cond:
+def join_embeddings(text: list[dict[str, Tensor]]) -> Cond:
     """Stored text embeddings, each trimmed to its own tokens, as one padded condition."""
     parts = [
         Cond(

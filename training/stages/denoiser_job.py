@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from training.data.latents import Latents
-from training.errors import explained
+from training.errors import as_user_error
 from training.models import assembly
 from training.shards.index import data_facts
 from training.shards.reading import ShardSet, held_out_shards
-from training.shards.remote import Remote, located
+from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
 from training.stages.job import Job, parameters
 
@@ -34,7 +34,7 @@ class DenoiserJob(Job):
 
     def open_data(self) -> None:
         args, train = self.args, self.config.train
-        args.latents = located(args.latents, args.cache_dir, args.cache_size, train.window_shards)
+        args.latents = open_address(args.latents, args.cache_dir, args.cache_size, train.window_shards)
         shards = ShardSet(args.latents, "train")
         self.dataset = Latents(shards, flip=train.flip, seed=train.seed, on_bad_data=args.on_bad_data)
         self.held_out = Latents(held_out_shards(args.latents))
@@ -50,7 +50,7 @@ class DenoiserJob(Job):
         args, config = self.args, self.config
         torch.manual_seed(config.train.seed)
         home = assembly.vocabulary_home(config.text, final, args.init_from)
-        with explained("change the config"):
+        with as_user_error("change the config"):
             self.parts = parts = assembly.assemble(
                 config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
             )
@@ -60,7 +60,7 @@ class DenoiserJob(Job):
             assembly.fill_network(parts, self.dataset, args.init_from)
         return self.trained
 
-    def described(self) -> str:
+    def description(self) -> str:
         what = f"{parameters(self.trained.network)} parameters on latents {'x'.join(map(str, self.parts.shape))}"
         return f"denoiser: {what}; {len(self.dataset):,} latents"
 

@@ -41,7 +41,7 @@ class Job(ABC):
         """Networks and losses, initialised from the seed or another run; `final` is where the run will export."""
 
     @abstractmethod
-    def described(self) -> str:
+    def description(self) -> str:
         """The line that tells what is trained on what."""
 
     @abstractmethod

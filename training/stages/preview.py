@@ -18,7 +18,7 @@ from autoencoder.regularisers import Free
 from autoencoder.tiny import Tiny, check_student, distillation
 from training.data.images import Images
 from training.data.samples import Batch
-from training.errors import UserError, explained
+from training.errors import UserError, as_user_error
 from training.loop.stage import Stage
 from training.models.autoencoders import finished_autoencoder, load_autoencoder
 from training.models.reconstructions import Fidelity
@@ -33,7 +33,7 @@ SHOWN = 8  # columns of the picture grid
 SHAPE = ("encoder_blocks", "decoder_blocks", "latent_channels")  # of a tiny model, as its teacher's latents ask
 
 
-def taught(args: argparse.Namespace, config: AutoencoderConfig) -> tuple[AutoencoderConfig, Autoencoder | None]:
+def fit_to_teacher(args: argparse.Namespace, config: AutoencoderConfig) -> tuple[AutoencoderConfig, Autoencoder | None]:
     """The teacher that --teacher names, if any, and the config with a tiny model fitted to its latents.
 
     What the command line says of the model stays as it is. Raises UserError for losses that distillation has not.
@@ -50,9 +50,9 @@ def taught(args: argparse.Namespace, config: AutoencoderConfig) -> tuple[Autoenc
         hint = "take --config tiny, or set loss.adversarial 0, latent.kind free and so on"
         raise UserError(what, hint=hint)
     if isinstance(config.model, Tiny):
-        asked = {name: getattr(config.model, name) for name in SHAPE if f"model.{name}" in args.overrides}
-        with explained("leave the model's shape to the teacher"):
-            model = dataclasses.replace(config.model.fitted(teacher.factor, teacher.latent_channels), **asked)
+        shape = {name: getattr(config.model, name) for name in SHAPE if f"model.{name}" in args.overrides}
+        with as_user_error("leave the model's shape to the teacher"):
+            model = dataclasses.replace(config.model.fit_to(teacher.factor, teacher.latent_channels), **shape)
         config = dataclasses.replace(config, model=model)
     return config, teacher
 
@@ -72,7 +72,7 @@ class DistillationStage(Stage):
         dataset: Images,
         held_out: Images,
     ) -> None:
-        with explained("choose a model that shares the teacher's latents, such as --config tiny"):
+        with as_user_error("choose a model that shares the teacher's latents, such as --config tiny"):
             check_student(model, teacher)
         self.config, self.model, self.teacher, self.perceptual = config, model, teacher, perceptual
         self.dataset, self.held_out = dataset, held_out
@@ -123,8 +123,8 @@ class DistillationStage(Stage):
             pair = distillation(self.model, self.teacher, to_unit(pixels), None)
             ours, theirs = to_uint8(pair.images), to_uint8(pair.target)
             if not errors:
-                shown = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
-                grids.comparison(shown).save(folder / "grid.png")
+                rows = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
+                grids.comparison(rows).save(folder / "grid.png")
             fidelity.add(ours, theirs)
             errors.append(pair.latents)
         return {**fidelity.means("teacher_"), "latents": torch.cat(errors).mean().item()}

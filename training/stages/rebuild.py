@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 def rebuild(args: argparse.Namespace) -> int:
     """The work of scripts/posthoc_ema.py: a copy of a denoiser's final/ with the averaged weights of another length."""
-    found, output = find(args.model, "denoiser"), Path(args.output)
-    if not found.finished:
+    model, output = find(args.model, "denoiser"), Path(args.output)
+    if not model.finished:
         raise UserError(f"{args.model}: no finished denoiser's run", hint="give its run folder", code=CHECKPOINT)
     if output.exists():
         raise UserError(f"{output} already exists", hint="choose another --output")
     tensors, step = reconstruct(Path(args.model) / FOLDER, args.length, args.step)
-    shutil.copytree(found.final, output)
+    shutil.copytree(model.final, output)
     for name, prefix, file in (("denoiser", "denoiser.backbone.", output / "model.safetensors"),
                                ("text_encoder", "denoiser.text.", output / "text_encoder" / "model.safetensors")):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if part:
-            whole = load_tensors(file) | part
-            save_tensors(file, whole, {"hash": content_hash(whole)})
-            store_ingredients(output, {name: content_hash(whole)})
+            weights = load_tensors(file) | part
+            save_tensors(file, weights, {"hash": content_hash(weights)})
+            store_ingredients(output, {name: content_hash(weights)})
     print(f"wrote {output}: the average of length {args.length:g} at step {step}")
     return 0

@@ -41,17 +41,17 @@ def begin(args: argparse.Namespace, run: Run, accelerator: Accelerator, facts: M
 
     from training.runs.checkpoints import Checkpoints
 
-    found: list[Path | None] = [None]
+    checkpoint: list[Path | None] = [None]
     if accelerator.is_main_process:
         checkpoints = Checkpoints(run.folder)
         checkpoints.sweep()
-        found[0] = path = checkpoints.find(args.resume)
+        checkpoint[0] = path = checkpoints.find(args.resume)
         run.same_ingredients(facts)
         number = path.name.rpartition("-")[2] if path else ""
         step = int(number) if number.isdecimal() else 0
-        run.went_on(step, environment(run.config, accelerator))
+        run.note_environment(step, environment(run.config, accelerator))
         run.describe("training", step, facts)
-    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+    return broadcast_object_list(checkpoint)[0]  # type: ignore[no-any-return]
 
 
 def environment(config: Any, accelerator: Accelerator) -> dict[str, Any]:

@@ -64,20 +64,20 @@ def _train(job: Job, ending: ExitStack) -> int:
     job.settle()
     run = None if args.dry_run else open_run(args, job.stage, job.config, accelerator, ending)
     if run and run.finished():
-        return already(run)
+        return report_complete(run)
     stage = job.build(accelerator, run.folder / "final" if run else None)
-    processes.announce(accelerator, job.described())
+    processes.announce(accelerator, job.description())
     if run is None:
         return 0
     facts = job.facts()
     checkpoint = begin(args, run, accelerator, facts)
     if accelerator.is_main_process:
         job.begin(run.folder / "final")
-    loop, stopped = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
-    if stopped:
-        return stopped
+    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
+    if exit_code:
+        return exit_code
     if accelerator.is_main_process:
-        with loop.ema.applied():
+        with loop.ema.averaged_weights():
             finish(run, job.export(run.folder, facts), job.title, facts)
     accelerator.wait_for_everyone()
     return 0
@@ -95,7 +95,7 @@ def fit(
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
     from training.loop.loop import Loop
-    from training.shards.addresses import repeated
+    from training.shards.addresses import repeat_command
     from training.stages.checks import check_room
     from training.stages.resuming import resume
 
@@ -113,9 +113,9 @@ def fit(
         raise
     if number and accelerator.is_main_process:
         run.describe("stopped", loop.done, facts)
-        again = repeated([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
-        stopped = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
-        print(f"{stopped}; resume with: {again}", file=sys.stderr)
+        command = repeat_command([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
+        notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
+        print(f"{notice}; resume with: {command}", file=sys.stderr)
     return loop, 128 + number if number else 0
 
 
@@ -134,7 +134,7 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
     print(f"finished: {run.folder / 'final'}", file=sys.stderr)
 
 
-def already(run: Run) -> int:
+def report_complete(run: Run) -> int:
     """A finished run asked to go on is done."""
     from training.files import read_json
 

@@ -117,7 +117,7 @@ def test_too_few_samples() -> None:
 )
 def test_split(batch: int, micro: int, accumulation: int | None, processes: int, given_: bool) -> None:
     try:
-        whole, each, passes = split_batch(batch, micro, accumulation, processes, batch_given=given_)
+        whole, each, passes = split_batch(batch, micro, accumulation, processes, explicit_batch=given_)
     except UserError as problem:
         near = [int(n) for n in problem.hint.removeprefix("nearest --batch-size: ").split(" or ")]
         for size in near:  # the advice works

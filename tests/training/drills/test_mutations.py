@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from training.drills.mutations import Mutation, drill, outcome, read, report, wrong
+from training.drills.mutations import Mutation, drill, outcome, read_mutations, report, unfit_rows
 from training.errors import UserError
 
 LIST = tiny.ROOT / "tests" / "mutations.toml"
@@ -38,8 +38,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_list_fits_the_code() -> None:
     """Each old text is there exactly once, each test exists: a list that nobody mends would rot."""
-    mutations = read(LIST)
-    assert len(mutations) > 60 and wrong(tiny.ROOT, mutations) == []
+    mutations = read_mutations(LIST)
+    assert len(mutations) > 60 and unfit_rows(tiny.ROOT, mutations) == []
 
 
 def test_the_drill_names_survivors(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ def test_applied_is_undone_even_after_an_error() -> None:
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight += 1
-    with pytest.raises(RuntimeError), ema.applied():
+    with pytest.raises(RuntimeError), ema.averaged_weights():
         assert torch.equal(layer.weight, before)
         raise RuntimeError
     assert torch.equal(layer.weight, before + 1)
@@ -39,7 +39,7 @@ def test_off() -> None:
     ema = EMA({"net": layer}, 0.0)
     with torch.no_grad():
         layer.weight.fill_(7)
-    with ema.applied():
+    with ema.averaged_weights():
         assert (layer.weight == 7).all()
 
 
@@ -48,7 +48,7 @@ def test_shadows_are_float32_and_frozen_weights_have_none() -> None:
     ema = EMA({"net": net}, 0.99)
     assert set(ema.shadow) == {"net.0.weight", "net.0.bias"}
     assert all(shadow.dtype == torch.float32 for shadow in ema.shadow.values())
-    with ema.applied():
+    with ema.averaged_weights():
         assert net[0].weight.dtype == torch.bfloat16
 
 
@@ -74,7 +74,7 @@ def test_codes_are_averaged_however_they_move(decay: float) -> None:
         codes.add_(1)
     ema.update()
     torch.testing.assert_close(ema.shadow[key], before + 0.9)
-    with ema.applied():
+    with ema.averaged_weights():
         torch.testing.assert_close(net[0].lookup(torch.tensor([[[2]]])).flatten(), before[2] + 0.9)
     torch.testing.assert_close(codes.detach(), before + 1)
 

@@ -109,7 +109,7 @@ def test_exact_resume_across_a_return(
     words = ("--data", shapes, "--resume", "auto", *FLAGS)
     assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "straight") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_stopped", lambda self: 15 * (self.done == stop))
+        patch.setattr(Loop, "_poll_signals", lambda self: 15 * (self.done == stop))
         assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "stopped") == 143
     assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "stopped") == 0
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []

@@ -23,7 +23,7 @@ from ldm.objectives import LEVELS
 from training.data.images import Images
 from training.measuring.features import load_features
 from training.measuring.inspection import Study, interval
-from training.measuring.probe import encoded, held_out_loss, probe
+from training.measuring.probe import encode_all, held_out_loss, probe
 from training.pictures import grids, html
 from training.shards.reading import ShardSet
 
@@ -105,7 +105,7 @@ def test_every_kind_can_be_inspected(kind: str, held_out: Images) -> None:
 def test_statistics_are_those_of_the_latents(held_out: Images) -> None:
     """By hand, over all pictures at once; the channel that is always 1 is dead, and its kurtosis is not told."""
     _, numbers = studied(Pixels(None), held_out)
-    images = torch.cat([encoded(Pixels(None), held_out, len(held_out), torch.device("cpu"))]).double()
+    images = torch.cat([encode_all(Pixels(None), held_out, len(held_out), torch.device("cpu"))]).double()
     for row, channel in zip(numbers["channels"], images.transpose(0, 1), strict=True):
         centred = channel - channel.mean()
         assert row["mean"] == pytest.approx(channel.mean().item(), abs=1e-6)
@@ -125,7 +125,7 @@ def test_kl_is_that_of_the_normalised_posterior(held_out: Images) -> None:
     model = Pixels(-2 * torch.tensor(2.0).log().item())
     model.norm.set_(torch.ones(4), torch.full((4,), 2.0))
     _, numbers = studied(model, held_out)
-    z = encoded(model, held_out, len(held_out), torch.device("cpu"))[:, :4].double()
+    z = encode_all(model, held_out, len(held_out), torch.device("cpu"))[:, :4].double()
     var = torch.tensor(1 / 16, dtype=torch.float64)
     wanted = 0.5 * (((z - 1) / 2) ** 2 + var - 1 - var.log()).sum((0, 2, 3)) / len(held_out)
     assert [row["kl"] for row in numbers["channels"]] == pytest.approx(wanted.tolist(), rel=1e-5)
@@ -164,7 +164,7 @@ def test_the_probe_learns_and_repeats_itself(held_out: Images, shapes: Path, mon
 
 def test_the_loss_of_a_network_that_answers_nothing(held_out: Images) -> None:
     """E (eps - x0)² = 1 + E x0² at every time."""
-    moments = encoded(Pixels(None), held_out, len(held_out), torch.device("cpu"))
+    moments = encode_all(Pixels(None), held_out, len(held_out), torch.device("cpu"))
 
     class Silent(torch.nn.Linear):
         def forward(self, x: torch.Tensor, level: Any, cond: Any) -> torch.Tensor:  # type: ignore[override]

@@ -126,9 +126,9 @@ def test_a_length_that_does_not_fit(folders: dict[str, Path]) -> None:
 def test_kept_and_found_again(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     encoder = text_encoders.load_huggingface(SETTINGS, str(folders[name]))
     text_encoders.keep(encoder, str(folders[name]), tmp_path)
-    again = text_encoders.load_kept(SETTINGS, tmp_path)
+    again = text_encoders.load_stored(SETTINGS, tmp_path)
     assert torch.equal(again(["a blue square"]).context, encoder(["a blue square"]).context)
-    assert text_encoders.load_kept(SETTINGS, tmp_path, str(folders[name])) is not None
+    assert text_encoders.load_stored(SETTINGS, tmp_path, str(folders[name])) is not None
     stored = (tmp_path / "text_encoder" / "identity.json").read_text()
     assert json.loads(stored)["name"] == name and str(folders[name]) not in stored
 
@@ -138,10 +138,10 @@ def test_another_encoder_is_refused(folders: dict[str, Path], tmp_path: Path) ->
     stored = json.loads((tmp_path / "text_encoder" / "identity.json").read_text())["hash"][:12]
     for settings, override in ((SETTINGS, str(folders["t5"])), (HuggingFace(length=11), None)):
         with pytest.raises(UserError, match=stored) as caught:
-            text_encoders.load_kept(settings, tmp_path, override)
+            text_encoders.load_stored(settings, tmp_path, override)
         assert caught.value.code == 4
     with pytest.raises(UserError, match="no such file") as caught:
-        text_encoders.load_kept(SETTINGS, tmp_path / "nothing")
+        text_encoders.load_stored(SETTINGS, tmp_path / "nothing")
     assert caught.value.code == 4
 
 
@@ -189,8 +189,8 @@ def test_another_tokenizer_is_refused(part: str, folders: dict[str, Path], tmp_p
     # How long captions are, as they were just read, is no part of it.
     assert text_encoders.identity(encoders[0]) == ours
     text_encoders.keep(encoders[0], str(tmp_path / "0"), tmp_path)
-    assert text_encoders.identity(text_encoders.load_kept(SETTINGS, tmp_path))["tokenizer"] == ours["tokenizer"]
-    for given in (lambda: text_encoders.load_kept(SETTINGS, tmp_path, str(tmp_path / "1")),
+    assert text_encoders.identity(text_encoders.load_stored(SETTINGS, tmp_path))["tokenizer"] == ours["tokenizer"]
+    for given in (lambda: text_encoders.load_stored(SETTINGS, tmp_path, str(tmp_path / "1")),
                   lambda: text_encoders.keep(encoders[1], str(tmp_path / "1"), tmp_path)):  # fmt: skip
         with pytest.raises(UserError, match="the tokenizer of text encoder") as caught:
             given()
@@ -198,7 +198,7 @@ def test_another_tokenizer_is_refused(part: str, folders: dict[str, Path], tmp_p
         assert ours["tokenizer"][:12] in caught.value.what and theirs["tokenizer"][:12] in caught.value.what
     record = tmp_path / "text_encoder" / "identity.json"
     record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "tokenizer"}))
-    assert text_encoders.load_kept(SETTINGS, tmp_path, str(tmp_path / "1")) is not None
+    assert text_encoders.load_stored(SETTINGS, tmp_path, str(tmp_path / "1")) is not None
 
 
 def test_a_run_goes_on_with_its_own_tokenizer(
@@ -228,9 +228,9 @@ def test_a_large_encoder_is_named_not_copied(
     encoder = text_encoders.load_huggingface(SETTINGS, str(folders["bert"]))
     text_encoders.keep(encoder, str(folders["bert"]), tmp_path)
     assert [p.name for p in (tmp_path / "text_encoder").iterdir()] == ["identity.json"]
-    assert text_encoders.load_kept(SETTINGS, tmp_path, str(folders["bert"])) is not None
+    assert text_encoders.load_stored(SETTINGS, tmp_path, str(folders["bert"])) is not None
     with pytest.raises(UserError, match="cannot be loaded"):
-        text_encoders.load_kept(SETTINGS, tmp_path)
+        text_encoders.load_stored(SETTINGS, tmp_path)
 
 
 @pytest.fixture

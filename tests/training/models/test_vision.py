@@ -77,7 +77,7 @@ def test_a_run_learns_with_it_and_resumes_exactly(
     words = ("--data", shapes, "--align-with", model, "--train.log_every", 1, "--resume", "auto", *FLAGS)
     assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "straight") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_stopped", lambda self: 15 * (self.done == 2))
+        patch.setattr(Loop, "_poll_signals", lambda self: 15 * (self.done == 2))
         assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "stopped") == 143
     assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "stopped") == 0
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []

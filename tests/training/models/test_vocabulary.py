@@ -15,7 +15,7 @@ from training.errors import UserError
 from training.models import vocabulary as vocabularies
 from training.models.vocabulary import COUNTED, captions, count_captions, vocabulary
 from training.shards.reading import ShardSet
-from training.shards.remote import located
+from training.shards.remote import open_address
 
 CONFIGS = [Scratch(), Scratch(max_words=5, length=9), Label(max_classes=10_000)]
 
@@ -99,6 +99,6 @@ def test_at_an_address(counted: bool, data: Latents, tmp_path: Path, monkeypatch
         (data.shards.directory / COUNTED).unlink()
     place = f"memory://vocabulary-{counted}"
     MemoryFileSystem().put(f"{data.shards.directory}/", f"{place}/", recursive=True)
-    far = Latents(ShardSet(located(place, str(tmp_path / "cache"))))
+    far = Latents(ShardSet(open_address(place, str(tmp_path / "cache"))))
     read = unread(monkeypatch)
     assert vocabulary(Scratch(), far) == wanted and len(read) == (0 if counted else len(data))

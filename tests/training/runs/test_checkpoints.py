@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from training.errors import UserError
-from training.files import content_hash, file_sha256, load_tensors, save_tensors, staged, write_bytes
+from training.files import atomic_write, content_hash, file_sha256, load_tensors, save_tensors, write_bytes
 from training.runs.checkpoints import Checkpoint, Checkpoints, score
 from training.runs.folder import Run
 from training.runs.journal import Journal
@@ -257,7 +257,7 @@ def test_new_names_in_the_run_folder_are_synced(tmp_path: Path, monkeypatch: pyt
 def test_staged_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_bytes(path, b"old")
-    with pytest.raises(KeyboardInterrupt), staged(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x"]

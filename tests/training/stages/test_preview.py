@@ -156,7 +156,7 @@ def stage(shapes: Path, autoencoder: Path, folder: Path) -> tuple[DistillationSt
     overrides = {"loss.perceptual": "0.5", "loss.reconstruction": "l1", "train.num_workers": "0"}
     settings: Any = decoding.load("autoencoder", "tiny", overrides)
     torch.manual_seed(0)
-    model = Tiny(width=8).fitted(4, 4).build()
+    model = Tiny(width=8).fit_to(4, 4).build()
     images = Images(ShardSet(shapes, "train"))
     made = DistillationStage(
         settings, model, load_autoencoder(autoencoder), load_perceptual("squeeze", "random"), images, images

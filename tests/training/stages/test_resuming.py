@@ -38,7 +38,7 @@ def train(stage: str, data: dict[str, tuple[object, ...]], run: Path, *words: ob
 def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Every training after this is told to stop, as by SIGTERM, at the next of `steps`."""
     waiting: Iterator[int] = iter(steps)
-    step, stopped, goal = Loop.step, Loop._stopped, [next(waiting)]
+    step, stopped, goal = Loop.step, Loop._poll_signals, [next(waiting)]
 
     def counted(self: Loop, number: int, rate: float) -> object:
         self.done = number + 1  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         return int(signal.SIGTERM)
 
     monkeypatch.setattr(Loop, "step", counted)
-    monkeypatch.setattr(Loop, "_stopped", asked)
+    monkeypatch.setattr(Loop, "_poll_signals", asked)
 
 
 @pytest.fixture(scope="session")
