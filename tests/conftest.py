@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode alone would not find `tiny`
 
 import tiny
+
+
+def pytest_collection_finish() -> None:
+    """What the imported modules hold stays for good: `tiny.call` collects garbage, and need not walk it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
