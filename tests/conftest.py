@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 
@@ -15,9 +14,7 @@ import tiny
 
 
 def pytest_collection_finish() -> None:
-    """What the imported modules hold stays for good: `tiny.call` collects garbage, and need not walk it each time."""
-    gc.collect()
-    gc.freeze()
+    tiny.keep()
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +37,7 @@ def autoencoder(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage-one run of six steps."""
     run = tmp_path_factory.mktemp("autoencoder") / "run"
     assert tiny.call("train_autoencoder", "--data", shapes, "--output", run, *tiny.AUTOENCODER) == 0
+    tiny.keep()
     return run
 
 
@@ -57,4 +55,5 @@ def denoiser(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage-two run of six steps."""
     run = tmp_path_factory.mktemp("denoiser") / "run"
     assert tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER) == 0
+    tiny.keep()
     return run
