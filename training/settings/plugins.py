@@ -24,10 +24,10 @@ GROUP = "latent_diffusion"
 
 
 @cache
-def _installed(section: str) -> EntryPoints:
+def _installed() -> EntryPoints:
     from importlib.metadata import entry_points
 
-    return entry_points(group=f"{GROUP}.{section}")
+    return entry_points()  # of all groups: each question reads every distribution anew
 
 
 def added(section: str, own: list[str]) -> dict[str, EntryPoint]:
@@ -36,7 +36,7 @@ def added(section: str, own: list[str]) -> dict[str, EntryPoint]:
     Raises UserError, naming the package, where a kind is already there.
     """
     found: dict[str, EntryPoint] = {}
-    for entry in _installed(section):
+    for entry in _installed().select(group=f"{GROUP}.{section}"):
         if entry.name in own or entry.name in found:
             there = "latent-diffusion-from-scratch" if entry.name in own else _package(found[entry.name])
             raise _wrong(section, entry, f"{there} has that kind already")
