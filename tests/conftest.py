@@ -13,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode alo
 import tiny
 
 
+def pytest_collection_finish() -> None:
+    tiny.keep()
+
+
 @pytest.fixture(autouse=True)
 def full_floats() -> None:
     """A training started in this process turns denormal numbers off for all of it; here every test has them back."""
@@ -33,6 +37,7 @@ def autoencoder(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage-one run of six steps."""
     run = tmp_path_factory.mktemp("autoencoder") / "run"
     assert tiny.call("train_autoencoder", "--data", shapes, "--output", run, *tiny.AUTOENCODER) == 0
+    tiny.keep()
     return run
 
 
@@ -50,4 +55,5 @@ def denoiser(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage-two run of six steps."""
     run = tmp_path_factory.mktemp("denoiser") / "run"
     assert tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER) == 0
+    tiny.keep()
     return run

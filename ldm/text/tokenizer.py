@@ -21,6 +21,7 @@ SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
 RULE = 2  # of new vocabularies
 # Chinese and Japanese are written without spaces, so there every character is a word; so is every punctuation mark
 ALONE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+ASCII = re.compile(r"[^\W_]+|[^\w\s]")  # what rule 2 comes to where there are no marks and nothing invisible
 FIRST = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+|[^\w\s]")
 
 
@@ -32,6 +33,8 @@ def split(caption: str, rule: int = RULE) -> list[str]:
     """
     if rule == 1:
         return FIRST.findall(caption.lower())
+    if caption.isascii():  # without the table of all characters, which takes a second
+        return ASCII.findall(caption.lower())
     words, invisible = _second()
     return words.findall(normalize("NFKC", invisible.sub("", normalize("NFKC", caption).casefold())))
 

@@ -45,7 +45,7 @@ def test_the_start_on_ten_million_samples(tmp_path: Path) -> None:
     code = f"""
 import os, random, resource, time
 from training.data.order import DataOrder
-from training.shards import OPEN_FILES, ShardSet
+from training.shards.reading import OPEN_FILES, ShardSet
 resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
 before, begun = peak(), time.process_time()
 shards = ShardSet({str(tmp_path)!r})

@@ -24,6 +24,14 @@ def test_words_and_punctuation() -> None:
     assert all(split(text) == split(text, 1) for text in (*CAPTIONS, "A T-shirt,\tété — 2 don't!", "红色的圆 red"))
 
 
+def test_a_caption_in_ascii_is_split_as_beside_other_letters() -> None:
+    """Such captions take a way of their own, every character of them."""
+    characters = [chr(code) for code in range(128)]
+    for first in characters:
+        text = "".join(f"{first}{second}A{second}1 " for second in characters)
+        assert [*split(text), "é"] == split(f"{text} é")
+
+
 # what rule 2 reads as the same words, and those words
 SAME = {
     "an accent in two characters": (["cafe\u0301", "café", "CAFÉ"], ["café"]),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 
-from training.settings import decoding
+from training.settings import decoding, plugins
 
 SAMPLER = '''
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ from dataclasses import dataclass
 class Own:
     kind: str = "own"
     part: float = 0.5
+    t_min = 0.0  # a config asks a grid for its times, and a grid asks a schedule for this
+
+    def __call__(self, steps, schedule):
+        return None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Plain:
 
 
 class Installed:
-    """Distributions in a folder that is on the path of the processes it starts."""
+    """Distributions in a folder that is on the path of this process, and of those that it starts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,37 +77,52 @@ class Installed:
         ]
         (about / "entry_points.txt").write_text("\n".join(groups))
 
-    def run(self, *words: object) -> subprocess.CompletedProcess[str]:
+    def door(self, name: str, *words: object) -> subprocess.CompletedProcess[str]:
+        """A process of its own."""
         environment = {**tiny.ENVIRONMENT, "PYTHONPATH": f"{self.folder}:{tiny.ROOT}"}
-        command = [sys.executable, *map(str, words)]
+        command = [sys.executable, str(tiny.SCRIPTS / f"{name}.py"), *map(str, words)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
-    def door(self, name: str, *words: object) -> subprocess.CompletedProcess[str]:
-        return self.run(tiny.SCRIPTS / f"{name}.py", *words)
+
+def forget() -> None:
+    """What this process has found of installed packages."""
+    plugins._installed.cache_clear()
+    decoding.sections.cache_clear()
 
 
 @pytest.fixture
-def installed(tmp_path: Path) -> Installed:
+def installed(tmp_path: Path) -> Iterator[Installed]:
     folder = tmp_path / "site"
     folder.mkdir()
-    return Installed(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        forget()
+        yield Installed(folder)
+    forget()
+    for file in folder.glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
-def test_an_installed_sampler_is_a_key_a_flag_and_a_name(installed: Installed, denoiser: Path, tmp_path: Path) -> None:
+def test_an_installed_sampler_is_a_key_a_flag_and_a_name(
+    installed: Installed, denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     installed.add("twice-sampler", SAMPLER, sampler="twice:Twice")
     shown = installed.door("generate", "--help")
     listed = " ".join(shown.stdout.split()).partition("--sampler.kind ")[2].partition("--grid.kind")[0]
     assert listed.split(", ")[0] == "dpmpp-2m" and listed.strip().endswith(", twice"), shown.stderr
     words = ("--print-config", "--sampler.kind", "twice", "--sampler.part", "0.25")
-    resolved = installed.door("train_denoiser", *words)
-    assert json.loads(resolved.stdout)["sampler"] == {"kind": "twice", "part": 0.25}, resolved.stderr
+    assert tiny.call("train_denoiser", *words) == 0
+    assert json.loads(capsys.readouterr().out)["sampler"] == {"kind": "twice", "part": 0.25}
     words = ("--model", denoiser, "--prompt", "a red circle", "--steps", 2, "--device", "cpu", "--sampler", "twice")
-    drawn = installed.door("generate", *words, "--output", tmp_path / "drawn")
-    assert drawn.returncode == 0 and (tmp_path / "drawn" / "00000.png").is_file(), drawn.stderr
-    checked = installed.door("check_samplers", "--samplers", "twice", "--processes", "flow", "--steps", 4)
-    assert checked.returncode == 0 and "| twice | flow | karras | 8 |" in checked.stdout, checked.stderr
-    known = tiny.refused("generate", *words, "--output", tmp_path / "none")
-    assert 'unknown kind "twice"' in known.what  # where the package is not installed
+    assert tiny.call("generate", *words, "--output", tmp_path / "drawn") == 0
+    assert (tmp_path / "drawn" / "00000.png").is_file()
+    assert tiny.call("check_samplers", "--samplers", "twice", "--processes", "flow", "--steps", 4) == 0
+    assert "| twice | flow | karras | 8 |" in capsys.readouterr().out
+
+
+def test_a_kind_that_is_not_installed_is_unknown(denoiser: Path, tmp_path: Path) -> None:
+    words = ("--model", denoiser, "--prompt", "a red circle", "--sampler", "twice", "--output", tmp_path / "none")
+    assert 'unknown kind "twice"' in tiny.refused("generate", *words).what
 
 
 def test_every_family_takes_one(installed: Installed) -> None:
@@ -114,16 +134,12 @@ def test_every_family_takes_one(installed: Installed) -> None:
     }
     assert {"sampler", "schedule", "backbone", "text", "model", "latent", "discriminator"} <= sections.keys()
     installed.add("own-kinds", OTHER, **dict.fromkeys(sections, "own:Own"))
-    code = (
-        "import json, sys; from training.settings import decoding\n"
-        "for name, stage in json.loads(sys.argv[1]).items():\n"
-        "    made = decoding.decode(stage, {name: {'kind': 'own', 'part': 0.75}})\n"
-        "    assert getattr(made, name).part == 0.75 and type(getattr(made, name)).__module__ == 'own_kinds', name\n"
-        "    default = decoding.decode(stage, {})\n"
-        "    assert getattr(default, name).kind != 'own', name\n"
-    )
-    done = installed.run("-c", code, json.dumps(sections))
-    assert done.returncode == 0, done.stderr
+    forget()
+    for name, stage in sections.items():
+        made = decoding.decode(stage, {name: {"kind": "own", "part": 0.75}})
+        assert getattr(made, name).part == 0.75 and type(getattr(made, name)).__module__ == "own_kinds", name
+        default = decoding.decode(stage, {})
+        assert getattr(default, name).kind != "own", name
 
 
 FAULTS = {
@@ -141,11 +157,10 @@ FAULTS = {
 def test_a_package_at_fault_is_named_in_one_sentence(name: str, installed: Installed) -> None:
     entry, source, expected = FAULTS[name]
     installed.add("one-fault", source, sampler=entry)
-    done = installed.door("train_denoiser", "--print-config")
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2 and len(lines) == 2 and not done.stdout, done.stderr
-    assert lines[0].startswith(f'error: package one-fault, which adds sampler.kind "{entry.partition(":")[0]}": ')
-    assert expected in lines[0] and lines[1] == "hint: mend or remove it: pip uninstall one-fault"
+    problem = tiny.refused("train_denoiser", "--print-config")
+    assert problem.code == 2 and problem.hint == "mend or remove it: pip uninstall one-fault"
+    assert problem.what.startswith(f'package one-fault, which adds sampler.kind "{entry.partition(":")[0]}": ')
+    assert expected in problem.what
 
 
 def test_two_packages_with_one_kind_are_refused_before_either_is_imported(installed: Installed) -> None:

@@ -76,6 +76,12 @@ def call(script: str, *words: object) -> int:
     return 0
 
 
+def keep() -> None:
+    """Leave what the imported modules hold, for good, out of the collections that end each `call`."""
+    gc.collect()
+    gc.freeze()
+
+
 def refused(script: str, *words: object) -> UserError:
     """The UserError that `scripts/SCRIPT.py WORDS` ends with."""
     try:

@@ -24,10 +24,10 @@ GROUP = "latent_diffusion"
 
 
 @cache
-def _installed(section: str) -> EntryPoints:
+def _installed() -> EntryPoints:
     from importlib.metadata import entry_points
 
-    return entry_points(group=f"{GROUP}.{section}")
+    return entry_points()  # of all groups: each question reads every distribution anew
 
 
 def kinds_of_packages(section: str, own_kinds: list[str]) -> dict[str, EntryPoint]:
@@ -36,7 +36,7 @@ def kinds_of_packages(section: str, own_kinds: list[str]) -> dict[str, EntryPoin
     Raises UserError, naming the package, where a kind is already there.
     """
     entries: dict[str, EntryPoint] = {}
-    for entry in _installed(section):
+    for entry in _installed().select(group=f"{GROUP}.{section}"):
         if entry.name in own_kinds or entry.name in entries:
             owner = "latent-diffusion-from-scratch" if entry.name in own_kinds else _package(entries[entry.name])
             raise _wrong(section, entry, f"{owner} has that kind already")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import ranks
@@ -20,7 +22,8 @@ from training.stages.checks import check_returns
 
 FLAGS = [*tiny.AUTOENCODER, "--loss.perceptual", "0", "--loss.adversarial_start", "4", "--max-steps", "10"]
 FLAGS += ["--save-every", "2", "--sample-every", "2", "--keep-last", "9", "--loss.return_margin", "1"]
-FLAGS += ["--loss.return_pause", "2", "--loss.augment", '["colour"]', "--loss.lecam", "0.1"]
+FLAGS += ["--loss.discriminator_start", "4", "--loss.return_pause", "2", "--loss.augment", '["colour"]']
+FLAGS += ["--loss.lecam", "0.1"]
 # Worse before the adversarial gradient begins at step 4 and in the pause up to step 8: that is no wreck of its making.
 WRECKED = {0: 30.0, 2: 20.0, 4: 25.0, 6: 15.0, 8: 15.0, 10: 24.5}
 
@@ -28,6 +31,10 @@ WRECKED = {0: 30.0, 2: 20.0, 4: 25.0, 6: 15.0, 8: 15.0, 10: 24.5}
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """The held-out PSNR that each validation finds, by step."""
+    return told_scores(monkeypatch)
+
+
+def told_scores(patch: pytest.MonkeyPatch) -> dict[int, float]:
     found = dict(WRECKED)
     evaluate = AutoencoderStage.evaluate
 
@@ -36,8 +43,26 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
         step = folder.name.rpartition("-")[2]
         return {**numbers, "psnr": found[int(step)]} if step.isdecimal() else numbers
 
-    monkeypatch.setattr(AutoencoderStage, "evaluate", told)
+    patch.setattr(AutoencoderStage, "evaluate", told)
     return found
+
+
+class Wrecked(NamedTuple):
+    """A training that returned once: its folder, what it said, and the share of the adversarial weight by use."""
+
+    run: Path
+    said: str
+    ramps: list[float]
+
+
+@pytest.fixture(scope="module")
+def wrecked(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Wrecked:
+    run, ramps, ramp, said = tmp_path_factory.mktemp("wrecked") / "run", [], AutoencoderStage.ramp, io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        told_scores(patch)
+        patch.setattr(AutoencoderStage, "ramp", lambda self, step: ramps.append(ramp(self, step)) or ramps[-1])
+        assert tiny.call("train_autoencoder", "--data", shapes, "--output", run, "--resume", "auto", *FLAGS) == 0
+    return Wrecked(run, said.getvalue(), ramps)
 
 
 def tensors(run: Path, step: int) -> dict[str, Any]:
@@ -55,14 +80,11 @@ def returns(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["val/returned_to"]) for row in tiny.rows(run) if "val/returned_to" in row]
 
 
-def test_a_wreck_brings_the_best_checkpoint_back(
-    shapes: Path, tmp_path: Path, scores: dict[int, float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wreck_brings_the_best_checkpoint_back(wrecked: Wrecked) -> None:
     """Once, with all its tensors; the data go on, the gradient rests, then comes back at half its weight."""
-    run = tmp_path / "run"
-    assert tiny.call("train_autoencoder", "--data", shapes, "--output", run, *FLAGS) == 0
+    run = wrecked.run
     assert returns(run) == [(6, 4)]
-    assert capsys.readouterr().err.count("back to its weights") == 1
+    assert wrecked.said.count("back to its weights") == 1
     good, back, later = tensors(run, 4), tensors(run, 6), tensors(run, 8)
     assert back.keys() == good.keys() and all(back[key].equal(good[key]) for key in good)
     assert any(not later[key].equal(good[key]) for key in good)
@@ -75,44 +97,32 @@ def test_a_wreck_brings_the_best_checkpoint_back(
     assert [step for step, value in losses.items() if value] == [4, 5, 6, 8, 9, 10]  # the step before measures
 
 
-def test_what_has_learned_only_since_then_returns_without_moments(
-    shapes: Path, tmp_path: Path, scores: dict[int, float]
-) -> None:
+def test_what_has_learned_only_since_then_returns_without_moments(wrecked: Wrecked) -> None:
     """A critic that starts at step 4, where the best checkpoint is: at step 6 its optimiser begins anew."""
-    run = tmp_path / "run"
-    words = ("--data", shapes, "--output", run, *FLAGS, "--loss.discriminator_start", "4", "--max-steps", "8")
-    assert tiny.call("train_autoencoder", *words) == 0
-    assert returns(run) == [(6, 4)]
 
     def steps(step: int, network: str) -> set[float]:
         """How many steps the moments of a network's optimiser hold, as a checkpoint tells."""
-        start = f"optimizer/{network}/"
-        return {float(t) for key, t in tensors(run, step).items() if key.startswith(start) and key.endswith(".step")}
+        found, start = tensors(wrecked.run, step), f"optimizer/{network}/"
+        return {float(t) for key, t in found.items() if key.startswith(start) and key.endswith(".step")}
 
     assert steps(4, "discriminator") == steps(6, "discriminator") == set() and steps(8, "discriminator") == {2}
     assert [steps(step, "autoencoder") for step in (4, 6, 8)] == [{4}, {4}, {6}]
 
 
-def test_the_gradient_comes_back_at_half_its_weight(shapes: Path, tmp_path: Path, scores: dict[int, float]) -> None:
-    found: list[float] = []
-    ramp = AutoencoderStage.ramp
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AutoencoderStage, "ramp", lambda self, step: found.append(ramp(self, step)) or found[-1])
-        assert tiny.call("train_autoencoder", "--data", shapes, "--output", tmp_path / "run", *FLAGS) == 0
-    assert max(found) == 1 and found[-1] == 0.5 and 0.25 in found
+def test_the_gradient_comes_back_at_half_its_weight(wrecked: Wrecked) -> None:
+    assert max(wrecked.ramps) == 1 and wrecked.ramps[-1] == 0.5 and 0.25 in wrecked.ramps
 
 
 @pytest.mark.parametrize("stop", [5, 6, 7])
 def test_exact_resume_across_a_return(
-    stop: int, shapes: Path, tmp_path: Path, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
+    stop: int, wrecked: Wrecked, shapes: Path, tmp_path: Path, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("--data", shapes, "--resume", "auto", *FLAGS)
-    assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "straight") == 0
+    words = ("--data", shapes, "--resume", "auto", *FLAGS, "--output", tmp_path / "stopped")
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_poll_signals", lambda self: 15 * (self.done == stop))
-        assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "stopped") == 143
-    assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "stopped") == 0
-    assert differences(tmp_path / "straight", tmp_path / "stopped") == []
+        assert tiny.call("train_autoencoder", *words) == 143
+    assert tiny.call("train_autoencoder", *words) == 0
+    assert differences(wrecked.run, tmp_path / "stopped") == []
     assert returns(tmp_path / "stopped") == [(6, 4)]
 
 
@@ -135,7 +145,7 @@ def test_a_score_that_is_no_number_is_a_wreck(shapes: Path, tmp_path: Path, scor
 def test_two_processes_return_together(shapes: Path, tmp_path: Path) -> None:
     """A critic of a thousand times the weight really wrecks what the first steps learned, for two as for one."""
     flags = [*FLAGS, "--loss.adversarial", "1000", "--loss.return_margin", "0.01", "--lr", "3e-2", "--train.ema", "0"]
-    words = ["--data", shapes, *flags, "--train.log_every", "1"]
+    words = ["--data", shapes, *flags, "--train.log_every", "1", "--max-steps", "6"]
     assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "one") == 0
     together = ranks.start(2, tmp_path, "train_autoencoder", *words, "--output", tmp_path / "two")
     assert together == [0, 0], ranks.said(tmp_path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import tiny
 import torch
 
+from training.drills.verify_resume import launch
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
 from training.loop.loop import Loop
@@ -78,7 +77,7 @@ def same(run: Path, straight: Path) -> None:
 
 # An epoch is three steps of 32 samples. The discriminator starts at step 2, its gradient reaches the decoder at step 3.
 @pytest.mark.parametrize("stage", SCRIPT)
-@pytest.mark.parametrize("stops", [(1,), (2,), (3,), (4,), (5,), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("stops", [(2,), (3,), (1, 2, 4)], ids=str)
 def test_exact(
     stage: str,
     stops: tuple[int, ...],
@@ -86,11 +85,14 @@ def test_exact(
     straight: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The first start finds nothing to resume, and says so."""
     stop_at(monkeypatch, *stops)
-    for _ in stops:
+    for said in ("note: no checkpoint yet; starting fresh", *(f"resumed from step {step}" for step in stops[:-1])):
         assert train(stage, data, tmp_path / "run", "--resume", "auto") == 128 + signal.SIGTERM
-    assert train(stage, data, tmp_path / "run", "--resume", "auto", "--num-workers", 2 * (stops == (1,))) == 0
+        assert said in capsys.readouterr().err
+    assert train(stage, data, tmp_path / "run", "--resume", "auto", "--num-workers", 2 * (stops == (2,))) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     if config["train"]["num_workers"]:  # the one thing that was meant to differ
         config["train"]["num_workers"] = 0
@@ -133,15 +135,15 @@ def test_a_real_signal(latents: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["--latents", latents, "--output", run, *tiny.DENOISER, "--max-steps", "100000", "--train.log_every", "1"]
     words += ["--sample-every", "100000", "--save-every", "100000"]
-    command = [sys.executable, str(tiny.SCRIPTS / "train_denoiser.py"), *map(str, words)]
-    with subprocess.Popen(command, env=tiny.ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 240
-        while not (run / "timing.jsonl").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=200)
-    assert process.returncode == 143, told
+    process = launch(tiny.SCRIPTS / "train_denoiser.py", [*map(str, words)], tmp_path / "log", tiny.ENVIRONMENT)
+    deadline = time.monotonic() + 240
+    while not (run / "timing.jsonl").exists() and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    process.join(200)
+    told = (tmp_path / "log").read_text()
+    assert process.exitcode == 143, told
     assert "stopped by SIGTERM: saved step " in told and "--resume auto" in told and "Traceback" not in told
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     (saved,) = (run / "checkpoints").glob("step-*")
