@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond
 from ldm.text.encoders import TextConfig, TextEncoder, masked_mean
-
-POOLINGS = ("auto", "mean", "eos", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +29,7 @@ class HuggingFace(TextConfig):
     layer: int = -1
     lower: bool = False
     masked: bool = True
-
-    def __post_init__(self) -> None:
-        if self.length <= 0:
-            raise ValueError(f"length must be positive, not {self.length}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+    limits: ClassVar = {"length": "(0, inf)"}
 
     def build(self, model: nn.Module, tokenizer: Any) -> HuggingFaceTextEncoder:
         """The encoder around a loaded transformers model, which it freezes; ValueError on a misfit."""
