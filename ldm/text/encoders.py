@@ -168,10 +168,8 @@ class Label(TextConfig):
         """The distinct captions in alphabetical order, as the JSON text that `build` takes and a run stores."""
         classes = sorted(set(captions) - {""})
         if len(classes) > self.max_classes:
-            raise ValueError(
-                f"{len(classes)} distinct captions, more than max_classes ({self.max_classes}): "
-                "labels are for closed sets, use a `scratch` or `huggingface` text encoder"
-            )
+            raise ValueError(f"{len(classes)} distinct captions, more than max_classes ({self.max_classes}): labels "
+                             "are for closed sets, use a `scratch` or `huggingface` text encoder")
         return json.dumps({"classes": classes}, ensure_ascii=False, indent=0)
 
     def build(self, vocabulary: str) -> LabelEncoder:
