@@ -115,7 +115,8 @@ class Projected(AgainstNull):
 @dataclass(frozen=True, kw_only=True)
 class CFGZeroStar(AgainstNull):
     """CFG-zero* in u = eps - x0, the velocity of `flow`: k u_null + scale (u - k u_null) with k = <u, u_null> over
-    ||u_null||^2, per sample; and no motion at all at times from `zero_from` on, where an under-trained model does harm.
+    ||u_null||^2, per sample; and no motion at all on noise shares from `zero_from` on, where an under-trained model
+    does harm: t = 1 counts as 1 on every process. `zero_in` "t" means times of the schedule itself, as runs of old do.
 
     Every process is the flow at w = sigma / (alpha + sigma), scaled by alpha + sigma: there u = 0 stands still, at
     x0 = eps = x / (alpha + sigma). dx/dt = 0 would not: on `edm` it is eps = 0, a sample that is all signal.
@@ -124,10 +125,11 @@ class CFGZeroStar(AgainstNull):
 
     kind: Literal["cfg-zero-star"] = "cfg-zero-star"
     zero_from: float = 1.0
+    zero_in: Literal["noise-share", "t"] = "noise-share"
     limits: ClassVar = {**AgainstNull.limits, "zero_from": "(0, inf]"}
 
     def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
-        if t < self.zero_from:
+        if (t if t == 1 else place(t, denoiser.schedule, self.zero_in)) < self.zero_from:
             return None
         alpha, sigma = denoiser.schedule(t)
         still = x / match(alpha + sigma, x)
