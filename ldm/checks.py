@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 class Checked:
-    """A dataclass of settings: one that is a `Literal` is one of its values, and one in `limits` lies in its interval.
+    """A dataclass of settings: a `Literal` is one of its values, an `int` is whole, and one in `limits` lies in its
+    interval.
 
     Intervals are written as in mathematics, "(0, 1]"; an end may be another setting, as in {"low": "(0, inf)", "high":
     "(low, inf)"}. Building one raises ValueError that names the first setting, what it must be and what it is.
@@ -19,8 +20,11 @@ class Checked:
 
     def __post_init__(self) -> None:
         own: type = type(self)
-        for name, allowed in _choices(own).items():
-            if (value := getattr(self, name)) not in allowed:
+        for name, hint in _hints(own).items():
+            value, allowed = getattr(self, name), get_args(hint)
+            if hint is int and value != int(value):
+                raise ValueError(f"{self.kind} {name} must be a whole number, got {value}")
+            if allowed and value not in allowed:
                 raise ValueError(f"{self.kind} {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         for name, interval in self.limits.items():
             if not self._within(value := getattr(self, name), interval):
@@ -33,6 +37,6 @@ class Checked:
 
 
 @cache
-def _choices(settings: type) -> dict[str, tuple[Any, ...]]:
-    hints = get_type_hints(settings).items()
-    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+def _hints(settings: type) -> dict[str, Any]:
+    hints = get_type_hints(settings)
+    return {name: hint for name, hint in hints.items() if hint is int or get_origin(hint) is Literal}

@@ -11,19 +11,18 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ldm.checks import Checked
 from ldm.schedules import NoiseSchedule
 from ldm.times import shifted
 
 
-class Grid(ABC):
+class Grid(Checked, ABC):
     """A rule for the times to visit, the same rule on any schedule."""
-
-    kind: str
 
     def __call__(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         """(steps + 1,) float64 times. Raises ValueError when there is no such grid."""
@@ -58,12 +57,9 @@ def _callable(times: Tensor, schedule: NoiseSchedule) -> Tensor:
 class Uniform(Grid):
     """t in equal steps, then `shifted` towards noise as in `ldm.times`."""
 
+    limits: ClassVar = {"shift": "(0, inf)"}
     kind: Literal["uniform"] = "uniform"
     shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"uniform shift must be positive, got {self.shift}")
 
     def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         return _callable(shifted(_fractions(steps), self.shift, schedule), schedule)
@@ -96,15 +92,11 @@ class Ratios(Grid):
     The range is cut to the one where the network may be called; the first time is always 1.
     """
 
+    limits: ClassVar = {"sigma_min": "(0, sigma_max)", "rho": "(0, inf)"}
     kind: str
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (0 < self.sigma_min < self.sigma_max and self.rho > 0):
-            raise ValueError(f"{self.kind} needs 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, "
-                             f"{self.sigma_max} and {self.rho}")
 
     @abstractmethod
     def ratios(self, levels: Tensor, least: Tensor, most: Tensor) -> Tensor:
@@ -155,14 +147,11 @@ class UniformLogSNR(Grid):
     """log-SNR in equal steps from logsnr_min to logsnr_max, then t = 0: DPM-Solver's own grid. Lu et al. 2022 (arXiv
     2206.00927), section 3.3."""
 
+    # Beyond 1400, sigma / alpha is no float64.
+    limits: ClassVar = {"logsnr_min": "[-1400, logsnr_max)", "logsnr_max": "(logsnr_min, 1400]"}
     kind: Literal["uniform-logsnr"] = "uniform-logsnr"
     logsnr_min: float = -10.0
     logsnr_max: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not -1400 <= self.logsnr_min < self.logsnr_max <= 1400:  # beyond, sigma / alpha is no float64
-            raise ValueError("uniform-logsnr needs -1400 <= logsnr_min < logsnr_max <= 1400, got "
-                             f"{self.logsnr_min} and {self.logsnr_max}")
 
     def visits(self, steps: int, schedule: NoiseSchedule) -> Tensor:
         least, most = math.exp(-self.logsnr_max / 2), math.exp(-self.logsnr_min / 2)
@@ -190,12 +179,9 @@ class Leading(Entries):
     offset 1 is Stable Diffusion's. Lin et al. 2023 (arXiv 2305.08891), table 2.
     """
 
+    limits: ClassVar = {"offset": "[0, 1]"}
     kind: Literal["leading"] = "leading"
     offset: int = 0
-
-    def __post_init__(self) -> None:
-        if self.offset not in (0, 1):
-            raise ValueError(f"leading offset must be 0 or 1, got {self.offset}")
 
     def indices(self, steps: int, total: int) -> Tensor:
         if (steps - 1) * (total // steps) + self.offset >= total:

@@ -16,13 +16,14 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.base import check_grid
-from ldm.samplers.ode import CLASSIC, VARIABLES
+from ldm.samplers.ode import CLASSIC, VARIABLES, advance
 
 
 def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | None = None, probes: int = 1) -> Tensor:
     """log p(x) in nats, (B,), of data x (B, ...) noised by t_min, with N(0, prior_std^2) for the density at t = 1.
 
-    Classic Runge-Kutta over the grid, which may fall or rise; times below t_min stand for t_min. The trace is exact, at
+    Classic Runge-Kutta of y = (z, the change of log p so far) over the grid, which may fall or rise; times below t_min
+    stand for t_min. The trace is exact, at
     one backward pass a dimension, or with `probe` (one seed per sample) Hutchinson's estimate: the mean over `probes`
     Rademacher vectors a sample, kept over the whole path. Raises ValueError on a bad grid, a wrong number of seeds, and
     fewer than one vector.
@@ -32,31 +33,29 @@ def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | Non
     schedule, variable = denoise.schedule, VARIABLES["flow"]
     times = check_grid(grid).sort().values.clamp(min=schedule.t_min)
     times = torch.cat([times[:1], times[1:][times.diff() > 0]])
-    vectors = _vectors(x, probe, probes)
-    start, scale = variable.place(schedule, times[0])
-    z, change = x / scale, torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    vectors, shape, one = _vectors(x, probe, probes), x.shape, torch.ones((), dtype=torch.float64)
 
-    def slope(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(y: Tensor, t: Tensor) -> Tensor:
         scale = variable.place(schedule, t)[1]
         with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
+            leaf = y[:, :-1].view(shape).detach().requires_grad_()
             ends = denoise(leaf * scale, t)
             velocity = ends.eps - ends.x0
             traces = [(torch.autograd.grad(velocity, leaf, vector, retain_graph=True)[0] * vector).flatten(1).sum(1)
                       for vector in vectors]
-        return velocity.detach(), torch.stack(traces).sum(0) / (1 if probe is None else probes)
+        trace = torch.stack(traces).sum(0) / (1 if probe is None else probes)
+        return torch.cat([velocity.detach().flatten(1), trace[:, None]], 1)
 
+    first, last = (variable.place(schedule, time)[1] for time in (times[0], times[-1]))
+    y = torch.cat([(x / first).flatten(1), torch.zeros_like(x.flatten(1)[:, :1])], 1)
     for t, s in pairwise(times.unbind()):
         start, end = variable.place(schedule, t)[0], variable.place(schedule, s)[0]
         middle = variable.time(schedule, (start + end) / 2)
-        slopes: list[tuple[Tensor, Tensor]] = []
+        slopes: list[Tensor] = []
         for time, row in zip((t, middle, middle, s), CLASSIC.rows, strict=True):
-            moved = sum((slopes[j][0] * ((end - start) * a) for j, a in enumerate(row) if a), z)
-            slopes.append(slope(moved, time))
-        for (velocity, trace), weight in zip(slopes, CLASSIC.weights, strict=True):
-            z, change = z + velocity * ((end - start) * weight), change + trace * ((end - start) * weight)
-    return _prior(z * variable.place(schedule, times[-1])[1], schedule.prior_std) + change + (
-        math.prod(x.shape[1:]) * (variable.place(schedule, times[-1])[1] / scale).log())
+            slopes.append(slope(advance(y, one, one, end - start, row, slopes), time))
+        y = advance(y, one, one, end - start, CLASSIC.weights, slopes)
+    return _prior(y[:, :-1] * last, schedule.prior_std) + y[:, -1] + (y.shape[1] - 1) * (last / first).log()
 
 
 def _vectors(x: Tensor, probe: Noise | None, probes: int) -> list[Tensor]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+Words = TypeVar("Words", Tensor, int)
 _MASK = (1 << 64) - 1
 _GOLDEN, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -22,24 +24,17 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _shift(words: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's own copies the sign bit."""
+def _shift(words: Words, bits: int) -> Words:
+    """Logical right shift of 64-bit words: `>>` copies the sign bit."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(words: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64 tensors, which wrap around as it needs."""
+def _mix(words: Words) -> Words:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), modulo 2^64: int64 tensors wrap around as it needs, and of
+    a Python integer, which does not, the low 64 bits are right. So hashing a key touches no device."""
     words = (words ^ _shift(words, 30)) * _signed(_MUL1)
     words = (words ^ _shift(words, 27)) * _signed(_MUL2)
     return words ^ _shift(words, 31)
-
-
-def _mix_int(word: int) -> int:
-    """`_mix` of one Python integer, so that hashing a key touches no device."""
-    word &= _MASK
-    word = (word ^ (word >> 30)) * _MUL1 & _MASK
-    word = (word ^ (word >> 27)) * _MUL2 & _MASK
-    return word ^ (word >> 31)
 
 
 def _hash_key(key: tuple[int | str, ...]) -> int:
@@ -47,8 +42,8 @@ def _hash_key(key: tuple[int | str, ...]) -> int:
     for part in key:
         # The top bit keeps the string "1" apart from the integer 1.
         number = crc32(part.encode()) | 1 << 63 if isinstance(part, str) else part & (_MASK >> 1)
-        word = _mix_int(word + _GOLDEN ^ _mix_int(number))
-    return _signed(word)
+        word = _signed(_mix(word + _GOLDEN ^ _mix(number)))
+    return word
 
 
 @dataclass(frozen=True, eq=False)

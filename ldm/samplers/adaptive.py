@@ -17,19 +17,18 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.base import Sampler, Step
-from ldm.samplers.ode import VARIABLES, Tableau
+from ldm.samplers.ode import VARIABLES
 
 _FLOW = VARIABLES["flow"]
 
-DORMAND_PRINCE = Tableau(
-    (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
-    ((), (1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
-     (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
-    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0))
-BOGACKI_SHAMPINE = Tableau((0, 1 / 2, 3 / 4, 1), ((), (1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
-                           (2 / 9, 1 / 3, 4 / 9, 0))
+
+class Pair(NamedTuple):
+    """Two rules on the same stages: nodes and rows as in a `Tableau`, the last row being the finer rule itself, and the
+    weights of the difference between the two."""
+
+    nodes: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...]
+    difference: tuple[float, ...]
 
 
 class _Place(NamedTuple):
@@ -39,6 +38,7 @@ class _Place(NamedTuple):
     w: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
 class Embedded(Sampler):
     """Error control by an embedded pair whose last stage is the first of the next step.
 
@@ -46,18 +46,13 @@ class Embedded(Sampler):
     is at most 1, or after `halvings` halvings of the grid's step. Asking that costs a synchronisation a trial.
     """
 
-    order = 0
-    calls = 0
+    order = calls = 0
     rises = True
-    tableau: ClassVar[Tableau]
-    difference: ClassVar[tuple[float, ...]]
+    limits: ClassVar = {"tolerance": "(0, inf]", "halvings": "[0, inf)"}
+    pair: ClassVar[Pair]
+    kind: str
     tolerance: float
-    halvings: int
-
-    def __post_init__(self) -> None:
-        if not (self.tolerance > 0 and self.halvings >= 0):
-            raise ValueError(f"{self.kind} needs a positive tolerance and halvings of at least 0, got "
-                             f"{self.tolerance} and {self.halvings}")
+    halvings: int = 10
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Tensor | None, noise: Noise) -> Step:
         schedule = denoise.schedule
@@ -79,13 +74,13 @@ class Embedded(Sampler):
               halvings: int) -> tuple[Tensor, Tensor]:
         """z and its slope at b from those at a, within tolerance for the samples that are `wanted` (B,)."""
         width, slopes = b.w - a.w, [slope]
-        for node, row in zip(self.tableau.nodes[1:], self.tableau.rows[1:], strict=True):
+        for node, row in zip(self.pair.nodes[1:], self.pair.rows[1:], strict=True):
             place = b if node == 1 else self._between(denoise, a, b, node)
             moved = z + _combined(slopes, row) * width
             slopes.append(self._slope(denoise, moved * _FLOW.place(denoise.schedule, place.t)[1], place.t))
         # The last stage was taken at the result itself.
         allowed = self.tolerance * (1 + z.abs().maximum(moved.abs()))
-        error = (_combined(slopes, self.difference) * width / allowed).square().flatten(1).mean(1)
+        error = (_combined(slopes, self.pair.difference) * width / allowed).square().flatten(1).mean(1)
         fine = error <= 1
         if halvings == 0 or bool((fine | ~wanted).all()):
             return moved, slopes[-1]
@@ -112,10 +107,13 @@ class DormandPrince(Embedded):
 
     kind: Literal["dopri5"] = "dopri5"
     tolerance: float = 1e-4
-    halvings: int = 10
-    tableau: ClassVar[Tableau] = DORMAND_PRINCE
-    difference: ClassVar[tuple[float, ...]] = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525,
-                                               -1 / 40)
+    pair = Pair(
+        (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+        ((), (1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
+         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+         (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
+        (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +123,8 @@ class BogackiShampine(Embedded):
 
     kind: Literal["bosh3"] = "bosh3"
     tolerance: float = 1e-3
-    halvings: int = 10
-    tableau: ClassVar[Tableau] = BOGACKI_SHAMPINE
-    difference: ClassVar[tuple[float, ...]] = (-5 / 72, 1 / 12, 1 / 9, -1 / 8)
+    pair = Pair((0, 1 / 2, 3 / 4, 1), ((), (1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+                (-5 / 72, 1 / 12, 1 / 9, -1 / 8))
 
 
 SAMPLERS = (DormandPrince, BogackiShampine)

@@ -7,7 +7,7 @@ x_s = alpha_s x0 + sigma_s e eps + sigma_s sqrt(1 - e^2) z: no division by alpha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -42,10 +42,6 @@ class DDPM(Sampler):
     kind: Literal["ddpm"] = "ddpm"
     variance: Literal["small", "large", "learned"] = "small"
 
-    def __post_init__(self) -> None:
-        if self.variance not in ("small", "large", "learned"):
-            raise ValueError(f"ddpm variance must be small, large or learned, got {self.variance!r}")
-
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         ends, level = denoise(x, t), denoise.schedule(s)
         if s == 0:
@@ -70,12 +66,9 @@ class DDIM(Sampler):
     """
 
     rises = True
+    limits: ClassVar = {"eta": "[0, 1]"}
     kind: Literal["ddim"] = "ddim"
     eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"ddim eta must be in [0, 1], got {self.eta}")
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         ends, level = denoise(x, t), denoise.schedule(s)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Denoise
+from ldm.checks import Checked
+from ldm.denoiser import Bound, Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
 from ldm.schedules import Level, NoiseSchedule
@@ -23,7 +23,7 @@ Step = tuple[Tensor, Memory]
 """x at s, and the memory for the step from there."""
 
 
-class Sampler(ABC):
+class Sampler(Checked, ABC):
     """A way to go from x_t to x_s. Frozen and stateless: whatever a step needs to remember it returns as memory.
 
     `order` is the power of the step with which its error falls (the variance's, where it adds noise), 0 where that is
@@ -32,7 +32,6 @@ class Sampler(ABC):
     are of the instance.
     """
 
-    kind: str
     rises = False
 
     @property
@@ -58,22 +57,6 @@ class Snapshot(NamedTuple):
     x: Tensor
     x0: Tensor
     calls: int
-
-
-@dataclass
-class _Watched:
-    denoise: Denoise
-    last: list[Denoised] = field(default_factory=list)
-    calls: int = 0
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.denoise.schedule
-
-    def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        self.last[:] = [self.denoise(x, t)]
-        self.calls += 1
-        return self.last[0]
 
 
 def check_grid(grid: Tensor) -> Tensor:
@@ -102,13 +85,22 @@ def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Tensor, noise: N
     times = check_grid(grid).unbind()
     if times[1] > times[0] and not sampler.rises:
         raise ValueError(f"{sampler.kind} walks from noise to data: its grid must fall, and this one rises")
-    watched = _Watched(denoise)
     memory: Memory = None
+    calls = 0
+    x0 = x
+
+    def watched(x: Tensor, t: Tensor) -> Denoised:
+        nonlocal calls, x0
+        calls, ends = calls + 1, denoise(x, t)
+        x0 = ends.x0
+        return ends
+
+    asked = Bound(denoise.schedule, watched) if watch else denoise
     with torch.no_grad():
         for index, (t, s) in enumerate(pairwise(times)):
-            x, memory = sampler.step(watched if watch else denoise, x, t, s, memory, noise.fold("step", index))
+            x, memory = sampler.step(asked, x, t, s, memory, noise.fold("step", index))
             if watch is not None:
-                watch(Snapshot(index, s.item(), x, watched.last[0].x0, watched.calls))
+                watch(Snapshot(index, s.item(), x, x0, calls))
     return x
 
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,10 +87,7 @@ class Multistep(Sampler):
     rate = 1
     rule = staticmethod(integrals)
     rises = True
-
-    def __post_init__(self) -> None:
-        if self.solver_order not in (1, 2, 3, 4):
-            raise ValueError(f"{self.kind} solver_order must be 1, 2, 3 or 4, got {self.solver_order}")
+    limits: ClassVar = {"solver_order": "[1, 4]"}
 
     @property
     def order(self) -> int:
@@ -232,13 +229,10 @@ class UniPC(Sampler):
     """
 
     rises = True
+    limits: ClassVar = {"solver_order": "[1, 3]"}
     kind: Literal["unipc"] = "unipc"
     solver_order: int = 2
     corrector: bool = True
-
-    def __post_init__(self) -> None:
-        if self.solver_order not in (1, 2, 3):
-            raise ValueError(f"unipc solver_order must be 1, 2 or 3, got {self.solver_order}")
 
     @property
     def order(self) -> int:

@@ -76,20 +76,12 @@ CLASSIC = Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (
 @dataclass(frozen=True, kw_only=True)
 class RungeKutta(Sampler):
     """x_s = c_s (x / c_t + (w_s - w_t) sum_i b_i dz/dw_i), by the first tableau whose stages the network may be called
-    at. Raises ValueError on an unknown variable."""
+    at."""
 
     rises = True
     tableaux: ClassVar[tuple[Tableau, ...]]
     kind: str
     variable: Variable = "flow"
-
-    @property
-    def calls(self) -> int:
-        return len(self.tableaux[0].nodes)
-
-    def __post_init__(self) -> None:
-        if self.variable not in VARIABLES:
-            raise ValueError(f"{self.kind} variable must be one of {', '.join(VARIABLES)}, got {self.variable!r}")
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         variable, schedule = VARIABLES[self.variable], denoise.schedule
@@ -99,12 +91,12 @@ class RungeKutta(Sampler):
         tableau, times = self._fitting(schedule, variable, t, s, start, end)
         slopes: list[Tensor] = []
         for time, row in zip(times, tableau.rows, strict=True):
-            stage = _advance(x, scale, variable.place(schedule, time)[1], end - start, row, slopes)
+            stage = advance(x, scale, variable.place(schedule, time)[1], end - start, row, slopes)
             ends = denoise(stage, time)
             slopes.append(variable.slope(schedule, time, ends))
         if s == 0 and len(slopes) == 1:
             return ends.x0, None
-        return _advance(x, scale, variable.place(schedule, s)[1], end - start, tableau.weights, slopes), None
+        return advance(x, scale, variable.place(schedule, s)[1], end - start, tableau.weights, slopes), None
 
     def _fitting(self, schedule: NoiseSchedule, variable: _Variable, t: Tensor, s: Tensor, start: Tensor,
                  end: Tensor) -> tuple[Tableau, list[Tensor]]:
@@ -117,11 +109,9 @@ class RungeKutta(Sampler):
         return EULER, [t]
 
 
-def _advance(x: Tensor, scale: Tensor, new_scale: Tensor, width: Tensor, weights: tuple[float, ...],
-             slopes: list[Tensor]) -> Tensor:
+def advance(x: Tensor, scale: Tensor, new_scale: Tensor, width: Tensor, weights: tuple[float, ...],
+            slopes: list[Tensor]) -> Tensor:
     """new_scale (x / scale + width sum_i weights_i slopes_i)."""
-    if not slopes:
-        return x
     x = x * (new_scale / scale)
     for weight, slope in zip(weights, slopes, strict=True):
         if weight:
@@ -141,7 +131,7 @@ class Euler(RungeKutta):
 class Midpoint(RungeKutta):
     """Order 2, two calls a step."""
 
-    order = 2
+    order = calls = 2
     kind: Literal["midpoint"] = "midpoint"
     tableaux = (MIDPOINT, EULER)
 
@@ -150,7 +140,7 @@ class Midpoint(RungeKutta):
 class Heun(RungeKutta):
     """Order 2, two calls a step, one on the step that lands on t = 0. Karras et al. 2022 (arXiv 2206.00364), alg. 1."""
 
-    order = 2
+    order = calls = 2
     kind: Literal["heun"] = "heun"
     tableaux = (HEUN, EULER)
 
@@ -160,7 +150,7 @@ class RK4(RungeKutta):
     """The classic method of order 4, four calls a step; where the last stage may not be called, Heun's third-order
     rule, which has none at the end of the step and so keeps the order."""
 
-    order = 4
+    order = calls = 4
     kind: Literal["rk4"] = "rk4"
     tableaux = (CLASSIC, HEUN3, EULER)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,21 +39,13 @@ class HeunChurn(Sampler):
     """
 
     calls = 2
+    limits: ClassVar = {"churn": f"[0, {2**0.5 - 1}]", "ratio_min": "[0, ratio_max]", "noise_scale": "[0, inf)"}
     kind: Literal["heun-churn"] = "heun-churn"
     churn: float = 0.15625
     ratio_min: float = 0.05
     ratio_max: float = 50.0
     noise_scale: float = 1.003
     variable: Variable = "sigma"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.churn <= 2**0.5 - 1:
-            raise ValueError(f"heun-churn churn must be in [0, 0.41421], S_churn over the number of steps, got "
-                             f"{self.churn}")
-        if not (0 <= self.ratio_min <= self.ratio_max and self.noise_scale >= 0):
-            raise ValueError(f"heun-churn needs 0 <= ratio_min <= ratio_max and noise_scale of at least 0, got "
-                             f"{self.ratio_min}, {self.ratio_max} and {self.noise_scale}")
-        Heun(variable=self.variable)
 
     @property
     def order(self) -> int:
@@ -79,8 +71,8 @@ class Restart(Sampler):
     above 0 reaches does nothing; inner times are those of `karras`. Xu et al. 2023 (arXiv 2306.14878), algorithm 1.
     """
 
-    order = 0
-    calls = 0
+    order = calls = 0
+    limits: ClassVar = {"repeats": "[0, inf)", "inner_steps": "[1, inf)"}
     kind: Literal["restart"] = "restart"
     intervals: tuple[tuple[float, float], ...] = ((0.06, 0.3),)
     repeats: int = 2
@@ -88,12 +80,9 @@ class Restart(Sampler):
     variable: Variable = "sigma"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not all(0 < low < high for low, high in self.intervals):
             raise ValueError(f"restart intervals must be pairs 0 < low < high of sigma / alpha, got {self.intervals}")
-        if self.repeats < 0 or self.inner_steps < 1:
-            raise ValueError(f"restart needs repeats of at least 0 and inner_steps of at least 1, got {self.repeats} "
-                             f"and {self.inner_steps}")
-        Heun(variable=self.variable)
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         heun, schedule = Heun(variable=self.variable), denoise.schedule

@@ -33,10 +33,6 @@ class Singlestep(Sampler):
     rises = True
     polynomial: str
 
-    @property
-    def calls(self) -> int:
-        return self.order
-
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         schedule, ends = denoise.schedule, denoise(x, t)
         start, end = half_logsnr(schedule, t), half_logsnr(schedule, s)
@@ -67,7 +63,7 @@ class DPMpp2S(Singlestep):
     """
 
     polynomial = "x0"
-    order = 2
+    order = calls = 2
     kind: Literal["dpmpp-2s"] = "dpmpp-2s"
 
 
@@ -76,7 +72,7 @@ class DPMSolver2(Singlestep):
     """DPM-Solver-2, as `dpmpp-2s` in eps. Order 2, two calls a step. Lu et al. 2022 (arXiv 2206.00927), algorithm 1."""
 
     polynomial = "eps"
-    order = 2
+    order = calls = 2
     kind: Literal["dpm-solver-2"] = "dpm-solver-2"
 
 
@@ -88,7 +84,7 @@ class DPMpp3S(Singlestep):
     """
 
     polynomial = "x0"
-    order = 3
+    order = calls = 3
     kind: Literal["dpmpp-3s"] = "dpmpp-3s"
 
 
@@ -98,7 +94,7 @@ class DPMSolver3(Singlestep):
     """
 
     polynomial = "eps"
-    order = 3
+    order = calls = 3
     kind: Literal["dpm-solver-3"] = "dpm-solver-3"
 
 

@@ -8,7 +8,7 @@ lands on t = 0 without noise, from x0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -33,14 +33,10 @@ class EulerMaruyama(Sampler):
     2024 (arXiv 2401.08740), eq. 4 and table 2.
     """
 
+    limits: ClassVar = {"strength": "[0, inf)"}
     kind: Literal["euler-maruyama"] = "euler-maruyama"
     diffusion: Literal["sde", "sigma"] = "sde"
     strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.diffusion not in ("sde", "sigma") or self.strength < 0:
-            raise ValueError(f"euler-maruyama diffusion must be sde or sigma and strength at least 0, got "
-                             f"{self.diffusion!r} and {self.strength}")
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if s == 0 or (self.diffusion == "sde" and _ends(denoise, t, s)):
@@ -94,14 +90,10 @@ class PredictorCorrector(Sampler):
     Song et al. 2021 (arXiv 2011.13456), algorithms 2 to 5.
     """
 
+    limits: ClassVar = {"snr": "[0, inf)", "corrector_steps": "[0, inf)"}
     kind: Literal["predictor-corrector"] = "predictor-corrector"
     snr: float = 0.16
     corrector_steps: int = 1
-
-    def __post_init__(self) -> None:
-        if self.snr < 0 or self.corrector_steps < 0:
-            raise ValueError(f"predictor-corrector needs snr and corrector_steps of at least 0, got {self.snr} and "
-                             f"{self.corrector_steps}")
 
     @property
     def calls(self) -> int:
@@ -138,14 +130,10 @@ class Langevin(Sampler):
     """
 
     order = 0
+    limits: ClassVar = {"inner_steps": "[1, inf)", "step_size": "(0, 1)"}
     kind: Literal["langevin"] = "langevin"
     inner_steps: int = 5
     step_size: float = 0.062
-
-    def __post_init__(self) -> None:
-        if self.inner_steps < 1 or not 0 < self.step_size < 1:
-            raise ValueError(f"langevin needs inner_steps of at least 1 and step_size in (0, 1), got "
-                             f"{self.inner_steps} and {self.step_size}")
 
     @property
     def calls(self) -> int:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.checks import Checked
+
 
 class Level(NamedTuple):
     """The two coefficients of x_t = alpha x0 + sigma eps, float64, of the shape of t."""
@@ -26,7 +28,7 @@ def match(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x.device, x.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
 
 
-class NoiseSchedule(ABC):
+class NoiseSchedule(Checked, ABC):
     """alpha(t) and sigma(t) on [0, 1], with strictly decreasing logsnr(t) = 2 ln(alpha / sigma).
 
     Every method takes and returns float64 tensors of one shape. A network is called on [t_min, 1] only; t = 0 is the
@@ -99,9 +101,3 @@ class Continuous(Bounded):
 
     def noise_level(self, t: Tensor) -> Tensor:
         return 1000 * t
-
-
-def check_t_min(t_min: float, *, zero_allowed: bool = False) -> None:
-    """Raise ValueError unless t_min is a usable least time."""
-    if not (0 < t_min < 1 or (zero_allowed and t_min == 0)):
-        raise ValueError(f"t_min must be in {'[' if zero_allowed else '('}0, 1), got {t_min}")

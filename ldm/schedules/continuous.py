@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ldm.schedules.base import Continuous, Level, check_t_min
+from ldm.schedules.base import Continuous, Level
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ToNoise(Continuous):
     """The interpolants that end in pure noise, alpha(1) = 0, and whose network may be called down to t = 0."""
 
+    pure_noise = True
+    limits: ClassVar = {"t_min": "[0, 1)"}
     kind: str
     t_min: float = 1e-5
-    pure_noise = True
-
-    def __post_init__(self) -> None:
-        check_t_min(self.t_min, zero_allowed=True)
 
     def logsnr(self, t: Tensor) -> Tensor:
         alpha, sigma = self(t)
@@ -75,16 +73,12 @@ class GVP(_ToNoise):
 class _LinearBeta(Continuous):
     """The SDEs whose beta(t) rises linearly: alpha = exp(-b / 2), with b(t) the integral of beta up to t."""
 
+    pure_noise = False
+    limits: ClassVar = {"beta_min": "(0, beta_max)", "beta_max": "(0, inf)", "t_min": "(0, 1)"}
     kind: str
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-3
-    pure_noise = False
-
-    def __post_init__(self) -> None:
-        check_t_min(self.t_min)
-        if not 0 < self.beta_min < self.beta_max < math.inf:
-            raise ValueError(f"{self.kind} needs 0 < beta_min < beta_max, got {self.beta_min} and {self.beta_max}")
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t) = beta_min + (beta_max - beta_min) t."""

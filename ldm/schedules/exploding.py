@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ldm.schedules.base import Level, NoiseSchedule, check_t_min
+from ldm.schedules.base import Level, NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exploding(NoiseSchedule):
     """alpha = 1; the network is given x_t / sqrt(sigma^2 + sigma_data^2), which has unit variance."""
 
+    pure_noise = False
+    limits: ClassVar = {"sigma_min": "(0, sigma_max)", "sigma_max": "(0, inf)", "sigma_data": "(0, inf)",
+                        "t_min": "(0, 1)"}
     kind: str
     sigma_min: float
     sigma_max: float
     sigma_data: float = 0.5
-    pure_noise = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"{self.kind} needs 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        if not 0 < self.sigma_data < math.inf:
-            raise ValueError(f"{self.kind} needs a positive sigma_data, got {self.sigma_data}")
-        check_t_min(self.t_min)
 
     @property
     def prior_std(self) -> float:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from ldm.schedules.base import Bounded, Level
 
 
+@dataclass(frozen=True, kw_only=True)
 class Table(Bounded):
     """alpha^2 = alpha_bar, the running product of 1 - beta; between entries linear in log-SNR.
 
@@ -25,20 +26,18 @@ class Table(Bounded):
     The network sees the index i = T t - 1.
     """
 
+    limits: ClassVar = {"steps": "[2, inf)", "shift": "(0, inf)"}
     kind: str
-    steps: int
-    zero_terminal_snr: bool
-    shift: float
+    steps: int = 1000
+    zero_terminal_snr: bool = False
+    shift: float = 1.0
 
     @abstractmethod
     def betas(self) -> Tensor:
         """The table (T,) float64 before any rescaling."""
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"{self.kind} needs at least 2 steps, got {self.steps}")
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"{self.kind} shift must be positive, got {self.shift}")
+        super().__post_init__()
         betas = self.betas()
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"{self.kind}: every beta must lie in (0, 1), got "
@@ -113,11 +112,8 @@ class DDPMLinear(Table):
     """beta linear in i. Ho et al. 2020 (arXiv 2006.11239), section 4."""
 
     kind: Literal["ddpm-linear"] = "ddpm-linear"
-    steps: int = 1000
     beta_min: float = 1e-4
     beta_max: float = 0.02
-    zero_terminal_snr: bool = False
-    shift: float = 1.0
 
     def betas(self) -> Tensor:
         return torch.linspace(self.beta_min, self.beta_max, self.steps, dtype=torch.float64)
@@ -129,11 +125,8 @@ class DDPMScaledLinear(Table):
     code."""
 
     kind: Literal["ddpm-scaled-linear"] = "ddpm-scaled-linear"
-    steps: int = 1000
     beta_min: float = 0.00085
     beta_max: float = 0.012
-    zero_terminal_snr: bool = False
-    shift: float = 1.0
 
     def betas(self) -> Tensor:
         return torch.linspace(self.beta_min**0.5, self.beta_max**0.5, self.steps, dtype=torch.float64) ** 2
@@ -144,11 +137,8 @@ class DDPMCosine(Table):
     """alpha_bar = cos^2(pi/2 (t + s) / (1 + s)), beta capped. Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
 
     kind: Literal["ddpm-cosine"] = "ddpm-cosine"
-    steps: int = 1000
     s: float = 0.008
     max_beta: float = 0.999
-    zero_terminal_snr: bool = False
-    shift: float = 1.0
 
     def betas(self) -> Tensor:
         t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
@@ -161,12 +151,9 @@ class DDPMSigmoid(Table):
     """beta a sigmoid in i from beta_min to beta_max over [-width, width]. GeoDiff (arXiv 2203.02923), released code."""
 
     kind: Literal["ddpm-sigmoid"] = "ddpm-sigmoid"
-    steps: int = 1000
     beta_min: float = 1e-4
     beta_max: float = 0.02
     width: float = 6.0
-    zero_terminal_snr: bool = False
-    shift: float = 1.0
 
     def betas(self) -> Tensor:
         ramp = torch.linspace(-self.width, self.width, self.steps, dtype=torch.float64).sigmoid()

@@ -77,7 +77,7 @@ def test_an_adaptive_pair_waits_once_a_trial(sampler: Embedded) -> None:
 
     x = torch.tensor([[0.3], [-2.0]], dtype=torch.float64).as_subclass(Told)
     sample(sampler, counted, x, Uniform()(2, VP()), Noise.from_seeds([0, 1]))
-    assert len(asked) == (len(counted.times) - 1) / (len(sampler.tableau.nodes) - 1) > 2
+    assert len(asked) == (len(counted.times) - 1) / (len(sampler.pair.nodes) - 1) > 2
 
 
 def guided(guidance: Guidance, schedule: NoiseSchedule, device: str) -> Denoise:
