@@ -14,7 +14,7 @@ from ldm.conditioning import Cond
 from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
 from ldm.guidance import ClassifierFree
-from ldm.guiding import Guidance
+from ldm.guiding import Guidance, together
 
 
 def composed(denoiser: Conditional, conds: Sequence[tuple[Cond, float]], null: Cond) -> Denoise:
@@ -25,28 +25,26 @@ def composed(denoiser: Conditional, conds: Sequence[tuple[Cond, float]], null: C
     they are of different batches.
     """
     used = [(cond, weight) for cond, weight in conds if weight != 0]
-    sizes = {len(cond.mask) for cond, _ in conds}
-    if len(sizes) != 1:
+    if len(sizes := {len(cond.mask) for cond, _ in conds}) != 1:
         raise ValueError(f"composed guidance needs conditions of one batch size, got {sorted(sizes)}")
-    (batch,) = sizes
     rest = 1 - sum(weight for _, weight in used)
     if abs(rest) > 1e-12:
         used.append((conds[0][0].absence(null), rest))
     if len(used) == 1:
         return denoiser.bind(used[0][0])
-    joint = Cond.cat([cond for cond, _ in used])
+    answers, weights = together(denoiser, [cond for cond, _ in used]), [weight for _, weight in used]
 
     def call(x: Tensor, t: Tensor) -> Denoised:
-        ends = denoiser(torch.cat([x] * len(used)), t, joint)
-        x0, eps = (_weighed(part, [weight for _, weight in used]) for part in (ends.x0, ends.eps))
-        return Denoised(x0, eps, None if ends.log_var_frac is None else ends.log_var_frac[:batch])
+        each = answers(x, t)
+        x0 = torch.stack([weight * ends.x0 for weight, ends in zip(weights, each, strict=True)]).sum(0)
+        eps = torch.stack([weight * ends.eps for weight, ends in zip(weights, each, strict=True)]).sum(0)
+        return each[0]._replace(x0=x0, eps=eps)
 
     return Bound(denoiser.schedule, call)
 
 
-def beside(
-    guidance: Guidance, denoiser: Conditional, cond: Cond, also: Sequence[tuple[Cond, float]], null: Cond
-) -> Denoise:
+def beside(guidance: Guidance, denoiser: Conditional, cond: Cond, also: Sequence[tuple[Cond, float]],
+           null: Cond) -> Denoise:
     """Classifier-free guidance by further conditions too: uncond + scale (cond - uncond) + sum_i w_i (also_i - uncond).
 
     Raises ValueError for other guidances, and where it has an interval or rescales: both are defined for one condition.
@@ -54,8 +52,3 @@ def beside(
     if not isinstance(guidance, ClassifierFree) or guidance.rescale or guidance.interval != (0.0, 1.0):
         raise ValueError("several conditions need classifier-free guidance, over the whole interval and not rescaled")
     return composed(denoiser, [(cond, guidance.scale), *also], null)
-
-
-def _weighed(stacked: Tensor, weights: list[float]) -> Tensor:
-    parts = stacked.chunk(len(weights))
-    return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)

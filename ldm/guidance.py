@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
-from ldm.guiding import ALONE, AgainstNull, Guidance, Helpers, Scaled
+from ldm.guiding import ALONE, AgainstNull, Guidance, Helpers, Scaled, place
 from ldm.schedules import Level, match
 
 
@@ -42,19 +42,15 @@ class ClassifierFree(AgainstNull):
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     interval_in: Literal["noise-share", "t"] = "noise-share"
+    limits: ClassVar = {**AgainstNull.limits, "rescale": "[0, 1]"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"guidance interval must be two numbers 0 <= low <= high <= 1, got {self.interval}")
-        if self.interval_in not in ("noise-share", "t"):
-            raise ValueError(f"guidance interval_in must be noise-share or t, got {self.interval_in!r}")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance rescale must be in [0, 1], got {self.rescale}")
 
     def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
-        alpha, sigma = denoiser.schedule(t)
-        if not self.interval[0] <= (t if self.interval_in == "t" else sigma / (alpha + sigma)) <= self.interval[1]:
+        if not self.interval[0] <= place(t, denoiser.schedule, self.interval_in) <= self.interval[1]:
             return denoiser(x, t, cond)
         return denoiser(x, t, null) if self.scale == 0 else None
 
@@ -99,11 +95,7 @@ class Projected(AgainstNull):
     kind: Literal["apg"] = "apg"
     parallel: float = 0.0
     max_norm: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.max_norm >= 0:
-            raise ValueError(f"apg max_norm must be at least 0 (0 is off), got {self.max_norm}")
+    limits: ClassVar = {**AgainstNull.limits, "max_norm": "[0, inf]"}
 
     def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
         return None
@@ -123,7 +115,8 @@ class Projected(AgainstNull):
 @dataclass(frozen=True, kw_only=True)
 class CFGZeroStar(AgainstNull):
     """CFG-zero* in u = eps - x0, the velocity of `flow`: k u_null + scale (u - k u_null) with k = <u, u_null> over
-    ||u_null||^2, per sample; and no motion at all at times from `zero_from` on, where an under-trained model does harm.
+    ||u_null||^2, per sample; and no motion at all on noise shares from `zero_from` on, where an under-trained model
+    does harm: t = 1 counts as 1 on every process. `zero_in` "t" means times of the schedule itself, as runs of old do.
 
     Every process is the flow at w = sigma / (alpha + sigma), scaled by alpha + sigma: there u = 0 stands still, at
     x0 = eps = x / (alpha + sigma). dx/dt = 0 would not: on `edm` it is eps = 0, a sample that is all signal.
@@ -132,14 +125,11 @@ class CFGZeroStar(AgainstNull):
 
     kind: Literal["cfg-zero-star"] = "cfg-zero-star"
     zero_from: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.zero_from > 0:
-            raise ValueError(f"cfg-zero-star zero_from must be positive (above 1 is never), got {self.zero_from}")
+    zero_in: Literal["noise-share", "t"] = "noise-share"
+    limits: ClassVar = {**AgainstNull.limits, "zero_from": "(0, inf]"}
 
     def spared(self, x: Tensor, t: Tensor, denoiser: Conditional, cond: Cond, null: Cond) -> Denoised | None:
-        if t < self.zero_from:
+        if (t if t == 1 else place(t, denoiser.schedule, self.zero_in)) < self.zero_from:
             return None
         alpha, sigma = denoiser.schedule(t)
         still = x / match(alpha + sigma, x)
@@ -185,10 +175,7 @@ class ByClassifier(Guidance):
 
     kind: Literal["classifier"] = "classifier"
     strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.strength >= 0:
-            raise ValueError(f"classifier strength must be at least 0 (0 is off), got {self.strength}")
+    limits: ClassVar = {"strength": "[0, inf)"}
 
     def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
         if self.strength == 0:

@@ -7,12 +7,14 @@ other in any order. `Scaled` and `AgainstNull` hold what members share; they onl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ldm.checks import Checked
 from ldm.conditioning import Cond
 from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
@@ -31,10 +33,8 @@ class Helpers:
 ALONE = Helpers()
 
 
-class Guidance(ABC):
+class Guidance(Checked, ABC):
     """A rule that closes a condition over a denoiser."""
-
-    kind: str
 
     @abstractmethod
     def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
@@ -63,16 +63,31 @@ class Guided(Conditional):
         return self.guidance(self.denoiser, cond, self.null, self.helpers)(x, t)
 
 
+def together(denoiser: Conditional, conds: Sequence[Cond]) -> Callable[[Tensor, Tensor], list[Denoised]]:
+    """(x, t) -> the answer under each condition, from one call of as many times the batch."""
+    joint = Cond.cat(conds)
+
+    def call(x: Tensor, t: Tensor) -> list[Denoised]:
+        ends = denoiser(torch.cat([x] * len(conds)), t, joint)
+        parts = (part.chunk(len(conds)) for part in ends if part is not None)
+        return [Denoised(*part) for part in zip(*parts, strict=True)]
+
+    return call
+
+
+def place(t: Tensor, schedule: NoiseSchedule, unit: str) -> Tensor:
+    """Where t stands: t itself where `unit` is "t", else the share of noise sigma / (alpha + sigma)."""
+    alpha, sigma = schedule(t)
+    return t if unit == "t" else sigma / (alpha + sigma)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scaled(Guidance):
     """Guidance from a worse answer through the condition's own, as far as `scale` says; 1 is the condition alone."""
 
     kind: str
     scale: float = 4.0
-
-    def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ValueError(f"guidance scale must be at least 0 (1 is off), got {self.scale}")
+    limits: ClassVar = {"scale": "[0, inf)"}
 
     def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
         return denoiser.bind(cond) if self.scale == 1 else self.close(denoiser, cond, null, helpers)
@@ -96,14 +111,13 @@ class AgainstNull(Scaled):
     def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
         if null is None:
             raise ValueError("guidance at another scale than 1 needs a null condition: the empty caption encoded")
-        batch, other = len(cond.mask), cond.absence(null)
-        pair = Cond.cat([cond, other])
+        other = cond.absence(null)
+        both = together(denoiser, [cond, other])
 
         def call(x: Tensor, t: Tensor) -> Denoised:
             if (ends := self.spared(x, t, denoiser, cond, other)) is not None:
                 return ends
-            x0, eps, fraction = denoiser(torch.cat([x, x]), t, pair)
-            told = Denoised(x0[:batch], eps[:batch], None if fraction is None else fraction[:batch])
-            return self.mix(told, Denoised(x0[batch:], eps[batch:]), x, denoiser.schedule(t))
+            told, absent = both(x, t)
+            return self.mix(told, absent, x, denoiser.schedule(t))
 
         return Bound(denoiser.schedule, call)

@@ -83,39 +83,30 @@ def groups(cond: Cond | Sequence[str], batch: int) -> list[int]:
 def assignment(cost: Tensor) -> Tensor:
     """The column of each row in the cheapest one-to-one assignment of finite costs (n, n): (n,) int64.
 
-    Shortest augmenting paths with dual prices: Jonker & Volgenant 1987; Crouse 2016, algorithm of section II. Raises
-    ValueError for a cost that is not finite, along which no path would end.
+    Shortest augmenting paths, with a price for each column that makes every step along a path cost at least 0: Jonker &
+    Volgenant 1987; Crouse 2016, algorithm of section II. Raises ValueError for a cost that is not finite, along which
+    no path would end.
     """
     cost = cost.double()
     if not cost.isfinite().all():
         raise ValueError("minibatch-ot cannot pair data and noise whose distances are not finite (NaN or infinity)")
-    n = len(cost)
-    row_price, column_price = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    n, price = len(cost), torch.zeros(len(cost), dtype=torch.float64)
     column_of, row_of = [-1] * n, [-1] * n
     for start in range(n):
-        least = torch.full((n,), torch.inf, dtype=torch.float64)
-        before, reached = torch.full((n,), -1), torch.zeros(n, dtype=torch.bool)
-        rows, row, length, column = [start], start, 0.0, -1
-        while True:
-            through = length + cost[row] - row_price[row] - column_price
+        least, before = torch.full((n,), torch.inf, dtype=torch.float64), torch.full((n,), -1)
+        reached, row, length = torch.zeros(n, dtype=torch.bool), start, 0.0
+        while row >= 0:  # until a column is reached that has no row
+            through = length + cost[row] - price
             better = (through < least) & ~reached
             least, before = torch.where(better, through, least), torch.where(better, row, before)
             column = int(least.masked_fill(reached, torch.inf).argmin())
-            length, reached[column] = least[column].item(), True
-            if row_of[column] < 0:
-                break
-            row = row_of[column]
-            rows.append(row)
-        row_price[start] += length
-        for other in rows[1:]:
-            row_price[other] += length - least[column_of[other]]
-        column_price = torch.where(reached, column_price - length + least, column_price)
-        while True:
+            reached[column], row = True, row_of[column]
+            # From a column to its own row the way is minus what that row costs there.
+            length = (least[column] - cost[row, column] + price[column]).item()
+        price = torch.where(reached, price - least[column] + least, price)
+        while row != start:  # back along the path: every column goes to the row it was reached from
             row = int(before[column])
-            row_of[column] = row
-            column_of[row], column = column, column_of[row]
-            if row == start:
-                break
+            row_of[column], column_of[row], column = row, column, column_of[row]
     return torch.tensor(column_of)
 
 

@@ -21,6 +21,9 @@ from ldm.noise import Noise
 from ldm.samplers import DDIMInversion, Sampler, Snapshot, prior, sample
 from ldm.text import TextEncoder
 
+Captions = str | Sequence[str]  # one, or one per picture
+Also = Sequence[tuple[str, float]]  # further captions of every picture, each with its weight
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -62,26 +65,16 @@ class Pipeline:
         """Where the decoder lives."""
         return next(self.autoencoder.parameters()).device
 
-    def __call__(self, captions: str | Sequence[str], seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
+    def __call__(self, captions: Captions, seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
         """One PIL image per caption. `seeds`: one each, or the first of a run; `settings`: as `pixels` takes them."""
         from PIL import Image
 
         pixels = torch.cat(list(self.pixels(captions, seeds, **settings)))
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    def pixels(
-        self,
-        captions: str | Sequence[str],
-        seeds: int | Sequence[int] = 0,
-        *,
-        negative: str | Sequence[str] = "",
-        also: Sequence[tuple[str, float]] = (),
-        start: Tensor | None = None,
-        sampling: Sampling | None = None,
-        size: tuple[int, int] | None = None,
-        batch_size: int = 64,
-        watch: Callable[[Snapshot], None] | None = None,
-    ) -> Iterator[Tensor]:
+    def pixels(self, captions: Captions, seeds: int | Sequence[int] = 0, *, negative: Captions = "", also: Also = (),
+               start: Tensor | None = None, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
+               batch_size: int = 64, watch: Callable[[Snapshot], None] | None = None) -> Iterator[Tensor]:
         """uint8 (b,3,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
         `captions`: one string is one picture; `negative`: what guidance moves away from (one, or one per caption);
@@ -93,12 +86,11 @@ class Pipeline:
         captions = _each(captions)
         seeds = list(range(seeds, seeds + len(captions))) if isinstance(seeds, int) else list(seeds)
         negatives = [negative] * len(captions) if isinstance(negative, str) else list(negative)
-        if len(seeds) != len(captions):
-            raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds.")
-        if len(negatives) != len(captions):
-            raise ValueError(f"{len(captions)} captions but {len(negatives)} negative prompts: give one, or one each.")
-        if start is not None and len(start) not in (1, len(captions)):
-            raise ValueError(f"{len(captions)} captions but {len(start)} starts: give one, or one each.")
+        if start is not None and len(start) == 1:
+            start = start.expand(len(captions), *start.shape[1:])
+        for given, name in ((seeds, "seeds"), (negatives, "negative prompts"), (start, "starts")):
+            if given is not None and len(given) != len(captions):
+                raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
         if any(isinstance(pair, str) or len(pair) != 2 for pair in also):
             raise ValueError("`also` takes pairs of a caption and its weight.")
         if batch_size < 1:
@@ -112,33 +104,21 @@ class Pipeline:
             plan = sampling or self.sampling
             for first in range(0, len(captions), batch_size):
                 part = slice(first, first + batch_size)
-                own = start if start is None or len(start) == 1 else start[part]
                 denoise = self.guided(captions[part], negatives[part], also, plan)
                 noise = Noise.from_seeds(seeds[part], self.device)
+                own = None if start is None else start[part]
                 yield to_uint8(self.decode(self.latents(denoise, noise, shape, plan, own, watch)))
 
         return drawn()
 
-    def latents(
-        self,
-        denoise: Denoise,
-        noise: Noise,
-        shape: tuple[int, ...],
-        plan: Sampling,
-        start: Tensor | None = None,
-        watch: Callable[[Snapshot], None] | None = None,
-    ) -> Tensor:
+    def latents(self, denoise: Denoise, noise: Noise, shape: tuple[int, ...], plan: Sampling,
+                start: Tensor | None = None, watch: Callable[[Snapshot], None] | None = None) -> Tensor:
         """Normalised latents (B, *shape), from the noise of t = 1: each seed's own, or `start` where it is given."""
         begin = prior(denoise.schedule, shape, noise) if start is None else start.expand(len(noise), *shape)
         return sample(plan.sampler, denoise, begin, plan.grid(plan.steps, denoise.schedule), noise, watch=watch)
 
-    def guided(
-        self,
-        captions: str | Sequence[str],
-        negatives: Sequence[str] | None = None,
-        also: Sequence[tuple[str, float]] = (),
-        plan: Sampling | None = None,
-    ) -> Denoise:
+    def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
+               plan: Sampling | None = None) -> Denoise:
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over."""
         plan, captions = plan or self.sampling, _each(captions)
         cond, null = self.text(captions), self.text(negatives or [""])
@@ -155,7 +135,7 @@ class Pipeline:
         return lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions)
 
     @torch.no_grad()
-    def invert(self, images: Tensor, captions: str | Sequence[str], sampling: Sampling | None = None) -> Tensor:
+    def invert(self, images: Tensor, captions: Captions, sampling: Sampling | None = None) -> Tensor:
         """The noise at t = 1 from which `ddim` draws pictures (B,3,H,W) in [-1, 1] again: DDIM inversion, unguided.
 
         It walks the grid of `sampling` upwards from the encoder's mean; the more steps, the nearer the way back.
@@ -193,6 +173,6 @@ class Pipeline:
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
 
 
-def _each(captions: str | Sequence[str]) -> Sequence[str]:
+def _each(captions: Captions) -> Sequence[str]:
     """One string is one caption, not one for each letter."""
     return [captions] if isinstance(captions, str) else captions

@@ -13,19 +13,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ldm.checks import Checked
 from ldm.schedules import Level, NoiseSchedule
 
 _NO_X0 = "cannot tell x0 from pure noise: this schedule has alpha(1) = 0; use v, velocity, x0 or edm"
 _NO_EPS = "cannot tell eps from a clean sample: this schedule has t_min = 0; give it more, or use v, velocity or edm"
 
 
-class Prediction(ABC):
+class Prediction(Checked, ABC):
     """The coefficients of the target, and where on a schedule they do not determine both ends.
 
     `blind_to_x0`: at pure noise (alpha = 0); `blind_to_eps`: on a clean sample (sigma = 0).
     """
 
-    kind: str
     blind_to_x0: ClassVar[bool] = False
     blind_to_eps: ClassVar[bool] = False
 
@@ -104,10 +104,7 @@ class EDMF(Prediction):
 
     kind: Literal["edm"] = "edm"
     sigma_data: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.sigma_data <= 0:
-            raise ValueError(f"edm needs a positive sigma_data, got {self.sigma_data}")
+    limits: ClassVar = {"sigma_data": "(0, inf)"}
 
     def coefficients(self, level: Level, rates: Level) -> tuple[Tensor, Tensor]:
         alpha, sigma = level

@@ -10,23 +10,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldm.checks import Checked
 from ldm.schedules import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimeSampling(ABC):
+class TimeSampling(Checked, ABC):
     """A distribution of training times on [t_min, 1].
 
     `stratified` takes one time from each of as many equally probable shares as the global batch has places, so that
     every batch sees every noise level (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
     """
 
-    kind: str
     stratified: bool = False
 
     @abstractmethod
@@ -86,10 +86,7 @@ class LogitNormal(Stated):
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.std > 0 and self.shift > 0):
-            raise ValueError(f"logit-normal std and shift must be positive, got {self.std} and {self.shift}")
+    limits: ClassVar = {"std": "(0, inf)", "shift": "(0, inf)"}
 
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -97,15 +94,12 @@ class LogitNormal(Stated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Stated):
+class UniformTimes(Stated):
     """t uniform, then `shifted` towards noise; at shift 1 every entry of a DDPM table equally often."""
 
     kind: Literal["uniform"] = "uniform"
     shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"uniform shift must be positive, got {self.shift}")
+    limits: ClassVar = {"shift": "(0, inf)"}
 
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         return schedule.trained(shifted(u, self.shift, schedule))
@@ -118,10 +112,7 @@ class LogNormal(Stated):
     kind: Literal["log-normal"] = "log-normal"
     mean: float = -1.2
     std: float = 1.2
-
-    def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ValueError(f"log-normal std must be positive, got {self.std}")
+    limits: ClassVar = {"std": "(0, inf)"}
 
     def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         logsnr = -2 * (self.mean + self.std * torch.special.ndtri(u))
@@ -142,11 +133,7 @@ class LossAware(TimeSampling):
     bins: int = 100
     memory: float = 0.9
     floor: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.bins < 1 or not (0 <= self.memory < 1 and 0 < self.floor <= 1):
-            raise ValueError(f"loss-aware needs bins of at least 1, memory in [0, 1) and floor in (0, 1], got "
-                             f"{self.bins}, {self.memory} and {self.floor}")
+    limits: ClassVar = {"bins": "[1, inf)", "memory": "[0, 1)", "floor": "(0, 1]"}
 
     def start(self, device: torch.device | str = "cpu") -> Tensor:
         return torch.zeros(self.bins, dtype=torch.float64, device=device)
@@ -181,4 +168,4 @@ class LossAware(TimeSampling):
         return torch.where(count > 0, fresh, seen)
 
 
-TIMES = (LogitNormal, Uniform, LogNormal, LossAware)
+TIMES = (LogitNormal, UniformTimes, LogNormal, LossAware)

@@ -13,22 +13,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ldm.checks import Checked
 from ldm.diffusion import Diffusion
 from ldm.schedules import NoiseSchedule
 from ldm.uncertainty import Uncertainty
 
 
-class Weighting(ABC):
+class Weighting(Checked, ABC):
     """A factor per sample on the mean square error of y; with `terms`, divided by a loss that is learned."""
 
-    kind: str
     terms: int = 0
-    positive: ClassVar[tuple[str, ...]] = ()  # settings that must be
-
-    def __post_init__(self) -> None:
-        for name in self.positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{self.kind} weighting needs a positive {name}, got {getattr(self, name)}")
 
     @abstractmethod
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
@@ -40,7 +34,7 @@ class Weighting(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Weighting):
+class UniformWeight(Weighting):
     """1: the plain loss of whatever the network predicts."""
 
     kind: Literal["uniform"] = "uniform"
@@ -65,7 +59,7 @@ class MinSNR(Weighting):
 
     kind: Literal["min-snr"] = "min-snr"
     gamma: float = 5.0
-    positive = ("gamma",)
+    limits: ClassVar = {"gamma": "(0, inf)"}
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         return diffusion.schedule.logsnr(t).exp().clamp(max=self.gamma) * diffusion.gains(t)[0]
@@ -77,7 +71,7 @@ class SoftMinSNR(Weighting):
 
     kind: Literal["soft-min-snr"] = "soft-min-snr"
     gamma: float = 4.0
-    positive = ("gamma",)
+    limits: ClassVar = {"gamma": "(0, inf)"}
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         # 1 / (1 / SNR + 1 / gamma), which is 0 and not 0 / 0 at pure noise.
@@ -107,10 +101,7 @@ class P2(Weighting):
     kind: Literal["p2"] = "p2"
     k: float = 1.0
     gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.k > 0 and self.gamma >= 0):
-            raise ValueError(f"p2 needs k > 0 and gamma >= 0, got {self.k} and {self.gamma}")
+    limits: ClassVar = {"k": "(0, inf)", "gamma": "[0, inf)"}
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         return diffusion.gains(t)[1] / (self.k + diffusion.schedule.logsnr(t).exp()) ** self.gamma
@@ -129,13 +120,13 @@ class Sigmoid(Weighting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDM(Weighting):
+class EDMWeight(Weighting):
     """SNR + 1 / sigma_data^2 on the error of x0, which is 1 on that of EDM's F. Karras et al. 2022 (arXiv 2206.00364),
     table 1."""
 
     kind: Literal["edm"] = "edm"
     sigma_data: float = 0.5
-    positive = ("sigma_data",)
+    limits: ClassVar = {"sigma_data": "(0, inf)"}
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
         of_x0, of_eps = diffusion.gains(t)
@@ -153,10 +144,10 @@ class Learned(Weighting):
     kind: Literal["learned"] = "learned"
     sigma_data: float = 0.5
     terms: int = 32
-    positive = ("sigma_data", "terms")
+    limits: ClassVar = {"sigma_data": "(0, inf)", "terms": "(0, inf)"}
 
     def __call__(self, diffusion: Diffusion, t: Tensor) -> Tensor:
-        return EDM(sigma_data=self.sigma_data)(diffusion, t)
+        return EDMWeight(sigma_data=self.sigma_data)(diffusion, t)
 
 
-WEIGHTINGS = (Uniform, SNR, MinSNR, SoftMinSNR, ELBO, P2, Sigmoid, EDM, Learned)
+WEIGHTINGS = (UniformWeight, SNR, MinSNR, SoftMinSNR, ELBO, P2, Sigmoid, EDMWeight, Learned)

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ldm.backbones.embed import rotate
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu-tanh": partial(F.gelu, approximate="tanh")}
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(a)·b with (a, b) = x (Shazeer 2020, eq. 6)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+# Each with how many times the hidden width it reads.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "gelu": (F.gelu, 1), "gelu-tanh": (partial(F.gelu, approximate="tanh"), 1), "swiglu": (swiglu, 2)}
 
 
 def blank(context: Tensor, mask: Tensor | None) -> Tensor:
@@ -86,30 +95,16 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """out(activation(in(x))): the transformer's two-layer perceptron, exact or tanh-approximated GELU."""
+    """out(activation(inner(x))): the transformer's two-layer perceptron."""
 
     def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.inner = nn.Linear(width, hidden)
+        self.activation, parts = ACTIVATIONS[activation]
+        self.inner = nn.Linear(width, parts * hidden)
         self.out = nn.Linear(hidden, width)
-        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.activation(self.inner(x)))
-        return y
-
-
-class SwiGLU(nn.Module):
-    """out(silu(a)·b) with (a, b) = inner(x) (Shazeer 2020, eq. 6)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, 2 * hidden)
-        self.out = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.inner(x).chunk(2, dim=-1)
-        y: Tensor = self.out(F.silu(gate) * value)
         return y
 
 
@@ -126,21 +121,7 @@ class GEGLU(nn.Module):
         return y
 
 
-class GatedFeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # net.1 is the place of diffusers' dropout: it keeps the published key net.2
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net(x)
-        return y
-
-
 def zero(module: nn.Module) -> None:
     """Sets every parameter of a module to zero, so that the branch it ends starts as nothing."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from ldm.conditioning import Cond
+from ldm.checks import Checked
+from ldm.conditioning import Cond
 
 
 class Backbone(nn.Module, ABC):
@@ -50,14 +51,13 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"latents of {height}x{width} do not fit: both sides must be divisible by {self.multiple}")
 
 
-class BackboneConfig(ABC):
+class BackboneConfig(Checked, ABC):
     """What the config of a backbone declares: a frozen dataclass with a `kind`, and what others read of it.
 
     `learned_variance`: it answers twice the channels; `pooled`: it reads the text encoder's pooled vector. A kind that
     has them makes them fields. `small`: the settings that make a network small enough for a test.
     """
 
-    kind: str
     learned_variance: bool = False
     pooled: bool = False
     small: ClassVar[Mapping[str, Any]] = {}
@@ -65,6 +65,13 @@ class BackboneConfig(ABC):
     @abstractmethod
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> Backbone:
         """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
+
+
+def run(layer: nn.Module, saving: bool, *inputs: Tensor | tuple[Tensor, ...] | None) -> Tensor:
+    """layer(*inputs); with `saving` the backward pass computes what is inside again, so that it need not be kept."""
+    again = saving and torch.is_grad_enabled()
+    y: Tensor = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+    return y
 
 
 def need_pooled(wanted: bool, pooled_dim: int | None) -> int:

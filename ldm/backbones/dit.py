@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ldm.backbones.attention import (
-    ACTIVATIONS,
-    CrossAttention,
-    FeedForward,
-    SelfAttention,
-    SwiGLU,
-    blank,
-    key_mask,
-    zero,
-)
-from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
+from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, blank, key_mask, zero
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled, run
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
-
-if TYPE_CHECKING:
-    from ldm.conditioning import Cond
+from ldm.conditioning import Cond
 
 LEVEL_FEATURES = 256
 
@@ -61,13 +49,10 @@ class DiT(BackboneConfig):
     learned_variance: bool = False
     gradient_checkpointing: bool = False
 
+    limits: ClassVar = dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)")
+
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "patch", "mlp_ratio", "base_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
         divided, dim = ("width", self.width) if self.position == "sincos" else ("width/heads", self.width // self.heads)
@@ -76,15 +61,6 @@ class DiT(BackboneConfig):
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> DiffusionTransformer:
         return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mlp": (*ACTIVATIONS, "swiglu"),
-    "conditioning": ("adaln-zero", "adaln-single"),
-    "text": ("cross", "in-context", "none"),
-    "norm": ("layer", "rms"),
-    "position": ("sincos", "rope"),
-}
 
 
 class OwnModulation(nn.Module):
@@ -127,20 +103,12 @@ class Block(nn.Module):
         self.attention = SelfAttention(width, config.heads, qk_norm=config.qk_norm)
         self.cross = CrossAttention(width, config.heads, qk_norm=config.qk_norm) if config.text == "cross" else None
         self.cross_norm = _norm(config) if config.cross_norm else nn.Identity()
-        self.mlp: nn.Module
         if config.mlp == "swiglu":  # three matrices instead of two; the multiple of 8 keeps matrix kernels aligned
-            self.mlp = SwiGLU(width, -(-hidden * 2 // 3 // 8) * 8)
-        else:
-            self.mlp = FeedForward(width, hidden, config.mlp)
+            hidden = -(-hidden * 2 // 3 // 8) * 8
+        self.mlp = FeedForward(width, hidden, config.mlp)
 
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        context: Tensor | None,
-        mask: Tensor | None,
-        rope: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, context: Tensor | None, mask: Tensor | None,
+                rope: tuple[Tensor, Tensor] | None) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(modulation).chunk(6, dim=1)
         own_mask = mask if context is None else None
         x = torch.addcmul(x, gate, self.attention(modulate(self.norm(x), shift, scale), own_mask, rope))
@@ -149,16 +117,12 @@ class Block(nn.Module):
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(self.norm(x), mlp_shift, mlp_scale)))
 
 
-MODULATIONS: dict[str, type[OwnModulation | TableModulation]] = {
-    "adaln-zero": OwnModulation,
-    "adaln-single": TableModulation,
-}
+MODULATIONS: dict[str, type[nn.Module]] = {"adaln-zero": OwnModulation, "adaln-single": TableModulation}
 
 
 def _norm(config: DiT) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(config.width, eps=1e-6, elementwise_affine=False)
-    return nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.width, eps=1e-6, elementwise_affine=False)
 
 
 class DiffusionTransformer(Backbone):
@@ -174,7 +138,7 @@ class DiffusionTransformer(Backbone):
         self.patch_embedding = nn.Linear(channels * config.patch**2, width)
         self.time_embedding = Projection(LEVEL_FEATURES, width)
         self.pooled_projection = _pooled_projection(config, pooled_dim)
-        activation = ACTIVATIONS["gelu-tanh" if config.mlp == "gelu-tanh" else "gelu"]
+        activation, _ = ACTIVATIONS["gelu-tanh" if config.mlp == "gelu-tanh" else "gelu"]
         self.caption_projection = Projection(context_dim, width, activation) if config.text != "none" else None
         self.shared = OwnModulation(width, 6) if config.conditioning == "adaln-single" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -187,30 +151,31 @@ class DiffusionTransformer(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
         for linear in (self.time_embedding.linear_1, self.time_embedding.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, OwnModulation):
                 zero(module)
-            if isinstance(module, CrossAttention):
+            if isinstance(module, CrossAttention | DiffusionTransformer):
                 zero(module.out)
-        zero(self.out)
 
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """See `Backbone.predict`."""
-        rows, columns = x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
-        tokens = self.patch_embedding(self._cut(x))
+        patch = self.config.patch
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        # Patches as they are published: C·p·p features of each go in, p·p·C come out.
+        grid = x.reshape(*x.shape[:2], rows, patch, columns, patch)
+        tokens = self.patch_embedding(grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES))
         if self.pooled_projection is not None and cond.pooled is not None:
             embedding = embedding + self.pooled_projection(cond.pooled)
         active = F.silu(embedding)
-        tokens, rope = self._place(tokens, rows, columns)
-        tokens = self._blocks(tokens, active if self.shared is None else self.shared(active), cond, rope)
-        last = self.modulation(active if self.shared is None else embedding[:, None])
-        shift, scale = last.chunk(2, dim=1)
-        return self._join(self.out(modulate(self.norm(tokens), shift, scale)), rows, columns)
+        of_blocks, of_end = (active, active) if self.shared is None else (self.shared(active), embedding[:, None])
+        tokens = self._blocks(*self._place(tokens, rows, columns), of_blocks, cond)
+        shift, scale = self.modulation(of_end).chunk(2, dim=1)
+        patches = self.out(modulate(self.norm(tokens), shift, scale)).unflatten(2, (-1, self.out_channels))
+        return F.pixel_shuffle(patches.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, (rows, columns)), patch)
 
     def _place(self, tokens: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         base = self.config.base_size / self.config.patch
@@ -218,7 +183,7 @@ class DiffusionTransformer(Backbone):
             return tokens, rope_table(self.config.width // self.config.heads, rows, columns, base, tokens.device)
         return tokens + sincos_table(self.config.width, rows, columns, base, tokens.device).to(tokens.dtype), None
 
-    def _blocks(self, tokens: Tensor, modulation: Tensor, cond: Cond, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _blocks(self, tokens: Tensor, rope: tuple[Tensor, Tensor] | None, modulation: Tensor, cond: Cond) -> Tensor:
         """Runs the blocks, with the caption beside the image tokens (cross) or in front of them (in context)."""
         context, mask, prefix = None, None, 0
         if self.caption_projection is not None:
@@ -232,23 +197,8 @@ class DiffusionTransformer(Backbone):
                 if rope is not None:  # caption tokens carry their encoder's positions and are not turned
                     rope = F.pad(rope[0], (0, 0, prefix, 0), value=1.0), F.pad(rope[1], (0, 0, prefix, 0))
         for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, modulation, context, mask, rope, use_reentrant=False)
-            else:
-                tokens = block(tokens, modulation, context, mask, rope)
+            tokens = run(block, self.config.gradient_checkpointing, tokens, modulation, context, mask, rope)
         return tokens[:, prefix:]
-
-    def _cut(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H/p·W/p, C·p·p)."""
-        p, (batch, channels, height, width) = self.config.patch, x.shape
-        grid = x.reshape(batch, channels, height // p, p, width // p, p)
-        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-    def _join(self, patches: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, rows·columns, p·p·C) -> (B, C, rows·p, columns·p)."""
-        p = self.config.patch
-        grid = patches.reshape(len(patches), rows, columns, p, p, self.out_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def _pooled_projection(config: DiT, pooled_dim: int) -> nn.Module | None:
@@ -257,10 +207,8 @@ def _pooled_projection(config: DiT, pooled_dim: int) -> nn.Module | None:
     if config.pooled_projection:
         return nn.Linear(pooled_dim, config.width)
     if pooled_dim != config.width:
-        raise ValueError(
-            f"pooled_projection = false adds pooled text as it comes, so its width ({pooled_dim}) "
-            f"must be the backbone's ({config.width})"
-        )
+        raise ValueError(f"pooled_projection = false adds pooled text as it comes, so its width ({pooled_dim}) must be "
+                         f"the backbone's ({config.width})")
     return nn.Identity()
 
 

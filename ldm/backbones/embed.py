@@ -36,22 +36,16 @@ class Projection(nn.Module):
         return y
 
 
-def _positions(count: int, base: float, device: torch.device) -> Tensor:
-    """(count,) float64: token i of `count` sits at i·base/count, so any size covers the extent of `base` tokens."""
-    return torch.arange(count, device=device, dtype=torch.float64) * (base / count)
-
-
 def _axes(of_rows: Tensor, of_columns: Tensor) -> Tensor:
     """Features of rows (h, d) and columns (w, d) -> (h·w, 2d), the columns' first, as in DiT and diffusers."""
-    height, width, dim = len(of_rows), len(of_columns), of_rows.shape[1]
-    rows, columns = of_rows[:, None].expand(height, width, dim), of_columns[None].expand(height, width, dim)
+    columns, rows = of_columns.expand(len(of_rows), -1, -1), of_rows[:, None].expand(-1, len(of_columns), -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
-def _phases(dim: int, height: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    frequencies = 10_000.0 ** (-torch.arange(dim, device=device, dtype=torch.float64) / dim)
-    rows, columns = _positions(height, base, device), _positions(width, base, device)
-    return rows[:, None] * frequencies, columns[:, None] * frequencies
+def _phases(dim: int, count: int, base: float, device: torch.device) -> Tensor:
+    """(count, dim) float64: token i of `count` sits at i·base/count, so any size covers the extent of `base` tokens."""
+    order, place = (torch.arange(n, device=device, dtype=torch.float64) for n in (dim, count))
+    return (place * (base / count))[:, None] * 10_000.0 ** (-order / dim)
 
 
 def sincos_table(dim: int, height: int, width: int, base: float, device: torch.device) -> Tensor:
@@ -59,7 +53,7 @@ def sincos_table(dim: int, height: int, width: int, base: float, device: torch.d
 
     dim must be divisible by 4. (DiT, Peebles & Xie 2023; the scaling is PixArt-alpha's, sec. 2.4.)
     """
-    rows, columns = _phases(dim // 4, height, width, base, device)
+    rows, columns = (_phases(dim // 4, count, base, device) for count in (height, width))
     return _axes(torch.cat([rows.sin(), rows.cos()], 1), torch.cat([columns.sin(), columns.cos()], 1)).float()
 
 
@@ -67,7 +61,7 @@ def rope_table(head_dim: int, height: int, width: int, base: float, device: torc
     """Rotary table (cos, sin), each (height·width, head_dim) float32: half of the pairs turn with the column, half with
     the row. head_dim must be divisible by 4. (RoFormer, Su et al. 2021, eq. 34, once per axis.)
     """
-    rows, columns = _phases(head_dim // 4, height, width, base, device)
+    rows, columns = (_phases(head_dim // 4, count, base, device) for count in (height, width))
     angle = _axes(rows, columns).repeat(1, 2)
     return angle.cos().float(), angle.sin().float()
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ldm.backbones.attention import GatedFeedForward, attend, blank, key_mask, zero
-from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
+from ldm.backbones.attention import GEGLU, attend, blank, key_mask, zero
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled, run
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
-
-if TYPE_CHECKING:
-    from ldm.conditioning import Cond
+from ldm.conditioning import Cond
 
 EXTENT = 32.0  # tokens that the position table covers, whatever the size
 
@@ -47,9 +44,13 @@ class UNet(BackboneConfig):
     learned_variance: bool = False
     gradient_checkpointing: bool = False
 
+    limits: ClassVar = {"blocks": "(0, inf)", "heads": "(0, inf)", "head_dim": "[0, inf)", "depth": "(0, inf)",
+                        "groups": "(0, inf)"}
+
     def __post_init__(self) -> None:
-        if not self.channels or min(*self.channels, self.blocks, self.heads, self.depth, self.groups) <= 0:
-            raise ValueError("channels, blocks, heads, depth and groups must be positive, with at least one level")
+        super().__post_init__()
+        if not self.channels or min(self.channels) <= 0:
+            raise ValueError(f"unet channels must be positive, with at least one level, got {self.channels}")
         if not set(self.attention) <= set(range(len(self.channels))):
             raise ValueError(f"attention names levels 0 to {len(self.channels) - 1}, not {self.attention}")
         for width in self.channels:
@@ -123,13 +124,15 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn1 = Attention(width, width, heads)
         self.attn2 = Attention(width, context_dim, heads)
-        self.ff = GatedFeedForward(width)
+        # net.1 is the place of diffusers' dropout: it keeps the published key net.2
+        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), context, mask)
-        x = x + self.ff(self.norm3(x))
+        x = x + self.ff["net"](self.norm3(x))
         return x
 
 
@@ -176,26 +179,18 @@ class Resample(nn.Module):
 class Stage(nn.Module):
     """Resnets of one level, each followed by a text transformer where the level has them."""
 
-    def __init__(
-        self, config: UNet, sizes: list[tuple[int, int]], level: int, context_dim: int, transformers: int
-    ) -> None:
+    def __init__(self, config: UNet, level: int, inputs: Sequence[int], context_dim: int, transformers: int) -> None:
         super().__init__()
-        self.save_memory = config.gradient_checkpointing
-        time_dim, outputs = 4 * config.channels[0], sizes[0][1]
-        self.resnets = nn.ModuleList(ResnetBlock(*size, time_dim, config.groups, config.scale_shift) for size in sizes)
+        self.saving, width, time_dim = config.gradient_checkpointing, config.channels[level], 4 * config.channels[0]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, width, time_dim, config.groups, config.scale_shift) for channels in inputs)
         self.attentions = nn.ModuleList(
-            SpatialTransformer(config, outputs, context_dim, config.heads_at(level)) for _ in range(transformers)
-        )
+            SpatialTransformer(config, width, context_dim, config.heads_at(level)) for _ in range(transformers))
 
     def step(self, j: int, x: Tensor, given: Given) -> Tensor:
         """Resnet j, then transformer j if there is one."""
-        x = self._call(self.resnets[j], x, given.active_time)
-        return self._call(self.attentions[j], x, given.context, given.mask) if j < len(self.attentions) else x
-
-    def _call(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
-        saving = self.save_memory and torch.is_grad_enabled()
-        y: Tensor = checkpoint(module, *inputs, use_reentrant=False) if saving else module(*inputs)
-        return y
+        x = run(self.resnets[j], self.saving, x, given.active_time)
+        return run(self.attentions[j], self.saving, x, given.context, given.mask) if j < len(self.attentions) else x
 
 
 class Given(NamedTuple):
@@ -209,12 +204,11 @@ class Given(NamedTuple):
 class DownBlock(Stage):
     """A level of the way down: x -> every feature map the way up will take in, the last of them to go on with."""
 
-    def __init__(self, config: UNet, level: int, inputs: int, context_dim: int) -> None:
-        width, blocks = config.channels[level], config.blocks
-        sizes = [(inputs if j == 0 else width, width) for j in range(blocks)]
-        super().__init__(config, sizes, level, context_dim, blocks if level in config.attention else 0)
-        last = level == len(config.channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [Resample(width, up=False)])
+    def __init__(self, config: UNet, level: int, context_dim: int) -> None:
+        widths, width, blocks = config.channels, config.channels[level], config.blocks
+        inputs = [widths[max(level - 1, 0)], *[width] * (blocks - 1)]
+        super().__init__(config, level, inputs, context_dim, blocks if level in config.attention else 0)
+        self.downsamplers = nn.ModuleList([Resample(width, up=False)] if level < len(widths) - 1 else [])
 
     def forward(self, x: Tensor, given: Given) -> list[Tensor]:
         kept = []
@@ -227,10 +221,6 @@ class DownBlock(Stage):
 class MiddleBlock(Stage):
     """Resnet, text transformer, resnet at the smallest size."""
 
-    def __init__(self, config: UNet, context_dim: int) -> None:
-        width = config.channels[-1]
-        super().__init__(config, [(width, width)] * 2, len(config.channels) - 1, context_dim, 1)
-
     def forward(self, x: Tensor, given: Given) -> Tensor:
         return self.step(1, self.step(0, x, given), given)
 
@@ -239,13 +229,11 @@ class UpBlock(Stage):
     """A level of the way up: every resnet takes in, from the end of `kept`, one feature map of the way down."""
 
     def __init__(self, config: UNet, level: int, context_dim: int) -> None:
-        widths, blocks = config.channels, config.blocks + 1
+        widths, width, blocks = config.channels, config.channels[level], config.blocks
         below, above = widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
-        inputs = [below] + [widths[level]] * config.blocks
-        skips = [widths[level]] * config.blocks + [above]
-        sizes = [(x + skip, widths[level]) for x, skip in zip(inputs, skips, strict=True)]
-        super().__init__(config, sizes, level, context_dim, blocks if level in config.attention else 0)
-        self.upsamplers = nn.ModuleList([] if level == 0 else [Resample(widths[level], up=True)])
+        inputs = [below + width, *[2 * width] * (blocks - 1), width + above]
+        super().__init__(config, level, inputs, context_dim, blocks + 1 if level in config.attention else 0)
+        self.upsamplers = nn.ModuleList([Resample(width, up=True)] if level else [])
 
     def forward(self, x: Tensor, kept: list[Tensor], given: Given) -> Tensor:
         for j in range(len(self.resnets)):
@@ -269,11 +257,10 @@ class CrossAttentionUNet(Backbone):
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.time_embedding = Projection(widths[0], time_dim)
         self.class_embedding = Projection(pooled_dim, time_dim) if config.pooled else None
-        self.down_blocks = nn.ModuleList(
-            DownBlock(config, level, widths[max(level - 1, 0)], context_dim) for level in range(len(widths))
-        )
-        self.mid_block = MiddleBlock(config, context_dim)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level, context_dim) for level in reversed(range(len(widths))))
+        levels = range(len(widths))
+        self.down_blocks = nn.ModuleList(DownBlock(config, level, context_dim) for level in levels)
+        self.mid_block = MiddleBlock(config, levels[-1], [widths[-1]] * 2, context_dim, transformers=1)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level, context_dim) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero(self.conv_out)

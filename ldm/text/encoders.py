@@ -6,12 +6,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.backbones.attention import FeedForward, SelfAttention, zero
+from ldm.checks import Checked
 from ldm.conditioning import Cond
 from ldm.text.tokenizer import RULE, WordTokenizer
 
@@ -46,11 +47,9 @@ class TextEncoder(nn.Module, ABC):
         """How many of the captions are too long to be read whole."""
 
 
-class TextConfig(ABC):
+class TextConfig(Checked, ABC):
     """The config of a text encoder: a frozen dataclass with a `kind`. One that learns makes its encoder of `vocabulary`
     of the captions (`build`), one that is frozen of a loaded model."""
-
-    kind: str
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -73,12 +72,11 @@ class Scratch(TextConfig):
     length: int = 32
     max_words: int = 8192
     rule: int = RULE
+    limits: ClassVar = {"width": "(0, inf)", "depth": "(0, inf)", "heads": "(0, inf)", "length": "[2, inf)",
+                        "max_words": "(0, inf)", "rule": "[1, 2]"}
 
     def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads, self.max_words) <= 0 or self.length < 2:
-            raise ValueError("width, depth, heads and max_words must be positive and length at least 2")
-        if self.rule not in (1, 2):
-            raise ValueError(f"rule must be 1 or 2, not {self.rule}")
+        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be divisible by heads ({self.heads})")
 
@@ -164,19 +162,14 @@ class Label(TextConfig):
     kind: Literal["label"] = "label"
     width: int = 256
     max_classes: int = 10_000
-
-    def __post_init__(self) -> None:
-        if self.width <= 0 or self.max_classes <= 0:
-            raise ValueError("width and max_classes must be positive")
+    limits: ClassVar = {"width": "(0, inf)", "max_classes": "(0, inf)"}
 
     def vocabulary(self, captions: Iterable[str]) -> str:
         """The distinct captions in alphabetical order, as the JSON text that `build` takes and a run stores."""
         classes = sorted(set(captions) - {""})
         if len(classes) > self.max_classes:
-            raise ValueError(
-                f"{len(classes)} distinct captions, more than max_classes ({self.max_classes}): "
-                "labels are for closed sets, use a `scratch` or `huggingface` text encoder"
-            )
+            raise ValueError(f"{len(classes)} distinct captions, more than max_classes ({self.max_classes}): labels "
+                             "are for closed sets, use a `scratch` or `huggingface` text encoder")
         return json.dumps({"classes": classes}, ensure_ascii=False, indent=0)
 
     def build(self, vocabulary: str) -> LabelEncoder:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond
 from ldm.text.encoders import TextConfig, TextEncoder, masked_mean
-
-POOLINGS = ("auto", "mean", "eos", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +29,7 @@ class HuggingFace(TextConfig):
     layer: int = -1
     lower: bool = False
     masked: bool = True
-
-    def __post_init__(self) -> None:
-        if self.length <= 0:
-            raise ValueError(f"length must be positive, not {self.length}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+    limits: ClassVar = {"length": "(0, inf)"}
 
     def build(self, model: nn.Module, tokenizer: Any) -> HuggingFaceTextEncoder:
         """The encoder around a loaded transformers model, which it freezes; ValueError on a misfit."""
@@ -55,44 +48,41 @@ class HuggingFaceTextEncoder(TextEncoder):
             raise ValueError("the tokenizer has no padding token, so captions cannot be batched")
         pooling = _pooling(config.pooling, model)
         pooled_dim = shape.projection_dim if pooling == "projected" else shape.hidden_size
-        super().__init__(
-            context_dim=shape.hidden_size, pooled_dim=None if pooling == "none" else pooled_dim, trainable=False
-        )
+        super().__init__(context_dim=shape.hidden_size, pooled_dim=None if pooling == "none" else pooled_dim,
+                         trainable=False)
         self.config, self.pooling = config, pooling
         self.model, self.tokenizer = model.requires_grad_(False), tokenizer
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Cond:
         """See `TextEncoder.encode`."""
-        tokens = self.tokenizer(
-            self._clean(captions), padding="max_length", max_length=self.config.length, truncation=True,
-            padding_side="right", return_tensors="pt",
-        )  # fmt: skip
+        tokens = self.tokenizer(self._clean(captions), padding="max_length", max_length=self.config.length,
+                                truncation=True, padding_side="right", return_tensors="pt")
         device = next(self.model.parameters()).device
         numbers, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         self.model.eval()  # a trainer's train() reaches this model too, and would switch T5's dropout on
         output = self.model(input_ids=numbers, attention_mask=mask, output_hidden_states=self.config.layer != -1)
         states = output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
         states, real = states.float(), mask.bool()
-        pooled = self._pool(output, states, real)
+        pooled = POOLINGS[self.pooling](output, states, real)
         return Cond(states, real if self.config.masked else torch.ones_like(real), pooled)
 
     def _clean(self, captions: Iterable[str]) -> list[str]:
         return [caption.lower().strip() if self.config.lower else caption for caption in captions]
 
-    def _pool(self, output: Any, states: Tensor, mask: Tensor) -> Tensor | None:
-        if self.pooling == "none":
-            return None
-        if self.pooling == "mean":
-            return masked_mean(states, mask)
-        if self.pooling == "eos":
-            return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-        pooled: Tensor = output.text_embeds if self.pooling == "projected" else output.pooler_output
-        return pooled.float()
-
     def truncated(self, captions: Iterable[str]) -> int:
         """See `TextEncoder.truncated`."""
         return sum(len(row) > self.config.length for row in self.tokenizer(self._clean(captions))["input_ids"])
+
+
+# Of a model's output, its states (B, L, D) and which of them are real (B, L): the vector, float32.
+POOLINGS: dict[str, Callable[[Any, Tensor, Tensor], Tensor | None]] = {
+    "none": lambda output, states, real: None,
+    "mean": lambda output, states, real: masked_mean(states, real),
+    "eos": lambda output, states, real: states[torch.arange(len(states), device=states.device), real.sum(1) - 1],
+    "projected": lambda output, states, real: output.text_embeds.float(),
+    "pooler": lambda output, states, real: output.pooler_output.float(),
+}
 
 
 def _pooling(asked: str, model: nn.Module) -> str:

@@ -286,15 +286,40 @@ def test_cfg_zero_star_is_the_same_on_every_process(schedule: NoiseSchedule) -> 
             assert zero_from > 1 or torch.equal(found.x0, found.eps)
 
 
-@pytest.mark.parametrize(("schedule", "zero_from", "off"), [(EDM(), 1, 0.005), (VE(), 1, 0.005), (EDM(), 0.4, 0.02)])
+@pytest.mark.parametrize(
+    ("schedule", "rule", "off"),
+    [
+        (EDM(), CFGZeroStar(scale=3), 0.005),
+        (VE(), CFGZeroStar(scale=3), 0.005),
+        (EDM(), CFGZeroStar(scale=3, zero_from=0.97), 0.02),
+        (EDM(), CFGZeroStar(scale=3, zero_from=0.4, zero_in="t"), 0.02),
+    ],
+)
 def test_cfg_zero_star_keeps_the_spread_of_data_that_no_condition_moves(
-    schedule: NoiseSchedule, zero_from: float, off: float
+    schedule: NoiseSchedule, rule: Guidance, off: float
 ) -> None:
     """.5, but for what a stillness at sigma 32 and more, or in the first of the steps, leaves undone."""
-    guided = CFGZeroStar(scale=3.0, zero_from=zero_from)(Exact(schedule), cond(0, 2), cond(0, 1))
+    guided = rule(Exact(schedule), cond(0, 2), cond(0, 1))
     grid, ends = Karras()(64, schedule), torch.tensor([[0.0], [1.0]], dtype=F64) * schedule.prior_std
     low, high = sample(Heun(variable="sigma"), guided, ends, grid, Noise.from_seeds([0, 0])).flatten().tolist()
     assert high - low == pytest.approx(0.5, abs=off) and low == 0
+
+
+@pytest.mark.parametrize("schedule", [cls() for cls in SCHEDULES], ids=repr)
+def test_cfg_zero_star_stands_still_on_shares_of_noise(schedule: NoiseSchedule) -> None:
+    """From sigma / (alpha + sigma) .6 on, on every process; in t, at other levels; and at t = 1 in both units."""
+    x, denoiser = torch.randn(3, 4, dtype=F64, generator=torch.Generator().manual_seed(6)), Exact(schedule)
+
+    def still(t: Tensor, **settings: object) -> bool:
+        ends = CFGZeroStar(scale=3.0, **settings)(denoiser, cond(1, 3), cond(0, 1))(x, t)  # type: ignore[arg-type]
+        return torch.equal(ends.x0, ends.eps)
+
+    for share in (0.4, 0.59, 0.61, 0.8):
+        t = schedule.time(scalar(2 * math.log((1 - share) / share)))
+        assert still(t, zero_from=0.6) == (share > 0.6)
+        assert still(t, zero_from=0.6, zero_in="t") == (t.item() >= 0.6)
+    assert still(scalar(1.0)) and still(scalar(1.0), zero_in="t") and not still(scalar(1.0), zero_from=1.1)
+    assert not still(scalar(0.99))
 
 
 BENT = [ClassifierFree(scale=3.0, rescale=0.7), Projected(scale=3.0), Projected(scale=3.0, parallel=0.5, max_norm=0.1)]
@@ -370,6 +395,7 @@ def test_classifier_guidance_from_pure_noise_is_finite() -> None:
         lambda: ClassifierFree(interval_in="log-snr"),  # type: ignore[arg-type]
         lambda: Projected(max_norm=-1),
         lambda: CFGZeroStar(zero_from=0),
+        lambda: CFGZeroStar(zero_in="log-snr"),  # type: ignore[arg-type]
         lambda: ClassifierFree(scale=math.nan),
     ],
 )

@@ -14,7 +14,7 @@ from ldm.noise import Noise
 from ldm.objectives import Denoising
 from ldm.predictions import EDMF, PREDICTIONS, X0, Eps, Score, V, Velocity
 from ldm.schedules import EDM, SCHEDULES, VE, VP, DDPMLinear, Flow, NoiseSchedule, Table
-from ldm.times import TIMES, LogitNormal, LogNormal, TimeSampling, Uniform, shifted
+from ldm.times import TIMES, LogitNormal, LogNormal, TimeSampling, UniformTimes, shifted
 from ldm.weighting import WEIGHTINGS, Weighting
 
 ALL: list[NoiseSchedule] = [cls() for cls in SCHEDULES] + [
@@ -42,8 +42,8 @@ def test_drawn_times_can_be_trained_at(times: TimeSampling, schedule: NoiseSched
 
 
 def test_the_distributions() -> None:
-    torch.testing.assert_close(Uniform().sample(U, Flow()), U)
-    counts = torch.bincount((Uniform().sample(U, DDPMLinear(steps=8)) * 8).round().long())
+    torch.testing.assert_close(UniformTimes().sample(U, Flow()), U)
+    counts = torch.bincount((UniformTimes().sample(U, DDPMLinear(steps=8)) * 8).round().long())
     assert counts.tolist() == [0] + [512] * 8
     logits = torch.logit(LogitNormal(mean=-0.4, std=0.7).sample(U, Flow()))
     assert logits.mean().item() == pytest.approx(-0.4, abs=1e-6) and logits.std().item() == pytest.approx(0.7, abs=2e-3)
@@ -55,7 +55,7 @@ def test_shift_three() -> None:
     t = torch.tensor([0.25, 0.5, 0.75], dtype=F64)
     torch.testing.assert_close(shifted(t, 3, Flow()), torch.tensor([0.5, 0.75, 0.9], dtype=F64))
     torch.testing.assert_close(Flow().logsnr(shifted(t, 3, Flow())), Flow().logsnr(t) - 2 * math.log(3))
-    torch.testing.assert_close(Uniform(shift=3).sample(U, Flow()), shifted(U, 3, Flow()))
+    torch.testing.assert_close(UniformTimes(shift=3).sample(U, Flow()), shifted(U, 3, Flow()))
     torch.testing.assert_close(LogitNormal(shift=3).sample(U, Flow()), LogitNormal(mean=math.log(3)).sample(U, Flow()))
 
 
@@ -68,7 +68,7 @@ def test_weights_are_finite_and_not_negative_everywhere(rule: Weighting, schedul
 
 
 @each
-@pytest.mark.parametrize("rule", [cls() for cls in WEIGHTINGS if cls is not weighting.Uniform], ids=repr)
+@pytest.mark.parametrize("rule", [cls() for cls in WEIGHTINGS if cls is not weighting.UniformWeight], ids=repr)
 def test_a_weighting_means_the_same_for_every_prediction(rule: Weighting, schedule: NoiseSchedule) -> None:
     """The same pair of ends, in error by the same amount, costs the same whatever the network was asked for."""
     t = torch.linspace(0.05, 0.95, 7, dtype=F64)
@@ -100,13 +100,14 @@ def test_the_published_weights() -> None:
     torch.testing.assert_close(weights(weighting.ELBO(), Velocity(), Flow()), (1 - t) / t)
     grown = (VP().logsnr(t + 1e-6) - VP().logsnr(t - 1e-6)) / 2e-6
     torch.testing.assert_close(weights(weighting.ELBO(), Eps()), -grown / 2, rtol=1e-6, atol=0)
-    torch.testing.assert_close(weights(weighting.EDM(), EDMF(), EDM()), torch.ones_like(t))
+    torch.testing.assert_close(weights(weighting.EDMWeight(), EDMF(), EDM()), torch.ones_like(t))
     at_half = torch.tensor([0.5 / 80], dtype=F64)
-    assert weighting.EDM()(Diffusion(schedule=EDM(), prediction=X0()), at_half).item() == pytest.approx(8, abs=1e-9)
+    of_x0 = weighting.EDMWeight()(Diffusion(schedule=EDM(), prediction=X0()), at_half)
+    assert of_x0.item() == pytest.approx(8, abs=1e-9)
 
 
 def objective(diffusion: Diffusion, rule: Weighting | None = None) -> Denoising:
-    return Denoising(diffusion=diffusion, times=Uniform(), weighting=rule or weighting.Uniform())
+    return Denoising(diffusion=diffusion, times=UniformTimes(), weighting=rule or weighting.UniformWeight())
 
 
 def test_the_loss_of_a_sample_depends_on_its_seed_alone() -> None:
@@ -142,7 +143,7 @@ def test_the_weight_multiplies_the_loss() -> None:
     def silent(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
         return torch.zeros_like(x)
 
-    t = Uniform().sample(noise.uniform((), "time"), VP())
+    t = UniformTimes().sample(noise.uniform((), "time"), VP())
     plain, weighted = (objective(diffusion, rule)(silent, x0, NOTHING, noise) for rule in (None, weighting.P2()))
     torch.testing.assert_close(weighted, plain * weighting.P2()(diffusion, t).float())
 
@@ -174,13 +175,13 @@ def test_denoising_score_matching_is_least_at_the_true_score(t: float) -> None:
     "make",
     [
         lambda: LogitNormal(std=0),
-        lambda: Uniform(shift=0),
+        lambda: UniformTimes(shift=0),
         lambda: LogitNormal(shift=-1),
         lambda: LogNormal(std=-1),
         lambda: weighting.MinSNR(gamma=0),
         lambda: weighting.P2(k=0),
         lambda: weighting.SoftMinSNR(gamma=-1),
-        lambda: weighting.EDM(sigma_data=0),
+        lambda: weighting.EDMWeight(sigma_data=0),
     ],
 )
 def test_nonsense_is_refused(make: object) -> None:

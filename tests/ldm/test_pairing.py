@@ -18,8 +18,8 @@ from ldm.objectives import Denoising
 from ldm.pairing import PAIRINGS, Independent, MinibatchOT, Pairing, assignment, groups
 from ldm.predictions import Velocity
 from ldm.schedules import Flow
-from ldm.times import Uniform
-from ldm.weighting import Uniform as Plain
+from ldm.times import UniformTimes
+from ldm.weighting import UniformWeight
 
 
 def cost_of(cost: torch.Tensor, columns: torch.Tensor) -> float:
@@ -74,7 +74,8 @@ def test_the_objective_trains_on_the_paired_noise() -> None:
 
     noise, nothing = Noise.from_seeds(list(range(16))), Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
     x0 = noise.normal((4,), "data")
-    process = {"diffusion": Diffusion(schedule=Flow(), prediction=Velocity()), "times": Uniform(), "weighting": Plain()}
+    process = {"diffusion": Diffusion(schedule=Flow(), prediction=Velocity()), "times": UniformTimes(),
+               "weighting": UniformWeight()}
     plain = Denoising(**process)(network, x0, nothing, noise)  # type: ignore[arg-type]
     paired = Denoising(**process, pairing=MinibatchOT())(network, x0, nothing, noise)  # type: ignore[arg-type]
     assert paired.mean() < plain.mean()
@@ -132,8 +133,8 @@ def test_costs_that_are_not_finite_are_refused(wrong: float) -> None:
 def test_the_objective_pairs_among_equal_conditions() -> None:
     noise, flags = Noise.from_seeds(list(range(12))), torch.tensor([0.0, 1.0]).repeat(6)
     x0 = noise.normal((4,), "data")
-    rule = Denoising(diffusion=Diffusion(schedule=Flow(), prediction=Velocity()), times=Uniform(), weighting=Plain(),
-                     pairing=MinibatchOT())
+    rule = Denoising(diffusion=Diffusion(schedule=Flow(), prediction=Velocity()), times=UniformTimes(),
+                     weighting=UniformWeight(), pairing=MinibatchOT())
     wanted = MinibatchOT()(x0, noise.normal((4,), "eps"), cond(flags))
     assert torch.equal(rule.draw(x0, noise, cond=cond(flags)).eps, wanted)
     assert not torch.equal(rule.draw(x0, noise).eps, wanted)

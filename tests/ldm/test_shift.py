@@ -11,16 +11,15 @@ from looping import each
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.exact import F64, final_variance, marginal, scalar
-from ldm.grids import Grid, Karras
-from ldm.grids import Uniform as UniformGrid
+from ldm.grids import Grid, Karras, Uniform
 from ldm.guidance import ClassifierFree
 from ldm.objectives import Denoising
 from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import V
 from ldm.samplers import Heun, check_grid
 from ldm.schedules import SCHEDULES, VP, DDPMCosine, DDPMLinear, NoiseSchedule, Table
-from ldm.times import LogitNormal, TimeSampling, Uniform, shifted
-from ldm.weighting import Uniform as Plain
+from ldm.times import LogitNormal, TimeSampling, UniformTimes, shifted
+from ldm.weighting import UniformWeight
 
 TABLES = [cls for cls in SCHEDULES if issubclass(cls, Table)]
 EVERY: list[NoiseSchedule] = [*(cls() for cls in SCHEDULES), *(cls(zero_terminal_snr=True) for cls in TABLES)]
@@ -36,14 +35,14 @@ def test_times_move_by_log_snr_and_the_ends_stay(schedule: NoiseSchedule, shift:
     torch.testing.assert_close(moved, schedule.logsnr(T) - 2 * math.log(shift), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(shifted(torch.tensor([0.0, 1.0], dtype=F64), shift, schedule),
                                torch.tensor([0.0, 1.0], dtype=F64), rtol=0, atol=1e-15)
-    grid = check_grid(UniformGrid(shift=shift)(20, schedule))
+    grid = check_grid(Uniform(shift=shift)(20, schedule))
     assert grid[0] == 1 and bool((grid[:-1] >= schedule.t_min * (1 - 1e-9)).all())
-    trained = Uniform(shift=shift).sample(T, schedule)
+    trained = UniformTimes(shift=shift).sample(T, schedule)
     torch.testing.assert_close(trained, schedule.trained(shifted(T, shift, schedule)))
 
 
 def objective(schedule: NoiseSchedule, times: TimeSampling) -> Denoising:
-    return Denoising(diffusion=Diffusion(schedule=schedule, prediction=V()), times=times, weighting=Plain())
+    return Denoising(diffusion=Diffusion(schedule=schedule, prediction=V()), times=times, weighting=UniformWeight())
 
 
 def pipeline(schedule: NoiseSchedule, grid: Grid) -> Pipeline:
@@ -55,13 +54,13 @@ def pipeline(schedule: NoiseSchedule, grid: Grid) -> Pipeline:
 
 @each("schedule", ENDING)
 def test_where_less_log_snr_has_no_time_a_shift_is_refused_when_built(schedule: NoiseSchedule) -> None:
-    for times in (LogitNormal, Uniform):
+    for times in (LogitNormal, UniformTimes):
         with pytest.raises(ValueError, match="shift: times can be shifted where the schedule ends in pure noise"):
             objective(schedule, times(shift=2.0))
         objective(schedule, times())
     with pytest.raises(ValueError, match="schedule.shift"):
-        pipeline(schedule, UniformGrid(shift=2.0))
-    pipeline(schedule, UniformGrid())
+        pipeline(schedule, Uniform(shift=2.0))
+    pipeline(schedule, Uniform())
 
 
 @pytest.mark.parametrize("ztsnr", [False, True])
@@ -88,7 +87,7 @@ def test_a_shifted_table_is_sampled_like_any_other() -> None:
 
 def test_times_that_no_schedule_has_are_refused_when_built() -> None:
     with pytest.raises(ValueError, match="at most 1000 steps"):
-        plan = Sampling(sampler=Heun(), grid=UniformGrid(), guidance=ClassifierFree(), steps=2000)
+        plan = Sampling(sampler=Heun(), grid=Uniform(), guidance=ClassifierFree(), steps=2000)
         denoiser = Denoiser(lambda x, level, cond: x, Diffusion(schedule=DDPMLinear(), prediction=V()))
         Pipeline(None, denoiser, None, plan, (8, 8))  # type: ignore[arg-type]
     for shift in (0.0, -1.0, math.nan, math.inf):

@@ -320,5 +320,5 @@ def test_misfits_are_refused() -> None:
         HuggingFace(length=12).build(model, tokenizer)
     with pytest.raises(ValueError, match="divisible by heads"):
         Scratch(width=30, heads=4)
-    with pytest.raises(ValueError, match="length at least 2"):
+    with pytest.raises(ValueError, match=r"length must be in \[2, inf\)"):
         Scratch(length=1)

@@ -16,11 +16,9 @@ from ldm.objectives import Denoising
 from ldm.predictions import EDMF, Velocity
 from ldm.samplers import RK4, sample
 from ldm.schedules import EDM, VP, DDPMLinear, Flow
-from ldm.times import TIMES, LossAware, Places, Uniform
+from ldm.times import TIMES, LossAware, Places, UniformTimes
 from ldm.uncertainty import Uncertainty, Weighed
-from ldm.weighting import EDM as EDMWeight
-from ldm.weighting import Learned
-from ldm.weighting import Uniform as Plain
+from ldm.weighting import EDMWeight, Learned, UniformWeight
 
 U = (torch.arange(20000, dtype=F64) + 0.5) / 20000
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
@@ -28,7 +26,7 @@ NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 def objective(times: object, weighting: object = None) -> Denoising:
     diffusion = Diffusion(schedule=Flow(), prediction=Velocity())
-    return Denoising(diffusion=diffusion, times=times, weighting=weighting or Plain())  # type: ignore[arg-type]
+    return Denoising(diffusion=diffusion, times=times, weighting=weighting or UniformWeight())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cls", TIMES)
@@ -51,7 +49,8 @@ def test_stratified_means_vary_less() -> None:
     for step in range(40):
         noise = Noise.from_seeds(list(range(64))).fold(step)
         for strict, found in means.items():
-            t = objective(Uniform(stratified=strict)).draw(torch.zeros(64, 1), noise, Places(torch.arange(64), 64)).t
+            rule = objective(UniformTimes(stratified=strict))
+            t = rule.draw(torch.zeros(64, 1), noise, Places(torch.arange(64), 64)).t
             found.append(t.mean())
     assert torch.stack(means[True]).std() < 0.1 * torch.stack(means[False]).std()
 
@@ -154,15 +153,15 @@ def test_a_fresh_uncertainty_changes_no_loss() -> None:
     def weighed(x: Tensor, level: Tensor, cond: Cond) -> Weighed:
         return Weighed(0.5 * x, module(level))
 
-    fresh = objective(Uniform(), Learned())(weighed, x0, NOTHING, noise)
-    assert torch.equal(fresh, objective(Uniform(), EDMWeight())(network, x0, NOTHING, noise))
+    fresh = objective(UniformTimes(), Learned())(weighed, x0, NOTHING, noise)
+    assert torch.equal(fresh, objective(UniformTimes(), EDMWeight())(network, x0, NOTHING, noise))
     with torch.no_grad():
         module.series[0] = math.log(4)
-    moved = objective(Uniform(), Learned())(weighed, x0, NOTHING, noise)
+    moved = objective(UniformTimes(), Learned())(weighed, x0, NOTHING, noise)
     torch.testing.assert_close(moved, fresh / 4 + math.log(4))
     eps, t = noise.normal((2, 3), "eps"), torch.full((6,), 0.4, dtype=F64)
-    plain = objective(Uniform()).at(network, x0, NOTHING, t, eps)
-    assert torch.equal(objective(Uniform(), Learned()).at(weighed, x0, NOTHING, t, eps), plain)
+    plain = objective(UniformTimes()).at(network, x0, NOTHING, t, eps)
+    assert torch.equal(objective(UniformTimes(), Learned()).at(weighed, x0, NOTHING, t, eps), plain)
 
 
 @pytest.mark.parametrize("schedule", [Flow(), EDM(), DDPMLinear()], ids=repr)
@@ -189,7 +188,7 @@ def test_it_learns_the_loss_at_every_noise_level(schedule: Flow) -> None:
 def test_at_unit_weight_it_is_edm2s_loss() -> None:
     """weight / exp(u) ||F - y||^2 + u, with EDM's weight 1 on F."""
     noise, diffusion = Noise.from_seeds([0, 1]), Diffusion(schedule=EDM(), prediction=EDMF())
-    rule = Denoising(diffusion=diffusion, times=Uniform(), weighting=Learned())
+    rule = Denoising(diffusion=diffusion, times=UniformTimes(), weighting=Learned())
     x0, u = noise.normal((3,), "data"), torch.tensor([0.3, -0.2])
     draw = rule.draw(x0, noise)
     error = rule.at(lambda x, level, cond: torch.zeros_like(x), x0, NOTHING, draw.t, draw.eps)

@@ -17,9 +17,9 @@ from ldm.objectives import Denoising, Draw
 from ldm.predictions import Eps, Prediction, V
 from ldm.samplers import DDPM, prior, sample
 from ldm.schedules import SCHEDULES, VE, VP, DDPMCosine, DDPMLinear, NoiseSchedule, Table
-from ldm.times import Uniform
+from ldm.times import UniformTimes
 from ldm.variational import BIN, _log_bins, bound, bound_at, prior_bits
-from ldm.weighting import Uniform as Plain
+from ldm.weighting import UniformWeight
 
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 ROOT = 2**0.5
@@ -107,7 +107,7 @@ def hybrid(
     schedule: NoiseSchedule = DDPMLinear(), prediction: Prediction = Eps(), *, learned: bool = True  # noqa: B008
 ) -> Denoising:
     diffusion = Diffusion(schedule=schedule, prediction=prediction, learned_variance=learned)
-    return Denoising(diffusion=diffusion, times=Uniform(), weighting=Plain())
+    return Denoising(diffusion=diffusion, times=UniformTimes(), weighting=UniformWeight())
 
 
 @pytest.mark.parametrize("schedule", [DDPMLinear(), DDPMCosine(), VP()], ids=repr)

@@ -26,7 +26,7 @@ from ldm.backbones.dit import DiT
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
-from ldm.grids import Uniform as UniformGrid
+from ldm.grids import Uniform
 from ldm.noise import Noise
 from ldm.objectives import LEVELS, Denoising
 from ldm.predictions import Velocity
@@ -34,7 +34,7 @@ from ldm.samplers import prior, sample
 from ldm.samplers.ode import Euler
 from ldm.schedules import Flow
 from ldm.times import LogitNormal
-from ldm.weighting import Uniform
+from ldm.weighting import UniformWeight
 from training.data.images import Images
 from training.data.order import Slot
 from training.data.samples import Batch
@@ -54,7 +54,7 @@ TOKENS = 64
 RATE, WARMUP = 1e-3, 20
 SAMPLING_STEPS = 25
 DIFFUSION = Diffusion(schedule=Flow(), prediction=Velocity())
-OBJECTIVE = Denoising(diffusion=DIFFUSION, times=LogitNormal(), weighting=Uniform())
+OBJECTIVE = Denoising(diffusion=DIFFUSION, times=LogitNormal(), weighting=UniformWeight())
 
 
 def probe(
@@ -228,5 +228,5 @@ def draw(network: Any, model: Autoencoder, noise: Noise, size: tuple[int, ...]) 
     """Decoded samples, one for each seed: uint8 (B, image_channels, H, W)."""
     denoise = Denoiser(network, DIFFUSION).bind(nothing(len(noise), noise.seeds.device))
     begin = prior(DIFFUSION.schedule, (model.latent_channels, *size), noise)
-    grid = UniformGrid()(SAMPLING_STEPS, DIFFUSION.schedule)
+    grid = Uniform()(SAMPLING_STEPS, DIFFUSION.schedule)
     return to_uint8(model.decode(sample(Euler(), denoise, begin, grid, noise)))

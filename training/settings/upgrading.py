@@ -1,6 +1,7 @@
 """Configs of earlier versions: what a file means that names none.
 
-Version 1, which names no version: the words of captions are split by rule 1, and guidance.interval is in times t.
+Version 1, which names no version: the words of captions are split by rule 1, and guidance.interval and zero_from are
+in times t.
 Version 2: rule 2, and shares of noise. A run keeps the version it began with, so that it draws and resumes as before.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 
 Values = dict[str, dict[str, Any]]
 # By version, where they are other than the defaults.
-RULES: dict[int, Values] = {1: {"text": {"rule": 1}, "guidance": {"interval_in": "t"}}}
+RULES: dict[int, Values] = {1: {"text": {"rule": 1}, "guidance": {"interval_in": "t", "zero_in": "t"}}}
 
 
 def version(values: Mapping[str, Any]) -> int:

@@ -43,6 +43,14 @@ def test_a_file_without_a_version_means_the_old_rules(tmp_path: Path, capsys: py
         decoding.load("denoiser", str(path))
 
 
+def test_cfg_zero_star_of_old_stands_still_in_times(tmp_path: Path) -> None:
+    path = tmp_path / "old.toml"
+    for version, unit in (("", "t"), ("[format]\nversion = 2\n", "noise-share")):
+        path.write_text(version + '[guidance]\nkind = "cfg-zero-star"\nzero_from = 0.9\n')
+        config: Any = decoding.load("denoiser", str(path))
+        assert (config.guidance.zero_in, config.guidance.zero_from) == (unit, 0.9)
+
+
 def test_other_kinds_take_only_the_keys_they_have(tmp_path: Path) -> None:
     path = tmp_path / "old.toml"
     path.write_text('[text]\nkind = "label"\n[guidance]\nkind = "apg"\n')
