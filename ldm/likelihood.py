@@ -54,7 +54,9 @@ def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | Non
             moved = advance(y, one, one, end.w - start.w, row, slopes)
             slopes.append(slope(moved, variable.between(schedule, start, end, node)))
         y = advance(y, one, one, end.w - start.w, CLASSIC.weights, slopes)
-    return _prior(y[:, :-1] * last, schedule.prior_std) + y[:, -1] + (y.shape[1] - 1) * (last / first).log()
+    std, dims = schedule.prior_std, math.prod(shape[1:])
+    prior = -0.5 * (y[:, :-1] * last / std).square().sum(1) - dims * math.log(std * math.sqrt(2 * math.pi))
+    return prior + y[:, -1] + dims * (last / first).log()
 
 
 def _vectors(x: Tensor, probe: Noise | None, probes: int) -> list[Tensor]:
@@ -64,11 +66,6 @@ def _vectors(x: Tensor, probe: Noise | None, probes: int) -> list[Tensor]:
         return list(signs.to(x.dtype).unbind(1))
     units = torch.eye(math.prod(x.shape[1:]), dtype=x.dtype, device=x.device)
     return [unit.view(1, *x.shape[1:]).expand_as(x) for unit in units]
-
-
-def _prior(x: Tensor, std: float) -> Tensor:
-    squares = (x / std).square().flatten(1).sum(1)
-    return -0.5 * squares - math.prod(x.shape[1:]) * math.log(std * math.sqrt(2 * math.pi))
 
 
 def bits_per_dim(nats: Tensor, dims: int, offset: float = 0.0) -> Tensor:

@@ -73,9 +73,6 @@ class Noise:
     def __getitem__(self, index: slice | Tensor) -> Noise:
         return Noise(self.seeds[index])
 
-    def to(self, device: torch.device | str) -> Noise:
-        return Noise(self.seeds.to(device, non_blocking=True))
-
     def fold(self, *key: int | str) -> Noise:
         """An independent source for `key`: `fold(a).normal(shape, b)` and `fold(b).normal(shape, a)` are unrelated."""
         return Noise(_mix(_mix(self.seeds + _signed(_GOLDEN)) ^ _hash_key(key)))
