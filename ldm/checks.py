@@ -22,7 +22,7 @@ class Checked:
         own: type = type(self)
         for name, hint in _hints(own).items():
             value, allowed = getattr(self, name), get_args(hint)
-            if hint is int and value != int(value):
+            if hint is int and value % 1 != 0:
                 raise ValueError(f"{self.kind} {name} must be a whole number, got {value}")
             if allowed and value not in allowed:
                 raise ValueError(f"{self.kind} {name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

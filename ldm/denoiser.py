@@ -92,8 +92,6 @@ class Denoiser(Conditional):
 
 def _per_sample(level: Tensor, x: Tensor) -> Tensor:
     """The noise level as (B,) float64 on x's device; a CPU scalar goes there as a kernel argument, without waiting."""
-    if level.ndim:
-        return level.to(x.device, non_blocking=True)
-    if level.device == x.device:
-        return level.expand(len(x))
-    return torch.full((len(x),), level.item(), dtype=level.dtype, device=x.device)
+    if level.ndim == 0 and level.device != x.device:
+        return torch.full((len(x),), level.item(), dtype=level.dtype, device=x.device)
+    return level.to(x.device, non_blocking=True).expand(len(x))

@@ -36,8 +36,7 @@ class Diffusion:
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
-        reason = self.prediction.refusal(self.schedule)
-        if reason is not None:
+        if (reason := self.prediction.refusal(self.schedule)) is not None:
             raise ValueError(f"prediction {self.prediction.kind!r} {reason}")
 
     def perturb(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -80,9 +80,9 @@ def _levels(steps: int) -> Tensor:
     return _fractions(steps - 1) if steps > 1 else _fractions(steps)[:1]
 
 
-def _logsnr(ratio: float | Tensor) -> float:
-    """log-SNR at sigma / alpha."""
-    return -2 * math.log(ratio)
+def _range(least: float | Tensor, most: float | Tensor) -> str:
+    """A range of sigma / alpha, as such and in log-SNR."""
+    return f"{least:g} to {most:g} (log-SNR {-2 * math.log(most):g} to {-2 * math.log(least):g})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,8 @@ class Ratios(Grid):
         low, high = (-schedule.logsnr(ends) / 2).exp().unbind()
         least, most = low.clamp(min=self.sigma_min), high.clamp(max=self.sigma_max)
         if not least < most:
-            raise ValueError(f"the grid's range of sigma / alpha, {self.sigma_min:g} to {self.sigma_max:g} (log-SNR "
-                             f"{_logsnr(self.sigma_max):g} to {_logsnr(self.sigma_min):g}), lies outside the "
-                             f"schedule's, {low:g} to {high:g} ({_logsnr(high):g} to {_logsnr(low):g}); choose one "
-                             "that meets it")
+            raise ValueError(f"the grid's range of sigma / alpha, {_range(self.sigma_min, self.sigma_max)}, lies "
+                             f"outside the schedule's, {_range(low, high)}; choose one that meets it")
         ratios = self.ratios(_levels(steps), least, most)
         times = schedule.time(-2 * ratios.log())
         return torch.cat([times.new_ones(1), times[1:], times.new_zeros(1)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.base import check_grid
-from ldm.samplers.ode import CLASSIC, VARIABLES, advance
+from ldm.samplers.ode import CLASSIC, VARIABLES, Place, advance
 
 
 def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | None = None, probes: int = 1) -> Tensor:
@@ -35,27 +35,28 @@ def log_likelihood(denoise: Denoise, x: Tensor, grid: Tensor, probe: Noise | Non
     times = torch.cat([times[:1], times[1:][times.diff() > 0]])
     vectors, shape, one = _vectors(x, probe, probes), x.shape, torch.ones((), dtype=torch.float64)
 
-    def slope(y: Tensor, t: Tensor) -> Tensor:
-        scale = variable.place(schedule, t)[1]
+    def slope(y: Tensor, place: Place) -> Tensor:
         with torch.enable_grad():
             leaf = y[:, :-1].view(shape).detach().requires_grad_()
-            ends = denoise(leaf * scale, t)
+            ends = denoise(leaf * place.scale, place.t)
             velocity = ends.eps - ends.x0
             traces = [(torch.autograd.grad(velocity, leaf, vector, retain_graph=True)[0] * vector).flatten(1).sum(1)
                       for vector in vectors]
         trace = torch.stack(traces).sum(0) / (1 if probe is None else probes)
         return torch.cat([velocity.detach().flatten(1), trace[:, None]], 1)
 
-    first, last = (variable.place(schedule, time)[1] for time in (times[0], times[-1]))
+    places = [variable.at(schedule, time) for time in times.unbind()]
+    first, last = places[0].scale, places[-1].scale
     y = torch.cat([(x / first).flatten(1), torch.zeros_like(x.flatten(1)[:, :1])], 1)
-    for t, s in pairwise(times.unbind()):
-        start, end = variable.place(schedule, t)[0], variable.place(schedule, s)[0]
-        middle = variable.time(schedule, (start + end) / 2)
+    for start, end in pairwise(places):
         slopes: list[Tensor] = []
-        for time, row in zip((t, middle, middle, s), CLASSIC.rows, strict=True):
-            slopes.append(slope(advance(y, one, one, end - start, row, slopes), time))
-        y = advance(y, one, one, end - start, CLASSIC.weights, slopes)
-    return _prior(y[:, :-1] * last, schedule.prior_std) + y[:, -1] + (y.shape[1] - 1) * (last / first).log()
+        for node, row in zip(CLASSIC.nodes, CLASSIC.rows, strict=True):
+            moved = advance(y, one, one, end.w - start.w, row, slopes)
+            slopes.append(slope(moved, variable.between(schedule, start, end, node)))
+        y = advance(y, one, one, end.w - start.w, CLASSIC.weights, slopes)
+    std, dims = schedule.prior_std, math.prod(shape[1:])
+    prior = -0.5 * (y[:, :-1] * last / std).square().sum(1) - dims * math.log(std * math.sqrt(2 * math.pi))
+    return prior + y[:, -1] + dims * (last / first).log()
 
 
 def _vectors(x: Tensor, probe: Noise | None, probes: int) -> list[Tensor]:
@@ -65,11 +66,6 @@ def _vectors(x: Tensor, probe: Noise | None, probes: int) -> list[Tensor]:
         return list(signs.to(x.dtype).unbind(1))
     units = torch.eye(math.prod(x.shape[1:]), dtype=x.dtype, device=x.device)
     return [unit.view(1, *x.shape[1:]).expand_as(x) for unit in units]
-
-
-def _prior(x: Tensor, std: float) -> Tensor:
-    squares = (x / std).square().flatten(1).sum(1)
-    return -0.5 * squares - math.prod(x.shape[1:]) * math.log(std * math.sqrt(2 * math.pi))
 
 
 def bits_per_dim(nats: Tensor, dims: int, offset: float = 0.0) -> Tensor:

@@ -73,16 +73,14 @@ class Noise:
     def __getitem__(self, index: slice | Tensor) -> Noise:
         return Noise(self.seeds[index])
 
-    def to(self, device: torch.device | str) -> Noise:
-        return Noise(self.seeds.to(device, non_blocking=True))
-
     def fold(self, *key: int | str) -> Noise:
         """An independent source for `key`: `fold(a).normal(shape, b)` and `fold(b).normal(shape, a)` are unrelated."""
         return Noise(_mix(_mix(self.seeds + _signed(_GOLDEN)) ^ _hash_key(key)))
 
     def uniform(self, shape: Sequence[int], *key: int | str) -> Tensor:
         """Uniform float64 numbers strictly inside (0, 1), shape (B, *shape)."""
-        words = self.fold(*key).seeds[:, None] + self._counters(math.prod(shape))
+        counters = torch.arange(1, math.prod(shape) + 1, device=self.seeds.device) * _signed(_GOLDEN)
+        words = self.fold(*key).seeds[:, None] + counters
         # 52 bits and a half: one bit more and the largest number would round to 1.
         return ((_shift(_mix(words), 12).double() + 0.5) * 2.0**-52).view(len(self), *shape)
 
@@ -94,6 +92,3 @@ class Noise:
         radius, angle = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
         pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
         return pairs[:, :size].to(dtype).view(len(self), *shape)
-
-    def _counters(self, count: int) -> Tensor:
-        return torch.arange(1, count + 1, device=self.seeds.device) * _signed(_GOLDEN)

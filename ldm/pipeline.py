@@ -72,19 +72,9 @@ class Pipeline:
         pixels = torch.cat(list(self.pixels(captions, seeds, **settings)))
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    def pixels(
-        self,
-        captions: Captions,
-        seeds: int | Sequence[int] = 0,
-        *,
-        negative: Captions = "",
-        also: Also = (),
-        start: Tensor | None = None,
-        sampling: Sampling | None = None,
-        size: tuple[int, int] | None = None,
-        batch_size: int = 64,
-        watch: Callable[[Snapshot], None] | None = None,
-    ) -> Iterator[Tensor]:
+    def pixels(self, captions: Captions, seeds: int | Sequence[int] = 0, *, negative: Captions = "", also: Also = (),
+               start: Tensor | None = None, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
+               batch_size: int = 64, watch: Callable[[Snapshot], None] | None = None) -> Iterator[Tensor]:
         """uint8 (b,3,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
         `captions`: one string is one picture; `negative`: what guidance moves away from (one, or one per caption);

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers.base import Sampler, Step
-from ldm.samplers.ode import VARIABLES
+from ldm.samplers.ode import VARIABLES, Place
 
 _FLOW = VARIABLES["flow"]
 
@@ -29,13 +29,6 @@ class Pair(NamedTuple):
     nodes: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
     difference: tuple[float, ...]
-
-
-class _Place(NamedTuple):
-    """A time and the variable there."""
-
-    t: Tensor
-    w: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,43 +49,38 @@ class Embedded(Sampler):
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Tensor | None, noise: Noise) -> Step:
         schedule = denoise.schedule
-        start, scale = _FLOW.place(schedule, t)
-        end, end_scale = _FLOW.place(schedule, s)
-        z, slope = x / scale, self._slope(denoise, x, t) if memory is None else memory
+        start, end = _FLOW.at(schedule, t), _FLOW.at(schedule, s)
+        z, slope = x / start.scale, self._slope(denoise, x, t) if memory is None else memory
         # Below t_min there is nothing to call: the last slope leads there, at s = 0 to the estimate of x0.
         least = torch.full_like(s, schedule.t_min).minimum(t)
-        last = _Place(s, end) if s >= least else _Place(least, _FLOW.place(schedule, least)[0])
+        last = end if s >= least else _FLOW.at(schedule, least)
         if last.t != t:
             everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            z, slope = self._walk(denoise, z, slope, _Place(t, start), last, everyone, self.halvings)
-        return (z + slope * (end - last.w)) * end_scale, slope
+            z, slope = self._walk(denoise, z, slope, start, last, everyone, self.halvings)
+        return (z + slope * (end.w - last.w)) * end.scale, slope
 
     def _slope(self, denoise: Denoise, x: Tensor, t: Tensor) -> Tensor:
         return _FLOW.slope(denoise.schedule, t, denoise(x, t))
 
-    def _walk(self, denoise: Denoise, z: Tensor, slope: Tensor, a: _Place, b: _Place, wanted: Tensor,
+    def _walk(self, denoise: Denoise, z: Tensor, slope: Tensor, a: Place, b: Place, wanted: Tensor,
               halvings: int) -> tuple[Tensor, Tensor]:
         """z and its slope at b from those at a, within tolerance for the samples that are `wanted` (B,)."""
         width, slopes = b.w - a.w, [slope]
         for node, row in zip(self.pair.nodes[1:], self.pair.rows[1:], strict=True):
-            place = b if node == 1 else self._between(denoise, a, b, node)
+            place = _FLOW.between(denoise.schedule, a, b, node)
             moved = z + _combined(slopes, row) * width
-            slopes.append(self._slope(denoise, moved * _FLOW.place(denoise.schedule, place.t)[1], place.t))
+            slopes.append(self._slope(denoise, moved * place.scale, place.t))
         # The last stage was taken at the result itself.
         allowed = self.tolerance * (1 + z.abs().maximum(moved.abs()))
         error = (_combined(slopes, self.pair.difference) * width / allowed).square().flatten(1).mean(1)
         fine = error <= 1
         if halvings == 0 or bool((fine | ~wanted).all()):
             return moved, slopes[-1]
-        middle, missed = self._between(denoise, a, b, 0.5), wanted & ~fine
+        middle, missed = _FLOW.between(denoise.schedule, a, b, 0.5), wanted & ~fine
         half = self._walk(denoise, z, slope, a, middle, missed, halvings - 1)
         whole = self._walk(denoise, *half, middle, b, missed, halvings - 1)
         fine = fine.view(-1, *[1] * (z.ndim - 1))
         return torch.where(fine, moved, whole[0]), torch.where(fine, slopes[-1], whole[1])
-
-    def _between(self, denoise: Denoise, a: _Place, b: _Place, fraction: float) -> _Place:
-        w = a.w + fraction * (b.w - a.w)
-        return _Place(_FLOW.time(denoise.schedule, w), w)
 
 
 def _combined(slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:

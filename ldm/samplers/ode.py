@@ -24,33 +24,45 @@ from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
 from ldm.samplers.base import Memory, Sampler, Step, mix
-from ldm.schedules import NoiseSchedule
+from ldm.schedules import Level, NoiseSchedule
+
+
+class Place(NamedTuple):
+    """A time, the variable there, and c."""
+
+    t: Tensor
+    w: Tensor
+    scale: Tensor
 
 
 class _Variable(NamedTuple):
-    """A row of the table above: (w, c) at t; the t at which the variable is w; and dz/dw from both ends at t."""
+    """A row of the table above: (w, c) at t, where the level is; the t at which the variable is w; and dz/dw from both
+    ends at t."""
 
-    place: Callable[[NoiseSchedule, Tensor], tuple[Tensor, Tensor]]
+    place: Callable[[Tensor, Level], tuple[Tensor, Tensor]]
     time: Callable[[NoiseSchedule, Tensor], Tensor]
     slope: Callable[[NoiseSchedule, Tensor, Denoised], Tensor]
 
+    def at(self, schedule: NoiseSchedule, t: Tensor) -> Place:
+        return Place(t, *self.place(t, schedule(t)))
 
-def _over_sum(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    alpha, sigma = schedule(t)
-    return sigma / (alpha + sigma), alpha + sigma
-
-
-def _over_alpha(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    alpha, sigma = schedule(t)
-    return sigma / alpha, alpha
+    def between(self, schedule: NoiseSchedule, a: Place, b: Place, node: float) -> Place:
+        """The place at a share of the way from a, node 0, to b, node 1."""
+        if node in (0, 1):
+            return b if node else a
+        w = a.w + node * (b.w - a.w)
+        return self.at(schedule, self.time(schedule, w))._replace(w=w)
 
 
 VARIABLES = {
-    "flow": _Variable(_over_sum, lambda schedule, w: schedule.time(2 * ((1 - w).log() - w.log())),
+    "flow": _Variable(lambda t, level: (level.sigma / (level.alpha + level.sigma), level.alpha + level.sigma),
+                      lambda schedule, w: schedule.time(2 * ((1 - w).log() - w.log())),
                       lambda schedule, t, ends: ends.eps - ends.x0),
-    "sigma": _Variable(_over_alpha, lambda schedule, w: schedule.time(-2 * w.log()),
+    "sigma": _Variable(lambda t, level: (level.sigma / level.alpha, level.alpha),
+                       lambda schedule, w: schedule.time(-2 * w.log()),
                        lambda schedule, t, ends: ends.eps),
-    "t": _Variable(lambda schedule, t: (t, torch.ones_like(t)), lambda schedule, w: w,
+    "t": _Variable(lambda t, level: (t, torch.ones_like(t)),
+                   lambda schedule, w: w,
                    lambda schedule, t, ends: mix(schedule.rates(t), ends)),
 }
 
@@ -76,7 +88,7 @@ CLASSIC = Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (
 @dataclass(frozen=True, kw_only=True)
 class RungeKutta(Sampler):
     """x_s = c_s (x / c_t + (w_s - w_t) sum_i b_i dz/dw_i), by the first tableau whose stages the network may be called
-    at."""
+    at, and at last by Euler's."""
 
     rises = True
     tableaux: ClassVar[tuple[Tableau, ...]]
@@ -85,28 +97,20 @@ class RungeKutta(Sampler):
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         variable, schedule = VARIABLES[self.variable], denoise.schedule
-        (start, scale), (end, _) = variable.place(schedule, t), variable.place(schedule, s)
-        if not bool(start.isfinite() & end.isfinite()):
+        start, end = variable.at(schedule, t), variable.at(schedule, s)
+        if not bool(start.w.isfinite() & end.w.isfinite()):
             return mix(schedule(s), denoise(x, t)), None
-        tableau, times = self._fitting(schedule, variable, t, s, start, end)
+        for tableau in (*self.tableaux, EULER):
+            places = [variable.between(schedule, start, end, node) for node in tableau.nodes]
+            if all(place.t >= schedule.t_min for place in places[1:]):
+                break
         slopes: list[Tensor] = []
-        for time, row in zip(times, tableau.rows, strict=True):
-            stage = advance(x, scale, variable.place(schedule, time)[1], end - start, row, slopes)
-            ends = denoise(stage, time)
-            slopes.append(variable.slope(schedule, time, ends))
+        for place, row in zip(places, tableau.rows, strict=True):
+            ends = denoise(advance(x, start.scale, place.scale, end.w - start.w, row, slopes), place.t)
+            slopes.append(variable.slope(schedule, place.t, ends))
         if s == 0 and len(slopes) == 1:
             return ends.x0, None
-        return advance(x, scale, variable.place(schedule, s)[1], end - start, tableau.weights, slopes), None
-
-    def _fitting(self, schedule: NoiseSchedule, variable: _Variable, t: Tensor, s: Tensor, start: Tensor,
-                 end: Tensor) -> tuple[Tableau, list[Tensor]]:
-        ends = {0.0: t, 1.0: s}
-        for tableau in self.tableaux:
-            times = [ends[node] if node in ends else variable.time(schedule, start + node * (end - start))
-                     for node in tableau.nodes]
-            if min(time.item() for time in times[1:] or [t]) >= schedule.t_min:
-                return tableau, times
-        return EULER, [t]
+        return advance(x, start.scale, end.scale, end.w - start.w, tableau.weights, slopes), None
 
 
 def advance(x: Tensor, scale: Tensor, new_scale: Tensor, width: Tensor, weights: tuple[float, ...],
@@ -133,7 +137,7 @@ class Midpoint(RungeKutta):
 
     order = calls = 2
     kind: Literal["midpoint"] = "midpoint"
-    tableaux = (MIDPOINT, EULER)
+    tableaux = (MIDPOINT,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,7 @@ class Heun(RungeKutta):
 
     order = calls = 2
     kind: Literal["heun"] = "heun"
-    tableaux = (HEUN, EULER)
+    tableaux = (HEUN,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,7 @@ class RK4(RungeKutta):
 
     order = calls = 4
     kind: Literal["rk4"] = "rk4"
-    tableaux = (CLASSIC, HEUN3, EULER)
+    tableaux = (CLASSIC, HEUN3)
 
 
 SAMPLERS = (Euler, Midpoint, Heun, RK4)

@@ -105,14 +105,12 @@ class PredictorCorrector(Sampler):
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if not _ends(denoise, t, s):
-            for index in range(self.corrector_steps):
+            for index in range(self.calls - 1):
                 x = self.correct(denoise, x, t, s, noise.fold("corrector", index))
         return ReverseDiffusion().step(denoise, x, t, s, None, noise)
 
     def correct(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         """One Langevin step at t, whose length the step to s bounds."""
-        if self.snr == 0:
-            return x
         keep = denoise.schedule(t).alpha / denoise.schedule(s).alpha
         eps, z = denoise(x, t).eps, noise.normal(x.shape[1:], dtype=x.dtype)
         # ||score|| = ||eps|| / sigma; a sample at a mode has none, and must not be thrown to infinity.

@@ -135,7 +135,7 @@ def test_a_range_that_a_schedule_does_not_reach_is_refused_with_both(cls: type[G
             for steps in (1, 2, 5):
                 said = refused(grid, steps, schedule)
                 asked = f"(log-SNR {low:g} to {high:g}), lies outside the schedule's, "
-                own = f"({noisy:g} to {clear:g}); choose one that meets it"
+                own = f"(log-SNR {noisy:g} to {clear:g}); choose one that meets it"
                 if said != "" if not outside else not (asked in said and own in said):
                     wrong.append((grid, steps, schedule, said))
     assert not wrong
