@@ -186,7 +186,7 @@ def test_verify_resume_finds_what_is_not_exact(latents: Path, tmp_path: Path, mo
 def test_five_kills(stage: str, kills: int, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert tiny.call("soak", "--kills", kills, "--steps", "12", "--stage", stage, "--folder", tmp_path) == 0
     last = capfd.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(rf"{stage}: {kills} kills, \d+ trainings ended with the bytes of the calm one", last)
+    assert re.fullmatch(rf"{stage}: {kills} kills, \d+ trainings ended with the bytes of the uninterrupted one", last)
 
 
 def test_killed_while_a_small_file_is_written(latents: Path, tmp_path: Path) -> None:

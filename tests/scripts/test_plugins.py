@@ -145,7 +145,7 @@ def test_a_package_at_fault_is_named_in_one_sentence(name: str, installed: Insta
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 2 and not done.stdout, done.stderr
     assert lines[0].startswith(f'error: package one-fault, which adds sampler.kind "{entry.partition(":")[0]}": ')
-    assert expected in lines[0] and lines[1] == "hint: mend or remove it: pip uninstall one-fault"
+    assert expected in lines[0] and lines[1] == "hint: update or remove it: pip uninstall one-fault"
 
 
 def test_two_packages_with_one_kind_are_refused_before_either_is_imported(installed: Installed) -> None:
