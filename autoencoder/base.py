@@ -94,6 +94,7 @@ class WithoutPosterior(Autoencoder):
     def forward(
         self, images: Tensor, noise: Tensor | None = None, move: Callable[[Tensor], Tensor] = identity
     ) -> tuple[Tensor, Tensor]:
+        """(reconstruction (B, C, H, W), z (B, latent_channels, h, w)); without a posterior, `noise` is not used."""
         z = self.encode(images)
         return self._decode(move(z)), z
 
@@ -107,6 +108,7 @@ class Unregularised(WithoutPosterior):
     quantize = None
 
     def encode(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) in [-1, 1] -> z (B, latent_channels, h, w) float32."""
         self.check_images(images)
         return full_precision(self.encoder(images.to(self.last_layer.dtype)))
 

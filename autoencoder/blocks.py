@@ -35,6 +35,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W) -> (B, outputs, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         y: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
         return y
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1 head, H·W, C)
         mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         y: Tensor = self.to_out[0](mixed.squeeze(1))
@@ -66,6 +68,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W), sides even -> (B, C, H/2, W/2)."""
         y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return y
 
@@ -86,6 +89,7 @@ class Upsample(nn.Module):
         self.register_buffer("shifts", torch.kron(axis, axis).flip(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2H, 2W)."""
         batch, channels, height, width = x.shape
         if batch * height * width < 4 * channels:
             doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -107,6 +111,7 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W) -> (B, outputs, H', W'), sides changed where a change of size is appended."""
         for j, resnet in enumerate(self.resnets):
             x = resnet(x)
             if self.attentions:
@@ -125,6 +130,7 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
@@ -155,6 +161,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (B, image_channels, H, W), sides divisible by f -> (B, outputs, H/f, W/f)."""
         h = self.conv_in(images)
         for level in self.down_blocks:
             h = level(h)
@@ -183,6 +190,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, inputs, h, w) -> images (B, image_channels, f·h, f·w)."""
         h = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             h = level(h)

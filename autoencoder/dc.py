@@ -93,6 +93,7 @@ class DCEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (B, image_channels, H, W), sides divisible by f -> z (B, latent_channels, H/f, W/f)."""
         h = self.conv_in(images)
         for level in self.down_blocks:
             h = level(h)
@@ -119,6 +120,7 @@ class DCDecoder(nn.Module):
             self.conv_out = Up(last, config.image_channels, shortcut=False, repeated=by_convolution)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, latent_channels, h, w) -> images (B, image_channels, f·h, f·w)."""
         h = self.conv_in(z) + spread(z, self.inputs)
         for level in reversed(self.up_blocks):
             h = level(h)
@@ -140,5 +142,6 @@ class DCAutoencoder(Unregularised):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight of the last convolution, where the balance takes its gradients."""
         last = self.decoder.conv_out
         return last.conv.weight if isinstance(last, Up) else last.weight  # type: ignore[return-value]

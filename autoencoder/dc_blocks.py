@@ -19,6 +19,7 @@ class ChannelNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape and type; the mean square is taken in float32."""
         rms = (x.float().square().mean(1, keepdim=True) + EPS).rsqrt()
         return (x * rms).to(x.dtype) * self.weight[:, None, None] + self.bias[:, None, None]
 
@@ -41,6 +42,7 @@ class FixedBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))  # read and written, never used
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPS)
 
 
@@ -55,6 +57,7 @@ class ResBlock(nn.Module):
         self.activate = F.relu if batch_norm else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         y: Tensor = x + self.norm(self.conv2(self.activate(self.conv1(x))))
         return y
 
@@ -69,6 +72,7 @@ class Aggregation(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1, groups=width // HEAD, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3·C, H, W) -> the same shape."""
         y: Tensor = self.proj_out(self.proj_in(x))
         return y
 
@@ -90,6 +94,7 @@ class LinearAttention(nn.Module):
         self.norm_out = ChannelNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         tokens = x.movedim(1, -1)
         qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], -1).movedim(-1, 1)
         both = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], 1)
@@ -114,6 +119,7 @@ class GatedConv(nn.Module):
         self.norm = ChannelNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         a, b = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
         y: Tensor = x + self.norm(self.conv_point(a * F.silu(b)))
         return y
@@ -127,6 +133,7 @@ class AttentionBlock(nn.Module):
         self.attn, self.conv_out = LinearAttention(channels, scales), GatedConv(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         y: Tensor = self.conv_out(self.attn(x))
         return y
 
@@ -153,6 +160,7 @@ class Down(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs if strided else outputs // 4, 3, 2 if strided else 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W), sides even -> (B, outputs, H/2, W/2)."""
         y: Tensor = self.conv(x)
         y = y if self.strided else F.pixel_unshuffle(y, 2)
         return y + fold(F.pixel_unshuffle(x, 2), self.outputs) if self.shortcut else y
@@ -170,6 +178,7 @@ class Up(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs if repeated else 4 * outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W) -> (B, outputs, 2H, 2W)."""
         if self.repeated:
             y: Tensor = self.conv(F.interpolate(x, scale_factor=2))
             return y + F.pixel_shuffle(spread(x, 4 * self.outputs), 2) if self.shortcut else y

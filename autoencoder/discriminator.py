@@ -67,9 +67,11 @@ class PatchGAN(PatchShape):
 
     @property
     def smallest_image(self) -> int:
+        """Pixels a side that leave one patch."""
         return 3 << self.layers  # one patch is left
 
     def build(self, features: nn.Module | None = None) -> PatchDiscriminator:
+        """A freshly initialised discriminator, seeded by the caller; `features` are not used."""
         return PatchDiscriminator(self)
 
 
@@ -89,9 +91,11 @@ class MultiScale(PatchShape):
 
     @property
     def smallest_image(self) -> int:
+        """Pixels a side that leave one patch at the coarsest scale."""
         return 3 << self.layers + self.scales - 1
 
     def build(self, features: nn.Module | None = None) -> MultiScaleDiscriminator:
+        """A freshly initialised discriminator, seeded by the caller; `features` are not used."""
         return MultiScaleDiscriminator(self)
 
 
@@ -107,6 +111,7 @@ class FeatureGAN(Discriminator):
 
     @property
     def smallest_image(self) -> int:
+        """Pixels a side that the feature network needs."""
         return LEAST_SIDE
 
     def build(self, features: nn.Module | None = None) -> FeatureDiscriminator:

@@ -69,11 +69,13 @@ class KLAutoencoder(Autoencoder):
     def forward(
         self, images: Tensor, noise: Tensor | None, move: Callable[[Tensor], Tensor] = identity
     ) -> tuple[Tensor, Tensor]:
+        """(reconstruction, moments (B, 2·latent_channels, h, w)); z by `noise`, or the mode where it is None."""
         moments = self.encode(images)
         posterior = Posterior.split(moments)
         return self._decode(move(posterior.mode() if noise is None else posterior.sample(noise))), moments
 
     def encode(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) in [-1, 1] -> moments = mean ⊕ logvar (B, 2·latent_channels, h, w) float32."""
         self.check_images(images)
         return full_precision(self.quant_conv(self.encoder(images.to(self.last_layer.dtype))))
 
@@ -81,8 +83,10 @@ class KLAutoencoder(Autoencoder):
         return full_precision(self.decoder(self.post_quant_conv(z.to(self.last_layer.dtype))))
 
     def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
+        """KL(q ‖ N(0, 1)) of each image (B,) in nats."""
         return Posterior.split(moments).kl()
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight of the last convolution, where the balance takes its gradients."""
         return self.decoder.conv_out.weight

@@ -101,9 +101,11 @@ class Hinge(Adversarial):
     kind: Literal["hinge"] = "hinge"
 
     def generator(self, fake: Tensor) -> Tensor:
+        """Logits (B, ...) of fakes -> the decoder's loss (B,)."""
         return _per_image(-fake)
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits (B, ...) of both -> the discriminator's loss (B,)."""
         return 0.5 * (_per_image(F.relu(1 - real)) + _per_image(F.relu(1 + fake)))
 
 
@@ -116,9 +118,11 @@ class NonSaturating(Adversarial):
     kind: Literal["non-saturating"] = "non-saturating"
 
     def generator(self, fake: Tensor) -> Tensor:
+        """Logits (B, ...) of fakes -> the decoder's loss (B,)."""
         return _per_image(F.softplus(-fake))
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits (B, ...) of both -> the discriminator's loss (B,)."""
         return 0.5 * (_per_image(F.softplus(-real)) + _per_image(F.softplus(fake)))
 
 
@@ -129,9 +133,11 @@ class LeastSquares(Adversarial):
     kind: Literal["least-squares"] = "least-squares"
 
     def generator(self, fake: Tensor) -> Tensor:
+        """Logits (B, ...) of fakes -> the decoder's loss (B,)."""
         return _per_image((fake - 1).square())
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits (B, ...) of both -> the discriminator's loss (B,)."""
         return 0.5 * (_per_image((real - 1).square()) + _per_image(fake.square()))
 
 

@@ -17,6 +17,7 @@ class ScaledTrunk(nn.Module):
         self.scaling, self.network = scaling, network
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
+        """images (B, 3, H, W) in [-1, 1] -> one map (B, C, h, w) per level."""
         maps: Sequence[Tensor] = self.network(self.scaling(images))
         return maps
 

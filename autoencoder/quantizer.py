@@ -108,6 +108,7 @@ class Quantizer(Codebook):
         return F.embedding(indices, self.codebook()).movedim(-1, 1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) -> its codes, of the same shape; the gradient passes straight through to z."""
         z = self.prepare(z)
         return z + (self.lookup(self.indices(z)) - z).detach()
 

@@ -51,9 +51,11 @@ class Free(LatentRegulariser):
     kind: Literal["free"] = "free"
 
     def move(self, uniform: Tensor, cells: tuple[int, int], smallest: int) -> Move | None:
+        """None: nothing is moved."""
         return None
 
     def term(self, z: Tensor, images: Tensor) -> Tensor | None:
+        """None: there is no loss."""
         return None
 
 
@@ -77,6 +79,7 @@ class Equivariance(LatentRegulariser):
             )
 
     def move(self, uniform: Tensor, cells: tuple[int, int], smallest: int) -> Move | None:
+        """τ of this step, or None with 1 − `probability`."""
         chance, size, turn = uniform.tolist()
         if chance >= self.probability:
             return None
@@ -86,6 +89,7 @@ class Equivariance(LatentRegulariser):
         return Move(height, width, int(4 * turn) if self.rotate else 0)
 
     def term(self, z: Tensor, images: Tensor) -> Tensor | None:
+        """None: the reconstruction of what was moved is the loss."""
         return None
 
 
@@ -106,9 +110,11 @@ class Spectral(LatentRegulariser):
             raise ValueError(f"the spectral regulariser's weight must be at least 0, got {self.weight}.")
 
     def move(self, uniform: Tensor, cells: tuple[int, int], smallest: int) -> Move | None:
+        """None: nothing is moved."""
         return None
 
     def term(self, z: Tensor, images: Tensor) -> Tensor | None:
+        """The weighted distance of both log spectra (B,)."""
         small = F.interpolate(images, tuple(z.shape[2:]), mode="area")
         distance: Tensor = (log_spectrum(z) - log_spectrum(small)).square().mean(1)
         return self.weight * distance

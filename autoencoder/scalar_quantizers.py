@@ -39,6 +39,7 @@ class FiniteScalar(Codebook):
         return self.levels // 2
 
     def prepare(self, z: Tensor) -> Tensor:
+        """Any z (B, C, h, w) -> inside the grid's reach, scaled so that a step is 1/⌊L/2⌋."""
         reach = (self.levels - 1) * (1 - MARGIN) / 2
         offset = (1 - self.levels % 2) / 2
         return ((z + (offset / reach).atanh()).tanh() * reach - offset) / self.middle
@@ -53,9 +54,11 @@ class FiniteScalar(Codebook):
             return ((self.integers(z) + self.middle).long() * self.basis).sum(1)
 
     def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) int64 -> codes (B, C, h, w)."""
         return (indices.unsqueeze(1) // self.basis % self.levels - self.middle) / self.middle
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) -> the nearest codes; the gradient passes straight through."""
         return z + (self.integers(z) / self.middle - z).detach()
 
     def terms(self, z: Tensor, reduce: Reduce = identity) -> Tensor:
@@ -77,6 +80,7 @@ class LookupFree(Codebook):
         self.register_buffer("weights", (1 << torch.arange(bits)).view(-1, 1, 1), persistent=False)
 
     def prepare(self, z: Tensor) -> Tensor:
+        """z as it is: a sign needs no bounds."""
         return z
 
     def indices(self, z: Tensor) -> Tensor:
@@ -85,9 +89,11 @@ class LookupFree(Codebook):
             return ((z > 0) * self.weights).sum(1)
 
     def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) int64 -> codes ±1 (B, C, h, w)."""
         return (indices.unsqueeze(1) // self.weights % 2 * 2 - 1).float()
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) -> its signs ±1; the gradient passes straight through."""
         return z + (torch.where(z > 0, 1.0, -1.0) - z).detach()
 
     def terms(self, z: Tensor, reduce: Reduce = identity) -> Tensor:

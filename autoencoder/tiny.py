@@ -66,6 +66,7 @@ class TinyBlock(nn.Module):
         self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
         y: Tensor = (self.conv(x) + x).relu()
         return y
 
@@ -83,6 +84,7 @@ class TinyEncoder(nn.Module):
         self.layers = nn.Sequential(*parts, nn.Conv2d(width, config.latent_channels, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (B, image_channels, H, W) in [-1, 1] -> z (B, latent_channels, H/f, W/f)."""
         z: Tensor = self.layers((images + 1) / 2)
         return z
 
@@ -100,6 +102,7 @@ class TinyDecoder(nn.Module):
         self.layers = nn.Sequential(*parts, nn.Conv2d(width, config.image_channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, latent_channels, h, w), bounded to ±REACH by tanh -> images (B, image_channels, f·h, f·w)."""
         images: Tensor = self.layers((z / REACH).tanh() * REACH)
         return images * 2 - 1
 
@@ -121,6 +124,7 @@ class TinyAutoencoder(Unregularised):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight of the last convolution."""
         weight: Tensor = self.decoder.layers[-1].weight  # type: ignore[assignment]
         return weight
 

@@ -89,9 +89,11 @@ class VQ(Quantised):
 
     @property
     def code_length(self) -> int:
+        """Channels of a code."""
         return self.latent_channels
 
     def codebook(self) -> Codebook:
+        """A freshly initialised codebook of learned codes."""
         return Quantizer(
             self.codes,
             self.latent_channels,
@@ -120,9 +122,11 @@ class FSQ(Quantised):
 
     @property
     def code_length(self) -> int:
+        """Channels of a code: one a level."""
         return len(self.levels)
 
     def codebook(self) -> Codebook:
+        """The grid of these levels; nothing in it learns."""
         return FiniteScalar(self.levels)
 
 
@@ -149,9 +153,11 @@ class LFQ(Quantised):
 
     @property
     def code_length(self) -> int:
+        """Channels of a code: its bits."""
         return self.latent_channels
 
     def codebook(self) -> Codebook:
+        """The signs of as many channels; nothing in it learns."""
         return LookupFree(self.latent_channels, beta=self.beta, entropy=self.entropy, temperature=self.temperature)
 
 
@@ -178,6 +184,7 @@ class VQAutoencoder(WithoutPosterior):
         self.norm = LatentNorm(config.code_length, gaussian=False, shared=True)
 
     def encode(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) in [-1, 1] -> z before quantisation (B, code_length, h, w) float32."""
         self.check_images(images)
         z = full_precision(self.quant_conv(self.encoder(images.to(self.last_layer.dtype))))
         return self.quantize.prepare(z)
@@ -186,8 +193,10 @@ class VQAutoencoder(WithoutPosterior):
         return full_precision(self.decoder(self.post_quant_conv(self.quantize(z).to(self.last_layer.dtype))))
 
     def regularisation(self, moments: Tensor, reduce: Reduce = identity) -> Tensor:
+        """The codebook's terms of each image (B,)."""
         return self.quantize.terms(moments, reduce)
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight of the last convolution, where the balance takes its gradients."""
         return self.decoder.conv_out.weight

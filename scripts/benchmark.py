@@ -9,6 +9,7 @@ VERBS = {"autoencoder": autoencoder, "durability": durability, "reading": readin
 
 
 def main() -> None:
+    """Run the benchmark that the verb names."""
     parser = Parser(__doc__ or "")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in VERBS.items():

@@ -14,6 +14,7 @@ from training.settings.flags import Parser, check_least, run_main
 
 
 def main() -> None:
+    """Read the flags and print the tables."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--samplers", metavar="NAME,...", default="all", help="which samplers, by name")

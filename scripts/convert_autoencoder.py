@@ -9,6 +9,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags, then import or export."""
     parser = Parser(
         __doc__ or "",
         epilog="import reads diffusers' AutoencoderKL, VQModel, AutoencoderTiny and AutoencoderDC (a folder, a\n"

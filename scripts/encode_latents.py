@@ -8,6 +8,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags and encode."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--autoencoder", metavar="RUN", required=True, help="a finished autoencoder run, or its final/ folder")

@@ -12,6 +12,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags and measure."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--model", metavar="RUN", required=True, help="a run of either stage, its final/ or a checkpoint")

@@ -13,6 +13,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags and draw."""
     parser = Parser(__doc__ or "", epilog=listing(SAMPLING))
     add_flags(parser)
     args = parser.read_with_keys()

@@ -13,6 +13,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags and write the page."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("model", metavar="RUN", help="a stage-one run, its final/ or a checkpoint")

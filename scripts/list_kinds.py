@@ -8,6 +8,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Print the table, or renew it in a file."""
     parser = Parser(__doc__ or "")
     parser.add_argument("--readme", metavar="FILE", type=Path, help="write the table into this file instead")
     parser.machine(device="")

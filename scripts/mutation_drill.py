@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
+    """Read the flags and make each mutation."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--list", metavar="FILE", default=str(ROOT / "tests" / "mutations.toml"), help="the mutations")

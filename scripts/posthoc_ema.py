@@ -11,6 +11,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags and write the model."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--model", metavar="RUN", required=True, help="a finished denoiser's run")

@@ -9,6 +9,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags, then train and kill."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--stage", choices=("autoencoder", "denoiser"), default="autoencoder", help="what to train")

@@ -12,6 +12,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Print the summary of a recipe's runs."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("what", choices=("quickstart", "autoencoders"), help="which recipe's runs")

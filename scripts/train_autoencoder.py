@@ -8,6 +8,7 @@ from training.settings.flags import TrainParser, run_main
 
 
 def main() -> None:
+    """Read the flags and train."""
     parser = TrainParser(__doc__ or "", "autoencoder", "smoke")
     parser.data.add_argument("--data", metavar="DIR", help="packed images (scripts/make_shards.py pack)")
     parser.data.add_argument("--lpips-weights", metavar="FILE", help="torchvision weights of the LPIPS backbone")

@@ -8,6 +8,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags and train."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     parser.add_data("packed pictures whose captions are classes: folder or address", required=True)

@@ -9,6 +9,7 @@ from training.settings.flags import TrainParser, run_main
 
 
 def main() -> None:
+    """Read the flags and train."""
     parser = TrainParser(__doc__ or "", "denoiser", "smoke")
     parser.epilog = f"{parser.epilog}\n\n{listing(TRAINING, SAMPLING)}"
     parser.data.add_argument("--latents", metavar="DIR", help="encoded latents (scripts/encode_latents.py)")

@@ -12,6 +12,7 @@ from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
+    """Read the flags and compare both trainings."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--config", metavar="NAME|FILE", default="smoke", help="the config to train")

@@ -114,9 +114,10 @@ def disk_error(path: Path, failure: Exception) -> UserError:
     number = int(wrapped[1]) if wrapped else getattr(failure, "errno", None)
     reason = f"cannot write {path}: {os.strerror(number) if number else failure}"
     if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(reason, hint="choose another --output, or look at the folder's rights", code=DISK)
+        return UserError(reason, hint="choose another --output, or check the folder's permissions", code=DISK)
     free = shutil.disk_usage(_standing(path)).free
-    return UserError(f"{reason} ({gigabytes(free)} free)", hint="free disk space, or another --output", code=DISK)
+    reason = f"{reason} ({gigabytes(free)} free)"
+    return UserError(reason, hint="free disk space, or choose another --output", code=DISK)
 
 
 def gigabytes(count: int) -> str:

@@ -122,7 +122,7 @@ def test_a_lost_connection_is_tried_again(packed: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(MemoryFileSystem, "_open", unsteady)
     assert shards.read(3) == here.read(3) and fails == -1
     fails = 10**6
-    with pytest.raises(Unreachable, match=r"train-000003.tar cannot be had in 5 attempts.*reset by peer") as caught:
+    with pytest.raises(Unreachable, match=r"train-000003.tar could not be read in 5 attempts.*reset by peer") as caught:
         shards.read(15)
     assert "hidden" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.partial"))

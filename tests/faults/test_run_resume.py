@@ -168,7 +168,7 @@ def test_verify_resume_finds_what_is_not_exact(
 def test_a_kill_at_a_random_moment(stage: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert tiny.call("soak", "--kills", 1, "--steps", "8", "--stage", stage, "--folder", tmp_path) == 0
     last = capfd.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(rf"{stage}: 1 kills, \d+ trainings ended with the bytes of the calm one", last)
+    assert re.fullmatch(rf"{stage}: 1 kills, \d+ trainings ended with the bytes of the uninterrupted one", last)
 
 
 def test_killed_while_a_small_file_is_written(latents: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_what_was_needed_is_estimated() -> None:
     """The peak so far and what could not be had: more than the latter alone."""
     text = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate {}."
     small, large = (memory_needed(text.format(size)) for size in ("512 bytes", "4398046511104 bytes. Error code 12"))
-    first = re.compile(r" \(at least ([\d,.]+) GB needed, ([\d.]+) GB there\)")
+    first = re.compile(r" \(at least ([\d,.]+) GB needed, ([\d.]+) GB available\)")
     held, there = (float(number) for number in (first.match(small) or pytest.fail(small)).groups())
     assert 0 < held < there
     more = float((first.match(large) or pytest.fail(large))[1])

@@ -158,7 +158,7 @@ def test_a_package_at_fault_is_named_in_one_sentence(name: str, installed: Insta
     entry, source, expected = FAULTS[name]
     installed.add("one-fault", source, sampler=entry)
     problem = tiny.refused("train_denoiser", "--print-config")
-    assert problem.code == 2 and problem.hint == "mend or remove it: pip uninstall one-fault"
+    assert problem.code == 2 and problem.hint == "update or remove it: pip uninstall one-fault"
     assert problem.what.startswith(f'package one-fault, which adds sampler.kind "{entry.partition(":")[0]}": ')
     assert expected in problem.what
 

@@ -1,4 +1,4 @@
-"""Seconds of a call; of a sampler, where the host would wait for a GPU, and how much it holds on to."""
+"""Meters: seconds of a call; of a sampler, where the host waits for a GPU, and how many tensors it keeps alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed pictures by slot."""
+"""Packed pictures, read by slot of the data order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoded latents, their captions and whatever else a condition may hold, by slot."""
+"""Encoded latents, their captions and further fields of conditions, read by slot of the data order."""
 
 from __future__ import annotations
 

@@ -116,6 +116,7 @@ def or_error(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError
 
 
 def ids(slots: list[Slot]) -> Tensor:
+    """The slots' numbers (B,) int64, by which every draw of a training is keyed."""
     return torch.tensor([s.slot for s in slots], dtype=torch.int64)
 
 
@@ -127,4 +128,5 @@ def uniform(slots: list[Slot], seed: int, purpose: str) -> Tensor:
 
 
 def coin(slots: list[Slot], seed: int, purpose: str) -> Tensor:
+    """One truth of even odds per slot (B,) bool, a function of (seed, epoch, sample, purpose)."""
     return uniform(slots, seed, purpose) < 0.5

@@ -42,7 +42,7 @@ def recall(args: argparse.Namespace) -> Original:
     Raises UserError where the picture does not say, and where a flag says otherwise.
     """
     if flags := [name for name in TAKEN if getattr(args, name)] + (["num_images"] if args.num_images != 1 else []):
-        raise UserError(f"--like takes everything from its picture, so --{flags[0].replace('_', '-')} has no place")
+        raise UserError(f"--like takes everything from its picture: leave out --{flags[0].replace('_', '-')}")
     path = Path(args.like)
     try:
         facts = grids.facts(path)

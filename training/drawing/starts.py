@@ -77,6 +77,7 @@ class OwnNoise(Start):
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> OwnNoise:
+        """The start of every drawing that no other kind claims."""
         return cls()
 
     @classmethod
@@ -84,13 +85,16 @@ class OwnNoise(Start):
         """The seed is recalled for every drawing."""
 
     def latents(self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling) -> None:
+        """None: the pipeline draws each seed's noise itself."""
         return None
 
     def facts(self) -> None:
+        """None: the seed in the picture says it all."""
         return None
 
     @classmethod
     def sound(cls, facts: Any) -> bool:
+        """Whether there are none."""
         return facts is None
 
     @classmethod
@@ -109,20 +113,24 @@ class Inversion(Start):
 
     @classmethod
     def add_flags(cls, group: Any) -> None:
+        """Add `--invert` and `--invert-prompt`."""
         group.add_argument("--invert", metavar="IMAGE", help="begin from the noise that DDIM inversion finds for it")
         group.add_argument("--invert-prompt", metavar="TEXT", default="", help="what --invert's picture shows")
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> Inversion | None:
+        """The picture of `--invert`, where it is given."""
         return cls(Path(args.invert), args.invert_prompt) if args.invert else None
 
     @classmethod
     def recall(cls, args: argparse.Namespace, path: Path, facts: Any) -> None:
+        """Take over the prompt. Raises UserError (exit 3) without `--invert`: the picture itself is not stored."""
         args.invert_prompt = facts["prompt"]
         if not args.invert:
             raise UserError(f"{path} was begun from another picture", hint="give that with --invert", code=DATA)
 
     def latents(self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling) -> Tensor:
+        """The noise (1, C, h, w) that inversion finds. UserError for pictures or settings that do not serve."""
         import numpy as np
         import torch
         from PIL import Image, ImageOps
@@ -142,16 +150,19 @@ class Inversion(Start):
             raise UserError(str(failure), hint="see --help for sizes, samplers and grids") from None
 
     def facts(self) -> dict[str, str]:
+        """The prompt of the inversion and the sha256 of its picture."""
         from training.files import file_sha256
 
         return {"prompt": self.prompt, "sha256": file_sha256(self.picture)}
 
     @classmethod
     def sound(cls, facts: Any) -> bool:
+        """Whether both are there as texts."""
         return isinstance(facts, dict) and all(isinstance(facts.get(name), str) for name in ("prompt", "sha256"))
 
     @classmethod
     def compare(cls, path: Path, then: Any, now: Any) -> None:
+        """Raises UserError (exit 4) where the picture inverted is another one; its hash tells."""
         if (then or {}).get("sha256") != (now or {}).get("sha256"):
             raise UserError(f"{path} was begun from another picture than --invert's", code=CHECKPOINT)
 

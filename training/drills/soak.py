@@ -45,7 +45,8 @@ def soak(args: argparse.Namespace, scripts: Path) -> int:
             what = f"after {kills} kills {', '.join(unlike)} of {output} differ"
             raise UserError(what, hint=f"repeat with --seed {args.seed}", code=CHECKPOINT)
         twice_or_never(output, args.steps)
-        print(f"{args.stage}: {kills} kills, {rounds} trainings ended with the bytes of the calm one", flush=True)
+        outcome = f"{rounds} trainings ended with the bytes of the uninterrupted one"
+        print(f"{args.stage}: {kills} kills, {outcome}", flush=True)
         shutil.rmtree(output)
     if not args.folder:
         shutil.rmtree(home)
@@ -75,7 +76,7 @@ def twice_or_never(output: Path, steps: int) -> None:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
     told = [row["step"] for row in rows if "loss" in row]
     if told != list(range(1, steps + 1)):
-        raise UserError(f"{output}/metrics.jsonl tells the steps {told}", code=CHECKPOINT)
+        raise UserError(f"{output}/metrics.jsonl holds the steps {told}", code=CHECKPOINT)
 
 
 def prepare(stage: str, home: Path, scripts: Path) -> list[str]:

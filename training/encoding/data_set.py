@@ -1,4 +1,4 @@
-"""Images to latents: un-normalised moments, captions copied, text embeddings if asked; one shard in, one out."""
+"""Images encoded to latents, shard by shard: un-normalised moments, captions, text embeddings where asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way back to the best checkpoint, where the adversarial gradient wrecks what was good.
+"""Rollback: a run returns to its best checkpoint where the adversarial gradient has made it much worse.
 
 A held-out score s (lower is better) measured after steps with that gradient tells of a wreck where s > s_best + margin,
 s_best being the best of the checkpoints. The loop then takes back the best weights and goes on at the step where it is.
@@ -55,9 +55,9 @@ class Rollback:
         reason = f"held-out {score} at step {step} is more than {self.margin:g} below that of {checkpoint.name}"
         if not self.may_return:
             raise UserError(
-                f"{reason}, and no return is left of {self.limit}",
+                f"{reason}, and all {self.limit} allowed returns are used",
                 hint="lower loss.adversarial or discriminator_lr, or lengthen loss.adversarial_ramp; "
-                f"what was good is kept in {checkpoint}",
+                f"the best checkpoint is {checkpoint}",
                 code=NUMERICAL,
             )
         return reason

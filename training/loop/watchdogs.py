@@ -1,4 +1,4 @@
-"""Watchdogs: nothing that is not finite reaches the weights, and all processes hold the same ones."""
+"""Checks of every step: losses and gradients are finite, spikes are skipped, all processes hold the same weights."""
 
 from __future__ import annotations
 

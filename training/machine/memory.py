@@ -34,7 +34,7 @@ def memory_needed(text: str) -> str:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f" (at least {gigabytes(int(peak + allocation))} needed, {gigabytes(total)} there)"
+    return f" (at least {gigabytes(int(peak + allocation))} needed, {gigabytes(total)} available)"
 
 
 def keep_memory() -> None:

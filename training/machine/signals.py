@@ -1,4 +1,4 @@
-"""Signals as wishes: noted when they come, granted at the next step boundary."""
+"""SIGTERM, SIGINT and SIGUSR1 of a training: noted when they come, acted on at the end of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact answers as judges: every sampler on every process, prediction and grid; or all samplers on a trained run.
+"""Samplers checked against exact answers, on every process, prediction and grid; or all samplers on a trained run.
 
 On data N(m, s^2) a sampler is an affine map of its start and its noise, so impulses give mean and variance of its
 result exactly, and the distance from where the ODE ends; a mixture of two Gaussians in the plane shows the same where
@@ -57,7 +57,7 @@ def check(args: Any) -> None:
         Path(args.output).write_text("\n".join([*lines[:4], f"{took}\n", *lines[4:]]) + "\n")
     if strays := [line.split("|")[1].strip() for line in lines if line.endswith("| no |")]:
         raise UserError(f"{', '.join(strays)}: further away than allowed after {args.steps} steps",
-                        hint="ask for more --steps; a sampler that stays away is wrong for this model", code=5)
+                        hint="ask for more --steps; a sampler that still differs does not suit this model", code=5)
 
 
 def command() -> tuple[str, ...]:

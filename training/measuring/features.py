@@ -67,6 +67,7 @@ class RandomFeatures(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 pictures (B, 3, H, W) -> mean and deviation of each map of each layer (B, 960) float32."""
         x, found = to_unit(pixels), []
         for layer in self.layers:
             x = F.relu(layer(x))

@@ -132,6 +132,7 @@ class Study:
             )
 
     def note(self, name: str, values: Tensor) -> None:
+        """Keep one number per picture (B,) under a row's name."""
         self.rows.setdefault(name, []).append(values.double().cpu())
 
     def numbers(self) -> dict[str, Any]:

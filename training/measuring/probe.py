@@ -150,12 +150,15 @@ class ProbeStage(Stage):
         self.losses: dict[str, float] = {}  # of the last look, by time
 
     def connect(self) -> None:
+        """Every training call goes through the process wrapper."""
         self.forward = self.wrapped["probe"]
 
     def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """None: its settings never ask for it."""
         return ()
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """One micro-batch of latents: the flow-matching loss, its noise keyed by the draw."""
         device = self.accelerator.device
         noise = Noise(batch.slots.to(device)).fold("probe", SEED)
         x0 = latents(self.model, batch.data, noise)
@@ -167,12 +170,14 @@ class ProbeStage(Stage):
         """Nothing here couples a batch."""
 
     def state(self) -> dict[str, Any]:
+        """Nothing beyond the weights."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """There is none beyond the weights."""
 
     def evaluate(self, folder: Path) -> dict[str, float]:
+        """The mean held-out loss; the losses by time stay in `losses`. Draws no pictures."""
         self.losses = held_out_loss(self.network, self.model, self.held_out)
         return {"loss": sum(self.losses.values()) / len(self.losses)}
 

@@ -36,6 +36,7 @@ class Reverse(Sampler):
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory,
              noise: Noise) -> tuple[Tensor, Memory]:
+        """From t to s < t; without memory."""
         ends, (alpha, sigma), (alpha_t, sigma_t) = denoise(x, t), denoise.schedule(s), denoise.schedule(t)
         share = (alpha_t * sigma / (alpha * sigma_t)).item()
         fresh = noise.normal(x.shape[1:], dtype=x.dtype)
@@ -54,6 +55,7 @@ class Row(NamedTuple):
 
     @property
     def agrees(self) -> bool:
+        """Whether the sampler is as near as it must be."""
         return self.apart <= self.allowed
 
 

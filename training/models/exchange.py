@@ -116,7 +116,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as failure:  # offline, missing, gated: the hub has a class of its own for each
         raise UserError(
-            f"{name} could not be had from the Hugging Face hub ({type(failure).__name__})",
+            f"{name} could not be downloaded from the Hugging Face hub ({type(failure).__name__})",
             hint=f"download its {WEIGHTS} and config.json elsewhere, and give their folder",
             code=CHECKPOINT,
         ) from None
@@ -147,7 +147,8 @@ def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor], sourc
         model, tensors = reader({"scaling_factor": usual} | settings, tensors)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as failure:
         reason = f"{source}: not the settings of {name} ({type(failure).__name__}: {failure})"
-        raise UserError(reason, hint="is the config.json its own, and whole?", code=CHECKPOINT) from None
+        hint = "check that config.json is complete and belongs to these weights"
+        raise UserError(reason, hint=hint, code=CHECKPOINT) from None
     return Imported(model, tensors, None if "scaling_factor" in settings else usual)
 
 

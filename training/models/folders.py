@@ -106,7 +106,7 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
         reason = str(failure).splitlines()[1].strip() if "\n" in str(failure) else str(failure)
         raise UserError(
             f"{source} does not fit its config: {reason[:300]}",
-            hint="is the config.json beside it its own?",
+            hint="check that the config.json beside it belongs to it",
             code=CHECKPOINT,
         ) from None
 

@@ -52,6 +52,7 @@ class Classifier(nn.Module):
         return found
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), uint8 or in [-1, 1] -> logits (B, classes)."""
         logits: Tensor = self.head(F.dropout(self.features(pixels), 0.3, self.training))
         return logits
 

@@ -86,7 +86,7 @@ def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> 
     shapes = {key: getattr(weights.get(key.partition(".")[2]), "shape", None) for key in slots}
     if odd := [key for key in slots if shapes[key] != slots[key]]:
         raise UserError(
-            f"{source}: lacks features.{odd[0].partition('.')[2]} of shape {tuple(slots[odd[0]])}: another network's?",
+            f"{source}: lacks features.{odd[0].partition('.')[2]} of shape {tuple(slots[odd[0]])}: another network?",
             hint="name torchvision's weights of that network",
             code=DATA,
         )

@@ -20,7 +20,7 @@ def vision_of_flags(args: argparse.Namespace, config: AutoencoderConfig) -> Visi
         what = f"loss.align {config.loss.align:g} needs a vision model"
         raise UserError(what, hint="name its folder, say of DINOv2: --align-with DIR; or set loss.align 0")
     if args.align_with and not config.loss.align:
-        raise UserError("--align-with: loss.align is 0, so that it would do nothing", hint="set --loss.align 0.5, say")
+        raise UserError("--align-with has no effect while loss.align is 0", hint="set --loss.align, for example to 0.5")
     return load_vision(args.align_with) if args.align_with else None
 
 
@@ -44,7 +44,7 @@ def load_vision(name: str) -> VisionFeatures:
             raise ValueError(f"its weights lack {missing[0]}")
         network = getattr(model, "vision_model", model)
         if network.main_input_name != "pixel_values":
-            raise ValueError(f"a {model.config.model_type} model is no vision model")
+            raise ValueError(f"a {model.config.model_type} model is not a vision model")
         processor = AutoImageProcessor.from_pretrained(name)
         return VisionFeatures(network, side(processor), processor.image_mean, processor.image_std)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as failure:

@@ -68,5 +68,5 @@ def _counted(dataset: Latents) -> dict[str, Any]:
     found = read_json(path, code=DATA)
     lists = [found.get("words"), found.get("captions") or []] if isinstance(found, dict) else [None]
     if not all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in lists):
-        raise UserError(f"{path}: is no count of captions", hint="delete it: they are then read one by one", code=DATA)
+        raise UserError(f"{path}: not a count of captions", hint="delete it: they are then read one by one", code=DATA)
     return dict(found) if found.get("index_sha256") == file_sha256(shards.directory / INDEX) else {}

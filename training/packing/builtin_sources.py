@@ -83,12 +83,14 @@ class FashionMnist(Source):
             raise UserError(f"{path}: damaged ({error})", hint="fetch it again", code=DATA) from None
 
     def state(self) -> str:
+        """A hash of the labels."""
         digest = hashlib.sha256()
         for stem in self.FILES.values():
             digest.update(self._idx(f"{stem}-labels-idx1-ubyte").tobytes())
         return digest.hexdigest()
 
     def samples(self) -> Iterator[Sample | Remark]:
+        """Pictures padded from 28 to 32 pixels, in file order. UserError where images and labels do not match."""
         for split, stem in self.FILES.items():
             pictures, labels = self._idx(f"{stem}-images-idx3-ubyte"), self._idx(f"{stem}-labels-idx1-ubyte")
             if len(pictures) != len(labels) or labels.max(initial=0) >= len(self.CLASSES):
@@ -130,10 +132,12 @@ class Emoji(Source):
         return self.root / "img" / "google" / "64" / image
 
     def state(self) -> str:
+        """A hash of names, captions and sizes of the files."""
         sizes = [self._picture(image).stat().st_size for image in self.captions]
         return hashlib.sha256(repr((self.captions, sizes)).encode()).hexdigest()
 
     def samples(self) -> Iterator[Sample | Remark]:
+        """One sample per picture, in order of file names; a remark for each that cannot be read."""
         for image, captions in self.captions.items():
             key, picture = safe_key(image.removesuffix(".png")), self._picture(image)
             try:
@@ -156,9 +160,11 @@ class Shapes(Source):
         self.name, self.seed, self.resolution, self.total = "shapes", seed, resolution, samples + val_samples
 
     def state(self) -> str:
+        """Counts, seed and resolution, of which the pictures are a function."""
         return repr((self.counts, self.seed, self.resolution))
 
     def samples(self) -> Iterator[Sample | Remark]:
+        """Scenes of even seeds for training, then of odd ones for validation: none is in both."""
         for split, count in self.counts.items():
             for number in range(count):
                 seed = 2 * (self.seed * 100_000_000 + number) + (split == "val")  # even: training, odd: validation

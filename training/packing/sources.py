@@ -113,6 +113,7 @@ class Folder(Source):
         return sorted(files, key=lambda path: path.relative_to(self.root).as_posix())
 
     def state(self) -> str:
+        """A hash of names, sizes and times of all files."""
         digest = hashlib.sha256()
         for path in self._files:
             stat = path.lstat()
@@ -124,6 +125,7 @@ class Folder(Source):
         return digest.hexdigest()
 
     def samples(self) -> Iterator[Sample | Remark]:
+        """A sample per picture, in order of paths; then remarks for the files that belong to none."""
         present = {path: path.relative_to(self.root).as_posix() for path in self._files}
         records, remarks = self._metadata(present)
         yield from remarks
@@ -218,10 +220,12 @@ class Tars(Source):
         self.paths, self.name = paths, f"{len(paths)} tars" if len(paths) > 1 else str(paths[0])
 
     def state(self) -> str:
+        """A hash of names, sizes and times of the tars."""
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def samples(self) -> Iterator[Sample | Remark]:
+        """The samples of each tar in its order; remarks for tars, members and samples that cannot be used."""
         home: dict[str, str] = {}
         for path in self.paths:
             left_out: list[str] = []

@@ -140,7 +140,7 @@ def background_colour(name: str) -> tuple[int, int, int]:
         red, green, blue = ImageColor.getrgb(name)[:3]
     except ValueError:
         raise UserError(
-            f"--background: {name!r} is no colour", hint="a name such as white, or #rrggbb", code=USAGE
+            f"--background: {name!r} is not a colour", hint="a name such as white, or #rrggbb", code=USAGE
         ) from None
     return red, green, blue
 

@@ -1,4 +1,4 @@
-"""The familiar strip of pictures: what a sampler passes through on its way from noise, and what it expects to find."""
+"""A strip of pictures of one sampling: x_t at several times, and the estimate of x0 at each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells: one progress line, metrics.jsonl (step-determined values), timing.jsonl, TensorBoard."""
+"""The log of a run: one progress line, metrics.jsonl (step-determined values), timing.jsonl, TensorBoard."""
 
 from __future__ import annotations
 

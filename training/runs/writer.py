@@ -1,4 +1,4 @@
-"""Saving while training goes on: a checkpoint is copied at once, and written by a thread of its own."""
+"""Checkpoints written by a thread while training goes on, from a copy made at once."""
 
 from __future__ import annotations
 

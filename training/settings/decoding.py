@@ -96,7 +96,7 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
     text, where = _read(stage, source)
     own = _parse(text, where)
     if not as_of and stage == "denoiser" and "format" not in own:
-        print(f"note: {where} names no [format] version, so it means what version 1 did", file=sys.stderr)
+        print(f"note: {where} has no [format] version and is read as version 1", file=sys.stderr)
     values = overlay(upgrade(own, sections(stage), as_of or version(own)), overrides or {})
     lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
@@ -248,7 +248,7 @@ def _parse(text: str, where: str) -> Values:
         if found:
             key = text.splitlines()[int(found[2]) - 1].partition("=")[0].strip()
             raise UserError(f"{where}:{found[2]}: '{key}' is given twice", hint="keep one of them") from None
-        raise UserError(f"{where}: {failure}", hint="mend the file at the place named") from None
+        raise UserError(f"{where}: {failure}", hint="correct the file at that place") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{where}: expected sections of keys, got a list",

@@ -57,6 +57,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
+        """Raises UserError (exit 2), where argparse would end the program itself."""
         raise UserError(message, hint=f"{self.prog} --help lists the flags", code=USAGE)
 
     def machine(self, group: Any = None, device: str = "auto") -> None:

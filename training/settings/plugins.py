@@ -72,4 +72,4 @@ def _package(entry: EntryPoint) -> str:
 def _wrong(section: str, entry: EntryPoint, why: str) -> UserError:
     package = _package(entry)
     what = f'package {package}, which adds {section}.kind "{entry.name}": {why}'
-    return UserError(what, hint=f"mend or remove it: pip uninstall {package}")
+    return UserError(what, hint=f"update or remove it: pip uninstall {package}")

@@ -143,7 +143,7 @@ def held_out_shards(folder: str | Path | Remote) -> ShardSet:
     name = next((s for s in ("val", "test") if s in splits), "train")
     if name == "train":
         print(
-            "warning: the data has no val split; validation looks at training images (pack with --val-fraction)",
+            "warning: the data has no val split; validation uses training images (pack with --val-fraction)",
             file=sys.stderr,
         )
     return ShardSet(folder, name)

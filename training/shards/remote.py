@@ -196,12 +196,12 @@ def retry(address: str, name: str, attempt: Callable[[], Result]) -> Result:
             raise
         except (FileNotFoundError, PermissionError) as failure:
             why = "is not there" if isinstance(failure, FileNotFoundError) else "may not be read"
-            raise Unreachable(f"{file} {why}", hint="look at the address and your rights") from None
+            raise Unreachable(f"{file} {why}", hint="check the address and your permissions") from None
         except Exception as failure:  # each filesystem has kinds of its own
             reason = f"{type(failure).__name__}: {without_secrets(str(failure), address)}"[:300]
         time.sleep(wait)
-    what = f"{file} cannot be had in {ATTEMPTS} attempts ({reason})"
-    raise Unreachable(what, hint="look at the connection and the file; --resume auto goes on where a run was")
+    what = f"{file} could not be read in {ATTEMPTS} attempts ({reason})"
+    raise Unreachable(what, hint="check the connection and the file; --resume auto continues a run")
 
 
 def read_bytes(address: str, name: str) -> bytes:

@@ -249,6 +249,7 @@ class AutoencoderStage(Stage):
             self.seen.clear()
 
     def state(self) -> dict[str, Any]:
+        """The balances, LeCAM's anchors, the plateau and the returns: all that steps carry over beside weights."""
         plateau = {**vars(self.plateau), "total": float(self.plateau.total), "start": self.start}
         anchors = None if self.adversary.anchors is None else self.adversary.anchors.tolist()
         counted = self.rollback and self.rollback.count
@@ -257,6 +258,7 @@ class AutoencoderStage(Stage):
         return {"balance": float(self.balance), "anchors": anchors, "plateau": plateau, **returns, **alignment}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`; checkpoints of earlier versions lack some of it."""
         self.balance = torch.tensor(float(state["balance"]), device=self.accelerator.device)
         self.align_balance = self.balance.new_tensor(float(state.get("align_balance", 0.0)))
         anchors = state.get("anchors")  # absent from checkpoints of earlier versions

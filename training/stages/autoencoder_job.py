@@ -38,6 +38,7 @@ class AutoencoderJob(Job):
     config: AutoencoderConfig
 
     def open_data(self) -> None:
+        """Pictures, and the teacher or vision model that flags name."""
         args, train = self.args, self.config.train
         args.data = open_address(args.data, args.cache_dir, args.cache_size, train.window_shards)
         shards = ShardSet(args.data, "train")
@@ -48,9 +49,11 @@ class AutoencoderJob(Job):
         check_images(self.config, self.dataset)
 
     def settle(self) -> None:
+        """Warn of losses that would never begin."""
         check_starts(self.config)
 
     def build(self, accelerator: Accelerator, final: Path | None) -> AutoencoderStage | DistillationStage:
+        """Model, discriminator and LPIPS in a stage; with a teacher, the stage that distils it."""
         config, loss, perceptual = self.config, self.config.loss, None
         if loss.perceptual or config.discriminator.on_features:
             perceptual = load_perceptual(loss.perceptual_net, loss.perceptual_weights, self.args.lpips_weights)
@@ -72,18 +75,22 @@ class AutoencoderJob(Job):
         return self.trained
 
     def description(self) -> str:
+        """Parameters, factor and channels of the model, and the number of pictures."""
         model = self.trained.model
         what = f"{parameters(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
         return f"autoencoder: {what}; {len(self.dataset):,} images"
 
     def facts(self) -> dict[str, Any]:
+        """Hashes of the data, the teacher and the vision model."""
         parts = {"teacher": teacher_hash(self.teacher), "vision": vision_hash(self.vision)}
         return {"data": data_facts(self.args.data), **parts}
 
     def begin(self, final: Path) -> None:
+        """Keep the record of the teacher beside the model."""
         keep_teacher(self.teacher, final)
 
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
+        """Measure the latents' normaliser, then the reconstructions. Both with the weights that are exported."""
         self.trained.normalise()
         folder = run / "samples" / "final"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is settled before a training starts: how the batch is split, that the pictures fit, what names the data."""
+"""Checks before a training starts: how the batch is split, whether pictures, losses and disk fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
     if (parts := batch_coupled_parts(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
         shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"
         what = f"{' and '.join(parts)} depend on how a batch is split, here over {shares}"
-        print(f"warning: {what}: split otherwise, it trains another model", file=sys.stderr)
+        print(f"warning: {what}: another split trains another model", file=sys.stderr)
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
 
 
@@ -131,5 +131,5 @@ def check_returns(loss: Loss, train: Train) -> None:
         raise UserError(
             f"loss.return_margin needs a validation before loss.adversarial_start {loss.adversarial_start}, "
             f"but train.sample_every is {train.sample_every}",
-            hint="look more often, or start the adversarial gradient later",
+            hint="lower train.sample_every, or start the adversarial gradient later",
         )

@@ -75,12 +75,15 @@ class ClassifierStage(Stage):
         self.random = torch.get_rng_state()
 
     def connect(self) -> None:
+        """Every training call goes through the process wrapper; labels lie where the logits do."""
         self.forward, self.labels = self.wrapped["classifier"], self.labels.to(self.accelerator.device)
 
     def compiled_parts(self) -> tuple[nn.Module, ...]:
+        """None: its settings never ask for it."""
         return ()
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """One micro-batch, its augmentation keyed by slot."""
         if step == 0:  # dropout draws on from where the seed's weights ended, whatever else has drawn since
             torch.set_rng_state(self.random)
         self.model.train()
@@ -93,6 +96,7 @@ class ClassifierStage(Stage):
         """Nothing here couples a batch beyond its normalisation."""
 
     def state(self) -> dict[str, Any]:
+        """Nothing beyond the weights."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -93,11 +93,13 @@ class DenoiserStage(Stage):
         self.unused_gradients = text.trainable and not config.backbone.pooled
 
     def connect(self) -> None:
+        """Every training call goes through the process wrapper; loss-aware times lie where the losses do."""
         self.forward, device = self.wrapped["denoiser"], self.accelerator.device
         self.network.to(device)  # the learned weighting, which no one else has moved
         self.seen = None if self.seen is None else self.seen.to(device)
 
     def compiled_parts(self) -> list[nn.Module]:
+        """The backbone alone."""
         return [self.network.backbone]
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
@@ -129,9 +131,11 @@ class DenoiserStage(Stage):
             self.seen = self.config.times.updated(self.seen, t, loss, lambda s: self.accelerator.reduce(s, "sum"))
 
     def state(self) -> dict[str, Any]:
+        """What loss-aware times have seen, where they are used."""
         return {} if self.seen is None else {"seen": self.seen.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
         if self.seen is not None:
             self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=self.accelerator.device)
 

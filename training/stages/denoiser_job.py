@@ -33,6 +33,7 @@ class DenoiserJob(Job):
     config: DenoiserConfig
 
     def open_data(self) -> None:
+        """Latents, training and held out; of an address, the models beside them too."""
         args, train = self.args, self.config.train
         args.latents = open_address(args.latents, args.cache_dir, args.cache_size, train.window_shards)
         shards = ShardSet(args.latents, "train")
@@ -42,11 +43,13 @@ class DenoiserJob(Job):
             args.latents.bring_models(text=self.dataset.text)
 
     def settle(self) -> None:
+        """The size of pictures to draw, where the config leaves it to the latents."""
         if self.config.sample.size == (0, 0):
             size = tuple(self.dataset.shards.summary["latent"]["picture"])
             self.config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, size=size))
 
     def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
+        """Backbone, text encoder and frozen autoencoder in a stage."""
         args, config = self.args, self.config
         torch.manual_seed(config.train.seed)
         home = assembly.vocabulary_home(config.text, final, args.init_from)
@@ -61,15 +64,19 @@ class DenoiserJob(Job):
         return self.trained
 
     def description(self) -> str:
+        """Parameters, the shape of a latent, and the number of latents."""
         what = f"{parameters(self.trained.network)} parameters on latents {'x'.join(map(str, self.parts.shape))}"
         return f"denoiser: {what}; {len(self.dataset):,} latents"
 
     def facts(self) -> dict[str, Any]:
+        """Hashes of the data and of every part that is not trained."""
         return {"data": data_facts(self.args.latents), "hashes": self.parts.hashes}
 
     def begin(self, final: Path) -> None:
+        """Put autoencoder and vocabulary or text encoder beside the model to come."""
         assembly.store(self.parts, Path(self.args.latents), final)
 
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
+        """Store a text encoder that learned; the tensors of the backbone are returned."""
         assembly.export_learned(self.parts, run / "final")
         return self.parts.backbone.state_dict()

@@ -89,6 +89,7 @@ class DistillationStage(Stage):
         self.forward = self.wrapped["autoencoder"]
 
     def compiled_parts(self) -> list[nn.Module]:
+        """Encoder and decoder, the student's and the teacher's."""
         networks: list[Any] = [self.model, self.teacher]
         return [part for network in networks for part in (network.encoder, network.decoder)]
 
@@ -109,6 +110,7 @@ class DistillationStage(Stage):
         """Nothing here couples a batch."""
 
     def state(self) -> dict[str, Any]:
+        """Nothing beyond the weights."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def test_the_returns_run_out(shapes: Path, tmp_path: Path, scores: dict[int, flo
     problem = tiny.refused("train_autoencoder", *words)
     assert problem.code == 5 and returns(run) == [(6, 4)]
     assert "held-out psnr at step 10 is more than 1 below that of step-00000004" in problem.what
-    assert "no return is left of 1" in problem.what and "step-00000004" in problem.hint
+    assert "all 1 allowed returns are used" in problem.what and "step-00000004" in problem.hint
 
 
 def test_a_score_that_is_no_number_is_a_wreck(shapes: Path, tmp_path: Path, scores: dict[int, float]) -> None:

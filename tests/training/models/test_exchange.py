@@ -256,7 +256,7 @@ def test_a_name_of_the_hub_is_read(
         assert not any(fnmatch(path, pattern) for pattern in patterns), path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     problem = tiny.refused("convert_autoencoder", "import", "someone/something", "--output", tmp_path / "out")
-    assert "someone/something could not be had from the Hugging Face hub" in str(problem) and problem.code == 4
+    assert "someone/something could not be downloaded from the Hugging Face hub" in str(problem) and problem.code == 4
     assert "give their folder" in problem.hint
 
 

@@ -112,7 +112,7 @@ def test_what_is_missing_or_wrong_is_told(shapes: Path, model: Path, tmp_path: P
     assert alone.code == 2 and "loss.align 0.5 needs a vision model" in alone.what
     words = ("--data", shapes, "--output", tmp_path / "run", *FLAGS, "--align-with")
     idle = tiny.refused("train_autoencoder", *words, model, "--loss.align", "0")
-    assert idle.code == 2 and "would do nothing" in idle.what
+    assert idle.code == 2 and "has no effect" in idle.what
     absent = tiny.refused("train_autoencoder", *words, tmp_path / "nowhere")
     assert absent.code == 3 and "no such folder of a vision model" in absent.what
 
