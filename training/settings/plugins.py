@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint, EntryPoints
+    from importlib.metadata import EntryPoint
 
 GROUP = "latent_diffusion"
 
 
 @cache
-def _installed() -> EntryPoints:
+def _installed() -> Any:  # what finds entry points by `select`; Python 3.11 has a class of its own for it
     from importlib.metadata import entry_points
 
     return entry_points()  # of all groups: each question reads every distribution anew
