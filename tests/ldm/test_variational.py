@@ -37,7 +37,7 @@ class Reverse(Isotropic):
     """The exact reverse process of N(0, s^2): its mean, and its variance as the fraction between small and large."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        ends, steps = super().__call__(x, t), 1000
+        ends, steps = super().__call__(x, t), self.schedule.steps
         (alpha, sigma), s = self.schedule(t), t - 1 / steps
         left = self.std**2 * sigma**2 / ((alpha * self.std) ** 2 + sigma**2)  # the variance of x0 given x_t
         if s < 0.5 / steps:
@@ -52,7 +52,9 @@ class Reverse(Isotropic):
         return ends._replace(log_var_frac=fraction.expand_as(x))
 
 
-@pytest.mark.parametrize("schedule", [DDPMLinear(), DDPMCosine(), DDPMLinear(zero_terminal_snr=True)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [DDPMLinear(steps=100), DDPMCosine(steps=100), DDPMLinear(steps=100, zero_terminal_snr=True)], ids=repr
+)
 @pytest.mark.parametrize("std", [0.5, 1.0])
 def test_all_terms_of_the_exact_reverse_process_sum_to_the_entropy(schedule: NoiseSchedule, std: float) -> None:
     """On G(s) the bound is tight: the sum over t and the prior is H(x0) + KL(q(x_T) || N(0, 1)) in bits."""
@@ -66,7 +68,7 @@ def test_all_terms_of_the_exact_reverse_process_sum_to_the_entropy(schedule: Noi
 
 def test_the_small_variance_is_a_looser_bound_by_the_closed_form() -> None:
     """Without a learned fraction each divergence is SNR(s) (1 - e^2) s^2 sigma^2 / (s^2 alpha^2 + sigma^2) / 2."""
-    schedule, std = DDPMLinear(), 0.5
+    schedule, std = DDPMLinear(steps=100), 0.5
     alpha_bar = schedule.alpha_bar()
     left = std**2 * (1 - alpha_bar) / (std**2 * alpha_bar + 1 - alpha_bar)
     snr = alpha_bar / (1 - alpha_bar)

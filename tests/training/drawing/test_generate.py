@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import tiny
 import torch
 from PIL import Image
@@ -74,9 +75,7 @@ def test_two_processes_make_the_pictures_of_one(denoiser: Path, tmp_path: Path) 
     one = generate(denoiser, tmp_path / "one")
     asked = [word for caption in CAPTIONS for word in ("--prompt", caption)]
     words = ("--model", denoiser, "--output", tmp_path / "two", "--device", "cpu", *asked)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = tiny.spawn(*torchrun, tiny.SCRIPTS / "generate.py", *words, limit=240)
-    assert done.returncode == 0, done.stderr
+    assert ranks.start(2, tmp_path, "generate", *words) == [0, 0], ranks.said(tmp_path)
     assert (tmp_path / "two" / "grid.png").exists()
     for number in range(3):
         assert np.abs(pixels(one / f"{number:05d}.png") - pixels(tmp_path / "two" / f"{number:05d}.png")).max() <= 1

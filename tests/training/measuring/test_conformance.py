@@ -28,23 +28,19 @@ from training.measuring import sampler_agreement
 SCRIPT = tiny.SCRIPTS / "check_samplers.py"
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return tiny.spawn(SCRIPT, *flags)
-
-
 def cells(text: str, start: str) -> list[list[str]]:
     """The cells of the Markdown rows that start so."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(start)]
 
 
-def test_the_tables_and_what_is_refused(tmp_path: Path) -> None:
+def test_the_tables_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--samplers", "heun,ddpm", "--processes", "flow,ddpm-cosine-zero-snr", "--grids", "karras,uniform,given"]
-    done = run(*flags, "--steps", "16", "--output", str(tmp_path / "table.md"))
-    assert done.returncode == 0, done.stderr
+    assert tiny.call("check_samplers", *flags, "--steps", "16", "--output", tmp_path / "table.md") == 0
+    printed = capsys.readouterr().out
     written = (tmp_path / "table.md").read_text()
     took = next(line for line in written.splitlines() if line.startswith("Took "))
-    assert took.endswith("s of processor time.") and done.stdout.endswith(f"\n{took}\n")
-    assert written.replace(f"{took}\n\n", "") == done.stdout.removesuffix(f"\n{took}\n")
+    assert took.endswith("s of processor time.") and printed.endswith(f"\n{took}\n")
+    assert written.replace(f"{took}\n\n", "") == printed.removesuffix(f"\n{took}\n")
     heun, ddpm = cells(written, "| heun"), cells(written, "| ddpm |")
     assert [len(row) for row in heun] == [9] * 6 + [4] and {row[1] for row in heun[:6]} == {
         "flow", "ddpm-cosine-zero-snr"}
@@ -54,8 +50,8 @@ def test_the_tables_and_what_is_refused(tmp_path: Path) -> None:
     # A list of equal steps of t is `uniform`.
     assert heun[1][3:] == heun[2][3:] and (heun[1][2], heun[2][2]) == ("uniform", "given")
     for pair in ("flow x eps", "ddpm-cosine-zero-snr x eps", "ddpm-cosine-zero-snr x score"):
-        assert f"- {pair}: prediction '{pair.split()[-1]}' cannot tell x0 from pure noise" in done.stdout
-    assert "given" not in done.stdout.split("## Refused")[1]
+        assert f"- {pair}: prediction '{pair.split()[-1]}' cannot tell x0 from pure noise" in printed
+    assert "given" not in printed.split("## Refused")[1]
 
 
 def test_it_needs_the_packages_alone(tmp_path: Path) -> None:
@@ -71,9 +67,9 @@ def test_it_needs_the_packages_alone(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_one_clear_sentence() -> None:
-    done = run("--samplers", "hewn")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "--samplers: unknown name 'hewn'" in done.stderr and "dpmpp-2m" in done.stderr
+    problem = tiny.refused("check_samplers", "--samplers", "hewn")
+    assert problem.code == 2 and problem.what.startswith("--samplers: unknown name 'hewn'")
+    assert "dpmpp-2m" in str(problem)
 
 
 def test_samplers_agree_on_a_run_or_the_command_fails(

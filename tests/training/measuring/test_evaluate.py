@@ -17,7 +17,7 @@ from training.data.images import Images
 from training.data.order import Slot
 from training.files import content_hash, file_sha256
 from training.measuring.distances import Moments, frechet_distance
-from training.measuring.features import load_features
+from training.measuring.features import Features, load_features
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.models.judge import Classifier, load_classifier
@@ -29,6 +29,16 @@ from training.stages.classifier import augment
 def report(tmp_path: Path, *words: object) -> dict[str, object]:
     assert tiny.call("evaluate", "--device", "cpu", "--output", tmp_path / "out.json", *words) == 0
     return dict(json.loads((tmp_path / "out.json").read_text()))
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of 48 numbers, the means of tiles, in place of 960: roots of their covariances take no time."""
+
+    def means(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(to_unit(pixels), 4).flatten(1)
+
+    monkeypatch.setattr("training.measuring.evaluate.load_features", lambda *asked: Features("means", 48, means))
 
 
 def test_autoencoder_numbers(autoencoder: Path, shapes: Path, tmp_path: Path) -> None:
@@ -73,7 +83,9 @@ def test_shapes_obedience_counts_the_checkers_verdicts(denoiser: Path, tmp_path:
     assert "shapes/checker" in str(numbers["obedience_judge"]) and numbers["data"] is None
 
 
-def test_obedience_of_shapes_and_distances_together(denoiser: Path, shapes: Path, tmp_path: Path) -> None:
+def test_obedience_of_shapes_and_distances_together(
+    denoiser: Path, shapes: Path, tmp_path: Path, narrow: None
+) -> None:
     """The rules are no classifier to load; and without --count, all of the val split."""
     words = ("--model", denoiser, "--data", shapes, "--count")
     both = report(tmp_path, *words, 3, "--obedience", "shapes", "--batch-size", 2)
@@ -109,7 +121,9 @@ def test_distances_and_judge(denoiser: Path, shapes: Path, tmp_path: Path) -> No
     assert numbers["data"] == {"index_sha256": file_sha256(shapes / "index.json")}
 
 
-def test_a_checkpoint_without_averaging_holds_what_was_trained(latents: Path, shapes: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_averaging_holds_what_was_trained(
+    latents: Path, shapes: Path, tmp_path: Path, narrow: None
+) -> None:
     """--train.ema 0: pictures and numbers from a checkpoint are those of the live weights, as those of final/."""
     run = tmp_path / "run"
     words = (*tiny.DENOISER, "--train.ema", "0", "--save-every", "3")

@@ -14,11 +14,18 @@ from training.files import content_hash, save_tensors
 from training.measuring.features import load_features
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_inception_gives_the_pooled_features_of_a_files_weights(suffix: str, tmp_path: Path) -> None:
-    """Random weights serve: what goes through torchvision's network up to its classifier, of pictures of 299 pixels."""
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    """Inception of random weights."""
     torch.manual_seed(0)
-    network = inception_v3(weights=None, init_weights=False).eval()
+    return inception_v3(weights=None, init_weights=False).eval()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_inception_gives_the_pooled_features_of_a_files_weights(
+    suffix: str, network: torch.nn.Module, tmp_path: Path
+) -> None:
+    """What goes through torchvision's network up to its classifier, of pictures of 299 pixels."""
     file = tmp_path / f"inception_v3.{suffix}"
     save_tensors(file, network.state_dict()) if suffix == "safetensors" else torch.save(network.state_dict(), file)
     features = load_features(f"inception:{file}")

@@ -19,9 +19,10 @@ from autoencoder.images import to_uint8, to_unit
 from autoencoder.kl import KL
 from autoencoder.tiny import Tiny
 from autoencoder.vq import FSQ, LFQ, VQ
+from ldm.backbones import DiT
 from ldm.objectives import LEVELS
 from training.data.images import Images
-from training.measuring.features import load_features
+from training.measuring.features import Features
 from training.measuring.inspection import Study, interval
 from training.measuring.probe import encode_all, held_out_loss, probe
 from training.pictures import grids, html
@@ -154,7 +155,9 @@ def test_the_probe_learns_and_repeats_itself(held_out: Images, shapes: Path, mon
     """The same numbers from the same budget; more steps, less held-out loss."""
     monkeypatch.setattr("training.measuring.probe.BATCH", 16)
     monkeypatch.setattr("training.measuring.probe.SAMPLING_STEPS", 3)
-    model, train, features = Pixels(None), Images(ShardSet(shapes, "train")), load_features("random")
+    monkeypatch.setattr("training.measuring.probe.DiT", lambda **shape: DiT(**{**shape, "depth": 1}))
+    model, train = Pixels(None), Images(ShardSet(shapes, "train"))
+    features = Features("means", 48, lambda pixels: torch.nn.functional.avg_pool2d(to_unit(pixels), 8).flatten(1))
     once, again = (probe(model, train, held_out, features, 2, 4) for _ in range(2))
     assert once == again and list(once["loss_by_time"]) == [str(t) for t in LEVELS]
     assert min(once["frechet"], once["frechet_reconstructed"]) > 0  # of four pictures, so in no sure order

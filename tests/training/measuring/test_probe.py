@@ -11,7 +11,7 @@ from autoencoder.images import to_unit
 from autoencoder.kl import KL
 from training.data.images import Images
 from training.measuring.distances import Moments
-from training.measuring.features import load_features
+from training.measuring.features import Features
 from training.measuring.probe import RATE, WARMUP, batches, denoiser, fit, held_out_loss, probe
 from training.shards.reading import ShardSet
 
@@ -32,7 +32,8 @@ def test_as_many_samples_as_reconstructions(shapes: Path, monkeypatch: pytest.Mo
     train, held_out = (Images(ShardSet(shapes, split)) for split in ("train", "val"))
     torch.manual_seed(0)
     model = KL(channels=(4, 4, 4), blocks=1, groups=2, mid_attention=False).build().eval()
-    numbers = probe(model, train, held_out, load_features("random"), 1, asked)
+    features = Features("means", 3, lambda pixels: to_unit(pixels).mean((2, 3)))
+    numbers = probe(model, train, held_out, features, 1, asked)
     assert counted == [min(asked, len(held_out))] * 2 and numbers["samples"] == counted[0]
     assert numbers["real_pictures"] == len(held_out) < 100
 
