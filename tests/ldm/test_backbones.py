@@ -114,17 +114,24 @@ def test_other_sizes_and_the_refusal(config: DiT | UNet) -> None:
         backbone(x[:, :2], level, cond)
 
 
-def test_checkpointing_changes_nothing(config: DiT | UNet) -> None:
-    outcomes = []
+def test_checkpointing_changes_nothing_but_what_is_kept(config: DiT | UNet) -> None:
+    outcomes, kept = [], {False: 0, True: 0}
     for saving in (False, True):
         backbone = build(replace(config, gradient_checkpointing=saving))
-        y = backbone(*inputs())
+
+        def keep(tensor: torch.Tensor, saving: bool = saving) -> torch.Tensor:
+            kept[saving] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = backbone(*inputs())
         y.square().sum().backward()
         outcomes.append((y, {name: p.grad for name, p in backbone.named_parameters()}))
     assert torch.equal(outcomes[0][0], outcomes[1][0])
     for name, grad in outcomes[0][1].items():
         assert grad is not None, f"{name} takes no part"
         assert torch.equal(grad, outcomes[1][1][name]), name
+    assert kept[True] < 0.6 * kept[False]
 
 
 def test_bfloat16_autocast_sees_every_noise_level(config: DiT | UNet) -> None:
@@ -166,7 +173,11 @@ def test_pooled_text_is_asked_for() -> None:
         (DiT, {"width": 30, "heads": 4}, "divisible by heads"),
         (DiT, {"width": 36, "heads": 6, "position": "rope"}, "divisible by 4"),
         (DiT, {"mlp": "relu"}, "gelu, gelu-tanh, swiglu"),
-        (DiT, {"patch": 0}, "patch must be positive"),
+        *((DiT, {name: 0}, f"{name} must be positive") for name in ("width", "depth", "heads", "patch", "mlp_ratio",
+                                                                   "base_size")),
+        *((UNet, {name: 0}, f"{name} must be positive") for name in ("blocks", "heads", "depth", "groups")),
+        (UNet, {"head_dim": -1}, "head_dim must be in"),
+        (UNet, {"channels": (320, 0)}, "channels must be positive"),
         (UNet, {"channels": (30, 64), "attention": ()}, "divisible by groups"),
         (UNet, {"attention": (4,)}, "levels 0 to 3"),
         (UNet, {"channels": (32, 96), "attention": (), "head_dim": 64}, "into heads"),

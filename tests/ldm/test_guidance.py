@@ -397,6 +397,8 @@ def test_classifier_guidance_from_pure_noise_is_finite() -> None:
         lambda: CFGZeroStar(zero_from=0),
         lambda: CFGZeroStar(zero_in="log-snr"),  # type: ignore[arg-type]
         lambda: ClassifierFree(scale=math.nan),
+        lambda: ByClassifier(strength=-1),
+        lambda: Autoguidance(scale=-1),
     ],
 )
 def test_nonsense_is_refused(make: object) -> None:

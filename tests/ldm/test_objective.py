@@ -182,6 +182,8 @@ def test_denoising_score_matching_is_least_at_the_true_score(t: float) -> None:
         lambda: weighting.P2(k=0),
         lambda: weighting.SoftMinSNR(gamma=-1),
         lambda: weighting.EDMWeight(sigma_data=0),
+        lambda: weighting.P2(gamma=-1),
+        lambda: EDMF(sigma_data=0),
     ],
 )
 def test_nonsense_is_refused(make: object) -> None:

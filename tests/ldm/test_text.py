@@ -330,3 +330,9 @@ def test_misfits_are_refused() -> None:
         Scratch(width=30, heads=4)
     with pytest.raises(ValueError, match=r"length must be in \[2, inf\)"):
         Scratch(length=1)
+    with pytest.raises(ValueError, match="huggingface length must be positive"):
+        HuggingFace(length=0)
+    for family, name in ((Scratch, "width"), (Scratch, "depth"), (Scratch, "heads"), (Scratch, "max_words"),
+                         (Label, "width"), (Label, "max_classes")):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            family(**{name: 0})  # type: ignore[operator]
