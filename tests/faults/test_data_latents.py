@@ -172,10 +172,27 @@ def test_f4_dead_channels_are_named(
     assert "warning: latent channels [2] hardly vary" in capsys.readouterr().err
 
 
+ONE_SHARD = """
+import os, runpy, signal, sys
+from training.encoding import data_set
+
+write = data_set.write_shard
+
+def stopped(*words):
+    write(*words)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+data_set.write_shard = stopped
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_f5_encode_killed_and_run_again(shapes: Path, autoencoder: Path, latents: Path, tmp_path: Path) -> None:
+    """Killed after its first shard, where it waits, however busy the machine is."""
     target = tmp_path / "latents"
     arguments = list(map(str, words(autoencoder, shapes, target, "--flip")))
-    command = [sys.executable, str(tiny.SCRIPTS / "encode_latents.py"), *arguments]
+    command = [sys.executable, "-c", ONE_SHARD, str(tiny.SCRIPTS / "encode_latents.py"), *arguments]
     run = subprocess.Popen(command, env=tiny.ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while run.poll() is None and not list(target.glob("*.tar")):
         time.sleep(0.002)
