@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def prefetching(batches: Batches, shards: ShardSet) -> Batches | Prefetching:
-    """The batches that a loader reads: of remote shards, with those of the next window fetched meanwhile.
+    """The batches that a loader reads: of remote shards that ask for it, with the next window's fetched meanwhile.
 
     Raises UserError (code 6) where the cache cannot hold two windows.
     """
-    if shards.remote is None:
+    if shards.remote is None or not shards.remote.prefetch:
         return batches
     sizes = sorted(info.bytes for info in shards.shards)[-2 * shards.remote.window :]
     if sum(sizes) > shards.remote.limit:

@@ -53,6 +53,7 @@ class Remote:
     limit: int  # bytes of shards in the cache, those of all addresses together
     window: int  # shards that the order mixes
     folder: Path
+    prefetch: bool = True  # fetch the next window's shards while this one's are read: the cache must hold two windows
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -152,7 +153,12 @@ class Remote:
 
 
 def open_address(
-    address: str | Path, cache_dir: str | None = None, cache_size: float = 20.0, window: int = 16
+    address: str | Path,
+    cache_dir: str | None = None,
+    cache_size: float = 20.0,
+    window: int = 16,
+    *,
+    prefetch: bool = True,
 ) -> Path | Remote:
     """The folder that `--data` or `--latents` names: a path as it is; an address as a `Remote`, its index read.
 
@@ -175,7 +181,7 @@ def open_address(
     make_folder(folder)
     if not (folder / INDEX).is_file():
         write_bytes(folder / INDEX, index)
-    return Remote(text, cache, int(cache_size * 1e9), window, folder)
+    return Remote(text, cache, int(cache_size * 1e9), window, folder, prefetch)
 
 
 def refuse_without_null(there: bool) -> None:

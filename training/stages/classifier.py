@@ -37,7 +37,8 @@ def train_classifier(args: argparse.Namespace) -> int:
         raise UserError(f"{output} already holds a classifier", hint="choose another --output")
     device = processes.resolve(args.device)
     memory.keep_memory()
-    data = open_address(args.data, args.cache_dir, args.cache_size)
+    # Each shard is fetched when it is read: the cache may be smaller than the windows of the order.
+    data = open_address(args.data, args.cache_dir, args.cache_size, prefetch=False)
     train, held_out = Images(ShardSet(data, "train")), Images(ShardSet(data, "val"))
     names = [caption(train, i) for i in range(len(train))]
     classes = tuple(sorted(set(names)))
