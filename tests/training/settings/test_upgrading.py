@@ -32,7 +32,7 @@ def test_a_file_without_a_version_means_the_old_rules(tmp_path: Path, capsys: py
     path = tmp_path / "old.toml"
     path.write_text(OLD)
     assert rules(decoding.load("denoiser", str(path))) == (1, "t", 1)
-    assert "names no [format] version" in capsys.readouterr().err
+    assert "has no [format] version" in capsys.readouterr().err
     path.write_text(OLD + "[format]\nversion = 2\n")
     assert rules(decoding.load("denoiser", str(path))) == (2, "noise-share", 2)
     assert not capsys.readouterr().err
