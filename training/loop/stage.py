@@ -59,3 +59,17 @@ class Stage(ABC):
     @abstractmethod
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Write pictures into `folder`, return validation numbers. Runs in the main process with averaged weights."""
+
+
+class StatelessStage(Stage):
+    """A stage whose losses couple no batch, and which keeps nothing beyond its weights."""
+
+    def after_backward(self, step: int) -> None:
+        """Nothing is measured over a batch."""
+
+    def state(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """There is none."""

@@ -38,12 +38,12 @@ from ldm.weighting import UniformWeight
 from training.data.images import Images
 from training.data.order import Slot
 from training.data.samples import Batch
-from training.loop.loop import Loop
-from training.loop.stage import Stage
+from training.loop.short_run import short_run
+from training.loop.stage import StatelessStage
 from training.machine import processes
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import Features
-from training.settings.sections import Optimizer, Train
+from training.settings.sections import Optimizer
 
 SEED = 0
 BATCH = 64
@@ -139,7 +139,7 @@ class Draws:
         return Batch(self.moments[self.chosen[places]], places, [""] * len(slots))
 
 
-class ProbeStage(Stage):
+class ProbeStage(StatelessStage):
     """Flow matching without captions, its noise keyed by the draw."""
 
     def __init__(self, network: Any, model: Autoencoder, moments: Tensor, held_out: Tensor, steps: int) -> None:
@@ -166,16 +166,6 @@ class ProbeStage(Stage):
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
-    def after_backward(self, step: int) -> None:
-        """Nothing here couples a batch."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing beyond the weights."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """There is none beyond the weights."""
-
     def evaluate(self, folder: Path) -> dict[str, float]:
         """The mean held-out loss; the losses by time stay in `losses`. Draws no pictures."""
         self.losses = held_out_loss(self.network, self.model, self.held_out)
@@ -188,16 +178,10 @@ def fit(network: Any, model: Autoencoder, moments: Tensor, held_out: Tensor, ste
     Returns the held-out loss by time. Ends the program where a signal asked for it.
     """
     stage = ProbeStage(network, model, moments, held_out, steps)
-    train = Train(
-        max_steps=steps, batch_size=BATCH, seed=SEED, ema=0.0,
-        log_every=100, save_every=steps, sample_every=steps, keep_best=False,
-    )  # fmt: skip
     settings = Optimizer(lr=RATE, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0)
-    accelerator = processes.start(str(next(network.parameters()).device))
+    accelerator, rate = processes.start(str(next(network.parameters()).device)), partial(falling, steps)
     with TemporaryDirectory() as folder:
-        loop = Loop(stage, train, settings, accelerator, Path(folder), 1, BATCH, partial(falling, steps))
-        if number := loop.fit(0):
-            raise SystemExit(128 + number)
+        short_run(stage, settings, accelerator, Path(folder), steps=steps, batch_size=BATCH, seed=SEED, rate=rate)
     return stage.losses
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from training.data.images import Images
 from training.data.samples import Batch
 from training.errors import DATA, UserError
 from training.files import save_tensors, write_json
-from training.loop.loop import Loop
-from training.loop.stage import Stage
+from training.loop.short_run import short_run
+from training.loop.stage import StatelessStage
 from training.machine import memory, processes
 from training.models.judge import Classifier, caption
-from training.settings.sections import Optimizer, Train
+from training.settings.sections import Optimizer
 from training.shards.reading import ShardSet
 from training.shards.remote import open_address
 
@@ -63,7 +63,7 @@ def train_classifier(args: argparse.Namespace) -> int:
     return 0
 
 
-class ClassifierStage(Stage):
+class ClassifierStage(StatelessStage):
     """Cross-entropy with smoothed labels of pictures moved by up to two pixels and mirrored."""
 
     dataset: Images
@@ -93,16 +93,6 @@ class ClassifierStage(Stage):
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
-    def after_backward(self, step: int) -> None:
-        """Nothing here couples a batch beyond its normalisation."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing beyond the weights."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """There is none beyond the weights."""
-
     def evaluate(self, folder: Path) -> dict[str, float]:
         """The share of held-out pictures named right; leaves the model in eval mode, as it is stored."""
         self.model.eval()
@@ -110,18 +100,10 @@ class ClassifierStage(Stage):
 
 
 def fit(stage: ClassifierStage, run: Path, steps: int, batch_size: int, device: str) -> float:
-    """Train in the folder `run`; returns the accuracy at the end. Ends the program where a signal asked for it."""
-    train = Train(
-        max_steps=steps, batch_size=batch_size, seed=stage.seed, ema=0.0,
-        log_every=100, save_every=steps, sample_every=steps, keep_best=False,
-    )  # fmt: skip
+    """Train in the folder `run`; returns the accuracy at the end."""
     settings = Optimizer(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05, warmup=100, decay="cosine", clip=0.0)
-    loop = Loop(stage, train, settings, processes.start(device), run, 1, batch_size)
-    loop.journal.restart()
-    if number := loop.fit(0):
-        raise SystemExit(128 + number)
-    assert loop.scored is not None
-    return -loop.scored[1]
+    accelerator = processes.start(device)
+    return -short_run(stage, settings, accelerator, run, steps=steps, batch_size=batch_size, seed=stage.seed)
 
 
 def augment(pixels: Tensor, noise: Noise) -> Tensor:

@@ -19,7 +19,7 @@ from autoencoder.tiny import Tiny, check_student, distillation
 from training.data.images import Images
 from training.data.samples import Batch
 from training.errors import UserError, as_user_error
-from training.loop.stage import Stage
+from training.loop.stage import StatelessStage
 from training.models.autoencoders import finished_autoencoder, load_autoencoder
 from training.models.reconstructions import Fidelity
 from training.pictures import grids
@@ -57,7 +57,7 @@ def fit_to_teacher(args: argparse.Namespace, config: AutoencoderConfig) -> tuple
     return config, teacher
 
 
-class DistillationStage(Stage):
+class DistillationStage(StatelessStage):
     """Trains `model` to decode and to encode as `teacher` does: distance + mean (E_s(x) − z̄)² + weight * LPIPS.
 
     Distance and LPIPS (where its weight is not 0) compare the pictures that both decode from the teacher's latents.
@@ -105,16 +105,6 @@ class DistillationStage(Stage):
         loss = torch.stack(list(values.values())).sum()
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in values.items()}}
-
-    def after_backward(self, step: int) -> None:
-        """Nothing here couples a batch."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing beyond the weights."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """There is none beyond the weights."""
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Held out: error of the latents; PSNR, SSIM, LPIPS of 8-bit pictures *against the teacher's*; a grid."""
