@@ -125,7 +125,7 @@ BACKBONE = '''
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ldm.backbones.base import Backbone, BackboneConfig
+from ldm.backbones.base import Backbone, BackboneConfig, run
 from ldm.backbones.embed import Projection, sinusoid
 
 
@@ -145,6 +145,8 @@ class Pointwise(Backbone):
         super().__init__(channels=channels, out_channels=channels, multiple=1)
         self.width, self.into = config.width, nn.Conv2d(channels, config.width, 1)
         self.level, self.text = Projection(config.width, config.width), nn.Linear(context_dim, config.width)
+        block = [part for _ in range(3) for part in (nn.Conv2d(config.width, config.width, 1), nn.Tanh())]
+        self.block, self.saving = nn.Sequential(*block), config.gradient_checkpointing
         self.out = nn.Conv2d(config.width, channels, 1)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
@@ -152,7 +154,7 @@ class Pointwise(Backbone):
         mask = cond.mask[..., None].to(cond.context.dtype)
         read = self.text((cond.context.masked_fill(~cond.mask[..., None], 0) * mask).sum(1))
         told = self.level(sinusoid(noise_level, self.width)) + read
-        return self.out(torch.tanh(self.into(x) + told[:, :, None, None]))
+        return self.out(run(self.block, self.saving, self.into(x) + told[:, :, None, None]))
 
 
 BACKBONES = (Local,)
