@@ -20,7 +20,7 @@ from training.errors import DATA, UserError
 from training.files import save_tensors, write_json
 from training.loop.short_run import short_run
 from training.loop.stage import StatelessStage
-from training.machine import memory, processes
+from training.machine import processes
 from training.models.judge import Classifier, caption
 from training.settings.sections import Optimizer
 from training.shards.reading import ShardSet
@@ -36,7 +36,6 @@ def train_classifier(args: argparse.Namespace) -> int:
     if (output / "model.safetensors").exists():
         raise UserError(f"{output} already holds a classifier", hint="choose another --output")
     device = processes.resolve(args.device)
-    memory.keep_memory()
     # Each shard is fetched when it is read: the cache may be smaller than the windows of the order.
     data = open_address(args.data, args.cache_dir, args.cache_size, prefetch=False)
     train, held_out = Images(ShardSet(data, "train")), Images(ShardSet(data, "val"))

@@ -152,13 +152,12 @@ class DenoiserStage(Stage):
         """
         device = self.accelerator.device
         extras = {name: extra.to(device, non_blocking=True) for name, extra in batch.extras.items()}
+        # First, for on a GPU the captions below wait for the device: which of them are kept must come off it.
+        if batch.text is not None and not self.text.trainable:
+            assert self.null is not None
+            return join_embeddings(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
         texts = [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
-        if self.text.trainable:
-            return Captions(texts, extras)
-        if batch.text is None:
-            return self.text(texts)._replace(extras=extras)
-        assert self.null is not None
-        return join_embeddings(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
+        return Captions(texts, extras) if self.text.trainable else self.text(texts)._replace(extras=extras)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
