@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from training.errors import UserError
+from training.messages import tell
 from training.settings.flags import Parser, run_main
 
 
@@ -35,7 +34,7 @@ def main() -> None:
         import_autoencoder(args.source, Path(args.output), args.data, args.scale_factor)
     else:
         export_autoencoder(args.source, Path(args.output))
-    print(f"wrote {args.output}", file=sys.stderr)
+    tell(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

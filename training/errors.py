@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from training.messages import printable
+
 LOST, USAGE, DATA, CHECKPOINT, NUMERICAL, DISK = 1, 2, 3, 4, 5, 6
 
 
@@ -20,7 +22,7 @@ class UserError(Exception):
         self.what, self.hint, self.code = what, hint, code
 
     def __str__(self) -> str:
-        return f"error: {self.what}" + (f"\nhint: {self.hint}" if self.hint else "")
+        return f"error: {printable(self.what)}" + (f"\nhint: {printable(self.hint)}" if self.hint else "")
 
 
 class Unreachable(UserError):

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from training.errors import CHECKPOINT, DATA, DISK, UserError
+from training.messages import note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def hold(folder: Path) -> IO[str]:
             code=CHECKPOINT,
         ) from None
     if owner:
-        print(f"note: {folder} was left by {owner}, which is no longer there; taken over", file=sys.stderr)
+        note(f"{folder} was left by {owner}, which is no longer there; taken over")
     file.truncate(0)
     file.write(f"pid {os.getpid()} since {time.strftime('%H:%M')}")
     file.flush()

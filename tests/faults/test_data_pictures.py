@@ -64,7 +64,7 @@ def refused(source: Path, output: Path, *flags: str) -> UserError:
 
 def skipped(source: Path, output: Path, *flags: str) -> dict[str, int]:
     summary = pack(source, output, "--on-bad-data", "skip", *flags).summary
-    return {reason: found["count"] for reason, found in summary["skipped"].items()}
+    return {reason: found["count"] for reason, found in summary["ledger"]["left out"].items()}
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -207,7 +207,7 @@ def test_e5_animations(tmp_path: Path) -> None:
     } | {"still.png": saved(noise(0))}  # fmt: skip
     source = folder(tmp_path / "in", files)
     packed = pack(source, tmp_path / "out")
-    assert packed.summary["notes"]["animated picture, first frame taken"]["count"] == 4
+    assert packed.summary["ledger"]["cut"]["animated picture, first frame taken"]["count"] == 4
     moving = [i for i in range(5) if packed.key(i) != "still"]
     assert all(np.abs(pixels(packed.read_field(i, "png")) - [255, 0, 0]).max() < 3 for i in moving)
     assert "animated picture" in refused(source, tmp_path / "x", "--animated", "reject").what
@@ -277,7 +277,8 @@ def test_e8_kinds_of_files(tmp_path: Path) -> None:
         "unreadable file": 3}  # fmt: skip
     packed = ShardSet(tmp_path / "out")
     assert [packed.key(i) for i in range(len(packed))] == ["a", "b", "c", "d"]
-    assert packed.summary["notes"]["neither picture nor caption"] == {"count": 2, "first": ["c.pipe", "h.pdf"]}
+    unread = packed.summary["ledger"]["ignored"]["neither picture nor caption"]
+    assert unread == {"count": 2, "first": ["c.pipe", "h.pdf"]}
     for name in ("gone", "loop", "pipe"):
         alone = folder(tmp_path / name, {})
         (source / f"{name}.png").rename(alone / f"{name}.png")
@@ -291,9 +292,9 @@ def test_e9_same_names_and_same_pictures(tmp_path: Path) -> None:
     packed = pack(source, tmp_path / "out")
     keys = [packed.key(i) for i in range(3)]
     assert len(set(keys)) == 3 and keys == ["a", "a_png", "b"]
-    assert packed.summary["notes"] == {
-        "same name as another picture": {"count": 1, "first": ["a.png"]},
-        "same picture twice": {"count": 1, "first": ["b = a_png"]},
+    assert packed.summary["ledger"] == {
+        "replaced": {"same name as another picture": {"count": 1, "first": ["a.png"]}},
+        "ignored": {"same picture twice, both packed": {"count": 1, "first": ["b = a_png"]}},
     }
 
 

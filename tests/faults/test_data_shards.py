@@ -101,7 +101,7 @@ def test_d2_what_tarfile_passes_over_in_silence(tmp_path: Path, how: str) -> Non
     assert error.code == 3 and "damaged tar" in error.what
     main(["pack", str(tmp_path / "train-*.tar"), *flags, "--on-bad-data", "skip"])
     packed = ShardSet(tmp_path / "out")
-    assert len(packed) == 10 and packed.summary["skipped"] == {
+    assert len(packed) == 10 and packed.summary["ledger"]["left out"] == {
         "damaged tar": {"count": 1, "first": ["train-000000.tar"]}
     }
 
@@ -170,7 +170,7 @@ def test_d5_unsafe_members(tmp_path: Path, case: str) -> None:
     flags = ["--output", str(tmp_path / "out"), "--val-fraction", "0", "--resolution", "16"]
     assert "unsafe member" in refused("pack", tmp_path / "in" / "0.tar", *flags).what
     main(["pack", str(tmp_path / "in" / "0.tar"), *flags, "--on-bad-data", "skip"])
-    assert ShardSet(tmp_path / "out").summary["skipped"]["unusable member"]["count"] == 1
+    assert ShardSet(tmp_path / "out").summary["ledger"]["left out"]["unusable member"]["count"] == 1
 
 
 def test_d6_bombs_take_no_memory(tmp_path: Path) -> None:
@@ -242,11 +242,11 @@ def test_d8_incomplete_and_scattered_samples(tmp_path: Path, capsys: pytest.Capt
     flags = ["--output", str(tmp_path / "out"), "--val-fraction", "0", "--resolution", "16", "--on-bad-data", "skip"]
     main(["pack", str(tmp_path / "00000.tar"), *flags])
     summary = ShardSet(tmp_path / "out").summary
-    assert summary["skipped"] == {
+    assert summary["ledger"]["left out"] == {
         "no caption": {"count": 1, "first": ["c"]},
         "no image": {"count": 1, "first": ["d"]},
     }
-    assert summary["notes"] == {"field npz left out": {"count": 2, "first": ["a", "b"]}}
+    assert summary["ledger"]["ignored"] == {"field npz": {"count": 2, "first": ["a", "b"]}}
 
 
 class Canary:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ldm.noise import Noise
 from training.data.order import Slot, substitute
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
+from training.messages import warn
 
 if TYPE_CHECKING:
     from training.shards.reading import ShardSet
@@ -97,7 +97,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
         """Takes note of samples left out. Raises UserError (code 3) beyond the limit."""
         for index, why in bad.items():
             if index not in self.bad and len(self.bad) < SHOWN:
-                print(f"warning: sample left out, another in its place: {why}", file=sys.stderr)
+                warn(f"sample left out, another in its place: {why}")
             self.bad[index] = why
         if len(self.bad) > math.ceil(LIMIT * len(self)):
             first = "; ".join(list(self.bad.values())[:SHOWN])

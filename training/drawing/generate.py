@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from training.drawing.steering import add_weak, pipeline_hashes
 from training.errors import UserError
 from training.machine import memory
 from training.machine.processes import resolve, start
+from training.messages import tell
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import check_tile
 from training.models.judge import Judge, load_classifier
@@ -76,16 +76,16 @@ def generate(args: argparse.Namespace) -> int:
             if rank == 0:
                 finished, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
                 count = len(requests) if finished == len(own_requests) else finished * world
-                print(f"{count}/{len(requests)} pictures, {rate * world:.1f} a second", file=sys.stderr)
+                tell(f"{count}/{len(requests)} pictures, {rate * world:.1f} a second")
     except ValueError as failure:
         raise UserError(str(failure), hint="see --help for sizes, samplers and guidance") from None
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
         draw_grid(requests[:GRID], drawing.output)
-        print(f"wrote {len(requests)} pictures and {drawing.output / 'grid.png'}", file=sys.stderr)
+        tell(f"wrote {len(requests)} pictures and {drawing.output / 'grid.png'}")
     if original:
-        print(replay.verdict(original, drawing.output / name(requests[0])), file=sys.stderr)
+        tell(replay.verdict(original, drawing.output / name(requests[0])))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from ldm.pipeline import Sampling
 from training.errors import DATA, UserError
 from training.files import read_json
+from training.messages import note
 from training.models.folders import find
 from training.settings import decoding
 
@@ -54,7 +54,7 @@ def prompts(args: argparse.Namespace) -> list[str]:
         raise UserError(f"{path}: not a UTF-8 text file", hint="one prompt a line, saved as UTF-8", code=DATA) from None
     captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if len(captions) < len(lines):
-        print(f"note: {len(lines) - len(captions)} blank or comment lines skipped in {path}", file=sys.stderr)
+        note(f"{len(lines) - len(captions)} blank or comment lines skipped in {path}")
     if not captions:
         raise UserError(f"{path}: no prompts in it", hint="one prompt a line", code=DATA)
     return captions

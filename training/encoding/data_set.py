@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -26,6 +25,7 @@ from training.encoding.shard import Encoder, embeddings, refuse_many
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
 from training.machine import processes
+from training.messages import tell, warn
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
 from training.models.folders import copy_model
@@ -238,10 +238,10 @@ def _finish(
     if any(info.split == "train" for info in infos):
         count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
-        print(f"warning: latent channels {dead} hardly vary (std below {DEAD:g})", file=sys.stderr)
+        warn(f"latent channels {dead} hardly vary (std below {DEAD:g})")
     shape = "x".join(map(str, plan["latent"]["shape"]))
     gap = f", {samples - total:,} left out" if samples > total else ""
-    print(f"latents: {target} ({total:,} samples of {shape}{gap}), waiting for data {waiting:.0%}", file=sys.stderr)
+    tell(f"latents: {target} ({total:,} samples of {shape}{gap}), waiting for data {waiting:.0%}")
 
 
 def _dead_channels(shards: ShardSet, channels: int) -> list[int]:

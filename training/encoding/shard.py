@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ from autoencoder.images import to_unit
 from training.data.samples import LIMIT
 from training.errors import DATA, DISK, NUMERICAL, UserError
 from training.machine.memory import out_of_memory
+from training.messages import note, tell, warn
 from training.packing.captions import clean_captions, decode_text
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
@@ -89,7 +89,7 @@ class Encoder:
         if self.args.on_bad_data == "error":
             raise problem
         self.bad += 1
-        print(f"warning: sample left out: {problem.what}", file=sys.stderr)
+        warn(f"sample left out: {problem.what}")
         refuse_many(self.bad, self.total, self.args.data)
 
     def _batch(self, pictures: list[Picture]) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -158,7 +158,7 @@ class Encoder:
                 raise UserError("out of memory with a single picture", hint="use a machine with more memory", code=DISK)
             else:
                 self.batch = len(part) // 2  # of this part, which may be smaller than `batch`, and for all that follow
-                print(f"note: out of memory with {len(part)} images at once; now {self.batch}", file=sys.stderr)
+                note(f"out of memory with {len(part)} images at once; now {self.batch}")
         return np.concatenate(parts)
 
     @torch.no_grad()
@@ -178,16 +178,15 @@ class Encoder:
     def progress(self, info: ShardInfo) -> None:
         """One line after each shard."""
         self.done += info.samples
-        print(
+        tell(
             f"encoded {info.name}: {self.done:,} of {self.total:,} images,"
-            f" {self.done / (time.perf_counter() - self.since):.0f} images/s",
-            file=sys.stderr,
+            f" {self.done / (time.perf_counter() - self.since):.0f} images/s"
         )
 
     def tell(self) -> float:
         """What was cut short, at the end; returns the share of the time that went by waiting for data."""
         if self.cut:
-            print(f"note: {self.cut:,} captions exceed {self.args.text_length} tokens", file=sys.stderr)
+            note(f"{self.cut:,} captions exceed {self.args.text_length} tokens")
         return self.waited / max(1e-9, time.perf_counter() - self.since)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from training.errors import DISK, LOST, NUMERICAL, USAGE, UserError
 from training.files import write_json
 from training.machine.memory import memory_needed, out_of_memory
 from training.machine.processes import is_lost_connection
+from training.messages import tell
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Watchdogs:
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
 
 class Attempt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 
 from training.errors import LOST, USAGE, UserError
 from training.machine.memory import keep_memory
+from training.messages import tell
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,4 +139,4 @@ def resolve(device: str) -> torch.device:
 def announce(accelerator: Accelerator, text: str) -> None:
     """One line on stderr, from the main process."""
     if accelerator.is_main_process:
-        print(text, file=sys.stderr, flush=True)
+        tell(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from training.measuring.features import load_features
 from training.measuring.held_out import check_count, check_crop, chunks, even_captions, even_indices, gather, held_out
 from training.measuring.likelihood import likelihood
 from training.measuring.obedience import SAMPLING, draw_batches, obeyed_by_classifier, shapes_obedience
+from training.messages import answer, tell
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
@@ -54,11 +54,11 @@ def evaluate(args: argparse.Namespace) -> int:
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
     for key, value in numbers.items():
         if isinstance(value, int | float | str):
-            print(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
+            answer(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(args.output), numbers)
-        print(f"wrote {args.output}", file=sys.stderr)
+        tell(f"wrote {args.output}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from training.files import check_output, write_bytes, write_json
 from training.machine import memory, processes
 from training.measuring.features import load_features
 from training.measuring.probe import probe
+from training.messages import answer, tell
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity
@@ -56,7 +56,7 @@ def inspect(args: argparse.Namespace) -> int:
         study.see(held_out, args.count, args.batch_size)
         numbers = study.numbers()
         if args.probe_steps:
-            print(f"training the probe for {args.probe_steps} steps", file=sys.stderr)
+            tell(f"training the probe for {args.probe_steps} steps")
             train = Images(ShardSet(args.data, "train"))
             numbers["probe"] = probe(model, train, held_out, features, args.probe_steps, args.probe_samples)
     about: dict[str, Any] = {"hashes": autoencoder_hashes(model), "factor": model.factor}
@@ -68,8 +68,8 @@ def inspect(args: argparse.Namespace) -> int:
     write_bytes(output / "inspection.html", page(Path(args.model).name, numbers, study.worst(held_out)).encode())
     for name, value in numbers["reconstruction"].items():
         mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))
-        print(f"{name:12} {mean} ({low} to {high})")
-    print(f"wrote {output / 'inspection.html'} and inspection.json", file=sys.stderr)
+        answer(f"{name:12} {mean} ({low} to {high})")
+    tell(f"wrote {output / 'inspection.html'} and inspection.json")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from ldm.likelihood import bits_per_dim, log_likelihood
 from ldm.noise import Noise
 from ldm.variational import bound
 from training.measuring.held_out import CHUNK, chunks, held_out
+from training.messages import tell
 from training.models.judge import caption
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: t
         log_likelihoods.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
         if pipeline.denoiser.diffusion.learned_variance:
             bounds.append(bound(denoise, latents, probe).cpu())
-        print(f"log-likelihood of {index.stop} pictures", file=sys.stderr)
+        tell(f"log-likelihood of {index.stop} pictures")
     nats, dims = torch.cat(log_likelihoods).double(), latents[0].numel()
     return {
         "likelihood_trace": "exact" if exact else f"hutchinson, {args.likelihood_probes} probe(s) a picture",

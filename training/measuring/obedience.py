@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from training.drawing.requests import Request, ask
 from training.errors import UserError, as_user_error
 from training.measuring.distances import wilson
+from training.messages import tell
 from training.models.judge import Classifier
 from training.pictures import grids
 
@@ -32,7 +32,7 @@ def draw_batches(
         part = requests[first : first + batch]
         captions, seeds = [r.prompt for r in part], [r.seed for r in part]
         if first % (10 * batch) == 0:
-            print(f"generating {first + len(part)} of {len(requests)}", file=sys.stderr)
+            tell(f"generating {first + len(part)} of {len(requests)}")
         with as_user_error(SAMPLING):
             pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
         yield pixels, captions

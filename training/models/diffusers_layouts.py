@@ -6,7 +6,6 @@ A reader takes the settings of config.json (none of them null, scaling_factor am
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.errors import CHECKPOINT, UserError
+from training.messages import note
 
 Settings = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -53,7 +53,7 @@ def _factor(name: str, shift: Tensor, scale: Tensor) -> float:
     rms = float(scale.double().square().mean().sqrt())
     if shift.any() or (scale != scale[0]).any():
         said = f"latents here are (z - shift) / scale of each channel, those of {name} z * scaling_factor"
-        print(f"note: {said}: 1 / rms(scale) is written, {1 / rms:g}", file=sys.stderr)
+        note(f"{said}: 1 / rms(scale) is written, {1 / rms:g}")
     return 1 / rms
 
 
@@ -135,7 +135,7 @@ def _write_vq(model: Settings, tensors: Tensors, shift: Tensor, scale: Tensor) -
     codes = tensors["quantize.embedding.weight"]
     tensors = {key: value for key, value in tensors.items() if not key.startswith("quantize.")}
     if model["normalize"]:
-        print("note: latents that VQModel encodes are as here but for their length; it is not 1", file=sys.stderr)
+        note("latents that VQModel encodes are as here but for their length; it is not 1")
         codes = F.normalize(codes, dim=1)
     own = {"latent_channels": model["encoder_channels"], "num_vq_embeddings": model["codes"],
            "vq_embed_dim": model["latent_channels"], "scaling_factor": _factor("VQModel", shift, scale)}  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from autoencoder.base import Autoencoder
 from training.data.images import Images
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import load_tensors, read_json, save_tensors, write_json
+from training.messages import note, tell
 from training.models.autoencoders import load_autoencoder
 from training.models.diffusers_layouts import LAYOUTS
 from training.models.folders import export, fill, find
@@ -86,7 +86,7 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
             norm.set_(norm.shift.clone(), norm.scale.clone())
     if donor.assumed and not data and not scale_factor:
         text = f"{source} does not state the scale of its latents; scaling_factor {donor.assumed:g} is assumed"
-        print(f"note: {text} (--data DIR measures it on packed pictures, --scale-factor X states it)", file=sys.stderr)
+        note(f"{text} (--data DIR measures it on packed pictures, --scale-factor X states it)")
     card = f"# Autoencoder ({donor.model['kind']})\n\nTaken from another program's checkpoint; not trained here.\n"
     return export(output, decoding.to_values(config), model.state_dict(), card)
 
@@ -100,7 +100,7 @@ def check_free(output: Path) -> None:
 def _measure(model: Autoencoder, data: str) -> None:
     """Set the normaliser from pictures, as stage one does in the end."""
     images = Images(ShardSet(data))
-    print(f"measuring the scale of latents on {min(len(images), MEASURED):,} pictures", file=sys.stderr)
+    tell(f"measuring the scale of latents on {min(len(images), MEASURED):,} pictures")
     with as_user_error("measure with pictures like those that it was trained on", DATA):
         fit_norm(model, images, MEASURED, 8)
 

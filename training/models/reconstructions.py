@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.perceptual import Perceptual
 from autoencoder.quantizer import code_counts, perplexity, usage
+from training.messages import warn
 from training.pictures import grids
 
 SHOWN = 8  # columns of the picture grid
@@ -82,9 +82,8 @@ def code_usage(counts: Tensor) -> dict[str, float]:
     """Usage and perplexity of code counts (codes,), and a warning where they tell of a collapse."""
     share = usage(counts).item()
     if share < COLLAPSED and share * len(counts) < 0.5 * counts.sum():  # few, though there was occasion for more
-        print(
-            f"warning: only {share:.1%} of the {len(counts):,} codes are in use; "
-            "see model.normalize, model.codebook_decay and model.revive_every",
-            file=sys.stderr,
+        warn(
+            f"only {share:.1%} of the {len(counts):,} codes are in use; "
+            "see model.normalize, model.codebook_decay and model.revive_every"
         )
     return {"usage": share, "perplexity": perplexity(counts).item()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from training.errors import DATA, USAGE, UserError
+from training.messages import answer, warn
 from training.packing.builtin_sources import Emoji, FashionMnist, Shapes
 from training.packing.pack import Settings, pack
 from training.packing.sources import Folder, Source, Tars
@@ -143,8 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.verb == "index":
         infos = index_folder(arguments.directory, skip=arguments.on_bad_data == "skip")
         for note in read_index(arguments.directory)[0]["summary"]["index_notes"]:
-            print(f"note: {note}")
-        print(f"{arguments.directory}: indexed {len(infos)} shards, {sum(info.samples for info in infos):,} samples")
+            answer(f"note: {note}")
+        answer(f"{arguments.directory}: indexed {len(infos)} shards, {sum(info.samples for info in infos):,} samples")
     else:
         _verify(arguments.directory, arguments.on_bad_data)
 
@@ -153,11 +154,12 @@ def _verify(directory: Path, on_bad_data: str) -> None:
     report = verify(directory)
     summary = f"{directory}: {report.shards} shards, {report.samples:,} samples, {report.bytes:,} bytes"
     if not report.problems:
-        print(f"{summary}: all sound")
+        answer(f"{summary}: all sound")
         return
     problems = "\n  ".join(report.problems)
     what = f"{len(report.problems)} problems in {directory}:\n  {problems}"
     if on_bad_data == "error":
         hint = f"fetch or pack them again; if they were changed on purpose: scripts/make_shards.py index {directory}"
         raise UserError(what, hint=hint, code=DATA)
-    print(f"{summary}\nwarning: {what}")
+    answer(summary)
+    warn(what)

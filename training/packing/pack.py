@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 
 from training.errors import DATA, USAGE, UserError
 from training.files import make_folder, write_json
+from training.ledger import Ledger
+from training.messages import answer
 from training.packing.sources import Remark, Sample, Source
 from training.pictures.decoding import (
     MAX_PIXELS,
@@ -32,7 +34,6 @@ from training.shards.writing import ShardWriter
 
 # What a folder is being packed from; written first, so that the same command may go on with it.
 PACKING = "packing.json"
-SHOWN_KEYS = 5
 VAL_CROP: Crop = "center"
 
 
@@ -67,33 +68,6 @@ class Settings:
         background_colour(self.background)
 
 
-@dataclass
-class Tally:
-    """Counts of what happened, with the first keys of each kind."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, key: str) -> None:
-        """One more; details in parentheses do not make a kind of their own."""
-        kind = reason.split(" (")[0]
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        keys = self.first.setdefault(kind, [])
-        if len(keys) < SHOWN_KEYS:
-            keys.append(key)
-
-    def report(self) -> dict[str, Any]:
-        """For the summary: kind -> count and first keys."""
-        return {kind: {"count": self.counts[kind], "first": self.first[kind]} for kind in sorted(self.counts)}
-
-    def lines(self, word: str) -> list[str]:
-        """For people, a line a kind."""
-        return [
-            f"{word} {self.counts[kind]:,}: {kind} ({', '.join(self.first[kind])}{' …' * (count > SHOWN_KEYS)})"
-            for kind, count in sorted(self.counts.items())
-        ]
-
-
 class Progress:
     """One line on stderr, rewritten on a terminal, repeated every ten seconds elsewhere."""
 
@@ -126,17 +100,17 @@ class Packer:
     def __init__(self, output: Path, settings: Settings) -> None:
         self.output, self.settings = output, settings
         self.writers: dict[str, ShardWriter] = {}
-        self.skipped, self.notes = Tally(), Tally()
+        self.ledger = Ledger()
         self.pictures = self.lost = 0
         self._seen: dict[bytes, str] = {}
 
     def take(self, item: Sample | Remark, exact: bool) -> None:
         """Packs a sample, or notes or refuses it according to `on_bad_data`."""
         if isinstance(item, Remark):
-            if item.harmless:
-                self.notes.add(item.reason, item.key)
-            else:
+            if item.effect == "left out":
                 self._skip(item.key, item.reason)
+            else:
+                self.ledger.add(item.effect, item.reason, item.key)
             return
         try:
             self._pack(item, exact)
@@ -150,7 +124,7 @@ class Packer:
             hint = f"{hint}; or " * bool(hint) + "--on-bad-data skip leaves such samples out and counts them"
             raise UserError(f"{key}{suffix}: {reason}", hint=hint, code=DATA)
         self.lost += 1
-        self.skipped.add(reason, key)
+        self.ledger.add("left out", reason, key)
 
     def _captions(self, sample: Sample) -> tuple[str, ...]:
         if sample.captions:
@@ -159,7 +133,7 @@ class Packer:
             raise UserError(
                 "no caption", hint="write KEY.txt beside it, or --missing-caption empty|filename", code=DATA
             )
-        self.notes.add(f"no caption, {self.settings.missing_caption} used", sample.key)
+        self.ledger.add("guessed", f"no caption, {self.settings.missing_caption} used", sample.key)
         name = sample.key.rsplit("/", 1)[-1].replace("_", " ").replace("-", " ").strip()
         return ("",) if self.settings.missing_caption == "empty" else (name,)
 
@@ -179,10 +153,10 @@ class Packer:
             if image.info["animated"]:
                 if settings.animated == "reject":
                     raise UserError("animated picture", hint="--animated first takes its first frame", code=DATA)
-                self.notes.add("animated picture, first frame taken", sample.key)
+                self.ledger.add("cut", "animated picture, first frame taken", sample.key)
             digest = hashlib.blake2b(sample.image, digest_size=16).digest()
             if self._seen.setdefault(digest, sample.key) != sample.key:
-                self.notes.add("same picture twice", f"{sample.key} = {self._seen[digest]}")
+                self.ledger.add("ignored", "same picture twice, both packed", f"{sample.key} = {self._seen[digest]}")
         crop = settings.crop if split == "train" else VAL_CROP
         return fit(image, settings.resolution, crop, Random(f"{settings.seed} {sample.key}"), settings.upscale)
 
@@ -231,7 +205,7 @@ def _prepare(output: Path, packing: dict[str, Any]) -> bool:
 def _finish(packer: Packer, source: Source, packing: dict[str, Any]) -> list[ShardInfo]:
     infos = [info for writer in packer.writers.values() for info in writer.finish()]
     if not infos:
-        why = "; ".join(packer.skipped.lines("skipped")) or "it holds none"
+        why = "; ".join(packer.ledger.lines()) or "it holds none"
         raise UserError(f"{source.name}: no usable pictures ({why})", code=DATA)
     kept = {name for info in infos for name in (info.name, f"{info.name[:-4]}.index.npy")}
     for path in packer.output.iterdir():  # left by an earlier packing of the same that was stopped
@@ -249,8 +223,7 @@ def _finish(packer: Packer, source: Source, packing: dict[str, Any]) -> list[Sha
             "source": packing["source"],
             "resolution": settings["resolution"],
             "pictures": packer.pictures,
-            "skipped": packer.skipped.report(),
-            "notes": packer.notes.report(),
+            "ledger": packer.ledger.report(),
             "settings": settings,
         },
     )
@@ -272,7 +245,7 @@ def pack(source: Source, output: Path, settings: Settings) -> bool:
         "settings": asdict(settings),
     }
     if _prepare(output, packing):
-        print(f"{output}: already packed from this source with these settings; nothing to do")
+        answer(f"{output}: already packed from this source with these settings; nothing to do")
         return False
     packer, progress = (
         Packer(output, settings),
@@ -289,12 +262,13 @@ def pack(source: Source, output: Path, settings: Settings) -> bool:
     counts = {split: sum(info.samples for info in infos if info.split == split) for split in packer.writers}
     said = ", ".join(f"{count:,} {split}" for split, count in sorted(counts.items()))
     size = sum(info.bytes for info in infos) / 1e6
-    print(
+    answer(
         f"{output}: {packer.pictures:,} pictures of {settings.resolution}x{settings.resolution} "
         f"from {source.name} ({said})"
     )
-    print(f"{len(infos)} shards, {size:,.1f} MB, {seconds:.1f} s")
-    print("\n".join([*packer.skipped.lines("skipped"), *packer.notes.lines("note:")]) or "nothing skipped")
+    answer(f"{len(infos)} shards, {size:,.1f} MB, {seconds:.1f} s")
+    for line in packer.ledger.lines() or ["everything was used as it was given"]:
+        answer(line)
     if "val" not in counts and settings.val_fraction:
-        print("note: no validation pictures came out; a larger --val-fraction makes some")
+        answer("note: no validation pictures came out; a larger --val-fraction makes some")
     return True

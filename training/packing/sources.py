@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from training.errors import DATA, UserError
+from training.ledger import Effect
 from training.packing.captions import clean_captions, decode_text
 from training.pictures.decoding import ELSEWHERE, LARGEST_FILE, SUFFIXES, read_file, refuse
 from training.shards.index import SPLITS
@@ -46,11 +47,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something to report about a key: a sample that cannot be used, or (`harmless`) one used with a change."""
+    """Something to report about a key, as the ledger names it: a sample that cannot be used, or what else was done."""
 
     key: str
     reason: str
-    harmless: bool = False
+    effect: Effect = "left out"
 
 
 class Source(ABC):
@@ -135,7 +136,7 @@ class Folder(Source):
             key = safe_key(name[: -len(path.suffix)])
             if key in keys:
                 yield Remark(
-                    name, f"same name as another picture (packed as {key}_{path.suffix[1:].lower()})", harmless=True
+                    name, f"same name as another picture (packed as {key}_{path.suffix[1:].lower()})", "replaced"
                 )
                 key = f"{key}_{path.suffix[1:].lower()}"
                 while key in keys:
@@ -147,9 +148,9 @@ class Folder(Source):
             if suffix in ELSEWHERE:
                 yield Remark(present[path], ELSEWHERE[suffix])
             elif suffix == ".txt" and safe_key(present[path][:-4]) not in keys:
-                yield Remark(present[path], "caption without image", harmless=True)
+                yield Remark(present[path], "caption without image", "ignored")
             elif suffix not in SUFFIXES and suffix != ".txt" and path.name not in METADATA:
-                yield Remark(present[path], "neither picture nor caption", harmless=True)
+                yield Remark(present[path], "neither picture nor caption", "ignored")
 
     def _sample(self, path: Path, key: str, record: dict[str, Any] | None) -> Sample | Remark:
         sidecar = path.with_suffix(".txt")
@@ -254,7 +255,7 @@ class Tars(Source):
                     yield Remark(key, f"no image (it has: {', '.join(places)})")
                     continue
                 for name in sorted(places.keys() - {picture, "txt", "json"}):
-                    yield Remark(key, f"field {name} left out", harmless=True)
+                    yield Remark(key, f"field {name}", "ignored")
                 yield self._sample(file.fileno(), key, places, picture, split)
 
     def _sample(

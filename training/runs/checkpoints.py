@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from training.files import (
     write_json,
 )
 from training.machine.faults import fault
+from training.messages import note, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,7 +117,7 @@ class Checkpoints:
         for path in folders:
             if not (reason := damage(path)):
                 for text in damages:
-                    print(f"warning: {text}; using {path.name}", file=sys.stderr)
+                    warn(f"{text}; using {path.name}")
                 return path
             damages.append(f"checkpoint {path.name} is damaged ({reason})")
         if folders:
@@ -132,7 +132,7 @@ class Checkpoints:
         """Remove what a killed writer left. Only for the process that holds the run: a reader would break its save."""
         for leftover in self.folder.glob(".tmp-step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-            print(f"note: removed unfinished checkpoint {leftover.name}", file=sys.stderr)
+            note(f"removed unfinished checkpoint {leftover.name}")
 
     def find(self, resume: str | None) -> Path | None:
         """The checkpoint that `--resume auto|latest|NAME|PATH` means; None = start fresh.
@@ -176,7 +176,7 @@ class Checkpoints:
             try:
                 self._remove(path)
             except OSError as failure:
-                print(f"warning: could not remove old checkpoint {path.name}: {failure}", file=sys.stderr)
+                warn(f"could not remove old checkpoint {path.name}: {failure}")
             fault("checkpoint.prune")
 
     def _remove(self, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from training.files import (
     sync_folder,
     write_json,
 )
+from training.messages import note, warn
 from training.runs.ingredients import difference
 from training.settings import decoding
 
@@ -103,7 +103,7 @@ class Run:
                 code=CHECKPOINT,
             )
         for change in changes:
-            print(f"note: {change}", file=sys.stderr)
+            note(f"{change}")
 
     def describe(self, status: str, step: int, facts: Mapping[str, Any]) -> None:
         """Write config.json and run.json: versions, hashes and where the run stands."""
@@ -125,7 +125,7 @@ class Run:
         ]
         if step and differences:
             self.resumes.append({"step": step, "changed": differences})
-            print(f"warning: bit-exactness is not guaranteed across {', '.join(differences)}", file=sys.stderr)
+            warn(f"bit-exactness is not guaranteed across {', '.join(differences)}")
 
     def same_ingredients(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from training.files import disk_error, sync_folder
 from training.machine.faults import fault
+from training.messages import tell, warn
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ class Journal:
     def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
         """Write the numbers and pictures of an evaluation (main process)."""
         self._append("metrics.jsonl", [{"step": step, **{f"val/{k}": v for k, v in numbers.items()}}])
-        print(
-            f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}", file=sys.stderr
-        )
+        tell(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}")
         if self.board:
             with self._optional():
                 for name, value in numbers.items():
@@ -119,7 +117,7 @@ class Journal:
             yield
         except Exception as failure:
             self.board = None
-            print(f"warning: no TensorBoard log ({failure}); metrics.jsonl holds everything", file=sys.stderr)
+            warn(f"no TensorBoard log ({failure}); metrics.jsonl holds everything")
 
     def _show(self, step: int, rows: list[dict[str, Any]]) -> None:
         now, done = time.perf_counter(), step - max(self.first, rows[0]["step"] - 1)
@@ -136,10 +134,9 @@ class Journal:
         )
         mean = sum(row["loss"] for row in rows) / len(rows)
         eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
-        print(
+        tell(
             f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {rate:.1f} images/s  "
-            f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}",
-            file=sys.stderr,
+            f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
         )
 
     def _picture(self, path: Path, step: int) -> None:

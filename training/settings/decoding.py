@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
+from training.messages import note
 from training.settings import plugins
 from training.settings.families import families, suggestion, unknown_key, unknown_kind
 from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
@@ -96,7 +96,7 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
     text, where = _read(stage, source)
     own = _parse(text, where)
     if not as_of and stage == "denoiser" and "format" not in own:
-        print(f"note: {where} has no [format] version and is read as version 1", file=sys.stderr)
+        note(f"{where} has no [format] version and is read as version 1")
     values = overlay(upgrade(own, sections(stage), as_of or version(own)), overrides or {})
     lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)

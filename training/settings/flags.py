@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, USAGE, UserError
+from training.messages import speak_any_encoding
 from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
 from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
 
@@ -240,12 +241,13 @@ def add_cache(group: Any) -> None:
 def run_main(function: Callable[[], object]) -> None:
     """Run a script's main: a UserError becomes its sentence and exit code, Ctrl-C exit code 130."""
     debug = "--debug" in sys.argv
+    speak_any_encoding()
     try:
         function()
     except UserError as problem:
         if debug:
             raise
-        print(problem, file=sys.stderr)
+        print(problem, file=sys.stderr)  # its parts are cleaned, its own new line stays
         sys.exit(problem.code)
     except KeyboardInterrupt:
         sys.exit(130)

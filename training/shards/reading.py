@@ -11,7 +11,6 @@ own; one then writes the index.
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_right
 from collections.abc import Container
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.files import leads_out
+from training.messages import warn
 from training.shards.index import INDEX, Kind, ShardInfo, read_index
 from training.shards.offset_index import Descriptors, Layout, index_path, members, open_index, reindex_hint
 from training.shards.remote import Remote
@@ -142,8 +142,5 @@ def held_out_shards(folder: str | Path | Remote) -> ShardSet:
     splits = {info.split for info in read_index(folder)[1]}
     name = next((s for s in ("val", "test") if s in splits), "train")
     if name == "train":
-        print(
-            "warning: the data has no val split; validation uses training images (pack with --val-fraction)",
-            file=sys.stderr,
-        )
+        warn("the data has no val split; validation uses training images (pack with --val-fraction)")
     return ShardSet(folder, name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from training.data.order import split_batch
 from training.errors import UserError
 from training.files import check_output
+from training.messages import warn
 from training.models.lpips import LPIPS_NEEDS, fitting
 from training.settings import decoding
 from training.settings.sections import Loss, Train
@@ -34,7 +34,7 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
     if (parts := batch_coupled_parts(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
         shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"
         what = f"{' and '.join(parts)} depend on how a batch is split, here over {shares}"
-        print(f"warning: {what}: another split trains another model", file=sys.stderr)
+        warn(f"{what}: another split trains another model")
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
 
 
@@ -96,10 +96,7 @@ def check_starts(config: decoding.AutoencoderConfig) -> None:
     for key in ("discriminator_start", "adversarial_start"):
         start = getattr(config.loss, key)
         if config.loss.adversarial and start >= config.train.max_steps:
-            print(
-                f"warning: loss.{key} {start} is not before train.max_steps {config.train.max_steps}: it never begins",
-                file=sys.stderr,
-            )
+            warn(f"loss.{key} {start} is not before train.max_steps {config.train.max_steps}: it never begins")
 
 
 def check_room(loop: Loop) -> None:

@@ -5,7 +5,6 @@ loss = mean over the batch of -sum_c q_c log p_c, with q = 0.95 on the caption's
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from training.files import save_tensors, write_json
 from training.loop.short_run import short_run
 from training.loop.stage import StatelessStage
 from training.machine import processes
+from training.messages import tell
 from training.models.judge import Classifier, caption
 from training.settings.sections import Optimizer
 from training.shards.reading import ShardSet
@@ -58,7 +58,7 @@ def train_classifier(args: argparse.Namespace) -> int:
         output / "config.json",
         {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": share, "images": len(held_out)},
     )
-    print(f"classifier: {share:.2%} of {len(held_out):,} held-out pictures named right -> {output}", file=sys.stderr)
+    tell(f"classifier: {share:.2%} of {len(held_out):,} held-out pictures named right -> {output}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from training.data.images import Images
 from training.data.samples import Batch
 from training.errors import UserError, as_user_error
 from training.loop.stage import StatelessStage
+from training.messages import note
 from training.models.autoencoders import finished_autoencoder, load_autoencoder
 from training.models.reconstructions import Fidelity
 from training.pictures import grids
@@ -40,7 +40,7 @@ def fit_to_teacher(args: argparse.Namespace, config: AutoencoderConfig) -> tuple
     """
     if not args.teacher:
         if config.model.kind == "tiny":
-            print("note: without --teacher the tiny autoencoder learns latents of its own", file=sys.stderr)
+            note("without --teacher the tiny autoencoder learns latents of its own")
         return config, None
     finished_autoencoder(args.teacher)
     teacher, loss = load_autoencoder(args.teacher), config.loss

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from training.errors import CHECKPOINT, UserError
 from training.files import content_hash, load_tensors, save_tensors
 from training.loop.power_ema import FOLDER, reconstruct
+from training.messages import answer
 from training.models.folders import find
 from training.models.lineage import store_ingredients
 
@@ -25,12 +26,14 @@ def rebuild(args: argparse.Namespace) -> int:
         raise UserError(f"{output} already exists", hint="choose another --output")
     tensors, step = reconstruct(Path(args.model) / FOLDER, args.length, args.step)
     shutil.copytree(model.final, output)
-    for name, prefix, file in (("denoiser", "denoiser.backbone.", output / "model.safetensors"),
-                               ("text_encoder", "denoiser.text.", output / "text_encoder" / "model.safetensors")):
+    for name, prefix, file in (
+        ("denoiser", "denoiser.backbone.", output / "model.safetensors"),
+        ("text_encoder", "denoiser.text.", output / "text_encoder" / "model.safetensors"),
+    ):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if part:
             weights = load_tensors(file) | part
             save_tensors(file, weights, {"hash": content_hash(weights)})
             store_ingredients(output, {name: content_hash(weights)})
-    print(f"wrote {output}: the average of length {args.length:g} at step {step}")
+    answer(f"wrote {output}: the average of length {args.length:g} at step {step}")
     return 0

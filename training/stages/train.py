@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
+from training.messages import tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
 
@@ -115,7 +116,7 @@ def fit(
         run.describe("stopped", loop.done, facts)
         command = repeat_command([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
         notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
-        print(f"{notice}; resume with: {command}", file=sys.stderr)
+        tell(f"{notice}; resume with: {command}")
     return loop, 128 + number if number else 0
 
 
@@ -131,12 +132,12 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
         run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values)
     )
     run.describe("finished", run.config.train.max_steps, {**facts, "model": identity})
-    print(f"finished: {run.folder / 'final'}", file=sys.stderr)
+    tell(f"finished: {run.folder / 'final'}")
 
 
 def report_complete(run: Run) -> int:
     """A finished run asked to go on is done."""
     from training.files import read_json
 
-    print(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}", file=sys.stderr)
+    tell(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}")
     return 0

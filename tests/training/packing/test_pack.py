@@ -158,7 +158,8 @@ def test_missing_captions(folder: Path, tmp_path: Path, text: str | None) -> Non
     assert keyed(pack(folder, tmp_path / "b", *none, "empty")["train"])["cats/no_001"]["txt"] == b""
     assert keyed(pack(folder, tmp_path / "c", *none, "filename")["train"])["cats/no_001"]["txt"] == b"no 001"
     skipped = pack(folder, tmp_path / "d", "--val-fraction", "0", "--on-bad-data", "skip")["train"]
-    assert len(skipped) == 39 and skipped.summary["skipped"] == {"no caption": {"count": 1, "first": ["cats/no_001"]}}
+    left_out = skipped.summary["ledger"]["left out"]
+    assert len(skipped) == 39 and left_out == {"no caption": {"count": 1, "first": ["cats/no_001"]}}
 
 
 def test_broken_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,11 +175,11 @@ def test_broken_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (folder / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (folder / "lonely.txt").write_text("no picture")
     train = pack(folder, tmp_path / "b", "--val-fraction", "0", "--on-bad-data", "skip")["train"]
-    reasons = {reason: found["count"] for reason, found in train.summary["skipped"].items()}
+    reasons = {reason: found["count"] for reason, found in train.summary["ledger"]["left out"].items()}
     assert reasons == {"truncated image": 1, "empty file": 1, "not an image of a known format": 1, "too small": 1,
                        "unreadable file": 1, "HEIC needs: pip install pillow-heif": 1}  # fmt: skip
-    assert train.summary["notes"] == {"caption without image": {"count": 1, "first": ["lonely.txt"]}}
-    assert "skipped 1: truncated image (cats/no_001)" in capsys.readouterr().out
+    assert train.summary["ledger"]["ignored"] == {"caption without image": {"count": 1, "first": ["lonely.txt"]}}
+    assert "left out 1: truncated image (cats/no_001)" in capsys.readouterr().out
     assert (
         len(pack(folder, tmp_path / "c", "--on-bad-data", "skip", "--upscale", "--val-fraction", "0")["train"])
         == len(train) + 1
@@ -195,8 +196,9 @@ def test_same_stems_and_same_pictures(folder: Path, tmp_path: Path) -> None:
     assert {"cats/no_001", "cats/no_001_png"} <= set(samples) and samples["cats/no_001_png"][
         "txt"
     ] == b"picture number 1"
-    assert train.summary["notes"]["same name as another picture"]["count"] == 1
-    assert train.summary["notes"]["same picture twice"]["first"] == ["cats/no_999 = cats/no_001_png"]
+    assert train.summary["ledger"]["replaced"]["same name as another picture"]["count"] == 1
+    twice = train.summary["ledger"]["ignored"]["same picture twice, both packed"]
+    assert twice["first"] == ["cats/no_999 = cats/no_001_png"]
 
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:
