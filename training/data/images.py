@@ -13,16 +13,28 @@ from training.errors import DATA, UserError
 
 if TYPE_CHECKING:
     from training.shards.reading import ShardSet
+    from training.shards.streaming import StreamedShards
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 
 
 class Images(Samples[np.ndarray]):
-    """Packed pictures by slot; half of them mirrored when `flip`, keyed by (seed, epoch, sample)."""
+    """Packed pictures by slot; half of them mirrored when `flip`, keyed by (seed, epoch, sample).
 
-    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip") -> None:
+    With `resolution` they are fitted to it, as packing does; packed ones have theirs.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet | StreamedShards,
+        *,
+        flip: bool = False,
+        seed: int = 0,
+        on_bad_data: Policy = "skip",
+        resolution: int | None = None,
+    ) -> None:
         super().__init__(shards, seed, on_bad_data)
-        self.flip = flip
+        self.flip, self.resolution = flip, resolution
         self.extensions = [ext for ext in PICTURES if ext in shards.fields]
         if not self.extensions:
             what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
@@ -30,12 +42,13 @@ class Images(Samples[np.ndarray]):
 
     def picture(self, index: int) -> np.ndarray:
         """Sample `index` as uint8 (H,W,3). Raises UserError(code 3) where it cannot be decoded."""
-        from training.pictures.decoding import load_image
+        from training.pictures.decoding import fit, load_image
 
         record = self.shards.read(index, self.extensions)
         data = next((record[ext] for ext in self.extensions if record.get(ext)), b"")
         try:
-            return np.asarray(load_image(data))
+            image = load_image(data)
+            return np.asarray(fit(image, self.resolution) if self.resolution else image)
         except UserError as failure:
             what = f"{self.shards.key(index)}: not a readable picture ({failure.what})"
             hint = f"run: scripts/make_shards.py verify {self.shards.directory}"

@@ -19,6 +19,7 @@ from training.shards.remote import NULL, refuse_without_null
 
 if TYPE_CHECKING:
     from training.shards.reading import ShardSet
+    from training.shards.streaming import StreamedShards
 
 EXTRA = re.compile(r"extra-([a-z0-9_-]+)\.npy")  # a further field of latents, by the name that a condition gives it
 
@@ -38,7 +39,9 @@ class Latents(Samples[Latent]):
     Fields `extra-NAME.npy` are handed on as `Batch.extras`, with a mirrored variant those of `mirror-NAME.npy`.
     """
 
-    def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip") -> None:
+    def __init__(
+        self, shards: ShardSet | StreamedShards, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip"
+    ) -> None:
         super().__init__(shards, seed, on_bad_data)
         latent = shards.summary.get("latent")
         if not latent:

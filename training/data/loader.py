@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from training.data.arrivals import Arrivals, Losses
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.order import Batches, Slot
@@ -15,23 +16,26 @@ from training.data.prefetch import prefetching
 from training.data.samples import Batch
 from training.errors import UserError
 from training.machine.signals import block_sigterm, shield
+from training.shards.streaming import StreamedShards
 
 
 def stream(dataset: Images | Latents, batches: Batches, workers: int, *, pin: bool = False) -> Iterator[Batch]:
     """The micro-batches of this process, in order, read ahead by `workers` processes."""
-    loader: Any = DataLoader(
-        _Fetched(dataset),
-        batch_sampler=prefetching(batches, dataset.shards),
-        collate_fn=_whole,
-        pin_memory=pin,
-        **loaders(workers, 4),
-    )
+    how: dict[str, Any] = {"collate_fn": _whole, "pin_memory": pin, **loaders(workers, 4)}
+    losses = Losses() if isinstance(dataset.shards, StreamedShards) else None
+    loader: Any
+    if losses:
+        loader = DataLoader(Arrivals(dataset, batches), batch_size=None, **how)
+    else:
+        loader = DataLoader(_Fetched(dataset), batch_sampler=prefetching(batches, dataset.shards), **how)
     with block_sigterm():
         incoming = iter(loader)
     for batch in incoming:
         if isinstance(batch, UserError):
             raise batch
-        if workers:  # what a loader process counts, it counts in a copy
+        if losses:
+            losses.count(batch)
+        elif workers:  # what a loader process counts, it counts in a copy
             dataset.count(batch.bad)
         yield batch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,6 +69,29 @@ class DataOrder:
         return self.base[1] + (step - self.base[0]) * self.batch_size
 
 
+@dataclass(frozen=True)
+class StreamOrder:
+    """Places of a stream, whose samples have no numbers of their own: slot p takes whatever sample comes p-th."""
+
+    batch_size: int
+    base: tuple[int, int] = (0, 0)
+
+    def at(self, step: int, first: int, count: int) -> list[Slot]:
+        """Slots [first, first + count) of the global batch of `step`."""
+        return [Slot(p, 0, p) for p in range(self.place(step) + first, self.place(step) + first + count)]
+
+    def place(self, step: int) -> int:
+        """Where the global batch of `step` begins: the samples seen before it."""
+        return self.base[1] + (step - self.base[0]) * self.batch_size
+
+
+def order_of(dataset: Any, batch_size: int, seed: int, base: tuple[int, int] = (0, 0)) -> DataOrder | StreamOrder:
+    """Which sample of a data set fills which slot. Raises UserError where there are fewer than one global batch."""
+    if dataset.shards.windows is None:
+        return StreamOrder(batch_size, base)
+    return DataOrder(len(dataset), batch_size, seed, base, *dataset.shards.windows)
+
+
 def substitute(slot: Slot, attempt: int, samples: int, seed: int) -> Slot:
     """Who stands in where the sample of `slot` cannot be read: drawn by (seed, slot, attempt), the slot kept."""
     draw = np.random.default_rng([seed, slot.slot, attempt]).integers(samples)
@@ -100,7 +123,7 @@ class Batches:
     Global batch = processes x accumulation x micro; backward pass a of process r takes block r of stripe a.
     """
 
-    order: DataOrder
+    order: DataOrder | StreamOrder
     micro: int
     accumulation: int
     process: int

@@ -8,6 +8,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from training.data.order import DataOrder
 from training.errors import DISK, UserError
 from training.files import gigabytes
 from training.shards.remote import ROOM, Remote
@@ -48,6 +49,7 @@ class Prefetching:
         previous: tuple[int, ...] = ()
         try:
             for slots in self.batches:
+                assert isinstance(self.batches.order, DataOrder)  # of shards that are numbered
                 ahead = self.batches.order.ahead(slots[0].slot)
                 if ahead != previous:
                     queue.put(ahead)

@@ -18,6 +18,7 @@ from training.messages import warn
 
 if TYPE_CHECKING:
     from training.shards.reading import ShardSet
+    from training.shards.streaming import StreamedShards
 
 Policy = Literal["error", "skip"]
 LIMIT = 0.01  # the share of a split that may be left out, at least one sample; beyond it the data are not sound
@@ -46,8 +47,9 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
     split (at least one sample) is left out.
     """
 
-    def __init__(self, shards: ShardSet, seed: int, on_bad_data: Policy) -> None:
-        self.shards, self.seed, self.on_bad_data = shards, seed, on_bad_data
+    def __init__(self, shards: ShardSet | StreamedShards, seed: int, on_bad_data: Policy) -> None:
+        self.shards: Any = shards  # of what both kinds offer
+        self.seed, self.on_bad_data = seed, on_bad_data
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from training.data.loader import stream
-from training.data.order import Batches, DataOrder
+from training.data.order import Batches, order_of
 from training.errors import UserError, as_user_error
 from training.loop import optim
 from training.loop.ema import EMA
@@ -83,7 +83,7 @@ class Loop:
     def plan_batches(self, start: int) -> Batches:
         """This process's micro-batches from step `start` on."""
         dataset, train = self.stage.dataset, self.train
-        order = DataOrder(len(dataset), train.batch_size, train.seed, self.base, *dataset.shards.windows)
+        order = order_of(dataset, train.batch_size, train.seed, self.base)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         return Batches(order, self.micro, self.accumulation, process, processes, start, train.max_steps)
 

@@ -87,4 +87,4 @@ def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> C
 
 def caption(images: Images, index: int) -> str:
     """The first caption of a packed picture: its class."""
-    return images.shards.read_field(index, "txt").decode("utf-8").strip()
+    return str(images.shards.read_field(index, "txt").decode("utf-8").strip())

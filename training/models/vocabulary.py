@@ -12,13 +12,17 @@ from training.data.latents import Latents
 from training.errors import DATA, Unreachable, UserError
 from training.files import file_sha256, leads_out, read_json, write_json
 from training.shards.index import INDEX
+from training.shards.streaming import StreamedShards
 
 COUNTED = "captions.json"  # {index_sha256, rule, words: most frequent first, all_words, captions: distinct or null}
 WORDS, LABELS = 1 << 16, 10_000  # most that are stored; what asks for more reads the captions themselves
 
 
 def captions(dataset: Latents) -> Iterator[str]:
-    """Every caption of every sample."""
+    """Every caption of every sample. Raises UserError (code 3) for a stream, which has no end."""
+    if isinstance(dataset.shards, StreamedShards):
+        hint = "encode again with this version, which counts them, or train without --stream"
+        raise UserError(f"the captions of a stream are counted beforehand ({COUNTED} lacks them)", hint=hint, code=DATA)
     return (caption for i in range(len(dataset)) for caption in dataset.captions(i))
 
 

@@ -43,6 +43,14 @@ PLAIN: dict[str, type] = {
 }  # fmt: skip
 
 
+STREAM = {
+    "autoencoder": "read --data, here tars ('a/{000..123}.tar', addresses, pipe:COMMAND), from front to end, without an"
+    " index, in the order they come; a resumed run reads others, so it is not the run that was not stopped",
+    "denoiser": "read the shards of --latents from front to end, none kept on disk, in the order they come; a resumed"
+    " run reads others, so it is not the run that was not stopped",
+}
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """Shows defaults where there are any, and keeps the layout of the description."""
 
@@ -160,6 +168,8 @@ def check_inputs(args: argparse.Namespace) -> None:
             hint = "give a run folder, its final/ or one of its checkpoints"
             raise UserError(f"{run}: no such run", hint=hint, code=CHECKPOINT)
     for folder in (getattr(args, name, None) for name in ("data", "latents")):
+        if getattr(args, "stream", False) and folder == getattr(args, "data", None):
+            continue  # it names tars, no folder
         if folder and ":" not in str(folder):  # an address is read, or refused, by those who know its kind
             from training.files import no_index
 
@@ -180,6 +190,7 @@ class TrainParser(Parser):
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
         self.data.add_argument("--on-bad-data", choices=("error", "skip"), default="skip", help=text)
         add_cache(self.data)
+        add_stream(self.data, stage)
         run = self.add_argument_group("run")
         run.add_argument(
             "--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file"
@@ -227,6 +238,9 @@ class TrainParser(Parser):
             raise UserError(f"--{self.source} is missing", hint=f"name the folder of shards: --{self.source} DIR")
         if not args.output and not args.dry_run:
             raise UserError("--output is missing", hint="name the run folder: --output runs/NAME")
+        if getattr(args, "resolution", None) and not args.stream:
+            hint = "pack with: scripts/make_shards.py pack SOURCE --output DIR --resolution N"
+            raise UserError("--resolution is that of the packed pictures; here it is for --stream alone", hint=hint)
         check_inputs(args)
 
 
@@ -236,6 +250,16 @@ def add_cache(group: Any) -> None:
     group.add_argument("--cache-dir", metavar="DIR", help=text)
     text = "of these shards, GB; those not read for longest are removed"
     group.add_argument("--cache-size", metavar="GB", type=float, default=20.0, help=text)
+
+
+def add_stream(group: Any, stage: str) -> None:
+    """The flags of shards that are read as a stream."""
+    group.add_argument("--stream", action="store_true", help=STREAM[stage])
+    text = "records that --stream mixes among each other in each loader process"
+    group.add_argument("--shuffle-buffer", metavar="N", type=int, default=1000, help=text)
+    if stage == "autoencoder":
+        text = "of the pictures of a --stream, which are fitted to it; packed pictures have theirs"
+        group.add_argument("--resolution", metavar="N", type=int, help=text)
 
 
 def run_main(function: Callable[[], object]) -> None:

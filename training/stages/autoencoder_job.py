@@ -23,6 +23,7 @@ from training.stages.autoencoder import AutoencoderStage
 from training.stages.checks import check_images, check_shrinking, check_starts
 from training.stages.job import Job, parameters
 from training.stages.preview import DistillationStage, fit_to_teacher
+from training.stages.streams import stream_facts, stream_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,10 +41,13 @@ class AutoencoderJob(Job):
     def open_data(self) -> None:
         """Pictures, and the teacher or vision model that flags name."""
         args, train = self.args, self.config.train
-        args.data = open_address(args.data, args.cache_dir, args.cache_size, train.window_shards)
-        shards = ShardSet(args.data, "train")
-        self.dataset = Images(shards, flip=train.flip, seed=train.seed, on_bad_data=args.on_bad_data)
-        self.held_out = Images(held_out_shards(args.data))
+        how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
+        if args.stream:
+            self.dataset, self.held_out = stream_images(args, train, how)
+        else:
+            args.data = open_address(args.data, args.cache_dir, args.cache_size, train.window_shards)
+            self.dataset = Images(ShardSet(args.data, "train"), **how)
+            self.held_out = Images(held_out_shards(args.data))
         self.config, self.teacher = fit_to_teacher(args, self.config)
         self.vision = vision_of_flags(args, self.config)
         check_images(self.config, self.dataset)
@@ -78,12 +82,14 @@ class AutoencoderJob(Job):
         """Parameters, factor and channels of the model, and the number of pictures."""
         model = self.trained.model
         what = f"{parameters(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
-        return f"autoencoder: {what}; {len(self.dataset):,} images"
+        count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
+        return f"autoencoder: {what}; {count} images"
 
     def facts(self) -> dict[str, Any]:
         """Hashes of the data, the teacher and the vision model."""
         parts = {"teacher": teacher_hash(self.teacher), "vision": vision_hash(self.vision)}
-        return {"data": data_facts(self.args.data), **parts}
+        data = stream_facts(self.dataset) if self.args.stream else data_facts(self.args.data)
+        return {"data": data, **parts}
 
     def begin(self, final: Path) -> None:
         """Keep the record of the teacher beside the model."""

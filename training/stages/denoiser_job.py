@@ -18,6 +18,7 @@ from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
 from training.stages.job import Job, parameters
+from training.stages.streams import stream_latents
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,9 +37,12 @@ class DenoiserJob(Job):
         """Latents, training and held out; of an address, the models beside them too."""
         args, train = self.args, self.config.train
         args.latents = open_address(args.latents, args.cache_dir, args.cache_size, train.window_shards)
-        shards = ShardSet(args.latents, "train")
-        self.dataset = Latents(shards, flip=train.flip, seed=train.seed, on_bad_data=args.on_bad_data)
-        self.held_out = Latents(held_out_shards(args.latents))
+        how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
+        if args.stream:
+            self.dataset, self.held_out = stream_latents(args, train, how)
+        else:
+            self.dataset = Latents(ShardSet(args.latents, "train"), **how)
+            self.held_out = Latents(held_out_shards(args.latents))
         if isinstance(args.latents, Remote):
             args.latents.bring_models(text=self.dataset.text)
 
@@ -66,7 +70,8 @@ class DenoiserJob(Job):
     def description(self) -> str:
         """Parameters, the shape of a latent, and the number of latents."""
         what = f"{parameters(self.trained.network)} parameters on latents {'x'.join(map(str, self.parts.shape))}"
-        return f"denoiser: {what}; {len(self.dataset):,} latents"
+        count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
+        return f"denoiser: {what}; {count} latents"
 
     def facts(self) -> dict[str, Any]:
         """Hashes of the data and of every part that is not trained."""
