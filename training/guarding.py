@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,11 +37,19 @@ def leads_out(path: Path, home: Path | None = None) -> bool:
 
 def refuse_links(folder: Path, code: int = CHECKPOINT) -> None:
     """Raises UserError at the first link in `folder` and below that leads out of it, but for kept checkpoints."""
-    home = _downloaded(folder)
-    for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in (*folders, *files)):
-            if leads_out(path, home) and not KEPT_ELSEWHERE.fullmatch(path.relative_to(folder).as_posix()):
-                raise a_link(path, folder, code)
+    home, waiting = _downloaded(folder), [str(folder)]
+    while waiting:
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:  # what cannot be listed is told by who reads it
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.is_symlink() and leads_out(path, home) and not _kept(path, folder):
+                    raise a_link(path, folder, code)
+
+
+def _kept(path: Path, folder: Path) -> bool:
+    return bool(KEPT_ELSEWHERE.fullmatch(path.relative_to(folder).as_posix()))
 
 
 def refuse_link(path: Path) -> None:
@@ -85,19 +94,26 @@ def open_own(path: Path, mode: str) -> IO[Any]:
     return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=plain_file)
 
 
+def read_plain(path: Path, limit: int = LARGEST_JSON) -> bytes:
+    """A small file's bytes. Raises OSError as `open` does, and ValueError for no plain file or over `limit` bytes."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a plain file")
+        data: bytes = file.read(min(limit, about.st_size) + 1)
+    if len(data) > limit:
+        raise ValueError(f"larger than {gigabytes(limit)}, the most that is read of such a file")
+    return data
+
+
 def read_whole(path: Path, *, code: int = CHECKPOINT, limit: int = LARGEST_JSON) -> bytes:
-    """A small file's bytes. Raises UserError saying why where it cannot be read, and for more than `limit` bytes."""
+    """`read_plain`, raising UserError."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is not a plain file", hint="is this the right file?", code=code)
-            data: bytes = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+        return read_plain(path, limit)
     except OSError as failure:
         raise unreadable(path, failure, code) from None
-    if len(data) > limit:
-        reason = f"{path}: larger than {gigabytes(limit)}, the most that is read of such a file"
-        raise UserError(reason, hint="is this the right file?", code=code)
-    return data
+    except ValueError as failure:
+        raise UserError(f"{path}: {failure}", hint="is this the right file?", code=code) from None
 
 
 def unreadable(path: Path, failure: OSError, code: int = CHECKPOINT) -> UserError:
@@ -118,9 +134,11 @@ def read_json(path: Path, *, code: int = CHECKPOINT, limit: int = LARGEST_JSON) 
         raise UserError(reason, hint="the file is damaged; use another copy", code=code) from None
 
 
-def read_record(path: Path, kinds: Mapping[str, type], *, code: int = CHECKPOINT, hint: str = "") -> dict[str, Any]:
+def read_record(
+    path: Path, kinds: Mapping[str, type], *, code: int = CHECKPOINT, limit: int = LARGEST_JSON, hint: str = ""
+) -> dict[str, Any]:
     """A JSON object that has the keys of `kinds`, each of its type. Raises UserError naming the first that differs."""
-    found = read_json(path, code=code)
+    found = read_json(path, code=code, limit=limit)
     hint = hint or "the file is damaged or another program's; use another copy"
     if type(found) is not dict:
         reason = f"{path}: expected an object of JSON, found {CALLED.get(type(found), 'a number')}"
@@ -134,10 +152,10 @@ def read_record(path: Path, kinds: Mapping[str, type], *, code: int = CHECKPOINT
     return found
 
 
-def check_free(path: Path | str | None, overwrite: bool, flag: str = "--output") -> None:
+def check_free(path: Path | str | None, overwrite: bool | None, flag: str = "--output") -> None:
     """Before the work begins: raises UserError where the file `path` cannot be written, or is there already.
 
-    Nothing that lies there is replaced unless `overwrite`, the flag --overwrite of every command that writes one file.
+    Nothing that lies there is replaced unless `overwrite`, a command's flag --overwrite; None where it has none.
     """
     if not path:
         return
@@ -145,7 +163,8 @@ def check_free(path: Path | str | None, overwrite: bool, flag: str = "--output")
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint=f"give a file: {flag} FILE", code=USAGE)
     if not overwrite and os.path.lexists(path):
-        raise UserError(f"{path} already exists", hint=f"use --overwrite, or another {flag}", code=USAGE)
+        hint = f"choose another {flag}" if overwrite is None else f"use --overwrite, or another {flag}"
+        raise UserError(f"{path} already exists", hint=hint, code=USAGE)
     check_output(path.parent, flag=flag)
 
 

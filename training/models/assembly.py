@@ -19,7 +19,7 @@ from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import LabelEncoder
 from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import content_hash, load_tensors, make_folder, save_tensors
+from training.files import content_hash, load_tensors, make_folder, refuse_links, save_tensors
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import copy_model, fill, find, weights
@@ -61,6 +61,7 @@ def assemble(
 
     Raises UserError where the latents were made by another autoencoder than the one stored beside them.
     """
+    refuse_links(latents)
     autoencoder = load_autoencoder(latents / "autoencoder", device)
     hashes = autoencoder_hashes(autoencoder)
     made_by = dataset.shards.summary["encoder"]

@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[str, Change]] = {
     "none of them": ("lack", lambda t: (t.clear(), t.update(other=torch.zeros(2)))),
     "a layer less": ("lack", lambda t: [t.pop(k) for k in [*t] if "layer.1." in k]),
     "a layer more": ("no place for", lambda t: t.update({k.replace("layer.1.", "layer.2."): v for k, v in t.items()})),
-    "another size": ("of another size", lambda t: t.update({k: v.repeat(*[2] * v.ndim) for k, v in t.items() if "layer.0" in k})),
+    "another size": ("of another size", lambda t: t.update({k: v.repeat(*[2] * v.ndim) for k, v in t.items()})),
     "not a number": ("is not finite", lambda t: next(v for k, v in t.items() if "layer.1." in k).fill_(float("nan"))),
     "infinite": ("is not finite", lambda t: next(iter(t.values())).view(-1)[:1].fill_(float("inf"))),
 }
