@@ -26,6 +26,7 @@ def main() -> None:
     add("--prompt", metavar="TEXT", default="", help="with --model: the caption to draw")
     add("--seeds", metavar="N", type=int, default=32, help="with --model: pictures that a distribution is judged by")
     add("--output", metavar="FILE", help="write the table there too")
+    add("--overwrite", action="store_true", help="replace that file where it is there")
     parser.machine(device="")
     args = parser.read()
     if args.steps is None:

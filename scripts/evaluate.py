@@ -46,6 +46,7 @@ def main() -> None:
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
     add("--grid", metavar="FILE", help="also draw the first judged pictures with their verdicts")
     add("--output", metavar="FILE", help="write all numbers and settings as JSON")
+    add("--overwrite", action="store_true", help="replace these files where they are there")
     parser.machine()
     args = parser.read_with_keys()
     from training.measuring.evaluate import evaluate

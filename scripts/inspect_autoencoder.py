@@ -19,6 +19,7 @@ def main() -> None:
     add("model", metavar="RUN", help="a stage-one run, its final/ or a checkpoint")
     add("--data", metavar="DIR", required=True, help="packed pictures: val is measured, train teaches the probe")
     add("--output", metavar="DIR", required=True, help="where inspection.html and inspection.json go")
+    add("--overwrite", action="store_true", help="replace these files where they are there")
     add("--count", metavar="N", type=int, default=1000, help="held-out pictures measured; 0 = all")
     add("--batch-size", metavar="N", type=int, default=32, help="pictures at once")
     add("--lpips", metavar="WEIGHTS", help="also LPIPS: standard, random, or a file of backbone weights")

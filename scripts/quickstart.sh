@@ -19,7 +19,7 @@ run scripts/make_shards.py pack shapes --samples 20000 --val-fraction 0.02 --out
 run scripts/train_autoencoder.py --config quickstart --data "$out/data" --output "$out/autoencoder" --resume auto
 run scripts/encode_latents.py --autoencoder "$out/autoencoder" --data "$out/data" --output "$out/latents"
 run scripts/train_denoiser.py --config quickstart --latents "$out/latents" --output "$out/denoiser" --resume auto
-run scripts/evaluate.py --model "$out/denoiser" --obedience shapes --count 200 --grid "$out/grid.png" --output "$out/evaluation.json"
+run scripts/evaluate.py --overwrite --model "$out/denoiser" --obedience shapes --count 200 --grid "$out/grid.png" --output "$out/evaluation.json"
 run scripts/generate.py --model "$out/denoiser" --output "$out/pictures" --overwrite --num-images 2 \
     --prompt "a large red cross in the top left on a white background" --prompt "a small blue triangle at the bottom" \
     --prompt "a green circle above a yellow square" --prompt "a pink square to the left of a blue triangle on a black background"

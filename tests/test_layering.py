@@ -43,6 +43,8 @@ PURE_IMPORTS = {
 FLOORS = (
     {"messages", "ledger"},
     {"errors"},
+    {"guarding"},
+    {"tensors"},
     {"files"},
     {"machine", "shapes"},
     {"settings", "pictures"},

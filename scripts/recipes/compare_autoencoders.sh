@@ -27,13 +27,13 @@ train() { # NAME DATA FLAGS: one autoencoder at $out/NAME
         --data "$2" --output "$out/$1" --resume auto "${late[@]}" "${@:3}"
 }
 inspect() { # NAME DATA: its numbers and its probe's, at $out/NAME/inspection
-    [ -e "$out/$1/inspection/inspection.json" ] || run scripts/inspect_autoencoder.py "$out/$1" --data "$2" \
+    [ -e "$out/$1/inspection/inspection.json" ] || run scripts/inspect_autoencoder.py --overwrite "$out/$1" --data "$2" \
         --output "$out/$1/inspection" --lpips random --lpips-net squeeze --probe-steps 400 --probe-samples 512
 }
 full() { # NAME DATA: a denoiser trained on it, judged, at $out/NAME/denoiser.json
     run scripts/encode_latents.py --autoencoder "$out/$1" --data "$2" --output "$out/$1/latents"
     run scripts/train_denoiser.py --config fashion --latents "$out/$1/latents" --output "$out/$1/denoiser" --max-steps 1200 --resume auto
-    [ -e "$out/$1/denoiser.json" ] || run scripts/evaluate.py --model "$out/$1/denoiser" --data "$2" --count 1000 --output "$out/$1/denoiser.json"
+    [ -e "$out/$1/denoiser.json" ] || run scripts/evaluate.py --overwrite --model "$out/$1/denoiser" --data "$2" --count 1000 --output "$out/$1/denoiser.json"
 }
 
 first=${data[0]} name=$(basename "$(dirname "${data[0]}")")

@@ -20,10 +20,10 @@ cd "$project"
 run scripts/make_shards.py pack emoji --root "$root" --output "$out/data" --resolution 64 --val-fraction 0.05
 run scripts/train_autoencoder.py --config emoji --data "$out/data" --output "$out/autoencoder" --resume auto
 run scripts/encode_latents.py --autoencoder "$out/autoencoder" --data "$out/data" --output "$out/latents" --text-encoder "$text" --text-length 32
-run scripts/evaluate.py --model "$out/autoencoder" --data "$out/data" --count 0 --output "$out/autoencoder.json"
+run scripts/evaluate.py --overwrite --model "$out/autoencoder" --data "$out/data" --count 0 --output "$out/autoencoder.json"
 for backbone in dit unet; do
     run scripts/train_denoiser.py --config "emoji-$backbone" --latents "$out/latents" --output "$out/$backbone" --resume auto
-    run scripts/evaluate.py --model "$out/$backbone" --data "$out/data" --count 500 --output "$out/$backbone.json"
+    run scripts/evaluate.py --overwrite --model "$out/$backbone" --data "$out/data" --count 500 --output "$out/$backbone.json"
     run scripts/generate.py --model "$out/$backbone" --output "$out/pictures-$backbone" --overwrite --num-images 2 \
         --prompt "grinning face" --prompt "red apple" --prompt "cat face" --prompt "soccer ball" --prompt "heart with arrow" \
         --prompt "cloud with rain" --prompt "house with garden" --prompt "fish" --prompt "clock face four oclock" --prompt "woman with dark hair" \

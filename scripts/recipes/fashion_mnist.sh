@@ -22,8 +22,8 @@ run scripts/train_denoiser.py --config fashion --latents "$out/latents" --output
 echo "both stages: $((SECONDS - start)) s"
 
 [ -e "$out/classifier/model.safetensors" ] || run scripts/train_classifier.py --data "$out/data" --output "$out/classifier"
-run scripts/evaluate.py --model "$out/autoencoder" --data "$out/data" --count 0 --crop 28 --features "$out/classifier" --output "$out/autoencoder.json"
-run scripts/evaluate.py --model "$out/denoiser" --data "$out/data" --count 3000 --features "$out/classifier" --obedience "$out/classifier" --output "$out/denoiser.json"
+run scripts/evaluate.py --overwrite --model "$out/autoencoder" --data "$out/data" --count 0 --crop 28 --features "$out/classifier" --output "$out/autoencoder.json"
+run scripts/evaluate.py --overwrite --model "$out/denoiser" --data "$out/data" --count 3000 --features "$out/classifier" --obedience "$out/classifier" --output "$out/denoiser.json"
 for class in t-shirt trouser pullover dress coat sandal shirt sneaker bag "ankle boot"; do
     case $class in [aeiou]*) echo "a photo of an $class" ;; *) echo "a photo of a $class" ;; esac
 done > "$out/prompts.txt"

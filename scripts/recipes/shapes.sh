@@ -12,5 +12,5 @@ run scripts/train_autoencoder.py --config shapes --data "$out/data" --output "$o
 run scripts/encode_latents.py --autoencoder "$out/autoencoder" --data "$out/data" --output "$out/latents"
 run scripts/train_denoiser.py --config shapes --latents "$out/latents" --output "$out/denoiser" --resume auto
 echo "both stages: $((SECONDS - start)) s"
-run scripts/evaluate.py --model "$out/autoencoder" --data "$out/data" --count 0 --output "$out/autoencoder.json"
-run scripts/evaluate.py --model "$out/denoiser" --obedience shapes --count 1000 --grid "$out/grid.png" --output "$out/denoiser.json"
+run scripts/evaluate.py --overwrite --model "$out/autoencoder" --data "$out/data" --count 0 --output "$out/autoencoder.json"
+run scripts/evaluate.py --overwrite --model "$out/denoiser" --obedience shapes --count 1000 --grid "$out/grid.png" --output "$out/denoiser.json"

@@ -19,10 +19,11 @@ from peaks import told
 from PIL import Image
 
 from training.errors import UserError
-from training.files import PICKLES, check_output, load_tensors, save_tensors
+from training.files import check_output
 from training.packing.command import main
 from training.shards.reading import ShardSet
 from training.shards.verifying import verify
+from training.tensors import PICKLES, load_tensors, save_tensors
 
 
 class Canary:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.files import check_free, write_text
+from training.messages import answer
 from training.settings.flags import Parser
 
 
@@ -23,6 +25,7 @@ def flags(parser: Parser) -> None:
     parser.add_argument("--side", metavar="N", type=int, default=32, help="latents of N x N, in patches of 2")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="processor threads")
     parser.add_argument("--output", metavar="FILE", help="write the table there too")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file where it is there")
     parser.machine(device="")
 
 
@@ -30,10 +33,12 @@ def run(args: Any) -> None:
     """Print the table, and write it."""
     if min(args.steps, args.side, args.threads) < 1:
         raise UserError("--steps, --side and --threads must be at least 1")
+    check_free(args.output, args.overwrite)
     lines = table(args)
-    print("\n".join(lines))
+    for line in lines:
+        answer(line)
     if args.output:
-        Path(args.output).write_text("\n".join(lines) + "\n")
+        write_text(Path(args.output), "\n".join(lines) + "\n")
 
 
 class Timed:

@@ -17,6 +17,7 @@ from training.drawing.requests import Request, ask, choose, parse_also, parse_si
 from training.drawing.starts import TOLD, start_of_flags
 from training.drawing.steering import add_weak, pipeline_hashes
 from training.errors import UserError
+from training.files import make_folder, refuse_link
 from training.machine import memory
 from training.machine.processes import resolve, start
 from training.messages import tell
@@ -55,7 +56,7 @@ class Drawing:
             facts = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch), **self.facts}
             grids.save(images[index], self.output / name(request), facts)
             if strip:
-                (self.output / "strips").mkdir(exist_ok=True)
+                make_folder(self.output / "strips")
                 grids.save(strip.draw(index), self.output / "strips" / name(request), facts)
 
 
@@ -119,7 +120,8 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
         replay.compare(original, facts)
     how = {"negative": args.negative_prompt, "also": also, "start": begin, "sampling": sampling, "size": size}
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
+    refuse_link(output / "strips")
     # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)
 
@@ -134,7 +136,7 @@ def draw_grid(shown: list[Request], output: Path) -> None:
     """grid.png of pictures already written, each with its caption."""
     images = [Image.open(output / name(request)).convert("RGB") for request in shown]
     sheet = grids.grid(images, min(8, len(shown)), captions=[request.prompt for request in shown])
-    sheet.save(output / "grid.png")
+    grids.save(sheet, output / "grid.png")
 
 
 def name(request: Request) -> str:

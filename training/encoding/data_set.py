@@ -23,7 +23,16 @@ from training.data.latents import Latents
 from training.data.loader import loaders
 from training.encoding.shard import Encoder, embeddings, refuse_many
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import check_output, disk_error, make_folder, read_json, remove_partials, save_tensors, write_json
+from training.files import (
+    check_output,
+    disk_error,
+    make_folder,
+    read_record,
+    refuse_links,
+    remove_partials,
+    save_tensors,
+    write_json,
+)
 from training.machine import processes
 from training.messages import tell, warn
 from training.models import text_encoders
@@ -189,10 +198,10 @@ def _prepare(
 def _claim(target: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     make_folder(target)
+    refuse_links(target)
     plan_file = target / PLAN
     if plan_file.is_file():
-        before = read_json(plan_file)
-        before = {"tile": 0, **(before if isinstance(before, dict) else {})}
+        before = {"tile": 0, **read_record(plan_file, {})}
         differences = [
             f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
         ]

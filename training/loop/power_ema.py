@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, USAGE, UserError
-from training.files import load_tensors, save_tensors
+from training.files import load_tensors, make_folder, save_tensors
 
 FOLDER = "ema"  # of a run: step-00001000.safetensors, with `LENGTH/parameter` in it
 
@@ -96,10 +96,8 @@ class PowerAverages:
         if not self.shadows:
             return
         folder = run / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"step-{step:08d}.safetensors"
-        save_tensors(folder / f".tmp-{target.name}", self.tensors())
-        (folder / f".tmp-{target.name}").replace(target)
+        make_folder(folder)
+        save_tensors(folder / f"step-{step:08d}.safetensors", self.tensors())
 
 
 def reconstruct(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:

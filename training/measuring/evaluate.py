@@ -15,7 +15,7 @@ from training.data.images import Images
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError, as_user_error
-from training.files import content_hash, write_json
+from training.files import check_free, content_hash, make_folder, write_json
 from training.machine import memory, processes
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.features import load_features
@@ -45,6 +45,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
     least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "batch_size": 1}
     check_least(args, least, "evaluate.py --help says what it means")
+    check_free(args.output, args.overwrite)
+    check_free(args.grid, args.overwrite, "--grid")
     memory.keep_memory()
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
@@ -56,7 +58,7 @@ def evaluate(args: argparse.Namespace) -> int:
         if isinstance(value, int | float | str):
             answer(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(args.output).parent)
         write_json(Path(args.output), numbers)
         tell(f"wrote {args.output}")
     return 0

@@ -21,7 +21,7 @@ from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
 from training.data.images import Images
 from training.errors import DATA, as_user_error
-from training.files import check_output, write_bytes, write_json
+from training.files import check_free, check_output, make_folder, write_bytes, write_json
 from training.machine import memory, processes
 from training.measuring.features import load_features
 from training.measuring.probe import probe
@@ -49,6 +49,8 @@ def inspect(args: argparse.Namespace) -> int:
     since, output, device = time.perf_counter(), Path(args.output), processes.resolve(args.device)
     check_least(args, {"count": 0, "batch_size": 1, "probe_steps": 0, "probe_samples": 2})
     check_output(output)
+    for file in ("inspection.json", "inspection.html"):
+        check_free(output / file, args.overwrite)
     model, held_out = load_autoencoder(args.model, device), Images(held_out_shards(args.data))
     features, distance = load_features(args.features, device), load_distance(args, held_out, device)
     with as_user_error("inspect with pictures like those that it was trained on", DATA):
@@ -63,7 +65,7 @@ def inspect(args: argparse.Namespace) -> int:
     about |= {"latent_channels": model.latent_channels, "versions": versions()}
     about |= {"lpips": f"{args.lpips_net} {Path(args.lpips).name}" if args.lpips else None}
     numbers = finite({**about, **numbers, "seconds": round(time.perf_counter() - since, 1)})
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     write_json(output / "inspection.json", numbers)
     write_bytes(output / "inspection.html", page(Path(args.model).name, numbers, study.worst(held_out)).encode())
     for name, value in numbers["reconstruction"].items():

@@ -19,7 +19,7 @@ from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import LabelEncoder
 from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import content_hash, load_tensors, read_json, save_tensors
+from training.files import content_hash, load_tensors, make_folder, refuse_links, save_tensors
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import copy_model, fill, find, weights
@@ -61,6 +61,7 @@ def assemble(
 
     Raises UserError where the latents were made by another autoencoder than the one stored beside them.
     """
+    refuse_links(latents)
     autoencoder = load_autoencoder(latents / "autoencoder", device)
     hashes = autoencoder_hashes(autoencoder)
     made_by = dataset.shards.summary["encoder"]
@@ -108,7 +109,7 @@ def _frozen_text(
             torch.ones(1, len(stored["context"]), dtype=torch.bool),
             stored["pooled"][None].float() if "pooled" in stored else None,
         )
-        name = read_json(latents / "text_encoder" / "identity.json")["name"]
+        name = text_encoders.stored_identity(latents)["name"]
     elif name:
         text = text_encoders.load_huggingface(config, name)
     else:
@@ -138,7 +139,7 @@ def draw_with(
 def export_learned(parts: Parts, home: Path) -> None:
     """Store a text encoder that was trained (frozen ones were stored at the start), and what names all of final/."""
     if parts.text.trainable:
-        (home / "text_encoder").mkdir(parents=True, exist_ok=True)
+        make_folder(home / "text_encoder")
         save_tensors(home / "text_encoder" / "model.safetensors", parts.text.state_dict())
     begun = {name: parts.hashes[name] for name in BEGUN_WITH if name in parts.hashes}
     store_ingredients(home, begun | _networks(parts.pipeline))

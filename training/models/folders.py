@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors, write_bytes, write_json
+from training.files import (
+    copy_file,
+    disk_error,
+    make_folder,
+    read_record,
+    refuse_links,
+    write_bytes,
+    write_json,
+)
 from training.machine.faults import fault
 from training.runs.checkpoints import Checkpoints
 from training.settings import decoding
+from training.tensors import check_weights, content_hash, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +30,12 @@ if TYPE_CHECKING:
 def export(folder: Path, values: decoding.Values, tensors: Mapping[str, Tensor], card: str) -> str:
     """Write a model folder {config.json, model.safetensors, README.md}, whole; returns the weights' content hash."""
     identity = content_hash(tensors)
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         fault("export")
     except OSError as failure:
         raise disk_error(folder, failure) from None
-    save_tensors(folder / ".tmp-model.safetensors", tensors, {"hash": identity})
-    (folder / ".tmp-model.safetensors").replace(folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors, {"hash": identity})
     write_json(folder / "config.json", values)
     write_bytes(folder / "README.md", card.encode())
     return identity
@@ -53,7 +60,7 @@ class Found(NamedTuple):
 
     def config(self) -> decoding.Config:
         """Its config, decoded."""
-        return decoding.decode_stored(self.stage, read_json(self.home / "config.json"))
+        return decoding.decode_stored(self.stage, read_record(self.home / "config.json", {}))
 
 
 WANTED = "give a run folder, its final/ or one of its checkpoints"
@@ -67,7 +74,9 @@ def find(path: str | Path, stage: str | None = None) -> Found:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such run", hint=WANTED, code=CHECKPOINT)
-    if path.parent.name == "checkpoints" and (path / "ema.safetensors").is_file():
+    in_checkpoints = path.parent.name == "checkpoints"
+    refuse_links(path.parent.parent if in_checkpoints else path)
+    if in_checkpoints and (path / "ema.safetensors").is_file():
         home, weights = path.parent.parent, path
     elif (path / "model.safetensors").is_file() and (path / "config.json").is_file():
         home, weights = path, path / "model.safetensors"
@@ -78,7 +87,7 @@ def find(path: str | Path, stage: str | None = None) -> Found:
         if newest is None:
             raise UserError(f"{path}: holds no model and no checkpoint", hint=WANTED, code=CHECKPOINT)
         home, weights = path, newest
-    values = read_json(home / "config.json")
+    values = read_record(home / "config.json", {})
     kind = "autoencoder" if "model" in values else "denoiser"
     if kind != (stage or kind):
         raise UserError(
@@ -98,10 +107,11 @@ def weights(file: Path, name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
-def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path, *, assign: bool = False) -> None:
     """Load weights, every one of them and nothing else. Raises UserError naming the first that does not fit."""
+    check_weights(tensors, model.state_dict(), source)
     try:
-        model.load_state_dict(dict(tensors))
+        model.load_state_dict(dict(tensors), assign=assign)
     except RuntimeError as failure:
         reason = str(failure).splitlines()[1].strip() if "\n" in str(failure) else str(failure)
         raise UserError(
@@ -113,10 +123,10 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
 
 def copy_model(source: Path, target: Path) -> None:
     """Copy a model folder (final/ of a run) whole."""
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for name in ("config.json", "model.safetensors", "README.md"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            copy_file(source / name, target / name)
 
 
 def card(title: str, facts: Mapping[str, Any], values: decoding.Values) -> str:

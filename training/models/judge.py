@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from autoencoder.images import to_unit
 from training.data.images import Images
 from training.errors import DATA, UserError
-from training.files import load_tensors, read_json
+from training.files import read_record, refuse_links
+from training.models.folders import fill
+from training.tensors import load_tensors
 
 if TYPE_CHECKING:
     pass
@@ -75,14 +77,21 @@ class Judge:
 
 
 def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> Classifier:
-    """A stored classifier, frozen."""
+    """A stored classifier, frozen. Raises UserError for a folder that is none."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} holds no classifier", hint="scripts/train_classifier.py makes one", code=DATA)
-    about = read_json(folder / "config.json")
-    model = Classifier(tuple(about["classes"]), about["width"])
-    model.load_state_dict(load_tensors(folder / "model.safetensors"))
-    return model.to(device).eval().requires_grad_(False)
+    refuse_links(folder)
+    about = read_record(folder / "config.json", {"classes": list, "width": int}, code=DATA)
+    classes, width = about["classes"], about["width"]
+    if not (all(isinstance(name, str) for name in classes) and classes and 1 <= width <= 4096):
+        hint = "the file is damaged; use another copy"
+        raise UserError(f"{folder / 'config.json'}: not the config of a classifier", hint=hint, code=DATA)
+    tensors = load_tensors(folder / "model.safetensors")
+    with torch.device("meta"):  # its size is that of the file's tensors, or nothing is allocated
+        model = Classifier(tuple(classes), width)
+    fill(model, tensors, folder / "model.safetensors", assign=True)
+    return model.to(device, torch.float32).eval().requires_grad_(False)
 
 
 def caption(images: Images, index: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, UserError
-from training.files import read_json, write_json
+from training.files import read_record, write_json
 from training.runs.folder import record
 from training.runs.ingredients import difference
 
@@ -19,10 +19,7 @@ PLACES = {"denoiser": "model.safetensors", "vocabulary": "tokenizer"}  # in fina
 def stored_ingredients(final: Path) -> dict[str, Any]:
     """What `store_ingredients` wrote; nothing where it did not. Raises UserError for anything else."""
     own = final / INGREDIENTS
-    found = read_json(own) if own.is_file() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{own}: holds no hashes by name", hint="use another copy of that folder", code=CHECKPOINT)
-    return found
+    return read_record(own, {}) if own.is_file() else {}
 
 
 def store_ingredients(final: Path, hashes: Mapping[str, str]) -> None:

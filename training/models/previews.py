@@ -8,7 +8,7 @@ import torch
 
 from autoencoder.base import Autoencoder
 from training.errors import CHECKPOINT, UserError
-from training.files import read_json, write_json
+from training.files import make_folder, read_record, write_json
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
 
@@ -23,7 +23,7 @@ def teacher_hash(teacher: Autoencoder | None) -> dict[str, str]:
 def keep_teacher(teacher: Autoencoder | None, home: Path) -> None:
     """Write into `home` (final/) whose latents the model decodes, if another's."""
     if teacher:
-        home.mkdir(parents=True, exist_ok=True)
+        make_folder(home)
         write_json(home / TEACHER, teacher_hash(teacher))
 
 
@@ -36,7 +36,7 @@ def load_preview(path: str | Path, teacher: str, device: torch.device) -> Autoen
     if not record.is_file():
         hint = "distil one: scripts/train_autoencoder.py --config tiny --teacher RUN"
         raise UserError(f"{path} was not distilled from another autoencoder", hint=hint, code=CHECKPOINT)
-    if (recorded := read_json(record)["autoencoder"]) != teacher:
+    if (recorded := read_record(record, {"autoencoder": str})["autoencoder"]) != teacher:
         raise UserError(
             f"{path} was distilled from autoencoder {recorded[:12]}, the denoiser's is {teacher[:12]}",
             hint="distil one from the denoiser's own: --teacher RUN/final/autoencoder",

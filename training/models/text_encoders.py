@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
-from training.errors import CHECKPOINT, DATA, UserError
-from training.files import content_hash, read_json, write_bytes, write_json
+from training.errors import CHECKPOINT, UserError
+from training.files import disk_error, make_folder, write_bytes, write_json
+from training.guarding import read_record, read_whole
+from training.models.pretrained import load_model, loading
 from training.runs.ingredients import difference
+from training.tensors import content_hash
 
 LARGE = 200_000_000  # parameters up to which a frozen encoder is copied into every run
 VOCABULARY = "vocabulary.json"
@@ -22,28 +28,13 @@ def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
 
     Raises UserError saying what to download where it cannot be had, or why it does not fit.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
-    from transformers.utils import logging
+    hint = "give a folder that holds config.json, model.safetensors and the tokenizer's files"
+    with loading("text encoder", name, hint) as how:
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-    logging.set_verbosity_error()
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        family = {
-            "t5": T5EncoderModel,
-            "mt5": T5EncoderModel,
-            "clip_text_model": CLIPTextModelWithProjection,
-            "clip": CLIPTextModelWithProjection,
-        }
-        model = family.get(kind, AutoModel).from_pretrained(name, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name))
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as failure:
-        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        raise UserError(
-            f"text encoder '{name}' cannot be loaded ({reason[:200]})",
-            code=DATA,
-            hint="give a folder that holds config.json, model.safetensors and the tokenizer's files",
-        ) from None
+        t5, clip = T5EncoderModel, CLIPTextModelWithProjection
+        model = load_model(name, {"t5": t5, "mt5": t5, "clip_text_model": clip, "clip": clip}, how)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name), **how)
     try:
         return config.build(model, tokenizer)
     except ValueError as failure:
@@ -87,26 +78,47 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
 
     Raises UserError where another one is stored there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "text_encoder")
     assert isinstance(encoder, HuggingFaceTextEncoder)
     identities, record = identity(encoder), folder / "text_encoder" / "identity.json"
     if record.is_file():
-        _same(read_json(record), identities, name)
+        _same(stored_identity(folder), identities, name)
     large = sum(p.numel() for p in encoder.parameters()) > LARGE
     if not large:
-        model: Any = encoder.model
-        model.save_pretrained(folder / "text_encoder", safe_serialization=True)
-        encoder.tokenizer.save_pretrained(folder / "tokenizer")
+        _save(encoder, folder)
     # A hub name is worth keeping; a path of this machine is not.
     public_name = Path(name).name if Path(name).exists() else name
-    (folder / "text_encoder").mkdir(exist_ok=True)
     write_json(record, {"name": public_name, "copied": not large, **identities})
 
 
+def _save(encoder: HuggingFaceTextEncoder, folder: Path) -> None:
+    """As transformers writes it; the weights, which safetensors writes with 0600, get the mode of the other files."""
+    model: Any = encoder.model
+    try:
+        model.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        encoder.tokenizer.save_pretrained(folder / "tokenizer")
+        for file in (folder / "text_encoder").glob("*.safetensors"):
+            file.chmod(stat.S_IMODE((folder / "text_encoder" / "config.json").stat().st_mode))
+    except (OSError, SafetensorError) as failure:
+        raise disk_error(folder / "text_encoder", failure) from None
+
+
+def stored_identity(folder: Path) -> dict[str, Any]:
+    """What `keep` noted of the encoder beside which it lies."""
+    return read_record(folder / "text_encoder" / "identity.json", {"name": str, "copied": bool, "hash": str})
+
+
 def load_stored(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
-    """The encoder that `keep` stored, or `override` (name or folder); either way it must be the same one, by hash."""
-    stored = read_json(folder / "text_encoder" / "identity.json")
-    source = override or (str(folder / "text_encoder") if stored["copied"] else stored["name"])
+    """The encoder that `keep` stored, or `override` (name or folder); either way it must be the same one, by hash.
+
+    Raises UserError where only its name was stored: what a file names is not fetched or opened unless the user says so.
+    """
+    stored = stored_identity(folder)
+    if not (override or stored["copied"]):
+        said = f"{folder} names its text encoder, {stored['name']}, and does not hold it: it is large"
+        hint = "give --text-encoder with that name, or with a folder of it, if you trust where these files are from"
+        raise UserError(said, hint=hint, code=CHECKPOINT)
+    source = override or str(folder / "text_encoder")
     encoder = load_huggingface(config, source)
     _same(stored, identity(encoder), source)
     return encoder
@@ -125,7 +137,7 @@ def _same(baseline: dict[str, Any], current: dict[str, Any], source: str) -> Non
 
 def keep_vocabulary(vocabulary: str, folder: Path) -> None:
     """Store the vocabulary of a trainable encoder."""
-    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "tokenizer")
     write_bytes(folder / "tokenizer" / VOCABULARY, vocabulary.encode())
 
 
@@ -140,10 +152,12 @@ def vocabulary_hash(vocabulary: str) -> str:
 
 
 def stored_vocabulary(folder: Path) -> str:
-    """The vocabulary that `keep_vocabulary` stored."""
-    try:
-        return (folder / "tokenizer" / VOCABULARY).read_text("utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder / 'tokenizer' / VOCABULARY}: no such file", hint="is this a denoiser's run?", code=CHECKPOINT
-        ) from None
+    """The vocabulary that `keep_vocabulary` stored. Raises UserError where it is none."""
+    path = folder / "tokenizer" / VOCABULARY
+    found = read_record(path, {}, hint="is this a denoiser's run?")
+    words = found.get("vocabulary", found.get("classes"))
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{path}: holds no list of words", hint="use another copy of that folder", code=CHECKPOINT)
+    if "vocabulary" in found and not (type(found.get("length")) is int and type(found.get("rule", 1)) is int):
+        raise UserError(f"{path}: length must be a whole number", hint="use another copy of it", code=CHECKPOINT)
+    return read_whole(path).decode("utf-8")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoencoder.alignment import VisionFeatures
-from training.errors import DATA, UserError
-from training.files import content_hash
+from training.errors import UserError
+from training.models.pretrained import load_model, loading
 from training.settings.decoding import AutoencoderConfig
+from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import argparse
@@ -30,26 +30,16 @@ def load_vision(name: str) -> VisionFeatures:
     The image half of a model of two (CLIP, SigLIP). Safetensors only, no remote code. Raises UserError (exit 3) where
     it cannot be had or is no vision model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoImageProcessor, AutoModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
     hint = "give a folder that holds config.json, model.safetensors and preprocessor_config.json, as of DINOv2"
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise UserError(f"{name}: no such folder of a vision model", hint=hint, code=DATA)
-    try:
-        model, report = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-        if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):  # poolers are not used
-            raise ValueError(f"its weights lack {missing[0]}")
+    with loading("vision model", name, hint) as how:
+        from transformers import AutoImageProcessor
+
+        model = load_model(name, {}, how)
         network = getattr(model, "vision_model", model)
         if network.main_input_name != "pixel_values":
             raise ValueError(f"a {model.config.model_type} model is not a vision model")
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, **how)
         return VisionFeatures(network, side(processor), processor.image_mean, processor.image_std)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as failure:
-        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        raise UserError(f"vision model '{name}' cannot be used ({reason[:200]})", hint=hint, code=DATA) from None
 
 
 def side(processor: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 
 from training.errors import DATA, USAGE, UserError
-from training.files import make_folder, write_json
+from training.files import make_folder, refuse_links, write_json
 from training.ledger import Ledger
 from training.messages import answer
 from training.packing.sources import Remark, Sample, Source
@@ -181,6 +181,7 @@ def _prepare(output: Path, packing: dict[str, Any]) -> bool:
     Raises UserError where the folder holds anything else.
     """
     make_folder(output)
+    refuse_links(output, DATA)
     mark = output / PACKING
     try:
         stored_packing = json.loads(mark.read_bytes()) if mark.is_file() else None

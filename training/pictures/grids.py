@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from training.files import atomic_write
+
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
 KEY = "ldm"  # the PNG text chunk that holds how a picture was made
 
@@ -54,11 +56,14 @@ def comparison(rows: Mapping[str, Tensor]) -> Image.Image:
     return grid(torch.cat([*rows.values(), error]), len(ours), rows=[*rows, "difference x2"])
 
 
-def save(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
-    """Write a PNG with `facts` (JSON) inside."""
-    info = PngInfo()
-    info.add_itxt(KEY, json.dumps(facts, ensure_ascii=False, sort_keys=True))
-    image.save(path, pnginfo=info, compress_level=4)
+def save(image: Image.Image, path: Path, facts: dict[str, Any] | None = None) -> None:
+    """Write a PNG, whole or not at all, with `facts` (JSON) inside. Raises UserError (code 6) for a full disk."""
+    options: dict[str, Any] = {}
+    if facts is not None:
+        options = {"pnginfo": PngInfo(), "compress_level": 4}
+        options["pnginfo"].add_itxt(KEY, json.dumps(facts, ensure_ascii=False, sort_keys=True))
+    with atomic_write(path) as file:
+        image.save(file, "PNG", **options)
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -13,18 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import CHECKPOINT, NUMERICAL, UserError
-from training.files import (
-    disk_error,
-    file_sha256,
-    load_tensors,
-    read_json,
-    save_tensors,
-    sync_folder,
-    write_bytes,
-    write_json,
-)
+from training.files import disk_error, file_sha256, read_record, refuse_link, sync_folder, write_bytes, write_json
+from training.guarding import read_plain, read_whole, unreadable
 from training.machine.faults import fault
 from training.messages import note, warn
+from training.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
+LARGEST_STATE = 64 << 20  # bytes of state.json
 NAME = re.compile(r"step-\d{8,}")
 
 
@@ -53,6 +48,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep_last: int = 2, *, keep_best: bool = False) -> None:
         self.folder, self.keep_last, self.keep_best = run / "checkpoints", keep_last, keep_best
+        self.told: set[Path] = set()  # what pruning leaves, told once
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write one checkpoint durably, point `latest` to it, prune old ones.
@@ -63,6 +59,7 @@ class Checkpoints:
         refuse_non_finite({**checkpoint.tensors["model"], **checkpoint.tensors["ema"]})
         target = self.folder / f"step-{checkpoint.step:08d}"
         staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
+        refuse_link(self.folder)
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +78,7 @@ class Checkpoints:
             write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
             fault("checkpoint.manifest")
             if target.exists():  # the same step again, after a resume from an earlier one
-                self._remove(target)
+                self._remove(target) if target.is_symlink() or own(target) else self._put_aside(target)
             fault("checkpoint.rename")
             staging.replace(target)  # the checkpoint exists from here on, whole
             sync_folder(self.folder)  # the rename itself, which may else be lost with the power
@@ -104,8 +101,8 @@ class Checkpoints:
                 code=CHECKPOINT,
             )
         tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
-        manifest = json.loads((path / "manifest.json").read_text())
-        return Checkpoint(int(manifest["step"]), tensors, read_json(path / "state.json"))
+        step = read_record(path / "manifest.json", {"step": int})["step"]
+        return Checkpoint(step, tensors, read_record(path / "state.json", {}, limit=LARGEST_STATE))
 
     def newest(self) -> Path | None:
         """The newest sound checkpoint, damaged ones passed over with a warning; None where there is none at all.
@@ -118,6 +115,7 @@ class Checkpoints:
             if not (reason := damage(path)):
                 for text in damages:
                     warn(f"{text}; using {path.name}")
+                self._check_pointer(path)
                 return path
             damages.append(f"checkpoint {path.name} is damaged ({reason})")
         if folders:
@@ -166,18 +164,44 @@ class Checkpoints:
         )
 
     def prune(self, last: Path) -> None:
-        """Keep the newest ones up to `last`; later ones belong to a future that a resume from before them gave up."""
-        folders = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        """Keep the newest ones up to `last`; later ones belong to a future that a resume from before them gave up.
+
+        What goes is what this program wrote: a folder with a file that its manifest does not list stays, and is told.
+        """
+        folders = sorted(p for p in self.folder.glob("step-*") if p.is_dir() and NAME.fullmatch(p.name))
         earlier = [p for p in folders if p.name <= last.name]
         survivors = {*earlier[-self.keep_last :], *(p for p in folders if (p / "pinned").exists())}
         if self.keep_best and (scores := {p: s for p in earlier if (s := score(p)) is not None}):
             survivors.add(min(scores, key=lambda p: scores[p]))
         for path in (p for p in folders if p not in survivors):
+            if not (path.is_symlink() or own(path)):
+                if path not in self.told:
+                    warn(f"{path} is not removed: it holds more than a checkpoint, or less")
+                self.told.add(path)
+                continue
             try:
                 self._remove(path)
             except OSError as failure:
                 warn(f"could not remove old checkpoint {path.name}: {failure}")
             fault("checkpoint.prune")
+
+    def _check_pointer(self, newest: Path) -> None:
+        """`latest` may be behind, where a kill came before it was written; missing, or naming none, is told."""
+        pointer = self.folder / "latest"
+        try:
+            name = read_whole(pointer, limit=80).decode("utf-8", "replace").strip()
+            if NAME.fullmatch(name) and (self.folder / name).is_dir():
+                return
+            reason = f"names no checkpoint ({name!r})"
+        except UserError as problem:
+            reason = "is missing" if not pointer.exists() else problem.what
+        warn(f"{pointer} {reason}; going by the checkpoints themselves: {newest.name}")
+
+    def _put_aside(self, path: Path) -> None:
+        """Make room for a checkpoint of the same step where a folder holds files of somebody else's, too."""
+        kept = next(p for n in itertools.count(1) if not (p := path.with_name(f"kept-{path.name}-{n}")).exists())
+        path.replace(kept)
+        warn(f"{path} held more than a checkpoint, or less; it is {kept.name} now")
 
     def _remove(self, path: Path) -> None:
         """Rename, then delete: a kill in between leaves no half checkpoint, only a folder that `sweep` removes.
@@ -193,10 +217,22 @@ class Checkpoints:
         shutil.rmtree(gone)
 
 
+def own(path: Path) -> bool:
+    """Whether a folder is a checkpoint as `save` leaves it: of the step its name says, no file but its manifest's."""
+    try:
+        manifest = read_record(path / "manifest.json", {"step": int, "files": dict})
+        return path.name == f"step-{manifest['step']:08d}" and {p.name for p in path.iterdir()} <= {
+            *manifest["files"],
+            "manifest.json",
+        }
+    except (UserError, OSError):
+        return False
+
+
 def score(path: Path) -> float | None:
     """The validation score saved with a checkpoint, lower is better; None where it has none."""
     try:
-        value = json.loads((path / "state.json").read_text("utf-8")).get("score")
+        value = json.loads(read_plain(path / "state.json")).get("score")
         return float(value) if value is not None and math.isfinite(value) else None
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
@@ -205,17 +241,19 @@ def score(path: Path) -> float | None:
 def damage(path: Path) -> str:
     """Why a checkpoint folder cannot be trusted; empty where every file matches the manifest.
 
-    Raises UserError where the format is newer than this program.
+    Raises UserError where the format is newer than this program, or the right to read it is not given.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        files, version, _ = manifest["files"], int(manifest["format"]), int(manifest["step"])
+        manifest = json.loads(read_plain(path / "manifest.json"))
+        files, version, step = manifest["files"], int(manifest["format"]), int(manifest["step"])
         if version > FORMAT:
             raise UserError(
                 f"checkpoint format {version} is newer than this program understands ({FORMAT})",
                 hint="update this package",
                 code=CHECKPOINT,
             )
+        if NAME.fullmatch(path.name) and path.name != f"step-{step:08d}":
+            return f"its manifest is that of step {step}"
         for name in (*(f"{t}.safetensors" for t in TENSOR_FILES), "state.json"):
             if name not in files:
                 return f"{name} is not in the manifest"
@@ -225,7 +263,9 @@ def damage(path: Path) -> str:
                 return f"{name}: size differs"
             if file_sha256(path / name) != files[name]["sha256"]:
                 return f"{name}: sha256 differs"
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+    except PermissionError as failure:  # sound, as far as one knows: no older one is to stand in for it
+        raise unreadable(Path(failure.filename or path), failure) from None
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError, AttributeError):
         return "manifest.json is missing or unreadable"
     return ""
 

@@ -14,6 +14,8 @@ from training.files import (
     disk_error,
     hold,
     read_json,
+    refuse_link,
+    refuse_links,
     remove_partials,
     sync_folder,
     write_json,
@@ -53,7 +55,7 @@ class Run:
     ) -> None:
         """Claim `folder`; `other_batch` allows another global batch than the run's.
 
-        Raises UserError where it is a file, in use, another run, or one not asked to be resumed.
+        Raises UserError where it is a file, in use, another run, one not asked to be resumed, or has links out of it.
         """
         self.folder, self.stage, self.config = folder, stage, config
         self.mutable = MUTABLE | ({"train.batch_size"} if other_batch else set())
@@ -62,6 +64,7 @@ class Run:
         values = decoding.to_values(config)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file", hint="choose another --output", code=DISK)
+        refuse_links(folder)
         if old := record(folder):
             self._same(old, values, resume)
         elif folder.is_dir() and not _barely_begun(folder, values):
@@ -154,6 +157,7 @@ def record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         return {}
+    refuse_link(path)
     old = read_json(path)
     if isinstance(old, dict):
         kinds = {"stage": str, "status": str, "step": int, **{key: KINDS[key] for key in KINDS.keys() & old.keys()}}

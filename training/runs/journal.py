@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from training.files import disk_error, sync_folder
+from training.files import disk_error, open_own, sync_folder
 from training.machine.faults import fault
 from training.messages import tell, warn
 from training.settings.sections import Train
@@ -95,7 +95,8 @@ class Journal:
         self.first = step
         path = self.run / "metrics.jsonl"
         if self.accelerator.is_main_process and path.exists():
-            os.truncate(path, min(path.stat().st_size, int(state["metrics_bytes"])))
+            with open_own(path, "r+b") as file:
+                file.truncate(min(path.stat().st_size, int(state["metrics_bytes"])))
 
     def restart(self) -> None:
         """A run without a checkpoint starts over: what it had written is not part of it."""
@@ -105,7 +106,7 @@ class Journal:
         path = self.run / name
         try:
             fault("metrics")
-            with path.open("a", encoding="utf-8") as file:
+            with open_own(path, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         except OSError as failure:
             raise disk_error(path, failure) from None

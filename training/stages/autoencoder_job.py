@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.data.images import Images
 from training.errors import as_user_error
+from training.files import make_folder
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import fill
 from training.models.lpips import load_perceptual
@@ -99,7 +100,7 @@ class AutoencoderJob(Job):
         """Measure the latents' normaliser, then the reconstructions. Both with the weights that are exported."""
         self.trained.normalise()
         folder = run / "samples" / "final"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         numbers = self.trained.evaluate(folder)
         facts |= {"hashes": autoencoder_hashes(self.trained.model), "validation": numbers}
         return self.trained.model.state_dict()

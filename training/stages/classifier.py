@@ -16,7 +16,7 @@ from ldm.noise import Noise
 from training.data.images import Images
 from training.data.samples import Batch
 from training.errors import DATA, UserError
-from training.files import save_tensors, write_json
+from training.files import check_free, save_tensors, write_json
 from training.loop.short_run import short_run
 from training.loop.stage import StatelessStage
 from training.machine import processes
@@ -35,6 +35,7 @@ def train_classifier(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if (output / "model.safetensors").exists():
         raise UserError(f"{output} already holds a classifier", hint="choose another --output")
+    check_free(output / "config.json", None)
     device = processes.resolve(args.device)
     # Each shard is fetched when it is read: the cache may be smaller than the windows of the order.
     data = open_address(args.data, args.cache_dir, args.cache_size, prefetch=False)
