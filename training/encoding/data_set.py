@@ -56,7 +56,7 @@ def encode(args: argparse.Namespace) -> int:
     if args.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
     args.mixed_precision = launcher.precision(args.mixed_precision, ("no", "bf16"))
-    accelerator = processes.start(args.device, args.mixed_precision)
+    accelerator = processes.start(args.device, autocasts=True)
     source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
     args.data = source  # which shows no secrets where it is told
     check_output(target)

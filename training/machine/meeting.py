@@ -18,7 +18,7 @@ from threading import Event, Thread
 from typing import Any
 
 from torch import distributed
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from training.errors import LOST, UserError
 from training.messages import note

@@ -25,9 +25,12 @@ DEVICES = "use auto, cpu, cuda or cuda:N"
 PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket|failed to recv", re.IGNORECASE)
 
 
-def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool = False) -> Accelerator:
+def start(
+    device: str = "auto", mixed_precision: str | None = None, *, compiles: bool = False, autocasts: bool = False
+) -> Accelerator:
     """The Accelerator of this process, the same under python, torchrun and accelerate launch, on CPU (gloo) and GPU.
 
+    A door that `autocasts` itself takes the launcher's precision into account, and one with a `mixed_precision`.
     Raises UserError for a device, precision or (where the run `compiles`) compiler that is not there, for what the
     launcher asks and is not done here, and where processes were started but not joined.
     """
@@ -35,13 +38,13 @@ def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool =
     keep_memory()
     torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
     target = resolve(device)
-    _check_target(target, mixed_precision)
+    _check_target(target, mixed_precision or "no")
     if compiles:
         check_compiler(target)
     if target.index is not None:
         torch.cuda.set_device(target)
-    accelerator = _accelerator(mixed_precision, on_cpu=target.type == "cpu")
-    launcher.tell_unused(*([launcher.PRECISION] if mixed_precision == "no" else []))
+    accelerator = _accelerator(mixed_precision or "no", on_cpu=target.type == "cpu")
+    launcher.tell_unused(*([] if mixed_precision or autocasts else [launcher.PRECISION]))
     return accelerator
 
 
@@ -67,8 +70,6 @@ def _accelerator(mixed_precision: str, *, on_cpu: bool) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
-    if on_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     meeting.join("gloo" if on_cpu else "nccl")
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
