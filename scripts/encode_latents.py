@@ -27,7 +27,7 @@ def main() -> None:
         "--text-pooling", choices=("auto", "mean", "eos", "none"), default="auto", help="how one vector is made of them"
     )
     add("--text-lower", action="store_true", help="lower-case captions first")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the encoder")
+    add("--mixed-precision", choices=("no", "bf16"), help="precision of the encoder (default: no)")
     add(
         "--on-bad-data",
         choices=("error", "skip"),

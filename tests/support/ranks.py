@@ -108,12 +108,31 @@ def unsynchronised(step: int) -> None:
     Loop.step = moved  # type: ignore[method-assign]
 
 
+def impatient(seconds: int) -> None:
+    """An exchange may take 2 s, and the pictures of this process take so many seconds."""
+    import time
+    from datetime import timedelta
+
+    from training.loop import loop
+    from training.machine import meeting
+
+    kept, meeting.COLLECTIVE = loop.validate, timedelta(seconds=2)
+
+    def slow(*words: Any) -> Any:
+        time.sleep(seconds)
+        return kept(*words)
+
+    loop.validate = slow
+
+
 def main() -> None:
     """Run `SCRIPT WORDS` after the mischief that this rank was told."""
     sys.path.insert(0, str(Path(__file__).parent))
     name, _, step = os.environ["MISCHIEF"].partition(":")
-    if name:
-        {f.__name__: f for f in (nan_loss, spike, bad_sample, unsynchronised)}[name](int(step))
+    if name == "words":  # given to this process alone
+        sys.argv += step.split()
+    elif name:
+        {f.__name__: f for f in (nan_loss, spike, bad_sample, unsynchronised, impatient)}[name](int(step))
     script = tiny.SCRIPTS / f"{sys.argv[1]}.py"
     sys.argv = [str(script), *sys.argv[2:]]
     runpy.run_path(str(script), run_name="__main__")

@@ -139,7 +139,7 @@ def flags(parser: Parser) -> None:
     add("--size", type=int, default=64, help="pixels a side")
     add("--batch-size", type=int, default=2, help="pictures a step")
     add("--rounds", type=int, default=7, help="of all in turn")
-    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--device", default="cpu", help="cpu or cuda")
     add("--mixed-precision", default="no", choices=("no", "bf16"))
     add("--compile", action="store_true", help="torch.compile all of them")
 
@@ -149,9 +149,11 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from training.machine.memory import keep_memory
+    from training.machine.processes import resolve
     from training.settings import decoding
 
     keep_memory()
+    args.device = resolve(args.device).type
     config: Any = decoding.load("autoencoder", args.config)
     torch.manual_seed(0)
     networks = models(config.model, args.device)

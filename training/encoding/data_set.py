@@ -33,7 +33,7 @@ from training.files import (
     save_tensors,
     write_json,
 )
-from training.machine import processes
+from training.machine import launcher, meeting, processes
 from training.messages import tell, warn
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
@@ -64,7 +64,8 @@ def encode(args: argparse.Namespace) -> int:
     check_tile(args.tile)
     if args.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
-    accelerator = processes.start(args.device)
+    args.mixed_precision = launcher.precision(args.mixed_precision, ("no", "bf16"))
+    accelerator = processes.start(args.device, autocasts=True)
     source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
     args.data = source  # which shows no secrets where it is told
     check_output(target)
@@ -81,18 +82,19 @@ def encode(args: argparse.Namespace) -> int:
         "precision": args.mixed_precision,
         "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
     }
+    meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
     if accelerator.is_main_process:
         _prepare(target, plan, total, home, encoder, args)
-    accelerator.wait_for_everyone()  # no process writes a shard before the folder is claimed for this plan
+    meeting.meet()  # no process writes a shard before the folder is claimed for this plan
     tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
     worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
     _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
     waiting = worker.tell()
-    accelerator.wait_for_everyone()  # the index lists the shards of all processes
+    meeting.meet()  # the index lists the shards of all processes
     if accelerator.is_main_process:
         _finish(source, target, plan, shards, model.latent_channels, waiting)
-    accelerator.wait_for_everyone()
+    meeting.meet()
     return 0
 
 

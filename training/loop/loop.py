@@ -31,7 +31,7 @@ from training.loop.watchdogs import Attempt, Watchdogs, explain
 from training.loop.wrapping import wrap
 from training.machine.faults import fault
 from training.machine.memory import out_of_memory
-from training.machine.processes import announce
+from training.machine.processes import announce, meet
 from training.machine.signals import Signals
 from training.runs.checkpoints import Checkpoint, Checkpoints
 from training.runs.journal import Journal
@@ -246,9 +246,9 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+        meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)
-        self.accelerator.wait_for_everyone()
 
     def _roll_back(self, rollback: Rollback, step: int, best: Path | None) -> None:
         """Go back to the checkpoint that the main process names, if any. Collective."""
@@ -270,7 +270,7 @@ class Loop:
         self.journal.flush(step)
         if self.accelerator.is_main_process:
             self.writer.save(self.snapshot(step), wait=wait)
-        self.accelerator.wait_for_everyone()
+        meet()
 
     def snapshot(self, step: int) -> Checkpoint:
         """Everything the run needs to go on from `step`."""

@@ -7,43 +7,77 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from training.errors import LOST, USAGE, UserError
+from training.machine import launcher, meeting
+from training.machine.meeting import is_distributed as is_distributed
+from training.machine.meeting import meet as meet
 from training.machine.memory import keep_memory
 from training.messages import tell
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
+DEVICES = "use auto, cpu, cuda or cuda:N"
+PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket|failed to recv", re.IGNORECASE)
 
 
-def start(device: str = "auto", mixed_precision: str = "no", *, compiles: bool = False) -> Accelerator:
+def start(
+    device: str = "auto", mixed_precision: str | None = None, *, compiles: bool = False, autocasts: bool = False
+) -> Accelerator:
     """The Accelerator of this process, the same under python, torchrun and accelerate launch, on CPU (gloo) and GPU.
 
-    Raises UserError for a device, precision or (where the run `compiles`) compiler that is not there, and where
-    processes were started but not joined.
+    A door that `autocasts` itself takes the launcher's precision into account, and one with a `mixed_precision`.
+    Raises UserError for a device, precision or (where the run `compiles`) compiler that is not there, for what the
+    launcher asks and is not done here, and where processes were started but not joined.
     """
+    launcher.check()
     keep_memory()
     torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
     target = resolve(device)
-    on_cpu = target.type == "cpu"
-    if on_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        if mixed_precision == "fp16":
-            raise UserError("--mixed-precision fp16 needs a GPU", hint="use --mixed-precision no on a CPU", code=USAGE)
-    elif mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
+    _check_target(target, mixed_precision or "no")
     if compiles:
         check_compiler(target)
     if target.index is not None:
         torch.cuda.set_device(target)
-    from accelerate import Accelerator
+    accelerator = _accelerator(mixed_precision or "no", on_cpu=target.type == "cpu")
+    launcher.tell_unused(*([] if mixed_precision or autocasts else [launcher.PRECISION]))
+    return accelerator
 
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+
+def _check_target(target: torch.device, mixed_precision: str) -> None:
+    """Refuse a precision that the device lacks, and GPUs that do not suffice for the processes."""
+    if target.type == "cpu":
+        if mixed_precision == "fp16":
+            raise UserError("--mixed-precision fp16 needs a GPU", hint="use --mixed-precision no on a CPU", code=USAGE)
+        return
+    if mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > 1 and target.index is not None:
+        hint = "use --device cuda: each process takes the GPU of its number"
+        raise UserError(f"--device {target} names one GPU for {processes} processes", hint=hint, code=USAGE)
+    if processes > gpus:
+        hint = f"start {gpus} a machine, or use --device cpu"
+        raise UserError(f"{processes} processes were started for {gpus} GPU(s)", hint=hint, code=USAGE)
+
+
+def _accelerator(mixed_precision: str, *, on_cpu: bool) -> Accelerator:
+    """Join the other processes, if there are any, and refuse to go on without them."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+
+    meeting.join("gloo" if on_cpu else "nccl")
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=on_cpu,
+        # As a plugin: a plain number gives way to one in the environment, by which every gradient would be divided.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=meeting.COLLECTIVE)],
+    )
     launch_count = int(os.environ.get("WORLD_SIZE", "1"))
     if launch_count != accelerator.num_processes:
         raise UserError(
@@ -93,20 +127,13 @@ def together() -> Iterator[None]:
         if not is_distributed():
             raise
         if is_lost_connection(failure):
-            hint = "see what the other process said; then go on with the same command and --resume auto"
-            failure = UserError("lost another process", hint=hint, code=LOST)
+            failure = meeting.lost("the connection to it broke")
         code = failure.code if isinstance(failure, UserError) else LOST
         record = json.dumps([torch.distributed.get_rank(), code])
         first = _claim(record)
         if first == record:
             raise failure from None
         raise SystemExit(json.loads(first)[1]) from None
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of several."""
-    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return initialized and torch.distributed.get_world_size() > 1
 
 
 def is_lost_connection(failure: Exception) -> bool:
@@ -117,23 +144,28 @@ def is_lost_connection(failure: Exception) -> bool:
 def _claim(record: str) -> str:
     """What the first process to fail left in the store; `record` where that is this one or where the store is gone."""
     try:
-        store: Any = torch.distributed.distributed_c10d._get_default_store()
-        return str(store.compare_set("training/failure", "", record).decode())
+        return str(meeting.store().compare_set(meeting.FAILURE, "", record).decode())
     except (RuntimeError, ValueError):
         return record
 
 
 def resolve(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` as a torch device. Raises UserError where it is absent."""
+    """`auto`, `cpu`, `cuda`, `cuda:N` as a torch device. Raises UserError for one that is absent or not supported."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and not launcher.asks_cpu() else "cpu")
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device}: unknown device", hint="use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {device}: unknown device", hint=DEVICES) from None
+    if target.type not in ("cpu", "cuda") or (target.type == "cpu" and target.index):
+        what = f"--device {device}: not supported, programs here compute on the CPU and on CUDA devices"
+        raise UserError(what, hint="use --device auto")
     if target.type == "cuda" and not (torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count()):
         raise UserError(f"--device {device}: no CUDA device (torch {torch.__version__})", hint="use --device cpu")
-    return target
+    if target.type == "cuda" and launcher.asks_cpu():
+        what = f"--device {device} is asked for here, a CPU by ACCELERATE_USE_CPU"
+        raise UserError(what, hint="use --device cpu, or take the variable out of the environment")
+    return torch.device("cpu") if target.type == "cpu" else target
 
 
 def announce(accelerator: Accelerator, text: str) -> None:

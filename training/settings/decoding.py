@@ -90,7 +90,6 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
     """Read config NAME or FILE, lay `section.key -> text` overrides over it, and validate the whole.
 
     `as_of`: the version of a run that goes on, which then counts instead of the one that the file names.
-
     Raises UserError listing every unknown key, wrong type and refused value.
     """
     text, where = _read(stage, source)
@@ -145,6 +144,13 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
             hint = "see the keys of the grid with --print-config"
             raise UserError(_at(lines, "grid.kind") + f"grid: {refused}", hint=hint) from None
     return config
+
+
+def stated(stage: str, source: str, key: str) -> Any:
+    """What a config itself says of `section.key`; None where it leaves it to the default."""
+    section, _, name = key.partition(".")
+    part = _parse(*_read(stage, source)).get(section)
+    return part.get(name) if isinstance(part, dict) else None
 
 
 def to_values(config: Config) -> Values:

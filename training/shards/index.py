@@ -87,6 +87,6 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
     return index, shards
 
 
-def data_facts(folder: str) -> dict[str, Any]:
+def data_facts(folder: str | Path) -> dict[str, Any]:
     """What names the data of a run: the hash of its index."""
     return {"index_sha256": file_sha256(Path(folder) / "index.json")}

@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import platform
+from hashlib import sha256
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.data.order import split_batch
@@ -14,9 +19,13 @@ from training.messages import warn
 from training.models.lpips import LPIPS_NEEDS, fitting
 from training.settings import decoding
 from training.settings.sections import Loss, Train
+from training.shards.index import data_facts
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from training.loop.loop import Loop
+    from training.stages.job import Job
 
 
 def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, int, int]:
@@ -36,6 +45,32 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         what = f"{' and '.join(parts)} depend on how a batch is split, here over {shares}"
         warn(f"{what}: another split trains another model")
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch)), micro, accumulation
+
+
+def shared_facts(job: Job, accelerator: Accelerator) -> dict[str, Any]:
+    """All that the processes of a training must have in common: settings, data, software. Compared by the whole value.
+
+    Not the number of loader processes, nor where data and run lie, which machines may have otherwise.
+    """
+    values = decoding.to_values(job.config)
+    facts = {f"{section}.{key}": v for section, part in values.items() for key, v in part.items()}
+    del facts["train.num_workers"]
+    names = ("resume", "on_bad_data", "gradient_accumulation_steps", "allow_batch_change", "dry_run")
+    facts |= {f"--{name.replace('_', '-')}": getattr(job.args, name, None) for name in names}
+    data = data_facts(job.dataset.shards.directory)["index_sha256"]
+    return facts | {"data": data, "device": accelerator.device.type, **software()}
+
+
+def software() -> dict[str, str]:
+    """The versions that a training depends on, and the hash of this project's own code."""
+    packages = {name: version(name) for name in ("torch", "accelerate", "numpy")}
+    code = sha256()
+    for package in ("autoencoder", "ldm", "training"):
+        home = Path(str(resources.files(package)))
+        for file in sorted(home.rglob("*.py")):
+            code.update(file.relative_to(home).as_posix().encode() + file.read_bytes())
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python, **packages, "code": code.hexdigest()[:12]}
 
 
 def batch_coupled_parts(config: Any, accumulation: int, processes: int) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import USAGE, UserError
-from training.machine.processes import announce
+from training.machine.processes import announce, meet
 
 if TYPE_CHECKING:
     import argparse
@@ -28,7 +28,7 @@ def open_run(
     if accelerator.is_main_process:
         run = Run(Path(args.output), stage, config, args.resume, other_batch=args.allow_batch_change)
         ending.callback(run.leave)
-    accelerator.wait_for_everyone()
+    meet()
     if not accelerator.is_main_process:
         run = Run.__new__(Run)
         run.folder, run.stage, run.config = Path(args.output), stage, config
@@ -51,6 +51,7 @@ def begin(args: argparse.Namespace, run: Run, accelerator: Accelerator, facts: M
         step = int(number) if number.isdecimal() else 0
         run.note_environment(step, environment(run.config, accelerator))
         run.describe("training", step, facts)
+    meet()  # checkpoints are hashed, however large they are
     return broadcast_object_list(checkpoint)[0]  # type: ignore[no-any-return]
 
 

@@ -34,6 +34,7 @@ JOBS = {
 
 def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
+    _take_from_launcher(args, stage)
     config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
     if args.print_config:
         print(json.dumps(decoding.to_values(config), indent=1))
@@ -42,6 +43,20 @@ def train(args: argparse.Namespace, stage: str) -> int:
 
     with together(), ExitStack() as ending:
         return _train(job_of(stage)(args, config), ending)
+
+
+def _take_from_launcher(args: argparse.Namespace, stage: str) -> None:
+    """Precision and accumulation that `accelerate launch` asks for, where neither a flag nor the config says them."""
+    from training.machine import launcher
+
+    key = "train.mixed_precision"
+    given = args.overrides.get(key) or decoding.stated(stage, args.config, key)
+    taken = launcher.precision(given)
+    if given is None and taken != "no":
+        args.overrides = {**args.overrides, key: taken}
+    accumulation = launcher.accumulation(getattr(args, "gradient_accumulation_steps", None))
+    if accumulation is not None:
+        args.gradient_accumulation_steps = accumulation
 
 
 def job_of(stage: str) -> type[Job]:
@@ -54,13 +69,15 @@ def job_of(stage: str) -> type[Job]:
 
 
 def _train(job: Job, ending: ExitStack) -> int:
-    from training.machine import processes
-    from training.stages.checks import layout
+    from training.machine import meeting, processes
+    from training.stages.checks import layout, shared_facts
     from training.stages.resuming import begin, open_run
 
     args, settings = job.args, job.config.train
     job.open_data()
     accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
+    if processes.is_distributed():
+        meeting.agree(shared_facts(job, accelerator))
     job.config, micro, accumulation = layout(job.config, args, accelerator.num_processes)
     job.settle()
     run = None if args.dry_run else open_run(args, job.stage, job.config, accelerator, ending)
@@ -74,13 +91,14 @@ def _train(job: Job, ending: ExitStack) -> int:
     checkpoint = begin(args, run, accelerator, facts)
     if accelerator.is_main_process:
         job.begin(run.folder / "final")
+    meeting.meet()
     loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
     if exit_code:
         return exit_code
     if accelerator.is_main_process:
         with loop.ema.averaged_weights():
             finish(run, job.export(run.folder, facts), job.title, facts)
-    accelerator.wait_for_everyone()
+    meeting.meet()  # measuring what is exported takes as long as it takes
     return 0
 
 
