@@ -27,7 +27,8 @@ from training.drawing.requests import ask, parse_also, parse_size, prompts
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
 from training.packing.captions import clean_captions, decode_text
-from training.packing.sources import Folder, Sample
+from training.packing.folder import Folder
+from training.packing.sources import Sample
 from training.pictures import grids
 from training.pictures.decoding import encode_png, load_image
 from training.settings import decoding

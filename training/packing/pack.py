@@ -17,6 +17,7 @@ from training.errors import DATA, USAGE, UserError
 from training.files import make_folder, refuse_links, write_json
 from training.ledger import Ledger
 from training.messages import answer
+from training.packing.captions import name_as_caption
 from training.packing.sources import Remark, Sample, Source
 from training.pictures.decoding import (
     MAX_PIXELS,
@@ -47,7 +48,7 @@ class Settings:
     val_fraction: float = 0.02
     seed: int = 0
     format: Literal["png", "jpg"] = "png"
-    missing_caption: Literal["error", "empty", "filename"] = "error"
+    missing_caption: Literal["error", "empty", "filename", "folder"] = "error"
     on_bad_data: Literal["error", "skip"] = "error"
     background: str = "white"
     upscale: bool = False
@@ -55,6 +56,10 @@ class Settings:
     samples_per_shard: int = 2000
     animated: Literal["first", "reject"] = "first"
     max_pixels: int = MAX_PIXELS
+    caption_column: str | None = None
+    caption_lines: Literal["each", "join"] = "each"
+    image_field: str | None = None
+    splits: Literal["names", "draw"] = "names"
 
     def __post_init__(self) -> None:
         if self.resolution < 8:
@@ -110,7 +115,7 @@ class Packer:
             if item.effect == "left out":
                 self._skip(item.key, item.reason)
             else:
-                self.ledger.add(item.effect, item.reason, item.key)
+                self.ledger.add(item.effect, item.reason, item.key, item.count)
             return
         try:
             self._pack(item, exact)
@@ -129,13 +134,13 @@ class Packer:
     def _captions(self, sample: Sample) -> tuple[str, ...]:
         if sample.captions:
             return sample.captions
-        if self.settings.missing_caption == "error":
-            raise UserError(
-                "no caption", hint="write KEY.txt beside it, or --missing-caption empty|filename", code=DATA
-            )
-        self.ledger.add("guessed", f"no caption, {self.settings.missing_caption} used", sample.key)
-        name = sample.key.rsplit("/", 1)[-1].replace("_", " ").replace("-", " ").strip()
-        return ("",) if self.settings.missing_caption == "empty" else (name,)
+        how = self.settings.missing_caption
+        if how == "error":
+            hint = sample.hint or "write KEY.txt beside it, or --missing-caption empty|filename|folder"
+            raise UserError("no caption", hint=hint, code=DATA)
+        caption = "" if how == "empty" else name_as_caption(sample.key, how)
+        self.ledger.add("guessed", f"no caption, {how} used", sample.key)
+        return (caption,)
 
     def _split(self, sample: Sample) -> str:
         """The sample's own, or by hash of the key: the same in every packing of any selection."""
@@ -271,5 +276,6 @@ def pack(source: Source, output: Path, settings: Settings) -> bool:
     for line in packer.ledger.lines() or ["everything was used as it was given"]:
         answer(line)
     if "val" not in counts and settings.val_fraction:
-        answer("note: no validation pictures came out; a larger --val-fraction makes some")
+        more = "a larger --val-fraction makes some, and --splits draw where splits were taken from names"
+        answer(f"note: no validation pictures came out; {more}")
     return True

@@ -7,10 +7,9 @@ is an error that names the byte and the member.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from tarfile import PAX_FORMAT, TarInfo
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.errors import DATA, UserError
+from training.shards.opened import Bytes, Opened
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -92,10 +92,9 @@ def _pax(data: bytes) -> dict[str, bytes]:
 class _Walk:
     """The state of one strict walk over a tar's headers."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self.descriptor = path, descriptor
-        self.end = os.fstat(descriptor).st_size
-        self.at = 0
+    def __init__(self, path: Path, data: Bytes) -> None:
+        self.path, self.read, self.end = path, data.read, data.end
+        self.at, self.link = 0, b""  # the byte it stands at; where the present member is a link to
 
     def refuse(self, why: str, name: str = "") -> UserError:
         """The error of damage at the present byte, in the member `name` where it is known."""
@@ -114,7 +113,7 @@ class _Walk:
 
     def start(self) -> None:
         """Refuses what is no tar at all, saying what it looks like."""
-        head = os.pread(self.descriptor, BLOCK, 0)
+        head = self.read(BLOCK, 0)
         if not head:
             raise UserError(f"{self.path}: is empty", hint="fetch or pack this shard again", code=DATA)
         if not any(head):
@@ -140,22 +139,22 @@ class _Walk:
         """The data of a small extension member after the header at `at`."""
         if size > 64 * LONGEST_NAME:
             raise self.refuse(f"an extended header of {size:,} bytes", name)
-        data = os.pread(self.descriptor, size, self.at + BLOCK)
+        data = self.read(size, self.at + BLOCK)
         if len(data) < size:
             raise self.refuse("unexpected end of data", name)
         return data
 
     def close(self) -> None:
         """At the first zero block: the rest must be zeros too."""
-        while chunk := os.pread(self.descriptor, 1 << 20, self.at):
+        while chunk := self.read(1 << 20, self.at):
             if any(chunk):
                 raise self.refuse("a zero block in the middle; data follow it")
             self.at += len(chunk)
 
     def members(self) -> Iterator[tuple[bytes, bytes, int, int]]:
         """(raw name, kind, offset, size) of everything but folders; checks that it lies within the file."""
-        long_name, long_size = b"", -1
-        while header := os.pread(self.descriptor, BLOCK, self.at):
+        long_name, long_link, long_size = b"", b"", -1
+        while header := self.read(BLOCK, self.at):
             if len(header) == BLOCK and not any(header):  # the mark of the end, of which a cut archive has none
                 return self.close()
             label = header[:100].split(b"\0")[0].decode(errors="replace")
@@ -164,19 +163,19 @@ class _Walk:
                     "cut inside a header" if len(header) < BLOCK else "bad header checksum", label if self.at else ""
                 )
             kind, size = header[156:157], self._size(header, label)
-            if kind in b"xL" and kind != b"":  # an extension: its name and size are those of the member after it
+            if kind in b"xLK" and kind != b"":  # an extension: its name and size are those of the member after it
                 try:
-                    records = (
-                        _pax(self.data(size, label)) if kind == b"x" else {"path": self.data(size, label).rstrip(b"\0")}
-                    )
-                    long_name = records.get("path", long_name)
+                    data, field = self.data(size, label), "path" if kind == b"L" else "linkpath"
+                    records = _pax(data) if kind == b"x" else {field: data.rstrip(b"\0")}
+                    long_name, long_link = records.get("path", long_name), records.get("linkpath", long_link)
                     long_size = self._limited(int(records["size"]), label) if "size" in records else long_size
                 except (ValueError, IndexError):
                     raise self.refuse("bad extended header", label) from None
             elif kind != b"g":  # a global header says nothing we need
                 name = long_name or self._name(header)
                 size = long_size if long_size >= 0 else size
-                long_name, long_size = b"", -1
+                self.link = long_link or header[157:257].split(b"\0")[0]
+                long_name, long_link, long_size = b"", b"", -1
                 if self.at + BLOCK + size > self.end:  # asked of the file's size: reading it all would be slow
                     raise self.refuse("unexpected end of data", name.decode(errors="replace"))
                 if kind != b"5":
@@ -202,24 +201,24 @@ class _Walk:
         return size
 
 
-def walk_tar(path: str | Path, left_out: list[str] | None = None) -> Iterator[Member]:
-    """The regular files of a tar in order, directories left out. Nothing is extracted or followed.
+def walk_tar(
+    path: str | Path, left_out: list[str] | None = None, data: Bytes | None = None, hard_links: bool = False
+) -> Iterator[Member]:
+    """The regular files of a tar in order, directories left out. Nothing is extracted, no link leads out of the tar.
 
     Raises UserError(code 3) for anything but a sound tar: cut or damaged headers and data, a missing end mark, links,
     devices, names that are absolute, hold `..` or control characters, or are not UTF-8. Where `left_out` is given,
-    members that are unsafe are described there instead, and passed over.
+    members that are unsafe are described there instead, and passed over. `data`: the tar's bytes, where they are not
+    the file's own; it stays open. `hard_links` to a member before them have that member's data.
     """
     path = Path(path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe would wait for its writer
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened: {error.strerror}", code=DATA) from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path}: is not a regular file", code=DATA)
-        walk = _Walk(path, descriptor)
+    with closing(Opened(path)) if data is None else nullcontext(data) as opened:
+        walk = _Walk(path, opened)
         walk.start()
+        places: dict[bytes, tuple[int, int]] = {}
         for raw, kind, offset, size in walk.members():
+            if hard_links and kind == b"1" and walk.link in places:
+                kind, (offset, size) = b"0", places[walk.link]
             try:
                 member = Member(_safe_name(walk, raw, kind), offset, size)
             except UserError as error:
@@ -227,9 +226,9 @@ def walk_tar(path: str | Path, left_out: list[str] | None = None) -> Iterator[Me
                     raise
                 left_out.append(error.what.removeprefix(f"{path}: "))
             else:
+                if hard_links:
+                    places[raw] = offset, size
                 yield member
-    finally:
-        os.close(descriptor)
 
 
 def is_safe(name: str) -> bool:

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 
 from training.errors import UserError
 from training.packing.builtin_sources import FashionMnist
-from training.packing.command import braces, main
+from training.packing.command import main
+from training.packing.finding import braces
 from training.shapes.checker import check
 from training.shapes.scenes import HELD_OUT
 from training.shapes.wording import parse
