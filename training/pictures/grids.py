@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
+SHEET = 64  # pictures on a contact sheet at most
 KEY = "ldm"  # the PNG text chunk that holds how a picture was made
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """uint8 (B,3,H,W) -> pictures."""
-    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    """uint8 (B,C,H,W) -> pictures: grey for C = 1, RGB for 3, RGBA for 4."""
+    arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(p[..., 0] if p.shape[2] == 1 else p)) for p in arrays]
 
 
 def grid(
@@ -39,12 +42,29 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = margin + i % columns * (width + 4), i // columns * (height + below + 4)
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        cell = image.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(cell, (x, y), cell if cell.mode == "RGBA" else None)  # transparent on the sheet's white
         for n, line in enumerate(caption_lines[i] if captions else []):
             draw.text((x, y + height + 2 + 13 * n), line, fill="black", font=font)
         if rows and i % columns == 0:
             draw.text((4, y + height // 2 - 6), rows[i // columns], fill="black", font=font)
     return sheet
+
+
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Up to `SHEET` of the pictures, spread evenly over them, each above its caption.
+
+    Pictures of different sizes are made to fit one square cell. ValueError for none, or another number of captions.
+    """
+    if not images or len(images) != len(captions):
+        raise ValueError(f"one caption a picture, and one picture at least: got {len(images)} and {len(captions)}.")
+    count = min(SHEET, len(images))
+    chosen = [i * (len(images) - 1) // max(1, count - 1) for i in range(count)]
+    shown = [images[i] for i in chosen]
+    side = min(max(SMALLEST, *(max(image.size) for image in shown)), 2 * SMALLEST)
+    if len({image.size for image in shown}) > 1 or max(shown[0].size) > side:
+        shown = [ImageOps.pad(image.convert("RGBA"), (side, side), color="white") for image in shown]
+    return grid(shown, math.isqrt(count - 1) + 1, captions=[captions[i] for i in chosen])
 
 
 def comparison(rows: Mapping[str, Tensor]) -> Image.Image:

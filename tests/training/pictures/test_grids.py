@@ -61,6 +61,38 @@ def test_a_caption_stands_under_its_own_picture() -> None:
     assert (under[0] == 255).all() and (under[1] < 128).any()
 
 
+def test_a_contact_sheet_spreads_over_all_pictures() -> None:
+    """64 of 190, the first and the last among them, in order; fewer are all shown."""
+    every = grids.to_pil(flat(*range(190)))
+    sheet = grids.contact_sheet(every, [""] * 190)
+    assert cells(sheet, 8, 64, below=4) == [i * 3 for i in range(64)]
+    assert cells(grids.contact_sheet(every[:5], [""] * 5), 3, 6, below=4) == [0, 1, 2, 3, 4, 255]
+    with pytest.raises(ValueError, match="got 5 and 4"):
+        grids.contact_sheet(every[:5], [""] * 4)
+
+
+def test_a_contact_sheet_takes_pictures_of_any_kind_and_size() -> None:
+    """Grey and transparent ones, which show the sheet's white; oblong ones keep their shape."""
+    clear = Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 0))
+    wide = Image.new("RGB", (4 * SIDE, 2 * SIDE), (50, 50, 50))
+    sheet = np.asarray(grids.contact_sheet([Image.new("L", (SIDE, SIDE), 7), clear, wide], ["grey", "clear", "wide"]))
+    side, middle = 2 * SIDE, SIDE
+    assert (sheet[middle, middle] == 7).all() and (sheet[middle, side + 4 + middle] == 255).all()
+    column = sheet[side + 4 + 17 :, middle, 0][:side]
+    assert (column[: side // 4 - 1] == 255).all() and (column[side // 4 + 1 : 3 * side // 4 - 1] == 50).all()
+
+
+def test_grey_and_transparent_pictures_keep_their_kind() -> None:
+    """One channel is grey, four are RGBA; on a grid what is transparent is white."""
+    grey, clear = flat(40)[:, :1], torch.zeros(1, 4, SIDE, SIDE, dtype=torch.uint8)
+    clear[:, :, :, : SIDE // 2] = 255
+    clear[:, 0] = 0
+    assert [image.mode for image in (*grids.to_pil(grey), *grids.to_pil(clear))] == ["L", "RGBA"]
+    assert cells(grids.grid(grey, 1), 1, 1) == [40]
+    sheet = np.asarray(grids.grid(clear, 1))
+    assert sheet[5, 5].tolist() == [0, 255, 255] and sheet[5, SIDE - 5].tolist() == [255, 255, 255]
+
+
 def test_a_comparison_shows_twice_the_difference_of_the_last_two() -> None:
     """|60 - 10| x 2, |20 - 40| x 2, and what would be above 255."""
     rows = {"input": flat(1, 2, 3), "teacher": flat(10, 40, 0), "student": flat(60, 20, 200)}
