@@ -14,7 +14,8 @@ from training.messages import answer, warn
 from training.packing.builtin_sources import Emoji, FashionMnist, Shapes
 from training.packing.pack import Settings, pack
 from training.packing.sources import Folder, Source, Tars
-from training.pictures.decoding import MAX_PIXELS, Crop
+from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
+from training.pictures.flags import add_picture_flags
 from training.settings.flags import Parser
 from training.shards.index import read_index
 from training.shards.verifying import index_folder, verify
@@ -101,7 +102,8 @@ def build_parser() -> Parser:
     """The verbs and their flags."""
     parser = Parser("Captioned pictures to shards.", epilog=EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    add = verbs.add_parser("pack", help="write shards from a source").add_argument
+    packing = verbs.add_parser("pack", help="write shards from a source")
+    add = packing.add_argument
     add("source", nargs="+", metavar="SOURCE", help="a folder, tars, fashion-mnist, emoji or shapes")
     add("--output", type=Path, required=True, metavar="DIR")
     text = "fashion-mnist: where its idx files are, or may be downloaded to; emoji: emoji-datasource-google, unpacked"
@@ -120,7 +122,9 @@ def build_parser() -> Parser:
     add("--limit", type=int, help="stop after so many pictures")
     add("--samples-per-shard", type=int, default=2000)
     add("--animated", choices=("first", "reject"), default="first", help="take the first frame, or treat as bad data")
-    add("--max-pixels", type=int, default=MAX_PIXELS, help="largest picture that is decoded")
+    text = f"largest picture that is decoded (up to {MOST_PIXELS:,})"
+    add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
+    add_picture_flags(packing)
     for verb, text in (("index", "index tars in place"), ("verify", "check every byte against the index")):
         add = verbs.add_parser(verb, help=text).add_argument
         add("directory", type=Path, metavar="DIR")

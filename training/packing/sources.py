@@ -24,7 +24,8 @@ from PIL import Image
 from training.errors import DATA, UserError
 from training.ledger import Effect
 from training.packing.captions import clean_captions, decode_text
-from training.pictures.decoding import ELSEWHERE, LARGEST_FILE, SUFFIXES, read_file, refuse
+from training.pictures.decoding import LARGEST_FILE, SUFFIXES, read_file, refuse
+from training.pictures.formats import unused
 from training.shards.index import SPLITS
 from training.shards.tars import Index, index_tar
 
@@ -103,6 +104,8 @@ class Folder(Source):
             hint = f"looked for files ending in {', '.join(SUFFIXES[:4])}, …"
             if any(path.suffix.lower() == ".tar" for path in self._files):
                 hint = f"shards are named with a star: '{root}/*.tar'"
+            elif found := next(((path, why) for path in self._files if (why := unused(path))), None):
+                hint = f"{found[0].name}: {found[1]}"
             raise UserError(f"{root}: no images in this folder", hint=hint, code=DATA)
         self.total = len(self._pictures)
 
@@ -145,8 +148,8 @@ class Folder(Source):
             yield self._sample(path, key, records.get(path))
         for path in self._files:
             suffix = path.suffix.lower()
-            if suffix in ELSEWHERE:
-                yield Remark(present[path], ELSEWHERE[suffix])
+            if suffix not in (*SUFFIXES, ".txt") and (why := unused(path)):
+                yield Remark(present[path], why)
             elif suffix == ".txt" and safe_key(present[path][:-4]) not in keys:
                 yield Remark(present[path], "caption without image", "ignored")
             elif suffix not in SUFFIXES and suffix != ".txt" and path.name not in METADATA:
