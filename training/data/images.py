@@ -23,19 +23,21 @@ class Images(Samples[np.ndarray]):
     def __init__(self, shards: ShardSet, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip") -> None:
         super().__init__(shards, seed, on_bad_data)
         self.flip = flip
+        self.channels: int = shards.summary.get("channels", 3)  # 1: grey, 3: RGB, 4: RGBA
         self.extensions = [ext for ext in PICTURES if ext in shards.fields]
         if not self.extensions:
             what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
             raise UserError(what, hint="make them with scripts/make_shards.py pack", code=DATA)
 
     def picture(self, index: int) -> np.ndarray:
-        """Sample `index` as uint8 (H,W,3). Raises UserError(code 3) where it cannot be decoded."""
+        """Sample `index` as uint8 (H,W,channels). Raises UserError(code 3) where it cannot be decoded."""
         from training.pictures.decoding import load_image
 
         record = self.shards.read(index, self.extensions)
         data = next((record[ext] for ext in self.extensions if record.get(ext)), b"")
         try:
-            return np.asarray(load_image(data))
+            pixels = np.asarray(load_image(data, channels=self.channels))
+            return pixels.reshape(*pixels.shape[:2], self.channels)
         except UserError as failure:
             what = f"{self.shards.key(index)}: not a readable picture ({failure.what})"
             hint = f"run: scripts/make_shards.py verify {self.shards.directory}"

@@ -33,6 +33,7 @@ __all__ = ["LARGEST_FILE", "SUFFIXES", "Unusable", "read_file", "refuse"]  # of 
 
 MAX_PIXELS = 100_000_000  # refused before decoding: a file of 100 kB can claim gigabytes
 MOST_PIXELS = 178_000_000  # that MAX_PIXELS may be raised to: there Pillow's own guard stands, which is never lifted
+HEAVY = {"JPEG2000": 2}  # decoders that hold 24 bytes a pixel; others, with all conversions, 17 at most
 ROWS = 1 << 20  # pixels laid on the background at once, for copies of the whole picture take gigabytes
 MODES: dict[int, str] = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
 ALPHA_UNUSED = ("BMP", "DIB", "TGA", "ICO")  # where zeros alone say no more than that nobody wrote the fourth byte
@@ -133,20 +134,22 @@ def _broken(data: bytes, error: Exception) -> Unusable:
     return refuse(f"broken image ({size_words(len(data))}: {error})")
 
 
-def _too_many(limit: int, size: tuple[int, int] | None = None) -> Unusable:
+def _too_many(limit: int, image: Image.Image | None = None) -> Unusable:
     """The error for more than `limit` pixels, with the flag that helps where one does."""
-    helps = size is not None and size[0] * size[1] <= MOST_PIXELS
-    hint = f"--max-pixels {size[0] * size[1]} decodes it" if size and helps else "make it smaller first"
-    shown = f"{size[0]}x{size[1]}; " if size else ""
-    return refuse(
-        f"too many pixels ({shown}at most {limit:,} are decoded)", f"{hint}; --max-pixels goes up to {MOST_PIXELS}"
-    )
+    hint, shown = "make it smaller first", ""
+    if image:
+        times = HEAVY.get(image.format or "", 1)
+        shown = f"{image.width}x{image.height}{f' in {image.format}, where each counts {times}-fold' * (times > 1)}; "
+        if (needed := image.width * image.height * times) <= MOST_PIXELS:
+            hint = f"--max-pixels {needed} decodes it"
+    what = f"too many pixels ({shown}at most {limit:,} are decoded)"
+    return refuse(what, f"{hint}; --max-pixels goes up to {MOST_PIXELS}")
 
 
 def _open(data: bytes, max_pixels: int, known: tuple[str, ...]) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=known)
-    if image.width * image.height > max_pixels:
-        raise _too_many(max_pixels, image.size)
+    if image.width * image.height * HEAVY.get(image.format or "", 1) > max_pixels:
+        raise _too_many(max_pixels, image)
     return image
 
 
