@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoencoder.images import as_rgb
+
 
 class VisionFeatures(nn.Module):
-    """A frozen vision model: images (B, 3, H, W) in [-1, 1] -> its last features (B, D, h, w) on the grid asked for.
+    """A frozen vision model: images (B, C, H, W) in [-1, 1], as `as_rgb` shows them -> its last features
+    (B, D, h, w) on the grid asked for.
 
     Pictures are resized to the model's own square of `size` pixels and normalised by its mean and std (of [0, 1]); the
     features' square grid is resized to the one asked for, bilinearly. network: pixel_values (B, 3, size, size) -> an
@@ -39,8 +42,7 @@ class VisionFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, D, *grid) float32."""
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
+        images = as_rgb(images)
         if tuple(images.shape[2:]) != (self.size, self.size):
             images = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
         found = self.network(pixel_values=((images + 1) / 2 - self.mean) / self.std)

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoencoder.images import as_rgb
+
 
 class ScaledTrunk(nn.Module):
-    """An input scaling followed by a network that gives a sequence of feature maps."""
+    """An input scaling followed by a network that gives a sequence of feature maps of RGB; others as `as_rgb` shows
+    them."""
 
     def __init__(self, scaling: nn.Module, network: nn.Module) -> None:
         super().__init__()
         self.scaling, self.network = scaling, network
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
-        """images (B, 3, H, W) in [-1, 1] -> one map (B, C, h, w) per level."""
-        maps: Sequence[Tensor] = self.network(self.scaling(images))
+        """images (B, 1, 3 or 4, H, W) in [-1, 1] -> one map (B, C, h, w) per level."""
+        maps: Sequence[Tensor] = self.network(self.scaling(as_rgb(images)))
         return maps
 
 

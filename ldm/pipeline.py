@@ -66,16 +66,20 @@ class Pipeline:
         return next(self.autoencoder.parameters()).device
 
     def __call__(self, captions: Captions, seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
-        """One PIL image per caption. `seeds`: one each, or the first of a run; `settings`: as `pixels` takes them."""
+        """One PIL image per caption, grey, RGB or RGBA by the autoencoder's channels.
+
+        `seeds`: one each, or the first of a run; `settings`: as `pixels` takes them.
+        """
         from PIL import Image
 
         pixels = torch.cat(list(self.pixels(captions, seeds, **settings)))
-        return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        grey = pixels.shape[1] == 1
+        return [Image.fromarray(p[..., 0] if grey else p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def pixels(self, captions: Captions, seeds: int | Sequence[int] = 0, *, negative: Captions = "", also: Also = (),
                start: Tensor | None = None, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
                batch_size: int = 64, watch: Callable[[Snapshot], None] | None = None) -> Iterator[Tensor]:
-        """uint8 (b,3,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
+        """uint8 (b,C,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
         `captions`: one string is one picture; `negative`: what guidance moves away from (one, or one per caption);
         `also`: further captions for every picture, each with its weight (`ldm.composition`); `start`: latents of t = 1

@@ -35,20 +35,22 @@ class Images(Samples[np.ndarray]):
     ) -> None:
         super().__init__(shards, seed, on_bad_data)
         self.flip, self.resolution = flip, resolution
+        self.channels: int = shards.summary.get("channels", 3)  # 1: grey, 3: RGB, 4: RGBA
         self.extensions = [ext for ext in PICTURES if ext in shards.fields]
         if not self.extensions:
             what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
             raise UserError(what, hint="make them with scripts/make_shards.py pack", code=DATA)
 
     def picture(self, index: int) -> np.ndarray:
-        """Sample `index` as uint8 (H,W,3). Raises UserError(code 3) where it cannot be decoded."""
+        """Sample `index` as uint8 (H,W,channels). Raises UserError(code 3) where it cannot be decoded."""
         from training.pictures.decoding import fit, load_image
 
         record = self.shards.read(index, self.extensions)
         data = next((record[ext] for ext in self.extensions if record.get(ext)), b"")
         try:
-            image = load_image(data)
-            return np.asarray(fit(image, self.resolution) if self.resolution else image)
+            image = load_image(data, channels=self.channels)
+            pixels = np.asarray(fit(image, self.resolution) if self.resolution else image)
+            return pixels.reshape(*pixels.shape[:2], self.channels)
         except UserError as failure:
             what = f"{self.shards.key(index)}: not a readable picture ({failure.what})"
             hint = f"run: scripts/make_shards.py verify {self.shards.directory}"

@@ -134,7 +134,7 @@ def chosen_tile(args: argparse.Namespace, original: replay.Original | None) -> i
 
 def draw_grid(shown: list[Request], output: Path) -> None:
     """grid.png of pictures already written, each with its caption."""
-    images = [Image.open(output / name(request)).convert("RGB") for request in shown]
+    images = [Image.open(output / name(request)).copy() for request in shown]
     sheet = grids.grid(images, min(8, len(shown)), captions=[request.prompt for request in shown])
     grids.save(sheet, output / "grid.png")
 

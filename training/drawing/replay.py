@@ -95,7 +95,7 @@ def compare(original: Original, facts: dict[str, Any]) -> None:
 
 def verdict(original: Original, picture: Path) -> str:
     """One sentence: the same pixels, or how far off and what differs."""
-    old, new = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (original.path, picture))
+    old, new = (np.asarray(Image.open(path)).astype(int) for path in (original.path, picture))
     if old.shape != new.shape:
         return f"another size than {original.path}: it was changed after it was made"
     if not (off := int(abs(old - new).max())):

@@ -139,11 +139,11 @@ class Inversion(Start):
         from training.pictures.decoding import load_image
 
         try:
-            picture = load_image(self.picture)
+            picture = load_image(self.picture, channels=pipeline.autoencoder.image_channels)
         except UserError as problem:
             raise UserError(f"--invert {self.picture}: {problem.what}", code=DATA) from None
         cut = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].to(pipeline.device)
+        pixels = torch.from_numpy(np.array(cut).reshape(*size, -1)).permute(2, 0, 1)[None].to(pipeline.device)
         try:
             return pipeline.invert(to_unit(pixels), [self.prompt], sampling)
         except ValueError as failure:

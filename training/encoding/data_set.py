@@ -223,7 +223,7 @@ def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
     """What one stored latent is: shape, type, and the size of its picture."""
     picture = tuple(images[0].data.shape[2:])
     with as_user_error("pack the pictures again with another --resolution", DATA):
-        model.check_images(torch.empty(1, 3, *picture, device="meta"))
+        model.check_images(torch.empty(1, images.channels, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
 

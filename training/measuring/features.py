@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.images import to_unit
+from autoencoder.images import as_rgb, to_unit
 from training.errors import DATA, UserError
 from training.files import content_hash, load_tensors
 from training.models.judge import load_classifier
@@ -20,7 +20,7 @@ RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class Features:
-    """uint8 pictures (B,3,H,W) -> (B, dim), and the name that must stand beside every number measured with it."""
+    """uint8 pictures (B,C,H,W), as `as_rgb` shows them -> (B, dim), and the name that must stand beside every number."""
 
     name: str
     dim: int
@@ -28,7 +28,7 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.extract(pixels)
+        return self.extract(as_rgb(pixels))
 
 
 def load_features(spec: str, device: torch.device | str = "cpu") -> Features:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.images import to_unit
+from autoencoder.images import as_rgb, to_unit
 from training.data.images import Images
 from training.errors import DATA, UserError
 from training.files import read_record, refuse_links
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Classifier(nn.Module):
-    """Pictures (B,3,H,W), uint8 or in [-1, 1] -> logits (B, classes); `features`: the maps before them (B, 4 width)."""
+    """Pictures (B,C,H,W), uint8 or in [-1, 1] -> logits (B, classes); `features`: the maps before them (B, 4 width)."""
 
     def __init__(self, classes: tuple[str, ...], width: int = 32) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class Classifier(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 4 * width)."""
-        images = pixels if pixels.is_floating_point() else to_unit(pixels)
+        images = as_rgb(pixels if pixels.is_floating_point() else to_unit(pixels))
         found: Tensor = self.maps(images.contiguous(memory_format=torch.channels_last))
         return found
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), uint8 or in [-1, 1] -> logits (B, classes)."""
+        """Pictures (B, C, H, W), uint8 or in [-1, 1] -> logits (B, classes)."""
         logits: Tensor = self.head(F.dropout(self.features(pixels), 0.3, self.training))
         return logits
 

@@ -11,7 +11,8 @@ from training.errors import DATA, UserError
 from training.messages import answer, warn
 from training.packing.finding import add_source_flags, find_source
 from training.packing.pack import Settings, pack
-from training.pictures.decoding import MAX_PIXELS, Crop
+from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
+from training.pictures.flags import add_picture_flags
 from training.settings.flags import Parser
 from training.shards.index import read_index
 from training.shards.verifying import index_folder, verify
@@ -50,8 +51,10 @@ def build_parser() -> Parser:
     add("--limit", type=int, help="stop after so many pictures")
     add("--samples-per-shard", type=int, default=2000)
     add("--animated", choices=("first", "reject"), default="first", help="take the first frame, or treat as bad data")
-    add("--max-pixels", type=int, default=MAX_PIXELS, help="largest picture that is decoded")
+    text = f"largest picture that is decoded (up to {MOST_PIXELS:,})"
+    add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
     add_source_flags(packing)
+    add_picture_flags(packing)
     for verb, text in (("index", "index tars in place"), ("verify", "check every byte against the index")):
         add = verbs.add_parser(verb, help=text).add_argument
         add("directory", type=Path, metavar="DIR")

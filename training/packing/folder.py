@@ -28,16 +28,11 @@ from training.packing.metadata import Metadata, Record
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.tables import TABLES
 from training.packing.trees import Directory, Tree
-from training.pictures.decoding import ELSEWHERE, LARGEST_FILE, SUFFIXES
+from training.pictures.decoding import LARGEST_FILE, SUFFIXES
+from training.pictures.formats import unused
 from training.shards.splits import Taken, split_folders
 
 ARCHIVES = (".tar", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
-# Pictures that are not read, besides those that are known to be of no use here.
-PICTURES = (
-    *(".psd", ".xcf", ".exr", ".hdr", ".tga", ".dds", ".ico", ".pcx", ".pbm", ".pnm", ".jxl", ".jxr", ".jfif"),
-    *(".jpe", ".mpo", ".apng", ".dib", ".tpic", ".sgi", ".fits", ".j2k", ".jpx", ".jpf"),
-)
-MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"8BPS", b"\0\0\0\x0cjP")
 EACH = "several lines in a caption file, each a caption of its own; --caption-lines join makes them one"
 
 
@@ -47,12 +42,6 @@ def _suffix(name: str) -> str:
 
 def _stem(name: str) -> str:
     return posixpath.splitext(name)[0]
-
-
-def looks_like_a_picture(head: bytes) -> bool:
-    """Whether a file's first bytes are those of a picture, whatever its name."""
-    boxed = head[4:8] == b"ftyp" and head[8:11] in (b"avi", b"hei", b"mif", b"hev")
-    return head.startswith(MAGIC) or boxed or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 class Folder(Source):
@@ -87,9 +76,9 @@ class Folder(Source):
             example = next(name for name in self.tree.files if _suffix(name) == suffix)
             folder = posixpath.join(self.name, posixpath.dirname(example)).rstrip("/")
             return f"archives and shards are named with a star: {shlex.quote(f'{folder}/*{suffix}')}"
-        odd = next((name for name in self.tree.files if looks_like_a_picture(self.tree.head(name))), None)
-        if odd:
-            return f"{printable(odd)} is a picture, but not by its name: rename it to end in {SUFFIXES[0]} or its like"
+        for name in self.tree.files:
+            if why := unused(name, self.tree.head(name)):
+                return f"{name}: {why}"
         return f"looked for files ending in {', '.join(SUFFIXES[:4])}, …"
 
     def state(self) -> str:
@@ -216,10 +205,8 @@ class Folder(Source):
             suffix, shown = _suffix(name), printable(name)
             if suffix in SUFFIXES or name in used:
                 continue
-            if suffix in ELSEWHERE:
-                yield Remark(shown, ELSEWHERE[suffix])
-            elif suffix in PICTURES or looks_like_a_picture(self.tree.head(name)):
-                yield Remark(shown, f"picture under a name that is not read (known are {', '.join(SUFFIXES)})")
+            if why := unused(name, self.tree.head(name)):
+                yield Remark(shown, why)
             elif name in metadata.unread:
                 yield Remark(shown, "table that was not read", "ignored")
             elif suffix in TEXTS:

@@ -21,6 +21,7 @@ from training.packing.captions import name_as_caption
 from training.packing.sources import Remark, Sample, Source
 from training.pictures.decoding import (
     MAX_PIXELS,
+    MODES,
     MOST_PIXELS,
     Crop,
     Unusable,
@@ -29,7 +30,9 @@ from training.pictures.decoding import (
     encode_png,
     fit,
     load_image,
+    refuse,
 )
+from training.pictures.flags import check_pictures
 from training.shards.index import INDEX, ShardInfo, write_index
 from training.shards.writing import ShardWriter
 
@@ -60,6 +63,9 @@ class Settings:
     caption_lines: Literal["each", "join"] = "each"
     image_field: str | None = None
     splits: Literal["names", "draw"] = "names"
+    channels: int = 3
+    range: list[float] | None = None  # a list, as JSON gives it back
+    ignore_alpha: bool = False
 
     def __post_init__(self) -> None:
         if self.resolution < 8:
@@ -71,6 +77,7 @@ class Settings:
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise UserError(f"--max-pixels: must lie in 1 … {MOST_PIXELS:,} (got {self.max_pixels:,})")
         background_colour(self.background)
+        check_pictures(self.channels, self.range, self.format)
 
 
 class Progress:
@@ -152,18 +159,29 @@ class Packer:
     def _picture(self, sample: Sample, split: str) -> Image.Image:
         settings = self.settings
         if isinstance(sample.image, Image.Image):
-            image = sample.image
+            image = sample.image.convert(MODES[settings.channels])
         else:
-            image = load_image(sample.image, settings.background, settings.max_pixels)
-            if image.info["animated"]:
-                if settings.animated == "reject":
-                    raise UserError("animated picture", hint="--animated first takes its first frame", code=DATA)
-                self.ledger.add("cut", "animated picture, first frame taken", sample.key)
+            image = load_image(
+                sample.image,
+                settings.background,
+                settings.max_pixels,
+                channels=settings.channels,
+                limits=settings.range,
+                ignore_alpha=settings.ignore_alpha,
+                suffix=sample.suffix,
+            )
+            if image.info["animated"] and settings.animated == "reject":
+                raise UserError("animated picture", hint="--animated first takes its first frame", code=DATA)
+            for effect, kind in image.info["remarks"]:
+                self.ledger.add(effect, kind, sample.key)
             digest = hashlib.blake2b(sample.image, digest_size=16).digest()
             if self._seen.setdefault(digest, sample.key) != sample.key:
                 self.ledger.add("ignored", "same picture twice, both packed", f"{sample.key} = {self._seen[digest]}")
         crop = settings.crop if split == "train" else VAL_CROP
-        return fit(image, settings.resolution, crop, Random(f"{settings.seed} {sample.key}"), settings.upscale)
+        image = fit(image, settings.resolution, crop, Random(f"{settings.seed} {sample.key}"), settings.upscale)
+        if image.mode == "RGBA" and not image.getchannel("A").getbbox():
+            raise refuse("fully transparent image", "--ignore-alpha takes the colours of all pictures as opaque")
+        return image
 
     def _pack(self, sample: Sample, exact: bool) -> None:
         split = self._split(sample)
@@ -229,6 +247,7 @@ def _finish(packer: Packer, source: Source, packing: dict[str, Any]) -> list[Sha
             "source": packing["source"],
             "resolution": settings["resolution"],
             "pictures": packer.pictures,
+            **({} if settings["channels"] == 3 else {"channels": settings["channels"]}),
             "ledger": packer.ledger.report(),
             "settings": settings,
         },

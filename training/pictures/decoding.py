@@ -4,134 +4,215 @@ from __future__ import annotations
 
 import io
 import warnings
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from stat import S_ISREG
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
-from training.errors import DATA, USAGE, UserError
-
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2"),
-    *(".heic", ".heif"),
+from training.errors import USAGE, UserError
+from training.pictures import depths
+from training.pictures.formats import (
+    BARE,
+    LARGEST_FILE,
+    SUFFIXES,
+    Unusable,
+    formats,
+    read_file,
+    refuse,
+    size_words,
+    unknown,
 )
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")  # none starts a program
+from training.pictures.metadata import COMPLAINT, UNREADABLE, Remarks, signalled, turn_of, without
+
+__all__ = ["LARGEST_FILE", "SUFFIXES", "Unusable", "read_file", "refuse"]  # of formats, for those who pack
+
 MAX_PIXELS = 100_000_000  # refused before decoding: a file of 100 kB can claim gigabytes
 MOST_PIXELS = 178_000_000  # that MAX_PIXELS may be raised to: there Pillow's own guard stands, which is never lifted
-LARGEST_FILE = 256 << 20  # bytes of a picture's file
-HEIC = "HEIC needs: pip install pillow-heif"
-RAW = (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
-ELSEWHERE = {".svg": "SVG is a drawing, not a picture", **dict.fromkeys(RAW, "RAW is not developed here")}
+HEAVY = {"JPEG2000": 2}  # decoders that hold 24 bytes a pixel; others, with all conversions, 17 at most
+ROWS = 1 << 20  # pixels laid on the background at once, for copies of the whole picture take gigabytes
+MODES: dict[int, str] = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+ALPHA_UNUSED = ("BMP", "DIB", "TGA", "ICO")  # where zeros alone say no more than that nobody wrote the fourth byte
 Crop = Literal["center", "random"]
+ANIMATED = "animated picture, first frame taken"
+PROFILE = "colour profile that cannot be used, numbers as they are"
+INKS = "CMYK without a colour profile"
+UNUSED_ALPHA = "transparency of zeros alone, taken as unused"
+LAID = "transparency, laid on the background"
 
 
-class Unusable(UserError):
-    """A picture that cannot be used, for a reason that starts with a few words fit for counting."""
-
-
-def refuse(reason: str) -> Unusable:
-    """The error for `reason`."""
-    return Unusable(reason, code=DATA)
-
-
-def load_image(source: bytes | Path, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: bytes | Path,
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
+    *,
+    channels: int = 3,
+    limits: Sequence[float] | None = None,
+    ignore_alpha: bool = False,
+    suffix: str = "",
+) -> Image.Image:
     """The picture as upright sRGB, 8 bits: EXIF turn done, transparency laid on `background`, first frame of an
-    animation.
+    animation; grey for 1 of `channels`, RGBA as it is for 4, its colour 0 where nothing of it is seen.
 
-    CMYK, Lab, palette, grey, 16-bit and float pictures are converted, embedded colour profiles applied. Nothing of the
-    file's metadata is kept; `info["animated"]` says whether it has more frames.
-    Raises UserError(code 3) with a one-sentence reason for what is broken, too large, of no known format or all
-    transparent.
+    CMYK, Lab, palette, grey, 16-bit and float pictures are converted, embedded colour profiles applied. Of grey wider
+    than 8 bits, `limits` say what is black and white. `ignore_alpha` takes all as opaque. `suffix` is of the file's
+    name, for formats without a mark. Nothing of the file's metadata is kept; `info["animated"]` says whether it has
+    more frames, `info["remarks"]` lists (effect, kind) of what was not used as it was given, for the ledger.
+    Raises UserError(code 3) with a one-sentence reason for what is broken, too large, of no known format, of numbers
+    that nothing gives a range, or all transparent.
     """
     data = source if isinstance(source, bytes) else read_file(source, LARGEST_FILE)
     if not data:
         raise refuse("empty file (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of size, which the cap judges, and of odd metadata
-            image = _open(data, max_pixels)
-            # A phone's JPEG holds a preview or a depth map beside the picture.
-            animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
-            image.load()
-            image = _to_rgb(ImageOps.exif_transpose(image), background)
-            image.info = {"animated": animated}  # a profile holds the time it was made: other bytes for each packing
+    bare = (BARE[suffix.lower()],) if suffix.lower() in BARE else ()
+    return _decoded(data, max_pixels, formats() + bare, _Wanted(background, channels, limits, ignore_alpha))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    background: str
+    channels: int
+    limits: Sequence[float] | None
+    ignore_alpha: bool
+
+
+def _decoded(data: bytes, max_pixels: int, known: tuple[str, ...], wanted: _Wanted) -> Image.Image:
+    """The picture; where it cannot be read, from the file with less and less metadata."""
+    first: UserError | None = None
+    for attempt in _attempts(data):
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")  # Pillow warns of size, which the cap judges, and of odd metadata
+                image = _finished(_open(attempt, max_pixels, known), data, wanted)
+        except UserError:
+            raise
+        except UnidentifiedImageError:
+            first = first or unknown(data)
+        except Image.DecompressionBombError:
+            raise _too_many(max_pixels) from None
+        except Exception as error:  # a dozen decoders raise what they like on damaged files
+            first = first or _broken(data, error)
+        else:
+            if first or any(COMPLAINT.search(str(warning.message)) for warning in heard):
+                image.info["remarks"].append(("ignored", UNREADABLE))
             return image
-    except UnidentifiedImageError:
-        heic = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"hevc")
-        raise refuse(HEIC if heic else "not an image of a known format") from None
-    except Image.DecompressionBombError:
-        raise refuse(f"too many pixels (at most {max_pixels:,} are decoded)") from None
-    except UserError:
-        raise
-    except Exception as error:  # a dozen decoders raise what they like on damaged files
-        if "truncated" in str(error).lower():
-            raise refuse(f"truncated image ({_size(len(data))}, the rest is missing)") from None
-        raise refuse(f"broken image ({_size(len(data))}: {error})") from None
+    assert first is not None
+    raise first from None
 
 
-def read_file(path: Path, limit: int) -> bytes:
-    """A regular file's bytes. Raises UserError(code 3) for pipes and devices, which would hold us up, and beyond
-    `limit` bytes."""
-    try:
-        status = path.stat()
-        if not S_ISREG(status.st_mode):
-            raise refuse("unreadable file (not a regular file)")
-        if status.st_size > limit:
-            raise refuse(f"file too large ({_size(status.st_size)}; at most {_size(limit)} are read)")
-        return path.read_bytes()
-    except OSError as error:
-        raise refuse(f"unreadable file ({error.strerror})") from None
+def _attempts(data: bytes) -> Iterator[bytes]:
+    """The file; without texts; without all metadata."""
+    yield data
+    for all_of_it in (False, True):
+        if (less := without(data, all_of_it)) is not None:
+            yield less
 
 
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with, HEIF where pillow-heif is installed."""
-    Image.init()
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        pass
-    else:
-        register_heif_opener()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=_formats())
-    if image.width * image.height > max_pixels:
-        raise refuse(f"too many pixels ({image.width}x{image.height}; at most {max_pixels:,} are decoded)")
+def _finished(image: Image.Image, data: bytes, wanted: _Wanted) -> Image.Image:
+    """The opened picture as it is wanted."""
+    # A phone's JPEG holds a preview or a depth map beside the picture.
+    animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    image.load()
+    remarks: Remarks = [("cut", ANIMATED)] if animated else []
+    remarks += signalled(data, image)
+    unused, turn = image.format in ALPHA_UNUSED, turn_of(image, remarks)
+    if depths.deep(image):
+        image = depths.eight_bits(image, wanted.limits, remarks)
+    image = _to_mode(image if turn is None else image.transpose(turn), wanted, unused, remarks)
+    # No more: a profile holds the time it was made, which would be other bytes for each packing.
+    image.info = {"animated": animated, "remarks": list(dict.fromkeys(remarks))}
     return image
 
 
-def _size(count: int) -> str:
-    return f"{count:,} bytes" if count < 10_000 else f"{count // 1000:,} kB"
+def _broken(data: bytes, error: Exception) -> Unusable:
+    if "truncated" in str(error).lower():
+        return refuse(f"truncated image ({size_words(len(data))}, the rest is missing)")
+    return refuse(f"broken image ({size_words(len(data))}: {error})")
 
 
-def _to_rgb(image: Image.Image, background: str) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
-    profile = image.info.get("icc_profile")
+def _too_many(limit: int, image: Image.Image | None = None) -> Unusable:
+    """The error for more than `limit` pixels, with the flag that helps where one does."""
+    hint, shown = "make it smaller first", ""
+    if image:
+        times = HEAVY.get(image.format or "", 1)
+        shown = f"{image.width}x{image.height}{f' in {image.format}, where each counts {times}-fold' * (times > 1)}; "
+        if (needed := image.width * image.height * times) <= MOST_PIXELS:
+            hint = f"--max-pixels {needed} decodes it"
+    what = f"too many pixels ({shown}at most {limit:,} are decoded)"
+    return refuse(what, f"{hint}; --max-pixels goes up to {MOST_PIXELS}")
+
+
+def _open(data: bytes, max_pixels: int, known: tuple[str, ...]) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=known)
+    if image.width * image.height * HEAVY.get(image.format or "", 1) > max_pixels:
+        raise _too_many(max_pixels, image)
+    return image
+
+
+def _to_mode(image: Image.Image, wanted: _Wanted, unused: bool, remarks: Remarks) -> Image.Image:
+    """8-bit sRGB of the channels wanted. `unused`: writers of the format leave the fourth byte unused."""
     transparent = image.has_transparency_data
+    image = _managed_colours(image, transparent, remarks)
+    if transparent:
+        image = _opaque(_as(image, "RGBA"), wanted, unused, remarks)
+    return _as(image, MODES[wanted.channels])
+
+
+def _as(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which copies even where nothing changes
+
+
+def _opaque(image: Image.Image, wanted: _Wanted, unused: bool, remarks: Remarks) -> Image.Image:
+    """An RGBA picture laid on the background; with its transparency where four channels are wanted."""
+    least, most = image.getchannel("A").getextrema()
+    if wanted.ignore_alpha or (most == 0 and unused):
+        remarks += [] if wanted.ignore_alpha else [("guessed", UNUSED_ALPHA)]
+        image.putalpha(255)
+        return image
+    if wanted.channels == 4:
+        image.paste((0, 0, 0, 0), mask=image.getchannel("A").point([255] + [0] * 255))
+        return image
+    if most == 0:
+        raise refuse("fully transparent image", "--ignore-alpha takes the colours of all pictures as opaque")
+    remarks += [("replaced", LAID)] if least < 255 else []
+    return _flat(image, background_colour(wanted.background))
+
+
+def _managed_colours(image: Image.Image, transparent: bool, remarks: Remarks) -> Image.Image:
+    """The picture in sRGB by its profile, if it has one that can be used."""
+    profile = image.info.get("icc_profile")
     if profile and image.mode in ("P", "PA", "LA"):
         image = image.convert("RGBA" if transparent else "RGB")
     if image.mode == "LAB":
-        image = _managed(image, ImageCms.createProfile("LAB"))
-    elif profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):
+        return _managed(image, ImageCms.createProfile("LAB"))
+    if profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):
         try:
-            image = _managed(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile: the numbers as they are
-    if not transparent:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    if layer.getchannel("A").getextrema()[1] == 0:
-        raise refuse("fully transparent image")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, background_colour(background)), layer).convert("RGB")
+            return _managed(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+        except (ImageCms.PyCMSError, OSError, TypeError):
+            remarks.append(("ignored", PROFILE))  # a damaged one, or one of other channels
+    elif image.mode == "CMYK":
+        remarks.append(("guessed", INKS))
+    return image
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes from top to bottom."""
+    rows = max(1, ROWS // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)
+
+
+def _flat(layer: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """An RGBA picture laid on a colour."""
+    result = Image.new("RGB", layer.size)
+    for box in _strips(layer):
+        part = layer.crop(box)
+        result.paste(Image.alpha_composite(Image.new("RGBA", part.size, colour), part).convert("RGB"), box)
+    return result
 
 
 def background_colour(name: str) -> tuple[int, int, int]:
@@ -154,21 +235,6 @@ def _managed(image: Image.Image, profile: ImageCms.ImageCmsProfile | ImageCms.co
     return converted
 
 
-def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """16-bit, 32-bit and float grey to 8 bits, the range told from type and greatest value."""
-    numbers = values.astype(np.float64)
-    top = float(numbers.max())
-    if not np.isfinite(numbers).all():
-        raise refuse("pixels that are not finite")
-    if values.dtype == np.uint16:
-        white = 65535.0
-    elif values.dtype.kind == "f":
-        white = 1.0 if top <= 1 else max(255.0, top)
-    else:
-        white = next(limit for limit in (255.0, 65535.0, 2.0**32) if top <= limit)
-    return (numbers.clip(0) * (255 / white) + 0.5).clip(0, 255).astype(np.uint8)
-
-
 def fit(
     image: Image.Image, resolution: int, crop: Crop = "center", rng: Random | None = None, upscale: bool = False
 ) -> Image.Image:
@@ -180,9 +246,9 @@ def fit(
         return image
     shorter = min(image.size)
     if shorter < resolution and not upscale:
-        raise refuse(f"too small ({image.width}x{image.height} < {resolution}; --upscale takes it)")
+        raise refuse(f"too small ({image.width}x{image.height} < {resolution})", "--upscale takes it")
     if max(image.size) > 20 * shorter:
-        raise refuse(f"too narrow ({image.width}x{image.height}; at most 20 to 1)")
+        raise refuse(f"too narrow ({image.width}x{image.height}; at most 20 to 1)", "cut it into several pictures")
     spare_x, spare_y = image.width - shorter, image.height - shorter
     across, down = (rng.random(), rng.random()) if crop == "random" and rng else (0.5, 0.5)
     left, top = round(across * spare_x), round(down * spare_y)
@@ -191,7 +257,7 @@ def fit(
 
 
 def encode_png(image: Image.Image | NDArray[np.uint8]) -> bytes:
-    """PNG bytes of a picture or a uint8 array (H, W, 3); the fastest compression, the pixels exact."""
+    """PNG bytes of a picture or a uint8 array (H, W), (H, W, 3) or (H, W, 4); fastest compression, exact."""
     return _encode(image, "PNG", compress_level=1)
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from autoencoder.images import as_rgb
 from training.files import atomic_write
 
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
@@ -70,7 +71,8 @@ def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Ima
 
 
 def comparison(rows: Mapping[str, Tensor]) -> Image.Image:
-    """Named batches of uint8 (B,3,H,W) beneath each other, and twice the difference of the last two."""
+    """Named batches of uint8 (B,C,H,W) beneath each other, and twice the difference of the last two; RGBA on white."""
+    rows = {name: as_rgb(pixels) for name, pixels in rows.items()}
     *_, given, ours = rows.values()
     error = (ours.int() - given.int()).abs().mul(2).clamp(max=255).byte()
     return grid(torch.cat([*rows.values(), error]), len(ours), rows=[*rows, "difference x2"])

@@ -21,7 +21,7 @@ from training.shards.index import data_facts
 from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import open_address
 from training.stages.autoencoder import AutoencoderStage
-from training.stages.checks import check_images, check_shrinking, check_starts
+from training.stages.checks import check_images, check_shrinking, check_starts, settle_channels
 from training.stages.job import Job, parameters
 from training.stages.preview import DistillationStage, fit_to_teacher
 from training.stages.streams import stream_facts, stream_images
@@ -50,6 +50,7 @@ class AutoencoderJob(Job):
             self.dataset = Images(ShardSet(args.data, "train"), **how)
             self.held_out = Images(held_out_shards(args.data))
         self.config, self.teacher = fit_to_teacher(args, self.config)
+        self.config = settle_channels(self.config, self.dataset.channels, args.overrides)
         self.vision = vision_of_flags(args, self.config)
         check_images(self.config, self.dataset)
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import platform
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib import resources
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from training.data.order import split_batch
 from training.errors import UserError
 from training.files import check_output
-from training.messages import warn
+from training.messages import note, warn
 from training.models.lpips import LPIPS_NEEDS, fitting
 from training.settings import decoding
 from training.settings.sections import Loss, Train
@@ -92,6 +93,17 @@ def check_shrinking(config: decoding.AutoencoderConfig, model: Any, processes: i
             " whose loss is taken over all of them",
             hint="give a number",
         )
+
+
+def settle_channels(config: decoding.AutoencoderConfig, channels: int, given: Mapping[str, Any]) -> Any:
+    """The config with the channels of the packed pictures in each network, where neither file nor flag names others."""
+    for name in ("model", "discriminator"):
+        part = getattr(config, name)
+        plain = {field.name: field.default for field in dataclasses.fields(part)}.get("image_channels", channels)
+        if plain == getattr(part, "image_channels", channels) != channels and f"{name}.image_channels" not in given:
+            note(f"{name}.image_channels is {channels}, as in the packed pictures")
+            config = dataclasses.replace(config, **{name: dataclasses.replace(part, image_channels=channels)})
+    return config
 
 
 def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ def saved(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def error(data: bytes) -> str:
+def error(data: bytes, **how: Any) -> str:
     with pytest.raises(UserError) as caught:
-        load_image(data)
+        load_image(data, **how)
     assert caught.value.code == 3 and "\n" not in caught.value.what
     return caught.value.what
 
@@ -45,12 +46,12 @@ def test_modes() -> None:
         assert np.abs(np.asarray(load_image(data)).astype(int) - GRADIENT).mean() < 3
     grey = np.asarray(image.convert("L"))
     sixteen = grey.astype(np.uint16) * 257
-    for data in (
-        saved(Image.fromarray(sixteen)),
-        saved(Image.fromarray(grey / np.float32(255)), "TIFF"),
-        saved(Image.fromarray(grey)),
+    for data, limits in (
+        (saved(Image.fromarray(sixteen)), None),
+        (saved(Image.fromarray(grey / np.float32(255)), "TIFF"), (0, 1)),
+        (saved(Image.fromarray(grey)), None),
     ):
-        assert np.array_equal(np.asarray(load_image(data))[..., 1], grey)
+        assert np.array_equal(np.asarray(load_image(data, limits=limits))[..., 1], grey)
     lab = ImageCms.profileToProfile(
         image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
     )
@@ -101,7 +102,7 @@ def test_broken_pictures_are_refused_with_a_reason() -> None:
     for value in (np.nan, np.inf):
         spoilt = np.full((4, 4), 0.5, np.float32)
         spoilt[1, 2] = value
-        assert error(saved(Image.fromarray(spoilt), "TIFF")) == "pixels that are not finite"
+        assert error(saved(Image.fromarray(spoilt), "TIFF"), limits=(0, 1)) == "pixels that are not finite"
     damaged = bytearray(saved(noise, "PNG"))
     damaged[200:220] = bytes(20)
     assert "broken" in error(bytes(damaged)) or "truncated" in error(bytes(damaged))
