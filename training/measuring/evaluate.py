@@ -67,7 +67,7 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     device = processes.resolve(args.device)
     model = load_autoencoder(args.model, device)
     images, features = held_out(args), load_features(args.features, device)
-    network, places = load_distance(args, images, device), images.first(args.count)
+    network, places = load_distance(args, images, device), images.evenly(args.count)
     check_count(len(places))
     check_crop(args.crop, images)
     fidelity, real, ours = Fidelity(network), Moments(features.dim), Moments(features.dim)

@@ -87,9 +87,9 @@ class Study:
 
     @torch.no_grad()
     def see(self, images: Images, count: int, size: int) -> None:
-        """Measure the first `count` pictures, all where it is 0, `size` at once."""
+        """Measure `count` pictures, evenly over the split, all where it is 0, `size` at once."""
         device = next(self.model.parameters()).device
-        for batch in images.chunks(images.first(count), size):
+        for batch in images.chunks(images.evenly(count), size):
             pixels, noise = batch.data.to(device), Noise(batch.slots.to(device))
             moments = self.model.encode(to_unit(pixels))
             self.statistics(moments, noise)

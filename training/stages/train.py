@@ -55,6 +55,7 @@ def job_of(stage: str) -> type[Job]:
 
 def _train(job: Job, ending: ExitStack) -> int:
     from training.machine import processes
+    from training.loop.wrapping import unwrapped
     from training.stages.checks import layout
     from training.stages.resuming import begin, open_run
 
@@ -78,7 +79,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     if exit_code:
         return exit_code
     if accelerator.is_main_process:
-        with loop.ema.averaged_weights():
+        with loop.ema.averaged_weights(), unwrapped(stage):
             finish(run, job.export(run.folder, facts), job.title, facts)
     accelerator.wait_for_everyone()
     return 0
