@@ -15,7 +15,7 @@ from training.data.images import Images
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError, as_user_error
-from training.files import content_hash, write_json
+from training.files import content_hash, finite, write_json
 from training.machine import memory, processes
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.features import load_features
@@ -57,7 +57,7 @@ def evaluate(args: argparse.Namespace) -> int:
             answer(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.output), numbers)
+        write_json(Path(args.output), finite(numbers))
         tell(f"wrote {args.output}")
     return 0
 

@@ -21,7 +21,7 @@ from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
 from training.data.images import Images
 from training.errors import DATA, as_user_error
-from training.files import check_output, write_bytes, write_json
+from training.files import check_output, finite, write_bytes, write_json
 from training.machine import memory, processes
 from training.measuring.features import load_features
 from training.measuring.probe import probe
@@ -64,7 +64,7 @@ def inspect(args: argparse.Namespace) -> int:
     about |= {"lpips": f"{args.lpips_net} {Path(args.lpips).name}" if args.lpips else None}
     numbers = finite({**about, **numbers, "seconds": round(time.perf_counter() - since, 1)})
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "inspection.json", numbers)
+    write_json(output / "inspection.json", finite(numbers))
     write_bytes(output / "inspection.html", page(Path(args.model).name, numbers, study.worst(held_out)).encode())
     for name, value in numbers["reconstruction"].items():
         mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))

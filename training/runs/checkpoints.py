@@ -16,6 +16,7 @@ from training.errors import CHECKPOINT, NUMERICAL, UserError
 from training.files import (
     disk_error,
     file_sha256,
+    finite,
     load_tensors,
     read_json,
     save_tensors,
@@ -77,7 +78,7 @@ class Checkpoints:
             for name in TENSOR_FILES:
                 save_tensors(staging / f"{name}.safetensors", checkpoint.tensors[name])
                 fault("checkpoint.file")
-            write_json(staging / "state.json", dict(checkpoint.state))
+            write_json(staging / "state.json", finite(checkpoint.state))
             fault("checkpoint.file")
             # The manifest is last: it hashes the other files as they lie on the disk.
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
