@@ -7,10 +7,15 @@ network:
     rec, adv = last_layer_gradients(x_hat, last_layer, split)  # average over processes before the norm
     weight = adaptive_weight(rec.norm(), adv.norm())
     (surrogate(x_hat, split.reconstruction + ramp * weight * split.adversarial) + latent_term).backward()
+
+Both gradients are taken beside the pass that a loss scaler guards, and the slope of a mean over N values is of the size
+of 1/N: from some millions on less than float16 holds. So they are multiplied by powers of two on the way in, and
+divided by them on the way out: exact in float32, and under autocast in the middle of what float16 holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,7 +38,9 @@ def _gradient(loss: Callable[[Tensor], Tensor], x_hat: Tensor) -> tuple[Tensor, 
         value = loss(leaf)
     if value.ndim:
         raise ValueError(f"a loss to differentiate must be a scalar, got shape {tuple(value.shape)}.")
-    return torch.autograd.grad(value, leaf)[0], value.detach()
+    # Slopes at a critic's logits are then some ten to a hundred, those at the images 1/16 and less.
+    scale = 2.0 ** (math.floor(math.log2(leaf.numel())) - 4)
+    return torch.autograd.grad(value * scale, leaf)[0] / scale, value.detach()
 
 
 def split_gradients(
@@ -54,9 +61,22 @@ def split_gradients(
 
 def last_layer_gradients(x_hat: Tensor, last_layer: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """Gradients of the two losses at the last layer's weight, through that layer alone; keeps the graph of x̂."""
-    (rec,) = torch.autograd.grad(x_hat, last_layer, split.reconstruction, retain_graph=True)
-    (adv,) = torch.autograd.grad(x_hat, last_layer, split.adversarial, retain_graph=True)
+    rec, adv = (_at_layer(x_hat, last_layer, slope) for slope in (split.reconstruction, split.adversarial))
     return rec, adv
+
+
+def _at_layer(x_hat: Tensor, last_layer: Tensor, slope: Tensor) -> Tensor:
+    # A weight's gradient is a sum over all N values, up to N times as large as they are. At a root mean square of
+    # 2/sqrt(N) neither the slopes nor their sum leave what float16 holds, 2^-14 to 2^16.
+    scale = power_of_two(2 / slope.float().norm())
+    (gradient,) = torch.autograd.grad(x_hat, last_layer, slope * scale, retain_graph=True)
+    return gradient / scale
+
+
+def power_of_two(value: Tensor) -> Tensor:
+    """The largest power of two that is at most `value`, elementwise; 1 where that is no positive finite number."""
+    mantissa, _ = value.frexp()  # in [0.5, 1)
+    return torch.where((value > 0) & value.isfinite(), value / (2 * mantissa), torch.ones_like(value))
 
 
 def adaptive_weight(norm_rec: Tensor, norm_adv: Tensor, maximum: float = 1e4) -> Tensor:

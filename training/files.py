@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -129,7 +130,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of readable JSON; non-finite numbers are refused."""
+    """`write_bytes` of readable JSON; non-finite numbers are refused: what may hold some goes through `finite`."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -138,6 +139,24 @@ def copy_file(source: Path, target: Path) -> None:
     refuse_link(source)
     with source.open("rb") as given, atomic_write(target) as file:
         shutil.copyfileobj(given, file, 1 << 20)
+
+
+def finite(value: Any) -> Any:
+    """Plain data as JSON has it: null for a number that is infinite or none, and as NAME_is beside it which it was."""
+    if isinstance(value, Mapping):
+        named = {f"{name}_is": _word(part) for name, part in value.items()}
+        return {name: finite(part) for name, part in value.items()} | {k: word for k, word in named.items() if word}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if _word(value) else value
+
+
+def _word(value: Any) -> Any:
+    """What a number that JSON has not is called, in a list each by its place; None for all else."""
+    if isinstance(value, list | tuple) and not any(isinstance(part, list | tuple) for part in value):
+        words = [_word(part) for part in value]
+        return words if any(words) else None
+    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else None
 
 
 def sync_folder(folder: Path) -> None:

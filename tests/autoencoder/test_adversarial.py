@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoencoder.adversarial import adaptive_weight, last_layer_gradients, split_gradients, surrogate
-from autoencoder.discriminator import PatchGAN
+from autoencoder.adversarial import adaptive_weight, last_layer_gradients, power_of_two, split_gradients, surrogate
+from autoencoder.critic import r1
+from autoencoder.discriminator import PatchGAN, maps
 from autoencoder.kl import KL
 from autoencoder.losses import L1, Hinge
 
@@ -102,3 +103,65 @@ def test_split_works_under_autocast(scene: dict) -> None:
     surrogate(x_hat, split.reconstruction + weight * split.adversarial).backward()
     assert weight > 0 and split.adversarial.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.decoder.parameters())
+
+
+def balance(size: int, batch: int, dtype: torch.dtype | None, logit: float = 1.0) -> tuple[float, Tensor]:
+    """The balance of one convolution's L1 and hinge losses under autocast, and the hinge's slope at the pictures."""
+    torch.manual_seed(0)
+    layer, critic = torch.nn.Conv2d(4, 3, 3, padding=1), PatchGAN(width=4, layers=2, norm="group").build()
+    features, images = torch.rand(batch, 4, size, size), torch.rand(batch, 3, size, size) * 2 - 1
+
+    def adversarial(x_hat: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits = maps(critic(x_hat))
+        return logit * torch.stack([-part.mean() for part in logits]).mean()
+
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        x_hat = layer(features).float()
+    split = split_gradients(x_hat, lambda x: (x - images).abs().mean(), adversarial)
+    rec, adv = last_layer_gradients(x_hat, layer.weight, split)
+    return adaptive_weight(rec.norm(), adv.norm()).item(), split.adversarial
+
+
+@pytest.mark.parametrize(("size", "batch"), [(64, 8), (256, 16), (256, 64)])
+@pytest.mark.parametrize("logit", [1.0, 1e-2])
+def test_the_balance_of_half_precision_is_that_of_float32(size: int, batch: int, logit: float) -> None:
+    """The slope of a mean over 3 to 12 million values is no normal number of float16; a sure critic's is smaller."""
+    expected, slope = balance(size, batch, None, logit)
+    found, ours = balance(size, batch, torch.float16, logit)
+    assert found == pytest.approx(expected, rel=0.02)
+    assert ours.norm().item() == pytest.approx(slope.norm().item(), rel=0.02)
+    assert (ours - slope).norm() < 0.1 * slope.norm()  # the critic's own rounding turns some of its units on or off
+
+
+def test_the_scales_change_no_bit_of_float32() -> None:
+    _, slope = balance(16, 2, None)
+    torch.manual_seed(0)
+    layer, critic = torch.nn.Conv2d(4, 3, 3, padding=1), PatchGAN(width=4, layers=2, norm="group").build()
+    features, images = torch.rand(2, 4, 16, 16), torch.rand(2, 3, 16, 16) * 2 - 1
+    x_hat = layer(features)
+    (plain,) = torch.autograd.grad(-critic(leaf := x_hat.detach().requires_grad_()).mean(), leaf)
+    assert torch.equal(slope, plain)
+    split = split_gradients(x_hat, lambda x: (x - images).abs().mean(), lambda x: -critic(x).mean())
+    for ours, given in zip(last_layer_gradients(x_hat, layer.weight, split), split[:2], strict=True):
+        (theirs,) = torch.autograd.grad(x_hat, layer.weight, given, retain_graph=True)
+        assert torch.equal(ours, theirs)
+
+
+def test_a_power_of_two() -> None:
+    """The largest that is no more than the value; 1 for what has none."""
+    values = torch.tensor([1.0, 3.0, 0.3, 2.0**-100, 1.5 * 2.0**100, 0.0, torch.inf, torch.nan, -4.0])
+    assert power_of_two(values).tolist() == [1.0, 2.0, 0.25, 2.0**-100, 2.0**100, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_r1_of_half_precision_is_that_of_float32(size: int) -> None:
+    """The logits' slopes are summed, not averaged: they need no scale."""
+    found = []
+    for dtype in (None, torch.float16):
+        torch.manual_seed(0)
+        critic, images = PatchGAN(width=4, layers=2, norm="group").build(), torch.rand(2, 3, size, size) * 2 - 1
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits = maps(critic(images.requires_grad_()))
+        found.append(r1(logits, images))
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0)

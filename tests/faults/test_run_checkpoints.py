@@ -19,6 +19,7 @@ from training.errors import UserError
 from training.loop.loop import Loop
 from training.machine import faults
 from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.runs.checkpoints import score as score_of
 from training.runs.writer import Writer
 
 WRITER = """
@@ -158,6 +159,16 @@ def test_pinned_and_best_are_kept(tmp_path: Path) -> None:
     plain = Checkpoints(tmp_path, 2)
     plain.save(checkpoint(70))
     assert names(plain) == [f"step-{step:08d}" for step in (10, 60, 70)]
+
+
+def test_scores_of_two_rules_are_not_compared(tmp_path: Path) -> None:
+    """A run that an earlier version began keeps the best of its scores, and the best of those measured since."""
+    checkpoints = Checkpoints(tmp_path, 2, keep_best=True)
+    for step, score, rule in [(10, 1.0, {}), (20, 9.0, {}), (30, 5.0, 2), (40, 6.0, 2), (50, 7.0, 2), (60, 8.0, 2)]:
+        checkpoints.save(checkpoint(step, score=score, **({"scored_by": rule} if rule else {})))
+    assert names(checkpoints) == [f"step-{step:08d}" for step in (10, 30, 50, 60)]
+    assert score_of(checkpoints.folder / "step-00000010") is None
+    assert score_of(checkpoints.folder / "step-00000030") == 5.0
 
 
 def test_h3_what_a_link_names_is_never_deleted(

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -86,9 +87,24 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([Slot(index, 0, index)])
 
-    def first(self, count: int) -> range:
-        """The places of the first `count` samples, or of all where it is 0."""
-        return range(min(count, len(self)) or len(self))
+    def evenly(self, count: int) -> Sequence[int]:
+        """`count` places evenly over the split, or all where it is 0 or more than there are.
+
+        Packed folders lie class after class, so the first samples are of few classes. Of shards at an address, each of
+        which must be fetched, a window's number is looked into, themselves evenly chosen: more where they hold too few.
+        """
+        if not 0 < count < len(self):
+            return range(len(self))
+        sizes, window = self.shards.windows
+        if not sizes:
+            return _spread(count, len(self))
+        ends = np.cumsum(sizes)
+        for shards in range(min(window, len(sizes)), len(sizes) + 1):
+            chosen = _spread(shards, len(sizes))
+            places = [place for n in chosen for place in range(ends[n] - sizes[n], ends[n])]
+            if len(places) >= count:
+                break
+        return [places[i] for i in _spread(count, len(places))]
 
     def chunks(self, places: Sequence[int], size: int) -> Iterator[Batch]:
         """The samples at `places` as the first epoch has them, `size` at once."""
@@ -105,6 +121,11 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
             first = "; ".join(list(self.bad.values())[:SHOWN])
             what = f"{len(self.bad):,} of {len(self):,} samples cannot be read, more than {LIMIT:.0%}: {first}"
             raise UserError(what, hint=f"run: scripts/make_shards.py verify {self.shards.directory}", code=DATA)
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """`count` of the numbers below `total`, evenly."""
+    return [i * total // count for i in range(count)]
 
 
 def or_error(read: Callable[..., Loaded], *arguments: Any) -> Loaded | UserError:

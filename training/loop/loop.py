@@ -22,7 +22,7 @@ from training.errors import UserError, as_user_error
 from training.loop import optim
 from training.loop.ema import EMA
 from training.loop.optim import learning
-from training.loop.power_ema import PowerAverages
+from training.loop.power_ema import PowerAverages, drop_after
 from training.loop.rollback import Rollback
 from training.loop.stage import Stage
 from training.loop.state import TrainingState
@@ -33,7 +33,8 @@ from training.machine.faults import fault
 from training.machine.memory import out_of_memory
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
-from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.messages import note
+from training.runs.checkpoints import SCORED_BY, Checkpoint, Checkpoints
 from training.runs.journal import Journal
 from training.runs.writer import Writer
 from training.settings.sections import Optimizer, Train
@@ -41,6 +42,11 @@ from training.settings.sections import Optimizer, Train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+OTHER_SCORES = (
+    "note: this run was begun by a version that validated on the first held-out samples, in the precision of the "
+    "training; from here on they lie evenly over the split and are measured in float32. Scores of both kinds are not "
+    "compared: the best checkpoint of each is kept"
+)
 COMPARED_EVERY = 100  # steps after which processes compare their weights, besides the first step and each save
 
 
@@ -94,6 +100,8 @@ class Loop:
         out (6) and where another process is gone (1).
         """
         self.done = start
+        if self.accelerator.is_main_process and (later := drop_after(self.run, start)):
+            note(f"removed {', '.join(later)}: averages of what this run had been after step {start}, which it gives up")
         self.open_data(start)
         self.signals.listen()
         try:
@@ -277,6 +285,7 @@ class Loop:
         place = {
             "place": self.batches.order.place(step),
             "score": self.scored[1] if self.scored and self.scored[0] == step else None,
+            "scored_by": SCORED_BY,
             **({"micro": self.micro} if self.shrinks else {}),
         }
         return self.state.snapshot(step, place)
@@ -285,6 +294,8 @@ class Loop:
         """Take back a snapshot, in every process. Raises UserError where the weights do not fit."""
         self.state.restore(checkpoint, self.checkpoints.folder / f"step-{checkpoint.step:08d}")
         state, samples = checkpoint.state, self.micro * self.accumulation
+        if state.get("scored_by", 1) != SCORED_BY:
+            announce(self.accelerator, OTHER_SCORES)
         if "watchdogs" in state:  # not in checkpoints of earlier versions, which did not keep their place either
             self.base = checkpoint.step, int(state["place"])
         if self.shrinks and "micro" in state and samples % int(state["micro"]) == 0:  # what was found to fit

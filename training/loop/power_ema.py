@@ -100,19 +100,37 @@ class PowerAverages:
         save_tensors(folder / f"step-{step:08d}.safetensors", self.tensors())
 
 
-def reconstruct(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
+def drop_after(run: Path, step: int) -> list[str]:
+    """Remove the snapshots of steps after `step`, of a future that a run gives up as it goes on from there; the names
+    of what was removed."""
+    later = [path for number, path in snapshots(run / FOLDER).items() if number > step]
+    for path in later:
+        path.unlink()
+    return [path.name for path in later]
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The snapshots of a folder by their steps, in the order of these."""
+    found = {path.stem.removeprefix("step-"): path for path in folder.glob("step-*.safetensors")}
+    return {int(number): found[number] for number in sorted(found, key=int)}
+
+
+def reconstruct(
+    folder: Path, length: float, step: int | None = None, end: int | None = None
+) -> tuple[dict[str, Tensor], int]:
     """The average of relative width `length` as of `step` (the last snapshot's when not given), and that step.
 
-    Reads one snapshot at a time. Raises UserError where there are none up to that step.
+    Snapshots of steps after `end`, where the run ended, are not of it: it went on from before them. Reads one snapshot
+    at a time. Raises UserError where there are none up to that step.
     """
-    snapshots = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
-    at = max(snapshots, default=0) if step is None else step
-    files = {number: path for number, path in snapshots.items() if number <= at}
+    known = {n: path for n, path in snapshots(folder).items() if end is None or n <= end}
+    at = max(known, default=0) if step is None else step
+    files = {number: path for number, path in known.items() if number <= at}
     if not files:
         raise UserError(
-            f"{folder}: no snapshots of averages" + (f" up to step {step}" if snapshots else ""),
+            f"{folder}: no snapshots of averages" + (f" up to step {step}" if known else ""),
             hint="train with --train.ema_lengths 0.05,0.1 and --train.ema_every N"
-            if not snapshots else f"the first is of step {min(snapshots)}", code=CHECKPOINT)
+            if not known else f"the first is of step {min(known)}", code=CHECKPOINT)
     try:
         target = Profile(at, exponent(length))
     except ValueError as failure:

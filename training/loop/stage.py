@@ -58,7 +58,8 @@ class Stage(ABC):
 
     @abstractmethod
     def evaluate(self, folder: Path) -> dict[str, float]:
-        """Write pictures into `folder`, return validation numbers. Runs in the main process with averaged weights."""
+        """Write pictures into `folder`, return validation numbers. Runs in the main process, with averaged
+        weights and outside the training's autocast: in float32."""
 
 
 class StatelessStage(Stage):

@@ -1,4 +1,4 @@
-"""Validation with averaged weights: pictures and numbers, in the main process."""
+"""Validation with averaged weights in float32: pictures and numbers, in the main process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from training.files import disk_error
 from training.loop.ema import EMA
 from training.loop.stage import Stage
+from training.loop.wrapping import unwrapped
 from training.machine.faults import fault
 
 
@@ -17,7 +18,7 @@ def validate(stage: Stage, ema: EMA, folder: Path) -> tuple[dict[str, float], fl
     try:
         fault("samples")
         folder.mkdir(parents=True, exist_ok=True)
-        with ema.averaged_weights(), torch.no_grad():
+        with ema.averaged_weights(), unwrapped(stage), torch.no_grad():
             numbers = stage.evaluate(folder)
     except OSError as failure:
         raise disk_error(folder, failure) from None

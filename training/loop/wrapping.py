@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from training.loop.stage import Stage
@@ -26,3 +28,19 @@ def wrap(stage: Stage, accelerator: Accelerator, *, compiles: bool) -> None:
     for part in stage.compiled_parts() if compiles else ():
         part.compile()
     stage.connect()
+
+
+@contextmanager
+def unwrapped(stage: Stage) -> Iterator[None]:
+    """Inside, networks answer in their own precision, as those that are exported do.
+
+    Accelerate has put autocast into the `forward` of the very modules it was given; the one it took away stays beside.
+    """
+    wrapped = {n: vars(n)["forward"] for n in stage.networks.values() if "_original_forward" in vars(n)}
+    for network in wrapped:
+        network.forward = network._original_forward
+    try:
+        yield
+    finally:
+        for network, forward in wrapped.items():
+            network.forward = forward

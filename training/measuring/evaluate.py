@@ -15,7 +15,7 @@ from training.data.images import Images
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError, as_user_error
-from training.files import check_free, content_hash, make_folder, write_json
+from training.files import check_free, content_hash, finite, make_folder, write_json
 from training.machine import memory, processes
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.features import load_features
@@ -59,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> int:
             answer(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
     if args.output:
         make_folder(Path(args.output).parent)
-        write_json(Path(args.output), numbers)
+        write_json(Path(args.output), finite(numbers))
         tell(f"wrote {args.output}")
     return 0
 
@@ -69,7 +69,7 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     device = processes.resolve(args.device)
     model = load_autoencoder(args.model, device)
     images, features = held_out(args), load_features(args.features, device)
-    network, places = load_distance(args, images, device), images.first(args.count)
+    network, places = load_distance(args, images, device), images.evenly(args.count)
     check_count(len(places))
     check_crop(args.crop, images)
     fidelity, real, ours = Fidelity(network), Moments(features.dim), Moments(features.dim)

@@ -66,11 +66,13 @@ def even_captions(images: Images, count: int) -> list[str]:
 
 
 def even_indices(images: Images, count: int) -> list[int]:
-    """`count` pictures, each caption equally often where there are enough of it; in the order in which they are stored,
-    so that a shard from elsewhere is fetched once."""
+    """`count` pictures or all there are, each caption equally often where there are enough of it, the others in turn
+    where not; in the order in which they are stored, so that a shard from elsewhere is fetched once."""
     places = by_caption(images)
     each = -(-count // len(places))
-    return sorted([i for name in sorted(places) for i in places[name][:each]][:count])
+    turns = [(name, turn) for name in sorted(places) for turn in range(len(places[name]))]
+    turns.sort(key=lambda pair: max(pair[1] - each + 1, 0))  # stable: what is beyond `each` comes last, in turn
+    return sorted(places[name][turn] for name, turn in turns[:count])
 
 
 def check_crop(size: int | None, images: Images) -> None:

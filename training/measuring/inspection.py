@@ -21,7 +21,7 @@ from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
 from training.data.images import Images
 from training.errors import DATA, as_user_error
-from training.files import check_free, check_output, make_folder, write_bytes, write_json
+from training.files import check_free, check_output, finite, make_folder, write_bytes, write_json
 from training.machine import memory, processes
 from training.measuring.features import load_features
 from training.measuring.probe import probe
@@ -66,7 +66,7 @@ def inspect(args: argparse.Namespace) -> int:
     about |= {"lpips": f"{args.lpips_net} {Path(args.lpips).name}" if args.lpips else None}
     numbers = finite({**about, **numbers, "seconds": round(time.perf_counter() - since, 1)})
     make_folder(output)
-    write_json(output / "inspection.json", numbers)
+    write_json(output / "inspection.json", finite(numbers))
     write_bytes(output / "inspection.html", page(Path(args.model).name, numbers, study.worst(held_out)).encode())
     for name, value in numbers["reconstruction"].items():
         mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))
@@ -89,9 +89,9 @@ class Study:
 
     @torch.no_grad()
     def see(self, images: Images, count: int, size: int) -> None:
-        """Measure the first `count` pictures, all where it is 0, `size` at once."""
+        """Measure `count` pictures, evenly over the split, all where it is 0, `size` at once."""
         device = next(self.model.parameters()).device
-        for batch in images.chunks(images.first(count), size):
+        for batch in images.chunks(images.evenly(count), size):
             pixels, noise = batch.data.to(device), Noise(batch.slots.to(device))
             moments = self.model.encode(to_unit(pixels))
             self.statistics(moments, noise)

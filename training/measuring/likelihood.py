@@ -23,8 +23,9 @@ def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: t
     of learned variance was trained on."""
     images, exact = held_out(args), args.likelihood_trace == "exact"
     log_likelihoods, bounds = [], []
-    for first, pixels in enumerate(chunks(images, images.first(args.likelihood), device)):
-        index = range(first * CHUNK, first * CHUNK + len(pixels))
+    places = images.evenly(args.likelihood)
+    for number, pixels in enumerate(chunks(images, places, device)):
+        index = places[number * CHUNK : number * CHUNK + len(pixels)]
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
         denoise = pipeline.denoiser.bind(pipeline.text([caption(images, i) for i in index]))
         probe = Noise.from_seeds([args.seed + i for i in index], device)
@@ -32,7 +33,7 @@ def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: t
         log_likelihoods.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
         if pipeline.denoiser.diffusion.learned_variance:
             bounds.append(bound(denoise, latents, probe).cpu())
-        tell(f"log-likelihood of {index.stop} pictures")
+        tell(f"log-likelihood of {number * CHUNK + len(pixels)} pictures")
     nats, dims = torch.cat(log_likelihoods).double(), latents[0].numel()
     return {
         "likelihood_trace": "exact" if exact else f"hutchinson, {args.likelihood_probes} probe(s) a picture",

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from training.errors import CHECKPOINT, UserError
-from training.files import read_json, write_json
+from training.files import finite, read_json, write_json
 
 
 def quickstart(folder: Path, seconds: int) -> Iterator[str]:
@@ -21,7 +21,7 @@ def quickstart(folder: Path, seconds: int) -> Iterator[str]:
     obedience = {f"{count}_objects": numbers[f"obedience_{count}"] for count in (1, 2, 3)}
     one, two, three = obedience.values()
     found = {"obedience": one, "obedience_by_objects": obedience, "prompts": numbers["prompts"]}
-    write_json(folder / "summary.json", found | {"seconds": seconds, "grid": "grid.png"})
+    write_json(folder / "summary.json", finite(found | {"seconds": seconds, "grid": "grid.png"}))
     yield (f"captions never trained on, obeyed in shape, colour and position: {one:.1%} of one-object captions"
            f" (two objects {two:.1%}, three {three:.1%}), {seconds} s in all")  # fmt: skip
     yield f"picture grid: {folder / 'grid.png'}"

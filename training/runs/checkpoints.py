@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import CHECKPOINT, NUMERICAL, UserError
-from training.files import disk_error, file_sha256, read_record, refuse_link, sync_folder, write_bytes, write_json
+from training.files import (
+    disk_error,
+    file_sha256,
+    finite,
+    read_record,
+    refuse_link,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
 from training.guarding import read_plain, read_whole, unreadable
 from training.machine.faults import fault
 from training.messages import note, warn
@@ -28,6 +37,9 @@ FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 LARGEST_STATE = 64 << 20  # bytes of state.json
 NAME = re.compile(r"step-\d{8,}")
+# How a score was measured, 1 where a checkpoint does not say: 1, on the first held-out samples, in the precision trained
+# in; 2, on held-out samples evenly, in float32. Numbers of two rules are not compared.
+SCORED_BY = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Checkpoints:
     """The `checkpoints/` folder of a run. Only one process may write.
 
     Kept are the newest `keep_last`, any that holds a file named `pinned`, and with `keep_best` the one of the lowest
-    `score` in its state.
+    `score` in its state: of each rule by which scores were measured, where a run goes on that has some of an earlier.
     """
 
     def __init__(self, run: Path, keep_last: int = 2, *, keep_best: bool = False) -> None:
@@ -71,7 +83,7 @@ class Checkpoints:
             for name in TENSOR_FILES:
                 save_tensors(staging / f"{name}.safetensors", checkpoint.tensors[name])
                 fault("checkpoint.file")
-            write_json(staging / "state.json", dict(checkpoint.state))
+            write_json(staging / "state.json", finite(checkpoint.state))
             fault("checkpoint.file")
             # The manifest is last: it hashes the other files as they lie on the disk.
             files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
@@ -171,8 +183,9 @@ class Checkpoints:
         folders = sorted(p for p in self.folder.glob("step-*") if p.is_dir() and NAME.fullmatch(p.name))
         earlier = [p for p in folders if p.name <= last.name]
         survivors = {*earlier[-self.keep_last :], *(p for p in folders if (p / "pinned").exists())}
-        if self.keep_best and (scores := {p: s for p in earlier if (s := score(p)) is not None}):
-            survivors.add(min(scores, key=lambda p: scores[p]))
+        for rule in range(1, SCORED_BY + 1) if self.keep_best else ():
+            if scores := {p: s for p in earlier if (s := score(p, rule)) is not None}:
+                survivors.add(min(scores, key=lambda p: scores[p]))
         for path in (p for p in folders if p not in survivors):
             if not (path.is_symlink() or own(path)):
                 if path not in self.told:
@@ -229,10 +242,11 @@ def own(path: Path) -> bool:
         return False
 
 
-def score(path: Path) -> float | None:
-    """The validation score saved with a checkpoint, lower is better; None where it has none."""
+def score(path: Path, rule: int = SCORED_BY) -> float | None:
+    """The validation score saved with a checkpoint, lower is better; None where it has none, or one of another rule."""
     try:
-        value = json.loads(read_plain(path / "state.json")).get("score")
+        state = json.loads(read_plain(path / "state.json"))
+        value = state.get("score") if state.get("scored_by", 1) == rule else None
         return float(value) if value is not None and math.isfinite(value) else None
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

@@ -12,6 +12,7 @@ from training.errors import CHECKPOINT, DISK, UserError
 from training.files import (
     PARTIAL,
     disk_error,
+    finite,
     hold,
     read_json,
     refuse_link,
@@ -113,7 +114,7 @@ class Run:
         stands = {"format": 1, "stage": self.stage, "status": status, "step": step}
         made_with = {"versions": versions(), "environment": self.environment, "resumes": self.resumes}
         write_json(self.folder / "config.json", decoding.to_values(self.config))
-        write_json(self.folder / "run.json", {**stands, **made_with, **facts})
+        write_json(self.folder / "run.json", finite({**stands, **made_with, **facts}))
 
     def note_environment(self, step: int, environment: Mapping[str, Any]) -> None:
         """Note what this part of the run is computed with; a resume at `step` with something else is said aloud."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from training.files import disk_error, open_own, sync_folder
+from training.files import disk_error, finite, open_own, sync_folder
 from training.machine.faults import fault
 from training.messages import tell, warn
 from training.settings.sections import Train
@@ -107,7 +107,7 @@ class Journal:
         try:
             fault("metrics")
             with open_own(path, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
         except OSError as failure:
             raise disk_error(path, failure) from None
 

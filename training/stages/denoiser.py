@@ -163,33 +163,30 @@ class DenoiserStage(Stage):
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
         # Noise goes by the sample's number and the level, with seeds far from training's: every validation of every run
         # on these data meets the same noise, so that numbers differ by the weights alone. Only the main process is
-        # here, so nothing may call a process wrapper: the bare network answers.
+        # here, so nothing may call a process wrapper: the bare network answers, in float32 whatever the training's precision: numbers of two runs are of one kind.
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
-        for batch in self.held_out.chunks(self.held_out.first(self.config.train.validation_size), 64):
+        for batch in self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             latents, cond = (
                 self.sample(batch, noise),
                 self.condition(batch, torch.ones(len(batch.slots), dtype=torch.bool)),
             )
-            with self.accelerator.autocast():
-                for t in LEVELS:
-                    at = torch.full((len(latents),), t, dtype=torch.float64, device=latents.device)
-                    losses[f"loss_t{t}"].append(
-                        self.objective.at(
-                            self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t))
-                        )
-                    )
+            for t in LEVELS:
+                at = torch.full((len(latents),), t, dtype=torch.float64, device=latents.device)
+                losses[f"loss_t{t}"].append(
+                    self.objective.at(self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t)))
+                )
         captions = self.grid_captions()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast():  # these are to look at
             images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
         grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png")
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
     def grid_captions(self) -> list[str]:
-        """The first distinct held-out captions, over and over where they are few."""
+        """Distinct captions of samples evenly over the held-out ones, over and over where they are few."""
         captions: dict[str, None] = {}
-        for i in range(min(len(self.held_out), 20 * SHOWN)):
+        for i in self.held_out.evenly(20 * SHOWN):
             captions.setdefault(self.held_out.captions(i)[0])
         names = list(captions)[:SHOWN]
         return [names[i % len(names)] for i in range(SHOWN)]

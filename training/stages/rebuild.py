@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash, load_tensors, save_tensors
-from training.loop.power_ema import FOLDER, reconstruct
-from training.messages import answer
+from training.files import content_hash, load_tensors, read_json, save_tensors
+from training.loop.power_ema import FOLDER, reconstruct, snapshots
+from training.messages import answer, warn
 from training.models.folders import find
 from training.models.lineage import store_ingredients
 
@@ -24,7 +24,10 @@ def rebuild(args: argparse.Namespace) -> int:
         raise UserError(f"{args.model}: no finished denoiser's run", hint="give its run folder", code=CHECKPOINT)
     if output.exists():
         raise UserError(f"{output} already exists", hint="choose another --output")
-    tensors, step = reconstruct(Path(args.model) / FOLDER, args.length, args.step)
+    folder, end = Path(args.model) / FOLDER, int(read_json(Path(args.model) / "run.json")["step"])
+    if strays := [path.name for number, path in snapshots(folder).items() if number > end]:
+        warn(f"{', '.join(strays)} not used: the run ended at step {end} and gave up what it had been before")
+    tensors, step = reconstruct(folder, args.length, args.step, end)
     shutil.copytree(model.final, output)
     for name, prefix, file in (
         ("denoiser", "denoiser.backbone.", output / "model.safetensors"),

@@ -69,6 +69,7 @@ def job_of(stage: str) -> type[Job]:
 
 
 def _train(job: Job, ending: ExitStack) -> int:
+    from training.loop.wrapping import unwrapped
     from training.machine import meeting, processes
     from training.stages.checks import layout, shared_facts
     from training.stages.resuming import begin, open_run
@@ -96,7 +97,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     if exit_code:
         return exit_code
     if accelerator.is_main_process:
-        with loop.ema.averaged_weights():
+        with loop.ema.averaged_weights(), unwrapped(stage):
             finish(run, job.export(run.folder, facts), job.title, facts)
     meeting.meet()  # measuring what is exported takes as long as it takes
     return 0

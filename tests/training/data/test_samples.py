@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +57,43 @@ def test_images(shapes: Path) -> None:
     for i in range(5):
         theirs = np.asarray(Image.open(io.BytesIO(shards.read_field(i, "png"))).convert("RGB"))
         assert np.array_equal(batch.data[i].permute(1, 2, 0).numpy(), theirs)
+
+
+class Placed(list[int]):
+    """A split in shards of these sizes, at an address where there is a window."""
+
+    def __init__(self, sizes: list[int], window: int) -> None:
+        super().__init__(range(sum(sizes)))
+        self.shards = SimpleNamespace(windows=(tuple(sizes), window) if window else ((), 0))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window", "count", "places"),
+    [
+        ([5, 5], 0, 0, range(10)),
+        ([5, 5], 0, 10, range(10)),
+        ([5, 5], 0, 11, range(10)),
+        ([5, 5], 0, 4, [0, 2, 5, 7]),
+        ([5, 5], 0, 1, [0]),
+        ([2] * 8, 2, 4, [0, 1, 8, 9]),  # two shards, far apart
+        ([2] * 8, 2, 3, [0, 1, 8]),
+        ([2] * 8, 2, 6, [0, 1, 4, 5, 10, 11]),  # more are asked for than two shards hold
+        ([2] * 8, 2, 0, range(16)),
+        ([4], 2, 2, [0, 2]),
+    ],
+)
+def test_a_part_of_a_split_lies_evenly_over_it(
+    sizes: list[int], window: int, count: int, places: Sequence[int]
+) -> None:
+    """A folder lies class after class; of shards at an address, each of which is fetched, few are looked into."""
+    assert list(Images.evenly(Placed(sizes, window), count)) == list(places)  # type: ignore[arg-type]
+
+
+def test_a_part_of_a_split_in_classes_has_all_of_them() -> None:
+    """156 pictures of 20 classes, one class after another: the first 64 are of 9."""
+    classes = [number for number in range(20) for _ in range(8 if number < 16 else 7)]
+    places = Images.evenly(Placed([156], 0), 64)  # type: ignore[arg-type]
+    assert {classes[place] for place in places} == set(range(20)) and len(set(places)) == 64
 
 
 def test_flips_are_keyed_by_seed_epoch_and_sample(shapes: Path) -> None:

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from training.errors import UserError
-from training.loop.power_ema import FOLDER, PowerAverages, Profile, decay, exponent, mixture, reconstruct
+from training.loop.power_ema import (
+    FOLDER,
+    PowerAverages,
+    Profile,
+    decay,
+    drop_after,
+    exponent,
+    mixture,
+    reconstruct,
+    snapshots,
+)
 
 STEPS = 8192
 
@@ -45,13 +55,13 @@ def averages(path: np.ndarray, lengths: list[float], at: list[int]) -> dict[tupl
 
 
 @pytest.mark.parametrize(
-    ("snapshots", "errors"),
+    ("count", "errors"),
     [(32, [2e-4, 1e-5, 3e-5, 4e-4]), (8, [9e-3, 9e-4, 3e-3, 1e-2])],
     ids=["32", "8"],
 )
-def test_rebuilt_averages_of_a_random_walk(snapshots: int, errors: list[float]) -> None:
+def test_rebuilt_averages_of_a_random_walk(count: int, errors: list[float]) -> None:
     path = np.random.default_rng(0).normal(size=(STEPS, 64)).cumsum(0)
-    at = [STEPS * (i + 1) // snapshots for i in range(snapshots)]
+    at = [STEPS * (i + 1) // count for i in range(count)]
     kept = averages(path, [0.05, 0.10], at)
     profiles = [Profile(t, exponent(length)) for length, t in kept]
     direct = averages(path, [0.03, 0.07, 0.15, 0.20], [STEPS])
@@ -86,6 +96,21 @@ def test_snapshots_on_disk(tmp_path: Path) -> None:
     other.load(powers.tensors())
     for name, value in other.tensors().items():
         assert torch.equal(value, powers.tensors()[name])
+
+
+def test_a_future_that_was_given_up(tmp_path: Path) -> None:
+    """Its snapshots are removed where the run goes on, and where they were left are not used beyond the run's end."""
+    layer = nn.Linear(1, 1, bias=False)
+    powers = PowerAverages({"net": layer}, [0.1])
+    for step in (100, 200, 300):
+        with torch.no_grad():
+            for shadow in powers.shadows["0.100"].values():
+                shadow.fill_(100.0 if step > 200 else 1.0)
+        powers.keep(tmp_path, step)
+    rebuilt, at = reconstruct(tmp_path / FOLDER, 0.1, end=200)
+    assert at == 200 and rebuilt["net.weight"].item() == pytest.approx(1.0)
+    assert drop_after(tmp_path, 200) == ["step-00000300.safetensors"] and drop_after(tmp_path, 200) == []
+    assert list(snapshots(tmp_path / FOLDER)) == [100, 200] and drop_after(tmp_path / "none", 0) == []
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def images(names: tuple[str, ...] = NAMES) -> object:
         (4, [0, 1, 2, 3]),  # two of each caption are chosen, a's and b's before c's
         (5, [0, 1, 2, 3, 5]),
         (7, [0, 1, 2, 3, 4, 5, 7]),
+        (8, [0, 1, 2, 3, 4, 5, 6, 7]),  # three of each would be seven
+        (9, list(range(9))),
         (12, list(range(9))),
     ],
 )

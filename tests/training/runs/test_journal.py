@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from training.files import finite
 from training.runs.journal import Journal
 from training.settings.sections import Train
 
@@ -139,3 +140,36 @@ def test_the_columns_of_a_run(stage: str, autoencoder: Path, denoiser: Path) -> 
     assert [row["step"] for row in rows if "loss" not in row] == [0, 4, 6]
     assert [row["step"] for row in timing] == [4, 6]
     assert all(0 < row["images_per_second"] < 1e6 and 0 < row["data_wait"] < 1 for row in timing)
+
+
+def strict(text: str) -> Any:
+    """JSON as other programs read it, which know no Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_json_has_not(journal: Journal, clock: Clock, tmp_path: Path) -> None:
+    """A perfect PSNR, an overflow of fp16: null, and beside it which it was."""
+    clock.now += 1
+    journal.record(1, {"loss": torch.tensor(torch.nan), "grad_norm/net": torch.tensor(-torch.inf)}, 0.1)
+    journal.flush(1)
+    (tmp_path / "pictures").mkdir()
+    journal.look(1, {"psnr": float("inf"), "ssim": 1.0}, tmp_path / "pictures")
+    row, look = (strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row == {
+        "step": 1, "lr": 0.1, "loss": None, "loss_is": "nan", "grad_norm/net": None, "grad_norm/net_is": "-inf"
+    }
+    assert look == {"step": 1, "val/psnr": None, "val/psnr_is": "inf", "val/ssim": 1.0}
+
+
+def test_plain_data_made_finite() -> None:
+    inf, nan = float("inf"), float("nan")
+    value = {"a": [1.0, inf, "x", None], "b": {"c": nan, "d": 2}, "e": (1, True), "f": [{"g": -inf}], "h": [[inf]]}
+    assert strict(json.dumps(finite(value), allow_nan=False)) == {
+        "a": [1.0, None, "x", None], "a_is": [None, "inf", None, None], "b": {"c": None, "c_is": "nan", "d": 2},
+        "e": [1, True], "f": [{"g": None, "g_is": "-inf"}], "h": [[None]],
+    }
+    assert finite({"a": 1.5, "b": ["inf"]}) == {"a": 1.5, "b": ["inf"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,23 @@ def test_an_average_of_another_length(runs: Runs, tmp_path: Path) -> None:
     assert "already exists" in str(tiny.refused("posthoc_ema", "--model", run, "--length", "0.1", "--output", output))
     bare = tiny.refused("posthoc_ema", "--model", runs["edm"], "--length", "0.1", "--output", tmp_path / "no")
     assert "no snapshots" in str(bare) and bare.code == 4
+
+
+def test_averages_of_a_future_given_up(
+    runs: Runs, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on from an earlier step removes them and says so; where they were left they are not used."""
+    run, output = tmp_path / "run", tmp_path / "rebuilt"
+    shutil.copytree(runs["averages"], run)
+    stray = run / "ema" / "step-00000900.safetensors"
+    shutil.copy(run / "ema" / "step-00000006.safetensors", stray)
+    assert tiny.call("posthoc_ema", "--model", run, "--length", "0.1", "--output", output) == 0
+    said = capsys.readouterr()
+    assert "at step 6" in said.out and "warning: step-00000900.safetensors not used: the run ended at step 6" in said.err
+    (run / "run.json").write_text((run / "run.json").read_text().replace("finished", "x"))
+    words = ("--latents", latents, "--output", run, *tiny.DENOISER, *CHOICES["averages"].split(), "--resume", "auto")
+    assert tiny.call("train_denoiser", *words) == 0 and not stray.exists()
+    assert "note: removed step-00000900.safetensors: averages of what this run had" in capsys.readouterr().err
 
 
 def test_autoguidance_by_name(runs: Runs, tmp_path: Path) -> None:
