@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
+from training.commands import door
 from training.errors import CHECKPOINT, DATA, DISK, UserError
 from training.messages import note
 
@@ -159,7 +160,8 @@ def leads_out(path: Path) -> bool:
 def no_index(folder: Path) -> UserError:
     """What is wrong with a folder of shards that has no index.json."""
     why = "holds no index.json" if folder.is_dir() else "is not a folder"
-    hint = f"pack one with scripts/make_shards.py pack, or index its tars; run: scripts/make_shards.py index {folder}"
+    pack, index = door("make_shards pack SOURCE --output", folder), door("make_shards index", folder)
+    hint = f"pack pictures: {pack}; or index the tars that lie there: {index}"
     return UserError(f"{folder} {why}", hint=hint, code=DATA)
 
 

@@ -36,7 +36,9 @@ from ldm.noise import Noise
 from ldm.samplers import prior, sample
 from ldm.schedules import Table
 from training.errors import UserError
+from training.files import write_bytes
 from training.measuring.sampler_agreement import Bench, table
+from training.messages import answer
 from training.models.assembly import load_pipeline
 from training.settings.decoding import sections
 
@@ -49,12 +51,12 @@ def check(args: Any) -> None:
     since, lines = (time.perf_counter(), time.process_time()), list[str]()
     title = "# Samplers against each other\n" if args.model else "# Samplers against the exact answer\n"
     for line in chain((title, *command()), run_table(args) if args.model else oracle_tables(args)):
-        print(line, flush=True)
+        answer(*line.split("\n"))
         lines.append(line)
     took = f"Took {time.perf_counter() - since[0]:.0f} s, {time.process_time() - since[1]:.0f} s of processor time."
-    print(f"\n{took}")
+    answer("", took)
     if args.output:
-        Path(args.output).write_text("\n".join([*lines[:4], f"{took}\n", *lines[4:]]) + "\n")
+        write_bytes(Path(args.output), ("\n".join([*lines[:4], f"{took}\n", *lines[4:]]) + "\n").encode())
     if strays := [line.split("|")[1].strip() for line in lines if line.endswith("| no |")]:
         raise UserError(f"{', '.join(strays)}: further away than allowed after {args.steps} steps",
                         hint="ask for more --steps; a sampler that still differs does not suit this model", code=5)

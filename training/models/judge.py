@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoder.images import to_unit
+from training.commands import door
 from training.data.images import Images
 from training.errors import DATA, UserError
 from training.files import load_tensors, read_json
@@ -78,7 +79,8 @@ def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> C
     """A stored classifier, frozen."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds no classifier", hint="scripts/train_classifier.py makes one", code=DATA)
+        hint = f"make one: {door('train_classifier --data DIR --output DIR')}"
+        raise UserError(f"{folder} holds no classifier", hint=hint, code=DATA)
     about = read_json(folder / "config.json")
     model = Classifier(tuple(about["classes"]), about["width"])
     model.load_state_dict(load_tensors(folder / "model.safetensors"))

@@ -9,6 +9,7 @@ from glob import glob
 from pathlib import Path
 from typing import get_args
 
+from training.commands import door
 from training.errors import DATA, USAGE, UserError
 from training.messages import answer, warn
 from training.packing.builtin_sources import Emoji, FashionMnist, Shapes
@@ -22,12 +23,12 @@ from training.shards.verifying import index_folder, verify
 ADDRESS = re.compile(r"pipe:|[a-z0-9]+://")
 MOST_SHARDS = 1_000_000  # that one pattern may mean
 EXAMPLES = """examples:
-  make_shards.py pack photos/ --output data/photos --resolution 64
-  make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
-  make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
-  make_shards.py pack shapes --samples 60000 --output data/shapes
-  make_shards.py pack emoji --root package --output data/emoji --resolution 64
-  make_shards.py verify data/photos
+  python scripts/make_shards.py pack photos/ --output data/photos --resolution 64
+  python scripts/make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
+  python scripts/make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
+  python scripts/make_shards.py pack shapes --samples 60000 --output data/shapes
+  python scripts/make_shards.py pack emoji --root package --output data/emoji --resolution 64
+  python scripts/make_shards.py verify data/photos
 """
 
 
@@ -83,7 +84,7 @@ def find_source(arguments: argparse.Namespace) -> Source:
     if arguments.root is not None:
         raise UserError(
             "--root goes with fashion-mnist and emoji; a folder is named in its place",
-            hint="make_shards.py pack FOLDER",
+            hint=door("make_shards pack FOLDER --output DIR"),
             code=USAGE,
         )
     if names == ["shapes"]:
@@ -159,7 +160,8 @@ def _verify(directory: Path, on_bad_data: str) -> None:
     problems = "\n  ".join(report.problems)
     what = f"{len(report.problems)} problems in {directory}:\n  {problems}"
     if on_bad_data == "error":
-        hint = f"fetch or pack them again; if they were changed on purpose: scripts/make_shards.py index {directory}"
+        command = door("make_shards index", directory)
+        hint = f"fetch or pack them again; if they were changed on purpose: {command}"
         raise UserError(what, hint=hint, code=DATA)
     answer(summary)
     warn(what)

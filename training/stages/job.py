@@ -24,6 +24,7 @@ class Job(ABC):
 
     stage: ClassVar[str]  # the folder of configs/ and the name in run.json
     title: ClassVar[str]  # of its model card
+    dataset: Any  # what it learns, opened by `open_data`
 
     def __init__(self, args: argparse.Namespace, config: Any) -> None:
         self.args, self.config = args, config
