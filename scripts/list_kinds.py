@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from training.files import write_bytes
+from training.messages import answer
 from training.settings.flags import Parser, run_main
 
 
@@ -16,9 +18,9 @@ def main() -> None:
     from training.settings.kinds_table import renew, table
 
     if args.readme is None:
-        print(table(), end="")
+        answer(*table().splitlines())
     else:
-        args.readme.write_text(renew(args.readme.read_text("utf-8")), "utf-8")
+        write_bytes(args.readme, renew(args.readme.read_text("utf-8")).encode())
 
 
 if __name__ == "__main__":

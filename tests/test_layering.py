@@ -41,7 +41,7 @@ PURE_IMPORTS = {
 }
 # The rooms of training/ from the ground up: each may import what lies below it, none beside it.
 FLOORS = (
-    {"messages", "ledger"},
+    {"messages", "ledger", "commands"},
     {"errors"},
     {"guarding"},
     {"tensors"},

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from training.commands import door
 from training.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 
 PARTIAL = ".partial"  # how the names of staged files end
@@ -214,5 +215,6 @@ def make_folder(folder: Path) -> None:
 def no_index(folder: Path) -> UserError:
     """What is wrong with a folder of shards that has no index.json."""
     why = "holds no index.json" if folder.is_dir() else "is not a folder"
-    hint = f"pack one with scripts/make_shards.py pack, or index its tars; run: scripts/make_shards.py index {folder}"
+    pack, index = door("make_shards pack SOURCE --output", folder), door("make_shards index", folder)
+    hint = f"pack pictures: {pack}; or index the tars that lie there: {index}"
     return UserError(f"{folder} {why}", hint=hint, code=DATA)

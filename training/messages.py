@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 
@@ -16,8 +18,8 @@ def printable(text: object) -> str:
 
 
 def tell(text: object) -> None:
-    """One message on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """One message on stderr. Work goes on without a reader: a closed pipe, a terminal that is gone, a full disk."""
+    _write("stderr", printable(text))
 
 
 def note(text: object) -> None:
@@ -30,9 +32,16 @@ def warn(text: object) -> None:
     tell(f"warning: {text}")
 
 
-def answer(text: object) -> None:
-    """What was asked for, on stdout."""
-    print(printable(text), flush=True)
+def answer(*lines: object) -> None:
+    """What was asked for, on stdout. A reader may close it, as `| head` does. Raises OSError for a full disk."""
+    _write("stdout", "\n".join(map(printable, lines)))
+
+
+def per_second(rate: float, thing: str = "image") -> str:
+    """A speed for people, in two significant digits or more: `31.4 images/s`; below one a second, `12.5 s/image`."""
+    if 0 < rate < 1:
+        return f"{1 / rate:.3g} s/{thing}" if rate > 0.001 else f"{1 / rate:,.0f} s/{thing}"
+    return f"{rate:.1f} {thing}s/s" if rate < 100 else f"{rate:,.0f} {thing}s/s"
 
 
 def speak_any_encoding() -> None:
@@ -40,3 +49,27 @@ def speak_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def open_streams() -> None:
+    """Give stdin, stdout and stderr that were closed a place: else the next file opened, a checkpoint, gets theirs."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            silence(name)
+
+
+def silence(name: str) -> None:
+    """Have `stdout` or `stderr` say no more: its reader is gone."""
+    setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the process's life
+
+
+def _write(name: str, text: str) -> None:
+    try:
+        print(text, file=getattr(sys, name), flush=True)
+    except (OSError, ValueError) as failure:  # ValueError: the stream object itself is closed
+        if name == "stdout" and getattr(failure, "errno", None) not in (errno.EPIPE, errno.EIO, errno.EBADF, None):
+            raise
+        silence(name)

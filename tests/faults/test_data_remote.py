@@ -17,6 +17,7 @@ import tiny
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from training.commands import door
 from training.data.images import Images
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder
@@ -322,7 +323,7 @@ def test_an_encoding_that_is_refused_tells_no_secret(autoencoder: Path, shapes: 
     words = ("--autoencoder", autoencoder, "--data", upload(folder, "memory://me:hidden@bucket/data"))
     problem = tiny.refused("encode_latents", *words, "--output", tmp_path / "out", "--cache-dir", tmp_path / "cache")
     assert problem.code == 3 and "2 of 50 samples" in problem.what
-    assert problem.hint == "run: scripts/make_shards.py verify memory://bucket/data"
+    assert problem.hint == f"run: {door('make_shards verify', 'memory://bucket/data')}"
 
 
 def test_both_stages_go_by_address(shapes: Path, autoencoder: Path, latents: Path, tmp_path: Path) -> None:

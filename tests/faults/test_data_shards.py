@@ -21,6 +21,7 @@ import webdataset
 from peaks import told
 from PIL import Image
 
+from training.commands import door
 from training.data.images import Images
 from training.errors import UserError
 from training.packing.command import main
@@ -126,7 +127,7 @@ def test_d4_changed_after_indexing(tmp_path: Path) -> None:
     tar.write_bytes(whole[:-1024])
     with pytest.raises(UserError, match="its index says") as caught:
         ShardSet(tmp_path)
-    assert caught.value.code == 3 and caught.value.hint == f"run: scripts/make_shards.py index {tmp_path}"
+    assert caught.value.code == 3 and caught.value.hint == f"run: {door('make_shards index', tmp_path)}"
     samples = {f"{i:06d}.png": png(i) for i in range(10)}
     for name in (tar.name, "train-000001.tar"):
         tar_of(tmp_path / name, samples if name == tar.name else {f"x{k}": v for k, v in samples.items()})

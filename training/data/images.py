@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from training.commands import door
 from training.data.order import Slot
 from training.data.samples import Batch, Policy, Samples, coin, ids, or_error
 from training.errors import DATA, UserError
@@ -39,7 +40,7 @@ class Images(Samples[np.ndarray]):
         self.extensions = [ext for ext in PICTURES if ext in shards.fields]
         if not self.extensions:
             what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
-            raise UserError(what, hint="make them with scripts/make_shards.py pack", code=DATA)
+            raise UserError(what, hint=f"make them: {door('make_shards pack SOURCE --output DIR')}", code=DATA)
 
     def picture(self, index: int) -> np.ndarray:
         """Sample `index` as uint8 (H,W,channels). Raises UserError(code 3) where it cannot be decoded."""
@@ -53,7 +54,7 @@ class Images(Samples[np.ndarray]):
             return pixels.reshape(*pixels.shape[:2], self.channels)
         except UserError as failure:
             what = f"{self.shards.key(index)}: not a readable picture ({failure.what})"
-            hint = f"run: scripts/make_shards.py verify {self.shards.directory}"
+            hint = f"run: {door('make_shards verify', self.shards.directory)}"
             raise UserError(what, hint=hint, code=DATA) from None
 
     def load(self, slots: list[Slot]) -> list[np.ndarray | UserError]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.commands import door
 from training.data.order import Slot
 from training.data.samples import Batch, Policy, Samples, coin, ids, or_error, uniform
 from training.errors import DATA, NUMERICAL, UserError
@@ -45,7 +46,7 @@ class Latents(Samples[Latent]):
         super().__init__(shards, seed, on_bad_data)
         latent = shards.summary.get("latent")
         if not latent:
-            hint = "make them with: scripts/encode_latents.py --autoencoder RUN --data DIR --output DIR"
+            hint = "make them with: " + door("encode_latents --autoencoder RUN --data DIR --output DIR")
             raise UserError("these shards hold no latents", hint=hint, code=DATA)
         self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
         self.mirrored = flip and "mirror.npy" in shards.fields
@@ -101,7 +102,7 @@ class Latents(Samples[Latent]):
         record = self.shards.read(index, (field, "json", "text.safetensors", *further.values()))
         moments = self._moments(index, record.get(field, b""))
         if not np.isfinite(moments).all():
-            hint = "encode again: scripts/encode_latents.py --dtype float32 --mixed-precision no"
+            hint = "encode again with encode_latents.py --dtype float32 --mixed-precision no"
             raise UserError(f"{self.shards.key(index)}: stored latents are not finite", hint=hint, code=NUMERICAL)
         captions = self._captions(index, record.get("json", b""))
         picked = int(share * len(captions))
@@ -148,5 +149,5 @@ class Latents(Samples[Latent]):
         return parts
 
     def _damaged(self, index: int, what: str) -> UserError:
-        hint = f"run: scripts/make_shards.py verify {self.shards.directory}"
+        hint = f"run: {door('make_shards verify', self.shards.directory)}"
         return UserError(f"{self.shards.key(index)}: damaged sample: {what}", hint=hint, code=DATA)

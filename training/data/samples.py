@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from ldm.noise import Noise
+from training.commands import door
 from training.data.order import Slot, substitute
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.messages import warn
@@ -120,7 +121,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
         if len(self.bad) > math.ceil(LIMIT * len(self)):
             first = "; ".join(list(self.bad.values())[:SHOWN])
             what = f"{len(self.bad):,} of {len(self):,} samples cannot be read, more than {LIMIT:.0%}: {first}"
-            raise UserError(what, hint=f"run: scripts/make_shards.py verify {self.shards.directory}", code=DATA)
+            raise UserError(what, hint=f"run: {door('make_shards verify', self.shards.directory)}", code=DATA)
 
 
 def _spread(count: int, total: int) -> list[int]:

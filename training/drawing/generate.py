@@ -20,7 +20,7 @@ from training.errors import UserError
 from training.files import make_folder, refuse_link
 from training.machine import memory
 from training.machine.processes import resolve, start
-from training.messages import tell
+from training.messages import per_second, tell
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import check_tile
 from training.models.judge import Judge, load_classifier
@@ -77,7 +77,7 @@ def generate(args: argparse.Namespace) -> int:
             if rank == 0:
                 finished, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
                 count = len(requests) if finished == len(own_requests) else finished * world
-                tell(f"{count}/{len(requests)} pictures, {rate * world:.1f} a second")
+                tell(f"{count}/{len(requests)} pictures, {per_second(rate * world, 'picture')}")
     except ValueError as failure:
         raise UserError(str(failure), hint="see --help for sizes, samplers and guidance") from None
     if world > 1:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from autoencoder.images import to_unit
+from training.commands import door
 from training.data.samples import LIMIT
 from training.errors import DATA, DISK, NUMERICAL, UserError
 from training.machine.memory import out_of_memory
-from training.messages import note, tell, warn
+from training.messages import note, per_second, tell, warn
 from training.packing.captions import clean_captions, decode_text
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
@@ -126,7 +127,7 @@ class Encoder:
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise UserError(
                     f"{key}: the caption's embedding is not finite (stored as float16)",
-                    hint="leave --text-encoder out here and give it to scripts/train_denoiser.py instead",
+                    hint="leave --text-encoder out here and give it to train_denoiser.py instead",
                     code=NUMERICAL,
                 )
             files.append(bytes(save(tensors)))
@@ -180,7 +181,7 @@ class Encoder:
         self.done += info.samples
         tell(
             f"encoded {info.name}: {self.done:,} of {self.total:,} images,"
-            f" {self.done / (time.perf_counter() - self.since):.0f} images/s"
+            f" {per_second(self.done / max(1e-9, time.perf_counter() - self.since))}"
         )
 
     def tell(self) -> float:
@@ -194,7 +195,7 @@ def refuse_many(bad: int, total: int, data: str) -> None:
     """Raises UserError (code 3) where more than 1 % of the samples (at least one) cannot be read."""
     if bad > math.ceil(LIMIT * total):
         what = f"{bad:,} of {total:,} samples cannot be read, more than {LIMIT:.0%}"
-        raise UserError(what, hint=f"run: scripts/make_shards.py verify {data}", code=DATA)
+        raise UserError(what, hint=f"run: {door('make_shards verify', data)}", code=DATA)
 
 
 def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError) -> Picture:

@@ -17,6 +17,7 @@ from ldm.diffusion import Diffusion
 from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import LabelEncoder
+from training.commands import door
 from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import content_hash, load_tensors, make_folder, refuse_links, save_tensors
@@ -68,7 +69,7 @@ def assemble(
     if made_by != hashes["encoder"]:
         raise UserError(
             f"latents were made by autoencoder {made_by[:12]}, the one beside them is {hashes['encoder'][:12]}",
-            hint="encode again with scripts/encode_latents.py",
+            hint=f"encode again: {door('encode_latents --autoencoder RUN --data DIR --output DIR')}",
             code=CHECKPOINT,
         )
     null = None
@@ -115,7 +116,7 @@ def _frozen_text(
     else:
         raise UserError(
             "the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
-            hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or use --text.kind scratch",
+            hint="give --text-encoder NAME|DIR here or to encode_latents.py, or use --text.kind scratch",
             code=DATA,
         )
     return text, null, str(name)

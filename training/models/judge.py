@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoder.images import as_rgb, to_unit
+from training.commands import door
 from training.data.images import Images
 from training.errors import DATA, UserError
 from training.files import read_record, refuse_links
@@ -80,7 +81,8 @@ def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> C
     """A stored classifier, frozen. Raises UserError for a folder that is none."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds no classifier", hint="scripts/train_classifier.py makes one", code=DATA)
+        hint = f"make one: {door('train_classifier --data DIR --output DIR')}"
+        raise UserError(f"{folder} holds no classifier", hint=hint, code=DATA)
     refuse_links(folder)
     about = read_record(folder / "config.json", {"classes": list, "width": int}, code=DATA)
     classes, width = about["classes"], about["width"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from autoencoder.base import Autoencoder
+from training.commands import door
 from training.errors import CHECKPOINT, UserError
 from training.files import make_folder, read_record, write_json
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
@@ -34,7 +35,8 @@ def load_preview(path: str | Path, teacher: str, device: torch.device) -> Autoen
     """
     record = find(path, "autoencoder").final / TEACHER
     if not record.is_file():
-        hint = "distil one: scripts/train_autoencoder.py --config tiny --teacher RUN"
+        command = door("train_autoencoder --config tiny --teacher RUN --data DIR --output DIR")
+        hint = f"distil one: {command}"
         raise UserError(f"{path} was not distilled from another autoencoder", hint=hint, code=CHECKPOINT)
     if (recorded := read_record(record, {"autoencoder": str})["autoencoder"]) != teacher:
         raise UserError(

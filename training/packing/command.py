@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
+from training.commands import door
 from training.errors import DATA, UserError
 from training.messages import answer, warn
 from training.packing.finding import add_source_flags, find_source
@@ -18,12 +19,12 @@ from training.shards.index import read_index
 from training.shards.verifying import index_folder, verify
 
 EXAMPLES = """examples:
-  make_shards.py pack photos/ --output data/photos --resolution 64
-  make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
-  make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
-  make_shards.py pack shapes --samples 60000 --output data/shapes
-  make_shards.py pack emoji --root package --output data/emoji --resolution 64
-  make_shards.py verify data/photos
+  python scripts/make_shards.py pack photos/ --output data/photos --resolution 64
+  python scripts/make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
+  python scripts/make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
+  python scripts/make_shards.py pack shapes --samples 60000 --output data/shapes
+  python scripts/make_shards.py pack emoji --root package --output data/emoji --resolution 64
+  python scripts/make_shards.py verify data/photos
 """
 
 
@@ -93,7 +94,8 @@ def _verify(directory: Path, on_bad_data: str) -> None:
     problems = "\n  ".join(report.problems)
     what = f"{len(report.problems)} problems in {directory}:\n  {problems}"
     if on_bad_data == "error":
-        hint = f"fetch or pack them again; if they were changed on purpose: scripts/make_shards.py index {directory}"
+        command = door("make_shards index", directory)
+        hint = f"fetch or pack them again; if they were changed on purpose: {command}"
         raise UserError(what, hint=hint, code=DATA)
     answer(summary)
     warn(what)

@@ -10,6 +10,7 @@ from dataclasses import fields
 from glob import glob
 from pathlib import Path
 
+from training.commands import door
 from training.errors import DATA, USAGE, UserError
 from training.packing.archives import TAR_NAMES, Zip
 from training.packing.arrow import NAMES as ARROW_NAMES
@@ -94,7 +95,7 @@ def _unreadable(path: Path) -> UserError:
         hint = f"unpack it: {UNPACKERS[suffix].format(**quoted)}; then pack {quoted['folder']}"
         return UserError(f"{path}: archives of this kind are not read in place", hint=hint, code=DATA)
     if suffix in SUFFIXES:
-        hint = f"name the folder it lies in: make_shards.py pack {shlex.quote(str(path.parent))}"
+        hint = f"name the folder it lies in: {door('make_shards pack', path.parent, '--output')} DIR"
         return UserError(f"{path}: is one picture; a folder of pictures is packed", hint=hint, code=DATA)
     return UserError(f"{path}: is not a folder, nor an archive or table that is read", hint=SOURCES, code=DATA)
 
@@ -129,7 +130,7 @@ def find_source(arguments: argparse.Namespace) -> Source:
     if arguments.root is not None:
         raise UserError(
             "--root goes with fashion-mnist and emoji; a folder is named in its place",
-            hint="make_shards.py pack FOLDER",
+            hint=door("make_shards pack FOLDER --output DIR"),
             code=USAGE,
         )
     if names == ["shapes"]:

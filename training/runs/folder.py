@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -43,12 +45,30 @@ MUTABLE = {
         "validation_size",
     )
 }
+# Those that leave the networks as they are, so that another run can begin from their weights.
+SAME_WEIGHTS = {"optimizer", "train", "loss", "conditioning", "times", "weighting", "pairing", "discriminator"}
 MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
 # What run.json may hold besides stage, status and step, as far as it is read again.
 KINDS = {**dict.fromkeys(("versions", "environment", "data", "hashes", "teacher", "vision"), dict), "resumes": list}
 
 
-class Run:
+LEFT_BY_A_START = ("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "tensorboard", "ema")
+REPLACED = "replaced"  # where they go when a run without a checkpoint begins anew
+
+
+class RunView:
+    """A run folder as the processes see it that do not write it: its place, and what it is."""
+
+    def __init__(self, folder: Path, stage: str, config: decoding.Config) -> None:
+        self.folder, self.stage, self.config = folder, stage, config
+
+    def finished(self) -> bool:
+        """Whether the run has exported its last step, as far as its config asks now."""
+        old = record(self.folder)
+        return bool(old) and old["status"] == "finished" and bool(old["step"] >= self.config.train.max_steps)
+
+
+class Run(RunView):
     """A run folder being written by this program."""
 
     def __init__(
@@ -58,7 +78,8 @@ class Run:
 
         Raises UserError where it is a file, in use, another run, one not asked to be resumed, or has links out of it.
         """
-        self.folder, self.stage, self.config = folder, stage, config
+        super().__init__(folder, stage, config)
+        self.before: decoding.Config | None = None  # the config of the run that goes on
         self.mutable = MUTABLE | ({"train.batch_size"} if other_batch else set())
         self.resumes: list[dict[str, Any]] = []
         self.environment: dict[str, Any] = {}
@@ -66,9 +87,11 @@ class Run:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file", hint="choose another --output", code=DISK)
         refuse_links(folder)
-        if old := record(folder):
+        old = record(folder)
+        anew = bool(old) and old["stage"] == stage and resume in (None, "auto") and not _saved(folder, old)
+        if old and not anew:
             self._same(old, values, resume)
-        elif folder.is_dir() and not _barely_begun(folder, values):
+        elif not old and folder.is_dir() and not _barely_begun(folder, values):
             raise UserError(f"{folder} is not empty and holds no run", hint="choose another --output", code=CHECKPOINT)
         try:
             if not folder.is_dir():
@@ -76,8 +99,23 @@ class Run:
                 sync_folder(folder.parent)
             self.lock = hold(folder)
             remove_partials(folder)
+            if anew:
+                self._set_aside(old)
         except OSError as failure:
             raise disk_error(folder, failure) from None
+
+    def _set_aside(self, old: Mapping[str, Any]) -> None:
+        """Begin anew where a start was refused, or died, before its first checkpoint: whatever it was, goes aside."""
+        aside = self.folder / REPLACED
+        shutil.rmtree(aside, ignore_errors=True)  # of the beginning before that one
+        aside.mkdir()
+        moved = [name for name in LEFT_BY_A_START if (self.folder / name).exists()]
+        for name in moved:
+            (self.folder / name).replace(aside / name)
+        note(
+            f"{self.folder} was begun before (status {old['status']}, step {old['step']}) and holds no checkpoint: "
+            f"begun anew; what it held ({', '.join(moved)}) is in {aside}"
+        )
 
     def _same(self, old: dict[str, Any], values: decoding.Values, resume: str | None) -> None:
         if old["stage"] != self.stage:
@@ -93,8 +131,8 @@ class Run:
                 code=CHECKPOINT,
             )
         # Decoded, so that keys newer than the run stand at their defaults.
-        before = decoding.to_values(decoding.decode_stored(self.stage, read_json(self.folder / "config.json")))
-        changes = decoding.diff(before, values)
+        self.before = decoding.decode_stored(self.stage, read_json(self.folder / "config.json"))
+        changes = decoding.diff(decoding.to_values(self.before), values)
         conflicts = [
             c
             for c in changes
@@ -103,11 +141,19 @@ class Run:
         if conflicts:
             raise UserError(
                 "the config differs from the run's:\n       " + "\n       ".join(conflicts),
-                hint=f"repeat the run's own with --config {self.folder}/config.json, or use another --output",
+                hint=self._way_out(conflicts),
                 code=CHECKPOINT,
             )
         for change in changes:
             note(f"{change}")
+
+    def _way_out(self, conflicts: list[str]) -> str:
+        """How to go on where a resume asks for another config than the run's."""
+        own = f"repeat the run's own with --config {shlex.quote(str(self.folder / 'config.json'))}"
+        if {conflict.partition(".")[0] for conflict in conflicts} <= SAME_WEIGHTS:
+            weights = f"--init-from {shlex.quote(str(self.folder))} --output NEW"
+            return f"{own}; or begin another run from its weights: {weights}"
+        return f"{own}, or use another --output"
 
     def describe(self, status: str, step: int, facts: Mapping[str, Any]) -> None:
         """Write config.json and run.json: versions, hashes and where the run stands."""
@@ -147,11 +193,6 @@ class Run:
         self.lock.truncate(0)
         self.lock.close()
 
-    def finished(self) -> bool:
-        """Whether the run has exported its last step, as far as its config asks now."""
-        old = record(self.folder)
-        return bool(old) and old["status"] == "finished" and bool(old["step"] >= self.config.train.max_steps)
-
 
 def record(folder: Path) -> dict[str, Any]:
     """What a run's run.json holds; empty where there is none. Raises UserError where it is no record of a run."""
@@ -165,6 +206,12 @@ def record(folder: Path) -> dict[str, Any]:
         if all(isinstance(old.get(key), kind) for key, kind in kinds.items()):
             return old
     raise UserError(f"{path}: is not the record of a run", hint="use another --output", code=CHECKPOINT)
+
+
+def _saved(folder: Path, old: Mapping[str, Any]) -> bool:
+    """Whether a run has anything that training made: a checkpoint, sound or not, or its export."""
+    exported = (folder / "final" / "model.safetensors").exists() or old["status"] == "finished"
+    return exported or any((folder / "checkpoints").glob("step-*"))
 
 
 def _barely_begun(folder: Path, values: decoding.Values) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training.files import disk_error, finite, open_own, sync_folder
 from training.machine.faults import fault
-from training.messages import tell, warn
+from training.messages import per_second, tell, warn
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -93,10 +93,15 @@ class Journal:
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Cut metrics.jsonl back to the checkpoint, so that no step is logged twice."""
         self.first = step
-        path = self.run / "metrics.jsonl"
-        if self.accelerator.is_main_process and path.exists():
+        path, expected = self.run / "metrics.jsonl", int(state["metrics_bytes"])
+        if not self.accelerator.is_main_process:
+            return
+        size = path.stat().st_size if path.exists() else 0
+        if size < expected:
+            warn(f"{path} has {size:,} bytes where step {step} left {expected:,}: steps before it are missing there")
+        elif path.exists():
             with open_own(path, "r+b") as file:
-                file.truncate(min(path.stat().st_size, int(state["metrics_bytes"])))
+                file.truncate(expected)
 
     def restart(self) -> None:
         """A run without a checkpoint starts over: what it had written is not part of it."""
@@ -136,7 +141,7 @@ class Journal:
         mean = sum(row["loss"] for row in rows) / len(rows)
         eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
         tell(
-            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {rate:.1f} images/s  "
+            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {per_second(rate)}  "
             f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
         )
 

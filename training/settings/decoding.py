@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
 from training.messages import note
-from training.settings import plugins
+from training.settings import plugins, reading
 from training.settings.families import families, suggestion, unknown_key, unknown_kind
+from training.settings.reading import Values as Values
+from training.settings.reading import names as names
+from training.settings.reading import parse, read
 from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
 from training.settings.upgrading import upgrade, version
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from autoencoder.discriminator import Discriminator
     from ldm.schedules import NoiseSchedule
 
-LARGEST = 1 << 20  # bytes a config file may have
-Values = dict[str, dict[str, Any]]
+MOST_TOLD = 20  # mistakes named at once; of more only the number is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +78,19 @@ def kinds(members: tuple[type, ...]) -> list[str]:
     return [str(f.default) for m in members for f in dataclasses.fields(m) if f.name == "kind"]
 
 
-def names(stage: str) -> list[str]:
-    """The configs that come with the package, as `--config NAME` takes them."""
-    return sorted(
-        p.name.removesuffix(".toml") for p in (resources.files("configs") / stage).iterdir() if p.name.endswith(".toml")
-    )
-
-
 def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as_of: int | None = None) -> Config:
     """Read config NAME or FILE, lay `section.key -> text` overrides over it, and validate the whole.
 
     `as_of`: the version of a run that goes on, which then counts instead of the one that the file names.
     Raises UserError listing every unknown key, wrong type and refused value.
     """
-    text, where = _read(stage, source)
-    own = _parse(text, where)
+    text, where = reading.read(stage, source)
+    own = reading.parse(text, where)
     if not as_of and stage == "denoiser" and "format" not in own:
         note(f"{where} has no [format] version and is read as version 1")
     values = overlay(upgrade(own, sections(stage), as_of or version(own)), overrides or {})
-    lines = {key: f"{where}:{line}" for key, line in _lines(text)} | dict.fromkeys(overrides or {}, "command line")
+    lines = {key: f"{where}:{line}" for key, line in reading.lines(text)}
+    lines |= dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
 
 
@@ -112,7 +105,7 @@ def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
     for key, raw in overrides.items():
         section, _, name = key.partition(".")
         if isinstance(part := result.setdefault(section, {}), dict):
-            part[name] = _literal(raw)
+            part[name] = reading.literal(raw)
     return result
 
 
@@ -121,7 +114,8 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
     problems: list[str] = []
     parts: dict[str, Any] = {}
     known = sections(stage)
-    for name in values.keys() - known.keys():
+    unknown = sorted(values.keys() - known.keys())
+    for name in unknown[:MOST_TOLD]:
         problems.append(_at(lines, name) + f"unknown section [{name}]{suggestion(name, list(known))}")
     for name, members in known.items():
         section = values.get(name, {})
@@ -132,8 +126,11 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
         parts[name] = part
         problems += [_at(lines, key) + message for key, message in wrong]
     if problems:
+        told = [problem[:2000] for problem in sorted(problems)[:MOST_TOLD]]
+        more = [f"{len(unknown)} unknown sections in all"] if unknown[MOST_TOLD:] else []
+        more += [f"and {len(problems) - MOST_TOLD} more mistakes"] if problems[MOST_TOLD:] else []
         raise UserError(
-            "\n       ".join(sorted(problems)),
+            "\n       ".join(told + more),
             hint=f"see the keys with --print-config, or start from: {', '.join(names(stage))}",
         )
     config: Config = STAGES[stage](**parts)
@@ -149,7 +146,7 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
 def stated(stage: str, source: str, key: str) -> Any:
     """What a config itself says of `section.key`; None where it leaves it to the default."""
     section, _, name = key.partition(".")
-    part = _parse(*_read(stage, source)).get(section)
+    part = parse(*read(stage, source)).get(section)
     return part.get(name) if isinstance(part, dict) else None
 
 
@@ -175,7 +172,10 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
             return None, [(f"{name}.kind", unknown_kind(name, str(values["kind"]), kind_names))]
     member = members[kind_names.index(values["kind"])] if kind_names else members[0]
     fields = [f.name for f in dataclasses.fields(member)]
-    mistakes = [(f"{name}.{k}", _unknown(name, k, fields, members, values)) for k in values if k not in fields]
+    unknown = [k for k in values if k not in fields]
+    mistakes = [(f"{name}.{k}", _unknown(name, k, fields, members, values)) for k in unknown[:MOST_TOLD]]
+    if unknown[MOST_TOLD:]:
+        mistakes.append((name, f"{name}: {len(unknown)} unknown keys"))
     try:
         plain = json.dumps({k: v for k, v in values.items() if k in fields}, default=str)  # TOML also has dates
         return _adapter(member).validate_json(plain, strict=True), mistakes
@@ -222,77 +222,6 @@ def _reason(error: Any) -> str:
     if type_name:
         return f"expected {type_name}, got {text}"
     return f"{error['msg'].removeprefix('Value error, ')}" + ("" if error["type"] == "value_error" else f", got {text}")
-
-
-def _read(stage: str, source: str) -> tuple[str, str]:
-    path = Path(source)
-    if path.is_dir() and (path / "config.json").is_file():
-        path = path / "config.json"
-    if not path.is_file():
-        file = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
-        if not file.is_file():
-            raise UserError(
-                f"no config named '{source}'{suggestion(source, names(stage))}",
-                hint=f"known names: {', '.join(names(stage))}; or give a .toml or .json file",
-            )
-        return file.read_text("utf-8"), f"{stage}/{source.removesuffix('.toml')}.toml"
-    if path.stat().st_size > LARGEST:
-        what = f"{path}: a config of {path.stat().st_size:,} bytes is too large (limit {LARGEST:,})"
-        raise UserError(what, hint="is this the right file?")
-    try:
-        return path.read_text("utf-8"), str(path)
-    except UnicodeDecodeError as failure:
-        raise UserError(f"{path}: not UTF-8 (byte {failure.start})", hint="save the file as UTF-8") from None
-
-
-def _parse(text: str, where: str) -> Values:
-    try:
-        in_json = where.endswith(".json") and text.lstrip()[:1] in ("{", "[")
-        values = json.loads(text, object_pairs_hook=_unique) if in_json else tomllib.loads(text)
-    except (ValueError, RecursionError) as failure:
-        found = re.search(r"(overwrite|twice).*\(at line (\d+)", str(failure))
-        if found:
-            key = text.splitlines()[int(found[2]) - 1].partition("=")[0].strip()
-            raise UserError(f"{where}:{found[2]}: '{key}' is given twice", hint="keep one of them") from None
-        raise UserError(f"{where}: {failure}", hint="correct the file at that place") from None
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{where}: expected sections of keys, got a list",
-            hint="start from a packaged config: --print-config shows one",
-        )
-    return values
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: json itself silently keeps the last."""
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"'{twice[0]}' is given twice")
-    return dict(pairs)
-
-
-def _lines(text: str) -> Iterator[tuple[str, int]]:
-    section = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if match := re.match(r"\s*\[([\w-]+)\]", line):
-            section = match[1]
-            yield section, number
-        elif match := re.match(r"\s*\"?([\w-]+)\"?\s*[=:]\s*({?)", line):
-            section = match[1] if match[2] else section
-            yield section if match[2] else f"{section}.{match[1]}" if section else match[1], number
-
-
-def _literal(raw: str) -> Any:
-    """The text of a flag as the value it spells: number, true/false, list (also `1,2,3`), else the text itself."""
-    for attempt in (raw, f"[{raw}]" if "," in raw else raw):
-        try:
-            return json.loads(attempt)
-        except json.JSONDecodeError:
-            continue
-    try:
-        return float(raw)  # 1e-4 is JSON, but .5 and 1E-4 are not all
-    except ValueError:
-        return raw
 
 
 def _at(lines: Mapping[str, str] | None, key: str) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.commands import door
 from training.errors import CHECKPOINT, USAGE, UserError
-from training.messages import speak_any_encoding
+from training.settings import foreign
 from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
+from training.settings.net import run_main as run_main  # of every script
 from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
 
 # Flags that stand for a config key, with the names that users of diffusers' training scripts know.
@@ -62,12 +65,16 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are UserErrors, and which reads `--a_b` as `--a-b`."""
 
+    part = ""  # whose config keys may be flags: a stage, or "sampling"
+
     def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         """Raises UserError (exit 2), where argparse would end the program itself."""
-        raise UserError(message, hint=f"{self.prog} --help lists the flags", code=USAGE)
+        script, *verb = self.prog.split()
+        command = door(script.removesuffix(".py"), *verb, "--help")
+        raise UserError(message, hint=f"{command} lists the flags", code=USAGE)
 
     def machine(self, group: Any = None, device: str = "auto") -> None:
         """Where a door computes (`device` unless told; "": nowhere of its own), and whether it shows tracebacks."""
@@ -83,38 +90,65 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
-        args = self.parse_args(self._spelled(argv))
+        words = sys.argv[1:] if argv is None else argv
+        self._refuse_unknown(words, dotted=False)
+        args = self.parse_args([canonical_word(word) for word in words])
         check_inputs(args)
         return args
 
     def read_with_keys(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As `read`, but unknown `--section.key value` pairs are kept: `.overrides` maps `section.key` to its text."""
+        self.part = "sampling"
         args = self._keyed(argv)
         check_keys({"sampler.kind": args.sampler, **args.overrides} if args.sampler else args.overrides)
         check_inputs(args)
         return args
 
     def _keyed(self, argv: list[str] | None) -> argparse.Namespace:
-        args, rest = self.parse_known_args(self._spelled(argv))
+        words = sys.argv[1:] if argv is None else argv
+        self._refuse_unknown(words, dotted=True)
+        args, rest = self.parse_known_args([canonical_word(word) for word in words])
         args.overrides = self._dotted(rest)
         return args
-
-    def _spelled(self, argv: list[str] | None) -> list[str]:
-        return [canonical_word(word) for word in (sys.argv[1:] if argv is None else argv)]
 
     def _dotted(self, rest: list[str]) -> dict[str, str]:
         values: dict[str, str] = {}
         words = iter(rest)
         for word in words:
             flag, equals, value = word[2:].partition("=")
-            if not word.startswith("--") or "." not in flag:
-                options = [option for option in self._option_string_actions if option.startswith("--")]
-                self.error(f"unrecognized argument: {word}{suggestion(word.partition('=')[0], options, cutoff=0.6)}")
+            if not word.startswith("--"):
+                self.error(f"unrecognized argument: {word}")
             try:
                 values[flag] = value if equals else next(words)
             except StopIteration:
                 self.error(f"{word}: expected a value")
         return values
+
+    def _refuse_unknown(self, words: list[str], *, dotted: bool) -> None:
+        """Refuse, all at once, flags that are none of ours, each with what it is here. Raises UserError."""
+        options = self._options()
+        flags = [word.partition("=")[0] for word in (words[: words.index("--")] if "--" in words else words)]
+        flags = [flag for flag in flags if re.match(r"--\w|-[A-Za-z]", flag) and not (dotted and "." in flag)]
+        unknown = {flag: canonical_word(flag) for flag in flags if canonical_word(flag) not in options}
+        said = [flag + self._advice(flag, name, options) for flag, name in unknown.items()]
+        if said:
+            separator = "\n       "
+            some = f"unrecognized arguments:{separator}" if said[1:] else "unrecognized argument: "
+            self.error(some + separator.join(said))
+
+    def _advice(self, flag: str, name: str, options: list[str]) -> str:
+        bare = flag.lstrip("-").replace("_", "-")
+        if keys := foreign.keys_named(bare.replace("-", "_"), self.part):
+            return f"; did you mean '--{keys[0]}'?" if not keys[1:] else f"; is it {', '.join(f'--{k}' for k in keys)}?"
+        if here := foreign.meaning(bare):
+            return f"; here: {here}"
+        return suggestion(name, options, cutoff=0.8)
+
+    def _options(self) -> list[str]:
+        """Every flag, of the verbs too."""
+        verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        parsers = [self, *(parser for choices in verbs for parser in choices.values())]
+        return [option for parser in parsers for option in parser._option_string_actions]
 
 
 def canonical_word(word: str) -> str:
@@ -185,7 +219,7 @@ class TrainParser(Parser):
             description,
             epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
         )
-        self.stage, self.source = stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
+        self.stage, self.part, self.source = stage, stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
         self.data = self.add_argument_group("data")
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
         self.data.add_argument("--on-bad-data", choices=("error", "skip"), default="skip", help=text)
@@ -260,21 +294,3 @@ def add_stream(group: Any, stage: str) -> None:
     if stage == "autoencoder":
         text = "of the pictures of a --stream, which are fitted to it; packed pictures have theirs"
         group.add_argument("--resolution", metavar="N", type=int, help=text)
-
-
-def run_main(function: Callable[[], object]) -> None:
-    """Run a script's main: a UserError becomes its sentence and exit code, Ctrl-C exit code 130."""
-    debug = "--debug" in sys.argv
-    speak_any_encoding()
-    try:
-        function()
-    except UserError as problem:
-        if debug:
-            raise
-        print(problem, file=sys.stderr)  # its parts are cleaned, its own new line stays
-        sys.exit(problem.code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output closed it, as `| head` does
-        sys.stderr.close()
-        sys.exit(0)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training.commands import door
 from training.errors import DATA, UserError
 from training.files import leads_out, write_bytes
 from training.shards.tars import BLOCK, Index, index_dtype, stands_before
@@ -39,7 +40,7 @@ def write_tar_index(tar: Path, index: Index) -> None:
 
 def reindex_hint(directory: Path) -> str:
     """The hint of everything that a new index mends."""
-    return f"run: scripts/make_shards.py index {directory}"
+    return f"run: {door('make_shards index', directory)}"
 
 
 class Layout(NamedTuple):
@@ -115,7 +116,7 @@ class Descriptors:
             return os.pread(self._open[path], size, offset)
         except OSError as error:
             what = f"{path}: cannot be read at byte {offset:,} ({error.strerror})"
-            raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(path).parent}", code=DATA) from None
+            raise UserError(what, hint=f"run: {door('make_shards verify', Path(path).parent)}", code=DATA) from None
 
     def close(self) -> None:
         """Closes all of them."""
@@ -142,7 +143,7 @@ def members(
         data = block[offset - low : offset - low + size]
         if len(data) != size or low < 0:
             what = f"{tar}: damaged at byte {offset:,} ({key}.{field}): unexpected end of data"
-            raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(tar).parent}", code=DATA)
+            raise UserError(what, hint=f"run: {door('make_shards verify', Path(tar).parent)}", code=DATA)
         if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
             what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
             raise UserError(what, hint=reindex_hint(Path(tar).parent), code=DATA)

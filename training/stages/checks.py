@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.data.order import split_batch
+from training.data.order import order_of, split_batch
 from training.errors import UserError
 from training.files import check_output
 from training.messages import note, warn
@@ -83,6 +83,11 @@ def batch_coupled_parts(config: Any, accumulation: int, processes: int) -> list[
     if config.model.kind == "lfq" and config.model.entropy and accumulation > 1:  # processes share theirs
         parts.append("the batch entropy of model.kind lfq")
     return parts
+
+
+def check_batch(dataset: Any, train: Train) -> None:
+    """Refuse fewer samples than one global batch, while no folder is claimed yet."""
+    order_of(dataset, train.batch_size, train.seed)
 
 
 def check_shrinking(config: decoding.AutoencoderConfig, model: Any, processes: int) -> None:

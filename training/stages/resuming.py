@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import USAGE, UserError
 from training.machine.processes import announce, meet
+from training.messages import warn
 
 if TYPE_CHECKING:
     import argparse
@@ -16,43 +19,67 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from training.loop.loop import Loop
-    from training.runs.folder import Run
+    from training.runs.folder import Run, RunView
 
 
 def open_run(
     args: argparse.Namespace, stage: str, config: Any, accelerator: Accelerator, ending: ExitStack
-) -> Run | None:
+) -> RunView:
     """The run folder, claimed by the main process until `ending`; the others only know its place."""
-    from training.runs.folder import Run
+    from training.runs.folder import Run, RunView
 
+    view = RunView(Path(args.output), stage, config)
     if accelerator.is_main_process:
-        run = Run(Path(args.output), stage, config, args.resume, other_batch=args.allow_batch_change)
+        view = run = Run(view.folder, stage, config, args.resume, other_batch=args.allow_batch_change)
         ending.callback(run.leave)
     meet()
-    if not accelerator.is_main_process:
-        run = Run.__new__(Run)
-        run.folder, run.stage, run.config = Path(args.output), stage, config
-    return run
+    return view
 
 
-def begin(args: argparse.Namespace, run: Run, accelerator: Accelerator, facts: Mapping[str, Any]) -> Path | None:
+def begin(args: argparse.Namespace, run: RunView, accelerator: Accelerator, facts: Mapping[str, Any]) -> Path | None:
     """Write down what the run is made of; returns the checkpoint to go on from. All that may be refused was tried."""
     from accelerate.utils import broadcast_object_list
 
     from training.runs.checkpoints import Checkpoints
+    from training.runs.folder import Run
 
     checkpoint: list[Path | None] = [None]
-    if accelerator.is_main_process:
+    if isinstance(run, Run):
         checkpoints = Checkpoints(run.folder)
         checkpoints.sweep()
         checkpoint[0] = path = checkpoints.find(args.resume)
         run.same_ingredients(facts)
         number = path.name.rpartition("-")[2] if path else ""
         step = int(number) if number.isdecimal() else 0
+        check_steps(run, step)
         run.note_environment(step, environment(run.config, accelerator))
         run.describe("training", step, facts)
     meet()  # checkpoints are hashed, however large they are
     return broadcast_object_list(checkpoint)[0]  # type: ignore[no-any-return]
+
+
+def check_steps(run: Run, step: int) -> None:
+    """Refuse a resume past the last step, and say aloud where the rate jumps for another `max_steps`: the schedule is
+    laid over all of them. Raises UserError.
+    """
+    from training.loop.optim import learning_rate
+
+    train = run.config.train
+    if step > train.max_steps:
+        raise UserError(
+            f"the run is at step {step}, past train.max_steps {train.max_steps}",
+            hint=f"give --max-steps {step} or more, or --resume an earlier checkpoint by name",
+            code=USAGE,
+        )
+    if not run.before or not step:
+        return
+    was, now = (learning_rate(c.optimizer, step, c.train.max_steps) for c in (run.before, run.config))
+    if not math.isclose(was, now, rel_tol=1e-6, abs_tol=1e-15):
+        warn(
+            f"the learning rate at step {step} is {now:.3g}, where it was {was:.3g} for {run.before.train.max_steps} "
+            f"steps: optimizer.decay {run.config.optimizer.decay} is laid over train.max_steps. To learn on from these "
+            f"weights at a rate of your own: --init-from {shlex.quote(str(run.folder))} --lr RATE --output NEW"
+        )
 
 
 def environment(config: Any, accelerator: Accelerator) -> dict[str, Any]:
@@ -69,12 +96,6 @@ def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator:
             loop.journal.restart()
         return 0
     checkpoint = loop.checkpoints.load(path)
-    if checkpoint.step > loop.train.max_steps:
-        raise UserError(
-            f"the run is at step {checkpoint.step}, past train.max_steps {loop.train.max_steps}",
-            hint=f"give --max-steps {checkpoint.step} or more, or --resume an earlier checkpoint by name",
-            code=USAGE,
-        )
     loop.restore(checkpoint)
     if args.resume not in ("auto", "latest") and accelerator.is_main_process:
         loop.checkpoints.prune(path)  # the future that this run gives up: `auto` must not go back to it

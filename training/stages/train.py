@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.commands import again, assigned
 from training.errors import UserError
-from training.messages import tell
+from training.messages import answer, note, tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from training.loop.loop import Loop
     from training.loop.stage import Stage
-    from training.runs.folder import Run
+    from training.runs.folder import Run, RunView
     from training.stages.job import Job
 
 # Stage -> module and class of its Job: read when it is asked for, so that mistakes are told before torch is loaded.
@@ -37,7 +38,7 @@ def train(args: argparse.Namespace, stage: str) -> int:
     _take_from_launcher(args, stage)
     config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
     if args.print_config:
-        print(json.dumps(decoding.to_values(config), indent=1))
+        answer(*json.dumps(decoding.to_values(config), indent=1).splitlines())
         return 0
     from training.machine.processes import together
 
@@ -69,9 +70,8 @@ def job_of(stage: str) -> type[Job]:
 
 
 def _train(job: Job, ending: ExitStack) -> int:
-    from training.loop.wrapping import unwrapped
     from training.machine import meeting, processes
-    from training.stages.checks import layout, shared_facts
+    from training.stages.checks import check_batch, layout, shared_facts
     from training.stages.resuming import begin, open_run
 
     args, settings = job.args, job.config.train
@@ -81,6 +81,7 @@ def _train(job: Job, ending: ExitStack) -> int:
         meeting.agree(shared_facts(job, accelerator))
     job.config, micro, accumulation = layout(job.config, args, accelerator.num_processes)
     job.settle()
+    check_batch(job.dataset, job.config.train)
     run = None if args.dry_run else open_run(args, job.stage, job.config, accelerator, ending)
     if run and run.finished():
         return report_complete(run)
@@ -96,10 +97,28 @@ def _train(job: Job, ending: ExitStack) -> int:
     loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
     if exit_code:
         return exit_code
-    if accelerator.is_main_process:
-        with loop.ema.averaged_weights(), unwrapped(stage):
-            finish(run, job.export(run.folder, facts), job.title, facts)
-    meeting.meet()  # measuring what is exported takes as long as it takes
+    return last_act(job, run, loop, facts)
+
+
+def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
+    """The last act, with every step saved: a signal ends it at once. Returns the exit code. Collective."""
+    from training.loop.wrapping import unwrapped
+    from training.machine import meeting
+    from training.machine.signals import Stopped
+    from training.runs.folder import Run
+
+    try:
+        loop.signals.all_saved(main=isinstance(run, Run))
+        if isinstance(run, Run):
+            with loop.ema.averaged_weights(), unwrapped(loop.stage):
+                finish(run, job.export(run.folder, facts), job.title, facts)
+        meeting.meet()  # measuring what is exported takes as long as it takes
+    except Stopped as stopped:
+        if run.finished():  # it came too late to stop anything
+            return 0
+        if isinstance(run, Run):
+            report_stopped(job.args, run, loop.done, facts, stopped.number, ", which is the last, but not final/")
+        return 128 + stopped.number
     return 0
 
 
@@ -107,7 +126,7 @@ def fit(
     args: argparse.Namespace,
     stage: Stage,
     accelerator: Accelerator,
-    run: Run,
+    run: RunView,
     micro: int,
     accumulation: int,
     path: Path | None,
@@ -115,7 +134,7 @@ def fit(
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
     from training.loop.loop import Loop
-    from training.shards.addresses import repeat_command
+    from training.runs.folder import Run
     from training.stages.checks import check_room
     from training.stages.resuming import resume
 
@@ -126,17 +145,30 @@ def fit(
     start = resume(args, loop, path, accelerator)
     try:
         number = loop.fit(start)
-    except UserError:
-        if accelerator.is_main_process:
-            with suppress(UserError):  # a full disk, say: the first reason is the one to tell
+    except Exception:
+        if isinstance(run, Run):
+            with suppress(UserError, OSError):  # a full disk, say: the first reason is the one to tell
                 run.describe("failed", loop.done, facts)
         raise
-    if number and accelerator.is_main_process:
-        run.describe("stopped", loop.done, facts)
-        command = repeat_command([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
-        notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
-        tell(f"{notice}; resume with: {command}")
+    if number and isinstance(run, Run):
+        report_stopped(args, run, loop.done, facts, number)
     return loop, 128 + number if number else 0
+
+
+def report_stopped(
+    args: argparse.Namespace, run: Run, step: int, facts: Mapping[str, Any], number: int, more: str = ""
+) -> None:
+    """Write down that a signal stopped the run at `step`, and say how it goes on."""
+    from training.shards.addresses import repeat_command
+
+    run.describe("stopped", step, facts)
+    words, environment = again([] if args.resume == "auto" else ["--resume", "auto"])
+    notice = f"stopped by {signal.Signals(number).name}: saved step {step}{more}"
+    every = " (on every node)" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
+    command, *about = repeat_command(words).split("\nnote: ")
+    tell(f"{notice}; resume{every} with: {assigned(environment)}{command}")
+    for line in about:
+        note(line)
 
 
 def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
@@ -154,7 +186,7 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
     tell(f"finished: {run.folder / 'final'}")
 
 
-def report_complete(run: Run) -> int:
+def report_complete(run: RunView) -> int:
     """A finished run asked to go on is done."""
     from training.files import read_json
 

@@ -229,7 +229,7 @@ def test_the_time_spent_waiting_for_pictures_is_told(
     assert said[-1].endswith(f"samples of 8x8x8), waiting for data {share}")
     if share == "100%":  # a second a picture
         shards = [line for line in said if line.startswith("encoded ")]
-        assert len(shards) == 4 and all(line.endswith(" of 115 images, 1 images/s") for line in shards)
+        assert len(shards) == 4 and all(line.endswith(" of 115 images, 1.0 images/s") for line in shards)
 
 
 def _summary(autoencoder: Path, data: Path, target: Path) -> dict[str, object]:

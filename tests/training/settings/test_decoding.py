@@ -17,7 +17,7 @@ import torch
 from ldm.diffusion import Diffusion
 from training.errors import UserError
 from training.machine import faults
-from training.settings import decoding
+from training.settings import decoding, reading
 from training.settings.flags import KEYS, TrainParser
 
 ALL = [(stage, name) for stage in decoding.STAGES for name in decoding.names(stage)]
@@ -176,7 +176,7 @@ def test_json_repeats_the_run(tmp_path: Path) -> None:
     ("name", "text", "expected"),
     [
         ("a.toml", b"\xff\xfe[train]", "not UTF-8 (byte 0)"),
-        ("a.toml", b"#" * (decoding.LARGEST + 1), "too large"),
+        ("a.toml", b"#" * (reading.LARGEST + 1), "too large"),
         ("a.toml", "[train\n", "a.toml: "),
         ("a.toml", "[optimizer]\nlr = 1.0\nwarmup = 1\nlr = 2.0\n", "a.toml:4: 'lr' is given twice"),
         ("a.toml", "[train]\n[optimizer]\n[train]\n", "a.toml:3: '[train]' is given twice"),

@@ -12,6 +12,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.commands import door
 from training.errors import UserError
 from training.shards.index import write_index
 from training.shards.reading import ShardSet
@@ -208,7 +209,7 @@ def test_replaced_shards_are_refused(tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes() + bytes(512))
     with pytest.raises(UserError, match="its index says") as caught:
         ShardSet(tmp_path)
-    assert caught.value.code == 3 and caught.value.hint == f"run: scripts/make_shards.py index {tmp_path}"
+    assert caught.value.code == 3 and caught.value.hint == f"run: {door('make_shards index', tmp_path)}"
     index_folder(tmp_path)
     assert ShardSet(tmp_path).summary["resolution"] == 32
     tar.unlink()
