@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond
-from ldm.text.encoders import TextConfig, TextEncoder, masked_mean
+from ldm.text.encoders import Reading, TextConfig, TextEncoder, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,19 @@ class HuggingFaceTextEncoder(TextEncoder):
     def truncated(self, captions: Iterable[str]) -> int:
         """See `TextEncoder.truncated`."""
         return sum(len(row) > self.config.length for row in self.tokenizer(self._clean(captions))["input_ids"])
+
+    def readings(self, captions: Sequence[str]) -> list[Reading]:
+        """See `TextEncoder.readings`; unknown are the pieces of a caption that its tokenizer gives one number for all."""
+        own: Any = self.tokenizer
+        most, texts = self.config.length - own.num_special_tokens_to_add(), self._clean(captions)
+        told = own(texts, add_special_tokens=False, return_offsets_mapping=own.is_fast)
+        found = []
+        for number, (text, row) in enumerate(zip(texts, told["input_ids"], strict=True)):
+            places = [place for place, token in enumerate(row) if token == own.unk_token_id]
+            spans = [told["offset_mapping"][number][place] for place in places] if own.is_fast else []
+            unknown = [text[start:end] for start, end in spans] or [own.unk_token] * len(places)
+            found.append(Reading(len(row), min(len(row), most), unknown, len(row) - len(places)))
+        return found
 
 
 # Of a model's output, its states (B, L, D) and which of them are real (B, L): the vector, float32.
