@@ -66,6 +66,9 @@ class TextEncoder(nn.Module, ABC):
     def truncated(self, captions: Iterable[str]) -> int:
         """How many of the captions are too long to be read whole."""
 
+    def check(self, captions: Iterable[str]) -> None:
+        """Raises ValueError where a caption is one that this encoder cannot take; most take all."""
+
     def readings(self, captions: Sequence[str]) -> list[Reading]:
         """How each caption is read. An encoder that does not say tells only whether it cuts: of two tokens one."""
         return [Reading(2, 2 - self.truncated([caption])) for caption in captions]
@@ -225,7 +228,7 @@ class LabelEncoder(TextEncoder):
 
     def encode(self, captions: list[str]) -> Cond:
         """See `TextEncoder.encode`; ValueError for a caption that is no class."""
-        self.readings(captions)
+        self.check(captions)
         rows = torch.tensor([self.rows[caption] for caption in captions], device=self.embedding.weight.device)
         pooled = self.embedding(rows)
         return Cond(pooled[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], pooled)
@@ -235,12 +238,16 @@ class LabelEncoder(TextEncoder):
         return 0
 
     def readings(self, captions: Sequence[str]) -> list[Reading]:
-        """See `TextEncoder.readings`: each is one token. ValueError for a caption that is no class."""
+        """See `TextEncoder.readings`: each is one token."""
+        self.check(captions)
+        return [Reading(1, 1)] * len(captions)
+
+    def check(self, captions: Iterable[str]) -> None:
+        """ValueError for a caption that is no class."""
         for caption in captions:
             if caption not in self.rows:
                 known = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
                 raise ValueError(f"{caption!r} is not one of the {len(self.classes)} captions trained on: {known}")
-        return [Reading(1, 1)] * len(captions)
 
 
 TEXT_ENCODERS = (Scratch, Label)

@@ -78,7 +78,7 @@ class HuggingFaceTextEncoder(TextEncoder):
         return sum(len(row) > self.config.length for row in self.tokenizer(self._clean(captions))["input_ids"])
 
     def readings(self, captions: Sequence[str]) -> list[Reading]:
-        """See `TextEncoder.readings`; unknown are the pieces of a caption that its tokenizer gives one number for all."""
+        """See `TextEncoder.readings`; unknown are the pieces of a caption that all get the same number."""
         own: Any = self.tokenizer
         most, texts = self.config.length - own.num_special_tokens_to_add(), self._clean(captions)
         told = own(texts, add_special_tokens=False, return_offsets_mapping=own.is_fast)

@@ -66,7 +66,7 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
             answers = [v[key] for v in verdicts if key in v]
             numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
     if args.grid:
-        grids.grid(samples, 8, captions=captions).save(args.grid)
+        grids.write(grids.grid(samples, 8, captions=captions), Path(args.grid))
         numbers["grid"] = Path(args.grid).name
     return numbers
 
