@@ -173,10 +173,10 @@ class Pipeline:
         factor, multiple = self.autoencoder.factor, getattr(self.denoiser.backbone, "multiple", 1)
         step = factor * multiple
         if any(side <= 0 or side % step for side in size):
-            near = {_size(max(step, (max(side, 0) + up) // step * step) for side in size) for up in (0, step - 1)}
+            near = [_size(max(step, (max(side, 0) + up) // step * step) for side in size) for up in (0, step - 1)]
             by = f"{step}, which is {multiple} of the autoencoder's {factor} pixels" if multiple > 1 else (
                 f"the autoencoder's factor {factor}")
-            nearest = " or ".join(sorted(near, key=lambda text: int(text.split("x")[0])))
+            nearest = " or ".join(dict.fromkeys(near))
             raise ValueError(f"size {_size(size)} (height x width) is not divisible by {by}: nearest {nearest}.")
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
 
@@ -198,12 +198,11 @@ def _each(captions: Captions) -> list[str]:
 
 def _numbers(seeds: int | Sequence[int], count: int) -> list[int]:
     """A seed each; one whole number is the first of a run. Raises ValueError for what is no whole number."""
+    given: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     try:
-        if isinstance(seeds, Tensor):
-            seeds = seeds.tolist()
-        if not hasattr(seeds, "__len__"):
-            return list(range(index(seeds), index(seeds) + count))  # type: ignore[arg-type]
-        return [index(seed) for seed in seeds]
+        if hasattr(given, "__len__"):
+            return [index(seed) for seed in given]
+        return list(range(index(given), index(given) + count))
     except TypeError:
         raise ValueError(f"seeds are whole numbers, got {seeds!r}.") from None
 

@@ -99,7 +99,12 @@ def weights(file: Path, name: str) -> dict[str, Tensor]:
 
 
 def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load weights, every one of them and nothing else. Raises UserError naming the first that does not fit."""
+    """Load weights, every one of them and nothing else. Raises UserError naming the first that does not fit, is of
+    another kind of number or is not finite."""
+    for name, wanted in model.state_dict().items():
+        if name in tensors and (wrong := _unfit(tensors[name], wanted)):
+            hint = "give another copy or checkpoint: these weights are damaged, or were made for another program"
+            raise UserError(f"{source}: tensor {name} {wrong}", hint=hint, code=CHECKPOINT)
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as failure:
@@ -109,6 +114,19 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
             hint="check that the config.json beside it belongs to it",
             code=CHECKPOINT,
         ) from None
+
+
+def _unfit(tensor: Tensor, wanted: Tensor) -> str:
+    """Why a tensor cannot stand for `wanted`, of whatever precision; empty where it can."""
+    if tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex() or wanted.is_complex():
+        return f"is {str(tensor.dtype).removeprefix('torch.')}, not {_kind(wanted)}"
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        return f"is not finite ({int((~tensor.isfinite()).sum()):,} of its {tensor.numel():,} numbers)"
+    return ""
+
+
+def _kind(tensor: Tensor) -> str:
+    return "floating-point numbers" if tensor.is_floating_point() else "whole numbers"
 
 
 def copy_model(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from autoencoder.images import to_unit
 from training.data.images import Images
 from training.errors import DATA, UserError
 from training.files import load_tensors, read_json
+from training.models.folders import fill
 
 if TYPE_CHECKING:
     pass
@@ -81,7 +82,7 @@ def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> C
         raise UserError(f"{folder} holds no classifier", hint="scripts/train_classifier.py makes one", code=DATA)
     about = read_json(folder / "config.json")
     model = Classifier(tuple(about["classes"]), about["width"])
-    model.load_state_dict(load_tensors(folder / "model.safetensors"))
+    fill(model, load_tensors(folder / "model.safetensors"), folder)
     return model.to(device).eval().requires_grad_(False)
 
 
