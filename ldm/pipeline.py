@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -72,7 +74,10 @@ class Pipeline:
         """
         from PIL import Image
 
-        pixels = torch.cat(list(self.pixels(captions, seeds, **settings)))
+        parts = list(self.pixels(captions, seeds, **settings))
+        if not parts:
+            return []
+        pixels = torch.cat(parts)
         grey = pixels.shape[1] == 1
         return [Image.fromarray(p[..., 0] if grey else p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -87,25 +92,26 @@ class Pipeline:
         ValueError, before anything is drawn, for a size that does not fit, and where what is given per caption is
         more or fewer than there are captions.
         """
-        captions = _each(captions)
-        seeds = list(range(seeds, seeds + len(captions))) if isinstance(seeds, int) else list(seeds)
-        negatives = [negative] * len(captions) if isinstance(negative, str) else list(negative)
+        captions, negatives = _each(captions), _each(negative)
+        seeds = _numbers(seeds, len(captions))
+        negatives = negatives * len(captions) if isinstance(negative, str) else negatives
         if start is not None and len(start) == 1:
             start = start.expand(len(captions), *start.shape[1:])
         for given, name in ((seeds, "seeds"), (negatives, "negative prompts"), (start, "starts")):
             if given is not None and len(given) != len(captions):
                 raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
-        if any(isinstance(pair, str) or len(pair) != 2 for pair in also):
-            raise ValueError("`also` takes pairs of a caption and its weight.")
+        also = [_weighed(pair) for pair in also]
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        shape = self.latent_shape(size or self.size)
+        shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
         if start is not None and tuple(start.shape[1:]) != shape:
             raise ValueError(f"a start of {tuple(start.shape[1:])} is not the {shape} of these pictures' latents.")
+        plan.grid(plan.steps, self.denoiser.schedule)
+        if refuse := getattr(self.text, "check", None):
+            refuse([*captions, *negatives, *(caption for caption, _ in also)])
 
         @torch.no_grad()
         def drawn() -> Iterator[Tensor]:
-            plan = sampling or self.sampling
             for first in range(0, len(captions), batch_size):
                 part = slice(first, first + batch_size)
                 denoise = self.guided(captions[part], negatives[part], also, plan)
@@ -145,6 +151,7 @@ class Pipeline:
         It walks the grid of `sampling` upwards from the encoder's mean; the more steps, the nearer the way back.
         """
         plan = sampling or self.sampling
+        self.latent_shape((images.shape[-2], images.shape[-1]))
         denoise = self.denoiser.bind(self.text(_each(captions)))
         x0 = self.autoencoder.norm.mean_latents(self.encode(images))
         grid = plan.grid(plan.steps, self.denoiser.schedule).flip(0)
@@ -164,19 +171,50 @@ class Pipeline:
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of pictures of `size` pixels. Raises ValueError, in pixels, where the autoencoder's factor or the
-        backbone does not divide them."""
+        backbone does not divide them: with the sizes next below and above that work."""
+        if isinstance(size, int) or len(size) != 2:
+            raise ValueError(f"size must be (height, width) in pixels, got {size}.")
         factor, multiple = self.autoencoder.factor, getattr(self.denoiser.backbone, "multiple", 1)
         step = factor * multiple
-        for side in size:
-            if side <= 0 or side % step:
-                near = sorted({max(step, side // step * step), (max(side, 0) // step + 1) * step})
-                by = f"{step}, which is {multiple} of the autoencoder's {factor} pixels" if multiple > 1 else (
-                    f"the autoencoder's factor {factor}")
-                said = f"size {size[1]}x{size[0]} is not divisible by {by}"
-                raise ValueError(f"{said}: nearest {' or '.join(map(str, near))}.")
+        if any(side <= 0 or side % step for side in size):
+            near = [_size(max(step, (max(side, 0) + up) // step * step) for side in size) for up in (0, step - 1)]
+            by = f"{step}, which is {multiple} of the autoencoder's {factor} pixels" if multiple > 1 else (
+                f"the autoencoder's factor {factor}")
+            nearest = " or ".join(dict.fromkeys(near))
+            raise ValueError(f"size {_size(size)} (height x width) is not divisible by {by}: nearest {nearest}.")
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
 
 
-def _each(captions: Captions) -> Sequence[str]:
-    """One string is one caption, not one for each letter."""
-    return [captions] if isinstance(captions, str) else captions
+def _size(size: Iterable[int]) -> str:
+    """`HEIGHTxWIDTH`, one number where they are the same."""
+    height, width = size
+    return f"{height}x{width}" if height != width else str(height)
+
+
+def _each(captions: Captions) -> list[str]:
+    """One string is one caption, not one for each letter. Raises ValueError where one is no text."""
+    each = [captions] if isinstance(captions, str) else list(captions)
+    for caption in each:
+        if not isinstance(caption, str):
+            raise ValueError(f"captions and prompts are texts, got {caption!r}.")
+    return each
+
+
+def _numbers(seeds: int | Sequence[int], count: int) -> list[int]:
+    """A seed each; one whole number is the first of a run. Raises ValueError for what is no whole number."""
+    given: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    try:
+        if hasattr(given, "__len__"):
+            return [index(seed) for seed in given]
+        return list(range(index(given), index(given) + count))
+    except TypeError:
+        raise ValueError(f"seeds are whole numbers, got {seeds!r}.") from None
+
+
+def _weighed(pair: Sequence[Any]) -> tuple[str, float]:
+    """A further caption and its weight. Raises ValueError for anything else."""
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError("`also` takes pairs of a caption and its weight.")
+    if not isinstance(pair[0], str) or not math.isfinite(pair[1]):
+        raise ValueError(f"`also` takes pairs of a caption and a finite weight, got {tuple(pair)}.")
+    return pair[0], pair[1]

@@ -16,7 +16,7 @@ def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--model", metavar="RUN", required=True, help="a run of either stage, its final/ or a checkpoint")
-    parser.add_data("packed pictures, folder or address; their val split is the truth")
+    parser.add_data("packed pictures, folder or address; their val split, else test split, is the truth")
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
     add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
     add(

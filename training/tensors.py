@@ -103,15 +103,19 @@ def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     Numbers of another kind (bool, int8, complex) would be converted without a word, and NaN drawn with.
     """
     for key, value in tensors.items():
-        mine = own.get(key)
-        reason = ""
-        if mine is not None and mine.is_floating_point() and not value.is_floating_point():
-            reason = f"{key} is {str(value.dtype).removeprefix('torch.')}, no floating-point numbers"
-        elif value.is_floating_point() and not value.float().isfinite().all():
-            reason = f"{key} is not finite"
-        if reason:
-            hint = "the file is damaged, or its training had failed; use another checkpoint"
-            raise UserError(f"{source}: {reason}", hint=hint, code=CHECKPOINT)
+        if key in own and (wrong := _unfit(value, own[key])):
+            hint = "the file is damaged, made for another program, or its training had failed; use another checkpoint"
+            raise UserError(f"{source}: tensor {key} {wrong}", hint=hint, code=CHECKPOINT)
+
+
+def _unfit(tensor: Tensor, wanted: Tensor) -> str:
+    """Why a tensor cannot stand for `wanted`, of whatever precision; empty where it can."""
+    if tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex() or wanted.is_complex():
+        kind = "floating-point numbers" if wanted.is_floating_point() else "whole numbers"
+        return f"is {str(tensor.dtype).removeprefix('torch.')}, not {kind}"
+    if tensor.is_floating_point() and not (finite := tensor.float().isfinite()).all():
+        return f"is not finite ({int((~finite).sum()):,} of its {tensor.numel():,} numbers)"
+    return ""
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

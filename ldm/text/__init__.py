@@ -4,10 +4,10 @@ module here, which lists it in its `TEXT_ENCODERS`."""
 from __future__ import annotations
 
 from ldm.families import members
-from ldm.text.encoders import Label, Scratch, TextConfig, TextEncoder
+from ldm.text.encoders import Label, Reading, Scratch, TextConfig, TextEncoder
 from ldm.text.huggingface import HuggingFace
 from ldm.text.tokenizer import WordTokenizer
 
 TEXT_ENCODERS: tuple[type[TextConfig], ...] = members(__name__, "TEXT_ENCODERS")
 
-__all__ = ["TEXT_ENCODERS", "HuggingFace", "Label", "Scratch", "TextConfig", "TextEncoder", "WordTokenizer"]
+__all__ = ["TEXT_ENCODERS", "HuggingFace", "Label", "Reading", "Scratch", "TextConfig", "TextEncoder", "WordTokenizer"]

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,26 @@ from ldm.backbones.attention import FeedForward, SelfAttention, zero
 from ldm.checks import Checked
 from ldm.conditioning import Cond
 from ldm.text.tokenizer import RULE, WordTokenizer
+
+
+class Reading(NamedTuple):
+    """How a text encoder reads a caption: `read` of its `tokens` (start and end not counted), the `unknown` ones as if
+    all were the same. `known` counts the others, marks left out."""
+
+    tokens: int
+    read: int
+    unknown: Sequence[str] = ()
+    known: int = 1
+
+    @property
+    def cut(self) -> bool:
+        """Whether its end is not read."""
+        return self.read < self.tokens
+
+    @property
+    def blank(self) -> bool:
+        """Whether it has words, and none of them is known."""
+        return bool(self.unknown) and not self.known
 
 
 class TextEncoder(nn.Module, ABC):
@@ -45,6 +65,13 @@ class TextEncoder(nn.Module, ABC):
     @abstractmethod
     def truncated(self, captions: Iterable[str]) -> int:
         """How many of the captions are too long to be read whole."""
+
+    def check(self, captions: Iterable[str]) -> None:
+        """Raises ValueError where a caption is one that this encoder cannot take; most take all."""
+
+    def readings(self, captions: Sequence[str]) -> list[Reading]:
+        """How each caption is read. An encoder that does not say tells only whether it cuts: of two tokens one."""
+        return [Reading(2, 2 - self.truncated([caption])) for caption in captions]
 
 
 class TextConfig(Checked, ABC):
@@ -151,6 +178,15 @@ class ScratchTextEncoder(TextEncoder):
         """See `TextEncoder.truncated`."""
         return self.tokenizer.truncated(captions)
 
+    def readings(self, captions: Sequence[str]) -> list[Reading]:
+        """See `TextEncoder.readings`; tokens are words."""
+        most, found = self.tokenizer.length - 2, []
+        for caption in captions:
+            words, unknown = self.tokenizer.words(caption), self.tokenizer.unknown(caption)
+            known = sum(map(str.isalnum, words)) - sum(map(str.isalnum, unknown))
+            found.append(Reading(len(words), min(len(words), most), unknown, known))
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Label(TextConfig):
@@ -192,10 +228,7 @@ class LabelEncoder(TextEncoder):
 
     def encode(self, captions: list[str]) -> Cond:
         """See `TextEncoder.encode`; ValueError for a caption that is no class."""
-        for caption in captions:
-            if caption not in self.rows:
-                known = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
-                raise ValueError(f"{caption!r} is not one of the {len(self.classes)} captions trained on: {known}")
+        self.check(captions)
         rows = torch.tensor([self.rows[caption] for caption in captions], device=self.embedding.weight.device)
         pooled = self.embedding(rows)
         return Cond(pooled[:, None], torch.ones_like(rows, dtype=torch.bool)[:, None], pooled)
@@ -203,6 +236,18 @@ class LabelEncoder(TextEncoder):
     def truncated(self, captions: Iterable[str]) -> int:
         """Labels are never cut."""
         return 0
+
+    def readings(self, captions: Sequence[str]) -> list[Reading]:
+        """See `TextEncoder.readings`: each is one token."""
+        self.check(captions)
+        return [Reading(1, 1)] * len(captions)
+
+    def check(self, captions: Iterable[str]) -> None:
+        """ValueError for a caption that is no class."""
+        for caption in captions:
+            if caption not in self.rows:
+                known = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
+                raise ValueError(f"{caption!r} is not one of the {len(self.classes)} captions trained on: {known}")
 
 
 TEXT_ENCODERS = (Scratch, Label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond
-from ldm.text.encoders import TextConfig, TextEncoder, masked_mean
+from ldm.text.encoders import Reading, TextConfig, TextEncoder, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,8 @@ class HuggingFace(TextConfig):
     `pooling`: "auto" (the model's own projected or pooled text where it was trained to give one, as CLIP's; else the
     mean), "mean" over real tokens, "eos" (last real token) or "none". `layer`: -1 the last hidden state, after the
     final norm; otherwise an index into hidden_states, -2 the penultimate. `lower`: lower-case and strip, as PixArt
-    does. `masked = False` lets padding be attended to, as Stable Diffusion's U-Nets do.
+    does. `masked = False` lets padding be attended to, as Stable Diffusion's U-Nets do: neither the encoder nor the
+    backbone is told of it. By `mask_rule` 1, which came first, the encoder still was.
     """
 
     kind: Literal["huggingface"] = "huggingface"
@@ -29,7 +30,8 @@ class HuggingFace(TextConfig):
     layer: int = -1
     lower: bool = False
     masked: bool = True
-    limits: ClassVar = {"length": "(0, inf)"}
+    mask_rule: int = 2
+    limits: ClassVar = {"length": "(0, inf)", "mask_rule": "[1, 2]"}
 
     def build(self, model: nn.Module, tokenizer: Any) -> HuggingFaceTextEncoder:
         """The encoder around a loaded transformers model, which it freezes; ValueError on a misfit."""
@@ -61,7 +63,8 @@ class HuggingFaceTextEncoder(TextEncoder):
         device = next(self.model.parameters()).device
         numbers, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         self.model.eval()  # a trainer's train() reaches this model too, and would switch T5's dropout on
-        output = self.model(input_ids=numbers, attention_mask=mask, output_hidden_states=self.config.layer != -1)
+        told = mask if self.config.masked or self.config.mask_rule == 1 else None
+        output = self.model(input_ids=numbers, attention_mask=told, output_hidden_states=self.config.layer != -1)
         states = output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
         states, real = states.float(), mask.bool()
         pooled = POOLINGS[self.pooling](output, states, real)
@@ -73,6 +76,19 @@ class HuggingFaceTextEncoder(TextEncoder):
     def truncated(self, captions: Iterable[str]) -> int:
         """See `TextEncoder.truncated`."""
         return sum(len(row) > self.config.length for row in self.tokenizer(self._clean(captions))["input_ids"])
+
+    def readings(self, captions: Sequence[str]) -> list[Reading]:
+        """See `TextEncoder.readings`; unknown are the pieces of a caption that all get the same number."""
+        own: Any = self.tokenizer
+        most, texts = self.config.length - own.num_special_tokens_to_add(), self._clean(captions)
+        told = own(texts, add_special_tokens=False, return_offsets_mapping=own.is_fast)
+        found = []
+        for number, (text, row) in enumerate(zip(texts, told["input_ids"], strict=True)):
+            places = [place for place, token in enumerate(row) if token == own.unk_token_id]
+            spans = [told["offset_mapping"][number][place] for place in places] if own.is_fast else []
+            unknown = [text[start:end] for start, end in spans] or [own.unk_token] * len(places)
+            found.append(Reading(len(row), min(len(row), most), unknown, len(row) - len(places)))
+        return found
 
 
 # Of a model's output, its states (B, L, D) and which of them are real (B, L): the vector, float32.

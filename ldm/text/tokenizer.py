@@ -100,10 +100,14 @@ class WordTokenizer:
         numbers = numbers.view(len(rows), self.length)
         return numbers, numbers != PAD
 
+    def words(self, caption: str) -> list[str]:
+        """A caption split by this vocabulary's rule."""
+        return split(caption, self.rule)
+
     def truncated(self, captions: Iterable[str]) -> int:
         """How many of the captions are too long to be read whole."""
-        return sum(len(split(caption, self.rule)) > self.length - 2 for caption in captions)
+        return sum(len(self.words(caption)) > self.length - 2 for caption in captions)
 
     def unknown(self, caption: str) -> list[str]:
         """The words of a caption that the vocabulary lacks, in order."""
-        return [word for word in split(caption, self.rule) if word not in self._numbers]
+        return [word for word in self.words(caption) if word not in self._numbers]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ldm.samplers import Euler
 from ldm.schedules import Flow
 
 DRAWN: list[int] = []
+PLAN = Sampling(sampler=Euler(), grid=Uniform(), guidance=ClassifierFree(scale=2.0), steps=2)
 
 
 class Backbone:
@@ -50,9 +52,8 @@ def text(captions: Sequence[str]) -> Cond:
 
 def pipeline() -> Pipeline:
     DRAWN.clear()
-    plan = Sampling(sampler=Euler(), grid=Uniform(), guidance=ClassifierFree(scale=2.0), steps=2)
     denoiser: Any = Denoiser(Backbone(), Diffusion(schedule=Flow(), prediction=Velocity()))
-    return Pipeline(Autoencoder(), denoiser, text, plan, (16, 24))  # type: ignore[arg-type]
+    return Pipeline(Autoencoder(), denoiser, text, PLAN, (16, 24))  # type: ignore[arg-type]
 
 
 def test_one_string_is_one_picture() -> None:
@@ -63,6 +64,13 @@ def test_one_string_is_one_picture() -> None:
     assert guided(torch.zeros(1, 3, 4, 6), torch.tensor(0.5, dtype=torch.float64)).x0.shape == (1, 3, 4, 6)
 
 
+def test_seeds_may_be_any_whole_numbers_and_no_captions_are_no_pictures() -> None:
+    wanted = torch.cat(list(pipeline().pixels(["a", "b"], [4, 5])))
+    for seeds in (4, torch.tensor([4, 5]), torch.tensor(4), numpy.int64(4), numpy.array([4, 5]), (4, 5)):
+        assert torch.equal(torch.cat(list(pipeline().pixels(iter(["a", "b"]), seeds))), wanted)  # type: ignore[arg-type]
+    assert pipeline()([]) == []
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "fewer seeds": ({"seeds": [1, 2]}, "3 captions but 2 seeds"),
     "fewer negatives": ({"negative": ["x", "y"]}, "3 captions but 2 negative"),
@@ -71,8 +79,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a start of another size": ({"start": torch.zeros(1, 3, 4, 4)}, "latents"),
     "also without weights": ({"also": ["red"]}, "caption and its weight"),
     "a batch of none": ({"batch_size": 0}, "at least 1"),
-    "a size off the factor": ({"size": (16, 30)}, "size 30x16 is not divisible by 8.* nearest 24 or 32"),
-    "a size off the backbone's multiple": ({"size": (20, 24)}, "size 24x20 is not divisible by 8.* nearest 16 or 24"),
+    "a size off the factor": ({"size": (16, 30)}, r"size 16x30 \(height x width\) is .* by 8.* nearest 16x24 or 16x32"),
+    "a size off the backbone's multiple": ({"size": (20, 24)}, "size 20x24 .* divisible by 8.* nearest 16x24 or 24"),
+    "a size of nothing": ({"size": (0, -8)}, "size 0x-8 .* nearest 8"),
+    "a side alone": ({"size": 16}, r"size must be \(height, width\)"),
+    "captions that are no texts": ({"captions": [1, 2, 3]}, "captions and prompts are texts, got 1"),
+    "negatives that are no texts": ({"negative": ["a", None, "b"]}, "texts, got None"),
+    "seeds that are no numbers": ({"seeds": [1, 2.5, 3]}, "whole numbers"),
+    "a seed that is none": ({"seeds": 1.5}, "whole numbers"),
+    "a weight that is none": ({"also": [("red", float("nan"))]}, "finite weight"),
+    "no grid of so many steps": ({"sampling": replace(PLAN, steps=0)}, "at least 1 step"),
 }
 
 
@@ -81,7 +97,7 @@ def test_what_does_not_fit_is_refused_at_the_call(case: str) -> None:
     """Not when the first batch is asked for, and not in a later batch."""
     asked, said = WRONG[case]
     with pytest.raises(ValueError, match=said):
-        pipeline().pixels(["a", "b", "c"], **{"batch_size": 2, **asked})
+        pipeline().pixels(**{"captions": ["a", "b", "c"], "batch_size": 2, **asked})
     assert DRAWN == []
 
 

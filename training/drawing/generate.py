@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,13 @@ from PIL import Image
 
 from ldm.pipeline import Pipeline
 from training.drawing import replay
-from training.drawing.requests import Request, ask, choose, parse_also, parse_size, prompts
+from training.drawing.prompts import prompts, tell_reading
+from training.drawing.requests import Request, ask, check_scale, choose, parse_also, parse_size
 from training.drawing.starts import TOLD, start_of_flags
-from training.drawing.steering import add_weak, pipeline_hashes
-from training.errors import UserError
-from training.files import make_folder, refuse_link
+from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
+from training.errors import UserError, as_user_error
+from training.files import disk_error, make_folder, refuse_link
+from training.ledger import Ledger
 from training.machine import memory
 from training.machine.processes import resolve, start
 from training.messages import per_second, tell
@@ -27,9 +31,12 @@ from training.models.judge import Judge, load_classifier
 from training.pictures import grids
 from training.pictures.strips import Strip
 from training.runs.folder import versions
+from training.settings.flags import check_least
 
 if TYPE_CHECKING:
     import argparse
+
+    from ldm.text import TextEncoder
 
 GRID = 64  # pictures the grid shows at most
 
@@ -62,12 +69,15 @@ class Drawing:
 
 def generate(args: argparse.Namespace) -> int:
     """Make every picture asked for; several processes share them. Returns the exit code."""
-    original = replay.recall(args) if args.like else None
-    requests = ask(prompts(args), args.num_images, args.seed)
+    check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, "generate.py --help says what it means")
+    original, ledger = replay.recall(args) if args.like else None, Ledger()
+    requests = ask(prompts(args, ledger), args.num_images, args.seed)
     refuse_overwriting(Path(args.output), args.overwrite)
     device, rank, world = processes(args)
     memory.keep_memory()
-    drawing = prepare(args, device, original)
+    captions = [*(r.prompt for r in requests), args.negative_prompt, args.invert_prompt, *(c for _, c in args.also)]
+    drawing = prepare(args, device, original, partial(tell_reading, captions, ledger, aloud=rank == 0))
+    note_unused(args, drawing, ledger)
     own_requests = requests[rank::world]
     since = time.perf_counter()
     try:
@@ -85,21 +95,33 @@ def generate(args: argparse.Namespace) -> int:
     if rank == 0:
         draw_grid(requests[:GRID], drawing.output)
         tell(f"wrote {len(requests)} pictures and {drawing.output / 'grid.png'}")
+        for line in ledger.lines():
+            tell(line)
     if original:
         tell(replay.verdict(original, drawing.output / name(requests[0])))
     return 0
 
 
-def prepare(args: argparse.Namespace, device: torch.device, original: replay.Original | None) -> Drawing:
+def prepare(
+    args: argparse.Namespace,
+    device: torch.device,
+    original: replay.Original | None,
+    tell_reading: Callable[[TextEncoder], None],
+) -> Drawing:
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
+    check_scale(args)
+    also, start = parse_also(args.also), start_of_flags(args)
+    asked = parse_size(args.size)
     pipeline = load_pipeline(args.model, device, args.text_encoder, args.preview)
     if args.weak_model:
         pipeline = add_weak(pipeline, args.weak_model)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
     sampling, settings = choose(args, original.facts["settings"] if original else None)
-    size = parse_size(args.size) or pipeline.size
-    also, start = parse_also(args.also), start_of_flags(args)
+    size = asked or tuple(settings["sample"]["size"])
+    with as_user_error("give it with --size"):
+        pipeline.latent_shape(size)
+    tell_reading(pipeline.text)
     # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
     begin = start.latents(pipeline, size, sampling)
     hashes = pipeline_hashes(pipeline)
@@ -113,7 +135,7 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
         "precision": args.mixed_precision,
         "hashes": hashes,
         "preview": hashes["autoencoder"] if args.preview else None,
-        "versions": versions(),
+        "versions": {**versions(), "device": device.type},
     }
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
@@ -126,17 +148,26 @@ def prepare(args: argparse.Namespace, device: torch.device, original: replay.Ori
     return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)
 
 
+def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:
+    """Write down what was given or is drawn without being used."""
+    sampling, also = drawing.how["sampling"], drawing.how["also"]
+    for why in flags_without_use(args, drawing.pipeline.text, sampling.guidance, bool(also)):
+        ledger.add("ignored", "flags without use here", why)
+    ledger.add("ignored", "copies that fill the batch up to the original's", count=(drawing.chunk or 1) - 1)
+
+
 def chosen_tile(args: argparse.Namespace, original: replay.Original | None) -> int:
     """The side of the autoencoder's tiles in latents: --tile, else as `original` was drawn, else 0 for none."""
-    check_tile(args.tile)
-    return int(args.tile or (original.facts.get("tile", 0) if original else 0))
+    tile = int(args.tile or (original.facts.get("tile", 0) if original else 0))
+    check_tile(tile)
+    return tile
 
 
 def draw_grid(shown: list[Request], output: Path) -> None:
     """grid.png of pictures already written, each with its caption."""
     images = [Image.open(output / name(request)).copy() for request in shown]
     sheet = grids.grid(images, min(8, len(shown)), captions=[request.prompt for request in shown])
-    grids.save(sheet, output / "grid.png")
+    grids.write(sheet, output / "grid.png")
 
 
 def name(request: Request) -> str:
@@ -146,9 +177,14 @@ def name(request: Request) -> str:
 
 def refuse_overwriting(output: Path, allowed: bool) -> None:
     """Pictures already made are never replaced unless asked."""
-    if not allowed and output.is_dir() and any(output.glob("[0-9]*.png")):
+    try:
+        there, folder = output.exists(), output.is_dir()
+        holds = folder and any(output.glob("[0-9]*.png"))
+    except OSError as failure:  # a name over 255 bytes, say
+        raise disk_error(output, failure) from None
+    if holds and not allowed:
         raise UserError(f"{output} already holds pictures", hint="use --overwrite, or another --output")
-    if output.exists() and not output.is_dir():
+    if there and not folder:
         raise UserError(f"{output} is a file", hint="choose another --output")
 
 

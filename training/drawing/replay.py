@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 NEEDED = {"prompt": str, "seed": int, "settings": dict, "hashes": dict, "size": list, "negative_prompt": str}
 MAY_BE = {"also": list, "tile": int, "batch": int, "precision": str, "versions": dict}
 MAY_BE |= {"preview": str}  # all of these may be absent
-LARGEST_BATCH = 4096  # pictures a batch is filled up to: a forged number would fill the memory
+# What a picture may ask for, which anyone may have written: forged numbers would fill the memory.
+LARGEST_BATCH, LARGEST_STEPS, LARGEST_ALSO = 4096, 10_000, 64
+LARGEST_PICTURE, LARGEST_WORK = 1 << 26, 1 << 28  # pixels of a picture, and of the batch that is filled up
 PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
 GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder"}
@@ -45,14 +48,18 @@ def recall(args: argparse.Namespace) -> Original:
         raise UserError(f"--like takes everything from its picture: leave out --{flags[0].replace('_', '-')}")
     path = Path(args.like)
     try:
+        if not path.is_file():  # opening a pipe may wait for ever
+            raise OSError
         facts = grids.facts(path)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
         hint = "--like takes a PNG that generate wrote"
-        raise UserError(f"{path}: not a picture that can be read", hint=hint, code=DATA) from None
+        raise UserError(f"{str(path)[:200]}: not a PNG that can be read", hint=hint, code=DATA) from None
     if not _sound(facts):
         hint = "--like takes a PNG that generate wrote; other programs drop its text when they save"
         raise UserError(f"{path} does not say how it was made", hint=hint, code=DATA)
     facts = {name: value for name, value in facts.items() if value is not None}
+    if what := _too_much(facts):
+        raise UserError(f"{path} asks for {what}", hint="was it edited? draw it by flags instead", code=DATA)
     args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
     args.size = "x".join(map(str, facts["size"]))
     args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
@@ -72,9 +79,27 @@ def _sound(facts: Any) -> bool:
         all(isinstance(value, MAY_BE[name]) for name, value in optional.items())
         and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in optional.get("also", []))
         and all(start.sound(facts[key]) for key, start in TOLD.items() if facts.get(key) is not None)
+        and len(facts["size"]) == 2
+        and all(type(side) is int and side > 0 for side in facts["size"])
+        and isinstance(facts["settings"].get("sample", {}), dict)
         and 0 <= optional.get("tile", 0) <= LARGEST_BATCH
         and 0 < optional.get("batch", 1) <= LARGEST_BATCH
     )
+
+
+def _too_much(facts: dict[str, Any]) -> str:
+    """What sound facts ask for beyond all sense; empty where they do not."""
+    (height, width), batch = facts["size"], facts.get("batch", 1)
+    steps, also = facts["settings"].get("sample", {}).get("steps", 1), facts.get("also", [])
+    if height * width > LARGEST_PICTURE:
+        return f"{width}x{height} pixels"
+    if batch * height * width > LARGEST_WORK:
+        return f"batches of {batch} pictures of {width}x{height} pixels"
+    if not isinstance(steps, int) or steps > LARGEST_STEPS:
+        return f"{steps} steps"
+    if not all(math.isfinite(weight) for _, weight in also):
+        return "weights of further captions that are no finite numbers"
+    return f"{len(also)} further captions" if len(also) > LARGEST_ALSO else ""
 
 
 def compare(original: Original, facts: dict[str, Any]) -> None:
@@ -100,7 +125,13 @@ def verdict(original: Original, picture: Path) -> str:
         return f"another size than {original.path}: it was changed after it was made"
     if not (off := int(abs(old - new).max())):
         return f"the same pixels as {original.path}"
+    changed = grids.changed(original.path)
+    if changed:
+        return f"within {off} of 255 of {original.path}: its pixels or what it says were changed after it was made"
     then, now = original.facts.get("versions", {}), grids.facts(picture)["versions"]
-    differences = [f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
-    cause = ", ".join(differences) or "the processor or its threads"
+    other = [name for name in now if then.get(name) not in (None, now[name])]
+    differences = [f"{name} {then[name]} then, {now[name]} now" for name in other]
+    # A picture of an earlier version does not tell whether it was changed.
+    unsealed = ", or the picture or what it says was changed after it was made" if changed is None else ""
+    cause = (", ".join(differences) or "the processor or its threads") + unsealed
     return f"within {off} of 255 of {original.path}; what differs: {cause}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.pipeline import Sampling
-from training.errors import DATA, UserError
+from training.errors import UserError
 from training.files import read_json
-from training.messages import note
 from training.models.folders import find
 from training.settings import decoding
 
@@ -41,25 +40,6 @@ def ask(captions: list[str], copies: int, seed: int) -> list[Request]:
     return requests
 
 
-def prompts(args: argparse.Namespace) -> list[str]:
-    """The captions asked for: --prompt TEXT (repeatable), or the lines of --prompts FILE but blank and # ones."""
-    if args.prompt is not None:
-        return list(args.prompt)
-    path = Path(args.prompts)
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of prompts", hint="one prompt a line", code=DATA) from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise UserError(f"{path}: not a UTF-8 text file", hint="one prompt a line, saved as UTF-8", code=DATA) from None
-    captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if len(captions) < len(lines):
-        note(f"{len(lines) - len(captions)} blank or comment lines skipped in {path}")
-    if not captions:
-        raise UserError(f"{path}: no prompts in it", hint="one prompt a line", code=DATA)
-    return captions
-
-
 def parse_also(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
     """--also WEIGHT TEXT ... as (caption, weight)."""
     weights = []
@@ -68,11 +48,20 @@ def parse_also(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
             weights.append((caption, float(weight)))
         except ValueError:
             raise UserError(f"--also {weight} {caption!r}: expected a number, then a caption") from None
+        if not math.isfinite(weights[-1][1]):
+            raise UserError(f"--also {weight} {caption!r}: the weight must be a finite number")
     return weights
+
+
+def check_scale(args: argparse.Namespace) -> None:
+    """Raises UserError where --guidance-scale is no finite number."""
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
+        raise UserError(f"--guidance-scale: must be a finite number (got {args.guidance_scale})")
 
 
 def choose(args: argparse.Namespace, stored_values: decoding.Values | None = None) -> tuple[Sampling, decoding.Values]:
     """The run's sampling, or a picture's `stored_values`, with the flags' changes laid over; also as plain values."""
+    check_scale(args)
     run_values = read_json(find(args.model, "denoiser").home / "config.json")
     values = {
         name: section

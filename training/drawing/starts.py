@@ -141,7 +141,8 @@ class Inversion(Start):
         try:
             picture = load_image(self.picture, channels=pipeline.autoencoder.image_channels)
         except UserError as problem:
-            raise UserError(f"--invert {self.picture}: {problem.what}", code=DATA) from None
+            hint = problem.hint or "give a picture file"
+            raise UserError(f"--invert {self.picture}: {problem.what}", hint=hint, code=DATA) from None
         cut = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(cut).reshape(*size, -1)).permute(2, 0, 1)[None].to(pipeline.device)
         try:

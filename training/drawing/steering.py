@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ldm.guidance import Autoguidance, ByClassifier
+from ldm.guiding import AgainstNull, Guidance
 from training.errors import CHECKPOINT, UserError
 from training.files import content_hash
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.judge import Judge
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ldm.text import TextEncoder
 
 
 def add_weak(pipeline: HashedPipeline, path: str | Path) -> HashedPipeline:
@@ -26,6 +34,25 @@ def add_weak(pipeline: HashedPipeline, path: str | Path) -> HashedPipeline:
         )
     hashes = pipeline.hashes | {"weak": weak.hashes["denoiser"]}
     return dataclasses.replace(pipeline, weak=weak.denoiser, hashes=hashes)
+
+
+def flags_without_use(args: argparse.Namespace, text: TextEncoder, guidance: Guidance, also: bool) -> list[str]:
+    """The flags that were given and that nothing of this drawing reads, each with what would read it."""
+    against = isinstance(guidance, AgainstNull) and (guidance.scale != 1 or also)
+    unused = {
+        "--negative-prompt: only guidance away from a null, at another scale than 1, reads it": (
+            args.negative_prompt and not against
+        ),
+        "--weak-model: only --guidance.kind autoguidance reads it": (
+            args.weak_model and not isinstance(guidance, Autoguidance)
+        ),
+        "--classifier: only --guidance.kind classifier reads it": (
+            args.classifier and not isinstance(guidance, ByClassifier)
+        ),
+        "--invert-prompt: only --invert reads it": args.invert_prompt and not args.invert,
+        "--text-encoder: only a frozen one is loaded": args.text_encoder and text.trainable,
+    }
+    return [why for why, given in unused.items() if given]
 
 
 def pipeline_hashes(pipeline: HashedPipeline) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,29 @@ import torch
 from torch import Tensor
 
 from autoencoder.images import to_uint8, to_unit
-from training.data.images import Images
+from training.drawing.prompts import tell_reading
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError, as_user_error
 from training.files import check_free, content_hash, finite, make_folder, write_json
+from training.ledger import Ledger
 from training.machine import memory, processes
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.features import load_features
-from training.measuring.held_out import check_count, check_crop, chunks, even_captions, even_indices, gather, held_out
+from training.measuring.held_out import (
+    check_count,
+    check_crop,
+    chunks,
+    even_captions,
+    even_indices,
+    gather,
+    held_out,
+    trained_on,
+    warn_of_few,
+)
 from training.measuring.likelihood import likelihood
 from training.measuring.obedience import SAMPLING, draw_batches, obeyed_by_classifier, shapes_obedience
-from training.messages import answer, tell
+from training.messages import answer, tell, warn
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
@@ -32,7 +44,6 @@ from training.models.reconstructions import Fidelity
 from training.runs.folder import versions
 from training.settings.flags import check_least
 from training.shards.index import data_facts
-from training.shards.reading import ShardSet
 from training.shards.remote import open_address
 
 if TYPE_CHECKING:
@@ -72,6 +83,7 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     network, places = load_distance(args, images, device), images.evenly(args.count)
     check_count(len(places))
     check_crop(args.crop, images)
+    few = warn_of_few(features.dim, len(places))
     fidelity, real, ours = Fidelity(network), Moments(features.dim), Moments(features.dim)
     for pixels in chunks(images, places, device):
         made = _reconstruct(model, pixels)
@@ -86,6 +98,7 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
         "lpips_network": f"{args.lpips_net}, {_weights(args.lpips)} weights, {_short(network)}" if network else None,
         "crop": args.crop or 0,
         "hashes": autoencoder_hashes(model),
+        **few,
     }
 
 
@@ -110,26 +123,35 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
     sampling, settings = choose(args)
+    pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
     numbers |= {"hashes": pipeline_hashes(pipeline)}
+    ledger = Ledger()
     if args.obedience == "shapes":
-        numbers |= shapes_obedience(pipeline, sampling, args)
+        numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.likelihood:
         with as_user_error(SAMPLING):
-            numbers |= likelihood(pipeline, sampling, args, device)
+            numbers |= likelihood(pipeline, sampling, args, device, ledger)
     elif args.data:
-        numbers |= distances(pipeline, sampling, args, device)
-    return numbers
+        numbers |= distances(pipeline, sampling, args, device, ledger)
+    for line in ledger.lines():
+        warn(line)
+    return numbers | {"ledger": ledger.report()}
 
 
-def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def distances(
+    pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device, ledger: Ledger
+) -> dict[str, Any]:
     """Frechet and kernel distance of `count` generated pictures to the held-out ones, captions evenly from theirs."""
     images, features = held_out(args), load_features(args.features, device)
-    train = Images(ShardSet(args.data, "train"))
+    train = trained_on(args.data)
     judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
     count = args.count or len(images)
-    check_count(min(count, len(images), len(train)))
+    smallest = min(count, len(images), len(train) if train else count)
+    check_count(smallest)
+    few = warn_of_few(features.dim, smallest)
     requests = ask(even_captions(images, count), 1, args.seed)
+    tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
     verdicts: list[bool] = []
 
     def judged() -> Iterator[Tensor]:
@@ -142,12 +164,13 @@ def distances(pipeline: Any, sampling: Any, args: argparse.Namespace, device: to
     sets = {
         "generated": gather(features, judged()),
         "reconstructed": gather(features, copies),
-        "training": gather(features, chunks(train, even_indices(train, count), device)),
     }
+    if train:
+        sets["training"] = gather(features, chunks(train, even_indices(train, count), device))
     numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
     numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
     numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": real.count}
-    numbers |= {f"{name}_pictures": sets[name][0].count for name in ("reconstructed", "training")}
+    numbers |= {f"{name}_pictures": found.count for name, (found, _) in sets.items() if name != "generated"} | few
     kernel = real_rows[:: max(1, len(images) // KERNEL_SAMPLES)], sets["generated"][1][:KERNEL_SAMPLES]
     numbers |= {"kernel_distance": kernel_distance(*kernel)}
     numbers |= {"kernel_real_pictures": len(kernel[0]), "kernel_pictures": len(kernel[1])}

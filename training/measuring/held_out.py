@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,17 @@ from training.data.images import Images
 from training.errors import UserError
 from training.measuring.distances import Moments
 from training.measuring.features import Features
+from training.messages import note, warn
 from training.models.judge import caption
-from training.shards.reading import ShardSet
+from training.shards.index import read_index
+from training.shards.reading import ShardSet, held_out_shards
 
 if TYPE_CHECKING:
     import argparse
 
 
 CHUNK = 100
+SETTLED = 100  # pictures from which on a distance that is not biased is told without a warning
 
 
 def check_count(pictures: int) -> None:
@@ -27,6 +30,26 @@ def check_count(pictures: int) -> None:
     if pictures < 2:
         what = f"a distance between sets of pictures needs at least 2 in each (got {pictures})"
         raise UserError(what, hint="raise --count, or pack more pictures")
+
+
+def few_pictures(dim: int, fewest: int) -> list[str]:
+    """What to say of distances in `dim` features between sets of which the smallest has `fewest` pictures: a line for
+    each kind of number that is not to be relied on."""
+    said = []
+    if fewest <= dim:
+        what = f"Frechet distances rest on {fewest} pictures in {dim} feature dimensions: up to {dim} the covariance is"
+        said.append(f"{what} singular, and the distance larger than that of many; compare it at equal counts alone")
+    if fewest < SETTLED:
+        said.append(f"{fewest} pictures say little: a distance of fewer than {SETTLED} varies by as much as it is")
+    return said
+
+
+def warn_of_few(dim: int, fewest: int) -> dict[str, list[str]]:
+    """`few_pictures`, said aloud, and as numbers are stored."""
+    said = few_pictures(dim, fewest)
+    for sentence in said:
+        warn(sentence)
+    return {"warnings": said} if said else {}
 
 
 def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tensor]:
@@ -40,10 +63,18 @@ def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tens
 
 
 def held_out(args: argparse.Namespace) -> Images:
-    """The val split of --data."""
+    """The val split of --data, else its test split, as in training."""
     if not args.data:
         raise UserError("--data is missing", hint="name the packed pictures the model is measured against")
-    return Images(ShardSet(args.data, "val"))
+    return Images(held_out_shards(args.data, at_least="test"))
+
+
+def trained_on(data: Any) -> Images | None:
+    """The train split; None, said aloud, where there is none."""
+    if all(info.split != "train" for info in read_index(data)[1]):
+        note("the data has no train split: distances of training pictures are left out")
+        return None
+    return Images(ShardSet(data, "train"))
 
 
 def chunks(images: Images, places: Sequence[int], device: torch.device) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from autoencoder.images import to_unit
 from ldm.likelihood import bits_per_dim, log_likelihood
 from ldm.noise import Noise
 from ldm.variational import bound
+from training.drawing.prompts import tell_reading
 from training.measuring.held_out import CHUNK, chunks, held_out
 from training.messages import tell
 from training.models.judge import caption
@@ -17,13 +18,18 @@ from training.models.judge import caption
 if TYPE_CHECKING:
     import argparse
 
+    from training.ledger import Ledger
 
-def likelihood(pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+
+def likelihood(
+    pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device, ledger: Ledger
+) -> dict[str, Any]:
     """log p of held-out pictures' latents given their captions, by the probability-flow ODE; and the bound that a model
     of learned variance was trained on."""
     images, exact = held_out(args), args.likelihood_trace == "exact"
     log_likelihoods, bounds = [], []
     places = images.evenly(args.likelihood)
+    tell_reading([caption(images, i) for i in places], ledger, pipeline.text, aloud=False)
     for number, pixels in enumerate(chunks(images, places, device)):
         index = places[number * CHUNK : number * CHUNK + len(pixels)]
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))

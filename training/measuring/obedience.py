@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from training.drawing.prompts import tell_reading
 from training.drawing.requests import Request, ask
 from training.errors import UserError, as_user_error
 from training.measuring.distances import wilson
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import argparse
 
     from ldm.pipeline import Pipeline, Sampling
+    from training.ledger import Ledger
 
 SAMPLING = "generate.py --help lists samplers, grids and guidance"
 
@@ -38,7 +40,9 @@ def draw_batches(
         yield pixels, captions
 
 
-def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> dict[str, Any]:
+def shapes_obedience(
+    pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace, ledger: Ledger
+) -> dict[str, Any]:
     """Share of held-out captions obeyed, for one, two and three objects, by the rule-based checker; a grid."""
     from training.shapes.checker import check
     from training.shapes.wording import held_out_prompts
@@ -50,6 +54,7 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
     with as_user_error("lower --count"):
         prompts = {objects: held_out_prompts(args.count, objects, seed=args.seed) for objects in (1, 2, 3)}
     numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes/checker.py"}
+    tell_reading((text for texts in prompts.values() for text in texts), ledger, pipeline.text, aloud=False)
     samples: list[Any] = []
     captions: list[str] = []
     for objects, captions_of in prompts.items():
@@ -68,7 +73,7 @@ def shapes_obedience(pipeline: Pipeline, sampling: Sampling, args: argparse.Name
             answers = [v[key] for v in verdicts if key in v]
             numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
     if args.grid:
-        grids.save(grids.grid(samples, 8, captions=captions), Path(args.grid))
+        grids.write(grids.grid(samples, 8, captions=captions), Path(args.grid))
         numbers["grid"] = Path(args.grid).name
     return numbers
 

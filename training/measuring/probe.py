@@ -43,6 +43,7 @@ from training.loop.stage import StatelessStage
 from training.machine import processes
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import Features
+from training.measuring.held_out import warn_of_few
 from training.settings.sections import Optimizer
 
 SEED = 0
@@ -66,6 +67,7 @@ def probe(
     of as many as pictures are held out where those are fewer.
     """
     device, samples = next(model.parameters()).device, min(samples, len(held_out))
+    warn_of_few(features.dim, samples)
     moments = encode_all(model, train, PICTURES, device)
     network = denoiser(moments, model)
     losses = fit(network, model, moments, encode_all(model, held_out, HELD_OUT, device), steps)

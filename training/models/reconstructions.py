@@ -73,7 +73,7 @@ def measure(
             counts = batch_counts if counts is None else counts + batch_counts
         if not fidelity.rows:
             rows = {"input": pixels[:SHOWN], "reconstruction": pictures[:SHOWN]}
-            grids.save(grids.comparison(rows), folder / "grid.png")
+            grids.write(grids.comparison(rows), folder / "grid.png")
         fidelity.add(pictures, pixels)
     return fidelity.means() | ({} if counts is None else code_usage(counts))
 

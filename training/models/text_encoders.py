@@ -51,7 +51,9 @@ def _tokenizer_folder(name: str) -> str:
 def identity(encoder: TextEncoder) -> dict[str, Any]:
     """What names a frozen text encoder: the hash of weights, vocabulary and settings, and each setting readable."""
     assert isinstance(encoder, HuggingFaceTextEncoder)
-    settings = {key: value for key, value in vars(encoder.config).items() if key != "kind"}
+    settings = {key: value for key, value in vars(encoder.config).items() if key not in ("kind", "mask_rule")}
+    if not encoder.config.masked and encoder.config.mask_rule != 1:  # else as before there was a rule: old hashes hold
+        settings["mask_rule"] = encoder.config.mask_rule
     words = encoder.tokenizer.get_vocab()
     vocabulary = hashlib.sha256(json.dumps(sorted(words.items())).encode()).hexdigest()
     weights = content_hash(encoder.model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import textwrap
@@ -20,6 +21,8 @@ from training.files import atomic_write
 
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
 SHEET = 64  # pictures on a contact sheet at most
+LARGEST = 1 << 20  # characters of the facts in a picture
+SEAL = "sha256"  # among the facts: over all others and the pixels
 KEY = "ldm"  # the PNG text chunk that holds how a picture was made
 
 
@@ -78,20 +81,40 @@ def comparison(rows: Mapping[str, Tensor]) -> Image.Image:
     return grid(torch.cat([*rows.values(), error]), len(ours), rows=[*rows, "difference x2"])
 
 
-def save(image: Image.Image, path: Path, facts: dict[str, Any] | None = None) -> None:
-    """Write a PNG, whole or not at all, with `facts` (JSON) inside. Raises UserError (code 6) for a full disk."""
-    options: dict[str, Any] = {}
-    if facts is not None:
-        options = {"pnginfo": PngInfo(), "compress_level": 4}
-        options["pnginfo"].add_itxt(KEY, json.dumps(facts, ensure_ascii=False, sort_keys=True))
+def write(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a picture, whole: a PNG, or what the name ends in. Raises UserError (code 6) where the disk refuses."""
+    form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with atomic_write(path) as file:
-        image.save(file, "PNG", **options)
+        image.save(file, form, pnginfo=info, compress_level=4)
+
+
+def save(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PNG with `facts` (JSON) inside, sealed: `changed` tells whether either is another by now."""
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps({**facts, SEAL: seal(image, facts)}, ensure_ascii=False, sort_keys=True))
+    write(image, path, info)
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """How a picture was made; empty where it does not say."""
-    with Image.open(path) as image:
-        return json.loads(getattr(image, "text", {}).get(KEY, "{}"))  # type: ignore[no-any-return]
+    """How a picture was made; empty where it does not say. Raises ValueError where it says more than is written."""
+    with Image.open(path, formats=["PNG"]) as image:
+        said = getattr(image, "text", {}).get(KEY, "{}")
+    if len(said) > LARGEST:
+        raise ValueError(f"{len(said):,} characters")
+    return json.loads(said)  # type: ignore[no-any-return]
+
+
+def seal(image: Image.Image, facts: Mapping[str, Any]) -> str:
+    """sha256 over pixels and facts."""
+    said = json.dumps({key: value for key, value in facts.items() if key != SEAL}, sort_keys=True)
+    return hashlib.sha256(f"{image.size} {said}".encode() + image.convert("RGB").tobytes()).hexdigest()
+
+
+def changed(path: Path) -> bool | None:
+    """Whether a picture, or what it says, is another than `save` wrote; None where it has no seal."""
+    found = facts(path)
+    with Image.open(path, formats=["PNG"]) as image:
+        return None if SEAL not in found else found[SEAL] != seal(image, found)
 
 
 def _drawable(text: str) -> str:

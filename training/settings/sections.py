@@ -39,7 +39,7 @@ class Optimizer:
             raise ValueError("warmup, weight_decay, final_lr and clip must be >= 0")
 
 
-VERSION = 2  # of configs: what they mean by a key (settings/upgrading.py)
+VERSION = 3  # of configs: what they mean by a key (settings/upgrading.py)
 
 
 @dataclass(frozen=True, kw_only=True)

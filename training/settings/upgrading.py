@@ -2,7 +2,9 @@
 
 Version 1, which names no version: the words of captions are split by rule 1, and guidance.interval and zero_from are
 in times t.
-Version 2: rule 2, and shares of noise. A run keeps the version it began with, so that it draws and resumes as before.
+Version 2: rule 2, and shares of noise; a frozen text encoder is told of padding even where `text.masked` is false.
+Version 3: there it is not (`text.mask_rule` 2). A run keeps the version it began with, so that it draws and resumes as
+before.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from typing import Any
 
 Values = dict[str, dict[str, Any]]
 # By version, where they are other than the defaults.
-RULES: dict[int, Values] = {1: {"text": {"rule": 1}, "guidance": {"interval_in": "t", "zero_in": "t"}}}
+RULES: dict[int, Values] = {
+    1: {"text": {"rule": 1, "mask_rule": 1}, "guidance": {"interval_in": "t", "zero_in": "t"}},
+    2: {"text": {"mask_rule": 1}},
+}
 
 
 def version(values: Mapping[str, Any]) -> int:

@@ -21,12 +21,16 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.files import leads_out
-from training.messages import warn
+from training.messages import note, warn
 from training.shards.index import INDEX, Kind, ShardInfo, read_index
 from training.shards.offset_index import Descriptors, Layout, index_path, members, open_index, reindex_hint
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
 
+LACKING = {  # what mends data without a split
+    "train": "pack pictures to train on, too: scripts/make_shards.py pack",
+    "val": "hold some pictures out: scripts/make_shards.py pack --val-fraction 0.1",
+}
 OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
 
 
@@ -55,7 +59,7 @@ class ShardSet:
         if not self.shards:
             names = ", ".join(sorted({info.split for info in shards}))
             what = f"{directory} has no split {split!r} (it has: {names})"
-            raise UserError(what, hint="pack with --val-fraction", code=DATA)
+            raise UserError(what, hint=LACKING.get(split, f"give data that have a {split} split"), code=DATA)
         tars = [self.directory / info.name for info in self.shards]
         if self.remote:
             self.remote.bring(index_path(tar).name for tar in tars)
@@ -137,10 +141,15 @@ class ShardSet:
         return members(partial(self.remote.read, info), tar, info.bytes, key, places)
 
 
-def held_out_shards(folder: str | Path | Remote) -> ShardSet:
-    """The val split, or where there is none the training split, said aloud."""
+def held_out_shards(folder: str | Path | Remote, *, at_least: str = "train") -> ShardSet:
+    """What is held out, by one rule wherever something is measured: the val split, else the test split, else, said
+    aloud, the training split. Raises UserError where that is what is left and `at_least` is "test"."""
     splits = {info.split for info in read_index(folder)[1]}
     name = next((s for s in ("val", "test") if s in splits), "train")
+    if name == "test":
+        note("the data has no val split: its test split is what is held out")
+    if name == "train" and at_least != "train":
+        raise UserError(f"{folder} has no val and no test split to measure on", hint=LACKING["val"], code=DATA)
     if name == "train":
         warn("the data has no val split; validation uses training images (pack with --val-fraction)")
     return ShardSet(folder, name)

@@ -23,7 +23,7 @@ from training.machine import processes
 from training.messages import tell
 from training.models.judge import Classifier, caption
 from training.settings.sections import Optimizer
-from training.shards.reading import ShardSet
+from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import open_address
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def train_classifier(args: argparse.Namespace) -> int:
     device = processes.resolve(args.device)
     # Each shard is fetched when it is read: the cache may be smaller than the windows of the order.
     data = open_address(args.data, args.cache_dir, args.cache_size, prefetch=False)
-    train, held_out = Images(ShardSet(data, "train")), Images(ShardSet(data, "val"))
+    train, held_out = Images(ShardSet(data, "train")), Images(held_out_shards(data, at_least="test"))
     names = [caption(train, i) for i in range(len(train))]
     classes = tuple(sorted(set(names)))
     if not 2 <= len(classes) <= 1000:

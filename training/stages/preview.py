@@ -116,7 +116,7 @@ class DistillationStage(StatelessStage):
             ours, theirs = to_uint8(pair.images), to_uint8(pair.target)
             if not errors:
                 rows = {"input": pixels[:SHOWN], "teacher": theirs[:SHOWN], "student": ours[:SHOWN]}
-                grids.save(grids.comparison(rows), folder / "grid.png")
+                grids.write(grids.comparison(rows), folder / "grid.png")
             fidelity.add(ours, theirs)
             errors.append(pair.latents)
         return {**fidelity.means("teacher_"), "latents": torch.cat(errors).mean().item()}

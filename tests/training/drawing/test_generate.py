@@ -123,7 +123,7 @@ def test_prompt_files(denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n# a comment\n  a blue square  \n")
     words = ("--model", denoiser, "--output", tmp_path / "out", "--device", "cpu", "--prompts", file)
     assert tiny.call("generate", *words) == 0
-    assert "2 blank or comment lines skipped" in capsys.readouterr().err
+    assert "ignored 2: blank or comment lines" in capsys.readouterr().err
     assert [grids.facts(tmp_path / "out" / f"0000{i}.png")["prompt"] for i in (0, 1)] == [
         "a red circle",
         "a blue square",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.images import to_uint8, to_unit
+from ldm.text import Reading
 from training.data.images import Images
+from training.ledger import Ledger
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.evaluate import distances
 from training.measuring.features import Features
@@ -31,6 +34,7 @@ class Painter:
     def __init__(self, known: dict[str, Tensor]) -> None:
         self.known, self.asked = known, list[tuple[list[str], list[int]]]()
         self.autoencoder = lambda images, noise: (images.clamp(-0.5, 0.5), images)  # what reconstructions are like
+        self.text = SimpleNamespace(readings=lambda captions: [Reading(1, 1)] * len(captions))
 
     def pixels(self, captions: list[str], seeds: list[int], *, sampling: Any, batch_size: int) -> Iterator[Tensor]:
         assert sampling == "sampling" and batch_size == len(captions)
@@ -71,7 +75,7 @@ def test_each_distance_is_between_the_sets_it_names(shapes: Path, monkeypatch: p
         "training.measuring.evaluate.load_classifier", lambda folder, device: Knows(painter.known, captions[3:5])
     )
     args = Namespace(data=shapes, features="means", obedience="judge", count=12, seed=3, batch_size=5)
-    numbers = distances(painter, "sampling", args, torch.device("cpu"))
+    numbers = distances(painter, "sampling", args, torch.device("cpu"), Ledger())
     assert [pair for part in painter.asked for pair in zip(*part, strict=True)] == [(c, 3) for c in captions]
     sets = {
         "generated": torch.stack([painter.known[name] for name in captions]) // 2,
@@ -104,7 +108,7 @@ def test_a_grid_says_which_captions_are_obeyed(tmp_path: Path, monkeypatch: pyte
     wanted = "training.shapes.wording.held_out_prompts"
     monkeypatch.setattr(wanted, lambda count, objects, seed: prompts[objects][:count])
     args, painter = Namespace(count=4, seed=7, batch_size=3, grid=str(tmp_path / "grid.png")), Painter(known)
-    numbers = shapes_obedience(painter, "sampling", args)  # type: ignore[arg-type]
+    numbers = shapes_obedience(painter, "sampling", args, Ledger())  # type: ignore[arg-type]
     assert painter.asked[:2] == [(prompts[1][:3], [7] * 3), (prompts[1][3:], [7])]
     assert [numbers[f"obedience_{n}"] for n in (1, 2, 3)] == [0.5, 1.0, 0.5]
     assert [numbers[f"obedience_{n}_colour"] for n in (1, 2, 3)] == [0.25] * 3

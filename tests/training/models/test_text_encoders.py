@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -301,3 +302,18 @@ def test_embeddings_that_float16_cannot_hold(
     words = ("--autoencoder", autoencoder, "--data", shapes, "--output", tmp_path / "x", "--device", "cpu")
     problem = tiny.refused("encode_latents", *words, "--text-encoder", folders["t5"], "--text-length", "12")
     assert problem.code == 5 and "not finite" in problem.what
+
+
+def test_the_rule_of_padding_is_no_part_of_what_was_stored_before_it(folders: dict[str, Path]) -> None:
+    """Identities of encoders kept by earlier versions hold under the rule they were kept by."""
+
+    def identity(**changes: Any) -> dict[str, Any]:
+        encoder = text_encoders.load_huggingface(HuggingFace(length=12, **changes), str(folders["clip"]))
+        return text_encoders.identity(encoder)
+
+    for changes in ({"mask_rule": 1}, {"masked": False, "mask_rule": 1}, {"mask_rule": 2}):
+        found = identity(**changes)
+        settings = {key: found[key] for key in ("length", "pooling", "layer", "lower", "masked")}
+        whole = json.dumps([found["weights"], found["vocabulary"], settings], sort_keys=True)
+        assert found["hash"] == hashlib.sha256(whole.encode()).hexdigest() and "mask_rule" not in found
+    assert identity(masked=False)["hash"] != identity(masked=False, mask_rule=1)["hash"]

@@ -198,7 +198,7 @@ def test_bad_files(tmp_path: Path, name: str, text: str | bytes, expected: str) 
 
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
     assert decoding.load("autoencoder", str(write(tmp_path, ""))) == decoding.decode("autoencoder", {})
-    named = write(tmp_path, "[format]\nversion = 2\n")
+    named = write(tmp_path, "[format]\nversion = 3\n")
     assert decoding.load("denoiser", str(named)) == decoding.decode("denoiser", {})
 
 

@@ -14,6 +14,7 @@ from training.errors import UserError
 from training.models.folders import find
 from training.pictures import grids
 from training.settings import decoding
+from training.settings.sections import VERSION
 
 OLD = """[backbone]
 kind = "dit"
@@ -38,8 +39,8 @@ def test_a_file_without_a_version_means_the_old_rules(tmp_path: Path, capsys: py
     assert not capsys.readouterr().err
     path.write_text(OLD.replace("[guidance]", "rule = 2\n[guidance]\ninterval_in = 'noise-share'"))
     assert rules(decoding.load("denoiser", str(path))) == (1, "noise-share", 2)  # what it says itself counts
-    path.write_text(OLD + "[format]\nversion = 3\n")
-    with pytest.raises(UserError, match="this program understands 1 to 2"):
+    path.write_text(OLD + "[format]\nversion = 4\n")
+    with pytest.raises(UserError, match="this program understands 1 to 3"):
         decoding.load("denoiser", str(path))
 
 
@@ -49,6 +50,15 @@ def test_cfg_zero_star_of_old_stands_still_in_times(tmp_path: Path) -> None:
         path.write_text(version + '[guidance]\nkind = "cfg-zero-star"\nzero_from = 0.9\n')
         config: Any = decoding.load("denoiser", str(path))
         assert (config.guidance.zero_in, config.guidance.zero_from) == (unit, 0.9)
+
+
+def test_an_encoder_is_told_of_padding_up_to_version_2(tmp_path: Path) -> None:
+    path = tmp_path / "old.toml"
+    for version, rule in ((1, 1), (2, 1), (3, 2)):
+        path.write_text(f'[text]\nkind = "huggingface"\nmasked = false\n[format]\nversion = {version}\n')
+        config: Any = decoding.load("denoiser", str(path))
+        assert (config.format.version, config.text.mask_rule) == (version, rule)
+        assert decoding.decode_stored("denoiser", decoding.to_values(config)) == config
 
 
 def test_other_kinds_take_only_the_keys_they_have(tmp_path: Path) -> None:
@@ -61,7 +71,7 @@ def test_other_kinds_take_only_the_keys_they_have(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", decoding.names("denoiser"))
 def test_every_packaged_config_names_the_newest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = decoding.load("denoiser", name)
-    assert isinstance(config, decoding.DenoiserConfig) and config.format.version == 2
+    assert isinstance(config, decoding.DenoiserConfig) and config.format.version == VERSION
     assert not capsys.readouterr().err
 
 
