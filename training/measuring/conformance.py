@@ -52,7 +52,8 @@ def check(args: Any) -> None:
     since, lines = (time.perf_counter(), time.process_time()), list[str]()
     title = "# Samplers against each other\n" if args.model else "# Samplers against the exact answer\n"
     for line in chain((title, *command()), run_table(args) if args.model else oracle_tables(args)):
-        answer(line)
+        for row in line.split("\n"):
+            answer(row)
         lines.append(line)
     took = f"Took {time.perf_counter() - since[0]:.0f} s, {time.process_time() - since[1]:.0f} s of processor time."
     answer("")
