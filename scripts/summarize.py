@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from training.messages import answer
 from training.settings.flags import Parser, run_main
 
 
@@ -23,7 +24,8 @@ def main() -> None:
     from training.measuring.summaries import autoencoders, quickstart
 
     lines = quickstart(args.folder, args.seconds) if args.what == "quickstart" else autoencoders(args.folder)
-    print("\n".join(lines))
+    for line in lines:
+        answer(line)
 
 
 if __name__ == "__main__":
