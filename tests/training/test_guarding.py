@@ -9,11 +9,14 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ldm.text import Label
 from training.errors import UserError
@@ -430,3 +433,27 @@ def test_links(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"in/out is a link that leads out of .*home") as caught:
         refuse_links(home, 3)
     assert caught.value.code == 3
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner))
+KEYS = st.sampled_from(["stage", "status", "step", "versions", "resumes", "hashes", "data"])
+
+
+@given(st.one_of(VALUES, st.dictionaries(KEYS, SCALARS | st.lists(SCALARS) | st.dictionaries(KEYS, SCALARS))))
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")), deadline=None)
+def test_a_record_is_read_as_it_stands_or_refused(value: Any) -> None:
+    """run.json and ingredients.json by value: what is returned is what was written, of the types that readers need."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("run.json", "ingredients.json"):
+            (folder / file).write_text(json.dumps(value))
+        try:
+            found = record(folder)
+            assert found == value and isinstance(found["stage"], str) and isinstance(found["step"], int)
+        except UserError as problem:
+            assert "run.json" in problem.what
+        try:
+            assert stored_ingredients(folder) == value and isinstance(value, dict)
+        except UserError as problem:
+            assert "ingredients.json" in problem.what and not isinstance(value, dict)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash, load_tensors, save_tensors
+from training.files import content_hash, disk_error, load_tensors, save_tensors
 from training.loop.power_ema import FOLDER, reconstruct
 from training.messages import answer
 from training.models.folders import find
@@ -25,7 +25,10 @@ def rebuild(args: argparse.Namespace) -> int:
     if output.exists():
         raise UserError(f"{output} already exists", hint="choose another --output")
     tensors, step = reconstruct(Path(args.model) / FOLDER, args.length, args.step)
-    shutil.copytree(model.final, output)
+    try:
+        shutil.copytree(model.final, output, copy_function=shutil.copyfile)  # with the modes of new files
+    except OSError as failure:  # shutil's own error is a list of them
+        raise disk_error(output, failure) from None
     for name, prefix, file in (
         ("denoiser", "denoiser.backbone.", output / "model.safetensors"),
         ("text_encoder", "denoiser.text.", output / "text_encoder" / "model.safetensors"),
