@@ -12,8 +12,9 @@ def main() -> None:
     parser = Parser(
         __doc__ or "",
         epilog="import reads diffusers' AutoencoderKL, VQModel, AutoencoderTiny and AutoencoderDC (a folder, a\n"
-        "pipeline's, or ORG/NAME) and LDM's single safetensors files; what it writes serves wherever an\n"
-        "autoencoder's run does. export writes kl, vq, tiny and dc models as those four classes.",
+        "pipeline's, ORG/NAME, or a .safetensors file beside its config.json; sharded and fp16 ones too) and\n"
+        "LDM's single safetensors files; what it writes serves wherever an autoencoder's run does.\n"
+        "export writes kl, vq, tiny and dc models as those four classes.",
     )
     parser.add_argument("verb", choices=("import", "export"), help="which way")
     parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")

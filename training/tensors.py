@@ -22,6 +22,10 @@ LARGEST_HEADER = 8 << 20  # bytes: some 80,000 tensors; the format allows more, 
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip archives of torch.save, and bare pickles
 
 
+class Pickled(UserError):
+    """The file is a pickle, which is refused."""
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all, and fsync it (its folder is the caller's to sync).
 
@@ -77,7 +81,7 @@ def check_safetensors(path: Path) -> None:
         raise unreadable(path, failure) from None
     if head.startswith(PICKLES) and not fits:  # a header of 640 bytes begins as a pickle does
         reason = f"{path}: refusing to load a pickle file; only safetensors is read"
-        raise UserError(reason, hint="convert it to safetensors where you trust its source", code=CHECKPOINT)
+        raise Pickled(reason, hint="convert it to safetensors where you trust its source", code=CHECKPOINT)
     try:
         if not fits:
             raise ValueError(f"header of {size:,} bytes")

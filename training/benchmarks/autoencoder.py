@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
+from training.messages import answer
 
 if TYPE_CHECKING:
     import argparse
@@ -116,8 +117,8 @@ def compare(verb: str, models_by_name: dict[str, Any], args: argparse.Namespace,
 
     cases = {name: case(name, model, verb, args, shape) for name, model in models_by_name.items()}
     answers, tolerance = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1
-    for answer in answers[1:]:
-        torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=tolerance)
+    for result in answers[1:]:
+        torch.testing.assert_close(result, answers[0], rtol=1e-3, atol=tolerance)
     times_of: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(args.rounds):
         for name in sorted(cases, reverse=bool(number % 2)):
@@ -129,7 +130,7 @@ def compare(verb: str, models_by_name: dict[str, Any], args: argparse.Namespace,
         ratios = [theirs / ours for theirs, ours in zip(times, times_of["ours"], strict=True)]
         beside = "" if name == "ours" else f"  ours is {median(ratios):.2f}x as fast (least {min(ratios):.2f}x)"
         rate, most = args.batch_size / min(times), memory[name]
-        print(f"{verb:<7} {name:<25} {rate:8.2f} images/s  peak {most:7.0f} MiB{beside}", flush=True)
+        answer(f"{verb:<7} {name:<25} {rate:8.2f} images/s  peak {most:7.0f} MiB{beside}")
 
 
 def flags(parser: Parser) -> None:
@@ -158,8 +159,8 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     networks = models(config.model, args.device)
     count = sum(p.numel() for p in networks["ours"].parameters())
-    print(f"{args.config}, {count:,} parameters, batch {args.batch_size} "
-          f"of {args.size} px, {args.device}, {torch.get_num_threads()} threads", flush=True)  # fmt: skip
+    answer(f"{args.config}, {count:,} parameters, batch {args.batch_size} "
+           f"of {args.size} px, {args.device}, {torch.get_num_threads()} threads")  # fmt: skip
     if args.compile:
         for model in networks.values():
             model.encoder.compile()

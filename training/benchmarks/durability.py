@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
+from training.messages import answer
 from training.settings.flags import Parser
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def run(args: Any) -> None:
     if min(args.batch_size, args.side, args.rounds) < 1 or args.threads < 0:
         raise UserError("--batch-size, --side and --rounds must be at least 1, --threads at least 0")
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.folder) as folder:
-        print("\n".join(table(args, Path(folder))))
+        for line in table(args, Path(folder)):
+            answer(line)
 
 
 def table(args: Any, folder: Path) -> list[str]:

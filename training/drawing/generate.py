@@ -114,7 +114,7 @@ def prepare(
     asked = parse_size(args.size)
     pipeline = load_pipeline(args.model, device, args.text_encoder, args.preview)
     if args.weak_model:
-        pipeline = add_weak(pipeline, args.weak_model)
+        pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
     sampling, settings = choose(args, original.facts["settings"] if original else None)

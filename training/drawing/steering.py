@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from ldm.text import TextEncoder
 
 
-def add_weak(pipeline: HashedPipeline, path: str | Path) -> HashedPipeline:
+def add_weak(pipeline: HashedPipeline, path: str | Path, text_encoder: str | None = None) -> HashedPipeline:
     """The pipeline with the poorer model of another run or checkpoint beside the denoiser, for autoguidance.
 
     Raises UserError where it was made for other captions or another process.
     """
-    weak = load_pipeline(path, pipeline.device)
+    weak = load_pipeline(path, pipeline.device, text_encoder)
     widths = [(text.context_dim, text.pooled_dim) for text in (weak.text, pipeline.text)]
     if widths[0] != widths[1] or weak.denoiser.schedule != pipeline.denoiser.schedule:
         raise UserError(

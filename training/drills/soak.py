@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from training.drills.verify_resume import differences, launch, run
 from training.errors import CHECKPOINT, UserError
+from training.messages import answer
 
 if TYPE_CHECKING:
     import argparse
@@ -46,7 +47,7 @@ def soak(args: argparse.Namespace, scripts: Path) -> int:
             raise UserError(what, hint=f"repeat with --seed {args.seed}", code=CHECKPOINT)
         twice_or_never(output, args.steps)
         outcome = f"{rounds} trainings ended with the bytes of the uninterrupted one"
-        print(f"{args.stage}: {kills} kills, {outcome}", flush=True)
+        answer(f"{args.stage}: {kills} kills, {outcome}")
         shutil.rmtree(output)
     if not args.folder:
         shutil.rmtree(home)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, USAGE, UserError
+from training.messages import answer
 
 if TYPE_CHECKING:
     import argparse
@@ -41,14 +42,14 @@ def verify(args: argparse.Namespace, flags: list[str], scripts: Path) -> int:
     for number, fault in enumerate([*faults, ""]):
         log = home / f"interrupted-{number}.log"
         code = run(scripts / script, [*words, "--output", str(other_run)], log, fault=fault)
-        print(f"  {fault or 'to the end'}: exit code {code}", flush=True)
+        answer(f"  {fault or 'to the end'}: exit code {code}")
     if unlike := differences(straight, other_run):
         raise UserError(
             f"the interrupted training differs in {', '.join(unlike)}",
             hint=f"both are in {home}; a GPU needs deterministic kernels to repeat itself",
             code=CHECKPOINT,
         )
-    print(f"exact: {steps} steps with {len(faults)} interruptions end with the bytes of {steps} steps without")
+    answer(f"exact: {steps} steps with {len(faults)} interruptions end with the bytes of {steps} steps without")
     if not args.folder:
         shutil.rmtree(home)
     return 0

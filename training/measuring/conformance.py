@@ -226,4 +226,5 @@ def run_table(args: Any) -> Iterator[str]:
     """How the samplers agree on a trained network."""
     samplers = list(select(every("sampler"), args.samplers, "--samplers").values())
     seeds = 2 if all(sampler.rises for sampler in samplers) else args.seeds
-    yield from table(Bench(load_pipeline(args.model), args.prompt, args.steps, seeds), samplers)
+    pipeline = load_pipeline(args.model, text_encoder=args.text_encoder)
+    yield from table(Bench(pipeline, args.prompt, args.steps, seeds), samplers)

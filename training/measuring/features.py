@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from autoencoder.images import as_rgb, to_unit
 from training.errors import DATA, UserError
-from training.files import content_hash, load_tensors
 from training.models.judge import load_classifier
+from training.models.published import FILES, read_weights
+from training.tensors import check_weights, content_hash
 
 RANDOM_SEED = 0
 
@@ -85,19 +86,14 @@ def _inception(file: str, device: torch.device | str) -> Features:
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, init_weights=False, aux_logits=True)
-    path = Path(file)
+    state = read_weights(Path(file))
     try:
-        if path.suffix == ".safetensors":
-            state = load_tensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        check_weights(state, network.state_dict(), file)
         network.load_state_dict(state)
-    except UserError:
-        raise
-    except Exception as failure:  # a damaged file makes torch.load raise almost anything
+    except RuntimeError:
         raise UserError(
-            f"{file}: not the weights of torchvision's inception_v3 ({type(failure).__name__})",
-            hint="its file name begins with inception_v3",
+            f"{file}: not the weights of torchvision's inception_v3",
+            hint=f"its file is {FILES['inception']}, or the same tensors as safetensors",
             code=DATA,
         ) from None
     network.fc = nn.Identity()

@@ -235,12 +235,12 @@ def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> P
     return folder.final
 
 
-def fill_network(parts: Parts, dataset: Latents, path: str) -> None:
+def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | None = None) -> None:
     """`--init-from`: the weights of another run of the same shape, nothing else.
 
     Raises UserError where a text encoder that learns has not that run's vocabulary, or cannot take the captions.
     """
-    donor, text = load_pipeline(path, "cpu"), parts.text
+    donor, text = load_pipeline(path, "cpu", text_encoder), parts.text
     if text.trainable and (theirs := donor.hashes.get("vocabulary", "none")) != parts.hashes["vocabulary"]:
         raise UserError(
             f"{path} was trained with the vocabulary {theirs[:12]}, this run has {parts.hashes['vocabulary'][:12]}",

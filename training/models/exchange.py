@@ -18,19 +18,19 @@ from torch import Tensor
 from autoencoder.base import Autoencoder
 from training.data.images import Images
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import load_tensors, read_json, save_tensors, write_json
+from training.files import make_folder, read_record, write_json
 from training.messages import note, tell
 from training.models.autoencoders import load_autoencoder
 from training.models.diffusers_layouts import LAYOUTS
+from training.models.donor_weights import NAME, PART, WEIGHTS, folder_weights
 from training.models.folders import export, fill, find
 from training.models.latent_scale import fit_norm
 from training.settings import decoding
 from training.shards.reading import ShardSet
+from training.tensors import load_tensors, save_tensors
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 HOMES = ("", "vae", "vqvae")  # where the autoencoder lies in a folder or a pipeline's
 MEASURED = 1000  # pictures that the scale of latents is measured on, where it is asked for
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # What LDM calls what diffusers calls otherwise, in both halves.
 RENAMED = (
     (r"mid\.block_1\.", "mid_block.resnets.0."),
@@ -65,7 +65,7 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
     The latents' scale is the source's own, or measured on the packed pictures `data`, or z * scale_factor. Raises
     UserError for pickles, for classes there is no counterpart of, and for weights of another shape.
     """
-    check_free(output)
+    check_unused(output)
     if scale_factor is not None and not 0 < scale_factor < math.inf:
         raise UserError(f"--scale-factor: must be above 0 (got {scale_factor:g})")
     if data and scale_factor:
@@ -91,7 +91,7 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
     return export(output, decoding.to_values(config), model.state_dict(), card)
 
 
-def check_free(output: Path) -> None:
+def check_unused(output: Path) -> None:
     """Raises UserError where something is at `output`."""
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError(f"{output} already exists", hint="choose another --output", code=CHECKPOINT)
@@ -112,7 +112,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [str(Path(home, file)) for home in HOMES for file in ("config.json", WEIGHTS)]
+        wanted = [str(Path(home, file)) for home in HOMES for file in ("config.json", f"{NAME}*.safetensors*")]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as failure:  # offline, missing, gated: the hub has a class of its own for each
         raise UserError(
@@ -127,16 +127,18 @@ def read_folder(folder: Path) -> Imported:
     home = next((folder / name for name in HOMES if (folder / name / "config.json").is_file()), None)
     if home is None:
         raise UserError(f"{folder}: no config.json in it", hint="give a folder that diffusers wrote", code=CHECKPOINT)
-    about = read_json(home / "config.json")
-    if not (home / WEIGHTS).is_file():
-        pickled = next((p.name for p in sorted(home.iterdir()) if p.suffix in PICKLES), None)
-        reason = f"{home} holds {pickled}, a pickle, which is not read" if pickled else f"{home} holds no {WEIGHTS}"
-        raise UserError(reason, hint="save it with safe_serialization=True", code=CHECKPOINT)
-    name = about.get("_class_name") if isinstance(about, dict) else None
-    if name not in LAYOUTS:
-        reason = f"{home}: a {name} has no counterpart here"
-        raise UserError(reason, hint=f"{', '.join(LAYOUTS)} are read", code=CHECKPOINT)
-    return _read(name, about, modernise(load_tensors(home / WEIGHTS)), home)
+    return _of_class(home / "config.json", folder_weights(home), home)
+
+
+def _of_class(config: Path, tensors: Mapping[str, Tensor], source: Path) -> Imported:
+    """The class that a config.json of diffusers' names."""
+    about = read_record(config, {})
+    name = about.get("_class_name")
+    if not isinstance(name, str) or name not in LAYOUTS:
+        said = f"a {name:.80} has" if isinstance(name, str) else "what its config.json describes has"
+        hint = f"{', '.join(LAYOUTS)} are read"
+        raise UserError(f"{source}: {said} no counterpart here", hint=hint, code=CHECKPOINT)
+    return _read(name, about, modernise(tensors), source)
 
 
 def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor], source: Path) -> Imported:
@@ -155,18 +157,48 @@ def _read(name: str, about: Mapping[str, Any], tensors: dict[str, Tensor], sourc
 def read_file(path: Path) -> Imported:
     """An LDM or Stable Diffusion safetensors file; its shape is read off the tensors (32 groups, as all of them have).
 
+    One with diffusers' names is taken with the config.json beside it; a shard or its index as the folder they are in.
     Its scaling_factor is the file's `scale_factor` where there is one, else Stable Diffusion's, as `assumed` says.
     """
+    if PART.fullmatch(path.name):
+        return read_folder(path.parent)
     file_tensors = load_tensors(path)
     prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in file_tensors) else ""
     ldm = {key.removeprefix(prefix): value for key, value in file_tensors.items() if key.startswith(prefix)}
-    if "encoder.conv_in.weight" not in ldm:
-        hint = "expected tensors first_stage_model.encoder.* or encoder.*"
-        raise UserError(f"{path} holds no autoencoder of LDM's", hint=hint, code=CHECKPOINT)
+    if not any(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) for key in ldm):
+        return _beside_config(path, file_tensors)
+    return _of_ldm(path, file_tensors, ldm)
+
+
+def _beside_config(path: Path, tensors: Mapping[str, Tensor]) -> Imported:
+    """A bare file that is not LDM's: its names are diffusers', whose settings are in config.json alone."""
+    if (config := path.parent / "config.json").is_file():
+        return _of_class(config, tensors, path)
+    if any(key.startswith(("encoder.down_blocks.", "encoder.layers.", "encoder.project_out.")) for key in tensors):
+        reason = f"{path} has the tensors of a diffusers autoencoder, but no config.json beside it states its settings"
+        raise UserError(reason, hint="download the config.json of the same repository next to it", code=CHECKPOINT)
+    hint = "expected tensors first_stage_model.encoder.* or encoder.*, or a config.json of diffusers beside it"
+    raise UserError(f"{path} holds no autoencoder of LDM's", hint=hint, code=CHECKPOINT)
+
+
+def _of_ldm(path: Path, file_tensors: Mapping[str, Tensor], ldm: Mapping[str, Tensor]) -> Imported:
+    """The settings of an LDM file by its shapes. Raises UserError where some are missing."""
+    try:
+        levels, about = _ldm_settings(file_tensors, ldm)
+    except (LookupError, ValueError, RuntimeError) as failure:
+        reason = f"{path}: not a whole autoencoder of LDM's ({type(failure).__name__}: {failure})"
+        raise UserError(reason, hint="is the file complete?", code=CHECKPOINT) from None
+    keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+    tensors = modernise({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
+    return _read("VQModel" if "quantize.embedding.weight" in tensors else "AutoencoderKL", about, tensors, path)
+
+
+def _ldm_settings(file_tensors: Mapping[str, Tensor], ldm: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+    """The number of levels, and what diffusers' config.json would say."""
     levels = 1 + max(int(key.split(".")[2]) for key in ldm if re.match(r"encoder\.down\.\d+\.", key))
     blocks = 1 + max(int(key.split(".")[4]) for key in ldm if re.match(r"encoder\.down\.0\.block\.\d+\.", key))
     attention = [f"encoder.down.{i}.attn.0.q.weight" in ldm for i in range(levels)]
-    about = {
+    return levels, {
         "block_out_channels": [len(ldm[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)],
         "down_block_types": ["AttnDownEncoderBlock2D" if there else "DownEncoderBlock2D" for there in attention],
         "up_block_types": [],
@@ -176,9 +208,6 @@ def read_file(path: Path) -> Imported:
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in ldm,
         "scaling_factor": float(file_tensors["scale_factor"]) if "scale_factor" in file_tensors else None,
     }
-    keep = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-    tensors = modernise({_renamed(key, levels): value for key, value in ldm.items() if key.startswith(keep)})
-    return _read("VQModel" if "quantize.embedding.weight" in tensors else "AutoencoderKL", about, tensors, path)
 
 
 def _renamed(key: str, levels: int) -> str:
@@ -206,7 +235,7 @@ def export_autoencoder(path: str, output: Path) -> None:
 
     What of the latents' normaliser its pipelines cannot say is said as a note.
     """
-    check_free(output)
+    check_unused(output)
     model = decoding.to_values(find(path, "autoencoder").config())["model"]
     layout = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
     if layout is None:
@@ -215,6 +244,6 @@ def export_autoencoder(path: str, output: Path) -> None:
     tensors = {key: value.clone() for key, value in load_autoencoder(path).state_dict().items()}
     shift, scale = tensors.pop("norm.shift").flatten(), tensors.pop("norm.scale").flatten()
     about, tensors = layout[1](model, tensors, shift, scale)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     save_tensors(output / WEIGHTS, tensors, {"format": "pt"})
     write_json(output / "config.json", {"_class_name": layout[0], "_diffusers_version": "0.35.0"} | about)

@@ -59,8 +59,14 @@ class Found(NamedTuple):
         return self.weights.is_file()
 
     def config(self) -> decoding.Config:
-        """Its config, decoded."""
-        return decoding.decode_stored(self.stage, read_record(self.home / "config.json", {}))
+        """Its config, decoded. Raises UserError with the file's name where it is none."""
+        path = self.home / "config.json"
+        try:
+            return decoding.decode_stored(self.stage, read_record(path, {}))
+        except UserError as problem:
+            what = problem.what if str(path) in problem.what else f"{path}: {problem.what}"
+            hint = "it was written by another version, or changed since; use another copy"
+            raise UserError(what, hint=hint, code=CHECKPOINT) from None
 
 
 WANTED = "give a run folder, its final/ or one of its checkpoints"

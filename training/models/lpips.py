@@ -12,7 +12,8 @@ from torch import Tensor
 from autoencoder.perceptual import Perceptual, ScaledTrunk
 from training.data.images import Images
 from training.errors import DATA, UserError
-from training.files import load_tensors
+from training.models.published import FILES, check_heads, read_weights, standard_weights
+from training.tensors import check_weights
 
 if TYPE_CHECKING:
     import argparse
@@ -29,11 +30,14 @@ def load_perceptual(net: str, weights: str, file: str | None = None) -> Perceptu
     """
     import lpips
 
+    trained = file is not None or weights != "random"
+    if trained:
+        check_heads(net)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's deprecation of the constructor flags that lpips uses
         torch.manual_seed(RANDOM_SEED)
-        network = lpips.LPIPS(net=net, pretrained=True, pnet_rand=True, verbose=False)
-    if file is None and weights == "random":
+        network = lpips.LPIPS(net=net, pretrained=trained, pnet_rand=True, verbose=False)
+    if not trained:
         return Perceptual(ScaledTrunk(network.scaling_layer, network.net))
     state = _read(Path(file)) if file else _standard(net)
     _fill(
@@ -45,37 +49,20 @@ def load_perceptual(net: str, weights: str, file: str | None = None) -> Perceptu
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file of LPIPS backbone weights",
-            hint="name torchvision's weights of that network",
-            code=DATA,
-        )
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as failure:
-        raise UserError(
-            f"{path}: not a file of weights ({type(failure).__name__})",
-            hint="name torchvision's weights of that network",
-            code=DATA,
-        ) from None
+    if path.is_file():
+        return read_weights(path)
+    what = f"{path}: no such file of LPIPS backbone weights"
+    raise UserError(what, hint="name torchvision's weights of that network", code=DATA)
 
 
 def _standard(net: str) -> dict[str, Tensor]:
-    from torchvision import models
-
-    weights = {"vgg": models.VGG16_Weights, "alex": models.AlexNet_Weights, "squeeze": models.SqueezeNet1_1_Weights}[
-        net
-    ].IMAGENET1K_V1
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
-    except OSError:
+        return standard_weights(net)
+    except (OSError, RuntimeError):  # RuntimeError: what came has another hash
         raise UserError(
             f"the standard {net} weights of LPIPS are not here and cannot be downloaded",
-            hint=f"download torchvision's {weights.url.rpartition('/')[2]} elsewhere and give it with --lpips-weights"
-            " FILE, or ask for a random backbone: --loss.perceptual_weights random",
+            hint=f"download torchvision's {FILES[net]} elsewhere and give it with --lpips-weights FILE, or ask for a"
+            " random backbone: --loss.perceptual_weights random",
             code=DATA,
         ) from None
 
@@ -90,7 +77,9 @@ def _fill(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> 
             hint="name torchvision's weights of that network",
             code=DATA,
         )
-    network.load_state_dict({key: weights[key.partition(".")[2]] for key in slots})
+    chosen = {key: weights[key.partition(".")[2]] for key in slots}
+    check_weights(chosen, network.state_dict(), source)
+    network.load_state_dict(chosen)
 
 
 def fitting(side: int) -> list[str]:

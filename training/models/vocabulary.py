@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,7 @@ from ldm.text.tokenizer import RULE, SPECIAL, WordTokenizer
 from training.data.latents import Latents
 from training.errors import DATA, Unreachable, UserError
 from training.files import file_sha256, leads_out, read_json, write_json
+from training.guarding import LARGEST_JSON
 from training.shards.index import INDEX
 from training.shards.streaming import StreamedShards
 
@@ -39,7 +41,9 @@ def count_captions(dataset: Latents) -> None:
     words = WordTokenizer.build(noted(), 2, WORDS + 1).vocabulary[len(SPECIAL) :]
     few = sorted(distinct) if len(distinct) <= LABELS else None
     folder = dataset.shards.directory
-    found = {"words": words[:WORDS], "all_words": len(words) <= WORDS, "captions": few}
+    found: dict[str, Any] = {"words": words[:WORDS], "all_words": len(words) <= WORDS, "captions": few}
+    if len(json.dumps(found, ensure_ascii=False).encode()) > LARGEST_JSON // 2:  # more than is read in one go
+        found = {"words": [], "all_words": False, "captions": None}
     write_json(folder / COUNTED, {"index_sha256": file_sha256(folder / INDEX), "rule": RULE, **found})
 
 

@@ -118,7 +118,8 @@ class Remote:
                     _touch(partial)
                     partial.replace(tar)
                 finally:
-                    partial.unlink(missing_ok=True)
+                    with suppress(OSError):  # the first error is the one to tell
+                        partial.unlink(missing_ok=True)
         except OSError as failure:
             raise _unkept(tar, failure) from None
 

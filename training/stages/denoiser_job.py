@@ -64,7 +64,7 @@ class DenoiserJob(Job):
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
-            assembly.fill_network(parts, self.dataset, args.init_from)
+            assembly.fill_network(parts, self.dataset, args.init_from, args.text_encoder)
         return self.trained
 
     def description(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash, load_tensors, read_json, save_tensors
+from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors
 from training.loop.power_ema import FOLDER, reconstruct, snapshots
 from training.messages import answer, warn
 from training.models.folders import find
@@ -28,7 +28,10 @@ def rebuild(args: argparse.Namespace) -> int:
     if strays := [path.name for number, path in snapshots(folder).items() if number > end]:
         warn(f"{', '.join(strays)} not used: the run ended at step {end} and gave up what it had been before")
     tensors, step = reconstruct(folder, args.length, args.step, end)
-    shutil.copytree(model.final, output)
+    try:
+        shutil.copytree(model.final, output, copy_function=shutil.copyfile)  # with the modes of new files
+    except OSError as failure:  # shutil's own error is a list of them
+        raise disk_error(output, failure) from None
     for name, prefix, file in (
         ("denoiser", "denoiser.backbone.", output / "model.safetensors"),
         ("text_encoder", "denoiser.text.", output / "text_encoder" / "model.safetensors"),

@@ -15,7 +15,7 @@ from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from training.data.images import Images
 from training.data.order import Slot
-from training.files import content_hash, file_sha256
+from training.files import content_hash, file_sha256, save_tensors
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import Features, load_features
 from training.models.assembly import load_pipeline
@@ -27,7 +27,7 @@ from training.stages.classifier import augment
 
 
 def report(tmp_path: Path, *words: object) -> dict[str, object]:
-    assert tiny.call("evaluate", "--device", "cpu", "--output", tmp_path / "out.json", *words) == 0
+    assert tiny.call("evaluate", "--device", "cpu", "--overwrite", "--output", tmp_path / "out.json", *words) == 0
     return dict(json.loads((tmp_path / "out.json").read_text()))
 
 
@@ -68,8 +68,8 @@ def test_lpips_is_stored_with_its_network(autoencoder: Path, shapes: Path, tmp_p
         assert numbers["lpips"] == pytest.approx(network(to_unit(made), to_unit(pixels)).mean().item(), rel=1e-2)
     assert numbers["lpips_network"] == f"squeeze, random weights, {content_hash(network.state_dict())[:12]}"
     torch.manual_seed(1)
-    torch.save(squeezenet1_1().state_dict(), tmp_path / "mine.pth")
-    given = report(tmp_path, *words, tmp_path / "mine.pth")
+    save_tensors(tmp_path / "mine.safetensors", squeezenet1_1().state_dict())
+    given = report(tmp_path, *words, tmp_path / "mine.safetensors")
     name = str(given["lpips_network"])
     assert name.startswith("squeeze, given weights, ") and name[-12:] != str(numbers["lpips_network"])[-12:]
 
@@ -166,7 +166,7 @@ MISTAKES = {  # (of which stage, flags, exit code, what is said)
     "no steps of likelihood": ("denoiser", "--data {data} --likelihood 2 --grid.kind given", 2, "given times"),
     "no judge": ("denoiser", "--data {data} --obedience nowhere", 3, "nowhere holds no classifier"),
     "no inception": ("denoiser", "--data {data} --features inception:nowhere", 3, "no weights at 'nowhere'"),
-    "a broken inception": ("denoiser", f"--data {{data}} --features {FILE}", 3, "not the weights of torchvision's"),
+    "a broken inception": ("denoiser", f"--data {{data}} --features {FILE}", 3, "not a safetensors file"),
     "another network": ("autoencoder", "--data {data} --features inception:{other}", 3, "not the weights of"),
     "no data": ("denoiser", "--data nowhere", 3, "nowhere is not a folder"),
 }
@@ -178,7 +178,7 @@ def test_a_mistake_is_told_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr("training.shapes.wording.PATIENCE", 50)
     (tmp_path / "broken").write_bytes(b"PK\3\4 no weights")
-    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other")
+    save_tensors(tmp_path / "other", {"fc.weight": torch.zeros(2)})
     stage, flags, code, expected = MISTAKES[name]
     places = {"data": shapes, "broken": tmp_path / "broken", "other": tmp_path / "other"}
     words = [word.format(**places) for word in flags.split()]
@@ -210,7 +210,7 @@ def test_augmentation_is_keyed_and_only_moves_pixels() -> None:
 
 
 def test_classifier_round_trip(tmp_path: Path) -> None:
-    from training.files import save_tensors, write_json
+    from training.files import write_json
 
     model = Classifier(("a", "b"), 4).eval()
     save_tensors(tmp_path / "model.safetensors", model.state_dict())

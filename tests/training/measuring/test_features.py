@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torchvision.models import inception_v3
 
 from autoencoder.images import to_unit
-from training.files import content_hash, save_tensors
+from training.files import content_hash, file_sha256, save_tensors
 from training.measuring.features import load_features
+from training.models import published
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,12 @@ def network() -> torch.nn.Module:
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_inception_gives_the_pooled_features_of_a_files_weights(
-    suffix: str, network: torch.nn.Module, tmp_path: Path
+    suffix: str, network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes through torchvision's network up to its classifier, of pictures of 299 pixels."""
     file = tmp_path / f"inception_v3.{suffix}"
     save_tensors(file, network.state_dict()) if suffix == "safetensors" else torch.save(network.state_dict(), file)
+    monkeypatch.setitem(published.FILES, "inception", f"inception-{file_sha256(file)[:8]}.pth")
     features = load_features(f"inception:{file}")
     assert features.dim == 2048 and content_hash(network.state_dict())[:12] in features.name
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

@@ -188,9 +188,12 @@ def test_the_door(autoencoder: Path, shapes: Path, tmp_path: Path) -> None:
     assert numbers["hashes"] == json.loads((autoencoder / "run.json").read_text())["hashes"]
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources) and "http:" not in page
-    assert tiny.call("inspect_autoencoder", autoencoder, *words[:6], "--probe-steps", 0, "--count", 3) == 0
+    again = ("inspect_autoencoder", autoencoder, *words[:6], "--probe-steps", 0, "--count", 3)
+    problem = tiny.refused(*again)
+    assert problem.code == 2 and "inspection.json already exists" in problem.what and "--overwrite" in problem.hint
+    assert tiny.call(*again, "--overwrite") == 0
     assert "probe" not in json.loads((tmp_path / "inspection.json").read_text())
-    assert "--count" in tiny.refused("inspect_autoencoder", autoencoder, *words, "--count", -1).what
+    assert "--count" in tiny.refused("inspect_autoencoder", autoencoder, *words, "--overwrite", "--count", -1).what
 
 
 def test_a_page_escapes_what_it_is_told() -> None:

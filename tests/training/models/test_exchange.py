@@ -12,6 +12,7 @@ import peers
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 from peers import CLOSE, FILE, convert, images, stored
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -308,3 +309,78 @@ def test_flags_that_contradict_are_refused(saved: Path, shapes: Path, tmp_path: 
         assert "--scale-factor: must be above 0" in refused("import", "--scale-factor", number)
     assert "belong to import" in refused("export", "--data", shapes)
     assert "belong to import" in refused("export", "--scale-factor", 1)
+
+
+def forms(whole: Path, home: Path) -> dict[str, Path]:
+    """The same autoencoder in the ways that people have it: what is given to `import`, by name."""
+    vae = AutoencoderKL.from_pretrained(whole)
+    vae.save_pretrained(home / "sharded", max_shard_size="10KB")
+    shutil.copytree(home / "sharded", home / "variant-sharded")
+    for path in sorted((home / "variant-sharded").glob("diffusion*")):
+        name = path.name.replace("index.json", "index.fp16.json").replace("model-0", "model.fp16-0")
+        path.rename(path.with_name(name))
+    index = home / "variant-sharded" / f"{FILE}.index.fp16.json"
+    index.write_text(index.read_text().replace("model-0", "model.fp16-0"))
+    for name, file in {"variant": "diffusion_pytorch_model.fp16.safetensors", "bare": "my_vae.safetensors"}.items():
+        (home / name).mkdir()
+        shutil.copyfile(whole / "config.json", home / name / "config.json")
+        shutil.copyfile(whole / FILE, home / name / file)
+    shard = next((home / "sharded").glob("*-of-*"))
+    files = {"file": home / "bare" / "my_vae.safetensors", "index": home / "sharded" / f"{FILE}.index.json"}
+    return {**{p.name: p for p in home.iterdir()}, **files, "shard": shard}
+
+
+def test_files_as_people_have_them(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Variants, shards, bare files beside their config.json, and each of the files by name: the same weights."""
+    wanted = load_autoencoder(convert("import", saved / "kl", tmp_path / "wanted")).state_dict()
+    given = forms(saved / "kl", tmp_path / "forms")
+    assert len(given) == 7 and len(list((tmp_path / "forms" / "sharded").glob("*-of-*"))) > 2
+    for name, source in given.items():
+        found = load_autoencoder(convert("import", source, tmp_path / f"read-{name}")).state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(wanted[key], found[key]) for key in found), name
+    assert "fp16.safetensors is read" in capsys.readouterr().err
+
+
+def test_half_precision_is_read_as_float32(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "kl", tmp_path / "half")
+    tensors = {key: value.half() for key, value in load_file(saved / "kl" / FILE).items()}
+    (tmp_path / "half" / FILE).unlink()
+    save_file(tensors, tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+    found = load_autoencoder(convert("import", tmp_path / "half", tmp_path / "out")).state_dict()
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    key = "encoder.conv_in.weight"
+    assert torch.equal(found[key], tensors[key].float())
+
+
+def test_what_of_files_is_missing_is_told(saved: Path, tmp_path: Path) -> None:
+    """One sentence each, whose hint works: what is safetensors already is not to be saved as safetensors."""
+    given = forms(saved / "kl", tmp_path / "forms")
+
+    def refused(source: Path) -> tuple[str, str]:
+        problem = tiny.refused("convert_autoencoder", "import", source, "--output", tmp_path / "out")
+        assert problem.code == 4 and not (tmp_path / "out").exists() and "safe_serialization" not in problem.hint
+        return problem.what, problem.hint
+
+    (tmp_path / "forms" / "bare" / "config.json").rename(tmp_path / "config.json")
+    what, hint = refused(given["file"])
+    assert "no config.json beside it" in what and "config.json" in hint
+    (tmp_path / "config.json").rename(tmp_path / "forms" / "bare" / "config.json")  # the hint, followed
+    convert("import", given["file"], tmp_path / "followed")
+    shutil.copyfile(given["file"], tmp_path / "forms" / "bare" / "other.safetensors")
+    what, hint = refused(given["bare"])
+    assert "my_vae.safetensors and other.safetensors" in what
+    convert("import", Path(hint.removeprefix("say which one: import ")), tmp_path / "chosen")
+    given["shard"].rename(tmp_path / "gone")
+    assert given["shard"].name in refused(given["sharded"])[0]
+    (tmp_path / "gone").rename(given["shard"])
+    index = given["index"]
+    whole = json.loads(index.read_text())
+    for places in ({"a": "../x.safetensors"}, {"a": 3}, {"a": str(given["file"])}, [], None):
+        index.write_text(json.dumps(whole | {"weight_map": places}))
+        assert index.name in refused(given["sharded"])[0]
+    index.write_text(json.dumps(whole | {"weight_map": whole["weight_map"] | {"more": given["shard"].name}}))
+    assert "more is not in" in refused(given["sharded"])[0]
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert "holds no autoencoder" in refused(tmp_path / "other.safetensors")[0]
+    save_file({"encoder.down.0.block.0.conv1.weight": torch.zeros(1)}, tmp_path / "part.safetensors")
+    assert "not a whole autoencoder of LDM's" in refused(tmp_path / "part.safetensors")[0]

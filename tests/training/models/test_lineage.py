@@ -201,7 +201,7 @@ def test_a_copied_model_with_another_part_is_refused(name: str, denoiser: Path, 
     (final / INGREDIENTS).unlink()
     assert load_pipeline(final, "cpu").hashes[name] == found
     (final / INGREDIENTS).write_text("[]")
-    with pytest.raises(UserError, match="holds no hashes"):
+    with pytest.raises(UserError, match=r"ingredients\.json: expected an object"):
         load_pipeline(final, "cpu")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -122,6 +123,16 @@ def test_a_stored_name_is_not_followed_without_the_flag(
                 text_encoders.load_stored(SETTINGS, tmp_path)
             assert caught.value.code == 4 and "--text-encoder" in caught.value.hint and name in caught.value.what
     assert text_encoders.load_stored(SETTINGS, tmp_path, str(folders["text"]))  # the hint, followed
+
+
+def test_a_kept_encoder_has_the_modes_of_new_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        text_encoders.keep(load("text", folders["text"]), str(folders["text"]), tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert "model.safetensors" in modes and set(modes.values()) == {0o640}
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,9 @@ def test_a_large_encoder_is_named_not_copied(
     text_encoders.keep(encoder, str(folders["bert"]), tmp_path)
     assert [p.name for p in (tmp_path / "text_encoder").iterdir()] == ["identity.json"]
     assert text_encoders.load_stored(SETTINGS, tmp_path, str(folders["bert"])) is not None
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="names its text encoder, bert") as caught:
         text_encoders.load_stored(SETTINGS, tmp_path)
+    assert caught.value.code == 4 and "--text-encoder" in caught.value.hint
 
 
 @pytest.fixture

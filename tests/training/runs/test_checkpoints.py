@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 
 from training.errors import UserError
 from training.files import atomic_write, content_hash, file_sha256, load_tensors, save_tensors, write_bytes
-from training.runs.checkpoints import Checkpoint, Checkpoints, score
+from training.runs.checkpoints import Checkpoint, Checkpoints, damage, score
 from training.runs.folder import Run
 from training.runs.journal import Journal
 from training.settings.decoding import load
@@ -271,3 +273,85 @@ def test_content_hash() -> None:
     assert len({whole, *map(content_hash, others)}) == 6
     transposed = a.view(2, 3).t()
     assert content_hash({"a": transposed}) == content_hash({"a": transposed.contiguous()})
+
+
+def steps(kept: Checkpoints) -> list[str]:
+    return sorted(path.name for path in kept.folder.iterdir() if path.is_dir())
+
+
+def test_pruning_removes_only_what_was_written_here(kept: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    """Notes beside a checkpoint, folders of other names, one of another step, one without a manifest: all stay."""
+    (kept.folder / "step-00000010" / "notes.txt").write_text("mine")
+    shutil.copytree(kept.folder / "step-00000020", kept.folder / "step-00000020-backup")
+    shutil.copytree(kept.folder / "step-00000020", kept.folder / "step-00000005")
+    (kept.folder / "step-00000004").mkdir()
+    (kept.folder / "step-00000004" / "mine.safetensors").write_text("mine")
+    (kept.folder / "step-notes").mkdir()
+    for step in (30, 40, 50):
+        kept.save(checkpoint(step))
+    assert steps(kept) == ["step-00000004", "step-00000005", "step-00000010", "step-00000020-backup", "step-00000040",
+                           "step-00000050", "step-notes"]  # fmt: skip
+    assert (kept.folder / "step-00000010" / "notes.txt").read_text() == "mine"
+    told = capsys.readouterr().err
+    assert told.count("is not removed") == 3 and told.count("step-00000010 is not removed") == 1  # once, not at each
+
+
+def test_a_save_puts_notes_aside(kept: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the same step is saved again, after a resume from an earlier one."""
+    for number in (1, 2):
+        (newest(kept) / "notes.txt").write_text(f"mine {number}")
+        kept.save(checkpoint(20))
+        assert (kept.folder / f"kept-step-00000020-{number}" / "notes.txt").read_text() == f"mine {number}"
+    assert not (newest(kept) / "notes.txt").exists() and not damage(newest(kept))
+    assert capsys.readouterr().err.count("it is kept-step-00000020-") == 2
+    assert kept.newest() == kept.folder / "step-00000020"
+
+
+def test_a_manifest_of_another_step_is_passed_over(kept: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    """To go on from there would count its steps wrong."""
+    (kept.folder / "step-00000020").rename(kept.folder / "step-00000030")
+    assert kept.newest() == kept.folder / "step-00000010"
+    assert "step-00000030 is damaged (its manifest is that of step 20)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="its manifest is that of step 20"):
+        kept.load(kept.folder / "step-00000030")
+
+
+@pytest.mark.parametrize("text", [None, b"", b"step-00000099\n", b"../../x", b"\xff" * 1000, b"step-00000010/../x"])
+def test_a_pointer_to_nothing_is_told(
+    text: bytes | None, kept: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kept.newest() == newest(kept) and capsys.readouterr().err == ""
+    pointer = kept.folder / "latest"
+    pointer.write_text("step-00000010\n")  # behind, as after a kill: no harm
+    assert kept.newest() == newest(kept) and capsys.readouterr().err == ""
+    pointer.unlink() if text is None else pointer.write_bytes(text)
+    assert kept.newest() == newest(kept)
+    told = capsys.readouterr().err
+    assert told.startswith("warning: ") and "latest" in told and "step-00000020" in told and told.count("\n") == 1
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No older one stands in for it: the training since would be lost for a missing right."""
+    real = os.open
+
+    def denied(path: Any, *rest: Any, **more: Any) -> int:
+        if str(path).endswith("step-00000020/manifest.json"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(Permission denied\)") as caught:
+        kept.newest()
+    assert caught.value.code == 4 and "damaged" not in str(caught.value)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """checkpoints/ that leads out of the run: nothing is put there, and nothing there is pruned."""
+    outside = Checkpoints(tmp_path / "outside")
+    for step in (1, 2):
+        outside.save(checkpoint(step))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(outside.folder)
+    with pytest.raises(UserError, match="checkpoints is a link that leads out"):
+        Checkpoints(tmp_path / "run").save(checkpoint(3))
+    assert steps(outside) == ["step-00000001", "step-00000002"]
