@@ -114,7 +114,7 @@ MEANINGS = {  # what it is here -> the flags of other programs
     "no such noise; --times.stratified true evens the noise levels": (
         "noise-offset input-perturbation ip-noise-gamma multires-noise-iterations adaptive-noise-scale"
     ),
-    "--config NAME|FILE": "base config-file config-path cfg",
+    "--config NAME|FILE": "base config-file config-path",
     "--resume auto": "resume-from continue auto-resume resume-path",
     "stage one's losses: --loss.perceptual, --loss.kl, --loss.adversarial": (
         "loss-type huber-c perceptual-weight kl-weight disc-weight lpips-scale kl-scale"
