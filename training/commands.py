@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 # Of the environment, what decides what runs, and where; nothing that may be secret.
@@ -30,15 +31,21 @@ def door(start: str, *words: object) -> str:
 def again(words: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
     """The command that started this program, with more `words` at its end, and the environment it needs besides.
 
-    Of several processes it is that of their launcher (torchrun, accelerate launch), where the system tells it.
+    Of several processes it is that of their launcher (torchrun, accelerate launch), where the system tells it. To be
+    asked once at the start, too: a launcher may end before its processes.
     """
+    command, environment = _started(tuple(sys.argv))
+    return [*command, *words], environment
+
+
+@cache
+def _started(_argv: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     parent = os.getppid()
-    launcher, above = _arguments(parent), _above(parent)
-    own = _own()
+    launcher, own = _arguments(parent), _own()
     tail = own[_script(own) :]
     if launcher[-len(tail) :] == tail and len(launcher) > len(tail):
-        return [*launcher, *words], _needed(parent, above)
-    return [*own, *words], _needed(os.getpid(), parent)
+        return launcher, _needed(parent, _above(parent))
+    return own, _needed(os.getpid(), parent)
 
 
 def assigned(environment: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ POINTS = (
     "samples",  # before pictures are made
     "export",  # before final/ is written
 )
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+SIGNALS = {name: signal.Signals[f"SIG{name.upper()}"] for name in ("kill", "term", "int", "hup", "usr1")}
 ACTIONS = (*SIGNALS, "raise", "enospc")
 visits: Counter[str] = Counter()  # of this process
 

@@ -4,7 +4,8 @@ keys given as a flag without their section."""
 from __future__ import annotations
 
 import ast
-from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 
 PACK = "pictures are packed first: make_shards.py pack FOLDER --output DIR"
 SIZE = "pictures have the size they were packed with: make_shards.py pack --resolution N"
@@ -113,7 +114,7 @@ MEANINGS = {  # what it is here -> the flags of other programs
     "no such noise; --times.stratified true evens the noise levels": (
         "noise-offset input-perturbation ip-noise-gamma multires-noise-iterations adaptive-noise-scale"
     ),
-    "--config NAME|FILE": "base config-file config-path cfg",
+    "--config NAME|FILE": "base config-file config-path",
     "--resume auto": "resume-from continue auto-resume resume-path",
     "stage one's losses: --loss.perceptual, --loss.kl, --loss.adversarial": (
         "loss-type huber-c perceptual-weight kl-weight disc-weight lpips-scale kl-scale"
@@ -171,16 +172,19 @@ def keys(section: str) -> set[str]:
     package, names = PLACES.get(section, ("ldm", ""))
     classes: dict[str, ast.ClassDef] = {}
     for name in (names or FAMILIES[section][0]).split():
-        place = resources.files(package) / name
-        place = place if place.is_dir() or place.is_file() else resources.files(package) / f"{name}.py"
-        for file in place.iterdir() if place.is_dir() else [place]:
-            if file.name.endswith(".py"):
-                nodes = ast.parse(file.read_text("utf-8")).body
-                classes |= {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+        place = _folder(package) / name
+        for file in place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+            nodes = ast.parse(file.read_text("utf-8")).body
+            classes |= {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     chosen = [node for node in classes.values() if "kind" in _fields(node)]
     for node in chosen:  # and what they inherit, which grows the list
         chosen += [classes[base] for base in map(ast.unparse, node.bases) if base in classes]
     return {field for node in chosen for field in _fields(node)}
+
+
+def _folder(package: str) -> Path:
+    spec = find_spec(package)  # which imports nothing, as resources.files would: of ours, some need torch
+    return Path(((spec and spec.submodule_search_locations) or ["."])[0])
 
 
 def _fields(node: ast.ClassDef) -> set[str]:

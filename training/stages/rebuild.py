@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash, disk_error, load_tensors, read_json, save_tensors
+from training.files import PARTIAL, content_hash, disk_error, load_tensors, read_json, save_tensors
 from training.loop.power_ema import FOLDER, reconstruct, snapshots
 from training.messages import answer, warn
 from training.models.folders import find
@@ -15,6 +17,8 @@ from training.models.lineage import store_ingredients
 
 if TYPE_CHECKING:
     import argparse
+
+    from torch import Tensor
 
 
 def rebuild(args: argparse.Namespace) -> int:
@@ -28,18 +32,27 @@ def rebuild(args: argparse.Namespace) -> int:
     if strays := [path.name for number, path in snapshots(folder).items() if number > end]:
         warn(f"{', '.join(strays)} not used: the run ended at step {end} and gave up what it had been before")
     tensors, step = reconstruct(folder, args.length, args.step, end)
+    staging = output.with_name(f".{output.name}.{os.getpid()}{PARTIAL}")
     try:
-        shutil.copytree(model.final, output, copy_function=shutil.copyfile)  # with the modes of new files
+        _fill(staging, model.final, tensors)
+        staging.replace(output)
     except OSError as failure:  # shutil's own error is a list of them
         raise disk_error(output, failure) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    answer(f"wrote {output}: the average of length {args.length:g} at step {step}")
+    return 0
+
+
+def _fill(folder: Path, final: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A copy of `final` in `folder`, the averaged `tensors` in it."""
+    shutil.copytree(final, folder, copy_function=shutil.copyfile)  # with the modes of new files
     for name, prefix, file in (
-        ("denoiser", "denoiser.backbone.", output / "model.safetensors"),
-        ("text_encoder", "denoiser.text.", output / "text_encoder" / "model.safetensors"),
+        ("denoiser", "denoiser.backbone.", folder / "model.safetensors"),
+        ("text_encoder", "denoiser.text.", folder / "text_encoder" / "model.safetensors"),
     ):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if part:
             weights = load_tensors(file) | part
             save_tensors(file, weights, {"hash": content_hash(weights)})
-            store_ingredients(output, {name: content_hash(weights)})
-    answer(f"wrote {output}: the average of length {args.length:g} at step {step}")
-    return 0
+            store_ingredients(folder, {name: content_hash(weights)})

@@ -42,6 +42,7 @@ def train(args: argparse.Namespace, stage: str) -> int:
         return 0
     from training.machine.processes import together
 
+    again()  # remembered, for the launcher may be gone when the command is told
     with together(), ExitStack() as ending:
         return _train(job_of(stage)(args, config), ending)
 
