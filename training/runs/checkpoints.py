@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 NAME = re.compile(r"step-\d{8,}")
-# How a score was measured, 1 where a checkpoint does not say: 1, on the first held-out samples, in the precision trained
-# in; 2, on held-out samples evenly, in float32. Numbers of two rules are not compared.
+# How a score was measured, 1 where a checkpoint does not say: 1, on the first held-out samples, in the precision of
+# the training; 2, on held-out samples evenly, in float32. Numbers of two rules are not compared.
 SCORED_BY = 2
 
 

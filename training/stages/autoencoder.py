@@ -240,7 +240,7 @@ class AutoencoderStage(Stage):
             if reached and self.start is None:
                 self.start = max(self.loss.adversarial_start, step + 2)  # the step between measures the balance
             self.level = None
-        if self.codes:
+        if self.codes and self.seen:
             slots, z = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
             uniform = Noise.from_seeds([self.seed], z.device).uniform((self.codes.codes,), step, "revival")[0]
             self.codes.adapt_(

@@ -125,7 +125,7 @@ class DenoiserStage(Stage):
 
     def after_backward(self, step: int) -> None:
         """Loss-aware times take in the whole global batch at once, however it was split."""
-        if self.seen is not None:
+        if self.seen is not None and self.losses:
             t, loss = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
             self.losses.clear()
             self.seen = self.config.times.updated(self.seen, t, loss, lambda s: self.accelerator.reduce(s, "sum"))
@@ -162,8 +162,8 @@ class DenoiserStage(Stage):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
         # Noise goes by the sample's number and the level, with seeds far from training's: every validation of every run
-        # on these data meets the same noise, so that numbers differ by the weights alone. Only the main process is
-        # here, so nothing may call a process wrapper: the bare network answers, in float32 whatever the training's precision: numbers of two runs are of one kind.
+        # on these data meets the same noise, so that numbers differ by the weights alone, and in float32 whatever the
+        # training's precision. Only the main process is here, so nothing may call a process wrapper.
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
         for batch in self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))

@@ -54,8 +54,8 @@ def job_of(stage: str) -> type[Job]:
 
 
 def _train(job: Job, ending: ExitStack) -> int:
-    from training.machine import processes
     from training.loop.wrapping import unwrapped
+    from training.machine import processes
     from training.stages.checks import layout
     from training.stages.resuming import begin, open_run
 
