@@ -67,7 +67,7 @@ def spike(step: int) -> None:
     def condition(self: Any, batch: Any, keep: Any) -> Any:
         seen[0] += 1
         if seen[0] == step + 1:
-            hooks += [p.register_hook(lambda g: g * 1e6) for p in self.network.backbone.parameters()]
+            hooks.extend(p.register_hook(lambda g: g * 1e6) for p in self.network.backbone.parameters())
         elif hooks:
             [hook.remove() for hook in hooks]
             hooks.clear()

@@ -45,6 +45,7 @@ OTHER_SCORES = (
     "training; from here on they lie evenly over the split and are measured in float32. Scores of both kinds are not "
     "compared: the best checkpoint of each is kept"
 )
+AGREED_EVERY = 8  # steps after which several GPUs tell each other what signals they were sent
 COMPARED_EVERY = 100  # steps after which processes compare their weights, besides the first step and each save
 
 
@@ -124,7 +125,7 @@ class Loop:
             # Validated before the save: a checkpoint carries the score of its step, and a rollback changes weights.
             if step_count % train.sample_every == 0 or final:
                 self.validate(step_count)
-            stop_signal = self._poll_signals()  # after validation, which may take long: what came meanwhile counts
+            stop_signal = self._poll_signals(final)  # after validation, which may take long: what came meanwhile counts
             if self.accelerator.is_main_process and (step_count % train.ema_every == 0 or final):
                 self.powers.keep(self.run, step_count)
             saving = step_count % train.save_every == 0 or final or bool(stop_signal) or self.saving
@@ -263,10 +264,17 @@ class Loop:
         if checkpoint.state.get("scored_by", 1) != SCORED_BY:
             announce(self.accelerator, OTHER_SCORES)
 
-    def _poll_signals(self) -> int:
-        """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`)."""
+    def _poll_signals(self, final: bool = False) -> int:
+        """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`).
+
+        Several GPUs agree every few steps, for which each waits; elsewhere that costs nothing.
+        """
+        several = self.accelerator.num_processes > 1
+        if several and self.accelerator.device.type != "cpu" and self.done % AGREED_EVERY and not final:
+            self.saving = False
+            return 0
         wishes = [self.signals.stop, int(self.signals.take_save())]
-        if self.accelerator.num_processes > 1:
+        if several:
             everyone = self.accelerator.gather(torch.tensor([wishes], device=self.accelerator.device))
             wishes = everyone.max(dim=0).values.tolist()
         self.saving = bool(wishes[1])

@@ -7,13 +7,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import CHECKPOINT, NUMERICAL, UserError
 from training.files import (
+    check_safetensors,
     disk_error,
     file_sha256,
     finite,
@@ -46,6 +47,22 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]  # "model" | "ema" | "optimizer" -> name -> tensor
     state: Mapping[str, Any]
+
+
+class Stored(Mapping[str, Mapping[str, "Tensor"]]):
+    """The tensors of a checkpoint on the disk, each file read when it is asked for: no process holds all at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        return load_tensors(self.path / f"{name}.safetensors")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TENSOR_FILES)
+
+    def __len__(self) -> int:
+        return len(TENSOR_FILES)
 
 
 class Checkpoints:
@@ -99,17 +116,23 @@ class Checkpoints:
         self.prune(target)  # only now: old ones go when the new one is safe
         return target
 
-    def load(self, path: Path) -> Checkpoint:
-        """Read one checkpoint, verified. Raises UserError naming the first damage."""
+    def load(self, path: Path, *, verified: bool = False) -> Checkpoint:
+        """Open one checkpoint, each file read when it is asked for. Raises UserError naming the first damage, unless it
+        has been `verified`: of several processes one does that, or each would read every byte once more."""
+        if not verified:
+            self._refuse_damaged(path)
+        for name in TENSOR_FILES:
+            check_safetensors(path / f"{name}.safetensors")
+        manifest = json.loads((path / "manifest.json").read_text())
+        return Checkpoint(int(manifest["step"]), Stored(path), read_json(path / "state.json"))
+
+    def _refuse_damaged(self, path: Path) -> None:
         if reason := damage(path):
             raise UserError(
                 f"checkpoint {path.name} is damaged ({reason})",
                 hint="use --resume auto to take the newest sound one",
                 code=CHECKPOINT,
             )
-        tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
-        manifest = json.loads((path / "manifest.json").read_text())
-        return Checkpoint(int(manifest["step"]), tensors, read_json(path / "state.json"))
 
     def newest(self) -> Path | None:
         """The newest sound checkpoint, damaged ones passed over with a warning; None where there is none at all.
@@ -139,7 +162,7 @@ class Checkpoints:
             note(f"removed unfinished checkpoint {leftover.name}")
 
     def find(self, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume auto|latest|NAME|PATH` means; None = start fresh.
+        """The checkpoint that `--resume auto|latest|NAME|PATH` means, verified; None = start fresh.
 
         Raises UserError where there is none, and for a PATH that is not one of this run's: its step is not this run's.
         """
@@ -156,6 +179,7 @@ class Checkpoints:
             return path
         for path in (self.folder / resume, Path(resume)):
             if path.is_dir() and NAME.fullmatch(path.name) and path.parent.resolve() == self.folder.resolve():
+                self._refuse_damaged(path)
                 return path
         if Path(resume).is_dir():
             raise UserError(

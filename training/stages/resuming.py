@@ -67,7 +67,7 @@ def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator:
             announce(accelerator, "note: no checkpoint yet; starting fresh")
             loop.journal.restart()
         return 0
-    checkpoint = loop.checkpoints.load(path)
+    checkpoint = loop.checkpoints.load(path, verified=True)  # by `begin`, in one process
     if checkpoint.step > loop.train.max_steps:
         raise UserError(
             f"the run is at step {checkpoint.step}, past train.max_steps {loop.train.max_steps}",

@@ -128,13 +128,16 @@ def test_nothing_is_read_from_the_device_in_a_step(make_autoencoder: Make, monke
     """Where a verdict is read late: each value read would be a wait for the GPU."""
     _, loop = make_autoencoder(loss__lecam="0.1")
     loop.waits = False
+    read: list[str] = []
+
+    def told(name: str, kept: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *words, **named: read.append(name) or kept(self, *words, **named)
+
     for step in range(5):
         loop.gradients(step)
-        read: list[str] = []
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
-                kept = getattr(Tensor, name)
-                patch.setattr(Tensor, name, lambda self, *a, _n=name, _k=kept, **k: read.append(_n) or _k(self, *a, **k))
+                patch.setattr(Tensor, name, told(name, getattr(Tensor, name)))
             loop.step(step, 1e-3)
         assert read == []
     loop.settle()
