@@ -59,6 +59,7 @@ class Quantizer(Codebook):
     window: Tensor
     counts: Tensor
     sums: Tensor
+    found: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # what the last search was of, its z, its outcome
 
     def __init__(
         self, codes: int, dim: int, *, beta: float, normalize: bool, decay: float = 0.0, revive: int = 0
@@ -95,7 +96,25 @@ class Quantizer(Codebook):
         return F.normalize(self.embedding.weight, dim=1) if self.normalize else self.embedding.weight
 
     def indices(self, z: Tensor) -> Tensor:
-        """argmin_k ‖z − e_k‖² = argmin_k (½‖e_k‖² − z·e_k) per position: (B, C, h, w) -> (B, h, w) int64."""
+        """argmin_k ‖z − e_k‖² = argmin_k (½‖e_k‖² − z·e_k) per position: (B, C, h, w) -> (B, h, w) int64.
+
+        A step asks three times for the codes of one z: for the picture, for the terms and for the averages. The last
+        answer is kept for as long as neither z nor the codes have been written to.
+        """
+        weight = self.embedding.weight
+        # The storage of z is held, so that its address stays its own.
+        asked = (_identity(z), _identity(weight)) if not (z.is_meta or z.is_inference()) else ()
+        if self.found and asked and self.found[0] == asked:
+            return self.found[2]
+        nearest = self._search(z)
+        self.found = (asked, z.detach(), nearest) if asked else None
+        return nearest
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the last answer, which belongs to this process's memory."""
+        return {**vars(self), "found": None}
+
+    def _search(self, z: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             codes = self.codebook().float()
             half = 0.5 * codes.square().sum(1)
@@ -109,31 +128,38 @@ class Quantizer(Codebook):
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, C, h, w) -> its codes, of the same shape; the gradient passes straight through to z."""
-        z = self.prepare(z)
-        return z + (self.lookup(self.indices(z)) - z).detach()
+        nearest, z = self.indices(z), self.prepare(z)
+        return z + (self.lookup(nearest) - z).detach()
 
     def terms(self, z: Tensor, reduce: Reduce = identity) -> Tensor:
         """mean (sg[z] − e)² + β·mean (z − sg[e])² per image (B,), means over (C, h, w); the first only with gradients.
 
         van den Oord et al. 2017, eq. 3. β belongs to the commitment term, the one that moves the encoder.
         """
-        z = self.prepare(z)
-        codes = self.lookup(self.indices(z))
+        nearest, z = self.indices(z), self.prepare(z)
+        codes = self.lookup(nearest)
         commitment = self.beta * (z - codes.detach()).square().flatten(1).mean(1)
         return commitment if self.decay else (codes - z.detach()).square().flatten(1).mean(1) + commitment
 
     @torch.no_grad()
     def adapt_(
-        self, step: int, z: Tensor, slots: Tensor, uniform: Tensor, total: Reduce = identity, gather: Reduce = identity
+        self,
+        step: int,
+        z: Tensor,
+        slots: Tensor,
+        uniform: Tensor,
+        total: Reduce = identity,
+        gather: Reduce = identity,
+        nearest: Tensor | None = None,
     ) -> None:
-        """What the codebook learns outside gradients, once a step.
+        """What the codebook learns outside gradients, once a step. `nearest` (B, h, w): the codes of z where known.
 
         z (B, C, h, w) and slots (B,), their places in the global batch, are this process's share of the step. uniform
         (codes,) in [0, 1) decides revivals. `total` sums over processes, `gather` joins them along the first axis:
         the outcome is the same on every process, for every split of the batch, and after a resume.
         """
         vectors = _vectors(self.prepare(z).float())
-        chosen = self.indices(z).flatten()
+        chosen = (self.indices(z) if nearest is None else nearest).flatten()
         counts = total(torch.bincount(chosen, minlength=self.codes).float())
         if self.decay:
             self._follow(counts, total(torch.zeros_like(self.sums).index_add_(0, chosen, vectors)))
@@ -168,6 +194,11 @@ class Quantizer(Codebook):
                 self.sums.copy_(torch.where(dead[:, None], replacements.to(self.sums.dtype), self.sums))
                 self.counts.masked_fill_(dead, 1.0)
         return dead
+
+
+def _identity(value: Tensor) -> tuple[object, ...]:
+    """Equal for two views of one memory of the same shape that has not been written to in between."""
+    return value.data_ptr(), value.shape, value.stride(), value.dtype, value._version
 
 
 def _vectors(z: Tensor) -> Tensor:

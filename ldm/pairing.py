@@ -8,7 +8,6 @@ starts (Cheng & Schwing 2025, arXiv 2503.10636: a mean of .8 given a caption). A
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,10 @@ class Pairing(ABC):
         """The noise (B, ...) for each of x0 (B, ...), a permutation of eps (B, ...). `cond`: what the samples are
         conditioned on, encoded or as captions; None for nothing."""
 
+    def pairs(self, cond: Cond | Sequence[str] | None, batch: int) -> bool:
+        """Whether the rule has a choice among so many samples of these conditions, or needs none."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Independent(Pairing):
@@ -47,17 +50,19 @@ class MinibatchOT(Pairing):
     paths, exactly optimal.
 
     Noise is still drawn by each sample's seed, but which sample gets it depends on the batch it is paired in: here the
-    micro-batch of one process. At O(B^3) on the CPU, meant for a few hundred samples. Warns where no two samples of a
-    batch have the same condition, so that nothing is paired; ValueError where data or noise is not finite. Tong et al.
-    2024 (arXiv 2302.00482), section 3.2; Pooladian et al. 2023 (arXiv 2304.14772).
+    micro-batch of one process. At O(B^3) on the CPU, meant for a few hundred samples. Where no two samples of a batch
+    have the same condition nothing is paired. ValueError where data or noise is not finite. Tong et al. 2024 (arXiv
+    2302.00482), section 3.2; Pooladian et al. 2023 (arXiv 2304.14772).
     """
 
     kind: Literal["minibatch-ot"] = "minibatch-ot"
 
+    def pairs(self, cond: Cond | Sequence[str] | None, batch: int) -> bool:
+        """Whether two samples of the batch have the same condition."""
+        return cond is None or batch < 2 or len(set(groups(cond, batch))) < batch
+
     def __call__(self, x0: Tensor, eps: Tensor, cond: Cond | Sequence[str] | None = None) -> Tensor:
         same = [0] * len(x0) if cond is None else groups(cond, len(x0))
-        if len(x0) > 1 and len(set(same)) == len(x0):
-            warnings.warn("minibatch-ot pairs nothing: no two samples of a batch have the same condition", stacklevel=2)
         data, noise = (part.detach().flatten(1).to("cpu", torch.float64) for part in (x0, eps))
         index = torch.arange(len(x0))
         for group in set(same):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -314,3 +315,23 @@ def test_lookup_free_can_hold_many_codes() -> None:
 def test_bad_shapes_are_refused(kind: type[Quantised], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**change)
+
+
+def test_the_nearest_codes_are_searched_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the picture, the terms and the averages; anew where z or the codes were written to, or z is another."""
+    quantizer = Quantizer(16, 2, beta=0.25, normalize=True, decay=0.9)
+    search, searched = Quantizer._search, []
+    monkeypatch.setattr(Quantizer, "_search", lambda self, z: searched.append(z.shape) or search(self, z))
+    z = torch.randn(2, 2, 4, 4)
+    quantizer(z.view_as(z)), quantizer.terms(z)
+    quantizer.adapt_(0, z, torch.arange(2), torch.rand(16))
+    assert len(searched) == 1
+    assert torch.equal(quantizer.indices(z), search(quantizer, z)) and len(searched) == 2  # the codes have moved
+    z.mul_(-1)
+    assert torch.equal(quantizer.indices(z), search(quantizer, z)) and len(searched) == 3
+    other = z.transpose(2, 3)
+    assert torch.equal(quantizer.indices(other), search(quantizer, other)) and len(searched) == 4
+    weight = quantizer.embedding.weight
+    weight.data = -weight.data  # as averaged weights take the place of live ones
+    assert torch.equal(quantizer.indices(other), search(quantizer, other)) and len(searched) == 5
+    assert copy.deepcopy(quantizer).found is None

@@ -115,10 +115,12 @@ def test_conditions_are_equal_in_every_part_that_is_read() -> None:
     assert groups(cond(torch.ones(1)), 3) == [0, 0, 0]
 
 
-def test_pairing_says_when_there_is_nothing_to_pair() -> None:
+def test_pairing_knows_when_there_is_nothing_to_pair() -> None:
     x0, eps = torch.randn(4, 2), torch.randn(4, 2)
-    with pytest.warns(UserWarning, match="pairs nothing"):
-        assert torch.equal(MinibatchOT()(x0, eps, ["a", "b", "c", "d"]), eps)
+    assert torch.equal(MinibatchOT()(x0, eps, ["a", "b", "c", "d"]), eps)
+    assert not MinibatchOT().pairs(["a", "b", "c", "d"], 4) and Independent().pairs(["a", "b", "c", "d"], 4)
+    assert MinibatchOT().pairs(["a", "b", "a", "d"], 4)
+    assert MinibatchOT().pairs(None, 4) and MinibatchOT().pairs(["a"], 1)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

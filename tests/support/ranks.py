@@ -61,13 +61,13 @@ def spike(step: int) -> None:
     """The gradient of this process alone is enormous at `step`, on its way to the others."""
     from training.stages.denoiser import DenoiserStage
 
-    kept = DenoiserStage.condition
+    # Not on the stage, whose values a skipped step gives up.
+    kept, hooks, seen = DenoiserStage.condition, list[Any](), [0]
 
     def condition(self: Any, batch: Any, keep: Any) -> Any:
-        hooks = self.pending = getattr(self, "pending", [])
-        self.seen_steps = getattr(self, "seen_steps", 0) + 1
-        if self.seen_steps == step + 1:
-            hooks += [p.register_hook(lambda g: g * 1e6) for p in self.network.backbone.parameters()]
+        seen[0] += 1
+        if seen[0] == step + 1:
+            hooks.extend(p.register_hook(lambda g: g * 1e6) for p in self.network.backbone.parameters())
         elif hooks:
             [hook.remove() for hook in hooks]
             hooks.clear()

@@ -59,16 +59,16 @@ def table(args: Any, folder: Path) -> list[str]:
     loop = begin(args, folder)
     times: dict[str, list[float]] = {name: [] for name in ("bare", "step", "judge", "compare", "save", "begin")}
     dogs: Any = loop.watchdogs
-    judge, kind = dogs.judge, loop.accelerator.device.type
+    defer, kind = dogs.defer, loop.accelerator.device.type
 
-    def judged(*seen: Any) -> bool:
-        answers: list[bool] = []
-        times["judge"].append(seconds(lambda: answers.append(judge(*seen)), kind))
+    def judged(*seen: Any) -> Any:
+        answers: list[Any] = []
+        times["judge"].append(seconds(lambda: answers.append(defer(*seen)), kind))
         return answers[0]
 
     for number in range(0, 2 * args.rounds + 2, 2):
-        for name, watchdog in (("bare", lambda *_: True), ("step", judged)):
-            dogs.judge = watchdog
+        for name, watchdog in (("bare", lambda *_: None), ("step", judged)):
+            dogs.defer = watchdog
             times[name].append(seconds(lambda: advance(loop), kind))
         times["compare"].append(seconds(lambda: checksums(loop), kind))
         for name, wait in (("save", True), ("begin", False)):
@@ -127,7 +127,7 @@ def begin(args: Any, folder: Path) -> Loop:
     pipeline: Any = None  # nothing is drawn
     stage = DenoiserStage(config, network, text.to(accelerator.device), LatentNorm(4), data, data, pipeline)
     loop = Loop(stage, config.train, config.optimizer, accelerator, folder, 1, args.batch_size)
-    loop.open_data(0)
+    loop.passes.open_data(0)
     return loop
 
 

@@ -92,10 +92,25 @@ def order_of(dataset: Any, batch_size: int, seed: int, base: tuple[int, int] = (
     return DataOrder(len(dataset), batch_size, seed, base, *dataset.shards.windows)
 
 
-def substitute(slot: Slot, attempt: int, samples: int, seed: int) -> Slot:
-    """Who stands in where the sample of `slot` cannot be read: drawn by (seed, slot, attempt), the slot kept."""
-    draw = np.random.default_rng([seed, slot.slot, attempt]).integers(samples)
-    return slot._replace(index=int(draw))
+def substitute(
+    slot: Slot, attempt: int, samples: int, seed: int, shards: tuple[int, ...] = (), window: int = 0
+) -> Slot:
+    """Who stands in where the sample of `slot` cannot be read: drawn by (seed, slot, attempt), the slot kept.
+
+    Of a split in windows of shards, from the shards of its own window: any other would have to be fetched for it.
+    """
+    draw = np.random.default_rng([seed, slot.slot, attempt])
+    if not shards:
+        return slot._replace(index=int(draw.integers(samples)))
+    ends = np.cumsum(shards)
+    own = int(np.searchsorted(ends, slot.index, side="right"))
+    group = next(group for group in _windows(seed, slot.epoch, shards, window)[1] if own in group)
+    place = int(draw.integers(sum(shards[n] for n in group)))
+    for n in group:
+        if place < shards[n]:
+            return slot._replace(index=int(ends[n]) - shards[n] + place)
+        place -= shards[n]
+    raise AssertionError("a place lies in one of the shards")
 
 
 @lru_cache(maxsize=2)

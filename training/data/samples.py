@@ -76,7 +76,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
                     raise problem
                 reasons[places[i].index] = problem.what
-                places[i] = substitute(slots[i], attempt, len(self), self.seed)
+                places[i] = substitute(slots[i], attempt, len(self), self.seed, *self.shards.windows)
             for (i, _), sample in zip(failures, self.load([places[i] for i, _ in failures]), strict=True):
                 samples[i] = sample
         batch = self.join(places, [sample for sample in samples if not isinstance(sample, UserError)])

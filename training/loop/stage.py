@@ -46,7 +46,7 @@ class Stage(ABC):
 
     @abstractmethod
     def after_backward(self, step: int) -> None:
-        """Called once a step, gradients complete, before the optimisers."""
+        """Called once a step that is taken, gradients complete, before the optimisers; does nothing a second time."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

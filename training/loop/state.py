@@ -51,19 +51,28 @@ class TrainingState:
 
     def restore(self, checkpoint: Checkpoint, source: Path) -> None:
         """The inverse of `snapshot`, in every process. Raises UserError where the weights of `source` do not fit."""
-        tensors, state, names = checkpoint.tensors, checkpoint.state, self._names()
-        for name, network in self.stage.networks.items():
-            fill(network, _under(f"{name}.", tensors["model"]), source)
-        for name, optimizer in self.optimizers.items():
-            optim.unpack(optimizer, names, _under(f"{name}/", tensors["optimizer"]))
-        self.ema.load(dict(tensors["ema"]), int(state["ema_updates"]))
-        self.powers.load(tensors["ema"])
+        state = checkpoint.state
+        self._take_weights(checkpoint.tensors["model"], source)  # one file after another: none is held longer
+        self._take_moments(checkpoint.tensors["optimizer"])
+        self._take_averages(checkpoint.tensors["ema"], int(state["ema_updates"]))
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.stage.load_state(state["stage"])
         self.journal.resume(checkpoint.step, state["journal"])
         if "watchdogs" in state:  # not in checkpoints of earlier versions
             self.watchdogs.load(state["watchdogs"])
+
+    def _take_weights(self, tensors: Mapping[str, Tensor], source: Path) -> None:
+        for name, network in self.stage.networks.items():
+            fill(network, _under(f"{name}.", tensors), source)
+
+    def _take_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optim.unpack(optimizer, self._names(), _under(f"{name}/", tensors))
+
+    def _take_averages(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        self.ema.load(dict(tensors), updates)
+        self.powers.load(tensors)
 
     def replicated(self) -> dict[str, Tensor]:
         """What must be the same in all processes: trained weights and their averages."""

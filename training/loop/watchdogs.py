@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,33 +22,79 @@ from training.settings.sections import Train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from training.loop.stage import Stage
-
+Keys = Callable[[int, int], list[str]]  # process and micro-batch -> the keys of its samples
 WINDOW = 100  # gradient norms whose median a spike is measured against
 LEAST = 20  # norms seen before the first is judged
 IN_A_ROW = 20  # steps skipped one after the other before the run stops
 
 
+class Seen(NamedTuple):
+    """What a process saw of a step: its losses and gradient norms, and whom to blame."""
+
+    step: int
+    row: Tensor  # micro-batches' losses, then norms: on the device, float32
+    parts: int
+    norms: tuple[str, ...]
+    keys: Keys
+
+
 class Watchdogs:
-    """Judges every step on what all processes saw, so that all stop at it or skip it together."""
+    """Judges every step on what all processes saw, so that all stop at it or skip it together.
+
+    Where a verdict may be to skip, it is read before the step is taken, for which the host waits. Where it can only be
+    to stop, it is kept on the device, where it holds the optimisers back, and is read before anything is told or kept.
+    """
 
     def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
         self.run, self.factor, self.accelerator = run, train.spike_factor, accelerator
         self.recent: dict[str, deque[float]] = {}
         self.in_a_row, self.skipped = 0, 0
+        self.unread: list[Seen] = []
+        self.broken = torch.zeros((), device=accelerator.device)  # 1 from the first unread step on that is not finite
+        self.stopped_at: int | None = None
 
-    def judge(
-        self, step: int, losses: list[Tensor], norms: Mapping[str, Tensor], keys: Callable[[int, int], list[str]]
-    ) -> bool:
+    @property
+    def skips(self) -> bool:
+        """Whether a step may be skipped: for a spike, or by an fp16 scaler that overflows."""
+        return bool(self.factor) or self.accelerator.scaler is not None
+
+    def judge(self, step: int, losses: list[Tensor], norms: Mapping[str, Tensor], keys: Keys) -> bool:
         """Whether to take `step`, given this process's loss of each micro-batch and its gradient norms (all 0-dim).
 
         A norm above `train.spike_factor` (0 = off) times the running median of the last 100 skips the step; so does an
         fp16 scaler's overflow. Raises UserError (exit 5) where a loss is not finite, where a norm is not and no scaler
         is at work, and after 20 skips in a row; `keys(process, micro-batch)` names the samples to blame.
         """
-        row_of_process = torch.stack([value.detach().float().reshape(()) for value in (*losses, *norms.values())])
-        every = self.accelerator.gather(row_of_process[None]).reshape(-1, len(row_of_process)).tolist()
-        parts = len(losses)
+        self._note(step, losses, norms, keys)
+        return self.settle()
+
+    def defer(self, step: int, losses: list[Tensor], norms: Mapping[str, Tensor], keys: Keys) -> Tensor:
+        """1 where this step or one before it is not finite in this process, else 0: on the device, float32 (). The
+        verdict is read in `settle`."""
+        self._note(step, losses, norms, keys)
+        self.broken = torch.maximum(self.broken, 1 - self.unread[-1].row.isfinite().all().float())
+        return self.broken
+
+    def _note(self, step: int, losses: list[Tensor], norms: Mapping[str, Tensor], keys: Keys) -> None:
+        row = torch.stack([value.detach().float().reshape(()) for value in (*losses, *norms.values())])
+        self.unread.append(Seen(step, row, len(losses), tuple(norms), keys))
+
+    def settle(self) -> bool:
+        """Read the verdicts on all steps since the last time; whether the latest is sound. Collective.
+
+        Raises as `judge`, of the first step that is to stop the run.
+        """
+        unread, self.unread, sound = self.unread, [], True
+        if not unread:
+            return sound
+        rows = self.accelerator.gather(torch.cat([seen.row for seen in unread])[None])
+        split = rows.reshape(-1, rows.shape[-1]).split([len(seen.row) for seen in unread], dim=1)
+        for seen, every in zip(unread, split, strict=True):
+            sound = self._verdict(seen, every.tolist())
+        return sound
+
+    def _verdict(self, seen: Seen, every: list[list[float]]) -> bool:
+        step, parts, norms, keys = seen.step, seen.parts, seen.norms, seen.keys
         if bad := [(r, a) for r, row in enumerate(every) for a in range(parts) if not math.isfinite(row[a])]:
             raise self._stop("loss is not finite", step, [key for r, a in bad for key in keys(r, a)], every)
         peaks = {name: [row[parts + i] for row in every] for i, name in enumerate(norms)}
@@ -80,6 +126,7 @@ class Watchdogs:
 
     def _stop(self, what: str, step: int, keys: list[str], every: list[list[float]]) -> UserError:
         """The error that ends the run, its batch written down beside it."""
+        self.stopped_at = step
         report = f"stopped-at-step-{step:08d}.json"
         if self.accelerator.is_main_process:
             numbers = [[repr(value) for value in row] for row in every]  # NaN is no JSON
@@ -119,23 +166,6 @@ class Watchdogs:
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tell(text)
-
-
-class Attempt:
-    """A step begun, that it can be undone: what the stage gathers over its passes, and the buffers they may change."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.networks = stage, list(stage.networks.values())
-        self.gathered = {name: [*value] if isinstance(value, list) else value for name, value in vars(stage).items()}
-        self.buffers = [(buffer, buffer.clone()) for network in self.networks for buffer in network.buffers()]
-
-    def drop(self) -> None:
-        """Undo the passes made since, gradients too."""
-        vars(self.stage).update(self.gathered)
-        for buffer, value in self.buffers:
-            buffer.copy_(value)
-        for network in self.networks:
-            network.zero_grad(set_to_none=True)
 
 
 def checksum(value: Tensor) -> Tensor:

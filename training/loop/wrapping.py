@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.loop.stage import Stage
 
@@ -36,7 +36,7 @@ def unwrapped(stage: Stage) -> Iterator[None]:
 
     Accelerate has put autocast into the `forward` of the very modules it was given; the one it took away stays beside.
     """
-    wrapped = {n: vars(n)["forward"] for n in stage.networks.values() if "_original_forward" in vars(n)}
+    wrapped: dict[Any, Any] = {n: vars(n)["forward"] for n in stage.networks.values() if "_original_forward" in vars(n)}
     for network in wrapped:
         network.forward = network._original_forward
     try:

@@ -64,9 +64,10 @@ def inspect(args: argparse.Namespace) -> int:
     about: dict[str, Any] = {"hashes": autoencoder_hashes(model), "factor": model.factor}
     about |= {"latent_channels": model.latent_channels, "versions": versions()}
     about |= {"lpips": f"{args.lpips_net} {Path(args.lpips).name}" if args.lpips else None}
-    numbers = finite({**about, **numbers, "seconds": round(time.perf_counter() - since, 1)})
+    measured = {**about, **numbers, "seconds": round(time.perf_counter() - since, 1)}
+    numbers = without_words(measured)
     make_folder(output)
-    write_json(output / "inspection.json", finite(numbers))
+    write_json(output / "inspection.json", finite(measured))
     write_bytes(output / "inspection.html", page(Path(args.model).name, numbers, study.worst(held_out)).encode())
     for name, value in numbers["reconstruction"].items():
         mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))
@@ -199,12 +200,12 @@ def interval(values: Tensor) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def finite(value: Any) -> Any:
+def without_words(value: Any) -> Any:
     """None in place of numbers that JSON does not have: the PSNR of a perfect copy, the error of a constant latent."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: without_words(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [finite(item) for item in value]
+        return [without_words(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from training.files import (
 from training.guarding import read_plain, read_whole, unreadable
 from training.machine.faults import fault
 from training.messages import note, warn
-from training.tensors import load_tensors, save_tensors
+from training.tensors import check_safetensors, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,8 @@ FORMAT = 1
 TENSOR_FILES = ("model", "ema", "optimizer")
 LARGEST_STATE = 64 << 20  # bytes of state.json
 NAME = re.compile(r"step-\d{8,}")
-# How a score was measured, 1 where a checkpoint does not say: 1, on the first held-out samples, in the precision trained
-# in; 2, on held-out samples evenly, in float32. Numbers of two rules are not compared.
+# How a score was measured, 1 where a checkpoint does not say: 1, on the first held-out samples, in the precision of
+# the training; 2, on held-out samples evenly, in float32. Numbers of two rules are not compared.
 SCORED_BY = 2
 
 
@@ -49,6 +49,22 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]  # "model" | "ema" | "optimizer" -> name -> tensor
     state: Mapping[str, Any]
+
+
+class Stored(Mapping[str, Mapping[str, "Tensor"]]):
+    """The tensors of a checkpoint on the disk, each file read when it is asked for: no process holds all at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        return load_tensors(self.path / f"{name}.safetensors")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TENSOR_FILES)
+
+    def __len__(self) -> int:
+        return len(TENSOR_FILES)
 
 
 class Checkpoints:
@@ -104,17 +120,23 @@ class Checkpoints:
         self.prune(target)  # only now: old ones go when the new one is safe
         return target
 
-    def load(self, path: Path) -> Checkpoint:
-        """Read one checkpoint, verified. Raises UserError naming the first damage."""
+    def load(self, path: Path, *, verified: bool = False) -> Checkpoint:
+        """Open one checkpoint, each file read when it is asked for. Raises UserError naming the first damage, unless it
+        has been `verified`: of several processes one does that, or each would read every byte once more."""
+        if not verified:
+            self._refuse_damaged(path)
+        for name in TENSOR_FILES:
+            check_safetensors(path / f"{name}.safetensors")
+        step = read_record(path / "manifest.json", {"step": int})["step"]
+        return Checkpoint(step, Stored(path), read_record(path / "state.json", {}, limit=LARGEST_STATE))
+
+    def _refuse_damaged(self, path: Path) -> None:
         if reason := damage(path):
             raise UserError(
                 f"checkpoint {path.name} is damaged ({reason})",
                 hint="use --resume auto to take the newest sound one",
                 code=CHECKPOINT,
             )
-        tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
-        step = read_record(path / "manifest.json", {"step": int})["step"]
-        return Checkpoint(step, tensors, read_record(path / "state.json", {}, limit=LARGEST_STATE))
 
     def newest(self) -> Path | None:
         """The newest sound checkpoint, damaged ones passed over with a warning; None where there is none at all.
@@ -145,7 +167,7 @@ class Checkpoints:
             note(f"removed unfinished checkpoint {leftover.name}")
 
     def find(self, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume auto|latest|NAME|PATH` means; None = start fresh.
+        """The checkpoint that `--resume auto|latest|NAME|PATH` means, verified; None = start fresh.
 
         Raises UserError where there is none, and for a PATH that is not one of this run's: its step is not this run's.
         """
@@ -162,6 +184,7 @@ class Checkpoints:
             return path
         for path in (self.folder / resume, Path(resume)):
             if path.is_dir() and NAME.fullmatch(path.name) and path.parent.resolve() == self.folder.resolve():
+                self._refuse_damaged(path)
                 return path
         if Path(resume).is_dir():
             raise UserError(

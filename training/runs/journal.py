@@ -51,6 +51,10 @@ class Journal:
         if step % self.train.log_every == 0 or step == self.train.max_steps:
             self.flush(step)
 
+    def cut(self, step: int) -> None:
+        """Forget the noted steps after `step`."""
+        self.rows = [row for row in self.rows if row[0] <= step]
+
     def flush(self, step: int) -> None:
         """Write all noted steps, averaged over processes. Collective: every process calls it at the same step."""
         if not self.rows:

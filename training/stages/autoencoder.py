@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class AutoencoderStage(Stage):
             margin, pause, limit = self.loss.return_margin, self.loss.return_pause, self.loss.return_limit
             self.rollback = Rollback(margin, pause, limit, self.ramp)
         self.codes = model.quantize if isinstance(model.quantize, Quantizer) and model.quantize.adapts else None
-        self.seen: list[tuple[Tensor, Tensor]] = []  # slots and z of this step, for a codebook that follows them
+        # Slots, z and its codes of this step, for a codebook that follows them.
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self.forward: Any = model
 
     def connect(self) -> None:
@@ -117,7 +119,7 @@ class AutoencoderStage(Stage):
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch: the decoder's balanced gradient, then the discriminator's own."""
         images = to_unit(batch.data.to(self.accelerator.device, non_blocking=True))
-        slots, move = batch.slots.to(images.device), self.move(images, step)
+        slots, move = batch.slots.to(images.device, non_blocking=True), self.move(images, step)
         noise = posterior_noise(self.model, images, slots, self.seed, step)
         tap = Tap(move or identity) if self.loss.align_adaptive else None
         with self.accelerator.autocast():
@@ -215,7 +217,7 @@ class AutoencoderStage(Stage):
         if self.loss.plateau:
             self.level = add_part(self.level, split.reconstruction_loss * share)
         if self.codes:
-            self.seen.append((slots, moments.detach()))
+            self.seen.append((slots, moments.detach(), self.codes.indices(moments)))
 
     def reconstruction(self, x_hat: Tensor, images: Tensor) -> Tensor:
         """Mean over the batch of distance + weight * LPIPS."""
@@ -240,12 +242,12 @@ class AutoencoderStage(Stage):
             if reached and self.start is None:
                 self.start = max(self.loss.adversarial_start, step + 2)  # the step between measures the balance
             self.level = None
-        if self.codes:
-            slots, z = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
-            uniform = Noise.from_seeds([self.seed], z.device).uniform((self.codes.codes,), step, "revival")[0]
-            self.codes.adapt_(
-                step, z, slots, uniform, lambda value: self.accelerator.reduce(value, "sum"), self.accelerator.gather
-            )
+        if self.codes and self.seen:
+            slots, z, nearest = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+            seed = torch.full((1,), self.seed, dtype=torch.int64, device=z.device)  # made there: a copy would wait
+            uniform = Noise(seed).uniform((self.codes.codes,), step, "revival")[0]
+            reduce = partial(self.accelerator.reduce, reduction="sum")
+            self.codes.adapt_(step, z, slots, uniform, reduce, self.accelerator.gather, nearest)
             self.seen.clear()
 
     def state(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ldm.uncertainty import Uncertainty, Weighed
 from training.data.latents import Latents
 from training.data.samples import Batch
 from training.loop.stage import Stage
+from training.machine.processes import announce
 from training.pictures import grids
 from training.settings.decoding import DenoiserConfig
 
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from autoencoder.norm import LatentNorm
 
 SHOWN = 16
+UNPAIRED = "{} pairs nothing: no two samples of a batch have the same condition"
+OTHER_PAIRS = (
+    "note: this run was begun by a version whose minibatch-ot may have paired noise over the whole batch; from here on "
+    "it is paired among samples of one condition, as sampling asks"
+)
 VALIDATION_SEED = 1 << 40
 
 
@@ -88,6 +95,7 @@ class DenoiserStage(Stage):
         )
         self.seen = config.times.start()
         self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
+        self.paired = True  # until a batch was seen in which nothing is
         self.channels, self.frozen = self.norm.scale.numel(), [self.norm]
         # Where nothing reads the encoder's pooled vector, processes must not wait for the gradients of its projection.
         self.unused_gradients = text.trainable and not config.backbone.pooled
@@ -97,6 +105,7 @@ class DenoiserStage(Stage):
         self.forward, device = self.wrapped["denoiser"], self.accelerator.device
         self.network.to(device)  # the learned weighting, which no one else has moved
         self.seen = None if self.seen is None else self.seen.to(device)
+        self.null = self.null and self.null.to(device)
 
     def compiled_parts(self) -> list[nn.Module]:
         """The backbone alone."""
@@ -104,15 +113,19 @@ class DenoiserStage(Stage):
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
-        slots, places = batch.slots.to(self.accelerator.device), self.config.train.batch_size
+        slots = batch.slots.to(self.accelerator.device, non_blocking=True)
+        places = self.config.train.batch_size
         noise = Noise(slots).fold(self.config.train.seed, step)
         latents = self.sample(batch, noise)
         # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.
-        keep = noise.uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
+        # Drawn on the CPU, where captions are: on a GPU they would wait for the device to say which of them are kept.
+        drawn = Noise(batch.slots).fold(self.config.train.seed, step).uniform((1,), "dropout")[:, 0]
+        keep = drawn >= self.config.conditioning.dropout
         with self.accelerator.autocast():
             cond = self.condition(batch, keep)
             # Pairing asks only which conditions are equal; captions answer that before an encoder has read them.
             paired_by = cond.distinct() if isinstance(cond, Captions) else cond
+            self.look_at_pairs(paired_by, len(latents))
             # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
             # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
@@ -123,19 +136,28 @@ class DenoiserStage(Stage):
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
+    def look_at_pairs(self, cond: Cond | list[str], batch: int) -> None:
+        """Say once where the pairing of noise with data has no choice."""
+        if self.paired and not self.config.pairing.pairs(cond, batch):
+            self.paired = False
+            announce(self.accelerator, "warning: " + UNPAIRED.format(self.config.pairing.kind))
+
     def after_backward(self, step: int) -> None:
         """Loss-aware times take in the whole global batch at once, however it was split."""
-        if self.seen is not None:
+        if self.seen is not None and self.losses:
             t, loss = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
             self.losses.clear()
             self.seen = self.config.times.updated(self.seen, t, loss, lambda s: self.accelerator.reduce(s, "sum"))
 
     def state(self) -> dict[str, Any]:
-        """What loss-aware times have seen, where they are used."""
-        return {} if self.seen is None else {"seen": self.seen.tolist()}
+        """What loss-aware times have seen, and by what rule noise is paired, where they are used."""
+        rule = {"paired_within": "conditions"} if self.config.pairing.kind == "minibatch-ot" else {}
+        return rule if self.seen is None else {**rule, "seen": self.seen.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`; says where a run of an earlier version goes on by another rule."""
+        if self.config.pairing.kind == "minibatch-ot" and "paired_within" not in state:
+            announce(self.accelerator, OTHER_PAIRS)
         if self.seen is not None:
             self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=self.accelerator.device)
 
@@ -152,18 +174,18 @@ class DenoiserStage(Stage):
         """
         device = self.accelerator.device
         extras = {name: extra.to(device, non_blocking=True) for name, extra in batch.extras.items()}
-        # First, for on a GPU the captions below wait for the device: which of them are kept must come off it.
         if batch.text is not None and not self.text.trainable:
             assert self.null is not None
-            return join_embeddings(batch.text).to(device).where(keep, self.null.to(device))._replace(extras=extras)
+            stored = join_embeddings(batch.text).map(partial(onto, device=device))
+            return stored.where(onto(keep, device), self.null)._replace(extras=extras)
         texts = [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
         return Captions(texts, extras) if self.text.trainable else self.text(texts)._replace(extras=extras)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
         # Noise goes by the sample's number and the level, with seeds far from training's: every validation of every run
-        # on these data meets the same noise, so that numbers differ by the weights alone. Only the main process is
-        # here, so nothing may call a process wrapper: the bare network answers, in float32 whatever the training's precision: numbers of two runs are of one kind.
+        # on these data meets the same noise, so that numbers differ by the weights alone, and in float32 whatever the
+        # training's precision. Only the main process is here, so nothing may call a process wrapper.
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
         for batch in self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
@@ -190,6 +212,11 @@ class DenoiserStage(Stage):
             captions.setdefault(self.held_out.captions(i)[0])
         names = list(captions)[:SHOWN]
         return [names[i % len(names)] for i in range(SHOWN)]
+
+
+def onto(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; through pinned memory to a GPU, so that the host does not wait."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def join_embeddings(text: list[dict[str, Tensor]]) -> Cond:

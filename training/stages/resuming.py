@@ -95,7 +95,7 @@ def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator:
             announce(accelerator, "note: no checkpoint yet; starting fresh")
             loop.journal.restart()
         return 0
-    checkpoint = loop.checkpoints.load(path)
+    checkpoint = loop.checkpoints.load(path, verified=True)  # by `begin`, in one process
     loop.restore(checkpoint)
     if args.resume not in ("auto", "latest") and accelerator.is_main_process:
         loop.checkpoints.prune(path)  # the future that this run gives up: `auto` must not go back to it

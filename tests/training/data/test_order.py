@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.order import Batches, DataOrder, Slot, split_batch
+from training.data.order import Batches, DataOrder, Slot, split_batch, substitute
 from training.errors import UserError
 
 
@@ -131,3 +131,16 @@ def test_split(batch: int, micro: int, accumulation: int | None, processes: int,
 def test_split_refuses_no_accumulation() -> None:
     with pytest.raises(UserError, match="must be >= 1"):
         split_batch(8, 0, 0, 1)
+
+
+def test_a_substitute_lies_in_a_shard_of_the_same_window() -> None:
+    """At an address any other shard would have to be fetched for it; a folder's are drawn as ever."""
+    sizes, window, seed = (3, 5, 2, 4, 6, 1, 7), 3, 11
+    order = DataOrder(sum(sizes), 4, seed, (0, 0), sizes, window)
+    shard_of = [number for number, size in enumerate(sizes) for _ in range(size)]
+    for slot in order.at(0, 0, 28) + order.at(7, 0, 28):
+        now = order.ahead(slot.slot)
+        drawn = [substitute(slot, attempt, 28, seed, sizes, window).index for attempt in range(60)]
+        assert all(shard_of[index] in now[:window] for index in drawn) and len(set(drawn)) > 4
+        assert drawn == [substitute(slot, attempt, 28, seed, sizes, window).index for attempt in range(60)]
+    assert [substitute(Slot(7, 0, 7), attempt, 150, 3).index for attempt in range(3)] == [79, 27, 133]

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from training.errors import UserError
 from training.files import atomic_write, content_hash, file_sha256, load_tensors, save_tensors, write_bytes
+from training.runs import checkpoints as checkpoints_module
 from training.runs.checkpoints import Checkpoint, Checkpoints, damage, score
 from training.runs.folder import Run
 from training.runs.journal import Journal
@@ -355,3 +356,22 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checkpoints is a link that leads out"):
         Checkpoints(tmp_path / "run").save(checkpoint(3))
     assert steps(outside) == ["step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_is_hashed_once_and_read_file_by_file(
+    kept: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the processes of a resume one verifies; each then holds one file at a time."""
+    hashed, read = list[str](), list[str]()
+    for name, told in (("file_sha256", hashed), ("load_tensors", read)):
+        call = getattr(checkpoints_module, name)
+        wrapper = lambda path, _call=call, _told=told: _told.append(path.name) or _call(path)  # noqa: E731
+        monkeypatch.setattr(checkpoints_module, name, wrapper)
+    path = kept.find("auto")
+    assert path is not None and len(hashed) == len(set(hashed)) == 4
+    checkpoint = kept.load(path, verified=True)
+    assert len(hashed) == 4 and not read
+    assert set(checkpoint.tensors["ema"]) and read == ["ema.safetensors"]
+    assert list(checkpoint.tensors) == ["model", "ema", "optimizer"] and len(checkpoint.tensors) == 3
+    hashed.clear()
+    assert kept.find(path.name) == path and len(hashed) == 4  # one that is named is verified as well

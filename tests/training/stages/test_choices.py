@@ -118,7 +118,8 @@ def test_averages_of_a_future_given_up(
     shutil.copy(run / "ema" / "step-00000006.safetensors", stray)
     assert tiny.call("posthoc_ema", "--model", run, "--length", "0.1", "--output", output) == 0
     said = capsys.readouterr()
-    assert "at step 6" in said.out and "warning: step-00000900.safetensors not used: the run ended at step 6" in said.err
+    warning = "warning: step-00000900.safetensors not used: the run ended at step 6"
+    assert "at step 6" in said.out and warning in said.err
     (run / "run.json").write_text((run / "run.json").read_text().replace("finished", "x"))
     words = ("--latents", latents, "--output", run, *tiny.DENOISER, *CHOICES["averages"].split(), "--resume", "auto")
     assert tiny.call("train_denoiser", *words) == 0 and not stray.exists()

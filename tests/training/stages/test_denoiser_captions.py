@@ -152,7 +152,7 @@ def test_validation_by_hand(make: Make, tmp_path: Path) -> None:
     stage.pipeline = lambda captions, **how: asked.append((captions, how)) or images  # type: ignore[assignment]
     with torch.no_grad():
         numbers = stage.evaluate(tmp_path)
-        errors = {t: [by_hand(stage, index, t) for index in range(12)] for t in LEVELS}
+        errors = {t: [by_hand(stage, index, t) for index in stage.held_out.evenly(12)] for t in LEVELS}
     wanted = {f"loss_t{t}": sum(values) / 12 for t, values in errors.items()}
     assert numbers == pytest.approx({"loss": sum(wanted.values()) / 5, **wanted}, rel=1e-5)
     captions = list(dict.fromkeys(stage.held_out.captions(i)[0] for i in range(len(stage.held_out))))
@@ -178,3 +178,29 @@ def error(
     velocity = stage.network((1 - t) * x0 + t * eps, torch.tensor([1000 * t]), Captions(captions, {}))
     assert isinstance(velocity, Tensor)
     return (velocity - (eps - x0)).square().mean()
+
+
+def test_a_pairing_without_a_choice_is_told_once(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a line of its own, and nothing where two samples of the batch have one caption."""
+    stage, _ = make(pairing__kind="minibatch-ot")
+    batch = stage.dataset.__getitems__([Slot(i, 0, i) for i in range(4)])
+    stage.backward(batch._replace(captions=["a", "b", "a", "c"]), 0, 1.0)
+    assert "pairs nothing" not in capsys.readouterr().err
+    for step in (1, 2):
+        stage.backward(batch._replace(captions=["a", "b", "d", "c"]), step, 1.0)
+    told = "warning: minibatch-ot pairs nothing: no two samples of a batch have the same condition\n"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def test_an_earlier_rule_of_pairing_is_told(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, _ = make(pairing__kind="minibatch-ot")
+    stage.load_state(stage.state())
+    assert not capsys.readouterr().err
+    stage.load_state({})
+    assert "note: this run was begun by a version whose minibatch-ot may have paired" in capsys.readouterr().err
+    make()[0].load_state({})
+    assert not capsys.readouterr().err
