@@ -74,9 +74,8 @@ class Loop:
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
         averages, notes = (self.ema, self.powers), (self.journal, self.watchdogs)
         self.state = TrainingState(stage, *averages, self.optimizers, accelerator.scaler, *notes)
-        self.signals, self.base = Signals(), (0, 0)  # of the data order
+        self.signals, self.done, self.saving, self.base = Signals(), 0, False, (0, 0)  # base: of the data order
         self.open_data(0)
-        self.done, self.saving = 0, False
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
 
@@ -268,6 +267,7 @@ class Loop:
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
         self.journal.flush(step)
+        self.state.books.gather()
         if self.accelerator.is_main_process:
             self.writer.save(self.snapshot(step), wait=wait)
         self.accelerator.wait_for_everyone()

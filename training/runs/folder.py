@@ -43,6 +43,7 @@ MUTABLE = {
 MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
 # What run.json may hold besides stage, status and step, as far as it is read again.
 KINDS = {**dict.fromkeys(("versions", "environment", "data", "hashes", "teacher", "vision"), dict), "resumes": list}
+KINDS["ledger"] = dict
 
 
 class Run:
@@ -109,6 +110,7 @@ class Run:
         """Write config.json and run.json: versions, hashes and where the run stands."""
         stands = {"format": 1, "stage": self.stage, "status": status, "step": step}
         made_with = {"versions": versions(), "environment": self.environment, "resumes": self.resumes}
+        made_with |= {key: value for key, value in record(self.folder).items() if key == "ledger"}  # until its next end
         write_json(self.folder / "config.json", decoding.to_values(self.config))
         write_json(self.folder / "run.json", {**stands, **made_with, **facts})
 

@@ -20,6 +20,7 @@ from ldm.uncertainty import Uncertainty, Weighed
 from training.data.latents import Latents
 from training.data.samples import Batch
 from training.loop.stage import Stage
+from training.models.captions_read import CaptionTally
 from training.pictures import grids
 from training.settings.decoding import DenoiserConfig
 
@@ -63,6 +64,8 @@ class Captioned(nn.Module):
 class DenoiserStage(Stage):
     """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
 
+    tally: CaptionTally
+
     def __init__(
         self,
         config: DenoiserConfig,
@@ -75,7 +78,7 @@ class DenoiserStage(Stage):
         null: Cond | None = None,
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
         self.network = Captioned(backbone, text, config.weighting.build(config.schedule))
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
@@ -104,6 +107,7 @@ class DenoiserStage(Stage):
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
+        self.tally.note(batch)
         slots, places = batch.slots.to(self.accelerator.device), self.config.train.batch_size
         noise = Noise(slots).fold(self.config.train.seed, step)
         latents = self.sample(batch, noise)

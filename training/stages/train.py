@@ -14,6 +14,7 @@ from training.errors import UserError
 from training.messages import tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
+from training.settings.without_use import without_use
 
 if TYPE_CHECKING:
     import argparse
@@ -79,7 +80,8 @@ def _train(job: Job, ending: ExitStack) -> int:
         return exit_code
     if accelerator.is_main_process:
         with loop.ema.averaged_weights():
-            finish(run, job.export(run.folder, facts), job.title, facts)
+            tensors = job.export(run.folder, facts)
+            finish(run, tensors, job.title, close_books(loop, facts))
     accelerator.wait_for_everyone()
     return 0
 
@@ -104,20 +106,30 @@ def fit(
     loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
     if accelerator.is_main_process:
         check_room(loop)
+    for why in without_use(config, args.overrides):
+        loop.state.books.given.add("ignored", "settings without use here", why)
     start = resume(args, loop, path, accelerator)
     try:
         number = loop.fit(start)
     except UserError:
         if accelerator.is_main_process:
             with suppress(UserError):  # a full disk, say: the first reason is the one to tell
-                run.describe("failed", loop.done, facts)
+                run.describe("failed", loop.done, close_books(loop, facts))
         raise
     if number and accelerator.is_main_process:
-        run.describe("stopped", loop.done, facts)
+        run.describe("stopped", loop.done, close_books(loop, facts))
         command = repeat_command([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
         notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
         tell(f"{notice}; resume with: {command}")
     return loop, 128 + number if number else 0
+
+
+def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell what the run did not use as it was given; returns `facts` with it, for run.json."""
+    ledger = loop.state.books.ledger()
+    for line in ledger.lines():
+        tell(line)
+    return {**facts, "ledger": ledger.report()}
 
 
 def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
