@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from training.errors import DATA, UserError, as_user_error
 from training.messages import note, warn
+from training.models.captions_read import CUT, UNKNOWN, short
 
 if TYPE_CHECKING:
     import argparse
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 LARGEST = 64 << 20  # bytes of a file of prompts
 SHOWN = 20  # prompts of which it is said how they are read; the ledger counts the others
-CUT = "captions longer than the text encoder reads"
-UNKNOWN = "words that the vocabulary has not, read as unknown"
 BLANK = "captions without a word that the vocabulary has"
 
 
@@ -75,23 +74,19 @@ def tell_reading(captions: Iterable[str], ledger: Ledger, text: TextEncoder, *, 
     with as_user_error("give one of those, in the same spelling"):
         readings = text.readings(distinct)
     for caption, reading in zip(distinct, readings, strict=True):
-        shown, lacking = _short(caption), ", ".join(dict.fromkeys(reading.unknown))
+        shown, lacking = short(caption), ", ".join(dict.fromkeys(reading.unknown))
         said += bool(aloud and (reading.cut or reading.unknown))
         if reading.cut:
             ledger.add("cut", CUT, shown)
         if reading.blank:
             ledger.add("replaced", BLANK, shown)
         for word in reading.unknown:
-            ledger.add("replaced", UNKNOWN, _short(word))
+            ledger.add("replaced", UNKNOWN, short(word))
         if not aloud or said > SHOWN:
             continue
         if reading.cut:
             warn(f"only the first {reading.read} of {reading.tokens} tokens of {shown!r} are read")
         if reading.blank:
-            warn(f"the model knows no word of {shown!r} ({_short(lacking)})")
+            warn(f"the model knows no word of {shown!r} ({short(lacking)})")
         elif reading.unknown:
-            note(f"words of {shown!r} that the model does not know: {_short(lacking)}")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:59] + "…"
+            note(f"words of {shown!r} that the model does not know: {short(lacking)}")

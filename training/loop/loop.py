@@ -244,6 +244,7 @@ class Loop:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
         self.settle()
         self.journal.flush(step)
+        self.state.books.gather()
         if self.accelerator.is_main_process:
             self.writer.save(self.snapshot(step), wait=wait)
         meet()

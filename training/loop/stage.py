@@ -17,6 +17,8 @@ from training.loop.rollback import Rollback
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from training.models.captions_read import CaptionTally
+
 
 class Stage(ABC):
     """One kind of training: it declares what is trained, averaged and frozen, and `loop/wrapping.py` wraps it."""
@@ -30,6 +32,7 @@ class Stage(ABC):
     optimizers: dict[str, tuple[list[str], float]]  # name -> (networks it trains, learning-rate multiple)
     score: tuple[str, float]  # the validation number that names the best checkpoint, and its sign: lower is better
     rollback: Rollback | None = None  # what brings a run back whose score has become worse
+    tally: CaptionTally | None = None  # of captions, where there are some
     unused_gradients: bool = False  # whether a step may leave parameters without gradients: processes must look
 
     @abstractmethod

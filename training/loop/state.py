@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.loop import optim
+from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.power_ema import PowerAverages
 from training.loop.stage import Stage
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Networks, averages, optimisers, loss scale, and the plain state of stage, journal and watchdogs."""
+    """Networks, averages, optimisers, loss scale, and the plain state of stage, journal, watchdogs and books."""
 
     stage: Stage
     ema: EMA
@@ -32,6 +33,10 @@ class TrainingState:
     scaler: Any  # of fp16, or None
     journal: Journal
     watchdogs: Watchdogs
+    books: Books = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "books", Books(self.stage, self.watchdogs))
 
     def snapshot(self, step: int, place: Mapping[str, Any]) -> Checkpoint:
         """All a run needs to go on from `step`: its tensors themselves, not copies; `place` is the loop's own part."""
@@ -44,6 +49,7 @@ class TrainingState:
             "stage": self.stage.state(),
             "journal": self.journal.state(),
             "watchdogs": self.watchdogs.state(),
+            "books": self.books.state(),
             **place,
         }
         averages = {**self.ema.shadow, **self.powers.tensors()}
@@ -61,6 +67,7 @@ class TrainingState:
         self.journal.resume(checkpoint.step, state["journal"])
         if "watchdogs" in state:  # not in checkpoints of earlier versions
             self.watchdogs.load(state["watchdogs"])
+        self.books.load(state.get("books", {}))
 
     def _take_weights(self, tensors: Mapping[str, Tensor], source: Path) -> None:
         for name, network in self.stage.networks.items():

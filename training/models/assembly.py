@@ -116,7 +116,8 @@ def _frozen_text(
     else:
         raise UserError(
             "the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
-            hint="give --text-encoder NAME|DIR here or to encode_latents.py, or use --text.kind scratch",
+            hint="give --text-encoder NAME|DIR here or to encode_latents.py, or take a config whose text encoder "
+            "learns, as --config dit-s",
             code=DATA,
         )
     return text, null, str(name)
@@ -229,7 +230,7 @@ def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> P
     if (kind := donor_config.text.kind) != config.kind:
         raise UserError(
             f"the text encoder of {donor} is of the kind {kind}, this config's is {config.kind}",
-            hint=f"give --text.kind {kind}, or leave --init-from out",
+            hint=f"give --config {folder.home / 'config.json'}, or leave --init-from out",
             code=CHECKPOINT,
         )
     return folder.final
@@ -250,7 +251,7 @@ def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | 
     if isinstance(text, LabelEncoder) and (new := next((c for c in captions(dataset) if c not in text.rows), "")):
         raise UserError(
             f"caption {new[:80]!r} is not one of the {len(text.classes)} labels of {path}",
-            hint="labels cannot be added to: leave --init-from out, or take --text.kind scratch",
+            hint="labels cannot be added to: leave --init-from out",
             code=DATA,
         )
     fill(parts.backbone, donor.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]

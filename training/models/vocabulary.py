@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from ldm.text import Label, Scratch
-from ldm.text.tokenizer import RULE, SPECIAL, WordTokenizer
+from ldm.text.tokenizer import RULE, SPECIAL, WordTokenizer, split
 from training.data.latents import Latents
 from training.errors import DATA, Unreachable, UserError
 from training.files import file_sha256, leads_out, read_json, write_json
@@ -16,7 +17,9 @@ from training.guarding import LARGEST_JSON
 from training.shards.index import INDEX
 from training.shards.streaming import StreamedShards
 
-COUNTED = "captions.json"  # {index_sha256, rule, words: most frequent first, all_words, captions: distinct or null}
+# {index_sha256, rule, words: most frequent first, all_words, captions: distinct or null, lengths: captions of n words}
+COUNTED = "captions.json"
+LONGEST = 4096  # words of a caption that are told apart in `lengths`
 WORDS, LABELS = 1 << 16, 10_000  # most that are stored; what asks for more reads the captions themselves
 
 
@@ -31,11 +34,13 @@ def captions(dataset: Latents) -> Iterator[str]:
 def count_captions(dataset: Latents) -> None:
     """Write `COUNTED` beside latents: reading ten million captions takes minutes, and every process of a run would."""
     distinct: set[str] = set()
+    lengths: Counter[int] = Counter()
 
     def noted() -> Iterator[str]:
         for caption in captions(dataset):
             if len(distinct) <= LABELS:
                 distinct.add(caption)
+            lengths[min(len(split(caption)), LONGEST)] += 1
             yield caption
 
     words = WordTokenizer.build(noted(), 2, WORDS + 1).vocabulary[len(SPECIAL) :]
@@ -44,6 +49,7 @@ def count_captions(dataset: Latents) -> None:
     found: dict[str, Any] = {"words": words[:WORDS], "all_words": len(words) <= WORDS, "captions": few}
     if len(json.dumps(found, ensure_ascii=False).encode()) > LARGEST_JSON // 2:  # more than is read in one go
         found = {"words": [], "all_words": False, "captions": None}
+    found["lengths"] = [lengths[n] for n in range(max(lengths, default=-1) + 1)]
     write_json(folder / COUNTED, {"index_sha256": file_sha256(folder / INDEX), "rule": RULE, **found})
 
 
@@ -52,7 +58,7 @@ def vocabulary(config: Scratch | Label, dataset: Latents) -> str:
 
     Raises UserError (code 3) where what was counted is damaged.
     """
-    counts = _counted(dataset)
+    counts = counted(dataset)
     if isinstance(config, Scratch):
         words = counts.get("words", [])
         if counts.get("rule", 1) != config.rule:  # the words of another rule, which was the only one once
@@ -64,7 +70,7 @@ def vocabulary(config: Scratch | Label, dataset: Latents) -> str:
     return config.vocabulary(captions(dataset))
 
 
-def _counted(dataset: Latents) -> dict[str, Any]:
+def counted(dataset: Latents) -> dict[str, Any]:
     """What `count_captions` wrote; empty where it did not (older latents), or for another index than this one."""
     shards = dataset.shards
     if shards.remote:
@@ -75,6 +81,7 @@ def _counted(dataset: Latents) -> dict[str, Any]:
         return {}
     found = read_json(path, code=DATA)
     lists = [found.get("words"), found.get("captions") or []] if isinstance(found, dict) else [None]
-    if not all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in lists):
+    sound = all(isinstance(part, list) and all(isinstance(text, str) for text in part) for part in lists)
+    if not sound or not all(type(count) is int for count in found.get("lengths", [])):
         raise UserError(f"{path}: not a count of captions", hint="delete it: they are then read one by one", code=DATA)
     return dict(found) if found.get("index_sha256") == file_sha256(shards.directory / INDEX) else {}

@@ -50,6 +50,7 @@ SAME_WEIGHTS = {"optimizer", "train", "loss", "conditioning", "times", "weightin
 MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
 # What run.json may hold besides stage, status and step, as far as it is read again.
 KINDS = {**dict.fromkeys(("versions", "environment", "data", "hashes", "teacher", "vision"), dict), "resumes": list}
+KINDS["ledger"] = dict
 
 
 LEFT_BY_A_START = ("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "tensorboard", "ema")
@@ -159,6 +160,7 @@ class Run(RunView):
         """Write config.json and run.json: versions, hashes and where the run stands."""
         stands = {"format": 1, "stage": self.stage, "status": status, "step": step}
         made_with = {"versions": versions(), "environment": self.environment, "resumes": self.resumes}
+        made_with |= {key: value for key, value in record(self.folder).items() if key == "ledger"}  # until its next end
         write_json(self.folder / "config.json", decoding.to_values(self.config))
         write_json(self.folder / "run.json", finite({**stands, **made_with, **facts}))
 

@@ -22,6 +22,7 @@ from training.data.latents import Latents
 from training.data.samples import Batch
 from training.loop.stage import Stage
 from training.machine.processes import announce
+from training.models.captions_read import CaptionTally
 from training.pictures import grids
 from training.settings.decoding import DenoiserConfig
 
@@ -70,6 +71,8 @@ class Captioned(nn.Module):
 class DenoiserStage(Stage):
     """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
 
+    tally: CaptionTally
+
     def __init__(
         self,
         config: DenoiserConfig,
@@ -82,7 +85,7 @@ class DenoiserStage(Stage):
         null: Cond | None = None,
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
         self.network = Captioned(backbone, text, config.weighting.build(config.schedule))
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
@@ -113,6 +116,7 @@ class DenoiserStage(Stage):
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
+        self.tally.note(batch)
         slots = batch.slots.to(self.accelerator.device, non_blocking=True)
         places = self.config.train.batch_size
         noise = Noise(slots).fold(self.config.train.seed, step)

@@ -13,6 +13,7 @@ from torch import Tensor
 from training.data.latents import Latents
 from training.errors import as_user_error
 from training.models import assembly
+from training.models.captions_read import refuse_unread
 from training.shards.index import data_facts
 from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
@@ -65,6 +66,7 @@ class DenoiserJob(Job):
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
             assembly.fill_network(parts, self.dataset, args.init_from, args.text_encoder)
+        refuse_unread(parts.text, self.dataset)
         return self.trained
 
     def description(self) -> str:

@@ -15,6 +15,7 @@ from training.errors import UserError
 from training.messages import answer, note, tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
+from training.settings.without_use import without_use
 
 if TYPE_CHECKING:
     import argparse
@@ -112,13 +113,14 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
         loop.signals.all_saved(main=isinstance(run, Run))
         if isinstance(run, Run):
             with loop.ema.averaged_weights(), unwrapped(loop.stage):
-                finish(run, job.export(run.folder, facts), job.title, facts)
+                tensors = job.export(run.folder, facts)
+                finish(run, tensors, job.title, close_books(loop, facts))
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
         if run.finished():  # it came too late to stop anything
             return 0
         if isinstance(run, Run):
-            report_stopped(job.args, run, loop.done, facts, stopped.number, ", which is the last, but not final/")
+            report_stopped(job.args, run, loop, facts, stopped.number, ", which is the last, but not final/")
         return 128 + stopped.number
     return 0
 
@@ -143,33 +145,43 @@ def fit(
     loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
     if accelerator.is_main_process:
         check_room(loop)
+    for why in without_use(config, args.overrides):
+        loop.state.books.given.add("ignored", "settings without use here", why)
     start = resume(args, loop, path, accelerator)
     try:
         number = loop.fit(start)
     except Exception:
         if isinstance(run, Run):
             with suppress(UserError, OSError):  # a full disk, say: the first reason is the one to tell
-                run.describe("failed", loop.done, facts)
+                run.describe("failed", loop.done, close_books(loop, facts))
         raise
     if number and isinstance(run, Run):
-        report_stopped(args, run, loop.done, facts, number)
+        report_stopped(args, run, loop, facts, number)
     return loop, 128 + number if number else 0
 
 
 def report_stopped(
-    args: argparse.Namespace, run: Run, step: int, facts: Mapping[str, Any], number: int, more: str = ""
+    args: argparse.Namespace, run: Run, loop: Loop, facts: Mapping[str, Any], number: int, more: str = ""
 ) -> None:
-    """Write down that a signal stopped the run at `step`, and say how it goes on."""
+    """Write down that a signal stopped the run, and say how it goes on."""
     from training.shards.addresses import repeat_command
 
-    run.describe("stopped", step, facts)
+    run.describe("stopped", loop.done, close_books(loop, facts))
     words, environment = again([] if args.resume == "auto" else ["--resume", "auto"])
-    notice = f"stopped by {signal.Signals(number).name}: saved step {step}{more}"
+    notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}{more}"
     every = " (on every node)" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
     command, *about = repeat_command(words).split("\nnote: ")
     tell(f"{notice}; resume{every} with: {assigned(environment)}{command}")
     for line in about:
         note(line)
+
+
+def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell what the run did not use as it was given; returns `facts` with it, for run.json."""
+    ledger = loop.state.books.ledger()
+    for line in ledger.lines():
+        tell(line)
+    return {**facts, "ledger": ledger.report()}
 
 
 def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:

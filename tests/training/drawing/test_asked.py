@@ -207,3 +207,36 @@ def test_seeds_of_any_size(denoiser: Path, tmp_path: Path) -> None:
     again = words(denoiser, tmp_path / "again", "--like", tmp_path / "out" / PICTURE)
     assert tiny.call("generate", *again) == 0
     shutil.rmtree(tmp_path / "again")
+
+
+def test_the_hints_of_a_drawing_work_when_followed(
+    denoiser: Path, made: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = words(denoiser, tmp_path / "out", "--prompt", "x")
+    assert tiny.call("generate", *again) == 0
+    assert "use --overwrite, or another --output" in tiny.refused("generate", *again).hint
+    assert tiny.call("generate", *again, "--overwrite") == 0
+    like = words(denoiser, tmp_path / "like", "--like", made)
+    problem = tiny.refused("generate", *like, "--steps", 3)
+    assert problem.what.endswith("leave out --steps") and tiny.call("generate", *like) == 0
+    begun = words(denoiser, tmp_path / "begun", "--prompt", "x", "--sampler", "ddim", "--steps", 4, "--invert", made)
+    assert tiny.call("generate", *begun) == 0
+    like = words(denoiser, tmp_path / "back", "--like", tmp_path / "begun" / PICTURE)
+    assert "give that with --invert" in tiny.refused("generate", *like).hint
+    assert tiny.call("generate", *like, "--invert", made) == 0
+    weak = words(denoiser, tmp_path / "weak", "--prompt", "x", "--guidance-scale", "1", "--negative-prompt", "y")
+    capsys.readouterr()
+    assert tiny.call("generate", *weak) == 0 and "at another scale than 1" in capsys.readouterr().err
+    assert tiny.call("generate", *weak[:-4], "--guidance-scale", "2", *weak[-2:], "--overwrite") == 0
+    assert "ignored" not in capsys.readouterr().err
+    assert "--obedience shapes" in tiny.refused("evaluate", "--model", denoiser).hint
+    assert tiny.call("evaluate", "--model", denoiser, "--obedience", "shapes", "--count", 2, "--device", "cpu") == 0
+
+
+def test_what_is_inverted_is_a_picture_of_its_own(denoiser: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder", "none.png", "n" * 300):
+        asked = ("--prompt", "x", "--sampler", "ddim", "--invert", tmp_path / name)
+        problem = tiny.refused("generate", *words(denoiser, tmp_path / "out", *asked))
+        assert problem.code == 3 and problem.what.startswith("--invert ") and problem.hint, name

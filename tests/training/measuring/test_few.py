@@ -68,9 +68,10 @@ def splits(shapes: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_one_rule_of_what_is_held_out(splits: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    test = "note: the data has no val split: its test split is what is held out"
     for names, wanted, said in (
         ({"train": "test", "val": "val"}, "val", ""),
-        ({"train": "train", "val": "test"}, "test", "note: the data has no val split: its test split is what is held out"),
+        ({"train": "train", "val": "test"}, "test", test),
         ({"train": "train", "val": ""}, "train", "warning: the data has no val split"),
     ):
         folder = splits(**names)

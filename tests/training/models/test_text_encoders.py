@@ -318,3 +318,11 @@ def test_the_rule_of_padding_is_no_part_of_what_was_stored_before_it(folders: di
         whole = json.dumps([found["weights"], found["vocabulary"], settings], sort_keys=True)
         assert found["hash"] == hashlib.sha256(whole.encode()).hexdigest() and "mask_rule" not in found
     assert identity(masked=False)["hash"] != identity(masked=False, mask_rule=1)["hash"]
+
+
+def test_a_config_that_asks_for_an_encoder_names_one_that_does_not(latents: Path, tmp_path: Path) -> None:
+    words = ("--latents", latents, "--output", tmp_path / "run", "--device", "cpu", "--batch-size", 8)
+    problem = tiny.refused("train_denoiser", *words, "--config", "unet-sd15")
+    assert problem.code == 3 and "none was given" in problem.what
+    advised = problem.hint.rpartition("as ")[2].split()
+    assert advised[0] == "--config" and tiny.call("train_denoiser", *words, *advised, "--dry-run") == 0

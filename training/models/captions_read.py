@@ -1,0 +1,96 @@
+"""What the captions of a training lose in its text encoder: counted beside the latents where that was done, else as
+they are read, in the first epoch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ldm.text import TextEncoder
+from ldm.text.encoders import LabelEncoder, ScratchTextEncoder
+from training.data.latents import Latents
+from training.data.samples import Batch
+from training.errors import DATA, UserError
+from training.ledger import Ledger
+from training.messages import warn
+from training.models.vocabulary import captions, counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+CUT = "captions longer than the text encoder reads"
+UNKNOWN = "words that the vocabulary has not, read as unknown"
+WITH_UNKNOWN = "captions with words that the vocabulary has not"
+
+
+def short(text: str) -> str:
+    """The beginning of a caption, for messages."""
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+class CaptionTally:
+    """`counted`: what was known at the start, the same in every process; `noted`: what this process has read since."""
+
+    def __init__(self, text: TextEncoder, dataset: Latents) -> None:
+        self.text, self.samples, self.last = text, len(dataset), -1
+        self.counted, self.noted = Ledger(), Ledger()
+        self.waiting = not self._count(dataset)
+        for line in self.counted.lines():
+            warn(line)
+
+    def _count(self, dataset: Latents) -> bool:
+        """Take over what was counted with the latents; whether that says all."""
+        if dataset.text and not self.text.trainable:  # whoever stored the embeddings cut the captions
+            told = dataset.shards.summary.get("ledger", {})
+            cut = told.get("cut", {}) if isinstance(told, dict) else {}
+            self.counted.merge({"cut": {kind: entry for kind, entry in cut.items() if "caption" in kind}})
+            return True
+        if not isinstance(self.text, ScratchTextEncoder):
+            return isinstance(self.text, LabelEncoder)
+        counts, tokenizer = counted(dataset), self.text.tokenizer
+        if "lengths" not in counts or counts.get("rule", 1) != tokenizer.rule:
+            return False
+        self.counted.add("cut", CUT, count=sum(counts["lengths"][tokenizer.length - 1 :]))
+        known = set(tokenizer.vocabulary)
+        for word in counts["words"]:
+            if word not in known:
+                self.counted.add("replaced", UNKNOWN, short(word))
+        return True
+
+    def note(self, batch: Batch) -> None:
+        """Look at the captions of a micro-batch, each sample's once: a micro-batch taken again counts no more."""
+        if not self.waiting:
+            return
+        slots = batch.slots.tolist()
+        new = [c for slot, c in zip(slots, batch.captions, strict=True) if self.last < slot < self.samples]
+        self.last = max(self.last, *slots)
+        self.waiting = self.last < self.samples
+        for caption, reading in zip(new, self.text.readings(new), strict=True):
+            if reading.cut:
+                if not self.noted.count("cut"):
+                    read = f"only the first {reading.read} of {reading.tokens} tokens of {short(caption)!r} are read"
+                    warn(f"{read}; captions cut so are counted during the first epoch")
+                self.noted.add("cut", CUT, short(caption))
+            if reading.unknown:
+                self.noted.add("replaced", WITH_UNKNOWN, short(caption))
+
+
+def refuse_unread(text: TextEncoder, dataset: Latents) -> None:
+    """Raises UserError (code 3) where captions have words, and the text encoder knows no word of any."""
+    if isinstance(text, LabelEncoder) or (dataset.text and not text.trainable):
+        return
+    some = ""
+    for caption in _distinct(dataset):
+        (reading,) = text.readings([caption])
+        if reading.blank:
+            some = some or caption
+        elif reading.tokens and reading.known:
+            return
+    if some:
+        what = f"no caption has a word that the text encoder knows (the first: {short(some)!r})"
+        hint = "its vocabulary is of other captions: leave --init-from out, or give another text encoder"
+        raise UserError(what, hint=hint, code=DATA)
+
+
+def _distinct(dataset: Latents) -> Iterable[str]:
+    few = counted(dataset).get("captions")
+    return captions(dataset) if few is None else few

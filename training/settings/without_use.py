@@ -1,0 +1,35 @@
+"""Settings that were given and that nothing of this training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+CRITIC = "adversarial_loss discriminator_start adversarial_start adversarial_ramp plateau plateau_steps return_margin"
+CRITIC += " return_pause return_limit discriminator_lr r1 r1_every lecam augment"
+# Stage one: keys, and the weight that has to be above 0 for them to be read.
+LOSS = {
+    "adversarial": CRITIC.split(),
+    "perceptual": ["perceptual_net", "perceptual_weights"],
+    "align": ["align_adaptive", "align_cosine_margin", "align_distance_margin"],
+    "plateau": ["plateau_steps"],
+    "return_margin": ["return_pause", "return_limit"],
+    "r1": ["r1_every"],
+}
+
+
+def without_use(config: Any, given: Iterable[str]) -> list[str]:
+    """The keys among `given`, `section.key`, that this config leaves without use, each with the reason."""
+    reasons: dict[str, str] = {}
+    if loss := getattr(config, "loss", None):
+        for weight, keys in LOSS.items():
+            if not getattr(loss, weight) and not (weight == "perceptual" and config.discriminator.on_features):
+                reasons |= {f"loss.{key}": f"loss.{weight} is 0" for key in keys}
+        if not loss.adversarial:
+            reasons["discriminator"] = "loss.adversarial is 0"
+    if config.optimizer.decay == "constant":
+        reasons["optimizer.final_lr"] = "optimizer.decay is constant"
+    if not config.train.ema_lengths:
+        reasons["train.ema_every"] = "train.ema_lengths is empty"
+    found = [(key, reasons.get(key, reasons.get(key.partition(".")[0]))) for key in given]
+    return [f"{key}: {why}" for key, why in found if why]
