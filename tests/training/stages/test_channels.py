@@ -47,7 +47,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert tiny.call("train_autoencoder", *first) == 0
     encode = ["--autoencoder", root / "ae", "--data", data, "--output", latents, "--device", "cpu"]
     assert tiny.call("encode_latents", *encode) == 0
-    second = [*tiny.DENOISER, "--data", latents, "--autoencoder", root / "ae", "--output", root / "ldm"]
+    second = [*tiny.DENOISER, "--latents", latents, "--output", root / "ldm"]
     assert tiny.call("train_denoiser", *second) == 0
     draw = ["--model", root / "ldm", "--prompt", "square up", "--num-images", 2, "--strip", "--device", "cpu"]
     assert tiny.call("generate", *draw, "--output", root / "drawn") == 0
@@ -102,9 +102,10 @@ def test_measured(made: tuple[int, Path], tmp_path: Path) -> None:
     _, root = made
     common = ["--data", root / "data", "--device", "cpu"]
     assert tiny.call("evaluate", "--model", root / "ae", *common, "--output", tmp_path / "ae.json") == 0
-    assert tiny.call("evaluate", "--model", root / "ldm", *common, "--output", tmp_path / "ldm.json") == 0
-    for name in ("ae", "ldm"):
-        assert np.isfinite(json.loads((tmp_path / f"{name}.json").read_bytes())["frechet"])
+    few = ["--count", 16, "--output", tmp_path / "ldm.json"]
+    assert tiny.call("evaluate", "--model", root / "ldm", *common, *few) == 0
+    for name, key in (("ae", "frechet"), ("ldm", "frechet_generated")):
+        assert np.isfinite(json.loads((tmp_path / f"{name}.json").read_bytes())[key])
     assert tiny.call("inspect_autoencoder", "--model", root / "ae", *common, "--output", tmp_path / "look") == 0
     with pytest.raises(UserError, match="judges RGB pictures"):
         tiny.call("evaluate", "--model", root / "ldm", "--obedience", "shapes", "--count", 1, "--device", "cpu")
