@@ -22,12 +22,12 @@ from training.shards.reading import ShardSet
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 WRITTEN = {
-    **{".jfif": "JPEG", ".jpe": "JPEG", ".jif": "JPEG", ".JFIF": "JPEG", ".mpo": "MPO", ".apng": "PNG", ".pnm": "PPM"},
-    **{".tga": "TGA", ".dib": "DIB", ".ico": "ICO", ".qoi": "QOI", ".j2k": "JPEG2000", ".jpx": "JPEG2000"},
+    ".jfif": "JPEG", ".jpe": "JPEG", ".jif": "JPEG", ".JFIF": "JPEG", ".mpo": "MPO", ".apng": "PNG", ".pnm": "PPM",
+    ".tga": "TGA", ".dib": "DIB", ".ico": "ICO", ".qoi": "QOI", ".j2k": "JPEG2000", ".jpx": "JPEG2000",
 }
 HEADS = {
-    **{".psd": b"8BPS", ".exr": b"\x76\x2f\x31\x01", ".hdr": b"#?RADIANCE\n", ".jls": b"\xff\xd8\xff\xf7"},
-    **{".xcf": b"gimp xcf v", ".dds": b"DDS ", ".jxr": b"II\xbc\1"},
+    ".psd": b"8BPS", ".exr": b"\x76\x2f\x31\x01", ".hdr": b"#?RADIANCE\n", ".jls": b"\xff\xd8\xff\xf7",
+    ".xcf": b"gimp xcf v", ".dds": b"DDS ", ".jxr": b"II\xbc\1",
 }
 
 
@@ -159,6 +159,15 @@ print(peak() - before)
 """
     counted = side * side * (2 if form == "JPEG2000" else 1)
     assert int(told(code)[-1]) * 1024 < 18 * counted + (24 << 20)
+
+
+def test_jpeg_2000_counts_twice(tmp_path: Path) -> None:
+    """Its decoder holds that much more memory; the hint says how many it needs."""
+    source = folder(tmp_path / "in", {"a.jp2": saved(NOISE, "JPEG2000")})
+    with pytest.raises(UserError, match="64x48 in JPEG2000, where each counts 2-fold; at most 6,143 are") as caught:
+        pack(source, tmp_path / "out", "--max-pixels", "6143")
+    flag = caught.value.hint.split(" decodes it")[0]
+    assert flag == "--max-pixels 6144" and len(pack(source, tmp_path / "out", *shlex.split(flag))) == 1
 
 
 def test_ignore_alpha_is_what_the_hint_says(tmp_path: Path) -> None:
