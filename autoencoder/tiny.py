@@ -165,7 +165,8 @@ def check_student(student: Autoencoder, teacher: Autoencoder) -> None:
     if student.norm.gaussian or student.quantize:
         raise ValueError("a model with a posterior or codes of its own cannot be distilled: use kind tiny or dc.")
     if student.image_channels != teacher.image_channels:
-        raise ValueError(f"the teacher has {teacher.image_channels} image channels, the student {student.image_channels}.")
+        theirs, ours = teacher.image_channels, student.image_channels
+        raise ValueError(f"the teacher has {theirs} image channels, the student {ours}.")
     if (student.factor, student.latent_channels) != (teacher.factor, teacher.latent_channels):
         raise ValueError(
             f"the teacher has factor {teacher.factor} and {teacher.latent_channels} latent channels, "

@@ -21,7 +21,7 @@ RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class Features:
-    """uint8 pictures (B,C,H,W), as `as_rgb` shows them -> (B, dim), and the name that must stand beside every number."""
+    """uint8 pictures (B,C,H,W), as `as_rgb` shows them -> (B, dim), and the name that stands beside every number."""
 
     name: str
     dim: int

@@ -50,7 +50,8 @@ def shapes_obedience(
     if args.count < 1:
         raise UserError("--obedience shapes draws --count pictures, which must be at least 1", hint="give --count N")
     if (channels := pipeline.autoencoder.image_channels) != 3:
-        raise UserError(f"--obedience shapes judges RGB pictures, the model draws {channels} channels", hint="leave it out")
+        what = f"--obedience shapes judges RGB pictures, the model draws {channels} channels"
+        raise UserError(what, hint="measure it with --data DIR")
     with as_user_error("lower --count"):
         prompts = {objects: held_out_prompts(args.count, objects, seed=args.seed) for objects in (1, 2, 3)}
     numbers: dict[str, Any] = {"prompts": args.count, "obedience_judge": "the rules of training/shapes/checker.py"}

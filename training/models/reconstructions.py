@@ -32,7 +32,7 @@ class Fidelity:
 
     @torch.no_grad()
     def add(self, pictures: Tensor, pixels: Tensor, crop: int = 0) -> None:
-        """Pictures and their references, uint8 (B,C,H,W); PSNR and SSIM of the inner `crop` pixels a side, all channels.
+        """Pictures and their references, uint8 (B,C,H,W); PSNR and SSIM of the inner `crop` pixels, all channels.
 
         0 takes whole pictures; a crop leaves out padding, which is easy to reconstruct.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -131,7 +132,9 @@ def _tiff_kind(data: bytes) -> str:
         tags = ImageFileDirectory_v2(data[:8])
         file = BytesIO(data)
         file.seek(tags.next)
-        tags.load(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tags.load(file)
         bits, kind = tags.get(258, (1,)), tags.get(339, (1,))[0]
         return f"{tags.get(277, 1)} x {bits[0]} bits, {({1: 'unsigned', 2: 'signed', 3: 'float'}).get(kind, 'other')}"
     except Exception:  # a damaged one

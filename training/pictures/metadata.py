@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-import zlib
 from collections.abc import Iterator
 
 from PIL import Image
@@ -24,6 +23,7 @@ TURNS = {
 COMPLAINT = re.compile(r"EXIF|[Mm]etadata|MPO|[Tt]runcated File Read|tag \d+")  # Pillow's warnings of metadata
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"sPLT", b"hIST", b"bKGD", b"sBIT", b"gAMA", b"cHRM", b"sRGB")
 PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT")
+ITEMS = re.compile(rb"(infe.{8})(?:Exif|mime)", re.DOTALL)
 GAIN_MARKS = (b"hdrgm:", b"HDRGainMap", b"hdrgainmap", b"urn:iso:std:iso:ts:21496")
 
 
@@ -82,17 +82,20 @@ def _views(image: Image.Image) -> bool:
 
 
 def without(data: bytes, all_of_it: bool) -> bytes | None:
-    """A PNG or JPEG without texts, or without all that is neither pixels nor transparency; None where nothing goes."""
+    """A PNG or JPEG without texts, or these, AVIF and HEIF without all that is neither pixels nor transparency; None
+    where nothing goes."""
     try:
         if data.startswith(b"\x89PNG"):
             kept = _png_without(data, all_of_it)
         elif data.startswith(b"\xff\xd8"):
             kept = _jpeg_without(data, all_of_it)
+        elif data[4:8] == b"ftyp":  # AVIF and HEIF: their Exif and XMP items under a type that nobody knows
+            kept = ITEMS.sub(rb"\1skip", data) if all_of_it else data
         else:
             return None
-    except (IndexError, struct.error, zlib.error):
+    except (IndexError, struct.error):
         return None
-    return kept if len(kept) < len(data) else None
+    return kept if kept != data else None
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -118,7 +121,7 @@ def _jpeg_without(data: bytes, all_of_it: bool) -> bytes:
     while data[at] == 0xFF and data[at + 1] != 0xDA:
         marker, (size,) = data[at + 1], struct.unpack(">H", data[at + 2 : at + 4])
         body = data[at + 4 : at + 2 + size]
-        extra = 0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)
+        extra = 0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE) or (marker == 0xE0 and len(body) < 14)
         needed = not all_of_it and (body.startswith((b"Exif\0", b"ICC_PROFILE\0")))
         if not extra or needed:
             parts.append(data[at : at + 2 + size])

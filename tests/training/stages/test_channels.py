@@ -11,6 +11,8 @@ import tiny
 import torch
 from PIL import Image
 
+from autoencoder.images import to_unit
+from autoencoder.tiles import decode_tiled
 from training.data.images import Images
 from training.errors import UserError
 from training.models.assembly import load_pipeline
@@ -47,7 +49,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert tiny.call("train_autoencoder", *first) == 0
     encode = ["--autoencoder", root / "ae", "--data", data, "--output", latents, "--device", "cpu"]
     assert tiny.call("encode_latents", *encode) == 0
-    second = [*tiny.DENOISER, "--data", latents, "--autoencoder", root / "ae", "--output", root / "ldm"]
+    second = [*tiny.DENOISER, "--latents", latents, "--output", root / "ldm"]
     assert tiny.call("train_denoiser", *second) == 0
     draw = ["--model", root / "ldm", "--prompt", "square up", "--num-images", 2, "--strip", "--device", "cpu"]
     assert tiny.call("generate", *draw, "--output", root / "drawn") == 0
@@ -102,12 +104,30 @@ def test_measured(made: tuple[int, Path], tmp_path: Path) -> None:
     _, root = made
     common = ["--data", root / "data", "--device", "cpu"]
     assert tiny.call("evaluate", "--model", root / "ae", *common, "--output", tmp_path / "ae.json") == 0
-    assert tiny.call("evaluate", "--model", root / "ldm", *common, "--output", tmp_path / "ldm.json") == 0
-    for name in ("ae", "ldm"):
-        assert np.isfinite(json.loads((tmp_path / f"{name}.json").read_bytes())["frechet"])
-    assert tiny.call("inspect_autoencoder", "--model", root / "ae", *common, "--output", tmp_path / "look") == 0
+    few = ["--count", 16, "--output", tmp_path / "ldm.json"]
+    assert tiny.call("evaluate", "--model", root / "ldm", *common, *few) == 0
+    for name, key in (("ae", "frechet"), ("ldm", "frechet_generated")):
+        assert np.isfinite(json.loads((tmp_path / f"{name}.json").read_bytes())[key])
+    look = ["--output", tmp_path / "look", "--probe-steps", 2, "--probe-samples", 4, "--lpips", "random"]
+    assert tiny.call("inspect_autoencoder", root / "ae", *common, *look) == 0
+    named = ["--data", root / "data", "--output", tmp_path / "classes", "--epochs", 1, "--width", 8, "--batch-size", 16]
+    assert tiny.call("train_classifier", *named, "--device", "cpu") == 0
     with pytest.raises(UserError, match="judges RGB pictures"):
         tiny.call("evaluate", "--model", root / "ldm", "--obedience", "shapes", "--count", 1, "--device", "cpu")
+
+
+def test_carried_to_diffusers_and_back(made: tuple[int, Path], tmp_path: Path) -> None:
+    """The same reconstruction, tiled too."""
+    channels, root = made
+    assert tiny.call("convert_autoencoder", "export", root / "ae", "--output", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes())["in_channels"] == channels
+    words = ["import", tmp_path / "out", "--output", tmp_path / "back"]
+    assert tiny.call("convert_autoencoder", *words) == 0
+    ours, back = load_autoencoder(root / "ae"), load_autoencoder(tmp_path / "back")
+    pixels = to_unit(next(Images(ShardSet(root / "data", "val")).chunks([0, 1], 2)).data)
+    assert torch.allclose(ours(pixels, None)[0], back(pixels, None)[0], atol=1e-5)
+    z = ours.norm.mean_latents(ours.encode(pixels))
+    assert decode_tiled(ours, z, tile=6, overlap=4).shape == pixels.shape
 
 
 def test_data_of_other_channels_are_refused_by_name(made: tuple[int, Path], shapes: Path, tmp_path: Path) -> None:
