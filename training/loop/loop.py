@@ -108,9 +108,9 @@ class Loop:
 
     def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
-        self.batches = self.plan_batches(start)
-        pin = self.accelerator.device.type == "cuda"
-        self.incoming = stream(self.stage.dataset, self.batches, self.train.num_workers, pin=pin)
+        self.batches, pin = self.plan_batches(start), self.accelerator.device.type == "cuda"
+        workers, give_up = self.train.num_workers, self.signals.give_up
+        self.incoming = stream(self.stage.dataset, self.batches, workers, pin=pin, give_up=give_up)
 
     def _steps(self, start: int) -> int:
         train = self.train

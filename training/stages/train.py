@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import UserError
+from training.errors import DISK, UserError
 from training.messages import tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
@@ -113,7 +113,9 @@ def fit(
     facts: Mapping[str, Any],
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
+    from training.data.loader import FEWER
     from training.loop.loop import Loop
+    from training.machine.signals import GIVE_UP
     from training.shards.addresses import repeat_command
     from training.stages.checks import check_room
     from training.stages.resuming import resume
@@ -132,6 +134,10 @@ def fit(
         raise
     if number and accelerator.is_main_process:
         run.describe("stopped", loop.done, facts)
+    if number == GIVE_UP:
+        what = f"loader processes die again and again: saved step {loop.done}"
+        raise UserError(what, hint=f"{FEWER}; then go on with --resume auto", code=DISK)
+    if number and accelerator.is_main_process:
         command = repeat_command([*sys.argv, *([] if args.resume == "auto" else ["--resume", "auto"])])
         notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}"
         tell(f"{notice}; resume with: {command}")
