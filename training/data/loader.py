@@ -57,7 +57,7 @@ def stream(
                 done += 1
                 yield batch
             return
-        except _Died as death:
+        except Died as death:
             deaths = [*(before for before in deaths if death.at - before < HOUR), death.at]
             if len(deaths) > DEATHS:
                 raise UserError(f"loader processes die again and again ({death.why})", hint=FEWER, code=DISK) from None
@@ -77,13 +77,13 @@ def loaders(workers: int, ahead: int) -> dict[str, Any]:
 
 @contextmanager
 def loader_errors(incoming: list[Any]) -> Iterator[None]:
-    """Inside, a loader process of `incoming` (the iterator of a DataLoader, once there is one) that died is a _Died,
+    """Inside, a loader process of `incoming` (the iterator of a DataLoader, once there is one) that died is a Died,
     and a system that gives no more processes or files is a UserError (exit 6)."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as failure:
         if incoming and (why := _cause(incoming[0])):
-            raise _Died(why) from None
+            raise Died(why) from None
         text = str(failure)
         if getattr(failure, "errno", 0) in (errno.EMFILE, errno.ENFILE) or "ancdata" in text or "open files" in text:
             hint = "raise the limit (ulimit -n 4096), or use --num-workers 0"
@@ -94,7 +94,7 @@ def loader_errors(incoming: list[Any]) -> Iterator[None]:
         raise
 
 
-class _Died(Exception):
+class Died(Exception):
     """A loader process is gone."""
 
     def __init__(self, why: str) -> None:
@@ -118,27 +118,34 @@ def _received(
         pin_memory=pin,
         **loaders(workers, ahead),
     )
+    through_pipes = False
+    for batch in surviving(loader):
+        if isinstance(batch, bytes):
+            if not through_pipes:
+                note("/dev/shm (or the limit of open files) is too small for batches: they take a slower way")
+            batch, through_pipes = pickle.loads(batch), True  # of our own process
+        if isinstance(batch, UserError):
+            raise batch
+        if skipped:
+            skipped -= 1
+            continue
+        yield batch
+
+
+def surviving(loader: Any) -> Iterator[Any]:
+    """What a DataLoader gives. Raises Died where one of its processes does, UserError (exit 6) where the system gives
+    no more processes or files."""
     incoming: list[Any] = []
     with loader_errors(incoming), block_sigterm(), _own_sigchld():
-        opened = iter(loader)
-    incoming.append(opened)
-    over, through_pipes = _watch(opened), False
+        incoming.append(iter(loader))
+    over, nothing = _watch(incoming[0]), object()
     try:
         while True:
             with loader_errors(incoming):
-                batch = next(opened, None)
-            if batch is None:
+                value = next(incoming[0], nothing)
+            if value is nothing:
                 return
-            if isinstance(batch, bytes):
-                if not through_pipes:
-                    note("/dev/shm (or the limit of open files) is too small for batches: they take a slower way")
-                batch, through_pipes = pickle.loads(batch), True  # of our own process
-            if isinstance(batch, UserError):
-                raise batch
-            if skipped:
-                skipped -= 1
-                continue
-            yield batch
+            yield value
     finally:
         over.set()
 

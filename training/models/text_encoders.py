@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ldm.conditioning import Cond
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import CHECKPOINT, DATA, UserError
@@ -17,9 +19,18 @@ LARGE = 200_000_000  # parameters up to which a frozen encoder is copied into ev
 VOCABULARY = "vocabulary.json"
 
 
-def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
+def in_precision(dtype: str) -> dict[str, str]:
+    """What transformers is told, to load weights as "float32", say, whatever they are stored as: version 5 would take
+    the file's own, version 4 float32, and each encode otherwise. "auto" is the file's own."""
+    from transformers import __version__
+
+    return {"dtype" if tuple(map(int, __version__.split(".")[:2])) >= (4, 56) else "torch_dtype": dtype}
+
+
+def load_huggingface(config: HuggingFace, name: str, dtype: str = "float32") -> TextEncoder:
     """A frozen encoder by hub name or local folder (CLIP text, T5, BERT-like); safetensors only, no remote code.
 
+    Its weights are loaded as `dtype`, whatever precision they are stored in.
     Raises UserError saying what to download where it cannot be had, or why it does not fit.
     """
     from safetensors import SafetensorError
@@ -35,7 +46,7 @@ def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
             "clip_text_model": CLIPTextModelWithProjection,
             "clip": CLIPTextModelWithProjection,
         }
-        model = family.get(kind, AutoModel).from_pretrained(name, use_safetensors=True)
+        model = family.get(kind, AutoModel).from_pretrained(name, use_safetensors=True, **in_precision(dtype))
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name))
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as failure:
         reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
@@ -100,16 +111,48 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
     # A hub name is worth keeping; a path of this machine is not.
     public_name = Path(name).name if Path(name).exists() else name
     (folder / "text_encoder").mkdir(exist_ok=True)
-    write_json(record, {"name": public_name, "copied": not large, **identities})
+    dtype = str(next(encoder.parameters()).dtype).removeprefix("torch.")
+    write_json(record, {"name": public_name, "copied": not large, "dtype": dtype, **identities})
 
 
 def load_stored(config: HuggingFace, folder: Path, override: str | None = None) -> TextEncoder:
     """The encoder that `keep` stored, or `override` (name or folder); either way it must be the same one, by hash."""
     stored = read_json(folder / "text_encoder" / "identity.json")
     source = override or (str(folder / "text_encoder") if stored["copied"] else stored["name"])
-    encoder = load_huggingface(config, source)
+    encoder = load_as_stored(config, source, stored)
     _same(stored, identity(encoder), source)
     return encoder
+
+
+def load_as_stored(config: HuggingFace, name: str, record: dict[str, Any]) -> TextEncoder:
+    """The encoder `name` in the precision that a `record` of `keep` was made in, if it is the same; else in float32."""
+    encoder = load_huggingface(config, name, record.get("dtype", "float32"))
+    if "dtype" in record or record.get("hash") in (None, identity(encoder)["hash"]):
+        return encoder
+    older = load_huggingface(config, name, "auto")  # of before the precision was written down: perhaps the file's own
+    return older if identity(older)["hash"] == record["hash"] else encoder
+
+
+def stored_record(folder: Path | None) -> dict[str, Any]:
+    """What `keep` wrote of an encoder in `folder`; empty where there is none."""
+    record = folder / "text_encoder" / "identity.json" if folder else None
+    return dict(read_json(record)) if record and record.is_file() else {}
+
+
+class StoredText(TextEncoder):
+    """Stands for a frozen encoder whose embeddings are stored, where nothing is drawn: widths without weights."""
+
+    def __init__(self, null: Cond) -> None:
+        pooled = None if null.pooled is None else null.pooled.shape[-1]
+        super().__init__(context_dim=null.context.shape[-1], pooled_dim=pooled, trainable=False)
+
+    def encode(self, captions: list[str]) -> Cond:
+        """Nothing is encoded here."""
+        raise RuntimeError("no text encoder is loaded in this process")
+
+    def truncated(self, captions: Iterable[str]) -> int:
+        """Nothing is read here."""
+        raise RuntimeError("no text encoder is loaded in this process")
 
 
 def _same(baseline: dict[str, Any], current: dict[str, Any], source: str) -> None:

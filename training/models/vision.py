@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from autoencoder.alignment import VisionFeatures
 from training.errors import DATA, UserError
 from training.files import content_hash
+from training.models.text_encoders import in_precision
 from training.settings.decoding import AutoencoderConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def load_vision(name: str) -> VisionFeatures:
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise UserError(f"{name}: no such folder of a vision model", hint=hint, code=DATA)
     try:
-        model, report = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        how = {"use_safetensors": True, "output_loading_info": True, **in_precision("float32")}
+        model, report = AutoModel.from_pretrained(name, **how)
         if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):  # poolers are not used
             raise ValueError(f"its weights lack {missing[0]}")
         network = getattr(model, "vision_model", model)
