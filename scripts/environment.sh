@@ -14,7 +14,7 @@ if [ ! -x "$PYTHON" ]; then
     [ -x "$PYTHON" ] || { echo "error: Python 3.11 or newer was not found" >&2; exit 2; }
 fi
 # Installed once for each state of pyproject.toml: a second run starts at once.
-stamp=$venv/.installed-$(cat "$project/pyproject.toml" <(echo "${EXTRAS:-}") | sha256sum | cut -c1-16)
+stamp=$venv/.installed-$(cat "$project/pyproject.toml" <(echo "${EXTRAS:-}") | cksum | tr ' ' -)
 if [ ! -e "$stamp" ]; then
     echo "installing into $venv (PyTorch is large: a few minutes the first time)"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -e "$project${EXTRAS:+[$EXTRAS]}"
@@ -22,6 +22,10 @@ if [ ! -e "$stamp" ]; then
 fi
 export TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # of checkouts that share an environment, each runs its own code
+
+absolute() { # a path as seen from here, for after a `cd`
+    case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+}
 
 run() { # print a command, then run it
     echo "+ python ${*/#$project\//}"

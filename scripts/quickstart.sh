@@ -5,7 +5,8 @@ set -euo pipefail
 usage="usage: bash $0 [--output DIR]"
 case $#:${1:-}:${2:-} in
     0:*) out= ;;
-    2:--output:[!-]*) out=$(realpath -m "$2") ;;
+    2:--output:/*) out=$2 ;;
+    2:--output:[!-]*) out=$PWD/$2 ;;
     *:--output:*) echo "error: --output takes one folder; $usage" >&2; exit 2 ;;
     *) echo "error: unknown argument $1; $usage" >&2; exit 2 ;;
 esac

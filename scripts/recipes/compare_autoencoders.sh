@@ -9,8 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 out= data=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --data) data+=("$(realpath -m "$2")"); shift 2 ;;
-        --output) out=$(realpath -m "$2"); shift 2 ;;
+        --data) data+=("$(absolute "$2")"); shift 2 ;;
+        --output) out=$(absolute "$2"); shift 2 ;;
         *) echo "error: unknown argument $1; see the head of $0" >&2; exit 2 ;;
     esac
 done

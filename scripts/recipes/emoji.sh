@@ -8,9 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 root= text= out=
 while [ $# -gt 0 ]; do
     case $1 in
-        --root) root=$(realpath -m "$2"); shift 2 ;;
-        --text-encoder) text=$(realpath -m "$2"); shift 2 ;;
-        --output) out=$(realpath -m "$2"); shift 2 ;;
+        --root) root=$(absolute "$2"); shift 2 ;;
+        --text-encoder) text=$(absolute "$2"); shift 2 ;;
+        --output) out=$(absolute "$2"); shift 2 ;;
         *) echo "error: unknown argument $1; see the head of $0" >&2; exit 2 ;;
     esac
 done

@@ -6,8 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 root= out=
 while [ $# -gt 0 ]; do
     case $1 in
-        --root) root=$(realpath -m "$2"); shift 2 ;;
-        --output) out=$(realpath -m "$2"); shift 2 ;;
+        --root) root=$(absolute "$2"); shift 2 ;;
+        --output) out=$(absolute "$2"); shift 2 ;;
         *) echo "error: unknown argument $1; usage: $0 --root FOLDER_OF_IDX_FILES --output DIR" >&2; exit 2 ;;
     esac
 done

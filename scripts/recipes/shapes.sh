@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 [ "${1:-}" = --output ] && [ $# = 2 ] || { echo "usage: $0 --output DIR" >&2; exit 2; }
-out=$(realpath -m "$2")
+out=$(absolute "$2")
 cd "$project"
 
 run scripts/make_shards.py pack shapes --samples 60000 --val-fraction 0.02 --output "$out/data"

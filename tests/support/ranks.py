@@ -125,6 +125,11 @@ def impatient(seconds: int) -> None:
     loop.validate = slow
 
 
+def no_text(_step: int) -> None:
+    """This process has no transformers."""
+    sys.modules["transformers"] = None  # type: ignore[assignment]
+
+
 def main() -> None:
     """Run `SCRIPT WORDS` after the mischief that this rank was told."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -132,7 +137,7 @@ def main() -> None:
     if name == "words":  # given to this process alone
         sys.argv += step.split()
     elif name:
-        {f.__name__: f for f in (nan_loss, spike, bad_sample, unsynchronised, impatient)}[name](int(step))
+        {f.__name__: f for f in (nan_loss, spike, bad_sample, unsynchronised, impatient, no_text)}[name](int(step))
     script = tiny.SCRIPTS / f"{sys.argv[1]}.py"
     sys.argv = [str(script), *sys.argv[2:]]
     runpy.run_path(str(script), run_name="__main__")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from training.data.sharing import hand_over
 from training.errors import DATA, UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ LIMIT = 0.01  # the share of what has come that may be left out, once `ALLOWED` 
 ALLOWED = 8
 
 
-class Arrivals(IterableDataset["Batch | UserError"]):
+class Arrivals(IterableDataset["Batch | UserError | bytes"]):
     """Micro-batches of a stream: each slot takes the next record that can be read. For a `DataLoader` without batching.
 
     With `on_bad_data` "error" the first record that cannot be read is handed over as its UserError.
@@ -28,7 +29,7 @@ class Arrivals(IterableDataset["Batch | UserError"]):
     def __init__(self, samples: Samples[Any], batches: Batches) -> None:
         self.samples, self.batches = samples, batches
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
+    def __iter__(self) -> Iterator[Batch | UserError | bytes]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         reader = self.batches.process * workers + worker
@@ -37,7 +38,7 @@ class Arrivals(IterableDataset["Batch | UserError"]):
         try:
             for number, slots in enumerate(self.batches):
                 if number % workers == worker:
-                    yield self._filled(slots, records)
+                    yield hand_over(self._filled(slots, records))
         except UserError as problem:
             yield problem
 
@@ -61,17 +62,18 @@ class Arrivals(IterableDataset["Batch | UserError"]):
 
 
 class Losses:
-    """What of a stream could not be read, against what could. Raises UserError (code 3) beyond the limit."""
+    """What of a stream could not be read (`bad`, by number), against what could. Raises UserError (code 3) beyond the
+    limit."""
 
-    def __init__(self) -> None:
-        self.seen = 0
-        self.reasons: list[str] = []
+    def __init__(self, bad: dict[int, str]) -> None:
+        self.seen, self.bad = 0, bad
 
     def count(self, batch: Batch) -> None:
         """Take note of one micro-batch."""
         self.seen += len(batch.slots)
-        self.reasons += batch.bad.values()
-        if len(self.reasons) > max(ALLOWED, LIMIT * self.seen):
-            first = "; ".join(self.reasons[:5])
-            what = f"{len(self.reasons):,} of {self.seen + len(self.reasons):,} samples of the stream cannot be read"
+        for why in batch.bad.values():
+            self.bad[len(self.bad)] = why
+        if len(self.bad) > max(ALLOWED, LIMIT * self.seen):
+            first = "; ".join(list(self.bad.values())[:5])
+            what = f"{len(self.bad):,} of {self.seen + len(self.bad):,} samples of the stream cannot be read"
             raise UserError(f"{what}: {first}", hint="look at the shards with tar -t, or name others", code=DATA)

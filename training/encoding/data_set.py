@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from autoencoder.tiles import encode_tiled
 from training.data.images import Images
 from training.data.latents import Latents
-from training.data.loader import loaders
+from training.data.loader import FEWER, Died, loaders, surviving
 from training.encoding.shard import Encoder, embeddings, refuse_many
-from training.errors import CHECKPOINT, DATA, UserError, as_user_error
+from training.errors import CHECKPOINT, DATA, DISK, UserError, as_user_error
 from training.files import (
     check_output,
     disk_error,
@@ -72,7 +72,7 @@ def encode(args: argparse.Namespace) -> int:
     _, shards = read_index(source)
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
-    encoder = _text_encoder(args, accelerator.device)
+    encoder = _text_encoder(args, target, accelerator.device)
     plan = {
         "encoder": autoencoder_hashes(model)["encoder"],
         "data": {s.name: s.sha256 for s in shards},
@@ -129,7 +129,17 @@ def read_ahead(
         collate_fn=list,
         **loaders(workers, max(2, math.ceil(batch / (size * max(1, workers))))),
     )
-    return chain.from_iterable(loader)
+    return chain.from_iterable(_opened(loader))
+
+
+def _opened(loader: Any) -> Iterator[list[np.ndarray | UserError]]:
+    """What `loader` gives. Raises UserError (code 6) where a loader process dies: what is encoded stays, and is gone on
+    from."""
+    try:
+        yield from surviving(loader)
+    except Died as death:
+        hint = f"{FEWER}; the same command goes on where this one stopped"
+        raise UserError(f"a loader process died ({death.why})", hint=hint, code=DISK) from None
 
 
 def _some_at_once(splits: Mapping[str, Images], shards: Sequence[ShardInfo], size: int) -> Iterator[list[Place]]:
@@ -169,14 +179,14 @@ def _images(source: Path | Remote, split: str, args: argparse.Namespace) -> Imag
     return Images(ShardSet(source, split), on_bad_data=args.on_bad_data)
 
 
-def _text_encoder(args: argparse.Namespace, device: torch.device) -> TextEncoder | None:
+def _text_encoder(args: argparse.Namespace, target: Path, device: torch.device) -> TextEncoder | None:
     if not args.text_encoder:
         return None
     from ldm.text import HuggingFace
 
     with as_user_error("change --text-length"):
         config = HuggingFace(length=args.text_length, pooling=args.text_pooling, lower=args.text_lower)
-    return text_encoders.load_huggingface(config, args.text_encoder).to(device)
+    return text_encoders.load_as_stored(config, args.text_encoder, text_encoders.stored_record(target)).to(device)
 
 
 def _prepare(

@@ -82,8 +82,9 @@ class Loop:
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
         self.waits = self.watchdogs.skips or not fused or accelerator.device.type == "cpu"
         undoable = self.watchdogs.skips
-        self.passes = Passes(stage, train, accelerator, self.journal, micro, accumulation, undoable=undoable)
         self.signals, self.done, self.saving = Signals(), 0, False
+        asked = (undoable, self.signals.give_up)
+        self.passes = Passes(stage, train, accelerator, self.journal, micro, accumulation, *asked)
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
 
     def fit(self, start: int) -> int:

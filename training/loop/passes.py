@@ -6,7 +6,7 @@ in smaller parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -58,12 +58,12 @@ class Passes:
         journal: Journal,
         micro: int,
         accumulation: int,
-        *,
         undoable: bool,
+        give_up: Callable[[], None],
     ) -> None:
-        """`undoable`: a step may be given up once its gradients are known."""
+        """`undoable`: a step may be given up once its gradients are known; `give_up`: what reads cannot go on."""
         self.stage, self.train, self.accelerator, self.journal = stage, train, accelerator, journal
-        self.micro, self.accumulation, self.undoable = micro, accumulation, undoable
+        self.micro, self.accumulation, self.undoable, self.give_up = micro, accumulation, undoable, give_up
         self.shrinks = train.micro_batch_size == "auto"
         self.base = (0, 0)  # of the data order
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
@@ -76,7 +76,8 @@ class Passes:
         order = order_of(dataset, train.batch_size, train.seed, self.base)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = Batches(order, self.micro, self.accumulation, process, processes, start, train.max_steps)
-        self.incoming = stream(dataset, self.batches, train.num_workers, pin=self.accelerator.device.type == "cuda")
+        pin = self.accelerator.device.type == "cuda"
+        self.incoming = stream(dataset, self.batches, train.num_workers, pin=pin, give_up=self.give_up)
 
     def take(self, step: int) -> dict[str, Tensor]:
         """The gradients of one step, averaged over processes; returns the mean losses.

@@ -1,4 +1,4 @@
-"""Memory of a process: kept between steps, and what an out-of-memory message says of it."""
+"""Memory of a process: kept between steps, and what an out-of-memory message says of it; its limit of open files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from training.files import gigabytes
 
+FILES = 8192  # that a process may hold open
 MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 
@@ -32,9 +33,23 @@ def memory_needed(text: str) -> str:
     if torch.cuda.is_available() and "CUDA" in text:
         peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory()
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f" (at least {gigabytes(int(peak + allocation))} needed, {gigabytes(total)} available)"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files, where it may: shards and batches of loader processes need many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def keep_memory() -> None:

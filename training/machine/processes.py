@@ -15,7 +15,7 @@ from training.errors import LOST, USAGE, UserError
 from training.machine import launcher, meeting
 from training.machine.meeting import is_distributed as is_distributed
 from training.machine.meeting import meet as meet
-from training.machine.memory import keep_memory
+from training.machine.memory import allow_open_files, keep_memory
 from training.messages import tell
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def start(
     """
     launcher.check()
     keep_memory()
+    allow_open_files()
     torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
     target = resolve(device)
     _check_target(target, mixed_precision or "no")

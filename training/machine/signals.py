@@ -10,6 +10,7 @@ from multiprocessing import parent_process
 from threading import Thread
 from types import FrameType
 
+GIVE_UP = 100  # stands, where the number of a signal is expected, for loader processes that die again and again
 LOOK_EVERY = 2.0  # seconds after which a loader sees that its main process is gone
 
 
@@ -45,6 +46,10 @@ class Signals:
         for number in () if main else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
+
+    def give_up(self) -> None:
+        """Ask for a save and a stop, as no signal did: what reads the data cannot go on."""
+        self.stop = self.stop or GIVE_UP
 
     def take_save(self) -> bool:
         """Whether a save was asked for since the last call."""

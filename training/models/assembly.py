@@ -57,9 +57,12 @@ def assemble(
     home: Path | None,
     text_encoder: str | None,
     device: torch.device,
+    *,
+    draws: bool = True,
 ) -> Parts:
     """Everything a denoiser is trained with; the vocabulary is the one stored in `home` (final/), where there is one.
 
+    A process that `draws` no pictures does without a frozen text encoder where its embeddings are stored.
     Raises UserError where the latents were made by another autoencoder than the one stored beside them.
     """
     refuse_links(latents)
@@ -74,8 +77,9 @@ def assemble(
         )
     null = None
     if isinstance(config.text, HuggingFace):
-        text, null, text_source = _frozen_text(config.text, latents, dataset, text_encoder)
-        hashes |= {"text_encoder": text_encoders.identity(text)["hash"], **text_encoders.tokenizer_hash(text)}
+        text, null, text_source = _frozen_text(config.text, latents, dataset, text_encoder, home, draws=draws)
+        if not isinstance(text, text_encoders.StoredText):  # whoever draws, tells
+            hashes |= {"text_encoder": text_encoders.identity(text)["hash"], **text_encoders.tokenizer_hash(text)}
     else:
         if home and text_encoders.holds_vocabulary(home):
             text_source = text_encoders.stored_vocabulary(home)
@@ -99,20 +103,21 @@ def store(parts: Parts, latents: Path, home: Path) -> None:
 
 
 def _frozen_text(
-    config: HuggingFace, latents: Path, dataset: Latents, name: str | None
+    config: HuggingFace, latents: Path, dataset: Latents, name: str | None, home: Path | None, *, draws: bool
 ) -> tuple[TextEncoder, Cond | None, str]:
     null = None
+    text: TextEncoder
     if dataset.text:
-        text = text_encoders.load_stored(config, latents, name)
         stored = load_tensors(latents / "text_encoder" / "null.safetensors")
         null = Cond(
             stored["context"][None].float(),
             torch.ones(1, len(stored["context"]), dtype=torch.bool),
             stored["pooled"][None].float() if "pooled" in stored else None,
         )
+        text = text_encoders.load_stored(config, latents, name) if draws else text_encoders.StoredText(null)
         name = text_encoders.stored_identity(latents)["name"]
     elif name:
-        text = text_encoders.load_huggingface(config, name)
+        text = text_encoders.load_as_stored(config, name, text_encoders.stored_record(home))
     else:
         raise UserError(
             "the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",

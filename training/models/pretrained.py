@@ -42,8 +42,17 @@ def loading(what: str, name: str, hint: str) -> Iterator[dict[str, Any]]:
         constants.HF_HUB_OFFLINE = before
 
 
-def load_model(name: str, families: Mapping[str, Any], how: Mapping[str, Any]) -> Any:
-    """The model of `name`, by its `model_type` one of `families`, else what AutoModel makes of it. Safetensors only.
+def in_precision(dtype: str) -> dict[str, str]:
+    """What transformers is told, to load weights as "float32", say, whatever they are stored as: version 5 would take
+    the file's own, version 4 float32, and each encode otherwise. "auto" is the file's own."""
+    from transformers import __version__
+
+    return {"dtype" if tuple(map(int, __version__.split(".")[:2])) >= (4, 56) else "torch_dtype": dtype}
+
+
+def load_model(name: str, families: Mapping[str, Any], how: Mapping[str, Any], dtype: str = "float32") -> Any:
+    """The model of `name`, by its `model_type` one of `families`, else what AutoModel makes of it. Safetensors only;
+    its weights as `dtype`, whatever precision they are stored in.
 
     Raises ValueError where its files lack weights, hold others or ones that are not finite. The first layer of all
     would be random, and nothing would tell.
@@ -54,7 +63,7 @@ def load_model(name: str, families: Mapping[str, Any], how: Mapping[str, Any]) -
     _refuse_demands(config)
     family = families.get(config.model_type, AutoModel)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below, by name
-    model, report = family.from_pretrained(name, use_safetensors=True, **told, **how)
+    model, report = family.from_pretrained(name, use_safetensors=True, **told, **how, **in_precision(dtype))
     _check_report(model, report)
     try:
         check_weights(state := model.state_dict(), state, "its weights")

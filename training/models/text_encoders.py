@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from ldm.conditioning import Cond
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import CHECKPOINT, UserError
@@ -23,9 +25,10 @@ LARGE = 200_000_000  # parameters up to which a frozen encoder is copied into ev
 VOCABULARY = "vocabulary.json"
 
 
-def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
+def load_huggingface(config: HuggingFace, name: str, dtype: str = "float32") -> TextEncoder:
     """A frozen encoder by hub name or local folder (CLIP text, T5, BERT-like); safetensors only, no remote code.
 
+    Its weights are loaded as `dtype`, whatever precision they are stored in.
     Raises UserError saying what to download where it cannot be had, or why it does not fit.
     """
     hint = "give a folder that holds config.json, model.safetensors and the tokenizer's files"
@@ -33,7 +36,8 @@ def load_huggingface(config: HuggingFace, name: str) -> TextEncoder:
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
         t5, clip = T5EncoderModel, CLIPTextModelWithProjection
-        model = load_model(name, {"t5": t5, "mt5": t5, "clip_text_model": clip, "clip": clip}, how)
+        families = {"t5": t5, "mt5": t5, "clip_text_model": clip, "clip": clip}
+        model = load_model(name, families, how, dtype)
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name), **how)
     try:
         return config.build(model, tokenizer)
@@ -90,7 +94,8 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
         _save(encoder, folder)
     # A hub name is worth keeping; a path of this machine is not.
     public_name = Path(name).name if Path(name).exists() else name
-    write_json(record, {"name": public_name, "copied": not large, **identities})
+    dtype = str(next(encoder.parameters()).dtype).removeprefix("torch.")
+    write_json(record, {"name": public_name, "copied": not large, "dtype": dtype, **identities})
 
 
 def _save(encoder: HuggingFaceTextEncoder, folder: Path) -> None:
@@ -121,9 +126,40 @@ def load_stored(config: HuggingFace, folder: Path, override: str | None = None) 
         hint = "give --text-encoder with that name, or with a folder of it, if you trust where these files are from"
         raise UserError(said, hint=hint, code=CHECKPOINT)
     source = override or str(folder / "text_encoder")
-    encoder = load_huggingface(config, source)
+    encoder = load_as_stored(config, source, stored)
     _same(stored, identity(encoder), source)
     return encoder
+
+
+def load_as_stored(config: HuggingFace, name: str, record: dict[str, Any]) -> TextEncoder:
+    """The encoder `name` in the precision that a `record` of `keep` was made in, if it is the same; else in float32."""
+    encoder = load_huggingface(config, name, record.get("dtype", "float32"))
+    if "dtype" in record or record.get("hash") in (None, identity(encoder)["hash"]):
+        return encoder
+    older = load_huggingface(config, name, "auto")  # of before the precision was written down: perhaps the file's own
+    return older if identity(older)["hash"] == record["hash"] else encoder
+
+
+def stored_record(folder: Path | None) -> dict[str, Any]:
+    """What `keep` wrote of an encoder in `folder`; empty where there is none."""
+    there = folder is not None and (folder / "text_encoder" / "identity.json").is_file()
+    return stored_identity(folder) if folder and there else {}
+
+
+class StoredText(TextEncoder):
+    """Stands for a frozen encoder whose embeddings are stored, where nothing is drawn: widths without weights."""
+
+    def __init__(self, null: Cond) -> None:
+        pooled = None if null.pooled is None else null.pooled.shape[-1]
+        super().__init__(context_dim=null.context.shape[-1], pooled_dim=pooled, trainable=False)
+
+    def encode(self, captions: list[str]) -> Cond:
+        """Nothing is encoded here."""
+        raise RuntimeError("no text encoder is loaded in this process")
+
+    def truncated(self, captions: Iterable[str]) -> int:
+        """Nothing is read here."""
+        raise RuntimeError("no text encoder is loaded in this process")
 
 
 def _same(baseline: dict[str, Any], current: dict[str, Any], source: str) -> None:

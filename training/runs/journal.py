@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from training.files import disk_error, finite, open_own, sync_folder
 from training.machine.faults import fault
+from training.machine.memory import peak_memory
 from training.messages import per_second, tell, warn
 from training.settings.sections import Train
 
@@ -135,9 +135,7 @@ class Journal:
         share = self.waited / max(1e-9, now - self.since)
         self.since, self.waited, self.first = now, 0.0, step
         cuda = self.accelerator.device.type == "cuda"
-        memory = (
-            torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        memory = torch.cuda.max_memory_allocated() if cuda else peak_memory()
         rate = self.train.batch_size / seconds
         self._append(
             "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]

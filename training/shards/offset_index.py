@@ -6,6 +6,7 @@ memory, however many samples it has.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections import OrderedDict
@@ -110,9 +111,8 @@ class Descriptors:
             if path in self._open:
                 self._open.move_to_end(path)
             else:
-                if len(self._open) >= self.limit:
-                    os.close(self._open.popitem(last=False)[1])
-                self._open[path] = os.open(path, os.O_RDONLY)
+                self._leave_open(self.limit - 1)
+                self._open[path] = self._descriptor(path)
             return os.pread(self._open[path], size, offset)
         except OSError as error:
             what = f"{path}: cannot be read at byte {offset:,} ({error.strerror})"
@@ -120,8 +120,21 @@ class Descriptors:
 
     def close(self) -> None:
         """Closes all of them."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._leave_open(0)
+
+    def _leave_open(self, count: int) -> None:
+        while len(self._open) > count:
+            os.close(self._open.popitem(last=False)[1])
+
+    def _descriptor(self, path: str) -> int:
+        try:
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._open:
+                raise
+        self.limit = max(1, len(self._open) // 2)  # the system allows fewer, of which others need some
+        self._leave_open(self.limit - 1)
+        return os.open(path, os.O_RDONLY)
 
 
 def members(

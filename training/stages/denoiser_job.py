@@ -59,9 +59,8 @@ class DenoiserJob(Job):
         torch.manual_seed(config.train.seed)
         home = assembly.vocabulary_home(config.text, final, args.init_from)
         with as_user_error("change the config"):
-            self.parts = parts = assembly.assemble(
-                config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
-            )
+            given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
+            self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process)
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:

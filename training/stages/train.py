@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands import again, assigned
-from training.errors import UserError
+from training.errors import DISK, UserError
 from training.messages import answer, note, tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
@@ -136,7 +136,9 @@ def fit(
     facts: Mapping[str, Any],
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
+    from training.data.loader import FEWER
     from training.loop.loop import Loop
+    from training.machine.signals import GIVE_UP
     from training.runs.folder import Run
     from training.stages.checks import check_room
     from training.stages.resuming import resume
@@ -155,6 +157,11 @@ def fit(
             with suppress(UserError, OSError):  # a full disk, say: the first reason is the one to tell
                 run.describe("failed", loop.done, close_books(loop, facts))
         raise
+    if number == GIVE_UP:
+        if isinstance(run, Run):
+            run.describe("stopped", loop.done, close_books(loop, facts))
+        what = f"loader processes die again and again: saved step {loop.done}"
+        raise UserError(what, hint=f"{FEWER}; then go on with --resume auto", code=DISK)
     if number and isinstance(run, Run):
         report_stopped(args, run, loop, facts, number)
     return loop, 128 + number if number else 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
 
@@ -18,7 +19,7 @@ from ldm.text import HuggingFace
 from training.data.latents import Latents
 from training.errors import UserError
 from training.loop.loop import Loop
-from training.models import text_encoders
+from training.models import pretrained, text_encoders
 from training.models.assembly import load_pipeline
 from training.shards.reading import ShardSet
 
@@ -326,3 +327,62 @@ def test_a_config_that_asks_for_an_encoder_names_one_that_does_not(latents: Path
     assert problem.code == 3 and "none was given" in problem.what
     advised = problem.hint.rpartition("as ")[2].split()
     assert advised[0] == "--config" and tiny.call("train_denoiser", *words, *advised, "--dry-run") == 0
+
+
+@pytest.fixture
+def halved(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """The folder of an encoder whose weights are stored in half the precision."""
+    from transformers import BertModel
+
+    folder = tmp_path / "half"
+    BertModel.from_pretrained(folders["bert"]).half().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_weights_are_loaded_in_float32_whatever_they_are_stored_as(halved: Path, tmp_path: Path) -> None:
+    encoder = text_encoders.load_huggingface(SETTINGS, str(halved))
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    text_encoders.keep(encoder, str(halved), tmp_path)
+    record = json.loads((tmp_path / "text_encoder" / "identity.json").read_text())
+    assert record["dtype"] == "float32"
+    for given in (None, str(halved)):
+        assert text_encoders.identity(text_encoders.load_stored(SETTINGS, tmp_path, given))["hash"] == record["hash"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_was_kept_in_the_files_precision_is_found_again(own: bool, halved: Path, tmp_path: Path) -> None:
+    """As earlier versions did under transformers 5, or did not under 4: neither wrote it down."""
+    encoder = text_encoders.load_huggingface(SETTINGS, str(halved), "auto" if own else "float32")
+    text_encoders.keep(encoder, str(halved), tmp_path)
+    path = tmp_path / "text_encoder" / "identity.json"
+    record = {key: value for key, value in json.loads(path.read_text()).items() if key != "dtype"}
+    path.write_text(json.dumps(record))
+    for given in (None, str(halved)):
+        again = text_encoders.load_stored(SETTINGS, tmp_path, given)
+        assert {p.dtype for p in again.parameters()} == {torch.float16 if own else torch.float32}
+        assert torch.equal(again(["a red circle"]).context, encoder(["a red circle"]).context)
+
+
+@pytest.mark.parametrize(("version", "name"), [("4.50.3", "torch_dtype"), ("4.56.0", "dtype"), ("5.24.0", "dtype")])
+def test_the_precision_is_told_under_the_name_that_transformers_reads(
+    version: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", version)
+    assert pretrained.in_precision("float32") == {name: "float32"}
+
+
+def test_of_several_processes_only_the_one_that_draws_loads_it(
+    folders: dict[str, Path], frozen_config: list[str], shapes: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    """Where embeddings are stored; the run is that of one process."""
+    encode = ("--autoencoder", autoencoder, "--data", shapes, "--device", "cpu", "--output", tmp_path / "stored")
+    assert tiny.call("encode_latents", *encode, "--text-encoder", folders["clip"], "--text-length", "12") == 0
+    words = ["train_denoiser", "--latents", tmp_path / "stored", *frozen_config, "--output"]
+    codes = ranks.start(2, tmp_path, *words, tmp_path / "two", wrong={1: "no_text:0"})
+    assert codes == [0, 0], ranks.said(tmp_path)
+    assert tiny.call(*words, tmp_path / "one") == 0
+    for a, b in zip(tiny.rows(tmp_path / "one"), tiny.rows(tmp_path / "two"), strict=True):
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a)

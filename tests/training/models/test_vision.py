@@ -44,6 +44,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
+def test_half_precision_is_loaded_as_float32(model: Path, tmp_path: Path) -> None:
+    Dinov2Model.from_pretrained(model).half().save_pretrained(tmp_path)
+    BitImageProcessor.from_pretrained(model).save_pretrained(tmp_path)
+    assert {p.dtype for p in load_vision(str(tmp_path)).parameters()} == {torch.float32}
+
+
 def test_a_dinov2_folder(model: Path) -> None:
     """Its patch tokens, at the crop's size, normalised as its preprocessor says."""
     vision = load_vision(str(model))
