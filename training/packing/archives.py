@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.captions import LARGEST_TEXT, TEXTS
 from training.packing.sources import Remark
+from training.packing.texts import LARGEST_TEXT, TEXTS
 from training.packing.trees import HEAD, Tree, file_state, is_hidden
 from training.pictures.decoding import SUFFIXES, refuse
 from training.shards.opened import Bytes, Opened

@@ -11,11 +11,12 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.captions import COLUMNS, captions_in, clean_captions, plain_name, without_captions
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
+from training.packing.split_folders import split_folders
+from training.packing.texts import COLUMNS, captions_in, clean, plain_name, without_captions
 from training.packing.trees import file_state
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
-from training.shards.splits import split_folders, split_of
+from training.shards.splits import split_of
 
 NAMES = (".parquet", ".arrow")
 STATE = "state.json"  # in each folder that save_to_disk wrote
@@ -34,12 +35,9 @@ def arrow(where: str) -> Any:
 
 def saved_files(folder: Path) -> list[Path]:
     """The arrow files of a data set, or of its splits in a folder each, that save_to_disk wrote; else none."""
-    homes = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    files: list[Path] = []
-    for home in homes:
-        if (home / STATE).is_file() and (found := sorted(home.glob("data-*.arrow"))):
-            files += found
-    return files
+    several = (folder / "dataset_dict.json").is_file()
+    homes = sorted(path.parent for path in folder.glob(f"*/{STATE}")) if several else [folder]
+    return [path for home in homes if (home / STATE).is_file() for path in sorted(home.glob("data-*.arrow"))]
 
 
 class Arrow(Source):
@@ -135,7 +133,7 @@ class Arrow(Source):
             if isinstance(at := row.get(label), int) and 0 <= at < len(names):
                 row[label] = names[at]
         try:
-            captions = clean_captions(captions_in(row, self.reading.caption_column))
+            captions = clean(captions_in(row, self.reading.caption_column))
         except UserError as error:
             return Remark(key, error.what)
         meta = {name: value for name, value in without_captions(row).items() if not isinstance(value, bytes | dict)}

@@ -30,7 +30,7 @@ UNPACKERS = {
     ".lz4": "mkdir {folder} && lz4 -dc {file} | tar -xf - -C {folder}",
     ".gz": "mkdir {folder} && gunzip -c {file} > {folder}/{folder_name}",
 }
-SOURCES = "SOURCE is a folder of pictures, a zip, tars (braces, stars), parquet files, fashion-mnist, shapes, or emoji"
+SOURCES = "SOURCE is a folder of pictures, a zip, tars or parquet (stars, braces), fashion-mnist, shapes, emoji with --root"
 
 
 def braces(pattern: str) -> list[str]:
@@ -88,7 +88,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 def _unreadable(path: Path) -> UserError:
     """The error of a file that is no source, with what to do about it."""
-    suffix, folder = path.suffix.lower(), path.with_suffix("")
+    suffix, folder = path.suffix.lower(), path.with_name(re.sub(r"(\.tar)?\.\w+$", "", path.name))
     if suffix in UNPACKERS:
         quoted = {"file": shlex.quote(str(path)), "folder": shlex.quote(str(folder)), "folder_name": folder.name}
         hint = f"unpack it: {UNPACKERS[suffix].format(**quoted)}; then pack {quoted['folder']}"

@@ -14,25 +14,26 @@ from training.errors import DATA, UserError
 from training.messages import printable
 from training.packing.archives import Tar, Unpacked, open_tar
 from training.packing.arrow import labels
-from training.packing.captions import (
+from training.packing.captions import decode_text
+from training.packing.folder import EACH, Folder
+from training.packing.metadata import is_metadata
+from training.packing.sources import Reading, Remark, Sample, Source, safe_key
+from training.packing.split_folders import Taken, split_folders
+from training.packing.texts import (
     LARGEST_TEXT,
     TEXTS,
     as_list,
     captions_in,
-    clean_captions,
-    decode_text,
+    clean,
     several_lines,
     texts_of,
     without_captions,
 )
-from training.packing.folder import EACH, Folder
-from training.packing.metadata import is_metadata
-from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.trees import is_hidden
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
 from training.shards.index import SPLITS
 from training.shards.opened import Bytes
-from training.shards.splits import Taken, split_folders, split_of
+from training.shards.splits import split_of
 from training.shards.tars import Member, walk_tar
 
 Place = tuple[int, int]  # offset and size
@@ -223,8 +224,8 @@ class Tars(Source):
                 if self.reading.caption_lines == "each" and any(map(several_lines, texts)):
                     yield Remark(key, EACH, "guessed")
                 listed = [line for text in texts for line in texts_of(text, self.reading.caption_lines)]
-                captions = clean_captions([*as_list(record.get("captions")), *listed])
-            captions = captions or clean_captions(captions_in(record, self.reading.caption_column))
+                captions = clean([*as_list(record.get("captions")), *listed])
+            captions = captions or clean(captions_in(record, self.reading.caption_column))
         except UserError as error:
             yield Remark(key, error.what)
         except (ValueError, RecursionError):
