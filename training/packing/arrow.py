@@ -12,11 +12,10 @@ from typing import Any
 from training.errors import DATA, UserError
 from training.messages import printable
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
-from training.packing.split_folders import split_folders
+from training.packing.split_folders import split_folders, split_of
 from training.packing.texts import COLUMNS, captions_in, clean, plain_name, without_captions
 from training.packing.trees import file_state
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
-from training.shards.splits import split_of
 
 NAMES = (".parquet", ".arrow")
 STATE = "state.json"  # in each folder that save_to_disk wrote

@@ -28,9 +28,9 @@ UNPACKERS = {
     ".rar": "unrar x {file} {folder}/",
     ".zst": "mkdir {folder} && tar --zstd -xf {file} -C {folder}",
     ".lz4": "mkdir {folder} && lz4 -dc {file} | tar -xf - -C {folder}",
-    ".gz": "mkdir {folder} && gunzip -c {file} > {folder}/{folder_name}",
+    ".gz": "mkdir {folder} && gunzip -c {file} > {inside}",
 }
-SOURCES = "SOURCE is a folder of pictures, a zip, tars or parquet (stars, braces), fashion-mnist, shapes, emoji with --root"
+SOURCES = "SOURCE is a folder of pictures, a zip, tars or parquet, fashion-mnist, shapes, or emoji with --root"
 
 
 def braces(pattern: str) -> list[str]:
@@ -90,7 +90,8 @@ def _unreadable(path: Path) -> UserError:
     """The error of a file that is no source, with what to do about it."""
     suffix, folder = path.suffix.lower(), path.with_name(re.sub(r"(\.tar)?\.\w+$", "", path.name))
     if suffix in UNPACKERS:
-        quoted = {"file": shlex.quote(str(path)), "folder": shlex.quote(str(folder)), "folder_name": folder.name}
+        places = {"file": path, "folder": folder, "inside": folder / folder.name}
+        quoted = {name: shlex.quote(str(place)) for name, place in places.items()}
         hint = f"unpack it: {UNPACKERS[suffix].format(**quoted)}; then pack {quoted['folder']}"
         return UserError(f"{path}: archives of this kind are not read in place", hint=hint, code=DATA)
     if suffix in SUFFIXES:

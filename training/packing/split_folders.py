@@ -6,7 +6,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from training.shards.splits import WORDS, split_of
+from training.errors import DATA, UserError
+from training.shards import splits
+from training.shards.splits import WORDS
 
 Taken = tuple[str, str]  # a split, and the name it was taken from
 
@@ -14,6 +16,14 @@ Taken = tuple[str, str]  # a split, and the name it was taken from
 def _words(name: str) -> list[str]:
     """The runs of letters, in small ones: digits and punctuation part them (`val2014`, `train_a`)."""
     return [word for word in re.split(r"[^a-z]+", name.lower()) if word]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name states. Raises UserError(code 3) where it states two, with both ways out."""
+    try:
+        return splits.split_of(name)
+    except UserError as error:
+        raise UserError(error.what, hint=f"{error.hint}, or draw all by hash: --splits draw", code=DATA) from None
 
 
 def names_split(name: str) -> str | None:

@@ -18,7 +18,7 @@ from training.packing.captions import decode_text
 from training.packing.folder import EACH, Folder
 from training.packing.metadata import is_metadata
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
-from training.packing.split_folders import Taken, split_folders
+from training.packing.split_folders import Taken, split_folders, split_of
 from training.packing.texts import (
     LARGEST_TEXT,
     TEXTS,
@@ -33,7 +33,6 @@ from training.packing.trees import is_hidden
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
 from training.shards.index import SPLITS
 from training.shards.opened import Bytes
-from training.shards.splits import split_of
 from training.shards.tars import Member, walk_tar
 
 Place = tuple[int, int]  # offset and size
@@ -144,10 +143,7 @@ class Tars(Source):
         if self.reading.splits == "draw":
             return None
         label = self._labels[path]
-        try:
-            split = split_of(path.name.split(".tar")[0])
-        except UserError as error:
-            raise UserError(error.what, hint=f"{error.hint}, or draw it by hash: --splits draw", code=DATA) from None
+        split = split_of(path.name.split(".tar")[0])
         return (split, path.name) if split else self._homes.get(label.rpartition("/")[0])
 
     def _items(
