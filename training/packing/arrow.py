@@ -58,11 +58,16 @@ class Arrow(Source):
         folders = dict(zip(self.paths, labels(self.paths), strict=True))
         named = self.reading.splits == "names"
         homes = split_folders(label.rpartition("/")[0] for label in folders.values()) if named else {}
+        taken: set[str] = set()  # labels as keys have them: a.b and a_b are the same there
         for path, label in folders.items():
+            home = safe_key(label)
+            while home in taken:
+                home += "_"
+            taken.add(home)
             split = (split_of(path.stem) or homes.get(label.rpartition("/")[0], (None, ""))[0]) if named else None
             if split:
                 yield Remark(printable(f"{label} = {split}"), "split taken from a file's or folder's name", "guessed")
-            yield from self._rows(path, label, split)
+            yield from self._rows(path, home, split)
 
     def _batches(self, path: Path) -> tuple[Any, Iterator[Any]]:
         if path.suffix.lower() == ".parquet":
@@ -82,9 +87,9 @@ class Arrow(Source):
                     number += 1
         except (self.arrow.ArrowException, OSError, ValueError) as error:
             if number:
-                yield Remark(printable(label), f"damaged file (after row {number:,}: {error})")
+                yield Remark(label, f"damaged file (after row {number:,}: {error})")
             else:
-                yield Remark(printable(label), f"damaged file ({error})")
+                yield Remark(label, f"damaged file ({error})")
 
     def _picture_column(self, path: Path, schema: Any) -> str:
         """The column of pictures. Raises UserError(code 3) where there is none, or several and none is chosen."""
@@ -123,7 +128,6 @@ class Arrow(Source):
         cell = row.pop(column)
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         name = str(cell.get("path") or "") if isinstance(cell, dict) else ""
-        key = safe_key(key)
         if not isinstance(data, bytes):
             return Remark(key, "no image" + (f" (the file only names {printable(name)})" if name else ""))
         if len(data) > LARGEST_FILE:

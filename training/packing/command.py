@@ -19,6 +19,7 @@ from training.shards.verifying import index_folder, verify
 EXAMPLES = """examples:
   make_shards.py pack photos/ --output data/photos --resolution 64
   make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
+  make_shards.py pack photos.zip --output data/photos --caption-column prompt
   make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
   make_shards.py pack shapes --samples 60000 --output data/shapes
   make_shards.py pack emoji --root package --output data/emoji --resolution 64

@@ -82,8 +82,8 @@ def group_members(members: list[Member], left_out: list[str]) -> dict[str, Group
 
 
 class Tars(Source):
-    """Webdataset tars: a picture, `txt` or `caption`, and `json` per key (img2dataset's layout, and our own); one that
-    holds a metadata file is read as the folder it was made of. Splits by the names of tars and folders.
+    """Webdataset tars: a picture, `txt` or `caption` (a line each), and `json` per key (img2dataset's layout, and our
+    own); one that holds a metadata file is read as the folder it was made of. Splits by the names of tars and folders.
 
     A damaged tar is left out whole, with a remark; of a sound one, members that are unsafe or of no use. A key that
     another tar has is made unique by its own tar's name.

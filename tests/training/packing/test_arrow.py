@@ -47,6 +47,13 @@ def test_shards_of_the_hub(tmp_path: Path) -> None:
     assert packed.counts("guessed") == {"split taken from a file's or folder's name": 2}
 
 
+def test_files_whose_names_make_the_same_key(tmp_path: Path) -> None:
+    for seed, name in enumerate(("x.1", "x_1", "x_1_")):
+        parquet(tmp_path / f"{name}.parquet", {"image": images(1, seed), "text": [name]})
+    packed = pack(tmp_path / "*.parquet", tmp_path / "out")
+    assert {caption for (caption,) in packed.captions.values()} == {"x.1", "x_1", "x_1_"}
+
+
 def test_columns(tmp_path: Path) -> None:
     columns = {"photo": [png(0), None, b"?"], "mask": images(3), "prompt": ["one", "two", "three"]}
     path = parquet(tmp_path / "x.parquet", columns)

@@ -71,6 +71,9 @@ def test_damage_and_lies_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert error.code == 3 and "not a sound zip" in error.what
     bomb = zipped(tmp_path / "bomb.zip", {"a.png": png(0), "a.txt": "x" * (5 << 20)})
     assert "a: file too large" in refused(bomb, tmp_path / "no").what
+    monkeypatch.setattr(archives, "SLACK", 1 << 20)
+    bomb = zipped(tmp_path / "bomb.zip", {"a.png": bytes(2 << 20), "a.txt": "x"})
+    assert "a: file too large (2,097,152 bytes out of" in refused(bomb, tmp_path / "no").what
 
 
 def test_bombs_and_damage_in_compressed_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
