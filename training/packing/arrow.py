@@ -13,7 +13,7 @@ from training.errors import DATA, UserError
 from training.messages import printable
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import split_folders, split_of
-from training.packing.texts import COLUMNS, captions_in, clean, plain_name, without_captions
+from training.packing.texts import COLUMNS, STATED, captions_in, clean, plain_name, split_in, without_captions
 from training.packing.trees import file_state
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
 
@@ -83,7 +83,11 @@ class Arrow(Source):
             column, classes = self._picture_column(path, schema), self._classes(schema)
             for batch in batches:
                 for row in batch.to_pylist():
-                    yield self._sample(row, f"{label}/{number:09d}", column, classes, split)
+                    key = f"{label}/{number:09d}"
+                    stated = split_in(row) if self.reading.splits == "names" else None
+                    if stated:
+                        yield Remark(key, STATED, "guessed")
+                    yield self._sample(row, key, column, classes, stated or split)
                     number += 1
         except (self.arrow.ArrowException, OSError, ValueError) as error:
             if number:

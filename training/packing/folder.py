@@ -20,12 +20,14 @@ from training.packing.split_folders import Taken, split_folders
 from training.packing.tables import FILE_COLUMNS, TABLES
 from training.packing.texts import (
     LARGEST_TEXT,
+    STATED,
     TEXTS,
     as_list,
     captions_in,
     clean,
     plain_name,
     several_lines,
+    split_in,
     texts_of,
     without_captions,
 )
@@ -188,6 +190,9 @@ class Folder(Source):
         except UserError as error:
             yield Remark(key, error.what)
             return
+        if self.reading.splits == "names" and (stated := split_in(meta)):
+            yield Remark(key, STATED, "guessed")
+            split = stated
         hint = "" if captions else self._hint(record, metadata)
         yield Sample(key, image, captions, meta, split, posixpath.splitext(name)[1], hint)
 

@@ -159,6 +159,9 @@ class Metadata:
         for number, row in enumerate(rows, 1):
             self.columns.update(dict.fromkeys(name for name in row if plain_name(name) not in FILE_COLUMNS))
             file = file_of(row)
+            if file is None and not named:
+                self._lost(f"row {number}", table, named)
+                continue
             if file is None:
                 where = printable(f"{self._tree.name}/{table}")
                 hint = f"each row needs file_name and text; its columns are {', '.join(row) or 'none'}; {EXAMPLE}"

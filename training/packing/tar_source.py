@@ -21,11 +21,13 @@ from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import Taken, split_folders, split_of
 from training.packing.texts import (
     LARGEST_TEXT,
+    STATED,
     TEXTS,
     as_list,
     captions_in,
     clean,
     several_lines,
+    split_in,
     texts_of,
     without_captions,
 )
@@ -230,4 +232,7 @@ class Tars(Source):
             strings = [name for name, value in record.items() if isinstance(value, str)] if not captions else []
             hint = " or ".join(f"--caption-column {name}" for name in strings[:4])
             suffix = f".{picture.rpartition('.')[2]}"
+            if self.reading.splits == "names" and (stated := split_in(record)):
+                yield Remark(key, STATED, "guessed")
+                split = stated
             yield Sample(safe_key(key), image, captions, without_captions(record), split, suffix, hint)

@@ -13,6 +13,8 @@ from training.packing.split_folders import names_split
 MOST_CAPTIONS = 1_000  # of one picture; beyond is a list of something else
 LARGEST_TEXT = 4 << 20  # bytes of one picture's captions or metadata
 COLUMNS = ("captions", "text", "caption")  # of a metadata record, the first that holds anything
+SPLIT_COLUMNS = ("split", "subset", "partition")
+STATED = "split taken from its metadata"
 TEXTS = (".txt", ".caption")  # caption files, in any case
 
 
@@ -60,6 +62,12 @@ def captions_in(record: Mapping[str, Any], column: str | None = None) -> list[ob
 def without_captions(record: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that say something else of a picture."""
     return {name: value for name, value in record.items() if plain_name(name) not in COLUMNS}
+
+
+def split_in(record: Mapping[str, Any]) -> str | None:
+    """The split that a record states in a column of that name."""
+    stated = (value for name, value in record.items() if plain_name(name) in SPLIT_COLUMNS and isinstance(value, str))
+    return next((split for value in stated if (split := names_split(value))), None)
 
 
 def name_as_caption(key: str, which: Literal["filename", "folder"]) -> str:

@@ -160,6 +160,31 @@ def test_splits_by_folder_and_how_they_were_taken(tmp_path: Path) -> None:
     assert set(drawn.splits) == {"train"} and "split taken from a folder's name" not in drawn.counts("guessed")
 
 
+@pytest.mark.parametrize("column", ["split", "Subset", "partition"])
+def test_splits_by_a_column(tmp_path: Path, column: str) -> None:
+    rows = [f"{i}.png,{i},{split}" for i, split in enumerate(("train", "Validation", "test", "2014"))]
+    write(tmp_path / "in", {f"{i}.png": png(i) for i in range(4)})
+    write(tmp_path / "in", {"metadata.csv": "\n".join([f"file_name,text,{column}", *rows])})
+    packed = pack(tmp_path / "in", tmp_path / "out")
+    assert packed.splits == {"train": {"0", "3"}, "val": {"1"}, "test": {"2"}}
+    assert packed.counts("guessed") == {"split taken from its metadata": 3}
+    assert set(pack(tmp_path / "in", tmp_path / "drawn", "--splits", "draw").splits) == {"train"}
+
+
+def test_a_folder_that_cannot_be_read_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in", {"a.png": png(0), "a.txt": "a", "deep/b.png": png(1), "deep/b.txt": "b"})
+    whole = os.scandir
+
+    def denied(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    error = refused(tmp_path / "in", tmp_path / "no")
+    assert error.code == 3 and "deep: folder that cannot be read (Permission denied)" in error.what
+
+
 def test_two_splits_in_one_name_are_refused_and_the_hint_works(tmp_path: Path) -> None:
     write(tmp_path / "in", {"train_val/a.png": png(0), "test/b.png": png(1)})
     error = refused(tmp_path / "in", tmp_path / "no", "--missing-caption", "empty")

@@ -155,6 +155,13 @@ def test_tables_that_were_not_read_are_named(tmp_path: Path) -> None:
     assert pack(tmp_path / "in", tmp_path / "read").captions == WORDS
 
 
+def test_a_table_of_another_name_may_speak_of_more(tmp_path: Path) -> None:
+    table = "image,caption\na.png,one\ngone.png,two\n,three\n"
+    packed = pack(write(tmp_path / "in", {"a.png": png(0), "captions.csv": table}), tmp_path / "out")
+    assert packed.captions == {"a": ["one"]}
+    assert packed.counts("ignored") == {"listed in captions.csv but not there": 2}
+
+
 def test_bad_tables(tmp_path: Path) -> None:
     write(tmp_path / "in", {**PICTURES, "metadata.csv": "x.png,one,two\n"})
     error = refused(tmp_path / "in", tmp_path / "no")

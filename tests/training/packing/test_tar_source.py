@@ -145,6 +145,13 @@ def test_splits_of_folders_in_a_tar_and_of_a_tar_in_no_split(tmp_path: Path) -> 
     assert "train, val" in error.what and "--splits draw" in error.hint
 
 
+def test_splits_by_a_column_of_the_json(tmp_path: Path) -> None:
+    members = {f"{i}.{field}": data for i, split in enumerate(("val", "train")) for field, data in
+               (("png", png(i)), ("json", f'{{"caption": "x", "split": "{split}"}}'))}  # fmt: skip
+    packed = pack(tar(tmp_path / "t.tar", members), tmp_path / "out")
+    assert packed.splits == {"val": {"0"}, "train": {"1"}}
+
+
 def test_a_tar_of_a_folder_with_metadata(tmp_path: Path) -> None:
     members = {"d/a.b.png": png(0), "d/c.png": png(1), "d/metadata.csv": "file_name;text\na.b.png;one\nc.png;two\n"}
     packed = pack(tar(tmp_path / "t.tar", {**members, "d/._c.png": b"x"}), tmp_path / "out")
