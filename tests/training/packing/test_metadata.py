@@ -105,7 +105,7 @@ def test_names_spelled_otherwise(tmp_path: Path, disk: str, row: str, guessed: i
     assert packed.counts("guessed").get("name spelled otherwise", 0) == guessed
 
 
-@pytest.mark.parametrize("row", ["../b.png", "{root}/../b.png", "{root}/b.png", "x/y.png", "/etc/passwd"])
+@pytest.mark.parametrize("row", ["../b.png", "../a.png", "{root}/../b.png", "{root}/b.png", "x/y.png", "/etc/passwd"])
 def test_names_that_are_not_there(tmp_path: Path, row: str) -> None:
     text = json.dumps({"file_name": row.format(root=tmp_path / "in"), "text": "words"})
     write(tmp_path, {"in/a.png": png(0), "b.png": png(1), "in/a.txt": "a", "in/metadata.jsonl": text})
