@@ -342,6 +342,8 @@ def test_e10_metadata_of_every_kind(tmp_path: Path) -> None:
     (source / "metadata.csv").write_bytes(b"file_name,text\na.png," + b"x" * 200_000 + b"\n")
     assert "not readable as CSV" in refused(source, tmp_path / "csv").what
     (source / "metadata.csv").write_bytes(b"file_name,text\na.png,fine,too,many\n")
+    assert "row 1 has 4 cells, the header 2" in refused(source, tmp_path / "more").what  # a caption would be cut
+    (source / "metadata.csv").write_bytes(b"file_name,text\na.png,fine,,\n")
     assert pack(source, tmp_path / "ok").read_field(0, "txt") == b"fine"
 
 

@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.captions import LARGEST_TEXT, TEXTS
 from training.packing.sources import Remark
+from training.packing.texts import LARGEST_TEXT, TEXTS
 from training.packing.trees import HEAD, Tree, file_state, is_hidden
 from training.pictures.decoding import SUFFIXES, refuse
 from training.shards.opened import Bytes, Opened
@@ -30,7 +30,7 @@ OPENERS: dict[bytes, Callable[[Path], Any]] = {
 }
 TAR_NAMES = (".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz")
 CHUNK = 1 << 20
-RATIO = 250  # that a compressed tar may unpack to, and a little more: pictures hardly shrink, bombs a thousandfold
+RATIO = 250  # that a compressed file may unpack to, and a little more: pictures hardly shrink, bombs a thousandfold
 SLACK = 64 << 20  # bytes
 MOST_TEXT = 1 << 30  # bytes of captions kept while a compressed tar is read
 MOST_MEMBERS = 10_000_000  # of a zip
@@ -162,6 +162,8 @@ class Zip(Tree):
         member = self._members[name]
         if member.file_size > limit:
             raise refuse(f"file too large ({member.file_size:,} bytes; at most {limit:,} are read)")
+        if member.file_size > member.compress_size * RATIO + SLACK:
+            raise refuse(f"file too large ({member.file_size:,} bytes out of {member.compress_size:,})")
         try:
             with self._zip.open(member) as file:
                 data = file.read(limit + 1)

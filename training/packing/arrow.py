@@ -11,11 +11,11 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.captions import COLUMNS, captions_in, clean_captions, plain_name, without_captions
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
+from training.packing.split_folders import split_folders, split_of
+from training.packing.texts import COLUMNS, STATED, captions_in, clean, plain_name, split_in, without_captions
 from training.packing.trees import file_state
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
-from training.shards.splits import split_folders, split_of
 
 NAMES = (".parquet", ".arrow")
 STATE = "state.json"  # in each folder that save_to_disk wrote
@@ -34,12 +34,9 @@ def arrow(where: str) -> Any:
 
 def saved_files(folder: Path) -> list[Path]:
     """The arrow files of a data set, or of its splits in a folder each, that save_to_disk wrote; else none."""
-    homes = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    files: list[Path] = []
-    for home in homes:
-        if (home / STATE).is_file() and (found := sorted(home.glob("data-*.arrow"))):
-            files += found
-    return files
+    several = (folder / "dataset_dict.json").is_file()
+    homes = sorted(path.parent for path in folder.glob(f"*/{STATE}")) if several else [folder]
+    return [path for home in homes if (home / STATE).is_file() for path in sorted(home.glob("data-*.arrow"))]
 
 
 class Arrow(Source):
@@ -61,11 +58,16 @@ class Arrow(Source):
         folders = dict(zip(self.paths, labels(self.paths), strict=True))
         named = self.reading.splits == "names"
         homes = split_folders(label.rpartition("/")[0] for label in folders.values()) if named else {}
+        taken: set[str] = set()  # labels as keys have them: a.b and a_b are the same there
         for path, label in folders.items():
+            home = safe_key(label)
+            while home in taken:
+                home += "_"
+            taken.add(home)
             split = (split_of(path.stem) or homes.get(label.rpartition("/")[0], (None, ""))[0]) if named else None
             if split:
                 yield Remark(printable(f"{label} = {split}"), "split taken from a file's or folder's name", "guessed")
-            yield from self._rows(path, label, split)
+            yield from self._rows(path, home, split)
 
     def _batches(self, path: Path) -> tuple[Any, Iterator[Any]]:
         if path.suffix.lower() == ".parquet":
@@ -81,13 +83,17 @@ class Arrow(Source):
             column, classes = self._picture_column(path, schema), self._classes(schema)
             for batch in batches:
                 for row in batch.to_pylist():
-                    yield self._sample(row, f"{label}/{number:09d}", column, classes, split)
+                    key = f"{label}/{number:09d}"
+                    stated = split_in(row) if self.reading.splits == "names" else None
+                    if stated:
+                        yield Remark(key, STATED, "guessed")
+                    yield self._sample(row, key, column, classes, stated or split)
                     number += 1
         except (self.arrow.ArrowException, OSError, ValueError) as error:
             if number:
-                yield Remark(printable(label), f"damaged file (after row {number:,}: {error})")
+                yield Remark(label, f"damaged file (after row {number:,}: {error})")
             else:
-                yield Remark(printable(label), f"damaged file ({error})")
+                yield Remark(label, f"damaged file ({error})")
 
     def _picture_column(self, path: Path, schema: Any) -> str:
         """The column of pictures. Raises UserError(code 3) where there is none, or several and none is chosen."""
@@ -126,7 +132,6 @@ class Arrow(Source):
         cell = row.pop(column)
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         name = str(cell.get("path") or "") if isinstance(cell, dict) else ""
-        key = safe_key(key)
         if not isinstance(data, bytes):
             return Remark(key, "no image" + (f" (the file only names {printable(name)})" if name else ""))
         if len(data) > LARGEST_FILE:
@@ -135,7 +140,7 @@ class Arrow(Source):
             if isinstance(at := row.get(label), int) and 0 <= at < len(names):
                 row[label] = names[at]
         try:
-            captions = clean_captions(captions_in(row, self.reading.caption_column))
+            captions = clean(captions_in(row, self.reading.caption_column))
         except UserError as error:
             return Remark(key, error.what)
         meta = {name: value for name, value in without_captions(row).items() if not isinstance(value, bytes | dict)}

@@ -21,6 +21,7 @@ from training.shards.verifying import index_folder, verify
 EXAMPLES = """examples:
   python scripts/make_shards.py pack photos/ --output data/photos --resolution 64
   python scripts/make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
+  python scripts/make_shards.py pack photos.zip --output data/photos --caption-column prompt
   python scripts/make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
   python scripts/make_shards.py pack shapes --samples 60000 --output data/shapes
   python scripts/make_shards.py pack emoji --root package --output data/emoji --resolution 64

@@ -29,9 +29,9 @@ UNPACKERS = {
     ".rar": "unrar x {file} {folder}/",
     ".zst": "mkdir {folder} && tar --zstd -xf {file} -C {folder}",
     ".lz4": "mkdir {folder} && lz4 -dc {file} | tar -xf - -C {folder}",
-    ".gz": "mkdir {folder} && gunzip -c {file} > {folder}/{folder_name}",
+    ".gz": "mkdir {folder} && gunzip -c {file} > {inside}",
 }
-SOURCES = "SOURCE is a folder of pictures, a zip, tars (braces, stars), parquet files, fashion-mnist, shapes, or emoji"
+SOURCES = "SOURCE is a folder of pictures, a zip, tars or parquet, fashion-mnist, shapes, or emoji with --root"
 
 
 def braces(pattern: str) -> list[str]:
@@ -89,9 +89,10 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 def _unreadable(path: Path) -> UserError:
     """The error of a file that is no source, with what to do about it."""
-    suffix, folder = path.suffix.lower(), path.with_suffix("")
+    suffix, folder = path.suffix.lower(), path.with_name(re.sub(r"(\.tar)?\.\w+$", "", path.name))
     if suffix in UNPACKERS:
-        quoted = {"file": shlex.quote(str(path)), "folder": shlex.quote(str(folder)), "folder_name": folder.name}
+        places = {"file": path, "folder": folder, "inside": folder / folder.name}
+        quoted = {name: shlex.quote(str(place)) for name, place in places.items()}
         hint = f"unpack it: {UNPACKERS[suffix].format(**quoted)}; then pack {quoted['folder']}"
         return UserError(f"{path}: archives of this kind are not read in place", hint=hint, code=DATA)
     if suffix in SUFFIXES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,25 +13,27 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.captions import (
+from training.packing.captions import decode_text
+from training.packing.metadata import Metadata, Record
+from training.packing.sources import Reading, Remark, Sample, Source, safe_key
+from training.packing.split_folders import Taken, split_folders
+from training.packing.tables import FILE_COLUMNS, TABLES
+from training.packing.texts import (
     LARGEST_TEXT,
+    STATED,
     TEXTS,
     as_list,
     captions_in,
-    clean_captions,
-    decode_text,
+    clean,
     plain_name,
     several_lines,
+    split_in,
     texts_of,
     without_captions,
 )
-from training.packing.metadata import Metadata, Record
-from training.packing.sources import Reading, Remark, Sample, Source, safe_key
-from training.packing.tables import TABLES
 from training.packing.trees import Directory, Tree
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
 from training.pictures.formats import unused
-from training.shards.splits import Taken, split_folders
 
 ARCHIVES = (".tar", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
 EACH = "several lines in a caption file, each a caption of its own; --caption-lines join makes them one"
@@ -119,8 +122,8 @@ class Folder(Source):
         """Whether a text file that belongs to no picture starts as a table of captions does."""
         if _stem(name) in stems or self.tree.files[name] > LARGEST_TEXT * 16:
             return False
-        head = self.tree.head(name).split(b"\n")[0].split(b",")[0].decode("utf-8", "replace")
-        return plain_name(head.strip('"\ufeff')) in ("file_name", "filename", "image", "image_name", "file", "path")
+        first = re.split(r"[,;\t|\r\n]", self.tree.head(name).decode("utf-8", "replace"))[0]
+        return plain_name(first.strip('"\ufeff')) in FILE_COLUMNS
 
     def _check_column(self, metadata: Metadata) -> None:
         column, there = self.reading.caption_column, metadata.columns
@@ -160,7 +163,7 @@ class Folder(Source):
                 texts += texts_of(text, self.reading.caption_lines)
             if len(files) > 1:
                 yield Remark(key, "several caption files, all taken", "guessed")
-            captions, meta = clean_captions(texts) or clean_captions(record.captions), dict(record.meta)
+            captions, meta = clean(texts) or clean(record.captions), dict(record.meta)
             for file in [file for file in beside if _suffix(file) == ".json"]:
                 try:
                     more, about = self._json(file)
@@ -169,13 +172,16 @@ class Folder(Source):
                         raise
                     more, about = [], {}
                     yield Remark(printable(file), f"sidecar that cannot be read ({error.what})", "ignored")
-                captions, meta = captions or clean_captions(more), {**about, **meta}
+                captions, meta = captions or clean(more), {**about, **meta}
                 if not more:
                     yield Remark(printable(file), "sidecar without a caption", "ignored")
             image = self.tree.read(name, LARGEST_FILE)
         except UserError as error:
             yield Remark(key, error.what)
             return
+        if self.reading.splits == "names" and (stated := split_in(meta)):
+            yield Remark(key, STATED, "guessed")
+            split = stated
         hint = "" if captions else self._hint(record, metadata)
         yield Sample(key, image, captions, meta, split, posixpath.splitext(name)[1], hint)
 

@@ -14,11 +14,21 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.captions import as_list, captions_in, plain_name, without_captions
 from training.packing.sources import Reading, Remark
-from training.packing.tables import EXAMPLE, FILE_COLUMNS, LARGEST_TABLE, TABLES, Row, file_of, read_rows
+from training.packing.tables import (
+    EXAMPLE,
+    FILE_COLUMNS,
+    LARGEST_OTHER,
+    LARGEST_TABLE,
+    TABLES,
+    Row,
+    file_of,
+    read_rows,
+)
+from training.packing.texts import as_list, captions_in, plain_name, without_captions
 from training.packing.trees import Tree
 
+STRICT = (".jsonl", ".csv")  # a metadata file of these is nothing else
 SUGGESTED = 5  # names that are looked for among all others, which takes its time
 
 
@@ -105,15 +115,21 @@ class Metadata:
         self._suggested = 0
         named = [name for name in candidates if is_metadata(name)]
         for name in named:
-            self._take(name, self._rows(name), True)
-        for name in [] if named else candidates:
-            self._try(name)
-        self.unread += [name for name in candidates if named and name not in named]
+            if name.lower().endswith(STRICT):
+                self._take(name, self._rows(name, LARGEST_TABLE), True)
+            else:
+                self._try(name, True)
+        others = [name for name in candidates if name not in named]
+        if self.tables:
+            self.unread += others
+        else:
+            for name in others:
+                self._try(name, False)
 
-    def _rows(self, name: str) -> list[Row]:
+    def _rows(self, name: str, limit: int) -> list[Row]:
         where = printable(f"{self._tree.name}/{name}")
         try:
-            return read_rows(where, self._tree.text(name, LARGEST_TABLE))
+            return read_rows(where, self._tree.text(name, limit))
         except UserError as error:
             hint = error.hint
             if "link out" in error.what:
@@ -121,17 +137,17 @@ class Metadata:
             what = error.what if error.what.startswith(where) else f"{where}: {error.what}"
             raise UserError(what, hint=hint, code=DATA) from None
 
-    def _try(self, name: str) -> None:
-        """A table of another name: read where its rows name pictures of ours."""
+    def _try(self, name: str, named: bool) -> None:
+        """What may be a table of something else: read where its rows name pictures of ours."""
         try:
-            rows = self._rows(name)
+            rows = self._rows(name, LARGEST_TABLE if named else LARGEST_OTHER)
         except UserError as error:
             if "pyarrow" in error.hint:
                 raise
             rows = []
         folder = posixpath.dirname(name)
         if any(self._names.find(folder, file)[0] for row in rows[:1000] if (file := file_of(row))):
-            self._take(name, rows, False)
+            self._take(name, rows, named)
         else:
             self.unread.append(name)
 
@@ -143,6 +159,9 @@ class Metadata:
         for number, row in enumerate(rows, 1):
             self.columns.update(dict.fromkeys(name for name in row if plain_name(name) not in FILE_COLUMNS))
             file = file_of(row)
+            if file is None and not named:
+                self._lost(f"row {number}", table, named)
+                continue
             if file is None:
                 where = printable(f"{self._tree.name}/{table}")
                 hint = f"each row needs file_name and text; its columns are {', '.join(row) or 'none'}; {EXAMPLE}"

@@ -17,8 +17,8 @@ from training.errors import DATA, USAGE, UserError
 from training.files import make_folder, refuse_links, write_json
 from training.ledger import Ledger
 from training.messages import answer
-from training.packing.captions import name_as_caption
 from training.packing.sources import Remark, Sample, Source
+from training.packing.texts import name_as_caption
 from training.pictures.decoding import (
     MAX_PIXELS,
     MODES,

@@ -11,12 +11,14 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from training.errors import DATA, UserError
-from training.packing.captions import decode_text, lines, plain_name
+from training.packing.captions import decode_text
+from training.packing.texts import lines, plain_name
 from training.pictures.decoding import SUFFIXES
 
 Row = dict[str, Any]
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 LARGEST_TABLE = 1 << 30  # bytes
+LARGEST_OTHER = 128 << 20  # bytes of a table that is not called metadata: COCO's captions have 90 million
 # Names of the column that says which picture a row is about, the first that is there.
 FILE_COLUMNS = (
     *("file_name", "filename", "file", "file_path", "filepath", "path", "image", "image_name", "image_file"),

@@ -14,25 +14,27 @@ from training.errors import DATA, UserError
 from training.messages import printable
 from training.packing.archives import Tar, Unpacked, open_tar
 from training.packing.arrow import labels
-from training.packing.captions import (
-    LARGEST_TEXT,
-    TEXTS,
-    as_list,
-    captions_in,
-    clean_captions,
-    decode_text,
-    several_lines,
-    texts_of,
-    without_captions,
-)
+from training.packing.captions import decode_text
 from training.packing.folder import EACH, Folder
 from training.packing.metadata import is_metadata
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
+from training.packing.split_folders import Taken, split_folders, split_of
+from training.packing.texts import (
+    LARGEST_TEXT,
+    STATED,
+    TEXTS,
+    as_list,
+    captions_in,
+    clean,
+    several_lines,
+    split_in,
+    texts_of,
+    without_captions,
+)
 from training.packing.trees import is_hidden
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
 from training.shards.index import SPLITS
 from training.shards.opened import Bytes
-from training.shards.splits import Taken, split_folders, split_of
 from training.shards.tars import Member, walk_tar
 
 Place = tuple[int, int]  # offset and size
@@ -82,8 +84,8 @@ def group_members(members: list[Member], left_out: list[str]) -> dict[str, Group
 
 
 class Tars(Source):
-    """Webdataset tars: a picture, `txt` or `caption`, and `json` per key (img2dataset's layout, and our own); one that
-    holds a metadata file is read as the folder it was made of. Splits by the names of tars and folders.
+    """Webdataset tars: a picture, `txt` or `caption` (a line each), and `json` per key (img2dataset's layout, and our
+    own); one that holds a metadata file is read as the folder it was made of. Splits by the names of tars and folders.
 
     A damaged tar is left out whole, with a remark; of a sound one, members that are unsafe or of no use. A key that
     another tar has is made unique by its own tar's name.
@@ -143,10 +145,7 @@ class Tars(Source):
         if self.reading.splits == "draw":
             return None
         label = self._labels[path]
-        try:
-            split = split_of(path.name.split(".tar")[0])
-        except UserError as error:
-            raise UserError(error.what, hint=f"{error.hint}, or draw it by hash: --splits draw", code=DATA) from None
+        split = split_of(path.name.split(".tar")[0])
         return (split, path.name) if split else self._homes.get(label.rpartition("/")[0])
 
     def _items(
@@ -223,8 +222,8 @@ class Tars(Source):
                 if self.reading.caption_lines == "each" and any(map(several_lines, texts)):
                     yield Remark(key, EACH, "guessed")
                 listed = [line for text in texts for line in texts_of(text, self.reading.caption_lines)]
-                captions = clean_captions([*as_list(record.get("captions")), *listed])
-            captions = captions or clean_captions(captions_in(record, self.reading.caption_column))
+                captions = clean([*as_list(record.get("captions")), *listed])
+            captions = captions or clean(captions_in(record, self.reading.caption_column))
         except UserError as error:
             yield Remark(key, error.what)
         except (ValueError, RecursionError):
@@ -233,4 +232,7 @@ class Tars(Source):
             strings = [name for name, value in record.items() if isinstance(value, str)] if not captions else []
             hint = " or ".join(f"--caption-column {name}" for name in strings[:4])
             suffix = f".{picture.rpartition('.')[2]}"
+            if self.reading.splits == "names" and (stated := split_in(record)):
+                yield Remark(key, STATED, "guessed")
+                split = stated
             yield Sample(safe_key(key), image, captions, without_captions(record), split, suffix, hint)

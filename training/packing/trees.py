@@ -70,7 +70,7 @@ class Directory(Tree):
         found: list[Path] = []
         if top.is_symlink() and self._real.is_relative_to(top.resolve()):
             return self._pass(top, "link to a folder that is read already")
-        for place, folders, names in os.walk(top, onerror=self._unreadable):
+        for place, folders, names in os.walk(top, True, self._unreadable):
             status, folder = os.stat(place), Path(place)
             if (status.st_dev, status.st_ino) in self._seen:
                 self._pass(folder, "link to a folder that is read already")

@@ -1,80 +1,27 @@
-"""Which split a name speaks of: `imagenet1k-validation-00` is of the held-out ones."""
+"""Which split of a data set the names of its files and folders state."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
 
 from training.errors import DATA, UserError
 
 WORDS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
-    **dict.fromkeys(("val", "validation", "valid", "dev", "eval"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-Taken = tuple[str, str]  # a split, and the name it was taken from
-
-
-def _words(name: str) -> list[str]:
-    """The runs of letters, in small ones: digits and punctuation part them (`val2014`, `train_a`)."""
-    return [word for word in re.split(r"[^a-z]+", name.lower()) if word]
 
 
 def split_of(*names: str) -> str | None:
-    """The split that the names of a file and its folders speak of in any of their words; None where of none.
+    """The split that the parts of a file's stem or of its folders' names state: `imagenet1k-validation-00` is `val`.
 
-    Raises UserError(code 3) where they speak of two.
+    Parts are what stands between `-`, `_`, `.`, `/`, blanks and digits, whatever their case. None where no part is the
+    name of a split. Raises UserError(code 3) where they state two.
     """
-    name = "/".join(names)
-    found = list(dict.fromkeys(WORDS[word] for word in _words(name) if word in WORDS))
-    if len(found) > 1:
-        what = f"{name}: speaks of {' and '.join(found)}, so its split cannot be told"
-        raise UserError(what, hint="rename it so that it has one of the words train, val and test", code=DATA)
-    return found[0] if found else None
-
-
-def names_split(name: str) -> str | None:
-    """The split where the name is that word and nothing else but digits."""
-    words = _words(name)
-    return WORDS.get(words[0]) if len(words) == 1 else None
-
-
-def _level(names: set[str]) -> dict[str, str]:
-    """The splits of folders that stand side by side ("": files beside them), where they are splits at all.
-
-    Where others stand among them, as classes do, only the bare words count, and `train` alone may be a class.
-    """
-    if "" not in names and all(set(_words(name)) & WORDS.keys() for name in names):
-        return {name: split for name in names if (split := split_of(name))}
-    exact = {name: split for name in names if (split := names_split(name))}
-    return exact if set(exact.values()) - {"train"} else {}
-
-
-def split_folders(folders: Iterable[str]) -> dict[str, Taken]:
-    """The split of each folder of samples (`a/b/c`) that has one, with the part of its path that says so.
-
-    The first level that divides the samples counts; one that all of them share, only where no other speaks.
-    Raises UserError(code 3) where a folder speaks of two.
-    """
-    below: dict[str, set[str]] = defaultdict(set)
-    every = set(folders)
-    for folder in every:
-        parts = folder.split("/") if folder else []
-        for depth in range(len(parts) + 1):
-            below["/".join(parts[:depth])].add(parts[depth] if depth < len(parts) else "")
-    levels = {place: _level(names) if len(names) > 1 else {} for place, names in below.items()}
-    taken: dict[str, Taken] = {}
-    for folder in every:
-        parts, shared = folder.split("/") if folder else [], None
-        for depth, part in enumerate(parts):
-            place = "/".join(parts[:depth])
-            if split := levels[place].get(part):
-                taken[folder] = split, "/".join(parts[: depth + 1])
-                break
-            if len(below[place]) == 1 and shared is None and (split := names_split(part)):
-                shared = split, "/".join(parts[: depth + 1])
-        else:
-            if shared:
-                taken[folder] = shared
-    return taken
+    parts = (part for name in names for part in re.split(r"[-_./\s\d]+", name.casefold()))
+    stated = tuple(dict.fromkeys(WORDS[part] for part in parts if part in WORDS))
+    if len(stated) > 1:
+        what = f"{'/'.join(names)}: states more than one split ({', '.join(stated)})"
+        raise UserError(what, hint="rename it so that one of train, val and test is a part of its name", code=DATA)
+    return stated[0] if stated else None

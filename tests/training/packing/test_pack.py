@@ -179,7 +179,10 @@ def test_broken_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     reasons = {reason: found["count"] for reason, found in train.summary["ledger"]["left out"].items()}
     assert reasons == {"truncated image": 1, "empty file": 1, "not an image of a known format": 1, "too small": 1,
                        "unreadable file": 1, "HEIC needs: pip install pillow-heif": 1}  # fmt: skip
-    assert train.summary["ledger"]["ignored"] == {"caption without image": {"count": 1, "first": ["lonely.txt"]}}
+    assert train.summary["ledger"]["ignored"] == {
+        "caption without image": {"count": 1, "first": ["lonely.txt"]},
+        "link to a folder that is read already": {"count": 1, "first": ["loop"]},
+    }
     assert "left out 1: truncated image (cats/no_001)" in capsys.readouterr().out
     assert (
         len(pack(folder, tmp_path / "c", "--on-bad-data", "skip", "--upscale", "--val-fraction", "0")["train"])

@@ -33,6 +33,6 @@ def test_what_names_state(names: tuple[str, ...], split: str | None) -> None:
 
 @pytest.mark.parametrize("names", [("train", "val-000"), ("train_test_split",)])
 def test_two_splits_are_no_split(names: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=r"speaks of train and (val|test)") as caught:
+    with pytest.raises(UserError, match="train.*(val|test)") as caught:
         split_of(*names)
-    assert caught.value.code == 3 and "rename it" in caught.value.hint
+    assert caught.value.code == 3 and "rename" in caught.value.hint
