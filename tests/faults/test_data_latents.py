@@ -250,9 +250,14 @@ def test_encode_leaves_out_what_it_cannot_read(
     write_index(data, writer.finish(), {})
     problem = tiny.refused("encode_latents", *words(autoencoder, data, tmp_path / "x", "--on-bad-data", "error"))
     assert problem.code == 3 and problem.what.startswith(f"{source.key(40)}: not a readable picture")
-    assert tiny.call("encode_latents", *words(autoencoder, data, tmp_path / "x")) == 0
+    unasked = tiny.refused("encode_latents", *words(autoencoder, data, tmp_path / "x"))  # all the same all is written
+    assert unasked.code == 3 and "1 of 60 samples could not be read" in unasked.what
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").glob("*.tar")}
+    assert tiny.call("encode_latents", *words(autoencoder, data, tmp_path / "x", "--on-bad-data", "skip")) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in written}  # as the hint says, and at no cost
     stored = ShardSet(tmp_path / "x")
-    assert len(stored) == 59 and stored.summary["left_out"] == 1 and stored.key(40) == source.key(41)
+    assert len(stored) == 59 and stored.summary["left_out"] == 1
+    assert stored.summary["ledger"]["left out"]["sample that cannot be read"]["count"] == 1 and stored.key(40) == source.key(41)
     assert "(59 samples of 8x8x8, 1 left out)" in capsys.readouterr().err
     assert json.loads((tmp_path / "x" / "index.json").read_text())["shards"][1]["samples"] == 29
     writer = ShardWriter(data, "train", 30)
@@ -275,7 +280,7 @@ def test_training_goes_on_past_an_unreadable_sample(autoencoder: Path, shapes: P
     assert tiny.call("train_autoencoder", "--data", data, "--output", tmp_path / "run", *flags) == 0
     strict = tiny.refused("train_autoencoder", "--data", data, "--output", tmp_path / "strict", *flags,
                           "--on-bad-data", "error")  # fmt: skip
-    assert strict.code == 3 and "not a readable picture" in strict.what
+    assert strict.code == 3 and "has other bytes than were indexed" in strict.what
     assert tar.exists() and len(Images(ShardSet(data))) == 96
     assert "sha256 differs" in "\n".join(verify(data).problems)
 
@@ -308,7 +313,7 @@ def test_f3_f6_and_e10_stored_embeddings(
     said = capsys.readouterr().err
     source = [ShardSet(shapes, split) for split in ("train", "val")]
     captions = [c for part in source for i in range(len(part)) for c in json.loads(part.read(i)["json"])["captions"]]
-    assert f"note: {sum(len(c.split()) > 4 for c in captions):,} captions exceed 4 tokens" in said
+    assert f"cut {sum(len(c.split()) > 4 for c in captions):,}: captions exceed 4 tokens (train-00000000" in said
     assert [path.name for path in target.rglob("null.safetensors")] == ["null.safetensors"]
     problem = tiny.refused("encode_latents", *words(autoencoder, shapes, target, *asked, 5))
     assert problem.code == 4 and "text_encoder " in problem.what and ", now " in problem.what

@@ -23,8 +23,8 @@ from PIL import Image
 
 from training.errors import DATA, UserError
 from training.ledger import Effect
-from training.packing.captions import clean_captions, decode_text
 from training.pictures.decoding import ELSEWHERE, LARGEST_FILE, SUFFIXES, read_file, refuse
+from training.shards.captions import clean_captions, decode_text
 from training.shards.index import SPLITS
 from training.shards.tars import Index, index_tar
 
@@ -61,6 +61,7 @@ class Source(ABC):
     name: str
     total: int | None = None
     exact: bool = False
+    mixed: bool = False  # its order is random already
 
     @abstractmethod
     def state(self) -> str:
