@@ -45,6 +45,7 @@ class Task(NamedTuple):
     image: Image.Image | bytes
     split: str
     flip: bool
+    suffix: str  # of the picture's file
 
 
 def make_picture(task: Task, settings: Settings) -> Picture | UserError:
@@ -91,7 +92,7 @@ def pictures(
 
 
 def _task(sample: Sample, split: str, settings: Settings, exact: bool) -> Task:
-    return Task(sample.key, sample.image, split, settings.flip and split == "train" and not exact)
+    return Task(sample.key, sample.image, split, settings.flip and split == "train" and not exact, sample.suffix)
 
 
 def _by_others(

@@ -140,7 +140,8 @@ def test_workers_change_nothing(
     write_index(data, writer.finish(), {})
     said = []
     for workers in (0, 1, 2):
-        words = encode(autoencoder, data, tmp_path / str(workers), "--num-workers", workers, "--flip", "--on-bad-data", "skip")
+        words = encode(autoencoder, data, tmp_path / str(workers), "--num-workers", workers, "--flip")
+        words += ("--on-bad-data", "skip")
         assert tiny.call("encode_latents", *words) == 0
         said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: sample")])
         assert len(ShardSet(tmp_path / str(workers))) == 298
