@@ -16,7 +16,9 @@ from training.shards.splits import WORDS
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "data.md").read_text("utf-8")
 # Flags and suffixes of rooms that are still to come.
-AWAITED = {"--caption-column", "--caption-lines", "--image-field", "--splits", "--range", "--channels", "--ignore-alpha"}
+AWAITED = {
+    *("--caption-column", "--caption-lines", "--image-field", "--splits", "--range", "--channels", "--ignore-alpha"),
+}
 
 
 def known_flags() -> set[str]:

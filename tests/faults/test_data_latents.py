@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load as load_safetensors
 
 from autoencoder.kl import KLAutoencoder
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder, Slot, substitute
+from training.encoding import shard
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
 from training.shards.index import write_index
@@ -235,6 +238,36 @@ def test_f5_a_batch_that_does_not_fit_is_halved(
     most = 0
     problem = tiny.refused("encode_latents", *words(autoencoder, shapes, tmp_path / "y"))
     assert problem.code == 6 and "single picture" in problem.what
+
+
+def test_captions_that_do_not_fit_are_embedded_in_parts(
+    shapes: Path, autoencoder: Path, text_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Halved for good; the same embeddings, no holes."""
+    whole, sizes = shard.embeddings, []
+
+    def tight(encoder: Any, captions: list[str]) -> Any:
+        sizes.append(len(captions))
+        if len(captions) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(encoder, captions)
+
+    asked = ("--text-encoder", text_encoder, "--text-length", 8)
+    assert tiny.call("encode_latents", *words(autoencoder, shapes, tmp_path / "straight", *asked)) == 0
+    most = 25
+    monkeypatch.setattr(shard, "embeddings", tight)
+    assert tiny.call("encode_latents", *words(autoencoder, shapes, tmp_path / "x", *asked)) == 0
+    ours, theirs = ShardSet(tmp_path / "x"), ShardSet(tmp_path / "straight")
+    for i in range(0, 96, 5):
+        pair = [load_safetensors(shards.read_field(i, "text.safetensors")) for shards in (ours, theirs)]
+        assert pair[0].keys() == pair[1].keys()
+        assert all(torch.allclose(pair[0][name], pair[1][name], atol=2e-3) for name in pair[0])
+    said = capsys.readouterr().err
+    assert "captions at once; now 20" in said and sizes.count(40) == 1 and max(sizes[3:]) <= 25
+    most = 0
+    problem = tiny.refused("encode_latents", *words(autoencoder, shapes, tmp_path / "y", *asked))
+    assert problem.code == 6 and "single caption" in problem.what
 
 
 def test_encode_leaves_out_what_it_cannot_read(
