@@ -31,8 +31,8 @@ def main() -> None:
     add(
         "--on-bad-data",
         choices=("error", "skip"),
-        default="skip",
-        help="a sample that cannot be read: an error, or left out and counted, up to 1 %%",
+        help="a sample that cannot be read: an error, or left out and counted, up to 1 %%; unless told, left out "
+        "with exit code 3",
     )
     parser.machine()
     args = parser.read()

@@ -17,7 +17,7 @@ done
 [ -n "$root" ] && [ -n "$text" ] && [ -n "$out" ] || { echo "error: --root, --text-encoder and --output are needed; see the head of $0" >&2; exit 2; }
 cd "$project"
 
-run scripts/make_shards.py pack emoji --root "$root" --output "$out/data" --resolution 64 --val-fraction 0.05
+run scripts/make_shards.py pack emoji --root "$root" --output "$out/data" --resolution 64 --val-fraction 0.05 --order source
 run scripts/train_autoencoder.py --config emoji --data "$out/data" --output "$out/autoencoder" --resume auto
 run scripts/encode_latents.py --autoencoder "$out/autoencoder" --data "$out/data" --output "$out/latents" --text-encoder "$text" --text-length 32
 run scripts/evaluate.py --overwrite --model "$out/autoencoder" --data "$out/data" --count 0 --output "$out/autoencoder.json"

@@ -26,12 +26,12 @@ from training.drawing import replay
 from training.drawing.requests import ask, parse_also, parse_size, prompts
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
-from training.packing.captions import clean_captions, decode_text
 from training.packing.folder import Folder
 from training.packing.sources import Sample
 from training.pictures import grids
 from training.pictures.decoding import encode_png, load_image
 from training.settings import decoding
+from training.shards.captions import clean_captions, decode_text
 from training.shards.index import write_index
 from training.shards.offset_index import open_index
 from training.shards.reading import ShardSet

@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load as load_safetensors
 
 from autoencoder.kl import KLAutoencoder
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder, Slot, substitute
+from training.encoding import shard
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
 from training.shards.index import write_index
@@ -237,6 +240,36 @@ def test_f5_a_batch_that_does_not_fit_is_halved(
     assert problem.code == 6 and "single picture" in problem.what
 
 
+def test_captions_that_do_not_fit_are_embedded_in_parts(
+    shapes: Path, autoencoder: Path, text_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Halved for good; the same embeddings, no holes."""
+    whole, sizes = shard.embeddings, []
+
+    def tight(encoder: Any, captions: list[str]) -> Any:
+        sizes.append(len(captions))
+        if len(captions) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(encoder, captions)
+
+    asked = ("--text-encoder", text_encoder, "--text-length", 8)
+    assert tiny.call("encode_latents", *words(autoencoder, shapes, tmp_path / "straight", *asked)) == 0
+    most = 25
+    monkeypatch.setattr(shard, "embeddings", tight)
+    assert tiny.call("encode_latents", *words(autoencoder, shapes, tmp_path / "x", *asked)) == 0
+    ours, theirs = ShardSet(tmp_path / "x"), ShardSet(tmp_path / "straight")
+    for i in range(0, 96, 5):
+        pair = [load_safetensors(shards.read_field(i, "text.safetensors")) for shards in (ours, theirs)]
+        assert pair[0].keys() == pair[1].keys()
+        assert all(torch.allclose(pair[0][name], pair[1][name], atol=2e-3) for name in pair[0])
+    said = capsys.readouterr().err
+    assert "captions at once; now 20" in said and sizes.count(40) == 1 and max(sizes[3:]) <= 25
+    most = 0
+    problem = tiny.refused("encode_latents", *words(autoencoder, shapes, tmp_path / "y", *asked))
+    assert problem.code == 6 and "single caption" in problem.what
+
+
 def test_encode_leaves_out_what_it_cannot_read(
     shapes: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,9 +283,15 @@ def test_encode_leaves_out_what_it_cannot_read(
     write_index(data, writer.finish(), {})
     problem = tiny.refused("encode_latents", *words(autoencoder, data, tmp_path / "x", "--on-bad-data", "error"))
     assert problem.code == 3 and problem.what.startswith(f"{source.key(40)}: not a readable picture")
-    assert tiny.call("encode_latents", *words(autoencoder, data, tmp_path / "x")) == 0
+    unasked = tiny.refused("encode_latents", *words(autoencoder, data, tmp_path / "x"))  # all the same all is written
+    assert unasked.code == 3 and "1 of 60 samples could not be read" in unasked.what
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").glob("*.tar")}
+    assert tiny.call("encode_latents", *words(autoencoder, data, tmp_path / "x", "--on-bad-data", "skip")) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in written}  # as the hint says, and at no cost
     stored = ShardSet(tmp_path / "x")
-    assert len(stored) == 59 and stored.summary["left_out"] == 1 and stored.key(40) == source.key(41)
+    assert len(stored) == 59 and stored.summary["left_out"] == 1
+    assert stored.summary["ledger"]["left out"]["sample that cannot be read"]["count"] == 1
+    assert stored.key(40) == source.key(41)
     assert "(59 samples of 8x8x8, 1 left out)" in capsys.readouterr().err
     assert json.loads((tmp_path / "x" / "index.json").read_text())["shards"][1]["samples"] == 29
     writer = ShardWriter(data, "train", 30)
@@ -275,7 +314,7 @@ def test_training_goes_on_past_an_unreadable_sample(autoencoder: Path, shapes: P
     assert tiny.call("train_autoencoder", "--data", data, "--output", tmp_path / "run", *flags) == 0
     strict = tiny.refused("train_autoencoder", "--data", data, "--output", tmp_path / "strict", *flags,
                           "--on-bad-data", "error")  # fmt: skip
-    assert strict.code == 3 and "not a readable picture" in strict.what
+    assert strict.code == 3 and "has other bytes than were indexed" in strict.what
     assert tar.exists() and len(Images(ShardSet(data))) == 96
     assert "sha256 differs" in "\n".join(verify(data).problems)
 
@@ -308,7 +347,7 @@ def test_f3_f6_and_e10_stored_embeddings(
     said = capsys.readouterr().err
     source = [ShardSet(shapes, split) for split in ("train", "val")]
     captions = [c for part in source for i in range(len(part)) for c in json.loads(part.read(i)["json"])["captions"]]
-    assert f"note: {sum(len(c.split()) > 4 for c in captions):,} captions exceed 4 tokens" in said
+    assert f"cut {sum(len(c.split()) > 4 for c in captions):,}: captions exceed 4 tokens (train-00000000" in said
     assert [path.name for path in target.rglob("null.safetensors")] == ["null.safetensors"]
     problem = tiny.refused("encode_latents", *words(autoencoder, shapes, target, *asked, 5))
     assert problem.code == 4 and "text_encoder " in problem.what and ", now " in problem.what

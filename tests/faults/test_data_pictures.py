@@ -293,7 +293,7 @@ def test_e9_same_names_and_same_pictures(tmp_path: Path) -> None:
     assert len(set(keys)) == 3 and keys == ["a", "a_png", "b"]
     assert packed.summary["ledger"] == {
         "replaced": {"same name as another picture": {"count": 1, "first": ["a.png"]}},
-        "ignored": {"same picture twice, both packed": {"count": 1, "first": ["b = a_png"]}},
+        "ignored": {"same picture twice, both packed": {"count": 1, "first": ["b"]}},
     }
 
 

@@ -284,6 +284,27 @@ def test_batches_are_those_of_the_folder(shapes: Path, tmp_path: Path, workers: 
         assert torch.equal(batch.data, here.__getitems__(slots).data)
 
 
+@pytest.mark.parametrize(
+    ("summary", "warned"),
+    [({}, True), ({"order": "source"}, True), ({"order": "mixed"}, False), ({"source": "shapes"}, False)],
+)
+def test_shards_in_the_order_of_their_source_are_warned_of(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: dict[str, str], warned: bool
+) -> None:
+    """Once, and only where a window is a part of them."""
+    write_index(packed, ShardSet(packed).shards, summary)
+    remote = placed(upload(packed, f"memory://bucket/{tmp_path.name}"), tmp_path / "cache", window=2, prefetch=False)
+    shards = ShardSet(remote)
+    batches = Batches(DataOrder(40, 8, 0, (0, 0), *shards.windows), 8, 1, 0, 1, 0, 1)
+    for _ in range(2):
+        assert prefetching(batches, shards) is batches
+    said = capsys.readouterr().err
+    assert said.count("packed in the order of its source; a window of 2 shards") == warned
+    wide = ShardSet(placed(f"memory://bucket/{tmp_path.name}", tmp_path / "cache", window=8, prefetch=False))
+    prefetching(batches, wide), prefetching(batches, ShardSet(packed))
+    assert capsys.readouterr().err == ""
+
+
 def test_an_unreachable_shard_is_no_bad_sample(shapes: Path, tmp_path: Path) -> None:
     """`--on-bad-data skip` replaces samples; a lost connection must stop the run, or it would learn from other data."""
     address = upload(shapes)

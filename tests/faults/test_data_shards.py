@@ -27,9 +27,10 @@ from training.errors import UserError
 from training.packing.command import main
 from training.pictures.decoding import encode_png
 from training.shards.index import write_index
+from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
 from training.shards.tars import END, index_tar, member_bytes
-from training.shards.verifying import index_folder, verify
+from training.shards.verifying import verify
 from training.shards.writing import ShardWriter
 
 
@@ -96,7 +97,8 @@ def test_d2_what_tarfile_passes_over_in_silence(tmp_path: Path, how: str) -> Non
     main(["index", str(tmp_path), "--on-bad-data", "skip"])
     shards = ShardSet(tmp_path)
     assert [info.name for info in shards.shards] == ["train-000001.tar"] and tar.read_bytes() == bytes(data)
-    assert "the shard is left out" in shards.summary["index_notes"][0]
+    left_out = shards.summary["ledger"]["left out"]
+    assert list(left_out) == ["tar that cannot be used"] and str(tar) in left_out["tar that cannot be used"]["first"][0]
     flags = ["--output", str(tmp_path / "out"), "--val-fraction", "0", "--resolution", "16"]
     error = refused("pack", tmp_path / "train-*.tar", *flags)
     assert error.code == 3 and "damaged tar" in error.what
@@ -240,7 +242,7 @@ def test_d8_incomplete_and_scattered_samples(tmp_path: Path, capsys: pytest.Capt
     tar_of(tmp_path / "00000.tar", {**members, "a.npz": b"?", "b.npz": b"?"})
     main(["index", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "1 samples without png (first: d)" in said and "1 samples without txt (first: c)" in said
+    assert "ignored 1: samples without png (d)" in said and "ignored 1: samples without txt (c)" in said
     assert ShardSet(tmp_path).read(0) == {"png": png(0), "txt": b"a", "npz": b"?"}
     flags = ["--output", str(tmp_path / "out"), "--val-fraction", "0", "--resolution", "16", "--on-bad-data", "skip"]
     main(["pack", str(tmp_path / "00000.tar"), *flags])

@@ -6,7 +6,8 @@ import io
 import json
 import math
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,10 +121,12 @@ class Latents(Samples[Latent]):
         return array
 
     def _moments(self, index: int, data: bytes) -> np.ndarray:
-        """The array of an npy file; the length of its header stands in bytes 8-9."""
+        """The array of an npy file, which is what the index says; the length of its header stands in bytes 8-9."""
         start = 10 + int.from_bytes(data[8:10], "little")
-        if data[:6] != b"\x93NUMPY" or len(data) - start != self.dtype.itemsize * math.prod(self.shape):
-            raise self._damaged(index, f"moments are no {'x'.join(map(str, self.shape))} array of {self.dtype}")
+        wanted, found = (self.shape, self.dtype), _described(data[:start])
+        if found != wanted or len(data) - start != self.dtype.itemsize * math.prod(self.shape):
+            said = "no array" if found is None else f"an array {_named(*found)}"
+            raise self._damaged(index, f"moments are {said}, the index says {_named(*wanted)}")
         return np.frombuffer(data, self.dtype, offset=start).reshape(self.shape)
 
     def _captions(self, index: int, data: bytes) -> list[str]:
@@ -151,3 +154,22 @@ class Latents(Samples[Latent]):
     def _damaged(self, index: int, what: str) -> UserError:
         hint = f"run: {door('make_shards verify', self.shards.directory)}"
         return UserError(f"{self.shards.key(index)}: damaged sample: {what}", hint=hint, code=DATA)
+
+
+@lru_cache(maxsize=64)
+def _described(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
+    """(shape, type) that an npy header states, and all samples of a set state alike; None where it states none, or
+    columns first."""
+    file = io.BytesIO(header)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            return None
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # it is read as Python source: any of a tokenizer's errors
+        return None
+    return None if columns_first and len(shape) > 1 else (shape, dtype)
+
+
+def _named(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    return f"{'x'.join(map(str, shape))} of {dtype}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from training.data.order import DataOrder
 from training.errors import DISK, UserError
 from training.files import gigabytes
+from training.messages import warn
+from training.shards.index import is_mixed
 from training.shards.remote import ROOM, Remote
 
 if TYPE_CHECKING:
@@ -24,13 +28,25 @@ def prefetching(batches: Batches, shards: ShardSet) -> Batches | Prefetching:
 
     Raises UserError (code 6) where the cache cannot hold two windows.
     """
-    if shards.remote is None or not shards.remote.prefetch:
+    if shards.remote is None:
+        return batches
+    if os.environ.get("RANK", "0") == "0":
+        _warn_of_order(str(shards.remote), len(shards.shards), shards.remote.window, is_mixed(shards.summary))
+    if not shards.remote.prefetch:
         return batches
     sizes = sorted(info.bytes for info in shards.shards)[-2 * shards.remote.window :]
     if sum(sizes) > shards.remote.limit:
         what = f"two windows of {shards.remote.window} shards ({gigabytes(sum(sizes))}) do not fit into the cache"
         raise UserError(f"{what} of {gigabytes(shards.remote.limit)}", hint=ROOM, code=DISK)
     return Prefetching(batches, shards.remote, shards.shards)
+
+
+@cache
+def _warn_of_order(address: str, shards: int, window: int, mixed: bool) -> None:
+    """Once a process: batches of one kind of samples train badly, and nothing else would tell."""
+    if shards > window and not mixed:
+        what = f"{address}: packed in the order of its source; a window of {window} shards may hold few classes"
+        warn(f"{what}; pack (and encode) them anew, which mixes all, or raise --train.window-shards")
 
 
 class Prefetching:

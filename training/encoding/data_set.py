@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
 from itertools import chain, zip_longest
@@ -33,13 +33,16 @@ from training.files import (
     save_tensors,
     write_json,
 )
+from training.ledger import Ledger
 from training.machine import launcher, meeting, processes
 from training.messages import tell, warn
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
 from training.models.folders import copy_model
 from training.models.vocabulary import count_captions
-from training.shards.index import ShardInfo, read_index, write_index
+from training.shards.claims import LOCK, claimed
+from training.shards.index import ENCODING, ShardInfo, is_mixed, read_index, write_index
+from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import Remote, open_address
 from training.shards.writing import sound_shard, write_shard
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
     from autoencoder.base import Autoencoder
     from ldm.text import TextEncoder
 
-PLAN = "encoding.json"  # what a folder of latents is being made from, so that a restart continues the same thing
 BESIDE = 3000  # bytes of a sample beyond its moments: captions, metadata, headers
 DEAD = 1e-4  # standard deviation of a channel that says nothing
 PROBED = 256  # latents looked at for dead channels
@@ -84,17 +86,25 @@ def encode(args: argparse.Namespace) -> int:
     }
     meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
-    if accelerator.is_main_process:
-        _prepare(target, plan, total, home, encoder, args)
-    meeting.meet()  # no process writes a shard before the folder is claimed for this plan
-    tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
-    worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
-    _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
-    waiting = worker.tell()
-    meeting.meet()  # the index lists the shards of all processes
-    if accelerator.is_main_process:
-        _finish(source, target, plan, shards, model.latent_channels, waiting)
-    meeting.meet()
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            make_folder(target)
+            refuse_links(target)
+            held.enter_context(claimed(target))
+            _prepare(target, plan, total, home, encoder, args)
+        meeting.meet()  # no process writes a shard before the folder is claimed for this plan
+        tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
+        worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
+        _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
+        meeting.meet()  # the index lists the shards of all processes
+        left_out = 0
+        if accelerator.is_main_process:
+            left_out = _finish(source, target, plan, shards, model.latent_channels, worker.waiting())
+        meeting.meet()
+    if left_out and args.on_bad_data is None:
+        what = f"{left_out:,} of {total:,} samples could not be read; {target} is whole without them"
+        hint = "mend and pack them again; or take it as it is: the same command with --on-bad-data skip"
+        raise UserError(what, hint=hint, code=DATA)
     return 0
 
 
@@ -102,7 +112,7 @@ def _write(
     worker: Encoder, source: Path | Remote, target: Path, shards: list[ShardInfo], args: argparse.Namespace
 ) -> None:
     """Encode the shards that are not there yet."""
-    waiting = {info.name: info for info in shards if not sound_shard(target, info.name.removesuffix(".tar"))}
+    waiting = {info.name: info for info in shards if not _sound(target, info)}
     splits = {split: _images(source, split, args) for split in {info.split for info in waiting.values()}}
     pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
     for info in shards:
@@ -111,8 +121,19 @@ def _write(
             # The first sample is taken before the file is begun, for a shard of none is refused. All others are encoded
             # while they are written: memory holds a batch, not a shard.
             if first := next(samples, None):
-                write_shard(target, info.name.removesuffix(".tar"), chain([first], samples))
-        worker.progress(info)
+                write_shard(target, info.name.removesuffix(".tar"), chain([first], samples), info.split)
+            # Beside its shard until all are there: one that is gone on with must not forget what was not used.
+            write_json(_ledger_of(target, info), worker.ledger.report())
+        worker.progress(info, kept=info.name not in waiting)
+
+
+def _sound(target: Path, info: ShardInfo) -> ShardInfo | None:
+    """The latents of a shard of pictures, if they are there whole; of the same split, whatever the shard is called."""
+    return sound_shard(target, info.name.removesuffix(".tar"), info.split)
+
+
+def _ledger_of(target: Path, info: ShardInfo) -> Path:
+    return target / f".{info.name}.ledger.json"
 
 
 def read_ahead(
@@ -148,7 +169,7 @@ def _some_at_once(splits: Mapping[str, Images], shards: Sequence[ShardInfo], siz
         shard_set = splits[info.split].shards
         if shard_set.remote and following and info.bytes + following.bytes <= shard_set.remote.limit:
             Thread(target=_fetch, args=(shard_set.remote, following), daemon=True).start()
-        start = sum(s.samples for s in shard_set.shards if s.name < info.name)
+        start = shard_set.start(info.name)
         for first in range(start, start + info.samples, size):
             yield [(info.split, index) for index in range(first, min(first + size, start + info.samples))]
 
@@ -176,7 +197,7 @@ class _Decoded(Dataset[Any]):
 
 
 def _images(source: Path | Remote, split: str, args: argparse.Namespace) -> Images:
-    return Images(ShardSet(source, split), on_bad_data=args.on_bad_data)
+    return Images(ShardSet(source, split), on_bad_data=args.on_bad_data or "skip")
 
 
 def _text_encoder(args: argparse.Namespace, target: Path, device: torch.device) -> TextEncoder | None:
@@ -211,7 +232,7 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     make_folder(target)
     refuse_links(target)
-    plan_file = target / PLAN
+    plan_file = target / ENCODING
     if plan_file.is_file():
         before = {"tile": 0, **read_record(plan_file, {})}
         differences = [
@@ -224,7 +245,7 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
                 code=CHECKPOINT,
             )
         remove_partials(target)
-    elif any(target.iterdir()):
+    elif any(path.name != LOCK for path in target.iterdir()):
         raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
     write_json(plan_file, plan)
 
@@ -247,15 +268,23 @@ def _short(value: object) -> str:
 
 def _finish(
     source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int, waiting: float
-) -> None:
-    infos = [info for s in shards if (info := sound_shard(target, s.name.removesuffix(".tar")))]
-    summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
-    summary |= {"tile": plan["tile"]} if plan["tile"] else {}
+) -> int:
+    """Write the index of what is there; returns how many samples were left out."""
+    infos = [info for s in shards if (info := _sound(target, s))]
+    ledger = Ledger()
+    for shard in shards:
+        if (path := _ledger_of(target, shard)).is_file():
+            ledger.merge(read_record(path, {}))
+    summary = latents_summary(plan)
     samples, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
     if samples > total:
         refuse_many(samples - total, samples, str(source))
         summary["left_out"] = samples - total
+    ledger.merge(_kept_ledger(target))
+    summary |= {"order": "mixed" if is_mixed(read_index(source)[0]["summary"]) else "source", "ledger": ledger.report()}
     write_index(target, infos, summary, kind="latents")  # last of the data: a folder without is refused
+    for shard in shards:
+        _ledger_of(target, shard).unlink(missing_ok=True)
     if any(info.split == "train" for info in infos):
         count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
@@ -263,6 +292,16 @@ def _finish(
     shape = "x".join(map(str, plan["latent"]["shape"]))
     gap = f", {samples - total:,} left out" if samples > total else ""
     tell(f"latents: {target} ({total:,} samples of {shape}{gap}), waiting for data {waiting:.0%}")
+    for line in ledger.lines():
+        tell(line)
+    return samples - total
+
+
+def _kept_ledger(target: Path) -> dict[str, Any]:
+    """What an earlier encoding of the same left: it wrote the index, so that its shards have no ledgers any more."""
+    with suppress(UserError):
+        return dict(read_index(target)[0]["summary"].get("ledger", {}))
+    return {}
 
 
 def _dead_channels(shards: ShardSet, channels: int) -> list[int]:

@@ -7,7 +7,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from autoencoder.images import to_unit
 from training.commands import door
 from training.data.samples import LIMIT
 from training.errors import DATA, DISK, NUMERICAL, UserError
+from training.ledger import Ledger
 from training.machine.memory import out_of_memory
 from training.messages import note, per_second, tell, warn
-from training.packing.captions import clean_captions, decode_text
+from training.shards.captions import stored_captions
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     import argparse
 
     from ldm.text import TextEncoder
+
+
+Result = TypeVar("Result")
 
 
 class Picture(NamedTuple):
@@ -56,18 +61,23 @@ class Encoder:
         self.encode, self.text, self.device, self.args = encode, encoder, device, args
         self.shape, self.picture = tuple(latent["shape"]), tuple(latent["picture"])
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
-        self.done, self.since, self.precision = 0, time.perf_counter(), args.mixed_precision
-        self.total, self.bad, self.cut, self.waited = total, 0, 0, 0.0
+        self.done, self.encoded, self.since, self.precision = 0, 0, time.perf_counter(), args.mixed_precision
+        self.total, self.bad, self.waited = total, 0, 0.0
+        self.texts_at_once = 0  # captions that fit into the text encoder; 0: all of a batch, as far as is known
+        self.ledger = Ledger()  # of the present shard
 
     def samples(
         self, shards: ShardSet, info: ShardInfo, pictures: Iterator[np.ndarray | UserError]
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(key, fields) of every sample of a shard that can be read, in order; `pictures` goes on with the shard's."""
-        first = sum(s.samples for s in shards.shards if s.name < info.name)
+        self.ledger = Ledger()
+        first = shards.start(info.name)
         waiting: list[Picture] = []
         for index, pixels in zip(range(first, first + info.samples), self._awaited(pictures), strict=False):
             try:
                 waiting.append(_sample(shards, index, pixels))
+                if not any(waiting[-1].notes["captions"]):
+                    self.ledger.add("guessed", "sample without a caption, the empty one taken", waiting[-1].key)
             except UserError as problem:
                 self._leave_out(problem)
             if len(waiting) >= self.batch:
@@ -90,6 +100,7 @@ class Encoder:
         if self.args.on_bad_data == "error":
             raise problem
         self.bad += 1
+        self.ledger.add("left out", "sample that cannot be read", problem.what)
         warn(f"sample left out: {problem.what}")
         refuse_many(self.bad, self.total, self.args.data)
 
@@ -119,8 +130,12 @@ class Encoder:
         from safetensors.torch import save
 
         assert self.text is not None
-        self.cut += self.text.truncated(caption for texts in captions for caption in texts)
-        rows = iter(embeddings(self.text, [caption for texts in captions for caption in texts]))
+        every = [caption for texts in captions for caption in texts]
+        if self.text.truncated(every):
+            for key, texts in zip(keys, captions, strict=True):
+                cut = self.text.truncated(texts)
+                self.ledger.add("cut", f"captions exceed {self.args.text_length} tokens", key if cut else "", cut)
+        rows = iter(self._embedded(every))
         files = []
         for key, texts in zip(keys, captions, strict=True):
             tensors = {f"{n}.{name}": tensor for n in range(len(texts)) for name, tensor in next(rows).items()}
@@ -132,6 +147,22 @@ class Encoder:
                 )
             files.append(bytes(save(tensors)))
         return files
+
+    def _embedded(self, captions: list[str]) -> list[dict[str, Tensor]]:
+        """The embeddings of captions, in parts that fit into memory."""
+        assert self.text is not None
+        rows: list[dict[str, Tensor]] = []
+        while len(rows) < len(captions):
+            part = captions[len(rows) :][: self.texts_at_once or None]
+            found = in_memory(partial(embeddings, self.text, part))
+            if found is not None:
+                rows += found
+            elif len(part) == 1:
+                raise UserError("out of memory with a single caption", hint="use a machine with more memory", code=DISK)
+            else:
+                self.texts_at_once = len(part) // 2
+                note(f"out of memory with {len(part)} captions at once; now {self.texts_at_once}")
+        return rows
 
     def _moments(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
         # Checked as it is stored: float16 overflows where the float32 that was encoded does not.
@@ -165,30 +196,36 @@ class Encoder:
     @torch.no_grad()
     def _fitting(self, pixels: Tensor) -> np.ndarray | None:
         """Moments of pictures, or None where they do not fit into memory."""
-        try:
+        def encoded() -> np.ndarray:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 moments: np.ndarray = self.encode(to_unit(pixels.to(self.device))).float().cpu().numpy()
-        except MemoryError:
-            return None
-        except RuntimeError as failure:
-            if not out_of_memory(failure):
-                raise
-            return None
-        return moments
+            return moments
 
-    def progress(self, info: ShardInfo) -> None:
-        """One line after each shard."""
+        return in_memory(encoded)
+
+    def progress(self, info: ShardInfo, *, kept: bool) -> None:
+        """One line after each shard; those `kept` from an earlier encoding take no time and count for no rate."""
         self.done += info.samples
-        tell(
-            f"encoded {info.name}: {self.done:,} of {self.total:,} images,"
-            f" {per_second(self.done / max(1e-9, time.perf_counter() - self.since))}"
-        )
+        self.encoded += 0 if kept else info.samples
+        rate = per_second(self.encoded / max(1e-9, time.perf_counter() - self.since))
+        word = "kept" if kept else "encoded"
+        tell(f"{word} {info.name}: {self.done:,} of {self.total:,} images, {rate}")
 
-    def tell(self) -> float:
-        """What was cut short, at the end; returns the share of the time that went by waiting for data."""
-        if self.cut:
-            note(f"{self.cut:,} captions exceed {self.args.text_length} tokens")
+    def waiting(self) -> float:
+        """The share of the time that went by waiting for data."""
         return self.waited / max(1e-9, time.perf_counter() - self.since)
+
+
+def in_memory(work: Callable[[], Result]) -> Result | None:
+    """What `work` gives, or None where it does not fit into memory."""
+    try:
+        return work()
+    except MemoryError:
+        return None
+    except RuntimeError as failure:
+        if not out_of_memory(failure):
+            raise
+        return None
 
 
 def refuse_many(bad: int, total: int, data: str) -> None:
@@ -208,14 +245,10 @@ def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError) -> Pic
 def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
     """A sample's metadata with its captions under `captions`; a blank one where it has none."""
     try:
-        notes = json.loads(record["json"]) if "json" in record else {}
-        notes = notes if isinstance(notes, dict) else {}
-        captions = clean_captions(notes.get("captions") or [decode_text(record.get("txt", b""))]) or ("",)
+        notes, captions = stored_captions(record)
     except UserError as failure:
         raise UserError(f"{key}: {failure.what}", hint="pack again", code=DATA) from None
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{key}: metadata not JSON", hint="pack again", code=DATA) from None
-    return {**notes, "captions": list(captions)}
+    return {**notes, "captions": list(captions) or [""]}
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -17,12 +17,12 @@ from PIL import Image
 
 from training.errors import DATA, UserError
 from training.files import read_json
-from training.packing.captions import clean_captions
 from training.packing.sources import Remark, Sample, Source, safe_key
 from training.pictures.decoding import LARGEST_FILE, read_file
 from training.shapes.rendering import render
 from training.shapes.scenes import scene
 from training.shapes.wording import choose_captions
+from training.shards.captions import clean_captions
 
 LARGEST = 64 << 20  # bytes of an idx file unpacked: the greatest has 47 million
 
@@ -35,6 +35,7 @@ class FashionMnist(Source):
     2017.
     """
 
+    mixed = True
     CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
     FILES: ClassVar = {"train": "train", "val": "t10k"}
     DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
@@ -150,7 +151,7 @@ class Shapes(Source):
     """`samples` training scenes of `training.shapes` and `val_samples` others, none with a held-out pair; several
     captions each."""
 
-    exact = True
+    exact = mixed = True
     CAPTIONS = 4  # of the twenty and more ways to say a scene
 
     def __init__(self, samples: int, val_samples: int, seed: int, resolution: int) -> None:

@@ -9,14 +9,17 @@ from typing import get_args
 
 from training.commands import door
 from training.errors import DATA, UserError
+from training.ledger import Ledger
 from training.messages import answer, warn
 from training.packing.finding import add_source_flags, find_source
-from training.packing.pack import Settings, pack
+from training.packing.pack import pack
+from training.packing.settings import Settings
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
 from training.pictures.flags import add_picture_flags
 from training.settings.flags import Parser
 from training.shards.index import read_index
-from training.shards.verifying import index_folder, verify
+from training.shards.indexing import index_folder
+from training.shards.verifying import verify
 
 EXAMPLES = """examples:
   python scripts/make_shards.py pack photos/ --output data/photos --resolution 64
@@ -52,6 +55,10 @@ def build_parser() -> Parser:
     add("--upscale", action="store_true", help="take pictures smaller than --resolution")
     add("--limit", type=int, help="stop after so many pictures")
     add("--samples-per-shard", type=int, default=2000)
+    text = "mixed: by hash of the key, so that every shard holds all kinds; source: as the source gives them"
+    add("--order", choices=("mixed", "source"), default="mixed", help=text)
+    text = "processes that decode and encode pictures, 0: this one; they do not change what is written"
+    add("--num-workers", type=int, default=0, metavar="N", help=text)
     add("--animated", choices=("first", "reject"), default="first", help="take the first frame, or treat as bad data")
     text = f"largest picture that is decoded (up to {MOST_PIXELS:,})"
     add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
@@ -69,7 +76,9 @@ def _pack(arguments: argparse.Namespace) -> None:
     if arguments.resolution is None:
         arguments.resolution = 32 if arguments.source in (["shapes"], ["fashion-mnist"]) else 64
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
-    pack(find_source(arguments), arguments.output, settings)
+    if arguments.num_workers < 0:
+        raise UserError(f"--num-workers: must be >= 0 (got {arguments.num_workers})")
+    pack(find_source(arguments), arguments.output, settings, arguments.num_workers)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,9 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         _pack(arguments)
     elif arguments.verb == "index":
         infos = index_folder(arguments.directory, skip=arguments.on_bad_data == "skip")
-        for note in read_index(arguments.directory)[0]["summary"]["index_notes"]:
-            answer(f"note: {note}")
         answer(f"{arguments.directory}: indexed {len(infos)} shards, {sum(info.samples for info in infos):,} samples")
+        ledger = Ledger()
+        ledger.merge(read_index(arguments.directory)[0]["summary"]["ledger"])
+        _tell(ledger)
     else:
         _verify(arguments.directory, arguments.on_bad_data)
 
@@ -91,6 +101,7 @@ def _verify(directory: Path, on_bad_data: str) -> None:
     summary = f"{directory}: {report.shards} shards, {report.samples:,} samples, {report.bytes:,} bytes"
     if not report.problems:
         answer(f"{summary}: all sound")
+        _tell(report.ledger)
         return
     problems = "\n  ".join(report.problems)
     what = f"{len(report.problems)} problems in {directory}:\n  {problems}"
@@ -100,3 +111,9 @@ def _verify(directory: Path, on_bad_data: str) -> None:
         raise UserError(what, hint=hint, code=DATA)
     answer(summary)
     warn(what)
+    _tell(report.ledger)
+
+
+def _tell(ledger: Ledger) -> None:
+    for line in ledger.lines():
+        answer(line)

@@ -13,7 +13,6 @@ from typing import Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.captions import decode_text
 from training.packing.metadata import Metadata, Record
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import Taken, split_folders
@@ -34,6 +33,7 @@ from training.packing.texts import (
 from training.packing.trees import Directory, Tree
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
 from training.pictures.formats import unused
+from training.shards.captions import decode_text
 
 ARCHIVES = (".tar", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
 EACH = "several lines in a caption file, each a caption of its own; --caption-lines join makes them one"

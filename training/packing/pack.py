@@ -3,120 +3,76 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from random import Random
-from typing import Any, Literal
+from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from training.errors import DATA, USAGE, UserError
-from training.files import make_folder, refuse_links, write_json
+from training.files import make_folder, refuse_links, remove_partials, write_bytes, write_json
 from training.ledger import Ledger
-from training.messages import answer
+from training.messages import answer, note, warn
+from training.packing.mixing import MixingWriter
+from training.packing.progress import Progress
+from training.packing.settings import Settings, as_stored
 from training.packing.sources import Remark, Sample, Source
 from training.packing.texts import name_as_caption
-from training.pictures.decoding import (
-    MAX_PIXELS,
-    MODES,
-    MOST_PIXELS,
-    Crop,
-    Unusable,
-    background_colour,
-    encode_jpg,
-    encode_png,
-    fit,
-    load_image,
-    refuse,
-)
-from training.pictures.flags import check_pictures
-from training.shards.index import INDEX, ShardInfo, write_index
+from training.packing.workers import Picture, pictures
+from training.pictures.decoding import Unusable, encode_png
+from training.shards.claims import LOCK, claimed
+from training.shards.index import INDEX, PACKING, ShardInfo, read_index, write_index
+from training.shards.reading import ShardSet
 from training.shards.writing import ShardWriter
 
-# What a folder is being packed from; written first, so that the same command may go on with it.
-PACKING = "packing.json"
-VAL_CROP: Crop = "center"
+SHEET, SHOWN = "contact-sheet.png", 64  # pictures on it, at most
+MOST_PROBLEMS = 10  # told at once where --on-bad-data is error
+LOOKED_ON = 10_000  # samples looked at for more problems after the first one: a later one costs another packing
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How pictures are packed; all that, with the source, decides the bytes."""
+class Problems:
+    """The samples that cannot be used where none may be left out: several are told at once, for each that is told alone
+    costs a packing."""
 
-    resolution: int = 64
-    crop: Crop = "center"
-    flip: bool = False
-    val_fraction: float = 0.02
-    seed: int = 0
-    format: Literal["png", "jpg"] = "png"
-    missing_caption: Literal["error", "empty", "filename", "folder"] = "error"
-    on_bad_data: Literal["error", "skip"] = "error"
-    background: str = "white"
-    upscale: bool = False
-    limit: int | None = None
-    samples_per_shard: int = 2000
-    animated: Literal["first", "reject"] = "first"
-    max_pixels: int = MAX_PIXELS
-    caption_column: str | None = None
-    caption_lines: Literal["each", "join"] = "each"
-    image_field: str | None = None
-    splits: Literal["names", "draw"] = "names"
-    channels: int = 3
-    range: list[float] | None = None  # a list, as JSON gives it back
-    ignore_alpha: bool = False
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.hint, self.looked = "", 0
 
-    def __post_init__(self) -> None:
-        if self.resolution < 8:
-            raise UserError(f"--resolution: must be at least 8 (got {self.resolution})")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction: must be at least 0 and below 1 (got {self.val_fraction})")
-        if self.samples_per_shard < 1 or (self.limit is not None and self.limit < 1):
-            raise UserError("--samples-per-shard and --limit: must be at least 1")
-        if not 1 <= self.max_pixels <= MOST_PIXELS:
-            raise UserError(f"--max-pixels: must lie in 1 … {MOST_PIXELS:,} (got {self.max_pixels:,})")
-        background_colour(self.background)
-        check_pictures(self.channels, self.range, self.format)
+    def add(self, name: str, reason: str, hint: str) -> None:
+        """One more; the hint is that of the first."""
+        if not self.found:
+            self.hint = f"{hint}; or " * bool(hint) + "--on-bad-data skip leaves such samples out and counts them"
+        self.found.append(f"{name}: {reason}")
 
+    def enough(self) -> bool:
+        """Whether to stop looking; asked once a sample."""
+        self.looked += bool(self.found)
+        return len(self.found) >= MOST_PROBLEMS or self.looked > LOOKED_ON
 
-class Progress:
-    """One line on stderr, rewritten on a terminal, repeated every ten seconds elsewhere."""
-
-    def __init__(self, total: int | None) -> None:
-        self.total, self.start, self.live = total, time.monotonic(), sys.stderr.isatty()
-        self.next = self.start + (0.2 if self.live else 10.0)
-
-    def show(self, pictures: int, skips: int) -> None:
-        """Where the packing stands; cheap to call for every picture."""
-        now = time.monotonic()
-        if now < self.next:
-            return
-        self.next = now + (0.2 if self.live else 10.0)
-        rate = pictures / (now - self.start)
-        total = f" of {self.total:,}" if self.total else ""
-        eta = f", {max(0, self.total - pictures - skips) / rate:.0f} s left" if self.total and rate else ""
-        line = f"packing: {pictures:,}{total} pictures, {rate:,.0f}/s{eta}" + (f", {skips:,} skipped" if skips else "")
-        sys.stderr.write(f"\r{line}\x1b[K" if self.live else f"{line}\n")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        """Frees the line for what comes next."""
-        if self.live:
-            sys.stderr.write("\r\x1b[K")
+    def refuse(self) -> None:
+        """Raises UserError(code 3) where there are any."""
+        if len(self.found) == 1:
+            raise UserError(self.found[0], hint=self.hint, code=DATA)
+        if self.found:
+            least = "at least " if len(self.found) >= MOST_PROBLEMS or self.looked > LOOKED_ON else ""
+            shown = "\n  ".join(self.found)
+            raise UserError(f"{least}{len(self.found)} samples cannot be used:\n  {shown}", hint=self.hint, code=DATA)
 
 
 class Packer:
     """One packing: what was decided, written and left out so far."""
 
-    def __init__(self, output: Path, settings: Settings) -> None:
-        self.output, self.settings = output, settings
-        self.writers: dict[str, ShardWriter] = {}
-        self.ledger = Ledger()
+    def __init__(self, output: Path, settings: Settings, *, mixed: bool) -> None:
+        self.output, self.settings, self.mixed = output, settings, mixed
+        self.writers: dict[str, ShardWriter | MixingWriter] = {}
+        self.ledger, self.problems = Ledger(), Problems()
         self.pictures = self.lost = 0
-        self._seen: dict[bytes, str] = {}
+        self._seen: set[bytes] = set()  # digests of the files: all that is kept of a picture
 
-    def take(self, item: Sample | Remark, exact: bool) -> None:
+    def take(self, item: Sample | Remark, split: str, made: Picture | UserError | None) -> None:
         """Packs a sample, or notes or refuses it according to `on_bad_data`."""
         if isinstance(item, Remark):
             if item.effect == "left out":
@@ -125,7 +81,9 @@ class Packer:
                 self.ledger.add(item.effect, item.reason, item.key, item.count)
             return
         try:
-            self._pack(item, exact)
+            if not isinstance(made, Picture):
+                raise made or AssertionError
+            self._pack(item, split, made)
         except UserError as error:
             if error.code != DATA:  # a full disk is no fault of the sample's
                 raise
@@ -133,8 +91,7 @@ class Packer:
 
     def _skip(self, key: str, reason: str, hint: str = "", suffix: str = "") -> None:
         if self.settings.on_bad_data == "error":
-            hint = f"{hint}; or " * bool(hint) + "--on-bad-data skip leaves such samples out and counts them"
-            raise UserError(f"{key}{suffix}: {reason}", hint=hint, code=DATA)
+            self.problems.add(f"{key}{suffix}", reason, hint)
         self.lost += 1
         self.ledger.add("left out", reason, key)
 
@@ -149,53 +106,63 @@ class Packer:
         self.ledger.add("guessed", f"no caption, {how} used", sample.key)
         return (caption,)
 
-    def _split(self, sample: Sample) -> str:
+    def split(self, sample: Sample) -> str:
         """The sample's own, or by hash of the key: the same in every packing of any selection."""
         if sample.split:
             return sample.split
         draw = int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:7], "big") / 2**56
         return "val" if draw < self.settings.val_fraction else "train"
 
-    def _picture(self, sample: Sample, split: str) -> Image.Image:
-        settings = self.settings
-        if isinstance(sample.image, Image.Image):
-            image = sample.image.convert(MODES[settings.channels])
-        else:
-            image = load_image(
-                sample.image,
-                settings.background,
-                settings.max_pixels,
-                channels=settings.channels,
-                limits=settings.range,
-                ignore_alpha=settings.ignore_alpha,
-                suffix=sample.suffix,
-            )
-            if image.info["animated"] and settings.animated == "reject":
-                raise UserError("animated picture", hint="--animated first takes its first frame", code=DATA)
-            for effect, kind in image.info["remarks"]:
-                self.ledger.add(effect, kind, sample.key)
-            digest = hashlib.blake2b(sample.image, digest_size=16).digest()
-            if self._seen.setdefault(digest, sample.key) != sample.key:
-                self.ledger.add("ignored", "same picture twice, both packed", f"{sample.key} = {self._seen[digest]}")
-        crop = settings.crop if split == "train" else VAL_CROP
-        image = fit(image, settings.resolution, crop, Random(f"{settings.seed} {sample.key}"), settings.upscale)
-        if image.mode == "RGBA" and not image.getchannel("A").getbbox():
-            raise refuse("fully transparent image", "--ignore-alpha takes the colours of all pictures as opaque")
-        return image
-
-    def _pack(self, sample: Sample, exact: bool) -> None:
-        split = self._split(sample)
-        image, captions = self._picture(sample, split), self._captions(sample)
-        encode = encode_png if self.settings.format == "png" else encode_jpg
+    def _pack(self, sample: Sample, split: str, picture: Picture) -> None:
+        captions = self._captions(sample)
+        for effect, reason in picture.notes:
+            self.ledger.add(effect, reason, sample.key)
+        if picture.digest in self._seen:
+            self.ledger.add("ignored", "same picture twice, both packed", sample.key)
+        elif picture.digest:
+            self._seen.add(picture.digest)
         meta = json.dumps(
             {**sample.meta, "captions": list(captions)}, ensure_ascii=False, default=str, separators=(",", ":")
         ).encode("utf-8", "replace")
         texts = {"txt": captions[0].encode(), "json": meta}
-        writer = self.writers.setdefault(split, ShardWriter(self.output, split, self.settings.samples_per_shard))
-        writer.add(sample.key, {self.settings.format: encode(image), **texts})
-        if self.settings.flip and split == "train" and not exact:
-            writer.add(f"{sample.key}~mirrored", {self.settings.format: encode(ImageOps.mirror(image)), **texts})
         self.pictures += 1
+        if self.problems.found:
+            return  # these are looked at for problems alone
+        writer = self.writers.get(split) or self.writers.setdefault(split, self._writer(split))
+        writer.add(sample.key, {self.settings.format: picture.data, **texts})
+        if picture.mirrored:
+            writer.add(f"{sample.key}~mirrored", {self.settings.format: picture.mirrored, **texts})
+
+    def _writer(self, split: str) -> ShardWriter | MixingWriter:
+        size = self.settings.samples_per_shard
+        if self.mixed:
+            return MixingWriter(self.output, split, size, self.settings.seed)
+        return ShardWriter(self.output, split, size)
+
+    def take_all(self, source: Source, workers: int, progress: Progress) -> list[ShardInfo]:
+        """Everything of a source, to the shards that came of it. Raises UserError as the policies say."""
+
+        def split() -> Iterator[tuple[Sample | Remark, str]]:
+            return ((item, self.split(item) if isinstance(item, Sample) else "") for item in source.samples())
+
+        done = pictures(split(), self.settings, source.exact, workers)
+        try:
+            for item, name, made in done:
+                self.take(item, name, made)
+                progress.show(self.pictures, self.lost)
+                if self.pictures == self.settings.limit or self.problems.enough():
+                    break
+            done.close()  # type: ignore[attr-defined]  # a generator: its processes end here
+            self.problems.refuse()
+            return [info for writer in self.writers.values() for info in self._finished(writer, progress)]
+        finally:
+            for writer in self.writers.values():
+                if isinstance(writer, MixingWriter):
+                    writer.close()
+
+    @staticmethod
+    def _finished(writer: ShardWriter | MixingWriter, progress: Progress) -> list[ShardInfo]:
+        return writer.finish(progress.show_mixing) if isinstance(writer, MixingWriter) else writer.finish()
 
 
 def _prepare(output: Path, packing: dict[str, Any]) -> bool:
@@ -203,63 +170,78 @@ def _prepare(output: Path, packing: dict[str, Any]) -> bool:
 
     Raises UserError where the folder holds anything else.
     """
-    make_folder(output)
     refuse_links(output, DATA)
     mark = output / PACKING
+    asked = packing
     try:
-        stored_packing = json.loads(mark.read_bytes()) if mark.is_file() else None
-        if stored_packing is not None:  # settings newer than the packing stood at their defaults
-            stored_packing["settings"] = {**asdict(Settings()), **stored_packing["settings"]}
+        stored = json.loads(mark.read_bytes()) if mark.is_file() else None
+        if stored is not None:
+            if "order" not in stored["settings"]:  # packed before there was a choice, and no other is a reason to
+                asked = {**packing, "settings": {**packing["settings"], "order": "source"}}
+            stored["settings"] = as_stored(stored["settings"])
     except (ValueError, LookupError, TypeError):
-        stored_packing = None
-    if stored_packing is None and any(output.iterdir()):
+        stored = None
+    if stored is None and any(path.name != LOCK for path in output.iterdir()):
         raise UserError(f"{output} is not empty", hint="give another --output; nothing is overwritten", code=USAGE)
     complete = (output / INDEX).is_file()
-    if complete and stored_packing != packing:
+    if complete and stored != asked:
         raise UserError(
             f"{output} holds another packing (other source or settings)",
             hint="give another --output, or delete it",
             code=USAGE,
         )
+    if complete and asked != packing:
+        note(f"{output} was packed in the order of its source; to train from an address, pack it into another folder")
     if not complete:  # one that was stopped is begun anew, with other settings too
+        remove_partials(output)
         write_json(mark, packing)
     return complete
 
 
-def _finish(packer: Packer, source: Source, packing: dict[str, Any]) -> list[ShardInfo]:
-    infos = [info for writer in packer.writers.values() for info in writer.finish()]
+def _finish(packer: Packer, infos: list[ShardInfo], source: Source, packing: dict[str, Any]) -> None:
     if not infos:
         why = "; ".join(packer.ledger.lines()) or "it holds none"
         raise UserError(f"{source.name}: no usable pictures ({why})", code=DATA)
     kept = {name for info in infos for name in (info.name, f"{info.name[:-4]}.index.npy")}
     for path in packer.output.iterdir():  # left by an earlier packing of the same that was stopped
-        if (
-            path.name not in kept
-            and path.name != PACKING
-            and (path.suffix in (".tar", ".npy") or path.name.endswith(".partial"))
-        ):
+        if path.name not in kept and path.suffix in (".tar", ".npy"):
             path.unlink()
-    settings = packing["settings"]
     write_index(
         packer.output,
         infos,
         {
             "source": packing["source"],
-            "resolution": settings["resolution"],
+            "resolution": packing["settings"]["resolution"],
+            "order": "mixed" if packer.mixed or source.mixed else "source",
             "pictures": packer.pictures,
-            **({} if settings["channels"] == 3 else {"channels": settings["channels"]}),
+            **({} if packer.settings.channels == 3 else {"channels": packer.settings.channels}),
             "ledger": packer.ledger.report(),
-            "settings": settings,
+            "settings": packing["settings"],
         },
     )
-    return infos
 
 
-def pack(source: Source, output: Path, settings: Settings) -> bool:
+def contact_sheet(folder: Path) -> None:
+    """Up to 64 of the pictures of a folder of shards, evenly spread over it, with captions, as `contact-sheet.png`."""
+    from training.pictures import grids
+
+    sets = [ShardSet(folder, split) for split in sorted({info.split for info in read_index(folder)[1]})]
+    places = [(shards, i) for shards in sets for i in (range(len(shards)))]
+    count = min(SHOWN, len(places))
+    images, captions = [], []
+    for place in range(count):
+        shards, i = places[place * (len(places) - 1) // max(1, count - 1)]
+        fields = shards.read(i)
+        images.append(Image.open(io.BytesIO(fields.get("png") or fields["jpg"])))
+        captions.append(fields["txt"].decode())
+    write_bytes(folder / SHEET, encode_png(grids.contact_sheet(images, captions)))
+
+
+def pack(source: Source, output: Path, settings: Settings, workers: int = 0) -> bool:
     """Packs a source into `output` and prints what came of it; False where that was done before and nothing is to do.
 
-    The same source and settings give the same bytes. Raises UserError as the settings' policies say, and where `output`
-    is taken.
+    The same source and settings give the same bytes, whatever the number of `workers`. Raises UserError as the
+    settings' policies say, and where `output` is taken.
     """
     if source.exact and settings.flip:
         raise UserError("--flip: the captions of shapes name left and right; mirrored they would be false", code=USAGE)
@@ -269,21 +251,25 @@ def pack(source: Source, output: Path, settings: Settings) -> bool:
         "state": hashlib.sha256(source.state().encode()).hexdigest(),
         "settings": asdict(settings),
     }
-    if _prepare(output, packing):
-        answer(f"{output}: already packed from this source with these settings; nothing to do")
-        return False
-    packer, progress = (
-        Packer(output, settings),
-        Progress(min(filter(None, (source.total, settings.limit)), default=None)),
-    )
-    for item in source.samples():
-        packer.take(item, source.exact)
-        progress.show(packer.pictures, packer.lost)
-        if packer.pictures == settings.limit:
-            break
-    progress.close()
-    infos = _finish(packer, source, packing)
-    seconds = time.monotonic() - progress.start
+    make_folder(output)
+    with claimed(output):
+        if _prepare(output, packing):
+            answer(f"{output}: already packed from this source with these settings; nothing to do")
+            return False
+        packer = Packer(output, settings, mixed=settings.order == "mixed" and not source.mixed)
+        progress = Progress(min(filter(None, (source.total, settings.limit)), default=None))
+        try:
+            infos = packer.take_all(source, workers, progress)
+        finally:
+            progress.close()
+        _finish(packer, infos, source, packing)
+        contact_sheet(output)
+    _tell(packer, infos, source, progress)
+    return True
+
+
+def _tell(packer: Packer, infos: list[ShardInfo], source: Source, progress: Progress) -> None:
+    settings, output = packer.settings, packer.output
     counts = {split: sum(info.samples for info in infos if info.split == split) for split in packer.writers}
     said = ", ".join(f"{count:,} {split}" for split, count in sorted(counts.items()))
     size = sum(info.bytes for info in infos) / 1e6
@@ -291,10 +277,12 @@ def pack(source: Source, output: Path, settings: Settings) -> bool:
         f"{output}: {packer.pictures:,} pictures of {settings.resolution}x{settings.resolution} "
         f"from {source.name} ({said})"
     )
-    answer(f"{len(infos)} shards, {size:,.1f} MB, {seconds:.1f} s")
+    rate = progress.rate(packer.pictures)
+    answer(f"{len(infos)} shards, {size:,.1f} MB, {progress.seconds:.1f} s ({rate}); some of them: {output / SHEET}")
     for line in packer.ledger.lines() or ["everything was used as it was given"]:
         answer(line)
     if "val" not in counts and settings.val_fraction:
         more = "a larger --val-fraction makes some, and --splits draw where splits were taken from names"
         answer(f"note: no validation pictures came out; {more}")
-    return True
+    if "train" not in counts:
+        warn(f"no training pictures came out ({said}): nothing can be trained on them, only measured")

@@ -64,6 +64,7 @@ class Source(ABC):
     name: str
     total: int | None = None
     exact: bool = False
+    mixed: bool = False  # its order is random already
 
     @abstractmethod
     def state(self) -> str:

@@ -14,7 +14,6 @@ from training.errors import DATA, UserError
 from training.messages import printable
 from training.packing.archives import Tar, Unpacked, open_tar
 from training.packing.arrow import labels
-from training.packing.captions import decode_text
 from training.packing.folder import EACH, Folder
 from training.packing.metadata import is_metadata
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
@@ -33,6 +32,7 @@ from training.packing.texts import (
 )
 from training.packing.trees import is_hidden
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
+from training.shards.captions import decode_text
 from training.shards.index import SPLITS
 from training.shards.opened import Bytes
 from training.shards.tars import Member, walk_tar

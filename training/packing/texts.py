@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from training.errors import DATA, UserError
-from training.packing.captions import clean_captions
 from training.packing.split_folders import names_split
+from training.shards.captions import clean_captions
 
 MOST_CAPTIONS = 1_000  # of one picture; beyond is a list of something else
 LARGEST_TEXT = 4 << 20  # bytes of one picture's captions or metadata

@@ -8,15 +8,15 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
-from autoencoder.images import as_rgb
+if TYPE_CHECKING:
+    from torch import Tensor
+
 from training.files import atomic_write
 
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
@@ -36,7 +36,7 @@ def grid(
     pixels: Tensor | Sequence[Image.Image], columns: int, *, captions: Sequence[str] = (), rows: Sequence[str] = ()
 ) -> Image.Image:
     """Pictures in reading order, a caption under each or a label beside each row; small ones enlarged evenly."""
-    images = to_pil(pixels) if isinstance(pixels, Tensor) else list(pixels)
+    images = list(pixels) if isinstance(pixels, Sequence) else to_pil(pixels)
     factor = max(1, -(-SMALLEST // max(images[0].size)))
     width, height = (side * factor for side in images[0].size)
     font = ImageFont.load_default(size=11)
@@ -75,6 +75,10 @@ def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Ima
 
 def comparison(rows: Mapping[str, Tensor]) -> Image.Image:
     """Named batches of uint8 (B,C,H,W) beneath each other, and twice the difference of the last two; RGBA on white."""
+    import torch  # here alone: who packs pictures needs no more than Pillow
+
+    from autoencoder.images import as_rgb
+
     rows = {name: as_rgb(pixels) for name, pixels in rows.items()}
     *_, given, ours = rows.values()
     error = (ours.int() - given.int()).abs().mul(2).clamp(max=255).byte()

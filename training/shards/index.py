@@ -16,6 +16,8 @@ from training.shards.tars import is_safe
 
 SPLITS = ("train", "val", "test")
 INDEX = "index.json"
+PACKING = "packing.json"  # in a folder of pictures, what they are being packed from: written first
+ENCODING = "encoding.json"  # in a folder of latents, what they are being made from
 FORMAT = 1
 Kind = Literal["images", "latents"]
 LARGEST_INDEX = 64 << 20  # bytes: some 300,000 shards
@@ -85,6 +87,11 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
     if not sound:
         raise UserError(f"{path}: is not an index of shards", hint=reindex_hint(Path(directory)), code=DATA)
     return index, shards
+
+
+def is_mixed(summary: Mapping[str, Any]) -> bool:
+    """Whether every few shards hold all kinds of samples: by the summary of their index."""
+    return summary.get("order") == "mixed" or summary.get("source") in ("shapes", "fashion-mnist")
 
 
 def data_facts(folder: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -21,6 +22,7 @@ import numpy as np
 from training.commands import door
 from training.errors import DATA, UserError
 from training.files import leads_out, write_bytes
+from training.shards.checksums import READ_LIMIT, checked_dtype, read_limit
 from training.shards.tars import BLOCK, Index, index_dtype, stands_before
 
 HEAD = 4096  # bytes that hold the npy header of any index of ours
@@ -44,19 +46,30 @@ def reindex_hint(directory: Path) -> str:
     return f"run: {door('make_shards index', directory)}"
 
 
+class Place(NamedTuple):
+    """Where a member's data lie, and their CRC-32; indices of earlier versions have none."""
+
+    offset: int
+    size: int
+    crc: int | None = None
+
+
 class Layout(NamedTuple):
-    """Where the rows of an index stand in its file, and what a row is: key, then offset and size of each field."""
+    """Where the rows of an index stand in its file, and what a row is: key, then offset and size of each field, and of
+    today's indices a checksum."""
 
     start: int
     rows: int
     fields: tuple[str, ...]
     row: Struct
+    checked: bool  # whether there are checksums
 
-    def places(self, data: bytes) -> tuple[bytes, dict[str, tuple[int, int]]]:
-        """One row as (key, field -> (offset, size)), the fields that the sample has."""
+    def places(self, data: bytes) -> tuple[bytes, dict[str, Place]]:
+        """One row as (key, field -> place), the fields that the sample has."""
         key, *numbers = self.row.unpack(data)
-        pairs = zip(self.fields, zip(numbers[::2], numbers[1::2], strict=True), strict=True)
-        return key.rstrip(b"\0"), {field: place for field, place in pairs if place[0]}
+        width = 2 + self.checked
+        places = (Place(*numbers[i : i + width]) for i in range(0, len(numbers), width))
+        return key.rstrip(b"\0"), {field: p for field, p in zip(self.fields, places, strict=True) if p.offset}
 
 
 @lru_cache(maxsize=256)
@@ -74,9 +87,12 @@ def _layout(header: bytes) -> Layout:
         raise ValueError(str(error)) from None
     names = dtype.names or ()
     width = dtype[0].itemsize if names else 0
-    if len(shape) != 1 or names[:1] != ("key",) or dtype != index_dtype(width, tuple(names[1:])):
+    fields = tuple(names[1:])
+    checked = bool(fields) and len(dtype[1].names or ()) == 3
+    if len(shape) != 1 or names[:1] != ("key",) or dtype != (checked_dtype if checked else index_dtype)(width, fields):
         raise ValueError("not an index of keys and places")
-    return Layout(8 + file.tell(), shape[0], tuple(names[1:]), Struct(f"<{width}s" + "QI" * (len(names) - 1)))
+    row = Struct(f"<{width}s" + ("QII" if checked else "QI") * len(fields))
+    return Layout(8 + file.tell(), shape[0], fields, row, checked)
 
 
 def open_index(tar: Path) -> Layout:
@@ -138,18 +154,22 @@ class Descriptors:
 
 
 def members(
-    read: Callable[[int, int], bytes], tar: str, end: int, key: str, places: Mapping[str, tuple[int, int]]
+    read: Callable[[int, int], bytes], tar: str, end: int, key: str, places: Mapping[str, Place]
 ) -> dict[str, bytes]:
     """The bytes at `places` of a tar of `end` bytes, in one `read(size, offset)` where they lie together, as those of
-    one sample do. Raises UserError(code 3) where they are not what the index says."""
+    one sample do. Raises UserError(code 3) where they are not what the index says, and for any too large to be read."""
     contents: dict[str, bytes] = {}
     if not places:
         return contents
-    low = min(offset for offset, _ in places.values()) - BLOCK
-    high = max(offset + size for offset, size in places.values())
-    contiguous = high - low <= SPAN + 2 * sum(size for _, size in places.values())
+    for field, place in places.items():
+        if place.size > read_limit(field):
+            what = f"{tar}: {key}.{field} is too large ({place.size:,} bytes; at most {read_limit(field):,} are read)"
+            raise UserError(what, hint="leave it out of the tar", code=DATA)
+    low = min(place.offset for place in places.values()) - BLOCK
+    high = max(place.offset + place.size for place in places.values())
+    contiguous = high - low <= min(READ_LIMIT, SPAN + 2 * sum(place.size for place in places.values()))
     block = read(high - low, low) if contiguous and 0 <= low < high <= end else b""
-    for field, (offset, size) in places.items():
+    for field, (offset, size, crc) in places.items():
         if not contiguous:
             low = offset - BLOCK
             block = read(BLOCK + size, low) if low >= 0 and offset + size <= end else b""
@@ -160,5 +180,8 @@ def members(
         if not stands_before(block[offset - low - BLOCK : offset - low], f"{key}.{field}", size):
             what = f"{tar}: {key}.{field} is not where its index says; the shard was changed after indexing"
             raise UserError(what, hint=reindex_hint(Path(tar).parent), code=DATA)
+        if crc is not None and zlib.crc32(data) != crc:
+            what = f"{tar}: {key}.{field} has other bytes than were indexed; the shard was changed or is damaged"
+            raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(tar).parent}", code=DATA)
         contents[field] = data
     return contents

@@ -23,7 +23,7 @@ from training.errors import DATA, UserError
 from training.files import leads_out
 from training.messages import note, warn
 from training.shards.index import INDEX, Kind, ShardInfo, read_index
-from training.shards.offset_index import Descriptors, Layout, index_path, members, open_index, reindex_hint
+from training.shards.offset_index import Descriptors, Layout, Place, index_path, members, open_index, reindex_hint
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
 
@@ -32,12 +32,6 @@ LACKING = {  # what mends data without a split
     "val": "hold some pictures out: scripts/make_shards.py pack --val-fraction 0.1",
 }
 OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
-
-
-# --- writing ----------------------------------------------------------------------------------------------------
-
-
-# --- reading ----------------------------------------------------------------------------------------------------
 
 
 class ShardSet:
@@ -66,6 +60,9 @@ class ShardSet:
         self._tars, self._indices = list(map(str, tars)), [str(index_path(tar)) for tar in tars]
         self._layouts = [self._checked(info, tar) for info, tar in zip(self.shards, tars, strict=True)]
         self._ends = list(accumulate(info.samples for info in self.shards))
+        self._starts = {
+            info.name: end - info.samples for info, end in zip(self.shards, self._ends, strict=True)
+        }
         self._files = Descriptors(OPEN_FILES)
 
     def __reduce__(self) -> tuple[type[ShardSet], tuple[Path | Remote, str]]:
@@ -83,6 +80,10 @@ class ShardSet:
         """How a training mixes the split, as `DataOrder` takes it: the samples of each shard, the shards of a window;
         () and 0 where the shards are local: these are mixed as one."""
         return (tuple(info.samples for info in self.shards), self.remote.window) if self.remote else ((), 0)
+
+    def start(self, name: str) -> int:
+        """The number of a shard's first sample."""
+        return self._starts[name]
 
     def key(self, i: int) -> str:
         """The key of sample i."""
@@ -122,7 +123,7 @@ class ShardSet:
         shard = bisect_right(self._ends, i)
         return shard, i - (self._ends[shard - 1] if shard else 0)
 
-    def _row(self, shard: int, row: int) -> tuple[str, dict[str, tuple[int, int]]]:
+    def _row(self, shard: int, row: int) -> tuple[str, dict[str, Place]]:
         layout = self._layouts[shard]
         data = self._files.read(self._indices[shard], layout.row.size, layout.start + row * layout.row.size)
         try:
@@ -134,7 +135,7 @@ class ShardSet:
         except (StructError, ValueError):
             raise UserError(f"{self._indices[shard]}: damaged", hint=reindex_hint(self.directory), code=DATA) from None
 
-    def _data(self, shard: int, key: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    def _data(self, shard: int, key: str, places: dict[str, Place]) -> dict[str, bytes]:
         info, tar = self.shards[shard], self._tars[shard]
         if self.remote is None:
             return members(partial(self._files.read, tar), tar, info.bytes, key, places)

@@ -1,20 +1,24 @@
-"""Whether a folder of shards is sound, and the index of tars that came from elsewhere."""
+"""Whether a folder of shards is sound."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from training.errors import DATA, UserError
+from training.errors import UserError
 from training.files import file_sha256, leads_out
+from training.ledger import Ledger
 from training.pictures.decoding import SUFFIXES, load_image
-from training.shards.index import INDEX, SPLITS, Kind, ShardInfo, read_index, write_index
-from training.shards.offset_index import index_path, open_index, write_tar_index
+from training.shards.captions import stored_captions
+from training.shards.checksums import index_of, read_limit
+from training.shards.index import INDEX, Kind, ShardInfo, read_index
+from training.shards.offset_index import index_path, open_index
 from training.shards.tars import Index, index_tar, walk_tar
 
 SHOWN = 5  # faults of one kind that are named
@@ -28,18 +32,39 @@ class Report:
     samples: int
     bytes: int
     problems: tuple[str, ...]
+    ledger: Ledger  # what lies there and is no part of it
 
 
-def _first(found: list[str]) -> list[str]:
+def first_of(found: list[str]) -> list[str]:
     """The first few sentences, and how many more there are."""
     return found[:SHOWN] + [f"… and {len(found) - SHOWN:,} more like these"] * (len(found) > SHOWN)
 
 
-def _duplicates(homes: dict[str, str], keys: list[str], shard: str) -> list[str]:
-    """Sentences on keys already seen in another shard; remembers the others."""
-    found = [f"duplicate sample key {key} ({homes[key]}, {shard})" for key in keys if key in homes]
-    homes.update((key, shard) for key in keys if key not in homes)
-    return found
+class Keys:
+    """The keys of all shards so far, as digests of 16 bytes: a set of many million samples fits into memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._digests: set[bytes] = set()
+        self._tars: list[str] = []
+
+    def duplicates(self, keys: list[bytes], shard: str) -> tuple[list[bool], list[str]]:
+        """Whether each key is in an earlier shard, and sentences on those that are; remembers the others."""
+        digests = [hashlib.blake2b(key, digest_size=16).digest() for key in keys]
+        seen = [digest in self._digests for digest in digests]
+        self._digests.update(digests)
+        self._tars.append(shard)
+        twice = [key for key, known in zip(keys, seen, strict=True) if known]
+        said = [f"duplicate sample key {key.decode()} ({self._home(key)}, {shard})" for key in twice[:SHOWN]]
+        return seen, said + [f"duplicate sample key {key.decode()} ({shard})" for key in twice[SHOWN:]]
+
+    def _home(self, key: bytes) -> str:
+        """The first shard that holds a key, looked up where it is to be told alone."""
+        for name in self._tars:
+            with suppress(OSError, ValueError, LookupError):
+                if key in np.load(index_path(self.directory / name), allow_pickle=False)["key"]:
+                    return name
+        return "another shard"
 
 
 def _readable(tar: Path, index: Index) -> int:
@@ -59,6 +84,10 @@ def _content(kind: Kind, fields: dict[str, bytes]) -> str | None:
         data = next((fields[name[1:]] for name in SUFFIXES if name[1:] in fields), None)
         if data is None:
             return f"no picture (it has: {', '.join(fields)})"
+        try:
+            stored_captions(fields)
+        except UserError as error:
+            return error.what
         try:
             load_image(data)
         except UserError as error:
@@ -84,16 +113,19 @@ def _contents(tar: Path, index: Index, kind: Kind) -> Iterator[str]:
     with tar.open("rb") as file:
         for row in index:
             fields = {}
+            large = ""
             for name in names:
-                offset, size = row[name].item()
-                if offset:
+                offset, size = row[name].item()[:2]
+                if size > read_limit(name):
+                    large = f"{name} is too large ({size:,} bytes; at most {read_limit(name):,} are read)"
+                elif offset:
                     file.seek(offset)
                     fields[name] = file.read(size)
-            if why := _content(kind, fields):
+            if why := large or _content(kind, fields):
                 yield f"{tar}: {row['key'].decode()}: {why}"
 
 
-def _faults(directory: Path, info: ShardInfo, kind: Kind | None, homes: dict[str, str]) -> list[str]:
+def _faults(directory: Path, info: ShardInfo, kind: Kind | None, keys: Keys) -> list[str]:
     """Everything wrong with one shard, the first fatal finding alone."""
     tar = directory / info.name
     if not tar.is_file() or leads_out(tar):
@@ -104,7 +136,7 @@ def _faults(directory: Path, info: ShardInfo, kind: Kind | None, homes: dict[str
     elif file_sha256(tar) != info.sha256:
         faults.append(f"{tar}: sha256 differs from {INDEX}")
     try:
-        open_index(tar)
+        checked = open_index(tar).checked
         index: Index = np.load(index_path(tar), allow_pickle=False)
     except UserError as error:
         return [*faults, error.what]
@@ -112,15 +144,15 @@ def _faults(directory: Path, info: ShardInfo, kind: Kind | None, homes: dict[str
         faults.append(f"{tar}: its index lists {len(index)} samples, {INDEX} says {info.samples}")
     unsafe: list[str] = []
     try:
-        actual = index_tar(tar, unsafe)
+        actual = index_of(tar, unsafe) if checked else index_tar(tar, unsafe)
     except UserError as error:
         message = f"{tar}: index lists {info.samples} samples, {_readable(tar, index)} readable"
         return [*faults, error.what, message]
-    faults += _first([f"{tar}: {why}" for why in unsafe])
+    faults += first_of([f"{tar}: {why}" for why in unsafe])
     if actual.dtype != index.dtype or not set(index.tolist()) <= set(actual.tolist()):
         return [*faults, f"{index_path(tar)}: does not fit its tar"]
-    faults += _first(list(_contents(tar, index, kind))) if kind else []
-    return faults + _first(_duplicates(homes, [key.decode() for key in index["key"].tolist()], info.name))
+    faults += first_of(list(_contents(tar, index, kind))) if kind else []
+    return faults + first_of(keys.duplicates(index["key"].tolist(), info.name)[1])
 
 
 def verify(directory: str | Path, *, contents: bool = True) -> Report:
@@ -128,86 +160,13 @@ def verify(directory: str | Path, *, contents: bool = True) -> Report:
     asks whether stored numbers are finite. Raises UserError(code 3) where there is no index."""
     directory = Path(directory)
     index, shards = read_index(directory)
-    homes: dict[str, str] = {}
+    keys, ledger = Keys(directory), Ledger()
     kind: Kind | None = index["kind"] if contents else None
-    problems = [fault for info in shards for fault in _faults(directory, info, kind, homes)]
-    return Report(
-        len(shards), sum(info.samples for info in shards), sum(info.bytes for info in shards), tuple(problems)
-    )
-
-
-def _kept(directory: Path) -> tuple[dict[str, Any], Kind]:
-    """Summary (without the counts, which are made anew) and kind of the index already there, if it can be read."""
-    try:
-        old, _ = read_index(directory)
-    except UserError:
-        return {}, "images"
-    return {name: value for name, value in old["summary"].items() if name != "counts"}, old["kind"]
-
-
-def _lacking(directory: Path, infos: list[ShardInfo]) -> list[str]:
-    """Sentences on fields that only some samples have."""
-    indices = [index_path(directory / info.name) for info in infos]
-    names = [open_index(directory / info.name).fields for info in infos]
-    sentences = []
-    for field in sorted({name for fields_here in names for name in fields_here}):
-        keys: list[str] = []
-        lacking = 0
-        for path, fields_here in zip(indices, names, strict=True):
-            rows: Index = np.load(path, allow_pickle=False)
-            rows = rows[rows[field]["offset"] == 0] if field in fields_here else rows
-            lacking += len(rows)
-            keys += [key.decode() for key in rows["key"][: SHOWN - len(keys)].tolist()]
-        if lacking:
-            sentences.append(f"{lacking:,} samples without {field} (first: {', '.join(keys)})")
-    return sentences
-
-
-def _indexed(tar: Path, homes: dict[str, str], left_out: list[str] | None) -> Index:
-    """A tar's index; samples whose key another tar has are refused, or described in `left_out` and left out."""
-    if leads_out(tar):
-        raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
-    index = index_tar(tar, left_out)
-    keys = [key.decode() for key in index["key"].tolist()]
-    fresh = np.array([key not in homes for key in keys])
-    if repeated := _duplicates(homes, keys, tar.name):
-        if left_out is None:
-            raise UserError(repeated[0], hint="every sample needs a key of its own", code=DATA)
-        left_out += repeated
-    if not fresh.any():
-        raise UserError(f"{tar}: all its samples are in other tars", code=DATA)
-    kept: Index = index[fresh]
-    return kept
-
-
-def index_folder(directory: str | Path, *, skip: bool = False) -> list[ShardInfo]:
-    """Indexes the tars of a folder where they lie: an offset index beside each, and `index.json`.
-
-    The split is the file name up to its first `-` where that is train, val or test, else train. A summary already there
-    is kept; its `index_notes` say what was left out and what some samples lack. Raises UserError(code 3) where there
-    are no tars, one is not sound, or a key occurs twice; `skip` leaves such tars and samples out instead.
-    """
-    directory = Path(directory)
-    tars = sorted(directory.glob("*.tar"))
-    if not tars:
-        raise UserError(f"{directory}: no tars in this folder", hint="expected files such as 00000.tar", code=DATA)
-    summary, kind = _kept(directory)
-    infos: list[ShardInfo] = []
-    left_out: list[str] = []
-    homes: dict[str, str] = {}
-    for tar in tars:
-        try:
-            index = _indexed(tar, homes, left_out if skip else None)
-        except UserError as error:
-            if not skip:
-                raise
-            left_out.append(f"{error.what}; the shard is left out")
-            continue
-        prefix = tar.name.split("-")[0]
-        split = prefix if prefix in SPLITS else "train"
-        write_tar_index(tar, index)
-        infos.append(ShardInfo(tar.name, split, len(index), tar.stat().st_size, file_sha256(tar)))
-    if not infos:
-        raise UserError(f"{directory}: no sound tars ({left_out[0]})", code=DATA)
-    write_index(directory, infos, {**summary, "index_notes": _first(left_out) + _lacking(directory, infos)}, kind)
-    return infos
+    problems = [fault for info in shards for fault in _faults(directory, info, kind, keys)]
+    listed = {info.name for info in shards}
+    for tar in sorted(directory.glob("*.tar")):
+        if tar.name not in listed:
+            hidden = tar.name.startswith(".")
+            ledger.add("ignored", "hidden tar" if hidden else f"tar that {INDEX} does not list", tar.name)
+    samples, size = sum(info.samples for info in shards), sum(info.bytes for info in shards)
+    return Report(len(shards), samples, size, tuple(problems), ledger)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,19 +11,23 @@ import numpy as np
 
 from training.errors import UserError
 from training.files import atomic_write, file_sha256
+from training.shards.checksums import index_of, with_checksums
 from training.shards.index import ShardInfo
 from training.shards.offset_index import index_path, open_index, write_tar_index
 from training.shards.tars import END, NAME, index_tar, is_safe, make_index, member_bytes
 
 
-def write_shard(directory: Path, name: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
-    """Writes `DIR/NAME.tar` and its index; NAME is `SPLIT-NUMBER`, such as `train-000000`. The same samples give the
-    same bytes.
+def write_shard(
+    directory: Path, name: str, samples: Iterable[tuple[str, Mapping[str, bytes]]], split: str | None = None
+) -> ShardInfo:
+    """Writes `DIR/NAME.tar` and its index; NAME is `SPLIT-NUMBER`, such as `train-000000`, unless `split` is given. The
+    same samples give the same bytes.
 
     Raises ValueError for a key or field that webdataset would not read back, a key given twice, or no samples at all.
     """
     tar = directory / f"{name}.tar"
     places: dict[str, dict[str, tuple[int, int]]] = {}
+    checksums: dict[int, int] = {}  # by offset
     digest, at = hashlib.sha256(), 0
     with atomic_write(tar) as file:
         for key, fields in samples:
@@ -35,29 +40,30 @@ def write_shard(directory: Path, name: str, samples: Iterable[tuple[str, Mapping
                     raise ValueError(f"{tar.name}: {key!r} with field {field!r} does not make a webdataset name")
                 block = member_bytes(f"{key}.{field}", fields[field])
                 size = len(fields[field])
-                places[key][field] = (at + len(block) - size - -size % 512, size)
+                offset = at + len(block) - size - -size % 512
+                places[key][field], checksums[offset] = (offset, size), zlib.crc32(fields[field])
                 digest.update(block)
                 at += file.write(block)
         digest.update(END)
         at += file.write(END)
         if not places:
             raise ValueError(f"{tar.name}: a shard needs at least one sample")
-        write_tar_index(tar, make_index(places))
-    return ShardInfo(tar.name, name.rpartition("-")[0], len(places), at, digest.hexdigest())
+        write_tar_index(tar, with_checksums(make_index(places), lambda offset, _: checksums[offset]))
+    return ShardInfo(tar.name, split or name.rpartition("-")[0], len(places), at, digest.hexdigest())
 
 
-def sound_shard(directory: Path, name: str) -> ShardInfo | None:
+def sound_shard(directory: Path, name: str, split: str | None = None) -> ShardInfo | None:
     """The finished shard `NAME` (as `write_shard` names it) if tar and index are there and agree; None where it must be
     written (again)."""
     tar = directory / f"{name}.tar"
     try:
-        open_index(tar)
+        checked = open_index(tar).checked
         index = np.load(index_path(tar), allow_pickle=False)
-        if not np.array_equal(index, index_tar(tar)):
+        if not np.array_equal(index, index_of(tar) if checked else index_tar(tar)):
             return None
     except (OSError, UserError):
         return None
-    return ShardInfo(tar.name, name.rpartition("-")[0], len(index), tar.stat().st_size, file_sha256(tar))
+    return ShardInfo(tar.name, split or name.rpartition("-")[0], len(index), tar.stat().st_size, file_sha256(tar))
 
 
 class ShardWriter:

@@ -141,6 +141,7 @@ def test_workers_change_nothing(
     said = []
     for workers in (0, 1, 2):
         words = encode(autoencoder, data, tmp_path / str(workers), "--num-workers", workers, "--flip")
+        words += ("--on-bad-data", "skip")
         assert tiny.call("encode_latents", *words) == 0
         said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: sample")])
         assert len(ShardSet(tmp_path / str(workers))) == 298

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from training.commands import door
 from training.errors import UserError
 from training.shards.index import write_index
+from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
 from training.shards.tars import index_tar
-from training.shards.verifying import index_folder, verify
+from training.shards.verifying import verify
 from training.shards.writing import ShardWriter, sound_shard, write_shard
 
 

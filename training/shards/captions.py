@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from training.errors import DATA, UserError
 
@@ -39,3 +41,26 @@ def clean_captions(texts: Iterable[object]) -> tuple[str, ...]:
         if line:
             captions[line] = None
     return tuple(captions)
+
+
+def stored_captions(fields: Mapping[str, bytes]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(metadata, captions) of a sample in a shard, whoever wrote it: `captions` of its `json` and the lines of its
+    `txt`; where there are none, `text` or `caption` of its `json`. No captions where it has none.
+
+    Raises UserError(code 3) where they cannot be read.
+    """
+    try:
+        record = json.loads(fields["json"]) if "json" in fields else {}
+    except (ValueError, RecursionError):
+        raise UserError("metadata not JSON", hint="pack again", code=DATA) from None
+    record = record if isinstance(record, dict) else {"json": record}
+    lines = decode_text(fields.get("txt", b"")).split("\n")
+    captions = clean_captions([*_as_list(record.get("captions")), *lines])
+    if not captions:
+        others = (_as_list(record[name]) for name in ("text", "caption") if record.get(name))
+        captions = clean_captions(next(others, []))
+    return {name: value for name, value in record.items() if name not in ("captions", "text", "caption")}, captions
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]

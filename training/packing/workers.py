@@ -1,0 +1,144 @@
+"""Pictures decoded, fitted and encoded, in this process or in several: in the source's order and with the same bytes
+for every number of them."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from random import Random
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+
+from training.errors import DATA, LOST, UserError
+from training.ledger import Effect
+from training.machine.signals import block_sigterm, shield
+from training.packing.settings import Settings
+from training.packing.sources import Remark, Sample
+from training.pictures.decoding import MODES, Crop, encode_jpg, encode_png, fit, load_image, refuse
+
+VAL_CROP: Crop = "center"
+AHEAD = 4  # pictures that are on their way for each process
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample's picture as it is stored, with its mirrored twin where asked for; `digest` of the file it came from,
+    and what of the file was not used."""
+
+    data: bytes
+    mirrored: bytes | None
+    digest: bytes | None
+    notes: tuple[tuple[Effect, str], ...]
+
+
+class Task(NamedTuple):
+    """What a process needs to know of a sample to make its picture."""
+
+    key: str
+    image: Image.Image | bytes
+    split: str
+    flip: bool
+    suffix: str  # of the picture's file
+
+
+def make_picture(task: Task, settings: Settings) -> Picture | UserError:
+    """The picture of a sample, or why it cannot be used: an error raised in another process would come without its
+    hint."""
+    try:
+        return _picture(task, settings)
+    except UserError as problem:
+        return problem
+
+
+def _picture(task: Task, settings: Settings) -> Picture:
+    image, digest = task.image, None
+    notes: list[tuple[Effect, str]] = []
+    if isinstance(image, bytes):
+        digest = hashlib.blake2b(image, digest_size=16).digest()
+        image = load_image(
+            image,
+            settings.background,
+            settings.max_pixels,
+            channels=settings.channels,
+            limits=settings.range,
+            ignore_alpha=settings.ignore_alpha,
+            suffix=task.suffix,
+        )
+        if image.info["animated"] and settings.animated == "reject":
+            raise UserError("animated picture", hint="--animated first takes its first frame", code=DATA)
+        notes = image.info["remarks"]
+    else:
+        image = image.convert(MODES[settings.channels])
+    crop = settings.crop if task.split == "train" else VAL_CROP
+    image = fit(image, settings.resolution, crop, Random(f"{settings.seed} {task.key}"), settings.upscale)
+    if image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        raise refuse("fully transparent image", "--ignore-alpha takes the colours of all pictures as opaque")
+    encode = encode_png if settings.format == "png" else encode_jpg
+    return Picture(encode(image), encode(ImageOps.mirror(image)) if task.flip else None, digest, tuple(notes))
+
+
+Done = tuple[Sample | Remark, str, "Picture | UserError | None"]  # what the source gave, its split, its picture
+
+
+def pictures(
+    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, exact: bool, workers: int
+) -> Iterator[Done]:
+    """Each item of a source with its picture, in order; `workers` processes make them, this one where it is 0.
+
+    Raises what `items` raises, after all that came before, and UserError (code 1) where a process is lost.
+    """
+    if workers:
+        yield from _by_others(items, settings, exact, workers)
+        return
+    for item, split in items:
+        made = make_picture(_task(item, split, settings, exact), settings) if isinstance(item, Sample) else None
+        yield item, split, made
+
+
+def _task(sample: Sample, split: str, settings: Settings, exact: bool) -> Task:
+    return Task(sample.key, sample.image, split, settings.flip and split == "train" and not exact, sample.suffix)
+
+
+def _by_others(
+    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, exact: bool, workers: int
+) -> Iterator[Done]:
+    # Forked, they are born with this process's answers to signals, as loaders are.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(workers, context, shield, (0,))
+    waiting: deque[tuple[Sample | Remark, str, Future[Picture | UserError] | None]] = deque()
+    try:
+        with block_sigterm():
+            pool.submit(int).result()  # all are started by the first task
+        failure = None
+        try:
+            for item, split in items:
+                if isinstance(item, Sample):
+                    future = pool.submit(make_picture, _task(item, split, settings, exact), settings)
+                    waiting.append((replace(item, image=b""), split, future))
+                else:
+                    waiting.append((item, split, None))
+                while len(waiting) > AHEAD * workers:
+                    yield _next(waiting)
+        except UserError as problem:
+            failure = problem
+        while waiting:
+            yield _next(waiting)
+        if failure:
+            raise failure
+    except BrokenProcessPool:
+        what = "a process that packs pictures was lost (killed, or out of memory)"
+        raise UserError(what, hint="run the same command again with fewer --num-workers", code=LOST) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _next(waiting: deque[tuple[Sample | Remark, str, Future[Picture | UserError] | None]]) -> Done:
+    item, split, future = waiting.popleft()
+    return item, split, future.result() if future else None

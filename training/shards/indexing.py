@@ -1,0 +1,171 @@
+"""The index of tars where they lie: those that came from elsewhere, and ours whose index was lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.errors import DATA, DISK, UserError
+from training.files import check_output, file_sha256, leads_out
+from training.ledger import Ledger
+from training.pictures.decoding import SUFFIXES
+from training.shards.checksums import index_of
+from training.shards.claims import claimed
+from training.shards.index import ENCODING, INDEX, PACKING, Kind, ShardInfo, read_index, write_index
+from training.shards.offset_index import index_path, open_index, write_tar_index
+from training.shards.splits import split_of
+from training.shards.tars import NAME, Index, walk_tar
+from training.shards.verifying import SHOWN, Keys
+
+DOTS = "a key ends at the first dot of a name: unpack the tars into a folder and pack that"
+LEFT_OUT = {"unsafe": "unsafe member", "duplicate": "duplicate sample key"}  # by the first word of why
+MOMENTS = "moments.npy"  # the field that makes a shard one of latents
+
+
+def latents_summary(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index of latents says of how they were made, from their encoding's plan."""
+    summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
+    return summary | ({"tile": plan["tile"]} if plan.get("tile") else {})
+
+
+def pictures_summary(packing: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index of pictures says of how they were packed, from `packing.json`."""
+    settings = packing["settings"]
+    summary = {"source": packing["source"], "resolution": settings["resolution"]}
+    return summary | {"order": settings.get("order", "source"), "settings": settings}
+
+
+def _kept(directory: Path, fields: set[str]) -> tuple[dict[str, Any], Kind]:
+    """Summary (without what is made anew) and kind: of the index already there, or, where it cannot be read, of what
+    the tars hold and of the file that says what they were made from. Raises UserError for latents without it."""
+    kind: Kind = "latents" if MOMENTS in fields else "images"
+    try:
+        old, _ = read_index(directory)
+        if kind == "images" or old["kind"] == kind:
+            old = {name: value for name, value in old["summary"].items() if name not in ("counts", "index_notes")}
+            return old, kind
+    except UserError:
+        pass
+    name, restored = (ENCODING, latents_summary) if kind == "latents" else (PACKING, pictures_summary)
+    try:
+        return restored(json.loads((directory / name).read_bytes())), kind
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        if kind == "images":
+            return {}, kind
+    what = f"{directory}: its tars hold latents, and neither {INDEX} nor {ENCODING} says what made them"
+    raise UserError(what, hint="encode them again: scripts/encode_latents.py", code=DATA)
+
+
+def _lacking(directory: Path, infos: list[ShardInfo], ledger: Ledger) -> None:
+    """Notes of fields that only some samples have."""
+    indices = [index_path(directory / info.name) for info in infos]
+    names = [open_index(directory / info.name).fields for info in infos]
+    for field in sorted({name for fields_here in names for name in fields_here}):
+        keys: list[str] = []
+        lacking = 0
+        for path, fields_here in zip(indices, names, strict=True):
+            rows: Index = np.load(path, allow_pickle=False)
+            rows = rows[rows[field]["offset"] == 0] if field in fields_here else rows
+            lacking += len(rows)
+            keys += [key.decode() for key in rows["key"][: SHOWN - len(keys)].tolist()]
+        for key in keys:
+            ledger.add("ignored", f"samples without {field}", key)
+        ledger.add("ignored", f"samples without {field}", count=lacking - len(keys))
+
+
+def _indexed(tar: Path, keys: Keys, left_out: list[str] | None) -> Index:
+    """A tar's index; samples whose key another tar has are refused, or described in `left_out` and left out."""
+    if leads_out(tar):
+        raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
+    try:
+        index = index_of(tar, left_out)
+    except UserError as error:
+        if "hard link" in error.what:
+            error.hint = f"links are followed where the tar is packed: make_shards.py pack '{tar}' --output DIR"
+        raise
+    seen, repeated = keys.duplicates(index["key"].tolist(), tar.name)
+    if repeated:
+        if left_out is None:
+            hint = "every sample needs a key of its own; --on-bad-data skip leaves the later ones out and counts them"
+            raise UserError(repeated[0], hint=hint, code=DATA)
+        left_out += repeated
+    if all(seen):
+        raise UserError(f"{tar}: all its samples are in other tars", code=DATA)
+    kept: Index = index[~np.array(seen)]
+    return kept
+
+
+def _split(tar: Path, ledger: Ledger) -> str:
+    """What the tar's name states, else `train`."""
+    split = split_of(tar.stem)
+    if split is None:
+        ledger.add("guessed", "no split in the name of the tar, train", tar.name)
+    return split or "train"
+
+
+def index_folder(directory: str | Path, *, skip: bool = False) -> list[ShardInfo]:
+    """Indexes the tars of a folder where they lie: an offset index beside each, and `index.json`.
+
+    The split is what the file name states in any of its parts, else train. A summary already there is kept; its
+    `ledger` says what was left out, guessed and ignored. Raises UserError(code 3) where there are no tars, one is not
+    sound, or a key occurs twice; `skip` leaves such tars and samples out instead. Code 4 where another process writes
+    there, code 6 where nothing can be written.
+    """
+    directory = Path(directory)
+    tars = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
+    if not tars:
+        raise UserError(f"{directory}: no tars in this folder", hint="expected files such as 00000.tar", code=DATA)
+    try:
+        check_output(directory)
+    except UserError as error:
+        hint = "indices are written beside the tars: copy these to a disk that can be written"
+        raise UserError(error.what, hint=hint, code=DISK) from None
+    with claimed(directory, "wait for it"):
+        return _index(directory, tars, skip)
+
+
+def _index(directory: Path, tars: list[Path], skip: bool) -> list[ShardInfo]:
+    infos: list[ShardInfo] = []
+    fields: set[str] = set()
+    keys, ledger = Keys(directory), Ledger()
+    for tar in tars:
+        left_out: list[str] = []
+        try:
+            index = _indexed(tar, keys, left_out if skip else None)
+            split = _split(tar, ledger)
+        except UserError as error:
+            if not skip:
+                raise
+            ledger.add("left out", "tar that cannot be used", error.what)
+            continue
+        for why in left_out:
+            ledger.add("left out", LEFT_OUT.get(why.split()[0], "sample with a field 'key'"), f"{tar.name}: {why}")
+        for member in walk_tar(tar, []):
+            if not NAME.fullmatch(member.name):
+                ledger.add("ignored", "file of a tar that belongs to no sample", f"{tar.name}: {member.name}")
+        write_tar_index(tar, index)
+        fields.update((index.dtype.names or ())[1:])
+        infos.append(ShardInfo(tar.name, split, len(index), tar.stat().st_size, file_sha256(tar)))
+    for path in sorted(directory.glob(".*.tar")):
+        ledger.add("ignored", "hidden tar", path.name)
+    if not infos:
+        raise UserError(f"{directory}: no sound tars ({'; '.join(ledger.lines())})", code=DATA)
+    summary, kind = _kept(directory, fields)
+    _refuse_dots(directory, fields, kind)
+    _lacking(directory, infos, ledger)
+    write_index(directory, infos, {**summary, "ledger": ledger.report()}, kind)
+    return infos
+
+
+def _refuse_dots(directory: Path, fields: set[str], kind: Kind) -> None:
+    """Raises UserError(code 3) where names full of dots hide every picture: their field is all after the first dot."""
+    pictures = {suffix[1:] for suffix in SUFFIXES}
+    if kind == "images" and not fields & pictures:
+        hiding = sorted(field for field in fields if field.rpartition(".")[2] in pictures)
+        if hiding:
+            what = f"{directory}: no field of these tars is a picture (they have: {', '.join(hiding[:4])})"
+            raise UserError(what, hint=DOTS, code=DATA)
