@@ -23,7 +23,6 @@ from training.packing import workers
 from training.packing.command import main
 from training.packing.mixing import MixingWriter
 from training.packing.pack import LOOKED_ON, MOST_PROBLEMS, Problems
-from training.packing.progress import rate_text
 from training.packing.settings import Settings, as_stored
 from training.pictures.decoding import encode_png
 from training.shards.index import write_index
@@ -244,13 +243,3 @@ def test_only_a_test_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     main(words(tmp_path / "tars" / "*.tar", tmp_path / "again"))
     assert "warning: no training pictures came out (40 test)" in capsys.readouterr().err
-
-
-def test_rates() -> None:
-    assert [rate_text(count, 1000) for count in (3, 40, 1234, 99_900, 4_567_890)] == [
-        "0.003",
-        "0.04",
-        "1.23",
-        "99.9",
-        "4,568",
-    ]
