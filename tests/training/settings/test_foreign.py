@@ -19,9 +19,10 @@ KEYS = {f"--{s}.{f.name}" for stage in STAGES for s, members in sections(stage).
 # Command lines of other programs, as people have them in their shell's history.
 COMMANDS = {
     "diffusers": "--pretrained_model_name_or_path=x --dataset_name=y --use_ema --resolution=512 --center_crop"
-    " --random_flip --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing --max_train_steps=15000"
-    " --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0 --output_dir=z"
-    " --allow_tf32 --report_to=wandb --num_train_epochs 3 --enable_xformers_memory_efficient_attention --snr_gamma 5"
+    " --random_flip --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing"
+    " --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant"
+    " --lr_warmup_steps=0 --output_dir=z --allow_tf32 --report_to=wandb --num_train_epochs 3"
+    " --enable_xformers_memory_efficient_attention --snr_gamma 5"
     " --train_data_dir d --seed 3 --mixed_precision bf16 --validation_epochs 5 --push_to_hub --noise_offset 0.1",
     "kohya": "--train_data_dir d --network_module lora --network_dim 8 --optimizer_type AdamW8bit --max_train_epochs 3"
     " --save_every_n_epochs 1 --cache_latents --xformers --clip_skip 2 --min_snr_gamma 5 --enable_bucket --flip_aug"
