@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from training.errors import UserError
 from training.loop.optim import learning_rate
 from training.machine import faults
 from training.machine.signals import Signals, Stopped
@@ -169,9 +170,10 @@ def test_under_nohup_a_hangup_stays_ignored() -> None:
     signals = Signals()
     signals.listen()
     os.kill(os.getpid(), signal.SIGHUP)
+    assert not signals.stop
     signals.all_saved(main=False)
     os.kill(os.getpid(), signal.SIGHUP)
-    assert not signals.stop and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # who only waits can be ended
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # who only waits can be ended
 
 
 def test_after_the_last_save_one_signal_is_enough() -> None:
@@ -235,7 +237,7 @@ def test_the_command_told_at_a_stop_runs_as_it_stands(launcher: str, latents: Pa
         assert process.returncode == 129
     command = line.partition("; resume with: ")[2]
     step = line.split("saved step ")[1].split(";")[0]
-    assert command.endswith(" --resume auto") and "'a run [1]'" in command
+    assert command.endswith(" --resume auto") and "'a run [1]'" in command and "ACCELERATE_USE_CPU=true " in command
     assert " ".join(program[1:3]) in command or launcher in ("script", "options")
     shell = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
     goal = [command.replace("--max-steps 100000", f"--max-steps {int(step) + 1}")]
@@ -266,6 +268,21 @@ def test_a_log_cut_before_a_resume_is_told(
     assert tiny.call("train_denoiser", *words, "--resume", "auto", "--max-steps", 7) == 0
     assert "metrics.jsonl has " in (said := capsys.readouterr().err) and "steps before it are missing there" in said
     assert [row["step"] for row in tiny.rows(tmp_path / "run") if "loss" in row] == [7]
+
+
+def test_no_home(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, whose user the system does not know: shards at an address need a folder that is named."""
+    from training.shards.remote import open_address
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(UserError, match="no home folder") as caught:
+        open_address(f"file://{latents}")
+    assert "--cache-dir DIR" in caught.value.hint
+    assert open_address(f"file://{latents}", str(tmp_path / "cache"))  # the hint, followed
 
 
 def test_only_the_writer_of_a_run_can_write_it(tmp_path: Path) -> None:

@@ -177,7 +177,10 @@ def open_address(
     except (ImportError, ValueError) as failure:
         raise UserError(f"{redact(text)}: {failure}", hint="install the package that reads such addresses") from None
     index = read_bytes(text, INDEX)
-    cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-diffusion")
+    try:
+        cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-diffusion")
+    except RuntimeError:  # no HOME, and a user whom the system does not know, as in a container
+        raise UserError("there is no home folder to keep shards in", hint="name one with --cache-dir DIR") from None
     folder = cache / hashlib.sha256(redact(text).encode() + b"\0" + index).hexdigest()[:16]
     make_folder(folder)
     if not (folder / INDEX).is_file():

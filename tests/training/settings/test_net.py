@@ -110,6 +110,7 @@ SCRIPT = "import sys; from training.messages import answer, tell; from training.
 BODIES = {
     "said": "def main():\n  for i in range(20000): answer('line %d' % i)\n  open('done', 'w').close()\n",
     "printed": "def main():\n  for i in range(20000): print('line', i)\n  open('done', 'w').close()\n",
+    "brief": "def main():\n  print('line')\n",
     "told": "def main():\n  for i in range(20000): tell('line %d' % i)\n  open('done', 'w').close()\n",
 }
 
@@ -118,6 +119,7 @@ BODIES = {
     ("body", "streams", "code"),
     [("said", "| head -1", 0), ("told", "2>&1 | head -1", 0), ("printed", "| head -1", 141), ("said", ">/dev/full", 6),
      ("printed", ">/dev/full", 6), ("told", "2>/dev/full", 0), ("said", ">&-", 0), ("told", "2>&-", 0),
+     ("brief", ">/dev/full", 6),
      ("printed", ">&- 2>&- <&-", 0)],
 )  # fmt: skip
 def test_streams_that_end(body: str, streams: str, code: int, tmp_path: Path) -> None:
