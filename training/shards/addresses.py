@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from training.errors import UserError
+from training.files import make_folder
 
 HIDDEN = "HIDDEN"
 SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
@@ -38,3 +43,16 @@ def repeat_command(words: Iterable[str]) -> str:
 def _hidden(found: re.Match[str]) -> str:
     mark, user, rest, query = found.groups()
     return mark + (f"{HIDDEN}@" if user else "") + rest + (f"?{HIDDEN}" if query else "")
+
+
+def cache_folder(given: str | Path | None) -> Path:
+    """Where shards of addresses are kept: as `given`, else in the user's cache. Raises UserError where it cannot be."""
+    try:
+        cache = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-diffusion")
+    except RuntimeError:
+        raise UserError("no home folder, where shards could be kept", hint="name a folder with --cache-dir") from None
+    try:
+        make_folder(cache)
+    except UserError as problem:
+        raise UserError(problem.what, hint="name another folder with --cache-dir", code=problem.code) from None
+    return cache

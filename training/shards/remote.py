@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from training.errors import CHECKPOINT, DISK, Unreachable, UserError
 from training.files import PARTIAL, disk_error, gigabytes, make_folder, write_bytes
-from training.shards.addresses import redact, without_secrets
+from training.shards.addresses import cache_folder, redact, without_secrets
 from training.shards.index import INDEX
 from training.shards.tars import is_safe
 
@@ -177,10 +177,7 @@ def open_address(
     except (ImportError, ValueError) as failure:
         raise UserError(f"{redact(text)}: {failure}", hint="install the package that reads such addresses") from None
     index = read_bytes(text, INDEX)
-    try:
-        cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-diffusion")
-    except RuntimeError:  # no HOME, and a user whom the system does not know, as in a container
-        raise UserError("there is no home folder to keep shards in", hint="name one with --cache-dir DIR") from None
+    cache = cache_folder(cache_dir)
     folder = cache / hashlib.sha256(redact(text).encode() + b"\0" + index).hexdigest()[:16]
     make_folder(folder)
     if not (folder / INDEX).is_file():
