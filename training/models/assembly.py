@@ -114,8 +114,8 @@ def _frozen_text(
     else:
         raise UserError(
             "the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
-            hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or take a config whose text encoder "
-            "learns, as --config dit-s",
+            hint="give --text-encoder NAME|DIR here or to scripts/encode_latents.py, or take a config whose "
+            "text encoder learns, as --config dit-s",
             code=DATA,
         )
     return text, null, str(name)
