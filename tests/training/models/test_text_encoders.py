@@ -322,7 +322,8 @@ def test_the_rule_of_padding_is_no_part_of_what_was_stored_before_it(folders: di
 
 
 def test_a_config_that_asks_for_an_encoder_names_one_that_does_not(latents: Path, tmp_path: Path) -> None:
-    words = ("--latents", latents, "--output", tmp_path / "run", "--device", "cpu", "--batch-size", 8)
+    alone = ("--device", "cpu", "--batch-size", 8, "--mixed-precision", "no")
+    words = ("--latents", latents, "--output", tmp_path / "run", *alone)
     problem = tiny.refused("train_denoiser", *words, "--config", "unet-sd15")
     assert problem.code == 3 and "none was given" in problem.what
     advised = problem.hint.rpartition("as ")[2].split()
