@@ -58,6 +58,17 @@ def looks_like_a_picture(head: bytes) -> bool:
     return head.startswith(MAGIC) or boxed or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
+def unused_picture(name: str, head: bytes) -> str | None:
+    """Why a file that is not looked at as a picture is one all the same, by its suffix or first bytes; None: it is
+    none."""
+    suffix = _suffix(name)
+    if suffix in ELSEWHERE:
+        return ELSEWHERE[suffix]
+    if suffix in PICTURES or looks_like_a_picture(head):
+        return f"picture under a name that is not read (known are {', '.join(SUFFIXES)})"
+    return None
+
+
 class Folder(Source):
     """A folder of pictures, searched through, or an archive of one. Captions: `NAME.txt` or `NAME.caption` in any case
     (a line each), else the rows of `metadata.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, else `NAME.json`.
@@ -222,10 +233,8 @@ class Folder(Source):
             suffix, shown = _suffix(name), printable(name)
             if suffix in SUFFIXES or name in used:
                 continue
-            if suffix in ELSEWHERE:
-                yield Remark(shown, ELSEWHERE[suffix])
-            elif suffix in PICTURES or looks_like_a_picture(self.tree.head(name)):
-                yield Remark(shown, f"picture under a name that is not read (known are {', '.join(SUFFIXES)})")
+            if why := unused_picture(name, self.tree.head(name)):
+                yield Remark(shown, why)
             elif name in metadata.unread:
                 yield Remark(shown, "table that was not read", "ignored")
             elif suffix in TEXTS:
