@@ -98,8 +98,8 @@ def test_what_a_folder_names_elsewhere_is_not_had(
     for name in folders:
         load(name, folders[name])
         with pretrained.loading("model", str(folders[name]), "") as how:
-            assert constants.is_offline_mode() and how == {"trust_remote_code": False, "local_files_only": True}
-    assert not constants.is_offline_mode()  # for a name that the user gives
+            assert constants.HF_HUB_OFFLINE and how == {"trust_remote_code": False, "local_files_only": True}
+    assert not constants.HF_HUB_OFFLINE  # for a name that the user gives
     demands = {
         "attn_implementation": ("config.json", {"attn_implementation": "org/kernel"}),
         "quantised": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
