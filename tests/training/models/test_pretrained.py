@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BitImageProcessor, Dinov2Config, Dinov2Model
 
 from ldm.text import HuggingFace
 from training.errors import UserError
-from training.models import text_encoders
+from training.models import pretrained, text_encoders
 from training.models.vision import load_vision
 
 SETTINGS = HuggingFace(length=12)
@@ -91,10 +92,14 @@ def test_what_a_folder_names_elsewhere_is_not_had(
     def no_network(*args: Any) -> None:
         raise AssertionError(f"a network was asked: {args}")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     for name in folders:
         load(name, folders[name])
+        with pretrained.loading("model", str(folders[name]), "") as how:
+            assert constants.HF_HUB_OFFLINE and how == {"trust_remote_code": False, "local_files_only": True}
+    assert not constants.HF_HUB_OFFLINE  # for a name that the user gives
     demands = {
         "attn_implementation": ("config.json", {"attn_implementation": "org/kernel"}),
         "quantised": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
