@@ -18,15 +18,17 @@ from training.drills.verify_resume import launch
 from training.errors import UserError
 from training.loop.loop import Loop
 from training.machine import faults
-from training.runs.checkpoints import Checkpoint, Checkpoints
-from training.runs.checkpoints import score as score_of
+from training.runs.checkpoint import Checkpoint
+from training.runs.checkpoint import score as score_of
+from training.runs.checkpoints import Checkpoints
 from training.runs.writer import Writer
 
 WRITER = """
 import sys
 from pathlib import Path
 import torch
-from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.runs.checkpoint import Checkpoint
+from training.runs.checkpoints import Checkpoints
 weights = {"w": torch.full((4,), 30.0)}
 checkpoint = Checkpoint(30, {"model": weights, "ema": weights, "optimizer": weights}, {})
 Checkpoints(Path(sys.argv[1])).save(checkpoint)
@@ -121,7 +123,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.runs.checkpoint import Checkpoint
+from training.runs.checkpoints import Checkpoints
 from training.settings.flags import run_main
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 parts = {"model": 25_000, "ema": 60_000, "optimizer": 25_000}  # 240 kB of averages

@@ -32,7 +32,8 @@ from training.loop.wrapping import wrap
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
 from training.messages import note
-from training.runs.checkpoints import SCORED_BY, Checkpoint, Checkpoints
+from training.runs.checkpoint import SCORED_BY, Checkpoint
+from training.runs.checkpoints import Checkpoints
 from training.runs.journal import Journal
 from training.runs.writer import Writer
 from training.settings.sections import Optimizer, Train

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import NUMERICAL, UserError
-from training.runs.checkpoints import Checkpoint, Checkpoints, score
+from training.runs.checkpoint import Checkpoint, score
+from training.runs.checkpoints import Checkpoints
 
 
 @dataclass

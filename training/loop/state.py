@@ -14,7 +14,7 @@ from training.loop.power_ema import PowerAverages
 from training.loop.stage import Stage
 from training.loop.watchdogs import Watchdogs
 from training.models.folders import fill
-from training.runs.checkpoints import Checkpoint
+from training.runs.checkpoint import Checkpoint
 from training.runs.journal import Journal
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import copy
 from concurrent.futures import Future
 from threading import Thread
 
-from training.runs.checkpoints import Checkpoint, Checkpoints
+from training.runs.checkpoint import Checkpoint
+from training.runs.checkpoints import Checkpoints
 
 
 class Writer:

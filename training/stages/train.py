@@ -194,7 +194,7 @@ def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
 def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
     """Export final/ and close the books."""
     from training.models.folders import card, export
-    from training.runs.checkpoints import refuse_non_finite
+    from training.runs.checkpoint import refuse_non_finite
 
     values = decoding.to_values(run.config)
     refuse_non_finite(tensors)

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from training.errors import UserError
 from training.files import atomic_write, content_hash, file_sha256, load_tensors, save_tensors, write_bytes
 from training.runs import checkpoints as checkpoints_module
-from training.runs.checkpoints import Checkpoint, Checkpoints, damage, score
+from training.runs.checkpoint import Checkpoint, damage, score
+from training.runs.checkpoints import Checkpoints
 from training.runs.folder import Run
 from training.runs.journal import Journal
 from training.settings.decoding import load
