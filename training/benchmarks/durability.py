@@ -59,16 +59,17 @@ def table(args: Any, folder: Path) -> list[str]:
     loop = begin(args, folder)
     times: dict[str, list[float]] = {name: [] for name in ("bare", "step", "judge", "compare", "save", "begin")}
     dogs: Any = loop.watchdogs
-    defer, kind = dogs.defer, loop.accelerator.device.type
+    part, kind = "judge" if loop.waits else "defer", loop.accelerator.device.type
+    judge = getattr(dogs, part)
 
     def judged(*seen: Any) -> Any:
         answers: list[Any] = []
-        times["judge"].append(seconds(lambda: answers.append(defer(*seen)), kind))
+        times["judge"].append(seconds(lambda: answers.append(judge(*seen)), kind))
         return answers[0]
 
     for number in range(0, 2 * args.rounds + 2, 2):
-        for name, watchdog in (("bare", lambda *_: None), ("step", judged)):
-            dogs.defer = watchdog
+        for name, watchdog in (("bare", lambda *_: True if loop.waits else None), ("step", judged)):
+            setattr(dogs, part, watchdog)
             times[name].append(seconds(lambda: advance(loop), kind))
         times["compare"].append(seconds(lambda: checksums(loop), kind))
         for name, wait in (("save", True), ("begin", False)):

@@ -127,7 +127,7 @@ class Loop:
             # Validated before the save: a checkpoint carries the score of its step, and a rollback changes weights.
             if step_count % train.sample_every == 0 or final:
                 self.validate(step_count)
-            stop_signal = self._poll_signals(final)  # after validation, which may take long: what came meanwhile counts
+            stop_signal = self._poll_signals()  # after validation, which may take long: what came meanwhile counts
             if self.accelerator.is_main_process and (step_count % train.ema_every == 0 or final):
                 self.powers.keep(self.run, step_count)
             saving = step_count % train.save_every == 0 or final or bool(stop_signal) or self.saving
@@ -267,13 +267,14 @@ class Loop:
         if checkpoint.state.get("scored_by", 1) != SCORED_BY:
             announce(self.accelerator, OTHER_SCORES)
 
-    def _poll_signals(self, final: bool = False) -> int:
+    def _poll_signals(self) -> int:
         """The signal any process was sent, known to all of them at the same step; also whether to save (`saving`).
 
         Several GPUs agree every few steps, for which each waits; elsewhere that costs nothing.
         """
         several = self.accelerator.num_processes > 1
-        if several and self.accelerator.device.type != "cpu" and self.done % AGREED_EVERY and not final:
+        due = self.done % AGREED_EVERY == 0 or self.done == self.train.max_steps
+        if several and not due and self.accelerator.device.type != "cpu":
             self.saving = False
             return 0
         wishes = [self.signals.stop, int(self.signals.take_save())]
