@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from training.drawing import replay
-from training.drawing.requests import ask, parse_also, parse_size, prompts
+from training.drawing.prompts import prompts
+from training.drawing.requests import ask, parse_also, parse_size
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
+from training.ledger import Ledger
 from training.packing.captions import clean_captions, decode_text
 from training.packing.sources import Folder, Sample
 from training.pictures import grids
@@ -293,7 +295,7 @@ def recalled(path: Path) -> None:
     args = Namespace(like=str(path), num_images=1, invert="picture.png", **dict.fromkeys(replay.TAKEN))
     try:
         original = replay.recall(args)
-        assert [request.prompt for request in ask(prompts(args), 1, args.seed)] == args.prompt
+        assert [request.prompt for request in ask(prompts(args, Ledger()), 1, args.seed)] == args.prompt
         assert all(len(pair) == 2 for pair in parse_also(args.also))
         assert parse_size(args.size) and 0 < original.facts.get("batch", 1) <= replay.LARGEST_BATCH
         replay.compare(original, {"hashes": HASHES, "invert": {"prompt": "", "sha256": "d"}})
