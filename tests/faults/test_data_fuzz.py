@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from training.drawing import replay
-from training.drawing.requests import ask, parse_also, parse_size, prompts
+from training.drawing.prompts import prompts
+from training.drawing.requests import ask, parse_also, parse_size
 from training.errors import UserError
 from training.files import load_tensors, save_tensors
+from training.ledger import Ledger
 from training.packing.folder import Folder
 from training.packing.sources import Sample
 from training.pictures import grids
@@ -289,12 +291,19 @@ FACTS = {"prompt": "a circle", "negative_prompt": "", "seed": 3, "settings": {},
          "versions": {"torch": "2"}}  # fmt: skip
 
 
+def told(image: Image.Image, path: Path, facts: Any) -> None:
+    """A picture that says whatever is given, without a seal."""
+    info = grids.PngInfo()
+    info.add_itxt(grids.KEY, json.dumps(facts, ensure_ascii=False))
+    image.save(path, pnginfo=info)
+
+
 def recalled(path: Path) -> None:
     """What `generate --like` takes from a picture, each part where it goes; refusals have one of three codes."""
     args = Namespace(like=str(path), num_images=1, invert="picture.png", **dict.fromkeys(replay.TAKEN))
     try:
         original = replay.recall(args)
-        assert [request.prompt for request in ask(prompts(args), 1, args.seed)] == args.prompt
+        assert [request.prompt for request in ask(prompts(args, Ledger()), 1, args.seed)] == args.prompt
         assert all(len(pair) == 2 for pair in parse_also(args.also))
         assert parse_size(args.size) and 0 < original.facts.get("batch", 1) <= replay.LARGEST_BATCH
         replay.compare(original, {"hashes": HASHES, "invert": {"prompt": "", "sha256": "d"}})
@@ -309,7 +318,7 @@ def recalled(path: Path) -> None:
 @given(facts=st.one_of(JSON, st.fixed_dictionaries({}, optional=dict.fromkeys(FACTS, JSON))))
 def test_fuzzed_facts_in_a_picture(tmp_path: Path, facts: Any) -> None:
     path = tmp_path / "x.png"
-    grids.save(Image.new("RGB", (8, 8)), path, {**FACTS, **facts} if isinstance(facts, dict) else facts)
+    told(Image.new("RGB", (8, 8)), path, {**FACTS, **facts} if isinstance(facts, dict) else facts)
     recalled(path)
 
 
@@ -317,7 +326,7 @@ def test_fuzzed_facts_in_a_picture(tmp_path: Path, facts: Any) -> None:
 @given(edits=st.lists(st.tuples(st.integers(0, 700), st.binary(min_size=1, max_size=6)), max_size=4), cut=CUT)
 def test_fuzzed_bytes_of_a_picture_with_facts(tmp_path: Path, edits: list[tuple[int, bytes]], cut: int) -> None:
     path = tmp_path / "x.png"
-    grids.save(Image.new("RGB", (8, 8)), path, FACTS)
+    told(Image.new("RGB", (8, 8)), path, FACTS)
     path.write_bytes(damaged(path.read_bytes(), edits, cut))
     recalled(path)
 
@@ -355,5 +364,5 @@ def test_the_fuzzers_inputs_are_sound_before_they_are_damaged(tmp_path: Path) ->
     (tmp_path / "x.tar").write_bytes(TAR)
     assert len(index_tar(tmp_path / "x.tar")) == 4 and mended(TAR) == TAR
     assert all(load_image(data).size == (9, 12) for data in ORIGINALS.values())
-    grids.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", FACTS)
+    told(Image.new("RGB", (8, 8)), tmp_path / "x.png", FACTS)
     recalled(tmp_path / "x.png")
