@@ -56,7 +56,7 @@ def test_what_is_written_follows_the_umask(umask: int, tmp_path: Path) -> None:
     write_json(home / "x.json", {})
     copy_file(home / "x.json", home / "y.json")
     hold(home).close()
-    grids.save(Image.new("RGB", (2, 2)), home / "x.png")
+    grids.write(Image.new("RGB", (2, 2)), home / "x.png")
     found = modes(tmp_path)
     assert len(found) == 10
     for name, mode in found.items():

@@ -65,7 +65,7 @@ def encode(args: argparse.Namespace) -> int:
     source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
     args.data = source  # which shows no secrets where it is told
     check_output(target)
-    _, shards = read_index(source)
+    shards = read_index(source)[1]
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, target, accelerator.device)
@@ -91,15 +91,19 @@ def encode(args: argparse.Namespace) -> int:
         worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
         _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
         meeting.meet()  # the index lists the shards of all processes
-        left_out = 0
         if accelerator.is_main_process:
             left_out = _finish(source, target, plan, shards, model.latent_channels, worker.waiting())
+            if left_out and args.on_bad_data is None:
+                raise unasked(left_out, total, target)
         meeting.meet()
-    if left_out and args.on_bad_data is None:
-        what = f"{left_out:,} of {total:,} samples could not be read; {target} is whole without them"
-        hint = "mend and pack them again; or take it as it is: the same command with --on-bad-data skip"
-        raise UserError(what, hint=hint, code=DATA)
     return 0
+
+
+def unasked(left_out: int, total: int, target: Path) -> UserError:
+    """What an encoding ends with that left samples out, where nobody had asked for it."""
+    what = f"{left_out:,} of {total:,} samples could not be read; {target} is whole without them"
+    hint = "mend and pack them again; or take it as it is: the same command with --on-bad-data skip"
+    return UserError(what, hint=hint, code=DATA)
 
 
 def _write(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -218,23 +219,33 @@ def _difference(name: str, every: list[dict[str, Any]]) -> str:
 
 def _who(pid: int) -> list[Any]:
     """[machine and process space, process, when it began]: what tells another process on this machine."""
-    import psutil
-
     space = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
-    return [f"{socket.gethostname()} {space}", pid, psutil.Process(pid).create_time()]
+    return [f"{socket.gethostname()} {space}", pid, _status(pid)[1]]
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """(state, when it began) of a process, both empty where the system keeps no /proc. Raises ProcessLookupError."""
+    if not os.path.exists("/proc/self/stat"):
+        os.kill(pid, 0)
+        return "", ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()  # after its name
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    return fields[0], fields[19]
 
 
 def _gone(who: list[Any]) -> bool:
     """Whether a process of this machine ended; False for one elsewhere, of which only its beats tell."""
-    import psutil
-
-    try:
-        here = _who(os.getpid())[0] == who[0]
-        return here and (_who(who[1]) != who or psutil.Process(who[1]).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
+    if _who(os.getpid())[0] != who[0]:
         return False
+    try:
+        state, began = _status(who[1])
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, and is another's
+        return False
+    return began != who[2] or state == "Z"
 
 
 def is_distributed() -> bool:
