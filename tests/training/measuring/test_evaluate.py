@@ -62,7 +62,7 @@ def test_lpips_is_stored_with_its_network(autoencoder: Path, shapes: Path, tmp_p
     words = ("--model", autoencoder, "--data", shapes, "--count", 4, "--lpips-net", "squeeze", "--lpips")
     numbers = report(tmp_path, *words, "random")
     network, images = load_perceptual("squeeze", "random"), Images(ShardSet(shapes, "val"))
-    pixels = images.__getitems__([Slot(i, 0, i) for i in range(4)]).data
+    pixels = images.__getitems__([Slot(i, 0, i) for i in images.evenly(4)]).data
     with torch.no_grad():
         made = to_uint8(load_autoencoder(autoencoder)(to_unit(pixels), None)[0])
         assert numbers["lpips"] == pytest.approx(network(to_unit(made), to_unit(pixels)).mean().item(), rel=1e-2)
