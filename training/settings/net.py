@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,6 +47,10 @@ def run_main(function: Callable[[], object]) -> None:
         problem = failure if isinstance(failure, UserError) else explain(failure)
         _say(problem)
         code = problem.code
+        with suppress(OSError):  # what a full disk did not take would be tried again by python, and told with code 120
+            sys.stdout.flush()
+            sys.exit(code)
+        silence("stdout")
     sys.exit(code)
 
 

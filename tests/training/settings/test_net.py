@@ -126,7 +126,7 @@ def test_streams_that_end(body: str, streams: str, code: int, tmp_path: Path) ->
     """Work goes on without a reader, and what was not done is never a success."""
     (tmp_path / "script.py").write_text(SCRIPT + BODIES[body] + "run_main(main)\n")
     command = f"set -o pipefail; {shlex.quote(sys.executable)} script.py {streams}"
-    environment = {**tiny.ENVIRONMENT, "PYTHONPATH": str(tiny.ROOT)}
+    environment = {**tiny.ENVIRONMENT, "PYTHONPATH": str(tiny.ROOT), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert (tmp_path / "done").exists() == (code == 0)
