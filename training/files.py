@@ -1,7 +1,6 @@
 """Files that are whole or absent: staged beside their target, fsynced, then renamed. Locks. Hashes of bytes.
 
-What is asked before a file is read or written is in `training/guarding.py`, weights are in `training/tensors.py`; the
-names that most of the program uses of both are offered here.
+What is asked before a file is read or written is in `training/guarding.py`, weights are in `training/tensors.py`.
 """
 
 from __future__ import annotations
@@ -21,49 +20,12 @@ from typing import IO, Any, BinaryIO
 from training.errors import CHECKPOINT, UserError
 from training.guarding import (
     PARTIAL,
-    check_free,
-    check_output,
     disk_error,
-    gigabytes,
-    leads_out,
     make_folder,
-    no_index,
     open_own,
-    read_json,
-    read_record,
     refuse_link,
-    refuse_links,
 )
 from training.messages import note
-from training.tensors import content_hash, load_tensors, save_tensors
-
-__all__ = [
-    "PARTIAL",
-    "atomic_write",
-    "check_free",
-    "check_output",
-    "content_hash",
-    "copy_file",
-    "disk_error",
-    "file_sha256",
-    "gigabytes",
-    "hold",
-    "leads_out",
-    "load_tensors",
-    "make_folder",
-    "no_index",
-    "open_own",
-    "read_json",
-    "read_record",
-    "refuse_link",
-    "refuse_links",
-    "remove_partials",
-    "save_tensors",
-    "sync_folder",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
 
 
 @contextmanager

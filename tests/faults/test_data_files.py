@@ -19,7 +19,7 @@ from peaks import told
 from PIL import Image
 
 from training.errors import UserError
-from training.files import check_output
+from training.guarding import check_output
 from training.packing.command import main
 from training.shards.reading import ShardSet
 from training.shards.verifying import verify
@@ -126,7 +126,8 @@ def test_h2_a_million_tensors_are_refused_unread(tmp_path: Path) -> None:
     code = f"""
 import torch, safetensors.torch
 from pathlib import Path
-from training.files import load_tensors, UserError
+from training.files import UserError
+from training.tensors import load_tensors
 start = peak()
 try:
     load_tensors(Path({str(tmp_path)!r}) / "many.safetensors")

@@ -26,7 +26,6 @@ from training.drawing import replay
 from training.drawing.prompts import prompts
 from training.drawing.requests import ask, parse_also, parse_size
 from training.errors import UserError
-from training.files import load_tensors, save_tensors
 from training.ledger import Ledger
 from training.packing.folder import Folder
 from training.packing.sources import Sample
@@ -40,6 +39,7 @@ from training.shards.reading import ShardSet
 from training.shards.tars import BLOCK, index_tar
 from training.shards.verifying import verify
 from training.shards.writing import ShardWriter
+from training.tensors import load_tensors, save_tensors
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 fuzz = settings(

@@ -26,11 +26,11 @@ from training.data.loader import stream
 from training.data.order import Batches, DataOrder, Slot, substitute
 from training.encoding import shard
 from training.errors import UserError
-from training.files import load_tensors, save_tensors
 from training.shards.index import write_index
 from training.shards.reading import ShardSet
 from training.shards.verifying import verify
 from training.shards.writing import ShardWriter
+from training.tensors import load_tensors, save_tensors
 
 LATENT = {"latent": {"shape": [4, 2, 2], "dtype": "float16", "picture": [8, 8], "factor": 4}}
 

@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 
 from training.errors import UserError
-from training.files import load_tensors
 from training.loop.watchdogs import IN_A_ROW, LEAST, Watchdogs, checksum, explain
 from training.machine import faults
 from training.machine.memory import memory_needed
 from training.settings.sections import Train
 from training.stages.denoiser import DenoiserStage
+from training.tensors import load_tensors
 
 
 @pytest.fixture

@@ -101,8 +101,8 @@ def shake(home: Path) -> Path:
     """Add noise to all weights of a denoiser's final/: a few steps of training leave it deaf to captions."""
     import torch
 
-    from training.files import content_hash, load_tensors, save_tensors
     from training.models.lineage import store_ingredients
+    from training.tensors import content_hash, load_tensors, save_tensors
 
     noise = torch.Generator().manual_seed(0)
     tensors = load_tensors(home / "model.safetensors")

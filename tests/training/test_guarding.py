@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from ldm.text import Label
 from training.errors import UserError
-from training.files import atomic_write, check_free, copy_file, hold, read_json, read_record, refuse_links, write_json
-from training.guarding import LARGEST_JSON, leads_out, read_whole
+from training.files import atomic_write, copy_file, hold, write_json
+from training.guarding import LARGEST_JSON, check_free, leads_out, read_json, read_record, read_whole, refuse_links
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.models.folders import export, find

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.files import check_free, write_text
+from training.files import write_text
+from training.guarding import check_free
 from training.messages import answer
 from training.settings.flags import Parser
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from training.data.order import DataOrder
 from training.errors import DISK, UserError
-from training.files import gigabytes
+from training.guarding import gigabytes
 from training.messages import warn
 from training.shards.index import is_mixed
 from training.shards.remote import ROOM, Remote

@@ -20,7 +20,7 @@ from training.drawing.requests import Request, ask, check_scale, choose, parse_a
 from training.drawing.starts import TOLD, start_of_flags
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
 from training.errors import UserError, as_user_error
-from training.files import disk_error, make_folder, refuse_link
+from training.guarding import disk_error, make_folder, refuse_link
 from training.ledger import Ledger
 from training.machine import memory
 from training.machine.processes import resolve, start

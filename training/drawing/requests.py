@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ldm.pipeline import Sampling
 from training.errors import UserError
-from training.files import read_json
+from training.guarding import read_json
 from training.models.folders import find
 from training.settings import decoding
 

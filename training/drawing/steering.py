@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ldm.guidance import Autoguidance, ByClassifier
 from ldm.guiding import AgainstNull, Guidance
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.judge import Judge
+from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import argparse

@@ -20,16 +20,8 @@ from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
 from training.encoding.shard import Encoder, embeddings, refuse_many
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import (
-    check_output,
-    disk_error,
-    make_folder,
-    read_record,
-    refuse_links,
-    remove_partials,
-    save_tensors,
-    write_json,
-)
+from training.files import remove_partials, write_json
+from training.guarding import check_output, disk_error, make_folder, read_record, refuse_links
 from training.ledger import Ledger
 from training.machine import launcher, meeting, processes
 from training.messages import tell, warn
@@ -43,6 +35,7 @@ from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import Remote, open_address
 from training.shards.writing import sound_shard, write_shard
+from training.tensors import save_tensors
 
 if TYPE_CHECKING:
     import argparse

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, USAGE, UserError
-from training.files import load_tensors, make_folder, save_tensors
+from training.guarding import make_folder
+from training.tensors import load_tensors, save_tensors
 
 FOLDER = "ema"  # of a run: step-00001000.safetensors, with `LENGTH/parameter` in it
 

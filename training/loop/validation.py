@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from training.files import disk_error
+from training.guarding import disk_error
 from training.loop.ema import EMA
 from training.loop.stage import Stage
 from training.loop.wrapping import unwrapped

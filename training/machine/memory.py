@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from training.files import gigabytes
+from training.guarding import gigabytes
 
 FILES = 8192  # that a process may hold open
 MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)

@@ -36,7 +36,8 @@ from ldm.noise import Noise
 from ldm.samplers import prior, sample
 from ldm.schedules import Table
 from training.errors import UserError
-from training.files import check_free, write_text
+from training.files import write_text
+from training.guarding import check_free
 from training.measuring.sampler_agreement import Bench, table
 from training.messages import answer
 from training.models.assembly import load_pipeline

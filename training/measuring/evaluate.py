@@ -16,7 +16,8 @@ from training.drawing.prompts import tell_reading
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError, as_user_error
-from training.files import check_free, content_hash, finite, make_folder, write_json
+from training.files import finite, write_json
+from training.guarding import check_free, make_folder
 from training.ledger import Ledger
 from training.machine import memory, processes
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
@@ -45,6 +46,7 @@ from training.runs.folder import versions
 from training.settings.flags import check_least
 from training.shards.index import data_facts
 from training.shards.remote import open_address
+from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import argparse

@@ -21,7 +21,8 @@ from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
 from training.data.images import Images
 from training.errors import DATA, as_user_error
-from training.files import check_free, check_output, finite, make_folder, write_bytes, write_json
+from training.files import finite, write_bytes, write_json
+from training.guarding import check_free, check_output, make_folder
 from training.machine import memory, processes
 from training.measuring.features import load_features
 from training.measuring.probe import probe

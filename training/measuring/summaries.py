@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any
 
 from training.errors import CHECKPOINT, UserError
-from training.files import finite, read_json, write_json
+from training.files import finite, write_json
+from training.guarding import read_json
 
 
 def quickstart(folder: Path, seconds: int) -> Iterator[str]:

@@ -20,13 +20,14 @@ from ldm.text.encoders import LabelEncoder
 from training.commands import door
 from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import content_hash, load_tensors, make_folder, refuse_links, save_tensors
+from training.guarding import make_folder, refuse_links
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import copy_model, fill, find, weights
 from training.models.lineage import BEGUN_WITH, same_ingredients, store_ingredients
 from training.models.vocabulary import captions, vocabulary
 from training.settings import decoding
+from training.tensors import content_hash, load_tensors, save_tensors
 
 
 @dataclass(frozen=True, eq=False)

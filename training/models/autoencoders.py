@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import content_hash
 from training.models.folders import fill, find, weights
 from training.settings import decoding
+from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import torch

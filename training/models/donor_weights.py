@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from training.errors import CHECKPOINT, UserError
-from training.files import read_record, refuse_link
+from training.guarding import read_record, refuse_link
 from training.messages import note
 from training.tensors import load_tensors
 

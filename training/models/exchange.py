@@ -18,7 +18,8 @@ from torch import Tensor
 from autoencoder.base import Autoencoder
 from training.data.images import Images
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import make_folder, read_record, write_json
+from training.files import write_json
+from training.guarding import make_folder, read_record
 from training.messages import note, tell
 from training.models.autoencoders import load_autoencoder
 from training.models.diffusers_layouts import LAYOUTS

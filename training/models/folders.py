@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.errors import CHECKPOINT, UserError
-from training.files import (
-    copy_file,
-    disk_error,
-    make_folder,
-    read_record,
-    refuse_links,
-    write_bytes,
-    write_json,
-)
+from training.files import copy_file, write_bytes, write_json
+from training.guarding import disk_error, make_folder, read_record, refuse_links
 from training.machine.faults import fault
 from training.runs.checkpoints import Checkpoints
 from training.settings import decoding

@@ -15,7 +15,7 @@ from autoencoder.images import as_rgb, to_unit
 from training.commands import door
 from training.data.images import Images
 from training.errors import DATA, UserError
-from training.files import read_record, refuse_links
+from training.guarding import read_record, refuse_links
 from training.models.folders import fill
 from training.tensors import load_tensors
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, UserError
-from training.files import read_record, write_json
+from training.files import write_json
+from training.guarding import read_record
 from training.runs.folder import record
 from training.runs.ingredients import difference
 

@@ -9,7 +9,8 @@ import torch
 from autoencoder.base import Autoencoder
 from training.commands import door
 from training.errors import CHECKPOINT, UserError
-from training.files import make_folder, read_record, write_json
+from training.files import write_json
+from training.guarding import make_folder, read_record
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
 

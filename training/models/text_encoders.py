@@ -15,8 +15,8 @@ from ldm.conditioning import Cond
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import CHECKPOINT, UserError
-from training.files import disk_error, make_folder, write_bytes, write_json
-from training.guarding import read_record, read_whole
+from training.files import write_bytes, write_json
+from training.guarding import disk_error, make_folder, read_record, read_whole
 from training.models.pretrained import load_model, loading
 from training.runs.ingredients import difference
 from training.tensors import content_hash

@@ -12,8 +12,8 @@ from ldm.text import Label, Scratch
 from ldm.text.tokenizer import RULE, SPECIAL, WordTokenizer, split
 from training.data.latents import Latents
 from training.errors import DATA, Unreachable, UserError
-from training.files import file_sha256, leads_out, read_json, write_json
-from training.guarding import LARGEST_JSON
+from training.files import file_sha256, write_json
+from training.guarding import LARGEST_JSON, leads_out, read_json
 from training.shards.index import INDEX
 from training.shards.streaming import StreamedShards
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.errors import DATA, UserError
-from training.files import read_json
+from training.guarding import read_json
 from training.packing.sources import Remark, Sample, Source, safe_key
 from training.pictures.decoding import LARGEST_FILE, read_file
 from training.shapes.rendering import render

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from training.files import PARTIAL, disk_error
+from training.guarding import PARTIAL, disk_error
 from training.shards.index import ShardInfo
 from training.shards.writing import ShardWriter
 

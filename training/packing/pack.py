@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from training.errors import DATA, USAGE, UserError
-from training.files import make_folder, refuse_links, remove_partials, write_bytes, write_json
+from training.files import remove_partials, write_bytes, write_json
+from training.guarding import make_folder, refuse_links
 from training.ledger import Ledger
 from training.messages import answer, note, warn
 from training.packing.mixing import MixingWriter

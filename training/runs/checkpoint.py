@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import CHECKPOINT, NUMERICAL, UserError
-from training.files import file_sha256, read_record
-from training.guarding import read_plain, unreadable
+from training.files import file_sha256
+from training.guarding import read_plain, read_record, unreadable
 from training.tensors import load_tensors
 
 if TYPE_CHECKING:

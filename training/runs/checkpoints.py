@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import (
-    disk_error,
-    file_sha256,
-    finite,
-    read_record,
-    refuse_link,
-    sync_folder,
-    write_bytes,
-    write_json,
-)
-from training.guarding import read_whole
+from training.files import file_sha256, finite, sync_folder, write_bytes, write_json
+from training.guarding import disk_error, read_record, read_whole, refuse_link
 from training.machine.faults import fault
 from training.messages import note, warn
 from training.runs.checkpoint import (

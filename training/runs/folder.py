@@ -11,18 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import CHECKPOINT, DISK, UserError
-from training.files import (
-    PARTIAL,
-    disk_error,
-    finite,
-    hold,
-    read_json,
-    refuse_link,
-    refuse_links,
-    remove_partials,
-    sync_folder,
-    write_json,
-)
+from training.files import finite, hold, remove_partials, sync_folder, write_json
+from training.guarding import PARTIAL, disk_error, read_json, refuse_link, refuse_links
 from training.messages import note, warn
 from training.runs.ingredients import difference
 from training.settings import decoding

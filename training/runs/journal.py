@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from training.files import disk_error, finite, open_own, sync_folder
+from training.files import finite, sync_folder
+from training.guarding import disk_error, open_own
 from training.machine.faults import fault
 from training.machine.memory import peak_memory
 from training.messages import per_second, tell, warn

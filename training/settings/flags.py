@@ -205,7 +205,7 @@ def check_inputs(args: argparse.Namespace) -> None:
         if getattr(args, "stream", False) and folder == getattr(args, "data", None):
             continue  # it names tars, no folder
         if folder and ":" not in str(folder):  # an address is read, or refused, by those who know its kind
-            from training.files import no_index
+            from training.guarding import no_index
 
             if not (Path(folder) / "index.json").is_file():
                 raise no_index(Path(folder))

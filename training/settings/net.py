@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from training.errors import DATA, DISK, USAGE, UserError
-from training.files import disk_error
+from training.guarding import disk_error
 from training.messages import open_streams, silence, speak_any_encoding, tell
 
 PACKAGE = Path(__file__).parents[2]

@@ -31,7 +31,7 @@ def version(values: Mapping[str, Any]) -> int:
 
 def run_version(run: str | Path | None) -> int | None:
     """The version of the config of a run that was begun; None where there is none."""
-    from training.files import read_json
+    from training.guarding import read_json
 
     path = Path(run or "") / "config.json"
     if not run or not path.is_file():

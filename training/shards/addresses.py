@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from training.errors import UserError
-from training.files import make_folder
+from training.guarding import make_folder
 
 HIDDEN = "HIDDEN"
 SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query

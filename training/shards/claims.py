@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from training.errors import UserError
-from training.files import disk_error, hold
+from training.files import hold
+from training.guarding import disk_error
 
 LOCK = ".lock"
 

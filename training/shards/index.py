@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from training.errors import DATA, UserError
-from training.files import file_sha256, leads_out, no_index, write_json
+from training.files import file_sha256, write_json
+from training.guarding import leads_out, no_index
 from training.shards.offset_index import open_index, reindex_hint
 from training.shards.tars import is_safe
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from training.errors import DATA, DISK, UserError
-from training.files import check_output, file_sha256, leads_out
+from training.files import file_sha256
+from training.guarding import check_output, leads_out
 from training.ledger import Ledger
 from training.pictures.decoding import SUFFIXES
 from training.shards.checksums import index_of

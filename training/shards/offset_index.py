@@ -21,7 +21,8 @@ import numpy as np
 
 from training.commands import door
 from training.errors import DATA, UserError
-from training.files import leads_out, write_bytes
+from training.files import write_bytes
+from training.guarding import leads_out
 from training.shards.checksums import READ_LIMIT, checked_dtype, read_limit
 from training.shards.tars import BLOCK, Index, index_dtype, stands_before
 

@@ -20,7 +20,7 @@ from struct import error as StructError
 from typing import Any
 
 from training.errors import DATA, UserError
-from training.files import leads_out
+from training.guarding import leads_out
 from training.messages import note, warn
 from training.shards.index import INDEX, Kind, ShardInfo, read_index
 from training.shards.offset_index import Descriptors, Layout, Place, index_path, members, open_index, reindex_hint

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from training.errors import CHECKPOINT, DISK, Unreachable, UserError
-from training.files import PARTIAL, disk_error, gigabytes, make_folder, write_bytes
+from training.files import write_bytes
+from training.guarding import PARTIAL, disk_error, gigabytes, make_folder
 from training.shards.addresses import cache_folder, redact, without_secrets
 from training.shards.index import INDEX
 from training.shards.tars import is_safe

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import UserError
-from training.files import file_sha256, leads_out
+from training.files import file_sha256
+from training.guarding import leads_out
 from training.ledger import Ledger
 from training.pictures.decoding import SUFFIXES, load_image
 from training.shards.captions import stored_captions

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training.data.images import Images
 from training.errors import as_user_error
-from training.files import make_folder
+from training.guarding import make_folder
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import fill
 from training.models.lpips import load_perceptual

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.data.order import order_of, split_batch
 from training.errors import UserError
-from training.files import check_output
+from training.guarding import check_output
 from training.messages import note, warn
 from training.models.lpips import LPIPS_NEEDS, fitting
 from training.settings import decoding

@@ -16,7 +16,8 @@ from ldm.noise import Noise
 from training.data.images import Images
 from training.data.samples import Batch
 from training.errors import DATA, UserError
-from training.files import check_free, save_tensors, write_json
+from training.files import write_json
+from training.guarding import check_free
 from training.loop.short_run import short_run
 from training.loop.stage import StatelessStage
 from training.machine import processes
@@ -25,6 +26,7 @@ from training.models.judge import Classifier, caption
 from training.settings.sections import Optimizer
 from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import open_address
+from training.tensors import save_tensors
 
 if TYPE_CHECKING:
     import argparse

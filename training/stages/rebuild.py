@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.files import PARTIAL, content_hash, disk_error, load_tensors, read_json, save_tensors
+from training.guarding import PARTIAL, disk_error, read_json
 from training.loop.power_ema import FOLDER, reconstruct, snapshots
 from training.messages import answer, warn
 from training.models.folders import find
 from training.models.lineage import store_ingredients
+from training.tensors import content_hash, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import argparse

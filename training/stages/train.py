@@ -208,7 +208,7 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
 
 def report_complete(run: RunView) -> int:
     """A finished run asked to go on is done."""
-    from training.files import read_json
+    from training.guarding import read_json
 
     tell(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}")
     return 0

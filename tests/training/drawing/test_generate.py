@@ -17,10 +17,10 @@ from PIL import Image
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.tiles import decode_tiled, encode_tiled
 from training.drawing.requests import ask
-from training.files import save_tensors
 from training.models.assembly import load_pipeline
 from training.models.judge import Classifier, Judge
 from training.pictures import grids
+from training.tensors import save_tensors
 
 CAPTIONS = ["a red circle at the top", "a small blue square", "a <b>bold</b> claim | ../../x"]
 

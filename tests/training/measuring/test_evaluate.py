@@ -15,7 +15,7 @@ from autoencoder.fidelity import psnr, ssim
 from autoencoder.images import to_uint8, to_unit
 from training.data.images import Images
 from training.data.order import Slot
-from training.files import content_hash, file_sha256, save_tensors
+from training.files import file_sha256
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import Features, load_features
 from training.models.assembly import load_pipeline
@@ -24,6 +24,7 @@ from training.models.judge import Classifier, load_classifier
 from training.models.lpips import load_perceptual
 from training.shards.reading import ShardSet
 from training.stages.classifier import augment
+from training.tensors import content_hash, save_tensors
 
 
 def report(tmp_path: Path, *words: object) -> dict[str, object]:

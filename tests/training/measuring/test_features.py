@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torchvision.models import inception_v3
 
 from autoencoder.images import to_unit
-from training.files import content_hash, file_sha256, save_tensors
+from training.files import file_sha256
 from training.measuring.features import load_features
 from training.models import published
+from training.tensors import content_hash, save_tensors
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from peers import CLOSE, convert, diffusers, images, stored
 from torch.nn import functional as F
 
 from autoencoder.base import Autoencoder
-from training.files import read_json
+from training.guarding import read_json
 from training.models.autoencoders import load_autoencoder
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from training.errors import UserError
-from training.files import load_tensors, save_tensors
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.models.folders import fill
+from training.tensors import load_tensors, save_tensors
 
 
 def one(value: float) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ldm.text.tokenizer import split
 from training.errors import UserError
-from training.files import content_hash, load_tensors, save_tensors
 from training.loop.loop import Loop
 from training.models import assembly, autoencoders
 from training.models.assembly import load_pipeline
@@ -27,6 +26,7 @@ from training.pictures import grids
 from training.shards.index import write_index
 from training.shards.reading import ShardSet
 from training.shards.writing import ShardWriter
+from training.tensors import content_hash, load_tensors, save_tensors
 
 LABEL = (
     '[backbone]\nkind = "dit"\nwidth = 16\ndepth = 1\nheads = 2\nbase_size = 8\n[text]\nkind = "label"\nwidth = 16\n'

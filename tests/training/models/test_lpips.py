@@ -13,8 +13,8 @@ import torch
 import torchvision
 
 from training.errors import UserError
-from training.files import save_tensors
 from training.models.lpips import load_distance, load_perceptual
+from training.tensors import save_tensors
 
 BUILDERS = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}  # the names of torchvision
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchvision's, of the flags that lpips gives it

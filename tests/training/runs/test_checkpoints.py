@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from training.errors import UserError
-from training.files import atomic_write, content_hash, file_sha256, load_tensors, save_tensors, write_bytes
+from training.files import atomic_write, file_sha256, write_bytes
 from training.runs import checkpoints as checkpoints_module
 from training.runs.checkpoint import Checkpoint, damage, score
 from training.runs.checkpoints import Checkpoints
@@ -23,6 +23,7 @@ from training.runs.folder import Run
 from training.runs.journal import Journal
 from training.settings.decoding import load
 from training.settings.sections import Train
+from training.tensors import content_hash, load_tensors, save_tensors
 
 
 def checkpoint(step: int, value: float | None = None) -> Checkpoint:

@@ -16,9 +16,9 @@ from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
 from ldm.pipeline import Sampling
 from ldm.samplers import DDIM
-from training.files import load_tensors
 from training.models.assembly import load_pipeline
 from training.runs.checkpoints import Checkpoints
+from training.tensors import load_tensors
 
 CHOICES = {
     "learned-variance": "--schedule.kind ddpm-linear --prediction.kind eps --backbone.learned_variance true "

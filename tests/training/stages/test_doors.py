@@ -15,12 +15,13 @@ from autoencoder.images import to_unit
 from autoencoder.norm import LatentStatistics
 from training.data.images import Images
 from training.data.latents import Latents
-from training.files import load_tensors, write_json
+from training.files import write_json
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.runs.checkpoints import Checkpoints
 from training.settings import decoding
 from training.shards.reading import ShardSet
+from training.tensors import load_tensors
 
 NETWORK: dict[str, Any] = {"blocks": 1, "mid_attention": False, "encoder_channels": 8}
 QUANTISED: dict[str, dict[str, Any]] = {

@@ -15,10 +15,10 @@ import torch
 
 from training.drills.verify_resume import launch
 from training.errors import UserError
-from training.files import load_tensors, save_tensors
 from training.loop.loop import Loop
 from training.runs.checkpoint import Checkpoint
 from training.runs.checkpoints import Checkpoints
+from training.tensors import load_tensors, save_tensors
 
 SCRIPT = {"autoencoder": "train_autoencoder", "denoiser": "train_denoiser"}
 FLAGS = {"autoencoder": tiny.AUTOENCODER, "denoiser": tiny.DENOISER}
