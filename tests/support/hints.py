@@ -16,7 +16,9 @@ import tiny
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.\w+)?")
 COMMAND = re.compile(r"\b(\w+)\.py((?: [a-z]+\b)?)")
 SPEAKERS = {"tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error"}
-OF_LAUNCHERS = {"--nproc-per-node", "--num_processes", "--cpu"}  # torchrun and accelerate launch
+# Of torchrun, accelerate launch and pip.
+OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--force-reinstall",
+                "--no-deps"}  # fmt: skip
 
 
 class Hint(NamedTuple):

@@ -46,7 +46,7 @@ def _warn_of_order(address: str, shards: int, window: int, mixed: bool) -> None:
     """Once a process: batches of one kind of samples train badly, and nothing else would tell."""
     if shards > window and not mixed:
         what = f"{address}: packed in the order of its source; a window of {window} shards may hold few classes"
-        warn(f"{what}; pack (and encode) them anew, which mixes all, or raise --train.window-shards")
+        warn(f"{what}; pack (and encode) them anew, which mixes all, or raise --train.window_shards")
 
 
 class Prefetching:
