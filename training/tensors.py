@@ -114,7 +114,9 @@ def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
 
 def _unfit(tensor: Tensor, wanted: Tensor) -> str:
     """Why a tensor cannot stand for `wanted`, of whatever precision; empty where it can."""
-    if tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex() or wanted.is_complex():
+    counts = not wanted.is_floating_point() and tensor.is_floating_point() and bool((tensor == tensor.round()).all())
+    other_kind = tensor.is_floating_point() != wanted.is_floating_point() and not counts
+    if other_kind or tensor.is_complex() or wanted.is_complex():
         kind = "floating-point numbers" if wanted.is_floating_point() else "whole numbers"
         return f"is {str(tensor.dtype).removeprefix('torch.')}, not {kind}"
     if tensor.is_floating_point() and not (finite := tensor.float().isfinite()).all():

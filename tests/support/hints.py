@@ -17,8 +17,8 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.\w+)?")
 COMMAND = re.compile(r"\b(\w+)\.py((?: [a-z]+\b)?)")
 SPEAKERS = {"tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error"}
 # Of torchrun, accelerate launch and pip.
-OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--force-reinstall",
-                "--no-deps"}  # fmt: skip
+OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu"}
+OF_LAUNCHERS |= {"--force-reinstall", "--no-deps"}
 
 
 class Hint(NamedTuple):

@@ -140,7 +140,8 @@ def made_up(side: int, count: int) -> Any:
     from training.data.samples import Batch
 
     class MadeUp:
-        shards = SimpleNamespace(remote=None, windows=((), 0))  # it has no files
+        shards = SimpleNamespace(remote=None, windows=((), 0), summary={}, directory=Path("."), split="")  # no files
+        text = False
         moments = torch.randn(count, 8, side, side, generator=torch.Generator().manual_seed(0))
 
         def __len__(self) -> int:

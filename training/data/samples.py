@@ -76,7 +76,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
                     raise problem
                 reasons[places[i].index] = problem.what
-                places[i] = substitute(slots[i], attempt, len(self), self.seed, *self.shards.windows)
+                places[i] = substitute(slots[i], attempt, len(self), self.seed, *(self.shards.windows or ()))
             for (i, _), sample in zip(failures, self.load([places[i] for i, _ in failures]), strict=True):
                 samples[i] = sample
         batch = self.join(places, [sample for sample in samples if not isinstance(sample, UserError)])
@@ -96,7 +96,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
         """
         if not 0 < count < len(self):
             return range(len(self))
-        sizes, window = self.shards.windows
+        sizes, window = self.shards.windows or ((), 0)
         if not sizes:
             return _spread(count, len(self))
         ends = np.cumsum(sizes)

@@ -50,9 +50,9 @@ def cache_folder(given: str | Path | None) -> Path:
     try:
         cache = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-diffusion")
     except RuntimeError:
-        raise UserError("no home folder, where shards could be kept", hint="name a folder with --cache-dir") from None
+        raise UserError("no home folder, where shards could be kept", hint="name a folder: --cache-dir DIR") from None
     try:
         make_folder(cache)
     except UserError as problem:
-        raise UserError(problem.what, hint="name another folder with --cache-dir", code=problem.code) from None
+        raise UserError(problem.what, hint="name another folder: --cache-dir DIR", code=problem.code) from None
     return cache

@@ -167,7 +167,7 @@ MISTAKES = {  # (of which stage, flags, exit code, what is said)
     "no steps of likelihood": ("denoiser", "--data {data} --likelihood 2 --grid.kind given", 2, "given times"),
     "no judge": ("denoiser", "--data {data} --obedience nowhere", 3, "nowhere holds no classifier"),
     "no inception": ("denoiser", "--data {data} --features inception:nowhere", 3, "no weights at 'nowhere'"),
-    "a broken inception": ("denoiser", f"--data {{data}} --features {FILE}", 3, "not a safetensors file"),
+    "a broken inception": ("denoiser", f"--data {{data}} --features {FILE}", 3, "refusing to load a pickle file"),
     "another network": ("autoencoder", "--data {data} --features inception:{other}", 3, "not the weights of"),
     "no data": ("denoiser", "--data nowhere", 3, "nowhere is not a folder"),
 }

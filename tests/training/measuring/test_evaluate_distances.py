@@ -28,12 +28,21 @@ from training.pictures import grids
 from training.shards.reading import ShardSet
 
 
+class Darker:
+    """What reconstructions are like."""
+
+    image_channels = 3
+
+    def __call__(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return images.clamp(-0.5, 0.5), images
+
+
 class Painter:
     """A pipeline whose picture of a caption is that of the data shown to it, somewhat darker; it notes its requests."""
 
     def __init__(self, known: dict[str, Tensor]) -> None:
         self.known, self.asked = known, list[tuple[list[str], list[int]]]()
-        self.autoencoder = lambda images, noise: (images.clamp(-0.5, 0.5), images)  # what reconstructions are like
+        self.autoencoder = Darker()
         self.text = SimpleNamespace(readings=lambda captions: [Reading(1, 1)] * len(captions))
 
     def pixels(self, captions: list[str], seeds: list[int], *, sampling: Any, batch_size: int) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluate(tmp_path: Path, *words: object) -> dict[str, Any]:
-    assert tiny.call("evaluate", "--device", "cpu", "--output", tmp_path / "out.json", *words) == 0
+    assert tiny.call("evaluate", "--device", "cpu", "--output", tmp_path / "out.json", "--overwrite", *words) == 0
     return dict(json.loads((tmp_path / "out.json").read_text()))
 
 

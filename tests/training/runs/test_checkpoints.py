@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from training.errors import UserError
 from training.files import atomic_write, file_sha256, write_bytes
-from training.runs import checkpoints as checkpoints_module
+from training.runs import checkpoint as checkpoint_module
 from training.runs.checkpoint import Checkpoint, damage, score
 from training.runs.checkpoints import Checkpoints
 from training.runs.folder import Run
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_run_is_refused(kept: Checkpoints, tmp_path: Pat
         with pytest.raises(UserError, match="is not a checkpoint of this run") as caught:
             kept.find(str(asked))
         assert caught.value.code == 4 and "--init-from" in caught.value.hint
-    (kept.folder / "step-00000030").symlink_to(theirs)
+    (kept.folder / "step-00000030").symlink_to(other.save(checkpoint(30)))
     assert kept.find("step-00000030") == kept.folder / "step-00000030"
     shutil.copytree(theirs, kept.folder / "copied")  # which sorts before all steps: they would be its future
     with pytest.raises(UserError, match="no checkpoint copied"):
@@ -366,9 +366,9 @@ def test_a_checkpoint_is_hashed_once_and_read_file_by_file(
     """Of the processes of a resume one verifies; each then holds one file at a time."""
     hashed, read = list[str](), list[str]()
     for name, told in (("file_sha256", hashed), ("load_tensors", read)):
-        call = getattr(checkpoints_module, name)
+        call = getattr(checkpoint_module, name)
         wrapper = lambda path, _call=call, _told=told: _told.append(path.name) or _call(path)  # noqa: E731
-        monkeypatch.setattr(checkpoints_module, name, wrapper)
+        monkeypatch.setattr(checkpoint_module, name, wrapper)
     path = kept.find("auto")
     assert path is not None and len(hashed) == len(set(hashed)) == 4
     checkpoint = kept.load(path, verified=True)
