@@ -76,7 +76,7 @@ def generate(args: argparse.Namespace) -> int:
     device, rank, world = processes(args)
     memory.keep_memory()
     captions = [*(r.prompt for r in requests), args.negative_prompt, args.invert_prompt, *(c for _, c in args.also)]
-    drawing = prepare(args, device, original, partial(tell_reading, captions, ledger, aloud=rank == 0))
+    drawing = prepare(args, device, original, partial(tell_reading, captions, ledger, aloud=rank == 0), ledger)
     note_unused(args, drawing, ledger)
     own_requests = requests[rank::world]
     since = time.perf_counter()
@@ -107,6 +107,7 @@ def prepare(
     device: torch.device,
     original: replay.Original | None,
     tell_reading: Callable[[TextEncoder], None],
+    ledger: Ledger,
 ) -> Drawing:
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
     check_scale(args)
@@ -123,7 +124,7 @@ def prepare(
         pipeline.latent_shape(size)
     tell_reading(pipeline.text)
     # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
-    begin = start.latents(pipeline, size, sampling)
+    begin = start.latents(pipeline, size, sampling, ledger)
     hashes = pipeline_hashes(pipeline)
     facts = {
         "settings": settings,

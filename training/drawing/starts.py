@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.errors import CHECKPOINT, DATA, UserError
+from training.ledger import Ledger
 
 if TYPE_CHECKING:
     import argparse
@@ -46,8 +47,11 @@ class Start(ABC):
         """
 
     @abstractmethod
-    def latents(self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling) -> Tensor | None:
-        """Latents of t = 1 for a picture of `size`, or None for each seed's own noise."""
+    def latents(
+        self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling, ledger: Ledger
+    ) -> Tensor | None:
+        """Latents of t = 1 for a picture of `size`, or None for each seed's own noise; what of a given picture is not
+        used goes into the `ledger`."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any] | None:
@@ -84,7 +88,7 @@ class OwnNoise(Start):
     def recall(cls, args: argparse.Namespace, path: Path, facts: Any) -> None:
         """The seed is recalled for every drawing."""
 
-    def latents(self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling) -> None:
+    def latents(self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling, ledger: Ledger) -> None:
         """None: the pipeline draws each seed's noise itself."""
         return None
 
@@ -129,7 +133,7 @@ class Inversion(Start):
         if not args.invert:
             raise UserError(f"{path} was begun from another picture", hint="give that with --invert", code=DATA)
 
-    def latents(self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling) -> Tensor:
+    def latents(self, pipeline: Pipeline, size: tuple[int, int], sampling: Sampling, ledger: Ledger) -> Tensor:
         """The noise (1, C, h, w) that inversion finds. UserError for pictures or settings that do not serve."""
         import numpy as np
         import torch
@@ -143,6 +147,11 @@ class Inversion(Start):
         except UserError as problem:
             hint = problem.hint or "give a picture file"
             raise UserError(f"--invert {self.picture}: {problem.what}", hint=hint, code=DATA) from None
+        for effect, kind in picture.info["remarks"]:
+            ledger.add(effect, kind, str(self.picture))
+        if picture.size != size[::-1]:
+            fitted = f"picture of --invert, its middle resized to {size[1]}x{size[0]}"
+            ledger.add("cut", fitted, f"{self.picture} {picture.width}x{picture.height}")
         cut = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(cut).reshape(*size, -1)).permute(2, 0, 1)[None].to(pipeline.device)
         try:

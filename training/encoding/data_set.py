@@ -192,7 +192,7 @@ def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
 
 def _short(value: object) -> str:
     """A hash by its beginning, anything else as it is, a table by the hash of all its entries."""
-    if isinstance(value, dict) and len(value) > 4:
+    if isinstance(value, dict) and all(isinstance(part, str) and len(part) == 64 for part in value.values()):
         return f"{len(value)} shards {sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]}"
     return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 

@@ -268,3 +268,16 @@ def test_tiles(denoiser: Path, tmp_path: Path) -> None:
     assert grids.facts(tmp_path / "again" / "00000.png")["tile"] == 16
     assert np.array_equal(pixels(tmp_path / "again" / "00000.png"), pixels(tiled / "00000.png"))
     assert "--tile" in tiny.refused("generate", *again, "--overwrite", "--tile", 3).what
+
+
+def test_a_picture_of_another_shape_is_cut_and_that_is_told(
+    denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGBA", (50, 37), (200, 30, 30, 128)).save(tmp_path / "odd.png")
+    words = ("--sampler", "ddim", "--guidance-scale", "1", "--prompt", CAPTIONS[0])
+    drawn(denoiser, tmp_path / "out", *words, "--invert", tmp_path / "odd.png")
+    said = capsys.readouterr().err
+    assert f"cut 1: picture of --invert, its middle resized to 32x32 ({tmp_path / 'odd.png'} 50x37)" in said
+    assert "replaced 1: transparency, laid on the background" in said
+    drawn(denoiser, tmp_path / "again", *words, "--invert", tmp_path / "out" / "00000.png")
+    assert "--invert" not in capsys.readouterr().err
