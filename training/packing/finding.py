@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
-from glob import glob
 from pathlib import Path
 
 from training.commands import door
@@ -20,9 +19,9 @@ from training.packing.folder import Folder
 from training.packing.sources import Reading, Source
 from training.packing.tar_source import Tars
 from training.pictures.decoding import SUFFIXES
+from training.shards.patterns import braces, matching
 
 ADDRESS = re.compile(r"pipe:|[a-z0-9]+://")
-MOST_SHARDS = 1_000_000  # that one pattern may mean
 # How what is not read in place is unpacked, into the folder that is named after it.
 UNPACKERS = {
     ".7z": "7z x {file} -o{folder}",
@@ -34,37 +33,17 @@ UNPACKERS = {
 SOURCES = "SOURCE is a folder of pictures, a zip, tars or parquet, fashion-mnist, shapes, or emoji with --root"
 
 
-def braces(pattern: str) -> list[str]:
-    """`a{00..02}b` or `a{x,y}b` written out, ranges keeping their width. Raises UserError for more than MOST_SHARDS."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if ends:
-        if int(ends[2]) - int(ends[1]) >= MOST_SHARDS:
-            raise UserError(f"{pattern}: more than {MOST_SHARDS:,} shards", hint="name them in several packings")
-        words = [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
-    else:
-        words = match[1].split(",")
-    return [rest for word in words for rest in braces(pattern[: match.start()] + word + pattern[match.end() :])]
-
-
-def _matching(pattern: str) -> list[Path]:
-    """The files a star or question mark stands for; brackets are letters like others."""
-    return [path for path in map(Path, sorted(glob(pattern.replace("[", "[[]")))) if path.is_file()]
-
-
 def _local(pattern: str) -> list[Path]:
     """The files that a pattern means: the one it names to the letter, all that a star matches, every one that braces
     write out."""
     if Path(pattern).is_file():
         return [Path(pattern)]
     starred = "*" in pattern or "?" in pattern
-    if starred and (found := _matching(pattern)):  # a folder's own name may have braces
+    if starred and (found := matching(pattern)):  # a folder's own name may have braces
         return found
     names = braces(pattern)
     if starred:
-        return [path for name in names for path in _matching(name)]
+        return [path for name in names for path in matching(name)]
     paths = [path for path in map(Path, names) if path.is_file()]
     if paths and len(paths) < len(names):
         missing = [name for name in names if not Path(name).is_file()]

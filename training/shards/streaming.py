@@ -12,7 +12,6 @@ import tarfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from glob import glob
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -20,11 +19,11 @@ from signal import SIGPIPE
 from typing import IO, Any
 
 import webdataset
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 from training.errors import DATA, USAGE, UserError
 from training.shards.addresses import redact, without_secrets
+from training.shards.patterns import braces, matching
 from training.shards.splits import split_of
 
 LARGEST_MEMBER = 256 << 20  # bytes of one field; larger ones are passed over unread
@@ -41,7 +40,10 @@ def streamed_tars(names: str) -> list[str]:
     """
     if names.startswith("pipe:"):
         return [names]  # braces are the shell's
-    tars = [tar for name in expand_urls(names) for tar in (sorted(glob(name)) if "*" in name else [name])]
+    if Path(names).is_file():
+        return [names]
+    starred = "://" not in names and ("*" in names or "?" in names)
+    tars = [str(tar) for name in braces(names) for tar in (matching(name) if starred else [name])]
     if not tars:
         raise UserError(f"no shards match '{names}'", hint="quote brace and star patterns", code=DATA)
     for tar in tars:

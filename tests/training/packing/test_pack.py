@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 from training.errors import UserError
 from training.packing.builtin_sources import FashionMnist
 from training.packing.command import main
-from training.packing.finding import braces
 from training.shapes.checker import check
 from training.shapes.scenes import HELD_OUT
 from training.shapes.wording import parse
+from training.shards.patterns import braces
 from training.shards.reading import ShardSet
 from training.shards.verifying import verify
 

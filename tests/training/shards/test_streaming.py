@@ -100,6 +100,14 @@ def test_streams_that_break(tars: tuple[str, ...], tmp_path: Path) -> None:
 def test_what_names_mean(tars: tuple[str, ...], tmp_path: Path) -> None:
     assert streamed_tars(f"{tmp_path}/{{0..3}}.tar") == list(tars) == streamed_tars(f"{tmp_path}/*.tar")
     assert streamed_tars("pipe:cat a{1,2}") == ["pipe:cat a{1,2}"]
+    assert streamed_tars("s3://a/{0..1}.tar") == ["s3://a/0.tar", "s3://a/1.tar"]
+    odd = tmp_path / "of [2020] {x}"
+    odd.mkdir()
+    inside = str(tar_of(odd / "0.tar", range(2)))
+    assert streamed_tars(inside) == [inside]
+    (tmp_path / "of [2020]").mkdir()
+    starred = str(tar_of(tmp_path / "of [2020]" / "0.tar", range(2)))
+    assert streamed_tars(f"{tmp_path}/of [2020]/*.tar") == [starred]
     for names in (f"{tmp_path}/none-*.tar", f"{tmp_path}/{{0..4}}.tar"):
         with pytest.raises(UserError) as caught:
             streamed_tars(names)
