@@ -91,6 +91,34 @@ def test_the_gradient_scaler_goes_on(latents: Path, tmp_path: Path, monkeypatch:
     assert moves == {0.5, 1.0, 2.0}, told  # an overflow, steps taken, and growth after two of these
 
 
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """As the settings of the process were, afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def test_other_kernels_are_said_and_recorded_and_less_kept_is_not(
+    kernels: None, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run begun before there were such keys, too, which had none of them on."""
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER]
+    stopped(monkeypatch, 2, *words)
+    record = json.loads((run / "run.json").read_text())
+    assert [record["environment"].pop(key) for key in ("tf32", "cudnn_benchmark")] == [False, False]
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.benchmark
+    (run / "run.json").write_text(json.dumps(record))
+    on = ["--train.tf32", "true", "--train.cudnn_benchmark", "true", "--backbone.gradient_checkpointing", "true"]
+    assert tiny.call(*words, *on, "--resume", "auto") == 0
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
+    (entry,) = json.loads((run / "run.json").read_text())["resumes"]
+    assert entry == {"step": 2, "changed": ["tf32 False -> True", "cudnn_benchmark False -> True"]}
+    assert "bit-exactness is not guaranteed across tf32 False -> True" in capsys.readouterr().err
+
+
 def test_other_software_is_said_and_recorded(
     latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,15 @@ def start(
     return accelerator
 
 
+def choose_kernels(*, tf32: bool, benchmark: bool) -> None:
+    """Let the kernels of CUDA devices be faster and other in their last bits; else they are as torch has them."""
+    if tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
 def _check_target(target: torch.device, mixed_precision: str) -> None:
     """Refuse a precision that the device lacks, and GPUs that do not suffice for the processes."""
     if target.type == "cpu":

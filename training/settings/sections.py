@@ -70,6 +70,8 @@ class Train:
     ema_lengths: tuple[float, ...] = ()  # power-function averages kept besides, as shares of the steps trained (EDM2)
     ema_every: int = 1000  # steps between their snapshots, of which posthoc_ema.py makes an average of any length
     compile: bool = False
+    tf32: bool = False  # float32 products on a GPU's tensor cores, from numbers rounded to 10 bits: faster, less exact
+    cudnn_benchmark: bool = False  # a GPU tries the algorithms of a convolution and takes the fastest: other last bits
     log_every: int = 20
     save_every: int = 1000
     save_async: bool = False  # write checkpoints beside the training, from a copy in the CPU's memory

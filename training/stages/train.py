@@ -79,6 +79,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     args, settings = job.args, job.config.train
     job.open_data()
     accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
+    processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
     if processes.is_distributed():
         meeting.agree(shared_facts(job, accelerator))
     job.config, micro, accumulation = layout(job.config, args, accelerator.num_processes)
@@ -147,7 +148,7 @@ def fit(
     loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
     if accelerator.is_main_process:
         check_room(loop)
-    for why in without_use(config, args.overrides):
+    for why in without_use(config, args.overrides, accelerator.device.type):
         loop.state.books.given.add("ignored", "settings without use here", why)
     start = resume(args, loop, path, accelerator)
     try:
