@@ -142,6 +142,7 @@ def test_out_of_memory_is_explained(failure: RuntimeError) -> None:
     assert told.what == "out of memory at step 3 with a micro-batch of 16"
     assert "--micro-batch-size 8, or auto, trains the same" in told.hint and "64" in told.hint
     assert told.hint.count("; or ") == 2  # three ways on
+    assert "--micro-batch-size 8 trains the same" in getattr(explain(failure, 3, 16, 64, auto=True), "hint", "")
     assert "--micro-batch-size" not in getattr(explain(failure, 3, 1, 64), "hint", "")  # there is no smaller one
     other = RuntimeError("shapes do not match")
     assert explain(other, 3, 16, 64) is other

@@ -174,13 +174,17 @@ def checksum(value: Tensor) -> Tensor:
     return value.detach().view(integers).sum(dtype=torch.int64)
 
 
-def explain(failure: Exception, step: int, micro: int, batch: int) -> Exception:
-    """What a failure inside a step means, as a UserError where its kind is known; else the failure itself."""
+def explain(failure: Exception, step: int, micro: int, batch: int, *, auto: bool = False) -> Exception:
+    """What a failure inside a step means, as a UserError where its kind is known; else the failure itself.
+
+    `auto`: the micro-batch was found by search, which another search would find again.
+    """
     text = str(failure)
     if not isinstance(failure, RuntimeError):
         return failure
     if out_of_memory(failure):
-        half = f"--micro-batch-size {micro // 2}, or auto, trains the same with less (the global batch stays {batch})"
+        other = "" if auto else ", or auto,"
+        half = f"--micro-batch-size {micro // 2}{other} trains the same with less (the global batch stays {batch})"
         least = half if micro > 1 else "more processes"
         what = f"out of memory at step {step} with a micro-batch of {micro}{memory_needed(text)}"
         return UserError(what, hint=f"{least}; or --mixed-precision bf16; or a smaller model", code=DISK)

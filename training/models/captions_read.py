@@ -11,6 +11,7 @@ from training.data.latents import Latents
 from training.data.samples import Batch
 from training.errors import DATA, UserError
 from training.ledger import Ledger
+from training.machine.launcher import first_process
 from training.messages import warn
 from training.models.vocabulary import captions, counted
 
@@ -34,7 +35,7 @@ class CaptionTally:
         self.text, self.samples, self.last = text, len(dataset), -1
         self.counted, self.noted = Ledger(), Ledger()
         self.waiting = not self._count(dataset)
-        for line in self.counted.lines():
+        for line in self.counted.lines() if first_process() else ():
             warn(line)
 
     def _count(self, dataset: Latents) -> bool:
