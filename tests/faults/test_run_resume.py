@@ -89,6 +89,9 @@ def test_the_gradient_scaler_goes_on(latents: Path, tmp_path: Path, monkeypatch:
     assert told[0] == told[1] and len(told[0]) == 9
     moves = {after[0] / before[0] for before, after in pairwise(told[0])}
     assert moves == {0.5, 1.0, 2.0}, told  # an overflow, steps taken, and growth after two of these
+    for run in ("straight", "broken"):
+        (entry,) = json.loads((tmp_path / run / "run.json").read_text())["ledger"]["left out"].items()
+        assert entry[0].startswith("steps skipped, their gradient an overflow of fp16") and entry[1]["count"] == 1
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_an_overflow_is_routine_under_a_scaler(scaled: Watchdogs) -> None:
     dogs = scaled
     assert not any(judge(dogs, n, norm=float("inf")) for n in range(IN_A_ROW - 1)) and dogs.skipped == 0
     assert judge(dogs, 19) and not judge(dogs, 20, norm=float("nan"))
+    assert dogs.overflows == IN_A_ROW and dogs.skipped == 0
     with pytest.raises(UserError, match="loss is not finite"):  # scaling down does not mend a loss
         judge(dogs, 21, loss=float("nan"))
 

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
+from training.files import finite
 from training.messages import note
 from training.settings import plugins, reading
 from training.settings.families import families, suggestion, unknown_key, unknown_kind
@@ -152,7 +153,7 @@ def stated(stage: str, source: str, key: str) -> Any:
 
 def to_values(config: Config) -> Values:
     """The whole config as plain JSON data; `decode` is its inverse."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))  # type: ignore[no-any-return]
 
 
 def diff(old: Values, new: Values) -> list[str]:
@@ -178,7 +179,10 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
         mistakes.append((name, f"{name}: {len(unknown)} unknown keys"))
     try:
         plain = json.dumps({k: v for k, v in values.items() if k in fields}, default=str)  # TOML also has dates
-        return _adapter(member).validate_json(plain, strict=True), mistakes
+        part = _adapter(member).validate_json(plain, strict=True)
+        given = dataclasses.asdict(part)  # and defaults, which are not looked at above
+        endless = [key.removesuffix("_is") for key in finite(given).keys() - given.keys()]
+        return part, mistakes + [(f"{name}.{k}", f"{name}.{k}: expected a finite number, got {given[k]}") for k in endless]
     except ValidationError as failure:
         for error in failure.errors():
             place = [str(p) for p in error["loc"]]
