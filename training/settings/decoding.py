@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
 from training.files import finite
+from training.machine.launcher import first_process
 from training.messages import note
 from training.settings import plugins, reading
 from training.settings.families import families, suggestion, unknown_key, unknown_kind
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from autoencoder.discriminator import Discriminator
     from ldm.schedules import NoiseSchedule
 
+DRAWING = ("sampler", "grid", "guidance")
 MOST_TOLD = 20  # mistakes named at once; of more only the number is told
 
 
@@ -89,7 +91,7 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
     own = reading.parse(text, where)
     if not as_of and stage == "denoiser" and "format" not in own:
         note(f"{where} has no [format] version and is read as version 1")
-    values = overlay(upgrade(own, sections(stage), as_of or version(own)), overrides or {})
+    values = lay_over(stage, upgrade(own, sections(stage), as_of or version(own)), overrides or {}, where)
     lines = {key: f"{where}:{line}" for key, line in reading.lines(text)}
     lines |= dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
@@ -98,6 +100,31 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
 def decode_stored(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
     """What a run's config.json, of whatever version, means."""
     return decode(stage, upgrade(values, sections(stage), version(values)), lines)
+
+
+def lay_over(stage: str, values: Values, overrides: Mapping[str, str], where: str) -> Values:
+    """`overlay`, where an override may choose another kind than the values of `where` have.
+
+    A sampler, grid or guidance of another kind starts from its defaults; another kind elsewhere, a network say, keeps
+    the keys that both have. What is dropped so and was not a default is said.
+    """
+    dropped: list[str] = []
+    for name, members in sections(stage).items():
+        section, kind = values.get(name, {}), reading.literal(overrides.get(f"{name}.kind", "null"))
+        by_kind = dict(zip(kinds(members), members, strict=False))
+        before = isinstance(section, dict) and by_kind.get(str(section.get("kind", next(iter(by_kind), ""))))
+        if kind not in by_kind or not before or by_kind[kind] is before:
+            continue
+        rules = upgrade({"format": values.get("format", {}), name: {"kind": kind}}, sections(stage), version(values))
+        new = {field.name for field in dataclasses.fields(by_kind[kind])}
+        kept = rules[name] if name in DRAWING else {key: value for key, value in section.items() if key in new}
+        plain = {field.name: field.default for field in dataclasses.fields(before)}
+        gone = [key for key in section.keys() - kept.keys() - {"kind"} if f"{name}.{key}" not in overrides]
+        dropped += sorted(f"{name}.{key}" for key in gone if json.loads(json.dumps(plain.get(key), default=str)) != section[key])
+        values = {**values, name: kept}
+    if dropped and first_process():
+        note(f"{where}: not used with another kind: {', '.join(dropped)}")
+    return overlay(values, overrides)
 
 
 def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
