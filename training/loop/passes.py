@@ -1,8 +1,8 @@
 """The backward passes of a step: micro-batches from the loader, gradients averaged over processes.
 
 With the micro-batch "auto", where memory runs out in any process, all drop what they have of the step and take it again
-in smaller parts. Several processes do so until a size has held for `HELD` steps; from then on gradients travel while the
-backward pass goes on, as with a number, and memory that runs out ends the run.
+in smaller parts. Several processes do so until a size has held for `HELD` steps. From then on gradients travel while
+the backward pass goes on, as with a number, and memory that runs out ends the run.
 """
 
 from __future__ import annotations

@@ -118,9 +118,9 @@ def lay_over(stage: str, values: Values, overrides: Mapping[str, str], where: st
         rules = upgrade({"format": values.get("format", {}), name: {"kind": kind}}, sections(stage), version(values))
         new = {field.name for field in dataclasses.fields(by_kind[kind])}
         kept = rules[name] if name in DRAWING else {key: value for key, value in section.items() if key in new}
-        plain = {field.name: field.default for field in dataclasses.fields(before)}
-        gone = [key for key in section.keys() - kept.keys() - {"kind"} if f"{name}.{key}" not in overrides]
-        dropped += sorted(f"{name}.{key}" for key in gone if json.loads(json.dumps(plain.get(key), default=str)) != section[key])
+        plain = {f.name: json.loads(json.dumps(f.default, default=str)) for f in dataclasses.fields(before)}
+        gone = [key for key in section if key not in {"kind", *kept} and section[key] != plain.get(key)]
+        dropped += [f"{name}.{key}" for key in gone if f"{name}.{key}" not in overrides]
         values = {**values, name: kept}
     if dropped and first_process():
         note(f"{where}: not used with another kind: {', '.join(dropped)}")
@@ -207,9 +207,10 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
     try:
         plain = json.dumps({k: v for k, v in values.items() if k in fields}, default=str)  # TOML also has dates
         part = _adapter(member).validate_json(plain, strict=True)
-        given = dataclasses.asdict(part)  # and defaults, which are not looked at above
-        endless = [key.removesuffix("_is") for key in finite(given).keys() - given.keys()]
-        return part, mistakes + [(f"{name}.{k}", f"{name}.{k}: expected a finite number, got {given[k]}") for k in endless]
+        whole = dataclasses.asdict(part)  # with the defaults, which are not looked at above
+        endless = [key.removesuffix("_is") for key in finite(whole).keys() - whole.keys()]
+        mistakes += [(f"{name}.{key}", f"{name}.{key}: expected a finite number, got {whole[key]}") for key in endless]
+        return part, mistakes
     except ValidationError as failure:
         for error in failure.errors():
             place = [str(p) for p in error["loc"]]

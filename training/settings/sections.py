@@ -59,8 +59,8 @@ class Train:
 
     max_steps: int = 10_000
     batch_size: int = 64  # images per optimiser step, over all processes
-    # Images per process and backward pass; 0 = batch_size / processes; "auto" = so too, halved where memory runs out (in
-    # several processes until a size has held for 50 steps).
+    # Images per process and backward pass; 0 = batch_size / processes; "auto" = so too, halved where memory runs out,
+    # in several processes until a size has held for 50 steps.
     micro_batch_size: int | Literal["auto"] = 0
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

@@ -355,7 +355,8 @@ def test_another_kind_starts_from_its_defaults(tmp_path: Path, capsys: pytest.Ca
     )
     same = decoding.load("denoiser", str(given), {"text.kind": "scratch", "sampler.kind": "euler-maruyama"})
     assert same == decoding.load("denoiser", str(given)) and not capsys.readouterr().err
-    other = decoding.load("denoiser", str(given), {"text.kind": "label", "sampler.kind": "heun", "grid.kind": "uniform"})
+    kinds = {"text.kind": "label", "sampler.kind": "heun", "grid.kind": "uniform"}
+    other = decoding.load("denoiser", str(given), kinds)
     assert isinstance(other, decoding.DenoiserConfig) and other.text == type(other.text)(width=16)
     assert (other.sampler.kind, other.grid) == ("heun", type(other.grid)())
     dropped = "text.depth, text.heads, sampler.diffusion, grid.rho"
