@@ -34,6 +34,15 @@ def test_a_signal_to_one_stops_both_at_the_same_step(words: list[object], tmp_pa
     assert (record["status"], record["step"], record["environment"]["processes"]) == ("stopped", 3, 2)
 
 
+def test_a_signal_to_one_in_the_last_act_ends_both_alike(words: list[object], tmp_path: Path) -> None:
+    """It alone exports; the other, which waits for it, has lost nobody."""
+    run = [*words, "--output", tmp_path / "run"]
+    assert ranks.start(2, tmp_path, *run, wrong={0: "export=term"}) == [143, 143], ranks.said(tmp_path)
+    said = ranks.said(tmp_path)
+    assert "saved step 6, which is the last, but not final/" in said and "lost another process" not in said, said
+    assert ranks.start(2, tmp_path, *run, "--resume", "auto") == [0, 0], ranks.said(tmp_path)
+
+
 def test_death_of_one_ends_the_other(words: list[object], tmp_path: Path) -> None:
     run = tmp_path / "run"
     codes = ranks.start(2, tmp_path, *words, "--output", run, wrong={ALONE: "step:4=kill"})

@@ -146,6 +146,12 @@ def together() -> Iterator[None]:
         raise SystemExit(json.loads(first)[1]) from None
 
 
+def end_all(code: int) -> None:
+    """Have the other processes, which wait for this one inside `together`, end with `code`, as it is about to."""
+    if is_distributed():
+        _claim(json.dumps([torch.distributed.get_rank(), code]))
+
+
 def is_lost_connection(failure: Exception) -> bool:
     """Whether a failure is that of the connection to another process."""
     return is_distributed() and isinstance(failure, RuntimeError) and PEER.search(str(failure)) is not None

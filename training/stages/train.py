@@ -107,6 +107,7 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
     """The last act, with every step saved: a signal ends it at once. Returns the exit code. Collective."""
     from training.loop.wrapping import unwrapped
     from training.machine import meeting
+    from training.machine.processes import end_all
     from training.machine.signals import Stopped
     from training.runs.folder import Run
 
@@ -118,11 +119,11 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
                 finish(run, tensors, job.title, close_books(loop, facts))
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
-        if run.finished():  # it came too late to stop anything
-            return 0
-        if isinstance(run, Run):
+        code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything
+        end_all(code)
+        if code and isinstance(run, Run):
             report_stopped(job.args, run, loop, facts, stopped.number, ", which is the last, but not final/")
-        return 128 + stopped.number
+        return code
     return 0
 
 
