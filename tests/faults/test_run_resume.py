@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from training.drills.verify_resume import differences
+from training.loop.loop import Loop
 from training.machine import faults, processes
 from training.runs.checkpoints import Checkpoints
 from training.stages.denoiser import DenoiserStage
@@ -92,6 +93,30 @@ def test_the_gradient_scaler_goes_on(latents: Path, tmp_path: Path, monkeypatch:
     for run in ("straight", "broken"):
         (entry,) = json.loads((tmp_path / run / "run.json").read_text())["ledger"]["left out"].items()
         assert entry[0].startswith("steps skipped, their gradient an overflow of fp16") and entry[1]["count"] == 1
+
+
+def test_a_resume_begins_with_the_books_of_its_checkpoint(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with those of a later stop, which a kill may have left in run.json."""
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER]
+    stopped(monkeypatch, 2, *words)
+    record = json.loads((run / "run.json").read_text())
+    sound = record["ledger"]
+    assert sound["cut"]
+    (run / "run.json").write_text(json.dumps({**record, "ledger": {"left out": {"stale": {"count": 9, "first": []}}}}))
+    seen = []
+    fit = Loop.fit
+
+    def looked(self: Loop, start: int) -> int:
+        seen.append(json.loads((run / "run.json").read_text()))
+        return fit(self, start)
+
+    monkeypatch.setattr(Loop, "fit", looked)
+    assert tiny.call(*words, "--resume", "auto") == 0
+    assert (seen[0]["status"], seen[0]["step"], seen[0]["ledger"]) == ("training", 2, sound)
+    assert "stale" not in (run / "run.json").read_text()
 
 
 @pytest.fixture
