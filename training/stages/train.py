@@ -152,7 +152,7 @@ def fit(
     for why in without_use(config, args.overrides, accelerator.device.type):
         loop.state.books.given.add("ignored", "settings without use here", why)
     start = resume(args, loop, path, accelerator)
-    if path and isinstance(run, Run):  # the books are the checkpoint's, whatever a later end, since given up, wrote down
+    if path and isinstance(run, Run):  # the checkpoint's books, not those of a later end
         run.describe("training", start, {**facts, "ledger": loop.state.books.ledger().report()})
     try:
         number = loop.fit(start)

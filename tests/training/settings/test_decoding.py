@@ -355,7 +355,7 @@ def test_another_kind_starts_from_its_defaults(tmp_path: Path, capsys: pytest.Ca
     )
     same = decoding.load("denoiser", str(given), {"text.kind": "scratch", "sampler.kind": "euler-maruyama"})
     assert same == decoding.load("denoiser", str(given)) and not capsys.readouterr().err
-    kinds = {"text.kind": "label", "sampler.kind": "heun", "grid.kind": "uniform"}
+    kinds = {"text.kind": "label", "sampler.kind": "heun", "grid.kind": "karras"}
     other = decoding.load("denoiser", str(given), kinds)
     assert isinstance(other, decoding.DenoiserConfig) and other.text == type(other.text)(width=16)
     assert (other.sampler.kind, other.grid) == ("heun", type(other.grid)())
