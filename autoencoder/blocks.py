@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoencoder.recompute import Block
+
 EPS = 1e-6
 
 
@@ -23,7 +25,7 @@ def check_network(channels: tuple[int, ...], blocks: int, groups: int, attention
         raise ValueError(f"attention_at {attention_at} names downsampling factors, and this network's are {factors}.")
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Block):
     """x + conv(silu(norm(conv(silu(norm(x)))))): (B, inputs, H, W) -> (B, outputs, H, W), 1x1 shortcut if need be."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
@@ -34,14 +36,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x (B, inputs, H, W) -> (B, outputs, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         y: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
         return y
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Single-head self-attention over positions with a residual: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -52,7 +54,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> the same shape."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1 head, H·W, C)
         mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from autoencoder.base import Unregularised
 from autoencoder.dc_blocks import HEAD, AttentionBlock, ChannelNorm, Down, ResBlock, Up, fold, spread
 from autoencoder.norm import LatentNorm
+from autoencoder.recompute import save_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class DC:
     which their channels must be divisible by 32; scales: the kernels over which it sees neighbours too. resample:
     "shuffle" moves space to channels and back around a convolution, "conv" convolves with stride 2 and after repetition
     (Xie et al. 2024, Sana). batch_norm_at: factors of decoder levels with the fixed batch norm and ReLU of the models
-    published for ImageNet. ValueError for what cannot be built.
+    published for ImageNet. gradient_checkpointing as in KL. ValueError for what cannot be built.
     """
 
     kind: Literal["dc"] = "dc"
@@ -35,6 +36,7 @@ class DC:
     scales: tuple[int, ...] = (5,)
     resample: Literal["shuffle", "conv"] = "shuffle"
     batch_norm_at: tuple[int, ...] = ()
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -139,6 +141,7 @@ class DCAutoencoder(Unregularised):
         self.image_channels, self.latent_channels = config.image_channels, config.latent_channels
         self.encoder, self.decoder = DCEncoder(config), DCDecoder(config)
         self.norm = LatentNorm(config.latent_channels, gaussian=False)
+        save_memory(self, config.gradient_checkpointing)
 
     @property
     def last_layer(self) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoder.base import full_precision
+from autoencoder.recompute import Block
 
 HEAD, EPS = 32, 1e-5
 
@@ -46,7 +47,7 @@ class FixedBatchNorm(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPS)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Block):
     """x + norm(conv(silu(conv(x)))): (B, C, H, W) -> (B, C, H, W); `batch_norm`: with that, and relu for silu."""
 
     def __init__(self, channels: int, batch_norm: bool = False) -> None:
@@ -56,7 +57,7 @@ class ResBlock(nn.Module):
         self.norm: nn.Module = FixedBatchNorm(channels) if batch_norm else ChannelNorm(channels)
         self.activate = F.relu if batch_norm else F.silu
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> the same shape."""
         y: Tensor = x + self.norm(self.conv2(self.activate(self.conv1(x))))
         return y
@@ -125,14 +126,14 @@ class GatedConv(nn.Module):
         return y
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """Linear attention, then the gated convolution: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, scales: tuple[int, ...]) -> None:
         super().__init__()
         self.attn, self.conv_out = LinearAttention(channels, scales), GatedConv(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> the same shape."""
         y: Tensor = self.conv_out(self.attn(x))
         return y

@@ -13,6 +13,7 @@ from autoencoder.blocks import Decoder, Encoder, check_network
 from autoencoder.norm import LatentNorm
 from autoencoder.posterior import Posterior
 from autoencoder.quantizer import Reduce, identity
+from autoencoder.recompute import save_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class KL:
     blocks: residual blocks per encoder level, one more in the decoder. attention_at: downsampling factors of the levels
     that have attention beside the middle. The LDM family: f4 is channels (128, 256, 512) with 3 latent channels, f8 the
     default, f16 (128, 128, 256, 256, 512) with 16 and attention_at (16,), f32 (128, 128, 256, 256, 512, 512) with 64
-    and (16, 32). ValueError for a shape that cannot be built.
+    and (16, 32). gradient_checkpointing: blocks are computed again in the backward pass, of which only the inputs are
+    kept. ValueError for a shape that cannot be built.
     """
 
     kind: Literal["kl"] = "kl"
@@ -33,6 +35,7 @@ class KL:
     groups: int = 32
     mid_attention: bool = True
     attention_at: tuple[int, ...] = ()
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_network(self.channels, self.blocks, self.groups, self.attention_at)
@@ -65,6 +68,7 @@ class KLAutoencoder(Autoencoder):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.norm = LatentNorm(config.latent_channels)
+        save_memory(self, config.gradient_checkpointing)
 
     def forward(
         self, images: Tensor, noise: Tensor | None, move: Callable[[Tensor], Tensor] = identity

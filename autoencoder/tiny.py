@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder, Unregularised
 from autoencoder.norm import LatentNorm
+from autoencoder.recompute import Block, save_memory
 
 REACH = 3.0  # latents beyond, which hardly occur, are squashed
 
@@ -19,7 +20,8 @@ REACH = 3.0  # latents beyond, which hardly occur, are squashed
 class Tiny:
     """Shape of a tiny autoencoder of factor 2^(len(encoder_blocks) - 1) and one width; the default is TAESD's.
 
-    encoder_blocks count from the finest level, decoder_blocks from the coarsest. ValueError for what cannot be built.
+    encoder_blocks count from the finest level, decoder_blocks from the coarsest. gradient_checkpointing as
+    in KL. ValueError for what cannot be built.
     """
 
     kind: Literal["tiny"] = "tiny"
@@ -28,6 +30,7 @@ class Tiny:
     decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     latent_channels: int = 4
     image_channels: int = 3
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if min(self.width, self.latent_channels, self.image_channels) < 1:
@@ -57,7 +60,7 @@ class Tiny:
         return TinyAutoencoder(self)
 
 
-class TinyBlock(nn.Module):
+class TinyBlock(Block):
     """relu(x + conv(relu(conv(relu(conv(x)))))): (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, width: int) -> None:
@@ -65,7 +68,7 @@ class TinyBlock(nn.Module):
         first, second, third = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
         self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> the same shape."""
         y: Tensor = (self.conv(x) + x).relu()
         return y
@@ -121,6 +124,7 @@ class TinyAutoencoder(Unregularised):
         self.image_channels, self.latent_channels = config.image_channels, config.latent_channels
         self.encoder, self.decoder = TinyEncoder(config), TinyDecoder(config)
         self.norm = LatentNorm(config.latent_channels, gaussian=False)
+        save_memory(self, config.gradient_checkpointing)
 
     @property
     def last_layer(self) -> Tensor:

@@ -12,6 +12,7 @@ from autoencoder.base import WithoutPosterior, full_precision
 from autoencoder.blocks import Decoder, Encoder, check_network
 from autoencoder.norm import LatentNorm
 from autoencoder.quantizer import Codebook, Quantizer, Reduce, identity
+from autoencoder.recompute import save_memory
 from autoencoder.scalar_quantizers import FiniteScalar, LookupFree
 
 
@@ -19,7 +20,8 @@ from autoencoder.scalar_quantizers import FiniteScalar, LookupFree
 class Quantised(ABC):
     """Shape of a quantising autoencoder of factor 2^(len(channels) - 1); blocks, groups, attention_at as in KL.
 
-    encoder_channels: the network's channels beyond the 1x1 convolutions around the codebook.
+    encoder_channels: the network's channels beyond the 1x1 convolutions around the codebook. gradient_checkpointing as
+    in KL.
     """
 
     channels: tuple[int, ...] = (128, 256, 512)
@@ -29,6 +31,7 @@ class Quantised(ABC):
     groups: int = 32
     mid_attention: bool = True
     attention_at: tuple[int, ...] = ()
+    gradient_checkpointing: bool = False
 
     def check(self) -> None:
         """ValueError for a network that cannot be built."""
@@ -182,6 +185,7 @@ class VQAutoencoder(WithoutPosterior):
         self.quantize = config.codebook()
         self.post_quant_conv = nn.Conv2d(config.code_length, config.encoder_channels, 1)
         self.norm = LatentNorm(config.code_length, gaussian=False, shared=True)
+        save_memory(self, config.gradient_checkpointing)
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) in [-1, 1] -> z before quantisation (B, code_length, h, w) float32."""

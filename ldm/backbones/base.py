@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.checks import Checked
 from ldm.conditioning import Cond
@@ -65,13 +64,6 @@ class BackboneConfig(Checked, ABC):
     @abstractmethod
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> Backbone:
         """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
-
-
-def run(layer: nn.Module, saving: bool, *inputs: Tensor | tuple[Tensor, ...] | None) -> Tensor:
-    """layer(*inputs); with `saving` the backward pass computes what is inside again, so that it need not be kept."""
-    again = saving and torch.is_grad_enabled()
-    y: Tensor = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
-    return y
 
 
 def need_pooled(wanted: bool, pooled_dim: int | None) -> int:

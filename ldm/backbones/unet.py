@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.recompute import run
 from ldm.backbones.attention import GEGLU, attend, blank, key_mask, zero
-from ldm.backbones.base import Backbone, BackboneConfig, need_pooled, run
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
 from ldm.conditioning import Cond
 

@@ -34,6 +34,15 @@ def test_a_signal_to_one_stops_both_at_the_same_step(words: list[object], tmp_pa
     assert (record["status"], record["step"], record["environment"]["processes"]) == ("stopped", 3, 2)
 
 
+def test_a_signal_to_one_in_the_last_act_ends_both_alike(words: list[object], tmp_path: Path) -> None:
+    """It alone exports; the other, which waits for it, has lost nobody."""
+    run = [*words, "--output", tmp_path / "run"]
+    assert ranks.start(2, tmp_path, *run, wrong={0: "export=term"}) == [143, 143], ranks.said(tmp_path)
+    said = ranks.said(tmp_path)
+    assert "saved step 6, which is the last, but not final/" in said and "lost another process" not in said, said
+    assert ranks.start(2, tmp_path, *run, "--resume", "auto") == [0, 0], ranks.said(tmp_path)
+
+
 def test_death_of_one_ends_the_other(words: list[object], tmp_path: Path) -> None:
     run = tmp_path / "run"
     codes = ranks.start(2, tmp_path, *words, "--output", run, wrong={ALONE: "step:4=kill"})
@@ -167,6 +176,30 @@ def narrow(self, batch, step, share):
 DenoiserStage.backward = narrow
 """
 
+# The search ends after two steps; who averages is told, and MEMORY is the size that runs out from the fifth step on.
+SETTLED = """
+import os
+from pathlib import Path
+import torch
+from training.loop import passes
+from training.stages.denoiser import DenoiserStage
+
+average, backward, passes.HELD = passes.Passes._average, DenoiserStage.backward, 2
+
+def told(self):
+    with Path(os.environ["LOSSES"] + os.environ["RANK"]).open("a") as file:
+        file.write("averaged here ")
+    average(self)
+
+def narrow(self, batch, step, share):
+    values = backward(self, batch, step, share)
+    if step >= 4 and os.environ["RANK"] == "1" and len(batch.slots) == MEMORY:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return values
+
+passes.Passes._average, DenoiserStage.backward = told, narrow
+"""
+
 START = """
 import runpy, sys
 name, sys.argv = sys.argv[1], sys.argv[1:]
@@ -222,3 +255,33 @@ def test_memory_that_runs_out_in_one_halves_the_micro_batch_of_both(
             assert ours["grad_norm/denoiser"] == pytest.approx(theirs["grad_norm/denoiser"], rel=5e-3)
     state = json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["micro"] == 8
+
+
+def test_a_search_that_has_ended_leaves_the_averaging_to_the_wrapper(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also over a stop: not a bit is other than with a number, and the search does not begin again."""
+    auto = [*words, "--output", tmp_path / "auto", "--micro-batch-size", "auto"]
+    assert ranks.start(2, tmp_path, *words, "--output", tmp_path / "number", "--micro-batch-size", "16") == [0, 0]
+    begin_with(SETTLED.replace("MEMORY", "0"), tmp_path, monkeypatch)
+    assert ranks.start(2, tmp_path, *auto, wrong={0: "step:3=term"}) == [143, 143], ranks.said(tmp_path)
+    assert ranks.start(2, tmp_path, *auto, "--resume", "auto") == [0, 0], ranks.said(tmp_path)
+    assert [(tmp_path / f"losses-2-{rank}").read_text() for rank in (0, 1)] == 2 * [2 * "averaged here "]
+    assert tiny.last_checkpoint(tmp_path / "auto").keys() == tiny.last_checkpoint(tmp_path / "number").keys()
+    for name, data in tiny.last_checkpoint(tmp_path / "number").items():
+        assert name in ("manifest.json", "state.json") or tiny.last_checkpoint(tmp_path / "auto")[name] == data, name
+    state = json.loads((tmp_path / "auto" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert (state["micro"], state["held"], state["held_on"]) == (16, 2, [2, 0])
+
+
+def test_memory_that_runs_out_after_the_search_ends_both(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint, followed, ends the training."""
+    begin_with(SETTLED.replace("MEMORY", "16"), tmp_path, monkeypatch)
+    run = [*words, "--output", tmp_path / "run"]
+    assert ranks.start(2, tmp_path, *run, "--micro-batch-size", "auto") == [6, 6], ranks.said(tmp_path)
+    said = ranks.said(tmp_path)
+    assert said.count("error: ") == 1 and "error: out of memory at step 4 with a micro-batch of 16" in said, said
+    assert "hint: --micro-batch-size 8 trains the same with less (the global batch stays 32)" in said, said
+    assert ranks.start(2, tmp_path, *run, "--resume", "auto", "--micro-batch-size", "8") == [0, 0], ranks.said(tmp_path)

@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from training.drills.verify_resume import differences
+from training.loop.loop import Loop
 from training.machine import faults, processes
 from training.runs.checkpoints import Checkpoints
 from training.stages.denoiser import DenoiserStage
@@ -89,6 +90,61 @@ def test_the_gradient_scaler_goes_on(latents: Path, tmp_path: Path, monkeypatch:
     assert told[0] == told[1] and len(told[0]) == 9
     moves = {after[0] / before[0] for before, after in pairwise(told[0])}
     assert moves == {0.5, 1.0, 2.0}, told  # an overflow, steps taken, and growth after two of these
+    for run in ("straight", "broken"):
+        (entry,) = json.loads((tmp_path / run / "run.json").read_text())["ledger"]["left out"].items()
+        assert entry[0].startswith("steps skipped, their gradient an overflow of fp16") and entry[1]["count"] == 1
+
+
+def test_a_resume_begins_with_the_books_of_its_checkpoint(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with those of a later stop, which a kill may have left in run.json."""
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER]
+    stopped(monkeypatch, 2, *words)
+    record = json.loads((run / "run.json").read_text())
+    sound = record["ledger"]
+    assert sound["cut"]
+    (run / "run.json").write_text(json.dumps({**record, "ledger": {"left out": {"stale": {"count": 9, "first": []}}}}))
+    seen = []
+    fit = Loop.fit
+
+    def looked(self: Loop, start: int) -> int:
+        seen.append(json.loads((run / "run.json").read_text()))
+        return fit(self, start)
+
+    monkeypatch.setattr(Loop, "fit", looked)
+    assert tiny.call(*words, "--resume", "auto") == 0
+    assert (seen[0]["status"], seen[0]["step"], seen[0]["ledger"]) == ("training", 2, sound)
+    assert "stale" not in (run / "run.json").read_text()
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """As the settings of the process were, afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def test_other_kernels_are_said_and_recorded_and_less_kept_is_not(
+    kernels: None, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run begun before there were such keys, too, which had none of them on."""
+    run = tmp_path / "run"
+    words = ["train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER]
+    stopped(monkeypatch, 2, *words)
+    record = json.loads((run / "run.json").read_text())
+    assert [record["environment"].pop(key) for key in ("tf32", "cudnn_benchmark")] == [False, False]
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.benchmark
+    (run / "run.json").write_text(json.dumps(record))
+    on = ["--train.tf32", "true", "--train.cudnn_benchmark", "true", "--backbone.gradient_checkpointing", "true"]
+    assert tiny.call(*words, *on, "--resume", "auto") == 0
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
+    (entry,) = json.loads((run / "run.json").read_text())["resumes"]
+    assert entry == {"step": 2, "changed": ["tf32 False -> True", "cudnn_benchmark False -> True"]}
+    assert "bit-exactness is not guaranteed across tf32 False -> True" in capsys.readouterr().err
 
 
 def test_other_software_is_said_and_recorded(

@@ -113,6 +113,7 @@ def test_an_overflow_is_routine_under_a_scaler(scaled: Watchdogs) -> None:
     dogs = scaled
     assert not any(judge(dogs, n, norm=float("inf")) for n in range(IN_A_ROW - 1)) and dogs.skipped == 0
     assert judge(dogs, 19) and not judge(dogs, 20, norm=float("nan"))
+    assert dogs.overflows == IN_A_ROW and dogs.skipped == 0
     with pytest.raises(UserError, match="loss is not finite"):  # scaling down does not mend a loss
         judge(dogs, 21, loss=float("nan"))
 
@@ -142,6 +143,7 @@ def test_out_of_memory_is_explained(failure: RuntimeError) -> None:
     assert told.what == "out of memory at step 3 with a micro-batch of 16"
     assert "--micro-batch-size 8, or auto, trains the same" in told.hint and "64" in told.hint
     assert told.hint.count("; or ") == 2  # three ways on
+    assert "--micro-batch-size 8 trains the same" in getattr(explain(failure, 3, 16, 64, auto=True), "hint", "")
     assert "--micro-batch-size" not in getattr(explain(failure, 3, 1, 64), "hint", "")  # there is no smaller one
     other = RuntimeError("shapes do not match")
     assert explain(other, 3, 16, 64) is other

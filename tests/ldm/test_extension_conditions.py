@@ -125,7 +125,8 @@ BACKBONE = '''
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ldm.backbones.base import Backbone, BackboneConfig, run
+from autoencoder.recompute import run
+from ldm.backbones.base import Backbone, BackboneConfig
 from ldm.backbones.embed import Projection, sinusoid
 
 

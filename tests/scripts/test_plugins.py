@@ -163,6 +163,14 @@ def test_a_package_at_fault_is_named_in_one_sentence(name: str, installed: Insta
     assert expected in problem.what
 
 
+def test_a_default_that_json_has_not_is_refused(installed: Installed) -> None:
+    """Given by nobody, but written into config.json and every picture."""
+    installed.add("endless", SAMPLER.replace("part: float = 0.5", 'part: float = float("inf")'), sampler="twice:Twice")
+    words = ("train_denoiser", "--print-config", "--sampler.kind", "twice")
+    assert tiny.refused(*words).what.endswith(": sampler.part: expected a finite number, got inf")
+    assert tiny.call(*words, "--sampler.part", "0.5") == 0
+
+
 def test_two_packages_with_one_kind_are_refused_before_either_is_imported(installed: Installed) -> None:
     for package in ("first-own", "second-own"):
         installed.add(package, "raise RuntimeError('imported')", sampler="own:Own")

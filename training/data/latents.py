@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.conditioning import Cond
 from training.commands import door
 from training.data.order import Slot
 from training.data.samples import Batch, Policy, Samples, coin, ids, or_error, uniform
@@ -87,7 +88,7 @@ class Latents(Samples[Latent]):
     def join(self, slots: list[Slot], samples: list[Latent]) -> Batch:
         """Stacked, in float32."""
         data = torch.from_numpy(np.stack([sample.moments for sample in samples]).astype(np.float32))
-        text = [sample.text for sample in samples if sample.text is not None] if self.text else None
+        text = joined([sample.text for sample in samples if sample.text is not None]) if self.text else None
         extras = {name: self._stacked(name, [sample.extras[name] for sample in samples]) for name in self.extras}
         return Batch(data, ids(slots), [sample.caption for sample in samples], text, extras=extras)
 
@@ -154,6 +155,19 @@ class Latents(Samples[Latent]):
     def _damaged(self, index: int, what: str) -> UserError:
         hint = f"run: {door('make_shards verify', self.shards.directory)}"
         return UserError(f"{self.shards.key(index)}: damaged sample: {what}", hint=hint, code=DATA)
+
+
+def joined(text: list[dict[str, Tensor]]) -> Cond:
+    """Stored text embeddings, each trimmed to its own tokens, as one padded condition, in the precision they have."""
+    parts = [
+        Cond(
+            t["context"][None],
+            torch.ones(1, len(t["context"]), dtype=torch.bool),
+            t["pooled"][None] if "pooled" in t else None,
+        )
+        for t in text
+    ]
+    return Cond.cat(parts)
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from ldm.conditioning import Cond
 from ldm.noise import Noise
 from training.commands import door
 from training.data.order import Slot, substitute
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
     data: Tensor
     slots: Tensor
     captions: list[str]
-    text: list[dict[str, Tensor]] | None = None  # stored text embeddings, where the shards hold them
+    text: Cond | None = None  # stored text embeddings, as they are stored, where the shards hold them
     bad: Mapping[int, str] = {}  # samples that could not be read, another in the slot of each: index -> why
     indices: Sequence[int] = ()  # the sample in each slot
     extras: Mapping[str, Tensor] = {}  # (B, ...) float32 by name, what `Cond.extras` is to hold: hints, small pictures

@@ -17,8 +17,8 @@ def hand_over(batch: Batch) -> Batch | bytes:
 def _share(batch: Batch) -> bool:
     """Put the tensors of a batch into shared memory, as the queue would: in its thread, a failure would be lost and the
     batch waited for without end. Returns whether there is room."""
-    tensors = [batch.data, batch.slots, *batch.extras.values()]
-    tensors += [value for one in batch.text or [] for value in one.values()]
+    text = () if batch.text is None else (batch.text.context, batch.text.mask, batch.text.pooled)
+    tensors = [batch.data, batch.slots, *batch.extras.values(), *(part for part in text if part is not None)]
     try:
         for tensor in tensors:
             tensor.share_memory_()  # type: ignore[no-untyped-call]

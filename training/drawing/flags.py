@@ -56,5 +56,5 @@ def where_from_and_to(parser: Parser) -> None:
     text = "draw quickly and roughly with this tiny autoencoder, distilled (--teacher) from the denoiser's own"
     add("--preview", metavar="RUN", help=text)
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the networks")
+    add("--mixed-precision", choices=("no", "bf16"), help="precision of the networks (default: no)")
     parser.machine(group)

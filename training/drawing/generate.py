@@ -22,7 +22,7 @@ from training.drawing.steering import add_weak, flags_without_use, pipeline_hash
 from training.errors import UserError, as_user_error
 from training.guarding import disk_error, make_folder, refuse_link
 from training.ledger import Ledger
-from training.machine import memory
+from training.machine import launcher, memory
 from training.machine.processes import resolve, start
 from training.messages import per_second, tell
 from training.models.assembly import load_pipeline
@@ -71,6 +71,8 @@ def generate(args: argparse.Namespace) -> int:
     """Make every picture asked for; several processes share them. Returns the exit code."""
     check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, "generate.py --help says what it means")
     original, ledger = replay.recall(args) if args.like else None, Ledger()
+    if not original:
+        args.mixed_precision = launcher.precision(args.mixed_precision, ("no", "bf16"))
     requests = ask(prompts(args, ledger), args.num_images, args.seed)
     refuse_overwriting(Path(args.output), args.overwrite)
     device, rank, world = processes(args)
@@ -192,6 +194,7 @@ def refuse_overwriting(output: Path, allowed: bool) -> None:
 def processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
     """(device, rank, world): Accelerate only where several processes were started."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        accelerator = start(args.device)
+        accelerator = start(args.device, autocasts=not args.like)
         return accelerator.device, accelerator.process_index, accelerator.num_processes
+    launcher.tell_unused(*([launcher.PRECISION] if args.like else []))  # a picture has its own
     return resolve(args.device), 0, 1

@@ -28,7 +28,7 @@ PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
 GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder"}
 LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
-TAKEN = ("sampler", "steps", "guidance_scale", "size", "overrides", "also", "negative_prompt")
+TAKEN = ("sampler", "steps", "guidance_scale", "size", "overrides", "also", "negative_prompt", "mixed_precision")
 
 
 @dataclass(frozen=True)

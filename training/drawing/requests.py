@@ -75,9 +75,7 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
             raise UserError(
                 f"--{key}: generate takes keys of {', '.join(values)}", hint="other keys are settled by training"
             )
-        if key.endswith(".kind") and values[key.partition(".")[0]].get("kind") != changes[key]:
-            values[key.partition(".")[0]] = {}  # another kind has other keys
-    merged = decoding.overlay({**run_values, **values}, changes)
+    merged = decoding.lay_over("denoiser", {**run_values, **values}, changes, "the model's own settings")
     config = decoding.decode_stored("denoiser", merged, dict.fromkeys(changes, "command line"))
     assert isinstance(config, decoding.DenoiserConfig)
     plain = decoding.to_values(config)

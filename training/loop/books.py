@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 REPLACED = "samples that could not be read, another in the place of each"
 SKIPPED = "steps skipped, their gradient a spike"
+OVERFLOWED = "steps skipped, their gradient an overflow of fp16, after which the loss scale is lowered"
 
 
 class Books:
@@ -56,6 +57,7 @@ class Books:
         for why in self._bad().values():
             whole.add("replaced", REPLACED, why[:120])
         whole.add("left out", SKIPPED, count=self.watchdogs.skipped)
+        whole.add("left out", OVERFLOWED, count=self.watchdogs.overflows)
         return whole
 
     def _noted(self) -> Ledger:

@@ -105,7 +105,8 @@ class Loop:
         except Exception as failure:
             with suppress(Exception):  # what is being written is sound; the first failure is the one to tell
                 self.writer.finish()
-            explanation = explain(failure, self.done, self.passes.micro, self.train.batch_size)
+            micro, batch = self.passes.micro, self.train.batch_size
+            explanation = explain(failure, self.done, micro, batch, auto=self.passes.searches)
             if explanation is failure:
                 raise
             raise explanation from failure

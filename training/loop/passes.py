@@ -1,7 +1,8 @@
 """The backward passes of a step: micro-batches from the loader, gradients averaged over processes.
 
 With the micro-batch "auto", where memory runs out in any process, all drop what they have of the step and take it again
-in smaller parts.
+in smaller parts. Several processes do so until a size has held for `HELD` steps. From then on gradients travel while
+the backward pass goes on, as with a number, and memory that runs out ends the run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from training.settings.sections import Train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+HELD = 50  # steps after which several processes take a micro-batch for one that fits
 BUCKET = 1 << 24  # numbers of which a process makes one message: 64 MiB of float32
 
 
@@ -64,11 +66,16 @@ class Passes:
         """`undoable`: a step may be given up once its gradients are known; `give_up`: what reads cannot go on."""
         self.stage, self.train, self.accelerator, self.journal = stage, train, accelerator, journal
         self.micro, self.accumulation, self.undoable, self.give_up = micro, accumulation, undoable, give_up
-        self.shrinks = train.micro_batch_size == "auto"
+        self.searches, self.held = train.micro_batch_size == "auto", 0  # steps that this size has held for
         self.base = (0, 0)  # of the data order
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
         self.attempt: Attempt | None = None
         self.open_data(0)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether memory that runs out in the next step halves the micro-batch: in one process at any time."""
+        return self.searches and (self.held < HELD or self.accelerator.num_processes == 1)
 
     def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
@@ -98,6 +105,7 @@ class Passes:
                 return values
             if not self._any_failed(bool(reason)):  # every process comes here, whether it failed or not
                 self._average()
+                self.held += 1
                 return values
             self.undo()
             self._shrink(step, reason or "out of memory in another process")
@@ -114,15 +122,24 @@ class Passes:
 
     def place(self, step: int) -> dict[str, Any]:
         """Where the data stand before `step`, for checkpoints."""
-        return {"place": self.batches.order.place(step), **({"micro": self.micro} if self.shrinks else {})}
+        found = {"micro": self.micro, "held": self.held, "held_on": self._machines()} if self.searches else {}
+        return {"place": self.batches.order.place(step), **found}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """The inverse of `place`; takes effect with `open_data`."""
         samples = self.micro * self.accumulation
         if "watchdogs" in state:  # not in checkpoints of earlier versions, which did not keep their place either
             self.base = step, int(state["place"])
-        if self.shrinks and "micro" in state and samples % int(state["micro"]) == 0:  # what was found to fit
+        if self.searches and "micro" in state and samples % int(state["micro"]) == 0:  # what was found to fit
+            same = state.get("held_on") == self._machines()  # on others it has yet to show that it does
+            self.held = int(state["held"]) if same else 0
             self.micro, self.accumulation = int(state["micro"]), samples // int(state["micro"])
+
+    def _machines(self) -> list[int]:
+        """How many processes there are, and the memory of this one's device in bytes, 0 for a CPU."""
+        device = self.accelerator.device
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        return [self.accelerator.num_processes, memory]
 
     def _run(self, step: int) -> dict[str, Tensor]:
         """All backward passes of one step; the process wrappers average on the last, but where micro-batches shrink."""
@@ -165,7 +182,7 @@ class Passes:
             raise torch.OutOfMemoryError(reason)
         now = f"going on with {smaller} (the global batch stays {self.train.batch_size})"
         announce(self.accelerator, f"note: out of memory at step {step} with a micro-batch of {self.micro}; {now}")
-        self.accumulation, self.micro = self.accumulation * self.micro // smaller, smaller
+        self.accumulation, self.micro, self.held = self.accumulation * self.micro // smaller, smaller, 0
         self.open_data(step)
         torch.cuda.empty_cache()
 

@@ -48,7 +48,7 @@ class Watchdogs:
     def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
         self.run, self.factor, self.accelerator = run, train.spike_factor, accelerator
         self.recent: dict[str, deque[float]] = {}
-        self.in_a_row, self.skipped = 0, 0
+        self.in_a_row, self.skipped, self.overflows = 0, 0, 0
         self.unread: list[Seen] = []
         self.broken = torch.zeros((), device=accelerator.device)  # 1 from the first unread step on that is not finite
         self.stopped_at: int | None = None
@@ -108,7 +108,9 @@ class Watchdogs:
         self.in_a_row = self.in_a_row + 1 if reasons else 0
         if self.in_a_row >= IN_A_ROW:
             raise self._stop(f"{IN_A_ROW} steps in a row were skipped, the last", step, [], every)
-        if reasons and not infinite:  # an overflow is the scaler's own business: it skips, and scales down
+        if infinite:  # the scaler's own business: it skips, and scales down
+            self.overflows += 1
+        elif reasons:
             self.skipped += 1
             self._say(f"warning: step {step} is skipped: {'; '.join(reasons)} ({self.skipped} skipped so far)")
         return not reasons
@@ -156,12 +158,13 @@ class Watchdogs:
     def state(self) -> dict[str, Any]:
         """Plain state for checkpoints."""
         recent = {name: list(values) for name, values in self.recent.items()}
-        return {"recent": recent, "in_a_row": self.in_a_row, "skipped": self.skipped}
+        return {"recent": recent, "in_a_row": self.in_a_row, "skipped": self.skipped, "overflows": self.overflows}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
         self.recent = {name: deque(values, maxlen=WINDOW) for name, values in state["recent"].items()}
         self.in_a_row, self.skipped = int(state["in_a_row"]), int(state["skipped"])
+        self.overflows = int(state.get("overflows", 0))  # not in checkpoints of earlier versions
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -174,13 +177,17 @@ def checksum(value: Tensor) -> Tensor:
     return value.detach().view(integers).sum(dtype=torch.int64)
 
 
-def explain(failure: Exception, step: int, micro: int, batch: int) -> Exception:
-    """What a failure inside a step means, as a UserError where its kind is known; else the failure itself."""
+def explain(failure: Exception, step: int, micro: int, batch: int, *, auto: bool = False) -> Exception:
+    """What a failure inside a step means, as a UserError where its kind is known; else the failure itself.
+
+    `auto`: the micro-batch was found by search, which another search would find again.
+    """
     text = str(failure)
     if not isinstance(failure, RuntimeError):
         return failure
     if out_of_memory(failure):
-        half = f"--micro-batch-size {micro // 2}, or auto, trains the same with less (the global batch stays {batch})"
+        other = "" if auto else ", or auto,"
+        half = f"--micro-batch-size {micro // 2}{other} trains the same with less (the global batch stays {batch})"
         least = half if micro > 1 else "more processes"
         what = f"out of memory at step {step} with a micro-batch of {micro}{memory_needed(text)}"
         return UserError(what, hint=f"{least}; or --mixed-precision bf16; or a smaller model", code=DISK)

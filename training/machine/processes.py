@@ -49,6 +49,15 @@ def start(
     return accelerator
 
 
+def choose_kernels(*, tf32: bool, benchmark: bool) -> None:
+    """Let the kernels of CUDA devices be faster and other in their last bits; else they are as torch has them."""
+    if tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
 def _check_target(target: torch.device, mixed_precision: str) -> None:
     """Refuse a precision that the device lacks, and GPUs that do not suffice for the processes."""
     if target.type == "cpu":
@@ -135,6 +144,12 @@ def together() -> Iterator[None]:
         if first == record:
             raise failure from None
         raise SystemExit(json.loads(first)[1]) from None
+
+
+def end_all(code: int) -> None:
+    """Have the other processes, which wait for this one inside `together`, end with `code`, as it is about to."""
+    if is_distributed():
+        _claim(json.dumps([torch.distributed.get_rank(), code]))
 
 
 def is_lost_connection(failure: Exception) -> bool:

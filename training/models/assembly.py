@@ -17,6 +17,7 @@ from ldm.diffusion import Diffusion
 from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.encoders import LabelEncoder
+from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.commands import door
 from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
@@ -245,10 +246,15 @@ def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> P
 def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | None = None) -> None:
     """`--init-from`: the weights of another run of the same shape, nothing else.
 
-    Raises UserError where a text encoder that learns has not that run's vocabulary, or cannot take the captions.
+    Nothing that is not taken over is loaded. Raises UserError where a text encoder that learns has not that run's
+    vocabulary, or cannot take the captions, and where one given as `text_encoder` is not the frozen one of that run.
     """
-    donor, text = load_pipeline(path, "cpu", text_encoder), parts.text
-    if text.trainable and (theirs := donor.hashes.get("vocabulary", "none")) != parts.hashes["vocabulary"]:
+    folder, text = find(path, "denoiser"), parts.text
+    if text_encoder and isinstance(text, HuggingFaceTextEncoder):
+        text_encoders.same_encoder(folder.final, text, text_encoder)
+    words = text_encoders.stored_vocabulary(folder.final) if text_encoders.holds_vocabulary(folder.final) else ""
+    theirs = text_encoders.vocabulary_hash(words) if words else "none"
+    if text.trainable and theirs != parts.hashes["vocabulary"]:
         raise UserError(
             f"{path} was trained with the vocabulary {theirs[:12]}, this run has {parts.hashes['vocabulary'][:12]}",
             hint="leave --init-from out to go on with this run, or begin another with it: --output",
@@ -260,6 +266,7 @@ def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | 
             hint="labels cannot be added to: leave --init-from out",
             code=DATA,
         )
-    fill(parts.backbone, donor.denoiser.backbone.state_dict(), Path(path))  # type: ignore[attr-defined]
-    if text.trainable:
-        fill(text, donor.text.state_dict(), Path(path))
+    _fill_learned(parts.backbone, text, folder.weights, folder.final)
+    if folder.finished:  # what was written at its end says what it was
+        taken = {"denoiser": parts.backbone, **({"text_encoder": text} if text.trainable else {})}
+        same_ingredients(folder.final, {name: content_hash(part.state_dict()) for name, part in taken.items()})

@@ -23,6 +23,7 @@ from training.tensors import content_hash
 
 LARGE = 200_000_000  # parameters up to which a frozen encoder is copied into every run
 VOCABULARY = "vocabulary.json"
+SETTINGS = ("length", "pooling", "layer", "lower", "masked", "mask_rule")  # of `HuggingFace`
 
 
 def load_huggingface(config: HuggingFace, name: str, dtype: str = "float32") -> TextEncoder:
@@ -131,6 +132,13 @@ def load_stored(config: HuggingFace, folder: Path, override: str | None = None) 
     return encoder
 
 
+def same_encoder(folder: Path, encoder: TextEncoder, source: str) -> None:
+    """Raises UserError where `encoder`, loaded from `source`, is another than `keep` stored; its settings may be."""
+    stored, now = stored_record(folder), identity(encoder)
+    if difference(stored, now, [name for name in ("weights", "vocabulary") if name in stored]):
+        _same(stored, now, source)
+
+
 def load_as_stored(config: HuggingFace, name: str, record: dict[str, Any]) -> TextEncoder:
     """The encoder `name` in the precision that a `record` of `keep` was made in, if it is the same; else in float32."""
     encoder = load_huggingface(config, name, record.get("dtype", "float32"))
@@ -162,7 +170,24 @@ class StoredText(TextEncoder):
         raise RuntimeError("no text encoder is loaded in this process")
 
 
+def _other_settings(baseline: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, what was stored, what is set) where one and the same encoder is set otherwise."""
+    if any(baseline.get(part) != current[part] for part in ("weights", "vocabulary")):
+        return []
+    before, now = ({"mask_rule": 1, **told} for told in (baseline, current))  # as before there was that rule
+    without = now["masked"] or before.get("masked", True)  # there is nothing to rule then
+    keys = [key for key in SETTINGS if key in before and not (key == "mask_rule" and without)]
+    return [(key, before[key], now[key]) for key in keys if before[key] != now[key]]
+
+
 def _same(baseline: dict[str, Any], current: dict[str, Any], source: str) -> None:
+    if others := _other_settings(baseline, current):
+        told = [f"text.{key} is {json.dumps(now)}, not {json.dumps(before)}" for key, before, now in others]
+        raise UserError(
+            f"text encoder {source} is the one asked for, but {' and '.join(told)}",
+            hint=f"set {' and '.join(f'text.{key} to {json.dumps(before)}' for key, before, _ in others)}",
+            code=CHECKPOINT,
+        )
     names = ["hash", *(["tokenizer"] if "tokenizer" in baseline else [])]  # `tokenizer` came later
     if change := difference(baseline, current, names):
         part = "text encoder" if change.name == "hash" else "the tokenizer of text encoder"

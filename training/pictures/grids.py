@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-from training.files import atomic_write
+from training.files import atomic_write, finite
 
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
 SHEET = 64  # pictures on a contact sheet at most
@@ -94,9 +94,10 @@ def write(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
 
 
 def save(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
-    """Write a PNG with `facts` (JSON) inside, sealed: `changed` tells whether either is another by now."""
-    info = PngInfo()
-    info.add_itxt(KEY, json.dumps({**facts, SEAL: seal(image, facts)}, ensure_ascii=False, sort_keys=True))
+    """Write a PNG with `facts` (`finite` JSON) inside, sealed: `changed` tells whether either is another by now."""
+    info, told = PngInfo(), finite(facts)
+    sealed = {**told, SEAL: seal(image, told)}
+    info.add_itxt(KEY, json.dumps(sealed, ensure_ascii=False, sort_keys=True, allow_nan=False))
     write(image, path, info)
 
 

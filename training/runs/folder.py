@@ -18,13 +18,15 @@ from training.runs.ingredients import difference
 from training.settings import decoding
 
 # Keys that may change between a run and its resumption; everything else is part of what the run is.
-MUTABLE = {
+MUTABLE = {"model.gradient_checkpointing", "backbone.gradient_checkpointing"} | {
     f"train.{key}"
     for key in (
         "max_steps",
         "micro_batch_size",
         "num_workers",
         "compile",
+        "tf32",
+        "cudnn_benchmark",
         "log_every",
         "save_every",
         "save_async",
@@ -41,6 +43,7 @@ MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
 # What run.json may hold besides stage, status and step, as far as it is read again.
 KINDS = {**dict.fromkeys(("versions", "environment", "data", "hashes", "teacher", "vision"), dict), "resumes": list}
 KINDS["ledger"] = dict
+LATER = {"tf32": False, "cudnn_benchmark": False}  # what the environment was in a run.json that does not name it
 
 
 LEFT_BY_A_START = ("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "tensorboard", "ema")
@@ -159,7 +162,7 @@ class Run(RunView):
         self.environment = dict(environment)
         old = record(self.folder)
         self.resumes = list(old.get("resumes", []))
-        before = {**old.get("versions", {}), **old.get("environment", {})}
+        before = {**LATER, **old.get("versions", {}), **old.get("environment", {})}
         differences = [
             f"{name} {before[name]} -> {value}"
             for name, value in {**versions(), **environment}.items()

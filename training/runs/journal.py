@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,13 +32,10 @@ class Journal:
         self.run, self.train, self.accelerator = run, train, accelerator
         self.rows: list[tuple[int, dict[str, Tensor], float]] = []
         self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
-        self.board: Any = None
+        self.board: Any = None  # opened when it is first written to, for by then it is known where the run begins
+        self.wants_board, self.begin = accelerator.is_main_process, 0
         if accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
-            with self._optional():
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(run / "tensorboard"))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -68,21 +66,22 @@ class Journal:
             self._append("metrics.jsonl", rows)
             self._show(step, rows)
             with self._optional():
-                for row in rows if self.board else []:
+                board = self._board()
+                for row in rows if board else []:
                     for name in row.keys() - {"step"}:
-                        self.board.add_scalar(f"train/{name}", row[name], row["step"])
+                        board.add_scalar(f"train/{name}", row[name], row["step"])
 
     def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
         """Write the numbers and pictures of an evaluation (main process)."""
         self._append("metrics.jsonl", [{"step": step, **{f"val/{k}": v for k, v in numbers.items()}}])
         tell(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}")
-        if self.board:
-            with self._optional():
+        with self._optional():
+            if board := self._board():
                 for name, value in numbers.items():
-                    self.board.add_scalar(f"val/{name}", value, step)
+                    board.add_scalar(f"val/{name}", value, step)
                 for picture in sorted(folder.glob("*.png")):
-                    self._picture(picture, step)
-                self.board.flush()
+                    _show_picture(board, picture, step)
+                board.flush()
         self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
 
     def state(self) -> dict[str, Any]:
@@ -96,8 +95,8 @@ class Journal:
         return {"metrics_bytes": path.stat().st_size}
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
-        """Cut metrics.jsonl back to the checkpoint, so that no step is logged twice."""
-        self.first = step
+        """Cut metrics.jsonl, timing.jsonl and TensorBoard's log back to the checkpoint: no step is told twice."""
+        self.first, self.begin = step, step + 1
         path, expected = self.run / "metrics.jsonl", int(state["metrics_bytes"])
         if not self.accelerator.is_main_process:
             return
@@ -107,6 +106,7 @@ class Journal:
         elif path.exists():
             with open_own(path, "r+b") as file:
                 file.truncate(expected)
+        _cut_after(self.run / "timing.jsonl", step)
 
     def restart(self) -> None:
         """A run without a checkpoint starts over: what it had written is not part of it."""
@@ -127,7 +127,7 @@ class Journal:
         try:
             yield
         except Exception as failure:
-            self.board = None
+            self.board, self.wants_board = None, False
             warn(f"no TensorBoard log ({failure}); metrics.jsonl holds everything")
 
     def _show(self, step: int, rows: list[dict[str, Any]]) -> None:
@@ -148,8 +148,30 @@ class Journal:
             f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
         )
 
-    def _picture(self, path: Path, step: int) -> None:
-        import numpy as np
-        from PIL import Image
+    def _board(self) -> Any:
+        if self.wants_board and self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        self.board.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.begin)
+        return self.board
+
+
+def _show_picture(board: Any, path: Path, step: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    board.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Cut a file of JSON lines before the first of a later step, or one that was not written to its end."""
+    if not path.exists():
+        return
+    with open_own(path, "r+b") as file:
+        kept = 0
+        for line in file:
+            found = re.match(rb'\{"step": (\d+)[,}].*\n', line)
+            if not found or int(found[1]) > step:
+                break
+            kept += len(line)
+        file.truncate(kept)

@@ -11,6 +11,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from training.errors import UserError
+from training.files import finite
+from training.machine.launcher import first_process
 from training.messages import note
 from training.settings import plugins, reading
 from training.settings.families import families, suggestion, unknown_key, unknown_kind
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from autoencoder.discriminator import Discriminator
     from ldm.schedules import NoiseSchedule
 
+DRAWING = ("sampler", "grid", "guidance")
 MOST_TOLD = 20  # mistakes named at once; of more only the number is told
 
 
@@ -88,7 +91,7 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
     own = reading.parse(text, where)
     if not as_of and stage == "denoiser" and "format" not in own:
         note(f"{where} has no [format] version and is read as version 1")
-    values = overlay(upgrade(own, sections(stage), as_of or version(own)), overrides or {})
+    values = lay_over(stage, upgrade(own, sections(stage), as_of or version(own)), overrides or {}, where)
     lines = {key: f"{where}:{line}" for key, line in reading.lines(text)}
     lines |= dict.fromkeys(overrides or {}, "command line")
     return decode(stage, values, lines)
@@ -97,6 +100,31 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
 def decode_stored(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
     """What a run's config.json, of whatever version, means."""
     return decode(stage, upgrade(values, sections(stage), version(values)), lines)
+
+
+def lay_over(stage: str, values: Values, overrides: Mapping[str, str], where: str) -> Values:
+    """`overlay`, where an override may choose another kind than the values of `where` have.
+
+    A sampler, grid or guidance of another kind starts from its defaults; another kind elsewhere, a network say, keeps
+    the keys that both have. What is dropped so and was not a default is said.
+    """
+    dropped: list[str] = []
+    for name, members in sections(stage).items():
+        section, kind = values.get(name, {}), reading.literal(overrides.get(f"{name}.kind", "null"))
+        by_kind = dict(zip(kinds(members), members, strict=False))
+        before = isinstance(section, dict) and by_kind.get(str(section.get("kind", next(iter(by_kind), ""))))
+        if kind not in by_kind or not before or by_kind[kind] is before:
+            continue
+        rules = upgrade({"format": values.get("format", {}), name: {"kind": kind}}, sections(stage), version(values))
+        new = {field.name for field in dataclasses.fields(by_kind[kind])}
+        kept = rules[name] if name in DRAWING else {key: value for key, value in section.items() if key in new}
+        plain = {f.name: json.loads(json.dumps(f.default, default=str)) for f in dataclasses.fields(before)}
+        gone = [key for key in section if key not in {"kind", *kept} and section[key] != plain.get(key)]
+        dropped += [f"{name}.{key}" for key in gone if f"{name}.{key}" not in overrides]
+        values = {**values, name: kept}
+    if dropped and first_process():
+        note(f"{where}: not used with another kind: {', '.join(dropped)}")
+    return overlay(values, overrides)
 
 
 def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
@@ -152,7 +180,7 @@ def stated(stage: str, source: str, key: str) -> Any:
 
 def to_values(config: Config) -> Values:
     """The whole config as plain JSON data; `decode` is its inverse."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))  # type: ignore[no-any-return]
 
 
 def diff(old: Values, new: Values) -> list[str]:
@@ -178,7 +206,11 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
         mistakes.append((name, f"{name}: {len(unknown)} unknown keys"))
     try:
         plain = json.dumps({k: v for k, v in values.items() if k in fields}, default=str)  # TOML also has dates
-        return _adapter(member).validate_json(plain, strict=True), mistakes
+        part = _adapter(member).validate_json(plain, strict=True)
+        whole = dataclasses.asdict(part)  # with the defaults, which are not looked at above
+        endless = [key.removesuffix("_is") for key in finite(whole).keys() - whole.keys()]
+        mistakes += [(f"{name}.{key}", f"{name}.{key}: expected a finite number, got {whole[key]}") for key in endless]
+        return part, mistakes
     except ValidationError as failure:
         for error in failure.errors():
             place = [str(p) for p in error["loc"]]

@@ -70,8 +70,8 @@ MEANINGS = {  # what it is here -> the flags of other programs
         "cache-text-encoder-outputs-to-disk precompute-latents cache-info"
     ),
     ATTENTION: "enable-xformers-memory-efficient-attention xformers sdpa mem-eff-attn flash-attn",
-    "TF32 is torch's setting; --mixed-precision bf16 is faster still": "allow-tf32 tf32",
-    "less memory, more time: --backbone.gradient_checkpointing true": (
+    "--train.tf32 true; --mixed-precision bf16 is faster still": "allow-tf32 tf32",
+    "less memory, more time: --backbone.gradient_checkpointing true, stage one --model.gradient_checkpointing true": (
         "gradient-checkpointing use-checkpoint grad-checkpointing activation-checkpointing"
     ),
     TEXT_LEARNS: (

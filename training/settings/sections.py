@@ -59,7 +59,8 @@ class Train:
 
     max_steps: int = 10_000
     batch_size: int = 64  # images per optimiser step, over all processes
-    # Images per process and backward pass; 0 = batch_size / processes; "auto" = so too, halved where memory runs out.
+    # Images per process and backward pass; 0 = batch_size / processes; "auto" = so too, halved where memory runs out,
+    # in several processes until a size has held for 50 steps.
     micro_batch_size: int | Literal["auto"] = 0
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -70,6 +71,8 @@ class Train:
     ema_lengths: tuple[float, ...] = ()  # power-function averages kept besides, as shares of the steps trained (EDM2)
     ema_every: int = 1000  # steps between their snapshots, of which posthoc_ema.py makes an average of any length
     compile: bool = False
+    tf32: bool = False  # float32 products on a GPU's tensor cores, from numbers rounded to 10 bits: faster, less exact
+    cudnn_benchmark: bool = False  # a GPU tries the algorithms of a convolution and takes the fastest: other last bits
     log_every: int = 20
     save_every: int = 1000
     save_async: bool = False  # write checkpoints beside the training, from a copy in the CPU's memory

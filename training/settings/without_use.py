@@ -18,7 +18,7 @@ LOSS = {
 }
 
 
-def without_use(config: Any, given: Iterable[str]) -> list[str]:
+def without_use(config: Any, given: Iterable[str], device: str = "cuda") -> list[str]:
     """The keys among `given`, `section.key`, that this config leaves without use, each with the reason."""
     reasons: dict[str, str] = {}
     if loss := getattr(config, "loss", None):
@@ -31,5 +31,8 @@ def without_use(config: Any, given: Iterable[str]) -> list[str]:
         reasons["optimizer.final_lr"] = "optimizer.decay is constant"
     if not config.train.ema_lengths:
         reasons["train.ema_every"] = "train.ema_lengths is empty"
+    if device == "cpu":
+        asked = [key for key in ("tf32", "cudnn_benchmark") if getattr(config.train, key)]
+        reasons |= {f"train.{key}": "the run is on a CPU" for key in asked}
     found = [(key, reasons.get(key, reasons.get(key.partition(".")[0]))) for key in given]
     return [f"{key}: {why}" for key, why in found if why]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -180,7 +179,7 @@ class DenoiserStage(Stage):
         extras = {name: extra.to(device, non_blocking=True) for name, extra in batch.extras.items()}
         if batch.text is not None and not self.text.trainable:
             assert self.null is not None
-            stored = join_embeddings(batch.text).map(partial(onto, device=device))
+            stored = batch.text.to(device).to(device, torch.float32)  # moved first: widening waits for no host
             return stored.where(onto(keep, device), self.null)._replace(extras=extras)
         texts = [caption if kept else "" for caption, kept in zip(batch.captions, keep.tolist(), strict=True)]
         return Captions(texts, extras) if self.text.trainable else self.text(texts)._replace(extras=extras)
@@ -221,16 +220,3 @@ class DenoiserStage(Stage):
 def onto(value: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on the device; through pinned memory to a GPU, so that the host does not wait."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-
-
-def join_embeddings(text: list[dict[str, Tensor]]) -> Cond:
-    """Stored text embeddings, each trimmed to its own tokens, as one padded condition."""
-    parts = [
-        Cond(
-            t["context"][None].float(),
-            torch.ones(1, len(t["context"]), dtype=torch.bool),
-            t["pooled"][None].float() if "pooled" in t else None,
-        )
-        for t in text
-    ]
-    return Cond.cat(parts)

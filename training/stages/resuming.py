@@ -85,7 +85,8 @@ def check_steps(run: Run, step: int) -> None:
 def environment(config: Any, accelerator: Accelerator) -> dict[str, Any]:
     """What, besides the versions of packages, the last bits of a run may depend on."""
     device, processes = accelerator.device.type, accelerator.num_processes
-    return {"device": device, "processes": processes, "compile": config.train.compile}
+    kernels = {key: getattr(config.train, key) for key in ("compile", "tf32", "cudnn_benchmark")}
+    return {"device": device, "processes": processes, **kernels}
 
 
 def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator: Accelerator) -> int:

@@ -79,6 +79,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     args, settings = job.args, job.config.train
     job.open_data()
     accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
+    processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
     if processes.is_distributed():
         meeting.agree(shared_facts(job, accelerator))
     job.config, micro, accumulation = layout(job.config, args, accelerator.num_processes)
@@ -106,6 +107,7 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
     """The last act, with every step saved: a signal ends it at once. Returns the exit code. Collective."""
     from training.loop.wrapping import unwrapped
     from training.machine import meeting
+    from training.machine.processes import end_all
     from training.machine.signals import Stopped
     from training.runs.folder import Run
 
@@ -117,11 +119,11 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
                 finish(run, tensors, job.title, close_books(loop, facts))
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
-        if run.finished():  # it came too late to stop anything
-            return 0
-        if isinstance(run, Run):
+        code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything
+        end_all(code)
+        if code and isinstance(run, Run):
             report_stopped(job.args, run, loop, facts, stopped.number, ", which is the last, but not final/")
-        return 128 + stopped.number
+        return code
     return 0
 
 
@@ -147,9 +149,11 @@ def fit(
     loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
     if accelerator.is_main_process:
         check_room(loop)
-    for why in without_use(config, args.overrides):
+    for why in without_use(config, args.overrides, accelerator.device.type):
         loop.state.books.given.add("ignored", "settings without use here", why)
     start = resume(args, loop, path, accelerator)
+    if path and isinstance(run, Run):  # the checkpoint's books, not those of a later end
+        run.describe("training", start, {**facts, "ledger": loop.state.books.ledger().report()})
     try:
         number = loop.fit(start)
     except Exception:

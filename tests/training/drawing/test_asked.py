@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from training.drawing.requests import ask
 from training.pictures import grids
@@ -156,7 +157,9 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FORGED)
 def test_a_forged_picture_fills_no_memory(case: str, made: Path, denoiser: Path, tmp_path: Path) -> None:
     changes, said = FORGED[case]
-    grids.save(Image.open(made), tmp_path / "forged.png", {**grids.facts(made), **changes})
+    info = PngInfo()
+    info.add_itxt(grids.KEY, json.dumps({**grids.facts(made), **changes}))  # NaN, which is not written here, too
+    grids.write(Image.open(made), tmp_path / "forged.png", info)
     problem = tiny.refused("generate", *words(denoiser, tmp_path / "out", "--like", tmp_path / "forged.png"))
     assert said in problem.what and not (tmp_path / "out").exists()
 

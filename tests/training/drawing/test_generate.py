@@ -17,6 +17,7 @@ from PIL import Image
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.tiles import decode_tiled, encode_tiled
 from training.drawing.requests import ask
+from training.machine import launcher
 from training.models.assembly import load_pipeline
 from training.models.judge import Classifier, Judge
 from training.pictures import grids
@@ -245,6 +246,23 @@ def test_like_makes_the_same_pixels_or_says_what_differs(
     assert changed.code == 4 and "made with text_encoder 000000000000, this is" in str(changed)
     Image.open(again).save(again)
     assert "does not say how it was made" in str(tiny.refused("generate", *words, "--like", again))
+
+
+def test_a_launcher_decides_the_precision_where_no_flag_or_picture_does(
+    denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = drawn(denoiser, tmp_path / "plain", "--prompt", CAPTIONS[0], "--steps", 2)
+    monkeypatch.setenv(launcher.PRECISION, "bf16")
+    made = drawn(denoiser, tmp_path / "made", "--prompt", CAPTIONS[0], "--steps", 2)
+    assert grids.facts(plain)["precision"] == "no" and grids.facts(made)["precision"] == "bf16"
+    assert "note: --mixed-precision bf16, as ACCELERATE_MIXED_PRECISION asks" in capsys.readouterr().err
+    words = ("--model", denoiser, "--output", tmp_path / "no", "--device", "cpu")
+    told = tiny.refused("generate", *words, "--prompt", "x", "--mixed-precision", "no")
+    assert told.code == 2 and told.hint.startswith("give --mixed-precision bf16, or start with")
+    assert drawn(denoiser, tmp_path / "again", "--like", plain).read_bytes() == plain.read_bytes()
+    assert "not used: ACCELERATE_MIXED_PRECISION=bf16" in capsys.readouterr().err
+    told = tiny.refused("generate", *words, "--like", plain, "--mixed-precision", "no")
+    assert told.what.endswith("leave out --mixed-precision")
 
 
 def test_tiles(denoiser: Path, tmp_path: Path) -> None:

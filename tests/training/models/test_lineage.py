@@ -57,6 +57,7 @@ def begun(script: str, *words: object) -> dict[str, Tensor]:
         for name, network in self.stage.networks.items():
             found.update({f"{name}.{key}": value.clone() for key, value in network.state_dict().items()})
         found.update({f"ema/{key}": value.clone() for key, value in self.ema.shadow.items()})
+        self.save(start, wait=True)  # or a resume would begin anew
         return int(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -136,8 +136,13 @@ def test_kept_and_found_again(folders: dict[str, Path], name: str, tmp_path: Pat
 def test_another_encoder_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     text_encoders.keep(text_encoders.load_huggingface(SETTINGS, str(folders["bert"])), "bert", tmp_path)
     stored = json.loads((tmp_path / "text_encoder" / "identity.json").read_text())["hash"][:12]
-    for settings, override in ((SETTINGS, str(folders["t5"])), (HuggingFace(length=11), None)):
-        with pytest.raises(UserError, match=stored) as caught:
+    for settings, override, said in (
+        (SETTINGS, str(folders["t5"]), stored),
+        (HuggingFace(length=11), str(folders["t5"]), stored),
+        (HuggingFace(length=11), None, "but text.length is 11, not 12\nhint: set text.length to 12"),
+        (HuggingFace(length=12, masked=False), None, "but text.masked is false, not true\n"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
             text_encoders.load_stored(settings, tmp_path, override)
         assert caught.value.code == 4
     with pytest.raises(UserError, match="no such file") as caught:
@@ -252,11 +257,11 @@ def test_trained_on_stored_embeddings_and_on_the_fly(
     assert tiny.call("encode_latents", *encode, "--output", tmp_path / "plain") == 0
     data = Latents(ShardSet(tmp_path / "stored"))
     batch = data.__getitem__(0)
-    assert batch.text is not None and batch.text[0]["context"].dtype == torch.float16
+    assert batch.text is not None and batch.text.context.dtype == torch.float16
     encoder = text_encoders.load_huggingface(SETTINGS, str(folders[name]))
     cond = encoder(batch.captions)
     theirs = cond.context[0][cond.mask[0]]
-    assert torch.allclose(batch.text[0]["context"].float(), theirs, rtol=2e-3, atol=2e-3)
+    assert torch.allclose(batch.text.context[0].float(), theirs, rtol=2e-3, atol=2e-3)
 
     assert (
         tiny.call("train_denoiser", "--latents", tmp_path / "stored", "--output", tmp_path / "a", *frozen_config) == 0
@@ -286,7 +291,11 @@ def test_what_a_frozen_denoiser_refuses(
     words = ("--latents", tmp_path / "stored", "--output", run, *frozen_config)
     problem = tiny.refused("train_denoiser", *words, "--text-encoder", folders["t5"])
     assert problem.code == 4 and "text encoder" in problem.what
-    assert tiny.call("train_denoiser", *words) == 0  # none of these left a run behind
+    problem = tiny.refused("train_denoiser", *words, "--text.masked", "false", "--text.length", "16")
+    assert problem.code == 4 and "text.length is 16, not 12 and text.masked is false, not true" in problem.what
+    assert problem.hint == "set text.length to 12 and text.masked to true"
+    follow = [word for part in problem.hint.split(" ", 1)[1].split(" and ") for word in f"--{part}".split(" to ")]
+    assert tiny.call("train_denoiser", *words, *follow) == 0  # none of these left a run behind
 
 
 def test_embeddings_that_float16_cannot_hold(
@@ -383,3 +392,12 @@ def test_of_several_processes_only_the_one_that_draws_loads_it(
     assert tiny.call(*words, tmp_path / "one") == 0
     for a, b in zip(tiny.rows(tmp_path / "one"), tiny.rows(tmp_path / "two"), strict=True):
         assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a)
+    more = [*words, tmp_path / "more", "--seed", "5", "--init-from", tmp_path / "one"]
+    assert ranks.start(2, tmp_path, *more, wrong={1: "no_text:0"}) == [0, 0], ranks.said(tmp_path)
+    encoder = tmp_path / "one" / "final" / "text_encoder"
+    (encoder / "model.safetensors").unlink()  # nor is the donor's needed
+    assert tiny.call(*words, tmp_path / "last", "--init-from", tmp_path / "one") == 0
+    record = json.loads((encoder / "identity.json").read_text())
+    (encoder / "identity.json").write_text(json.dumps({**record, "weights": "0" * 64, "hash": "1" * 64}))
+    given = ("--init-from", tmp_path / "one", "--text-encoder", folders["clip"])
+    assert "the one asked for is 111111111111" in tiny.refused(*words, tmp_path / "no", *given).what

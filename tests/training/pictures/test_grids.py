@@ -140,6 +140,16 @@ def strip(steps: int, shown: int) -> Strip:
     return made
 
 
+def test_facts_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    """As other programs read it, which know no Infinity; sealed as it is read."""
+    path = tmp_path / "one.png"
+    grids.save(Image.new("RGB", (4, 4)), path, {"scale": float("inf"), "settings": {"eta": float("nan")}, "seed": 1})
+    assert "Infinity" not in Image.open(path).text["ldm"] and "NaN" not in Image.open(path).text["ldm"]  # type: ignore[attr-defined]
+    told = grids.facts(path)
+    assert told.pop("sha256") and grids.changed(path) is False
+    assert told == {"scale": None, "scale_is": "inf", "settings": {"eta": None, "eta_is": "nan"}, "seed": 1}
+
+
 def test_a_strip_keeps_steps_evenly_and_the_last_among_them() -> None:
     made = strip(20, 8)
     assert made.wanted == {19, 17, 14, 12, 9, 7, 4, 2}

@@ -125,6 +125,29 @@ def test_a_look_is_told_to_both_journals(journal: Journal, tmp_path: Path) -> No
     assert journal.board.pictures == {("grid", 7): (4, 6, 3)}
 
 
+def test_a_resume_takes_back_what_it_gives_up(clock: Clock, tmp_path: Path) -> None:
+    """Of timing.jsonl and TensorBoard, too; a line that a killed process left unfinished is dropped."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train, accelerator = Train(batch_size=8, log_every=2, max_steps=20), Accelerator(cpu=True)
+    before = Journal(tmp_path, train, accelerator)
+    pass_steps(before, clock, range(1, 9), 1.0, 0.0)
+    before.board.close()
+    with (tmp_path / "timing.jsonl").open("a") as file:
+        file.write('{"step": 10, "images_p')
+    later = Journal(tmp_path, train, accelerator)
+    later.resume(5, {"metrics_bytes": 0})
+    assert [row["step"] for row in told(tmp_path, "timing.jsonl")] == [2, 4]
+    pass_steps(later, clock, range(6, 11), 1.0, 0.0)
+    later.board.close()
+    assert [row["step"] for row in told(tmp_path, "timing.jsonl")] == [2, 4, 6, 8, 10]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
+    Journal(tmp_path, train, accelerator).restart()
+    assert told(tmp_path, "timing.jsonl") == []
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_the_columns_of_a_run(stage: str, autoencoder: Path, denoiser: Path) -> None:
     """metrics.jsonl has a row for each step and each look, timing.jsonl one for each time that it is told."""

@@ -17,7 +17,7 @@ import torch
 from ldm.diffusion import Diffusion
 from training.errors import UserError
 from training.machine import faults
-from training.settings import decoding, reading
+from training.settings import decoding, reading, sections
 from training.settings.flags import KEYS, TrainParser
 
 ALL = [(stage, name) for stage in decoding.STAGES for name in decoding.names(stage)]
@@ -344,3 +344,24 @@ def test_fewer_steps_than_were_trained_are_explained(
 def test_a_grid_that_the_schedule_cannot_have_is_refused_with_the_config(overrides: dict[str, str], said: str) -> None:
     problem = str(told("denoiser", "smoke", overrides))
     assert "command line: grid: " in problem and said in problem
+
+
+def test_another_kind_starts_from_its_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what the file says for its own kind, a network keeps what both kinds have, a sampler nothing; both is said."""
+    given = tmp_path / "a.toml"
+    given.write_text(
+        f'[format]\nversion = {sections.VERSION}\n[text]\nwidth = 16\ndepth = 1\nheads = 2\n'
+        '[sampler]\nkind = "euler-maruyama"\ndiffusion = "sigma"\n[grid]\nkind = "exponential"\nrho = 2.0\n'
+    )
+    same = decoding.load("denoiser", str(given), {"text.kind": "scratch", "sampler.kind": "euler-maruyama"})
+    assert same == decoding.load("denoiser", str(given)) and not capsys.readouterr().err
+    kinds = {"text.kind": "label", "sampler.kind": "heun", "grid.kind": "karras"}
+    other = decoding.load("denoiser", str(given), kinds)
+    assert isinstance(other, decoding.DenoiserConfig) and other.text == type(other.text)(width=16)
+    assert (other.sampler.kind, other.grid) == ("heun", type(other.grid)())
+    dropped = "text.depth, text.heads, sampler.diffusion, grid.rho"
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {given}: not used with another kind: ") and said.count("\n") == 1
+    assert set(said.strip().partition("kind: ")[2].split(", ")) == set(dropped.split(", "))
+    decoding.load("denoiser", str(given), {"text.kind": "label", "text.width": "32"})
+    assert "text.width" not in capsys.readouterr().err  # it was given

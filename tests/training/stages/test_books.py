@@ -113,6 +113,9 @@ def test_what_no_setting_reads() -> None:
     assert without_use(config, ["optimizer.final_lr", "backbone.width"]) == [
         "optimizer.final_lr: optimizer.decay is constant"
     ]
+    config, given = decoding.load("denoiser", "smoke", {"train.tf32": "true"}), ["train.tf32", "train.cudnn_benchmark"]
+    assert without_use(config, given, "cpu") == ["train.tf32: the run is on a CPU"]
+    assert without_use(config, given, "cuda") == []
 
 
 def test_a_micro_batch_taken_again_counts_no_more(own: Path) -> None:
