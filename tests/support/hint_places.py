@@ -13,6 +13,7 @@ import tiny
 from packs import write
 from PIL import Image
 
+from training.files import hold
 from training.tensors import load_tensors, save_tensors
 
 
@@ -104,7 +105,8 @@ def a_table(place: Place) -> None:
 
 
 def two_splits(place: Place) -> None:
-    write(pictures(place), {"train_val/a.png": png(0), "train_val/a.txt": "a", "test/b.png": png(1), "test/b.txt": "b"})
+    files = {"train_val/a.png": png(0), "train_val/a.txt": "a", "test/b.png": png(1), "test/b.txt": "b"}
+    write(place.folder / "in", files)
 
 
 def unindexed(place: Place) -> None:
@@ -310,3 +312,76 @@ def diffusers_kl(place: Place) -> None:
     kind = {"block_out_channels": (32, 32), "layers_per_block": 1, "down_block_types": ("DownEncoderBlock2D",) * 2}
     model = diffusers.AutoencoderKL(**kind, up_block_types=("UpDecoderBlock2D",) * 2)
     model.save_pretrained(place.folder / "kl")
+
+
+def scaleless(place: Place) -> None:
+    diffusers_kl(place)
+    path = place.folder / "kl" / "config.json"
+    write(path.parent, {path.name: json.dumps(json.loads(path.read_text()) | {"scaling_factor": None})})
+
+
+def one_caption(place: Place) -> None:
+    """Pictures under two captions alone, which a classifier can take for its classes."""
+    files = [(f"{n:02}.{end}", data) for n in range(40) for end, data in
+             (("png", png(200 * (n % 2))), ("txt", (b"red", b"black")[n % 2]))]  # fmt: skip
+    _indexed(place, train=files, val=files[:16])
+
+
+def classified(place: Place) -> None:
+    words = ("--data", place.folder / "data", "--epochs", 1, "--device", "cpu", "--width", 4, "--batch-size", 8)
+    for seed, name in enumerate(("first", "second")):
+        tiny.call("train_classifier", *words, "--seed", seed, "--output", place.folder / name)
+    words = ("--prompt", "red", "--device", "cpu", "--steps", 2, "--output", place.folder / "made")
+    guided = ("--guidance.kind", "classifier", "--classifier", place.folder / "first")
+    tiny.call("generate", "--model", place.made("denoiser"), *words, *guided)
+
+
+def weakened(place: Place) -> None:
+    for name in ("poor", "poorer"):
+        tiny.shake(Path(shutil.copytree(place.made("denoiser") / "final", place.folder / name)))
+    tiny.shake(place.folder / "poorer")
+    words = ("--prompt", "red", "--device", "cpu", "--steps", 2, "--output", place.folder / "made")
+    guided = ("--guidance.kind", "autoguidance", "--weak-model", place.folder / "poorer")
+    tiny.call("generate", "--model", place.made("denoiser"), *words, *guided)
+
+
+def inverted(place: Place) -> None:
+    pictures(place)
+    words = ("--prompt", "red", "--device", "cpu", "--steps", 2, "--output", place.folder / "made")
+    began = ("--sampler", "ddim", "--invert", place.folder / "in" / "0.png")
+    tiny.call("generate", "--model", place.made("denoiser"), *words, *began)
+
+
+def unmixed(place: Place) -> None:
+    for number in range(3):
+        files = [(f"{number}{name}", data) for name, data in _captioned(10)]
+        _tar(place.folder / "data" / f"train-{number:06}.tar", files)
+    _indexed(place, val=_captioned(4))
+
+
+def held(place: Place) -> None:
+    """`out` as another process holds it that writes there."""
+    (place.folder / "out").mkdir()
+    file = hold(place.folder / "out")
+    place.request.addfinalizer(file.close)
+
+
+def other_encoder(place: Place) -> None:
+    home = place.copy("latents", "data") / "autoencoder"
+    weights = load_tensors(home / "model.safetensors")
+    save_tensors(home / "model.safetensors", {name: 1.01 * weight for name, weight in weights.items()})
+
+
+def two_checkpoints(place: Place) -> None:
+    """A run stopped at its end, whose later checkpoint is damaged."""
+    words = ("--latents", place.made("latents"), "--output", place.folder / "run", *tiny.DENOISER, "--save-every", 3)
+    tiny.call("train_denoiser", *words)
+    record = json.loads((place.folder / "run" / "run.json").read_text())
+    write(place.folder / "run", {"run.json": json.dumps(record | {"status": "stopped"})})
+    newest = max((place.folder / "run" / "checkpoints").glob("step-*"))
+    (newest / "ema.safetensors").write_bytes(b"damaged")
+
+
+def uncounted(place: Place) -> None:
+    """Latents of a time when captions were not counted."""
+    (place.copy("latents", "data") / "captions.json").unlink()
