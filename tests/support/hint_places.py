@@ -283,7 +283,8 @@ def fresh_accelerator(place: Place) -> None:
 
 def preview(place: Place, teacher: Path | None = None) -> None:
     """A preview of one step, and pictures drawn with it and without."""
-    words = ("--data", place.made("shapes"), "--device", "cpu", "--batch-size", 8, "--max-steps", 1, "--config", "tiny")
+    words = ("--data", place.made("shapes"), "--device", "cpu", "--batch-size", 8, "--max-steps", 1)
+    words = (*words, "--config", "tiny", "--num-workers", 0)
     model = place.made("denoiser")
     folder = place.folder / "preview"
     taught = teacher or model / "final" / "autoencoder"
@@ -380,6 +381,19 @@ def two_checkpoints(place: Place) -> None:
     write(place.folder / "run", {"run.json": json.dumps(record | {"status": "stopped"})})
     newest = max((place.folder / "run" / "checkpoints").glob("step-*"))
     (newest / "ema.safetensors").write_bytes(b"damaged")
+
+
+def zero_scale(place: Place) -> None:
+    scaleless(place)
+    path = place.folder / "kl" / "config.json"
+    write(path.parent, {path.name: json.dumps(json.loads(path.read_text()) | {"scaling_factor": -1.0})})
+
+
+def compilerless(place: Place) -> None:
+    def lacking() -> str:
+        raise RuntimeError("no C++ compiler")
+
+    place.patch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lacking)
 
 
 def uncounted(place: Place) -> None:

@@ -17,13 +17,14 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.\w+)?")
 COMMAND = re.compile(r"\b(\w+)\.py((?: [a-z]+\b)?)")
 SPEAKERS = {"tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error", "refuse"}
 BY_NAME = {"REFUSED"}  # constants that become a hint through a variable
-# Of torchrun, accelerate launch and pip.
-OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--force-reinstall",
-                "--no-deps"}  # fmt: skip
+# Of torchrun, accelerate launch, pip and tar.
+OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--no-deps",
+                "--use_deepspeed", "--use_fsdp", "--use_megatron_lm", "--use_parallelism_config", "--dynamo_backend",
+                "--force-reinstall", "--zstd"}  # fmt: skip
 
 
 class Hint(NamedTuple):
-    """A message that proposes something: `name` is its file and its text, {} for what is filled in, ⟨a¦b⟩ for either."""
+    """A message that proposes something: `name` is its file and text, {} for what is filled in, ⟨a¦b⟩ for either."""
 
     name: str
     text: str
@@ -115,7 +116,7 @@ def _constant(node: ast.AST, named: set[str]) -> list[ast.expr]:
     match node:
         case ast.FunctionDef() if node.name in named - {"door"}:
             return [part.value for part in ast.walk(node) if isinstance(part, ast.Return) and part.value]
-        case ast.Assign(targets=[ast.Name(id=name)]) if name in named and name.isupper() or name in BY_NAME:
+        case ast.Assign(targets=[ast.Name(id=name)]) if (name in named and name.isupper()) or name in BY_NAME:
             return list(node.value.values) if isinstance(node.value, ast.Dict) else [node.value]
     return []
 
