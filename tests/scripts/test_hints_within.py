@@ -64,9 +64,9 @@ def test_what_a_failed_step_proposes_is_taken(shapes: Path) -> None:
     words = ("--data", shapes, *flags, "--batch-size", 64, "--dry-run")
     told = explain(torch.OutOfMemoryError("CUDA out of memory. Tried"), 3, 16, 64)
     assert isinstance(told, UserError)
-    flag, half, alternative, precision = re.findall(r"--[\w-]+|(?<= )\d+(?=,)|auto|bf16", told.hint)[:4]
-    for way in ([flag, half], [flag, alternative], precision and [precision, "bf16"]):
-        assert tiny.call("train_autoencoder", *words, *(() if "precision" in way[0] else way)) == 0
+    flag, half, alternative = re.findall(r"--[\w-]+|(?<= )\d+(?=,)|auto", told.hint)[:3]
+    for way in (half, alternative):  # bf16 is another scenario's: Accelerate keeps one precision per process
+        assert tiny.call("train_autoencoder", *words, flag, way) == 0
     failure = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no compiler")
     told = explain(failure, 3, 16, 64)
     assert isinstance(told, UserError)
