@@ -16,6 +16,7 @@ import tomllib
 from pathlib import Path
 
 import hint_places
+import hint_runs
 import hints
 import pytest
 import tiny
@@ -26,6 +27,7 @@ from training.settings.decoding import STAGES, sections
 TABLE = tomllib.loads((Path(__file__).parent / "hints.toml").read_text("utf-8"))
 FOLLOWED = tomllib.loads((Path(__file__).parent / "followed.toml").read_text("utf-8"))
 SHORT, SCENARIOS = FOLLOWED["short"], FOLLOWED["scenarios"]
+PREPARED = vars(hint_places) | vars(hint_runs)
 ASSIGNED = re.compile(r"[A-Z_]+=.*")
 ALL = {hint.name: hint for hint in hints.hints()}
 DOORS = sorted(path.stem for path in tiny.SCRIPTS.glob("*.py") if "run_main" in path.read_text())
@@ -135,7 +137,7 @@ def test_a_hint_followed_comes_further(
     place = Followed(tmp_path, request, monkeypatch)
     if colon:
         for one in prepare.split("+"):
-            getattr(hint_places, one)(place)
+            PREPARED[one](place)
         wrong = command
     place.words(" ".join([wrong, *steps]))  # makes the data and runs that are needed
     capfd.readouterr()
