@@ -1,8 +1,9 @@
 """Every hint that proposes a flag or a command works when followed.
 
 `hints.toml` beside this file has a line for each such message. A new one fails here until it has its line: the name of
-a scenario below, of a test that follows it elsewhere (`tests/…py::test_…`), or "flags" where only what it names is
-looked up. Messages are found by their text, so that a changed one asks for its line anew.
+a scenario of `followed.toml` (or several, with "; " between), which says this message and goes on by its words; a test
+that follows it elsewhere (`tests/…py::test_…`); "cannot: " and why nothing here can; or, at last, "flags", where what
+it names is looked up, as it is for all. Messages are found by their text, so that a changed one asks for its line anew.
 """
 
 from __future__ import annotations
@@ -11,22 +12,27 @@ import ast
 import json
 import re
 import shlex
-import shutil
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
+import hint_places
+import hint_runs
 import hints
 import pytest
 import tiny
-from PIL import Image
 
 from training.errors import UserError
 from training.settings.decoding import STAGES, sections
 
 TABLE = tomllib.loads((Path(__file__).parent / "hints.toml").read_text("utf-8"))
+FOLLOWED = tomllib.loads((Path(__file__).parent / "followed.toml").read_text("utf-8"))
+SHORT, SCENARIOS = FOLLOWED["short"], FOLLOWED["scenarios"]
+PREPARED = vars(hint_places) | vars(hint_runs)
+ASSIGNED = re.compile(r"[A-Z_]+=.*")
 ALL = {hint.name: hint for hint in hints.hints()}
 DOORS = sorted(path.stem for path in tiny.SCRIPTS.glob("*.py") if "run_main" in path.read_text())
+# Scenarios of messages whose text is made of parts, none of which names a flag or command with its door.
+MADE_OF_PARTS = {"no data", "unknown flag", "unknown config", "no captions", "broken picture", "precision of encoding"}
 TRAINING = ["train_autoencoder", "train_denoiser"]
 # The doors that a room speaks to; a room that is not here speaks to all of them.
 ROOMS = {
@@ -64,122 +70,87 @@ def test_the_line_of_a_hint_names_what_there_is(name: str) -> None:
         tree = ast.parse((tiny.ROOT / path).read_text("utf-8"))
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     else:
-        assert path == "flags" or path in SCENARIOS
+        assert set(path.split("; ")) <= set(SCENARIOS) or path == "flags" or path.startswith("cannot: ")
 
 
-class Place:
-    """Where a scenario plays: its folder, and data and runs of tests."""
+class Followed(hint_places.Place):
+    """A scenario: commands of `followed.toml`, and what they end with."""
 
-    def __init__(self, folder: Path, **made: Path) -> None:
-        self.folder, self.made = folder, made
+    def words(self, text: str) -> str:
+        """A command with `{tmp}`, `{shapes}`, and the names of SHORT filled in."""
+        for _ in range(3):
+            text = re.sub(r"\{(\w+)\}", self._meant, text)
+        return text
 
-    def words(self, text: str) -> list[str]:
-        """The words of a command, `{tmp}`, `{shapes}`, `{latents}`, `{denoiser}` filled in."""
-        flags = {"A": shlex.join(tiny.AUTOENCODER), "D": shlex.join(tiny.DENOISER)}
-        return shlex.split(text.format(tmp=self.folder, **self.made, **flags))
+    def _meant(self, found: re.Match[str]) -> str:
+        known = {**SHORT, "tmp": str(self.folder), "A": shlex.join(tiny.AUTOENCODER), "D": shlex.join(tiny.DENOISER)}
+        return known[found[1]] if found[1] in known else str(self.made(found[1]))
 
-    def outcome(self, text: str) -> UserError | int:
-        """What a command ends with."""
-        script, *words = self.words(text)
+    def call(self, command: str) -> UserError | int:
+        """What `NAME=value SCRIPT WORDS` ends with."""
+        words = shlex.split(self.words(command))
+        while ASSIGNED.fullmatch(words[0]):
+            self.patch.setenv(*words.pop(0).split("=", 1))
+        script, *rest = words
         try:
-            return tiny.call(script, *words)
+            return tiny.call(script, *rest)
         except UserError as problem:
             return problem
 
+    def step(self, text: str, wrong: str, said: str) -> UserError | int:
+        """One step of what follows. Words within «» stand in the message; RUN is the command that stands there."""
+        for quoted in re.findall("«(.*?)»", text):
+            assert self.words(quoted) in said, f"{quoted!r} is not in:\n{said}"
+        text = text.translate({ord("«"): None, ord("»"): None}).replace("--batch-size: ", "--batch-size ")
+        if text.startswith("- "):
+            removed, _, added = text[2:].partition(" + ")
+            assert removed in wrong
+            return self.call(wrong.replace(removed, "") + " " + added)
+        if text.startswith("+ "):
+            return self.call(f"{wrong} {text[2:]}")
+        if text == "AGAIN":
+            return self.call(wrong)
+        if text.startswith("RUN"):
+            return self.call(self.proposed(text[3:], said))
+        return self.call(text)
 
-def pictures(folder: Path, captions: bool) -> None:
-    folder.mkdir()
-    for number in range(4):
-        Image.new("RGB", (32, 32), (60 * number, 9, 9)).save(folder / f"{number}.png")
-        if captions:
-            (folder / f"{number}.txt").write_text(f"red {number}")
-
-
-def captionless(place: Place) -> None:
-    pictures(place.folder / "in", False)
-
-
-def broken(place: Place) -> None:
-    pictures(place.folder / "in", True)
-    (place.folder / "in" / "0.png").write_bytes(b"no picture")
-
-
-def taken(place: Place) -> None:
-    pictures(place.folder / "in", True)
-    (place.folder / "out").mkdir()
-    (place.folder / "out" / "notes.txt").write_text("mine")
-
-
-def unindexed(place: Place) -> None:
-    shutil.copytree(place.made["shapes"], place.folder / "my [data]")
-    for path in (place.folder / "my [data]").glob("*"):
-        path.suffix == ".tar" or path.unlink()
-
-
-def drawn(place: Place) -> None:
-    (place.folder / "out").mkdir()
-    (place.folder / "out" / "00000.png").write_bytes(b"a picture")
-
-
-def nothing(place: Place) -> None:
-    """Nothing to prepare."""
-
-
-DRY = "train_autoencoder --data {shapes} {A} --dry-run"
-# Name: what is prepared, the command refused, what its hint must hold, the command that follows it. RUN as the last is
-# the hint's own command, after which the refused one must come further.
-RUN = "RUN"
-SCENARIOS: dict[str, tuple[Callable[[Place], None], str, str, str]] = {
-    "no output": (nothing, "train_autoencoder --data {shapes} {A}", "--output", DRY + " --output {tmp}/run"),
-    "no data": (nothing, "train_autoencoder {A} --dry-run", "--data", DRY),
-    "large batch": (nothing, DRY + " --batch-size 5000", "lower --batch-size", DRY + " --batch-size 8"),
-    "odd batch": (nothing, DRY + " --batch-size 33 --micro-batch-size 8", "nearest", DRY + " --batch-size 32"),
-    "half on a cpu": (nothing, DRY + " --mixed-precision fp16", "--mixed-precision no", DRY + " --mixed-precision no"),
-    "no gpu": (nothing, DRY + " --device cuda", "--device cpu", DRY + " --device cpu"),
-    "no such device": (nothing, DRY + " --device quantum", "cpu", DRY + " --device cpu"),
-    "unknown flag": (nothing, DRY + " --frobnicate", "train_autoencoder.py --help", "train_autoencoder --help"),
-    "unknown key": (nothing, DRY + " --train.stepz 3", "--print-config", "train_autoencoder --print-config"),
-    "unknown config": (nothing, DRY + " --config smok", "smoke", DRY + " --config smoke"),
-    "no vision model": (nothing, DRY + " --loss.align 0.5", "loss.align 0", DRY + " --loss.align 0"),
-    "no LPIPS weights": (nothing, DRY + " --loss.perceptual 1 --loss.perceptual_weights standard",
-                         "--loss.perceptual_weights random", DRY + " --loss.perceptual_weights random"),
-    "a run is there": (nothing, "train_denoiser --latents {latents} --output {denoiser} {D}", "--resume auto",
-                       "train_denoiser --latents {latents} --output {denoiser} {D} --resume auto"),
-    "no index": (unindexed, "train_autoencoder --data '{tmp}/my [data]' {A} --dry-run", "make_shards.py index", RUN),
-    "no captions": (captionless, "make_shards pack {tmp}/in --output {tmp}/out --resolution 16",
-                    "--missing-caption empty",
-                    "make_shards pack {tmp}/in --output {tmp}/out --resolution 16 --missing-caption empty"),
-    "broken picture": (broken, "make_shards pack {tmp}/in --output {tmp}/out --resolution 16", "--on-bad-data skip",
-                       "make_shards pack {tmp}/in --output {tmp}/out --resolution 16 --on-bad-data skip"),
-    "folder taken": (taken, "make_shards pack {tmp}/in --output {tmp}/out --resolution 16", "another --output",
-                     "make_shards pack {tmp}/in --output {tmp}/other --resolution 16"),
-    "root of a folder": (taken, "make_shards pack {tmp}/in --root x --output {tmp}/new --resolution 16",
-                         "make_shards.py pack", "make_shards pack {tmp}/in --output {tmp}/new --resolution 16"),
-    "pictures are there": (drawn, "generate --model {denoiser} --prompt red --output {tmp}/out --device cpu",
-                           "--overwrite",
-                           "generate --model {denoiser} --prompt red --output {tmp}/out --device cpu --overwrite"),
-    "what to measure": (nothing, "evaluate --model {denoiser} --device cpu", "--obedience shapes",
-                        "evaluate --model {denoiser} --device cpu --obedience shapes --count 4 --batch-size 4"),
-}  # fmt: skip
+    def proposed(self, places: str, said: str) -> str:
+        """The command of the message, pasted; `places` tell what stands for its words in capitals."""
+        commands = re.findall(r"\S*python\S* (?:'[^']*?|\S*?)(\w+)\.py'?((?: [^\n;]*)?)", said)
+        assert commands, f"nothing to paste in:\n{said}"
+        script, rest = commands[0 if places.startswith("1") else -1]
+        places = places.removeprefix("1")
+        for place in filter(None, (part.strip() for part in places.split(";"))):
+            name, _, meant = place.partition("=")
+            assert name in rest.split(), f"{name} is not in {rest}"
+            rest = " ".join(meant if word == name else word for word in rest.split(" "))
+        return f"{script} {rest}"
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_hint_followed_comes_further(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    prepare, wrong, expected, right = SCENARIOS[name]
-    needed = {key for key in ("shapes", "latents", "denoiser") if f"{{{key}}}" in wrong + right}
-    needed |= {"shapes"} if prepare is unindexed else set()
-    place = Place(tmp_path, **{key: request.getfixturevalue(key) for key in needed})
-    prepare(place)
-    refused = place.outcome(wrong)
-    assert isinstance(refused, UserError) and expected in refused.hint, refused
-    if right == RUN:
-        command = shlex.split(re.split(r"(?:: |; )(?=\S*python)", refused.hint)[-1])
-        script = next(word for word in command if word.endswith(".py"))
-        assert tiny.call(Path(script).stem, *command[command.index(script) + 1 :]) == 0
-        right = wrong
-    assert place.outcome(right) == 0
+def test_a_hint_followed_comes_further(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    wrong, *steps = SCENARIOS[name]
+    prepare, colon, command = wrong.partition(": ")
+    place = Followed(tmp_path, request, monkeypatch)
+    if colon:
+        for one in prepare.split("+"):
+            PREPARED[one](place)
+        wrong = command
+    place.words(" ".join([wrong, *steps]))  # makes the data and runs that are needed
+    capfd.readouterr()
+    said = f"{place.call(wrong)}\n{''.join(capfd.readouterr()[::-1])}"
+    lines = [ALL[line] for line, scenario in TABLE.items() if name in scenario.split("; ") and line in ALL]
+    assert [line.text for line in lines if not line.stands_in(said)] == [], said
+    for text in steps:
+        later = text.startswith("later: ")
+        outcome = place.step(text.removeprefix("later: "), wrong, said)
+        now = f"{outcome}\n{''.join(capfd.readouterr()[::-1])}"
+        assert outcome == 0 or later, now
+    assert not [line.text for line in lines if line.stands_in(now)], now
 
 
 def test_every_scenario_follows_a_hint() -> None:
-    made_of_parts = {"no data", "unknown flag"}  # whose text does not stand in the source
-    assert set(SCENARIOS) - made_of_parts <= set(TABLE.values())
+    assert set(SCENARIOS) - MADE_OF_PARTS <= {name for value in TABLE.values() for name in value.split("; ")}

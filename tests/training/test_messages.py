@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
 from training.errors import UserError
-from training.messages import note, printable, warn
+from training.messages import note, per_second, printable, warn
 
 
 def test_escapes_and_forged_lines() -> None:
@@ -29,3 +31,11 @@ def test_an_ascii_terminal_gets_escapes_and_no_traceback() -> None:
         [sys.executable, "-c", code], capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=True
     )
     assert done.stdout == b"caf\\xe9\n" and done.stderr == b"note: \\xe9\n"
+
+
+@pytest.mark.parametrize(("rate", "said"), [
+    (0.0, "0.0 images/s"), (0.0005, "2,000 s/image"), (0.08, "12.5 s/image"), (0.999, "1 s/image"),
+    (1.0, "1.0 images/s"), (31.44, "31.4 images/s"), (1234.5, "1,234 images/s"),
+])  # fmt: skip
+def test_a_speed_below_one_a_second_is_the_time_of_one(rate: float, said: str) -> None:
+    assert per_second(rate) == said and per_second(rate, "picture") == said.replace("image", "picture")

@@ -48,7 +48,7 @@ class Latents(Samples[Latent]):
         super().__init__(shards, seed, on_bad_data)
         latent = shards.summary.get("latent")
         if not latent:
-            hint = "make them with: " + door("encode_latents --autoencoder RUN --data DIR --output DIR")
+            hint = "make them with: " + door("encode_latents --autoencoder RUN --data PICTURES --output DIR")
             raise UserError("these shards hold no latents", hint=hint, code=DATA)
         self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
         self.mirrored = flip and "mirror.npy" in shards.fields

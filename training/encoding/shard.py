@@ -142,7 +142,7 @@ class Encoder:
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise UserError(
                     f"{key}: the caption's embedding is not finite (stored as float16)",
-                    hint="leave --text-encoder out here and give it to train_denoiser.py instead",
+                    hint="leave --text-encoder out here, with another --output, and give it to train_denoiser.py",
                     code=NUMERICAL,
                 )
             files.append(bytes(save(tensors)))
@@ -171,7 +171,7 @@ class Encoder:
         if bad.any():
             raise UserError(
                 f"{keys[int(bad.argmax())]}: latents are not finite (stored as {self.dtype})",
-                hint="try --dtype float32 and --mixed-precision no",
+                hint="try --dtype float32 and --mixed-precision no, with another --output",
                 code=NUMERICAL,
             )
         return moments

@@ -74,7 +74,7 @@ def assemble(
     if made_by != hashes["encoder"]:
         raise UserError(
             f"latents were made by autoencoder {made_by[:12]}, the one beside them is {hashes['encoder'][:12]}",
-            hint=f"encode again: {door('encode_latents --autoencoder RUN --data DIR --output DIR')}",
+            hint=f"encode again: {door('encode_latents --autoencoder RUN --data PICTURES --output DIR')}",
             code=CHECKPOINT,
         )
     null = None

@@ -81,7 +81,7 @@ def load_classifier(folder: str | Path, device: torch.device | str = "cpu") -> C
     """A stored classifier, frozen. Raises UserError for a folder that is none."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
-        hint = f"make one: {door('train_classifier --data DIR --output DIR')}"
+        hint = f"make one: {door('train_classifier --data PICTURES --output DIR')}"
         raise UserError(f"{folder} holds no classifier", hint=hint, code=DATA)
     refuse_links(folder)
     about = read_record(folder / "config.json", {"classes": list, "width": int}, code=DATA)

@@ -36,7 +36,7 @@ def load_preview(path: str | Path, teacher: str, device: torch.device) -> Autoen
     """
     record = find(path, "autoencoder").final / TEACHER
     if not record.is_file():
-        command = door("train_autoencoder --config tiny --teacher RUN --data DIR --output DIR")
+        command = door("train_autoencoder --config tiny --teacher RUN --data PICTURES --output DIR")
         hint = f"distil one: {command}"
         raise UserError(f"{path} was not distilled from another autoencoder", hint=hint, code=CHECKPOINT)
     if (recorded := read_record(record, {"autoencoder": str})["autoencoder"]) != teacher:

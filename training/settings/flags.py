@@ -273,7 +273,7 @@ class TrainParser(Parser):
         if not args.output and not args.dry_run:
             raise UserError("--output is missing", hint="name the run folder: --output runs/NAME")
         if getattr(args, "resolution", None) and not args.stream:
-            hint = "pack with: scripts/make_shards.py pack SOURCE --output DIR --resolution N"
+            hint = f"pack with: {door('make_shards pack SOURCE --output DIR --resolution N')}"
             raise UserError("--resolution is that of the packed pictures; here it is for --stream alone", hint=hint)
         check_inputs(args)
 

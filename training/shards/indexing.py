@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from training.commands import door
 from training.errors import DATA, DISK, UserError
 from training.files import file_sha256
 from training.guarding import check_output, leads_out
@@ -58,7 +59,8 @@ def _kept(directory: Path, fields: set[str]) -> tuple[dict[str, Any], Kind]:
         if kind == "images":
             return {}, kind
     what = f"{directory}: its tars hold latents, and neither {INDEX} nor {ENCODING} says what made them"
-    raise UserError(what, hint="encode them again: scripts/encode_latents.py", code=DATA)
+    hint = "encode them again: " + door("encode_latents --autoencoder RUN --data PICTURES --output DIR")
+    raise UserError(what, hint=hint, code=DATA)
 
 
 def _lacking(directory: Path, infos: list[ShardInfo], ledger: Ledger) -> None:
@@ -86,7 +88,7 @@ def _indexed(tar: Path, keys: Keys, left_out: list[str] | None) -> Index:
         index = index_of(tar, left_out)
     except UserError as error:
         if "hard link" in error.what:
-            error.hint = f"links are followed where the tar is packed: make_shards.py pack '{tar}' --output DIR"
+            error.hint = f"links are followed where the tar is packed: {door('make_shards pack', tar)} --output DIR"
         raise
     seen, repeated = keys.duplicates(index["key"].tolist(), tar.name)
     if repeated:

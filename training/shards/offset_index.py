@@ -183,6 +183,6 @@ def members(
             raise UserError(what, hint=reindex_hint(Path(tar).parent), code=DATA)
         if crc is not None and zlib.crc32(data) != crc:
             what = f"{tar}: {key}.{field} has other bytes than were indexed; the shard was changed or is damaged"
-            raise UserError(what, hint=f"run: scripts/make_shards.py verify {Path(tar).parent}", code=DATA)
+            raise UserError(what, hint=f"run: {door('make_shards verify', Path(tar).parent)}", code=DATA)
         contents[field] = data
     return contents

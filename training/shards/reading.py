@@ -19,6 +19,7 @@ from pathlib import Path
 from struct import error as StructError
 from typing import Any
 
+from training.commands import door
 from training.errors import DATA, UserError
 from training.guarding import leads_out
 from training.messages import note, warn
@@ -27,10 +28,6 @@ from training.shards.offset_index import Descriptors, Layout, Place, index_path,
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
 
-LACKING = {  # what mends data without a split
-    "train": "pack pictures to train on, too: scripts/make_shards.py pack",
-    "val": "hold some pictures out: scripts/make_shards.py pack --val-fraction 0.1",
-}
 OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
 
 
@@ -53,7 +50,7 @@ class ShardSet:
         if not self.shards:
             names = ", ".join(sorted({info.split for info in shards}))
             what = f"{directory} has no split {split!r} (it has: {names})"
-            raise UserError(what, hint=LACKING.get(split, f"give data that have a {split} split"), code=DATA)
+            raise UserError(what, hint=lacking_hint(split), code=DATA)
         tars = [self.directory / info.name for info in self.shards]
         if self.remote:
             self.remote.bring(index_path(tar).name for tar in tars)
@@ -150,7 +147,16 @@ def held_out_shards(folder: str | Path | Remote, *, at_least: str = "train") -> 
     if name == "test":
         note("the data has no val split: its test split is what is held out")
     if name == "train" and at_least != "train":
-        raise UserError(f"{folder} has no val and no test split to measure on", hint=LACKING["val"], code=DATA)
+        raise UserError(f"{folder} has no val and no test split to measure on", hint=lacking_hint("val"), code=DATA)
     if name == "train":
         warn("the data has no val split; validation uses training images (pack with --val-fraction)")
     return ShardSet(folder, name)
+
+
+def lacking_hint(split: str) -> str:
+    """What mends data without a split."""
+    if split == "train":
+        return f"pack pictures to train on, too: {door('make_shards pack SOURCE --output DIR')}"
+    if split == "val":
+        return f"hold some pictures out: {door('make_shards pack SOURCE --output DIR --val-fraction 0.1')}"
+    return f"give data that have a {split} split"

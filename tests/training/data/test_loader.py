@@ -127,10 +127,11 @@ def test_no_more_processes(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "failure", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("received 0 items of ancdata")], ids=repr
 )
-def test_no_more_files(failure: Exception) -> None:
+def test_no_more_files(failure: Exception, read: Read) -> None:
     with pytest.raises(UserError, match="too many open files") as caught, loader.loader_errors([]):
         raise failure
     assert caught.value.code == 6 and "ulimit -n" in caught.value.hint
+    assert "--num-workers 0" in caught.value.hint and list(read(0))  # which starts none
 
 
 def test_another_failure_stays_what_it_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -121,6 +122,8 @@ def test_non_finite_latents_are_refused(
         problem = tiny.refused("encode_latents", *encode(autoencoder, shapes, tmp_path / str(value)))
         assert problem.code == 5 and ShardSet(shapes).key(2) in problem.what and "--dtype float32" in problem.hint
         assert not list((tmp_path / str(value)).glob("*.tar"))
+    flags = " ".join(re.findall(r"--\S+ \w+", problem.hint)).split()  # the hint, followed: 1e6 is finite so
+    assert tiny.call("encode_latents", *encode(autoencoder, shapes, tmp_path / "wide"), *flags) == 0
 
 
 def test_workers_change_nothing(

@@ -157,3 +157,6 @@ def test_a_shrinking_micro_batch_is_refused_where_processes_meet_within_a_pass()
     with pytest.raises(UserError, match="auto: not with several processes and a kl model") as caught:
         check_shrinking(config, quantising, 2)
     assert caught.value.code == 2 and caught.value.hint == "give a number"
+    numbered = decoding.load("autoencoder", "smoke", {"train.micro_batch_size": "4"})
+    assert isinstance(numbered, decoding.AutoencoderConfig)
+    check_shrinking(numbered, quantising, 2)

@@ -115,6 +115,7 @@ def test_stage_two_begins_with_the_weights_and_words_of_another_run(
     problem = tiny.refused("train_denoiser", *words, tmp_path / "own", "--resume", "auto", "--init-from", denoiser)
     assert problem.code == 4 and "leave --init-from out" in problem.hint
     assert record["vocabulary"][:12] in problem.what and vocabulary_hash(own)[:12] in problem.what
+    assert tiny.call("train_denoiser", *words, tmp_path / "own", "--resume", "auto") == 0  # the hint, followed
 
 
 def test_what_init_from_refuses(denoiser: Path, latents: Path, tmp_path: Path) -> None:
@@ -144,9 +145,10 @@ def test_labels_keep_their_places(latents: Path, tmp_path: Path) -> None:
     begins_as(begun("train_denoiser", "--latents", classes("cd", "two"), *asked), "denoiser.text", donor)
     names["a"] = "thing <new>"
     asked = (*words, tmp_path / "no", "--init-from", tmp_path / "donor")
-    problem = tiny.refused("train_denoiser", "--latents", classes("abcd", "new"), *asked)
+    given = ("--latents", classes("abcd", "new"), *asked)
+    problem = tiny.refused("train_denoiser", *given)
     assert problem.code == 3 and "caption 'thing <new>' is not one of the 4 labels" in problem.what
-    assert "--init-from" in problem.hint
+    assert problem.hint.endswith("leave --init-from out") and tiny.call("train_denoiser", *given[:-2]) == 0
 
 
 def test_a_run_goes_on_with_its_own_vocabulary_alone(latents: Path, tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_another_tokenizer_is_refused(part: str, folders: dict[str, Path], tmp_p
             given()
         assert caught.value.code == 4 and "--text-encoder" in caught.value.hint
         assert ours["tokenizer"][:12] in caught.value.what and theirs["tokenizer"][:12] in caught.value.what
+    assert text_encoders.load_stored(SETTINGS, tmp_path, str(tmp_path / "0"))  # the hint, followed
     record = tmp_path / "text_encoder" / "identity.json"
     record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "tokenizer"}))
     assert text_encoders.load_stored(SETTINGS, tmp_path, str(tmp_path / "1")) is not None
@@ -308,7 +309,9 @@ def test_embeddings_that_float16_cannot_hold(
     monkeypatch.setattr(HuggingFaceTextEncoder, "encode", large)
     words = ("--autoencoder", autoencoder, "--data", shapes, "--output", tmp_path / "x", "--device", "cpu")
     problem = tiny.refused("encode_latents", *words, "--text-encoder", folders["t5"], "--text-length", "12")
-    assert problem.code == 5 and "not finite" in problem.what
+    assert problem.code == 5 and "not finite" in problem.what and problem.hint.startswith("leave --text-encoder out")
+    assert "another --output" in problem.hint
+    assert tiny.call("encode_latents", *words, "--output", tmp_path / "y") == 0
 
 
 def test_the_rule_of_padding_is_no_part_of_what_was_stored_before_it(folders: dict[str, Path]) -> None:

@@ -296,6 +296,7 @@ def test_fashion_mnist_is_downloaded_where_torchvision_puts_it(tmp_path: Path, m
     monkeypatch.setattr(mnist, "download_and_extract_archive", unreachable)
     error = refused("fashion-mnist", tmp_path / "none", "--root", str(tmp_path / "empty"))
     assert error.code == 3 and "could not be downloaded" in error.what and "--root FOLDER" in error.hint
+    pack("fashion-mnist", tmp_path / "found", "--root", str(tmp_path / "root"))  # the hint, followed
 
 
 def test_shapes(tmp_path: Path) -> None:

@@ -112,8 +112,9 @@ def test_measured(made: tuple[int, Path], tmp_path: Path) -> None:
     assert tiny.call("inspect_autoencoder", root / "ae", *common, *look) == 0
     named = ["--data", root / "data", "--output", tmp_path / "classes", "--epochs", 1, "--width", 8, "--batch-size", 16]
     assert tiny.call("train_classifier", *named, "--device", "cpu") == 0
-    with pytest.raises(UserError, match="judges RGB pictures"):
+    with pytest.raises(UserError, match="judges RGB pictures") as caught:
         tiny.call("evaluate", "--model", root / "ldm", "--obedience", "shapes", "--count", 1, "--device", "cpu")
+    assert caught.value.hint == "measure it with --data DIR"  # as was done above
 
 
 def test_carried_to_diffusers_and_back(made: tuple[int, Path], tmp_path: Path) -> None:
