@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from training.data import loader
+from training.data import loader, sharing
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.loader import stream
@@ -103,7 +103,7 @@ def test_no_shared_memory(read: Read, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_one_killed_while_it_hands_a_batch_over(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a batch is in the pipe: the other half is not waited for."""
-    monkeypatch.setattr(loader, "_share", lambda batch: False)
+    monkeypatch.setattr(sharing, "_share", lambda batch: False)
     monkeypatch.setattr(loader, "STUCK", 1.0)
     got = []
     for number, batch in enumerate(read(1)):

@@ -147,8 +147,8 @@ def test_what_unpacks_a_gzip_file_works(tmp_path: Path) -> None:
 def test_one_picture_is_no_source_but_its_folder_is(tmp_path: Path) -> None:
     path = write(tmp_path / "in", {"a.png": png(0), "a.txt": "a"}) / "a.png"
     hint = refused(path, tmp_path / "no").hint
-    words = shlex.split(hint.partition(": ")[2])
-    assert words[:2] == ["make_shards.py", "pack"] and pack(words[2], tmp_path / "out").captions == {"a": ["a"]}
+    words = shlex.split(hint.partition("make_shards.py ")[2])
+    assert words[::2] == ["pack", "--output"] and pack(words[1], tmp_path / "out").captions == {"a": ["a"]}
 
 
 def test_several_sources_at_once(tmp_path: Path) -> None:
