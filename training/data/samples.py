@@ -57,6 +57,11 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
     def __len__(self) -> int:
         return len(self.shards)
 
+    @property
+    def _windows(self) -> tuple[tuple[int, ...], int]:
+        """As `ShardSet.windows`; the front of a stream, which has none, lies in memory."""
+        return self.shards.windows or ((), 0)
+
     @abstractmethod
     def load(self, slots: list[Slot]) -> list[Loaded | UserError]:
         """The sample of each slot, or why it cannot be read."""
@@ -76,7 +81,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
                     raise problem
                 reasons[places[i].index] = problem.what
-                places[i] = substitute(slots[i], attempt, len(self), self.seed, *self.shards.windows)
+                places[i] = substitute(slots[i], attempt, len(self), self.seed, *self._windows)
             for (i, _), sample in zip(failures, self.load([places[i] for i, _ in failures]), strict=True):
                 samples[i] = sample
         batch = self.join(places, [sample for sample in samples if not isinstance(sample, UserError)])
@@ -96,7 +101,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
         """
         if not 0 < count < len(self):
             return range(len(self))
-        sizes, window = self.shards.windows
+        sizes, window = self._windows
         if not sizes:
             return _spread(count, len(self))
         ends = np.cumsum(sizes)

@@ -121,7 +121,7 @@ def several_pictures(fields: Iterable[str]) -> str:
 def choose(directory: Path | None, fields: Iterable[str]) -> str:
     """What tells which of several pictures in each sample is the one."""
     flags = [f"--image-field {field}" for field in sorted(fields)]
-    command = door("make_shards pack", f"{directory or '.'}/*.tar")
+    command = door("make_shards pack", f"{directory}/*.tar" if directory else "SOURCE")
     return f"{command} --output DIR {flags[0]} (or {' or '.join(flags[1:])})"
 
 

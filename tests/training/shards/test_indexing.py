@@ -69,7 +69,9 @@ def test_several_pictures_in_a_sample(tmp_path: Path) -> None:
     assert "several pictures in one sample" in refused("verify", tmp_path / "old").what
     stream = StreamedShards(TarStream((str(tars / "t.tar"),)), [{"__key__": "0", "png": png(0), "webp": b"x"}], FIELDS)
     with pytest.raises(UserError, match="several pictures"):
-        Images(stream).picture(0)
+        Images(stream)[0]
+    stream.kept.append({"__key__": "1", "png": png(0)})
+    assert Images(stream)[0].indices == [1]  # at the front of a stream too, one that cannot be read is replaced
 
 
 def test_pictures_of_all_formats_are_trained_on_where_they_lie(tmp_path: Path) -> None:
