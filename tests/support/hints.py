@@ -17,8 +17,8 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.\w+)?")
 COMMAND = re.compile(r"\b(\w+)\.py((?: [a-z]+\b)?)")
 SPEAKERS = {"tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error"}
 # Of torchrun, accelerate launch and pip.
-OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--force-reinstall",
-                "--no-deps"}  # fmt: skip
+OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu",
+                "--force-reinstall", "--no-deps"}  # fmt: skip
 
 
 class Hint(NamedTuple):
@@ -43,6 +43,8 @@ def static(node: ast.AST) -> str:
             return "{}" if not isinstance(node.value, ast.Call | ast.IfExp) else static(node.value) or "{}"
         case ast.BinOp():
             return static(node.left) + static(node.right)
+        case ast.BoolOp():
+            return " | ".join(filter(None, map(static, node.values)))
         case ast.IfExp():
             return f"{static(node.body)} | {static(node.orelse)}"
         case ast.Call() if ast.unparse(node.func) == "door":
