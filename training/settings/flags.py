@@ -228,15 +228,11 @@ class TrainParser(Parser):
         add_cache(self.data)
         add_stream(self.data, stage)
         run = self.add_argument_group("run")
-        run.add_argument(
-            "--config", metavar="NAME|FILE", help=f"a config of configs/{stage}/, or a file ({example} when not given)"
-        )
+        text = f"a config of configs/{stage}/, or a file ({example} when not given)"
+        run.add_argument("--config", metavar="NAME|FILE", help=text)
         run.add_argument("--output", metavar="DIR", help="the run folder")
-        run.add_argument(
-            "--resume",
-            metavar="auto|latest|PATH",
-            help="auto: newest sound checkpoint, or start fresh; latest: it must exist",
-        )
+        text = "auto: newest sound checkpoint, or start fresh; latest: it must exist"
+        run.add_argument("--resume", metavar="auto|latest|PATH", help=text)
         run.add_argument(
             "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
         )
