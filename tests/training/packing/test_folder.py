@@ -255,7 +255,10 @@ def test_captions_that_are_passed_over_are_told(tmp_path: Path) -> None:
     packed = pack(write(tmp_path / "in", {**pictures, **texts, "metadata.csv": rows}), tmp_path / "out")
     assert packed.captions["a"] == ["of the file"] and packed.ledger["ignored"][PASSED_OVER]["first"] == ["a"]
     sidecars = {"a.json": '{"caption": "of JSON"}', "b.json": '{"text": "the same"}', "c.json": '{"Caption": "one"}'}
+    long = {**pictures, **texts, "a.json": json.dumps({"caption": "x" * 30_000})}  # too long, and not wanted
     for source in (
+        write(tmp_path / "long", long),
+        tar(tmp_path / "long.tar", long),
         write(tmp_path / "beside", {**pictures, **texts, **sidecars}),
         tar(tmp_path / "t.tar", {**pictures, **texts, **sidecars}),
     ):
