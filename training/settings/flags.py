@@ -257,15 +257,16 @@ class TrainParser(Parser):
         from training.settings.decoding import names
 
         args = self._keyed(argv)
-        if args.config is None:
-            args.config, others = self.example, ", ".join(name for name in names(self.stage) if name != self.example)
-            note(f"no --config was given: {self.example}, made for trials, is used; others are {others}")
+        given, args.config = args.config, args.config or self.example
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         check_keys(args.overrides)
         known = Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
         if known and not args.print_config:  # a config that is not there is told first, when it is read
             self._check_paths(args)
+        if given is None:
+            others = ", ".join(name for name in names(self.stage) if name != self.example)
+            note(f"no --config was given: {self.example}, made for trials, is used; others are {others}")
         return args
 
     def _check_paths(self, args: argparse.Namespace) -> None:
