@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from training.data.loader import stream
 from training.data.order import Batches, DataOrder, Slot, substitute
 from training.encoding import shard
 from training.errors import UserError
-from training.shards.index import write_index
+from training.models.captions_read import CaptionTally
+from training.shards.index import read_index, write_index
 from training.shards.reading import ShardSet
 from training.shards.verifying import verify
 from training.shards.writing import ShardWriter
@@ -349,6 +351,18 @@ def test_f3_f6_and_e10_stored_embeddings(
     captions = [c for part in source for i in range(len(part)) for c in json.loads(part.read(i)["json"])["captions"]]
     assert f"cut {sum(len(c.split()) > 4 for c in captions):,}: captions exceed 4 tokens (train-00000000" in said
     assert [path.name for path in target.rglob("null.safetensors")] == ["null.safetensors"]
+    summary = read_index(target)[0]["summary"]
+    tally = CaptionTally(SimpleNamespace(trainable=False), Latents(ShardSet(target)))  # type: ignore[arg-type]
+    assert tally.counted.report() == {"cut": summary["ledger"]["cut"]} and not tally.waiting  # as training tells it
+    for older in (False, False, True, True):  # gone on with: nothing is counted twice, and nothing is forgotten
+        if older:
+            index = json.loads((target / "index.json").read_text())
+            index["summary"].pop("ledgers", None)
+            (target / "index.json").write_text(json.dumps(index))
+        else:
+            min(target.glob("train-*.tar")).unlink()
+        assert tiny.call("encode_latents", *words(autoencoder, shapes, target, *asked, 4)) == 0
+        assert read_index(target)[0]["summary"]["ledger"]["cut"] == summary["ledger"]["cut"]
     problem = tiny.refused("encode_latents", *words(autoencoder, shapes, target, *asked, 5))
     assert problem.code == 4 and "text_encoder " in problem.what and ", now " in problem.what
     config = tmp_path / "frozen.toml"

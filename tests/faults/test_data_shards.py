@@ -242,7 +242,7 @@ def test_d8_incomplete_and_scattered_samples(tmp_path: Path, capsys: pytest.Capt
     tar_of(tmp_path / "00000.tar", {**members, "a.npz": b"?", "b.npz": b"?"})
     main(["index", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "ignored 1: samples without png (d)" in said and "ignored 1: samples without txt (c)" in said
+    assert "ignored 1: samples without a picture (d)" in said and "ignored 1: samples without txt (c)" in said
     assert ShardSet(tmp_path).read(0) == {"png": png(0), "txt": b"a", "npz": b"?"}
     flags = ["--output", str(tmp_path / "out"), "--val-fraction", "0", "--resolution", "16", "--on-bad-data", "skip"]
     main(["pack", str(tmp_path / "00000.tar"), *flags])

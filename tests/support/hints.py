@@ -52,6 +52,9 @@ def static(node: ast.AST) -> str:
             return "{}" if not isinstance(node.value, ast.Call | ast.IfExp) else static(node.value) or "{}"
         case ast.BinOp():
             return static(node.left) + static(node.right)
+        case ast.BoolOp():
+            said = [text for text in map(static, node.values) if text]
+            return said[0] if len(said) == 1 else f"⟨{'¦'.join(said)}⟩"
         case ast.IfExp():
             return f"⟨{static(node.body)}¦{static(node.orelse)}⟩"
         case ast.Call() if ast.unparse(node.func) == "door":

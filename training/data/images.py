@@ -11,12 +11,11 @@ from training.commands import door
 from training.data.order import Slot
 from training.data.samples import Batch, Policy, Samples, coin, ids, or_error
 from training.errors import DATA, UserError
+from training.pictures.formats import FIELDS, choose, several_pictures
 
 if TYPE_CHECKING:
     from training.shards.reading import ShardSet
     from training.shards.streaming import StreamedShards
-
-PICTURES = ("png", "jpg", "jpeg", "webp")
 
 
 class Images(Samples[np.ndarray]):
@@ -37,7 +36,7 @@ class Images(Samples[np.ndarray]):
         super().__init__(shards, seed, on_bad_data)
         self.flip, self.resolution = flip, resolution
         self.channels: int = shards.summary.get("channels", 3)  # 1: grey, 3: RGB, 4: RGBA
-        self.extensions = [ext for ext in PICTURES if ext in shards.fields]
+        self.extensions = [ext for ext in FIELDS if ext in shards.fields]
         if not self.extensions:
             what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
             raise UserError(what, hint=f"make them: {door('make_shards pack SOURCE --output DIR')}", code=DATA)
@@ -47,9 +46,13 @@ class Images(Samples[np.ndarray]):
         from training.pictures.decoding import fit, load_image
 
         record = self.shards.read(index, self.extensions)
-        data = next((record[ext] for ext in self.extensions if record.get(ext)), b"")
+        found = [ext for ext in self.extensions if record.get(ext)]
+        if len(found) > 1:
+            what = f"{self.shards.key(index)}: {several_pictures(found)}"
+            raise UserError(what, hint=choose(self.shards.directory, found), code=DATA)
+        data, suffix = (record[found[0]], f".{found[0]}") if found else (b"", "")
         try:
-            image = load_image(data, channels=self.channels)
+            image = load_image(data, channels=self.channels, suffix=suffix)
             pixels = np.asarray(fit(image, self.resolution) if self.resolution else image)
             return pixels.reshape(*pixels.shape[:2], self.channels)
         except UserError as failure:

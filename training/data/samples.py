@@ -29,6 +29,7 @@ ATTEMPTS = 8  # unreadable samples drawn for one slot before reading is given up
 SHOWN = 5  # of the samples left out
 Loaded = TypeVar("Loaded")
 
+NO_WINDOWS: tuple[tuple[int, ...], int] = ((), 0)  # of the front of a stream, which lies in memory
 
 class Batch(NamedTuple):
     """One micro-batch. `data`: images uint8 (B,3,H,W) or moments (B,2C,h,w); `slots` (B,) int64 seed its randomness."""
@@ -77,7 +78,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
                     raise problem
                 reasons[places[i].index] = problem.what
-                places[i] = substitute(slots[i], attempt, len(self), self.seed, *(self.shards.windows or ()))
+                places[i] = substitute(slots[i], attempt, len(self), self.seed, *(self.shards.windows or NO_WINDOWS))
             for (i, _), sample in zip(failures, self.load([places[i] for i, _ in failures]), strict=True):
                 samples[i] = sample
         batch = self.join(places, [sample for sample in samples if not isinstance(sample, UserError)])
@@ -97,7 +98,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
         """
         if not 0 < count < len(self):
             return range(len(self))
-        sizes, window = self.shards.windows or ((), 0)
+        sizes, window = self.shards.windows or NO_WINDOWS
         if not sizes:
             return _spread(count, len(self))
         ends = np.cumsum(sizes)

@@ -202,17 +202,14 @@ def _finish(
 ) -> int:
     """Write the index of what is there; returns how many samples were left out."""
     infos = [info for s in shards if (info := _sound(target, s))]
-    ledger = Ledger()
-    for shard in shards:
-        if (path := _ledger_of(target, shard)).is_file():
-            ledger.merge(read_record(path, {}))
+    ledger, ledgers = _ledgers(target, shards)
     summary = latents_summary(plan)
     samples, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
     if samples > total:
         refuse_many(samples - total, samples, str(source))
         summary["left_out"] = samples - total
-    ledger.merge(_kept_ledger(target))
-    summary |= {"order": "mixed" if is_mixed(read_index(source)[0]["summary"]) else "source", "ledger": ledger.report()}
+    summary |= {"order": "mixed" if is_mixed(read_index(source)[0]["summary"]) else "source"}
+    summary |= {"ledger": ledger.report(), "ledgers": ledgers}
     write_index(target, infos, summary, kind="latents")  # last of the data: a folder without is refused
     for shard in shards:
         _ledger_of(target, shard).unlink(missing_ok=True)
@@ -228,11 +225,20 @@ def _finish(
     return samples - total
 
 
-def _kept_ledger(target: Path) -> dict[str, Any]:
-    """What an earlier encoding of the same left: it wrote the index, so that its shards have no ledgers any more."""
+def _ledgers(target: Path, shards: list[ShardInfo]) -> tuple[Ledger, dict[str, Any]]:
+    """What was not used as it was given: of all, and by shard, where anything was. A shard that is encoded again has a
+    new one in place of that in the index; the one of all that earlier versions wrote stays, under no name."""
+    before: dict[str, Any] = {}
     with suppress(UserError):
-        return dict(read_index(target)[0]["summary"].get("ledger", {}))
-    return {}
+        before = read_index(target)[0]["summary"]
+    ledger, by_shard = Ledger(), before.get("ledgers", {"": before.get("ledger", {})})
+    for shard in shards:
+        if (path := _ledger_of(target, shard)).is_file():
+            by_shard[shard.name] = read_record(path, {})
+    by_shard = {name: report for name, report in by_shard.items() if report}
+    for report in by_shard.values():
+        ledger.merge(report)
+    return ledger, by_shard
 
 
 def _dead_channels(shards: ShardSet, channels: int) -> list[int]:

@@ -21,7 +21,7 @@ from training.errors import DATA, DISK, NUMERICAL, UserError
 from training.ledger import Ledger
 from training.machine.memory import out_of_memory
 from training.messages import note, per_second, tell, warn
-from training.shards.captions import stored_captions
+from training.shards.captions import stored_captions, text_fields
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
 
@@ -239,7 +239,7 @@ def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError) -> Pic
     if isinstance(pixels, UserError):
         raise pixels
     key = shards.key(index)
-    return Picture(key, pixels, _notes(key, shards.read(index, ("json", "txt"))))
+    return Picture(key, pixels, _notes(key, shards.read(index, ("json", *text_fields(shards.fields)))))
 
 
 def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from training.errors import DATA, UserError
 from training.messages import printable
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import split_folders, split_of
-from training.packing.texts import COLUMNS, STATED, captions_in, clean, plain_name, split_in, without_captions
+from training.packing.texts import STATED, split_in
 from training.packing.trees import file_state
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
+from training.shards.captions import COLUMNS, captions_in, clean_captions, plain_name, without_captions
 
 NAMES = (".parquet", ".arrow")
 STATE = "state.json"  # in each folder that save_to_disk wrote
@@ -140,11 +141,11 @@ class Arrow(Source):
             if isinstance(at := row.get(label), int) and 0 <= at < len(names):
                 row[label] = names[at]
         try:
-            captions = clean(captions_in(row, self.reading.caption_column))
+            captions = clean_captions(captions_in(row, self.reading.caption_column))
         except UserError as error:
             return Remark(key, error.what)
         meta = {name: value for name, value in without_captions(row).items() if not isinstance(value, bytes | dict)}
-        texts = [name for name, value in row.items() if isinstance(value, str) and name not in COLUMNS]
+        texts = [name for name, value in row.items() if isinstance(value, str) and plain_name(name) not in COLUMNS]
         hint = " or ".join(f"--caption-column {name}" for name in texts[:4]) if not captions else ""
         suffix = Path(name).suffix if Path(name).suffix.lower() in SUFFIXES else ""
         return Sample(key, data, captions, meta, split, suffix, hint)

@@ -88,7 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         _pack(arguments)
     elif arguments.verb == "index":
         infos = index_folder(arguments.directory, skip=arguments.on_bad_data == "skip")
-        answer(f"{arguments.directory}: indexed {len(infos)} shards, {sum(info.samples for info in infos):,} samples")
+        splits = sorted({info.split for info in infos})
+        counts = {split: sum(info.samples for info in infos if info.split == split) for split in splits}
+        said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+        answer(f"{arguments.directory}: indexed {len(infos)} shards, {sum(counts.values()):,} samples ({said})")
         ledger = Ledger()
         ledger.merge(read_index(arguments.directory)[0]["summary"]["ledger"])
         _tell(ledger)

@@ -135,6 +135,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     add("--caption-column", metavar="NAME", help=text)
     text = "whether each line of a caption file is a caption, or all are one"
     add("--caption-lines", choices=("each", "join"), default="each", help=text)
-    add("--image-field", metavar="NAME", help="tars, parquet: the picture, of several in one sample")
+    text = "the picture, of several in one sample or of one name: a suffix such as jpg; of parquet, a column"
+    add("--image-field", metavar="NAME", help=text)
     text = "take splits from the names of folders and files, or draw all by hash"
     add("--splits", choices=("names", "draw"), default="names", help=text)

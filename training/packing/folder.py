@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 import shlex
@@ -17,23 +16,20 @@ from training.packing.metadata import Metadata, Record
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import Taken, split_folders
 from training.packing.tables import FILE_COLUMNS, TABLES
-from training.packing.texts import (
-    LARGEST_TEXT,
-    STATED,
-    TEXTS,
-    as_list,
-    captions_in,
-    clean,
-    plain_name,
-    several_lines,
-    split_in,
-    texts_of,
-    without_captions,
-)
+from training.packing.texts import LARGEST_TEXT, PASSED_OVER, STATED, TEXTS, passed_over, several_lines, split_in
 from training.packing.trees import Directory, Tree
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
 from training.pictures.formats import unused
-from training.shards.captions import decode_text
+from training.shards.captions import (
+    as_list,
+    captions_in,
+    clean_captions,
+    decode_text,
+    plain_name,
+    record_of,
+    texts_of,
+    without_captions,
+)
 
 ARCHIVES = (".tar", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
 EACH = "several lines in a caption file, each a caption of its own; --caption-lines join makes them one"
@@ -59,11 +55,10 @@ class Folder(Source):
         self.tree, self.reading = where if isinstance(where, Tree) else Directory(where), reading or Reading()
         self.name = self.tree.name
         self._pictures = [name for name in self.tree.files if _suffix(name) in SUFFIXES]
-        if self.reading.image_field:
-            hint = "of a folder, every picture is packed; leave those out that are none"
-            raise UserError("--image-field: goes with tars and parquet files", hint=hint)
         if not self._pictures:
             raise UserError(f"{self.name}: no images in this folder", hint=self._instead(), code=DATA)
+        self._others: list[str] = []  # pictures of other formats than the one asked for
+        self._choose()
         self.total = len(self._pictures)
         self._sidecars: dict[str, list[str]] = defaultdict(list)
         for name in self.tree.files:
@@ -71,14 +66,45 @@ class Folder(Source):
                 self._sidecars[_stem(name)].append(name)
                 self._sidecars["~" + _stem(name).casefold()].append(name)
 
+    def _choose(self) -> None:
+        """Keeps the pictures of one format, where that is asked for. Raises UserError(code 3) where most come in
+        several and none is chosen: a photo and its mask, say."""
+        formats: dict[str, set[str]] = defaultdict(set)
+        for name in self._pictures:
+            formats[_stem(name)].add(_suffix(name)[1:])
+        twice = [found for found in formats.values() if len(found) > 1]
+        named = sorted(set().union(*(twice or formats.values())))
+        if wanted := self.reading.image_field:
+            suffix = f".{wanted.lower().removeprefix('.')}"
+            self._others = [name for name in self._pictures if _suffix(name) != suffix]
+            self._pictures = [name for name in self._pictures if _suffix(name) == suffix]
+            if not self._pictures:
+                what = f"--image-field {wanted}: no picture of {self.name} ends in {suffix}"
+                raise UserError(what, hint=f"they end in {', '.join(named)}", code=DATA)
+        elif len(twice) > 1 and 2 * len(twice) >= len(formats):
+            what = f"{self.name}: {len(twice):,} of {len(formats):,} pictures are there twice ({', '.join(named)})"
+            hint = " or ".join(f"--image-field {field}" for field in named)
+            apart = "where they are different pictures, put each format into a folder of its own"
+            raise UserError(what, hint=f"name the one to train on: {hint}; {apart}", code=DATA)
+
+    def _chosen_remarks(self) -> Iterator[Remark]:
+        chosen = {_stem(name) for name in self._pictures}
+        for name in self._others:
+            if _stem(name) in chosen:
+                yield Remark(printable(name), "picture of another format than --image-field", "ignored")
+            else:
+                yield Remark(printable(name), f"no picture of the format {self.reading.image_field}")
+
     def _instead(self) -> str:
         """What to do with a folder that holds no picture by its own name."""
         found = Counter(_suffix(name) for name in self.tree.files if _suffix(name) in ARCHIVES)
         if found and self.tree.root:
             suffix = next(suffix for suffix in ARCHIVES if found[suffix])
-            example = next(name for name in self.tree.files if _suffix(name) == suffix)
-            folder = posixpath.join(self.name, posixpath.dirname(example)).rstrip("/")
-            return f"archives and shards are named with a star: {shlex.quote(f'{folder}/*{suffix}')}"
+            homes = sorted({posixpath.dirname(name) for name in self.tree.files if _suffix(name) == suffix})
+            if len(homes) > 1:
+                homes = sorted({re.sub("[^/]+", "*", home) for home in homes})
+            patterns = (shlex.quote(posixpath.join(self.name, home, f"*{suffix}")) for home in homes)
+            return f"archives and shards are named with a star: {' '.join(patterns)}"
         for name in self.tree.files:
             if why := unused(name, self.tree.head(name)):
                 return f"{name}: {why}"
@@ -91,10 +117,12 @@ class Folder(Source):
     def samples(self) -> Iterator[Sample | Remark]:
         """A sample per picture, in order of paths; then remarks for the files that belong to none."""
         yield from self.tree.passed
-        stems = {stem for name in self._pictures for stem in (_stem(name), name)}
+        yield from self._chosen_remarks()
+        every = [*self._pictures, *self._others]
+        stems = {stem for name in every for stem in (_stem(name), name)}
         tables = [name for name in self.tree.files if _suffix(name) in TABLES and _stem(name) not in stems]
         tables += [name for name in self.tree.files if _suffix(name) == ".txt" and self._is_listing(name, stems)]
-        metadata = Metadata(self.tree, self._pictures, tables, self.reading)
+        metadata = Metadata(self.tree, every, tables, self.reading)
         yield from metadata.remarks
         self._check_column(metadata)
         splits = split_folders(map(posixpath.dirname, self._pictures)) if self.reading.splits == "names" else {}
@@ -163,7 +191,8 @@ class Folder(Source):
                 texts += texts_of(text, self.reading.caption_lines)
             if len(files) > 1:
                 yield Remark(key, "several caption files, all taken", "guessed")
-            captions, meta = clean(texts) or clean(record.captions), dict(record.meta)
+            captions, meta = clean_captions(texts) or clean_captions(record.captions), dict(record.meta)
+            others = [*record.captions]
             for file in [file for file in beside if _suffix(file) == ".json"]:
                 try:
                     more, about = self._json(file)
@@ -172,9 +201,12 @@ class Folder(Source):
                         raise
                     more, about = [], {}
                     yield Remark(printable(file), f"sidecar that cannot be read ({error.what})", "ignored")
-                captions, meta = captions or clean(more), {**about, **meta}
+                captions, meta = captions or clean_captions(more), {**about, **meta}
+                others += more
                 if not more:
                     yield Remark(printable(file), "sidecar without a caption", "ignored")
+            if passed_over(others, captions):
+                yield Remark(key, PASSED_OVER, "ignored")
             image = self.tree.read(name, LARGEST_FILE)
         except UserError as error:
             yield Remark(key, error.what)
@@ -187,11 +219,8 @@ class Folder(Source):
 
     def _json(self, file: str) -> tuple[list[object], dict[str, Any]]:
         """Captions and other facts of a NAME.json; none where it says no caption, as the files of other programs."""
-        try:
-            record = json.loads(decode_text(self.tree.text(file, LARGEST_TEXT)))
-        except (ValueError, RecursionError):
-            raise UserError("metadata not JSON", code=DATA) from None
-        captions = captions_in(record, self.reading.caption_column) if isinstance(record, dict) else []
+        record = record_of(self.tree.text(file, LARGEST_TEXT))
+        captions = captions_in(record, self.reading.caption_column)
         return captions, without_captions(record) if captions else {}
 
     def _hint(self, record: Record, metadata: Metadata) -> str:
@@ -200,6 +229,8 @@ class Folder(Source):
         if columns:
             flags = " or ".join(f"--caption-column {shlex.quote(name)}" for name in columns[:4])
             return f"its metadata have no column text; {flags} reads another"
+        if metadata.needing:
+            return f"{printable(metadata.needing)} is read after: pip install pyarrow"
         if metadata.unread:
             names = ", ".join(map(printable, metadata.unread[:3]))
             return f"{names} beside it names no picture here, and was not read; metadata.csv with file_name,text is"

@@ -25,8 +25,8 @@ from training.packing.tables import (
     file_of,
     read_rows,
 )
-from training.packing.texts import as_list, captions_in, plain_name, without_captions
 from training.packing.trees import Tree
+from training.shards.captions import as_list, captions_in, plain_name, without_captions
 
 STRICT = (".jsonl", ".csv")  # a metadata file of these is nothing else
 SUGGESTED = 5  # names that are looked for among all others, which takes its time
@@ -109,6 +109,7 @@ class Metadata:
         self.remarks: list[Remark] = []
         self.tables: list[str] = []
         self.unread: list[str] = []
+        self.needing = ""  # a table that wants a package to be read
         self.columns: dict[str, None] = {}
         self._tree, self._reading = tree, reading
         self._names = Names(pictures, str(tree.root.resolve()) if tree.root else "")
@@ -143,7 +144,9 @@ class Metadata:
             rows = self._rows(name, LARGEST_TABLE if named else LARGEST_OTHER)
         except UserError as error:
             if "pyarrow" in error.hint:
-                raise
+                if named:
+                    raise
+                self.needing = name
             rows = []
         folder = posixpath.dirname(name)
         if any(self._names.find(folder, file)[0] for row in rows[:1000] if (file := file_of(row))):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from training.errors import DATA, USAGE, UserError
 from training.files import remove_partials, write_bytes, write_json
-from training.guarding import make_folder, refuse_links
+from training.guarding import make_folder, read_record, refuse_links
 from training.ledger import Ledger
 from training.messages import answer, note, warn
 from training.packing.mixing import MixingWriter
@@ -175,13 +175,13 @@ def _prepare(output: Path, packing: dict[str, Any]) -> bool:
     mark = output / PACKING
     asked = packing
     try:
-        stored = json.loads(mark.read_bytes()) if mark.is_file() else None
-        if stored is not None:
-            if "order" not in stored["settings"]:  # packed before there was a choice, and no other is a reason to
-                asked = {**packing, "settings": {**packing["settings"], "order": "source"}}
-            stored["settings"] = as_stored(stored["settings"])
-    except (ValueError, LookupError, TypeError):
+        stored = read_record(mark, {"settings": dict}, code=DATA) if mark.is_file() else None
+    except UserError:
         stored = None
+    if stored is not None:
+        if "order" not in stored["settings"]:  # packed before there was a choice, and no other is a reason to
+            asked = {**packing, "settings": {**packing["settings"], "order": "source"}}
+        stored["settings"] = as_stored(stored["settings"])
     if stored is None and any(path.name != LOCK for path in output.iterdir()):
         raise UserError(f"{output} is not empty", hint="give another --output; nothing is overwritten", code=USAGE)
     complete = (output / INDEX).is_file()
@@ -192,7 +192,8 @@ def _prepare(output: Path, packing: dict[str, Any]) -> bool:
             code=USAGE,
         )
     if complete and asked != packing:
-        note(f"{output} was packed in the order of its source; to train from an address, pack it into another folder")
+        note(f"{output} was packed by an earlier version: in the order of its source, captions and splits by its rules")
+        note("another --output is packed by today's, and mixed, as a training from an address needs it")
     if not complete:  # one that was stopped is begun anew, with other settings too
         remove_partials(output)
         write_json(mark, packing)

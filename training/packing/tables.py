@@ -11,9 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from training.errors import DATA, UserError
-from training.packing.texts import lines, plain_name
 from training.pictures.decoding import SUFFIXES
-from training.shards.captions import decode_text
+from training.shards.captions import decode_text, lines, plain_name
 
 Row = dict[str, Any]
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")

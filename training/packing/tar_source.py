@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,21 +17,20 @@ from training.packing.folder import EACH, Folder
 from training.packing.metadata import is_metadata
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import Taken, split_folders, split_of
-from training.packing.texts import (
-    LARGEST_TEXT,
-    STATED,
-    TEXTS,
-    as_list,
+from training.packing.texts import LARGEST_TEXT, PASSED_OVER, STATED, passed_over, several_lines, split_in
+from training.packing.trees import is_hidden
+from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
+from training.shards.captions import (
+    TEXT_FIELDS,
     captions_in,
-    clean,
-    several_lines,
-    split_in,
+    captions_of,
+    clean_captions,
+    decode_text,
+    record_of,
+    text_fields,
     texts_of,
     without_captions,
 )
-from training.packing.trees import is_hidden
-from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
-from training.shards.captions import decode_text
 from training.shards.index import SPLITS
 from training.shards.opened import Bytes
 from training.shards.tars import Member, walk_tar
@@ -40,7 +38,6 @@ from training.shards.tars import Member, walk_tar
 Place = tuple[int, int]  # offset and size
 Group = dict[str, Place]  # field -> place
 NAME = re.compile(r"((?:[^/]+/)*[^./][^./]*)\.([^/]+)")
-TEXT_FIELDS = tuple(suffix[1:] for suffix in TEXTS)
 
 
 def is_picture(field: str) -> bool:
@@ -159,7 +156,7 @@ class Tars(Source):
             data.keep(members)
         if any(is_metadata(member.name.rpartition("/")[2]) for member in members):
             yield from (Remark(path.name, f"unusable member ({why})") for why in left_out)
-            folder = Folder(Tar(path, members, data), replace(self.reading, image_field=None))
+            folder = Folder(Tar(path, members, data), self.reading)
             for item in folder.samples():
                 yield replace(item, split=item.split or split) if isinstance(item, Sample) else item
             return
@@ -209,25 +206,24 @@ class Tars(Source):
             wanted = f" in the field {self.reading.image_field}" if self.reading.image_field else ""
             yield Remark(key, f"no image{wanted} (it has: {', '.join(group)})")
             return
-        beside = [field for field in (*TEXT_FIELDS, *(f"{picture}.{text}" for text in TEXT_FIELDS)) if field in group]
+        beside = text_fields(group)
         for field in sorted(group.keys() - {picture, "json", *beside}):
             yield Remark(key, f"field {field}", "ignored")
         try:
             image = read(picture, LARGEST_FILE)
-            record = json.loads(decode_text(read("json"))) if "json" in group else {}
-            record = record if isinstance(record, dict) else {"json": record}
-            captions: tuple[str, ...] = ()
-            if not self.reading.caption_column:
+            record = record_of(read("json")) if "json" in group else {}
+            if column := self.reading.caption_column:
+                captions = clean_captions(captions_in(record, column))
+            else:
                 texts = [decode_text(read(field)) for field in beside]
                 if self.reading.caption_lines == "each" and any(map(several_lines, texts)):
                     yield Remark(key, EACH, "guessed")
                 listed = [line for text in texts for line in texts_of(text, self.reading.caption_lines)]
-                captions = clean([*as_list(record.get("captions")), *listed])
-            captions = captions or clean(captions_in(record, self.reading.caption_column))
+                captions = captions_of(record, listed)
+                if passed_over(captions_in(record), captions):
+                    yield Remark(key, PASSED_OVER, "ignored")
         except UserError as error:
             yield Remark(key, error.what)
-        except (ValueError, RecursionError):
-            yield Remark(key, "metadata not JSON")
         else:
             strings = [name for name, value in record.items() if isinstance(value, str)] if not captions else []
             hint = " or ".join(f"--caption-column {name}" for name in strings[:4])

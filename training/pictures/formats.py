@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from stat import S_ISREG
 
 from PIL import Image
 
+from training.commands import door
 from training.errors import DATA, UserError
 
 SUFFIXES = (
@@ -18,6 +20,7 @@ SUFFIXES = (
     *(".heic", ".heif", ".jfif", ".jpe", ".jif", ".mpo", ".apng", ".pnm", ".pbm", ".pfm", ".tga", ".dib", ".ico"),
     *(".qoi", ".j2k", ".j2c", ".jpf", ".jpx", ".jxl", ".hif", ".avifs"),
 )
+FIELDS = tuple(suffix[1:] for suffix in SUFFIXES)  # as shards name them; where there is a choice, the first
 # None starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF", "ICO", "QOI", "JXL")
 BARE = {".tga": "TGA", ".dib": "DIB"}  # files that begin with no mark of their format: tried where the suffix says so
@@ -108,6 +111,18 @@ def unknown(data: bytes) -> Unusable:
     if suffix == ".tif":
         return refuse(f"TIFF of a kind that is not read ({_tiff_kind(data)})", f"{SAVE_AS}, of 8 or 16 bits")
     return refuse("not an image of a known format")
+
+
+def several_pictures(fields: Iterable[str]) -> str:
+    """What is wrong with a sample of a shard that has these pictures."""
+    return f"several pictures in one sample ({', '.join(sorted(fields))})"
+
+
+def choose(directory: Path | None, fields: Iterable[str]) -> str:
+    """What tells which of several pictures in each sample is the one."""
+    flags = [f"--image-field {field}" for field in sorted(fields)]
+    command = door("make_shards pack", f"{directory}/*.tar" if directory else "SOURCE")
+    return f"{command} --output DIR {flags[0]} (or {' or '.join(flags[1:])})"
 
 
 def unused(name: str, head: bytes) -> str | None:

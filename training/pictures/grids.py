@@ -40,8 +40,8 @@ def grid(
     factor = max(1, -(-SMALLEST // max(images[0].size)))
     width, height = (side * factor for side in images[0].size)
     font = ImageFont.load_default(size=11)
-    room = {"width": max(8, 2 * width // 13), "max_lines": 4, "placeholder": " …"}
-    caption_lines = [textwrap.wrap(_drawable(c), **room) for c in captions]
+    wrap = textwrap.TextWrapper(max(8, 2 * width // 13), max_lines=4, placeholder=" …").wrap
+    caption_lines = [wrap(_drawable(c)) for c in captions]
     below = 4 + 13 * max(map(len, caption_lines), default=0) if captions else 0
     margin = 12 + max((int(font.getlength(r)) for r in rows), default=-12)
     lines = -(-len(images) // columns)

@@ -13,6 +13,7 @@ from typing import Any
 
 from training.commands import door
 from training.errors import CHECKPOINT, USAGE, UserError
+from training.messages import note
 from training.settings import foreign
 from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
 from training.settings.net import run_main as run_main  # of every script
@@ -219,6 +220,7 @@ class TrainParser(Parser):
             description,
             epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
         )
+        self.example = example
         self.stage, self.part, self.source = stage, stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
         self.data = self.add_argument_group("data")
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
@@ -226,15 +228,11 @@ class TrainParser(Parser):
         add_cache(self.data)
         add_stream(self.data, stage)
         run = self.add_argument_group("run")
-        run.add_argument(
-            "--config", metavar="NAME|FILE", default=example, help=f"a config of configs/{stage}/, or a file"
-        )
+        text = f"a config of configs/{stage}/, or a file ({example} when not given)"
+        run.add_argument("--config", metavar="NAME|FILE", help=text)
         run.add_argument("--output", metavar="DIR", help="the run folder")
-        run.add_argument(
-            "--resume",
-            metavar="auto|latest|PATH",
-            help="auto: newest sound checkpoint, or start fresh; latest: it must exist",
-        )
+        text = "auto: newest sound checkpoint, or start fresh; latest: it must exist"
+        run.add_argument("--resume", metavar="auto|latest|PATH", help=text)
         run.add_argument(
             "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
         )
@@ -259,12 +257,16 @@ class TrainParser(Parser):
         from training.settings.decoding import names
 
         args = self._keyed(argv)
+        given, args.config = args.config, args.config or self.example
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         check_keys(args.overrides)
         known = Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
         if known and not args.print_config:  # a config that is not there is told first, when it is read
             self._check_paths(args)
+        if given is None:
+            others = ", ".join(name for name in names(self.stage) if name != self.example)
+            note(f"no --config was given: {self.example}, made for trials, is used; others are {others}")
         return args
 
     def _check_paths(self, args: argparse.Namespace) -> None:

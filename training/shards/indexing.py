@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 from training.commands import door
 from training.errors import DATA, DISK, UserError
 from training.files import file_sha256
-from training.guarding import check_output, leads_out
+from training.guarding import check_output, leads_out, read_record
 from training.ledger import Ledger
-from training.pictures.decoding import SUFFIXES
+from training.pictures.formats import FIELDS, choose, several_pictures
 from training.shards.checksums import index_of
 from training.shards.claims import claimed
 from training.shards.index import ENCODING, INDEX, PACKING, Kind, ShardInfo, read_index, write_index
@@ -23,7 +23,6 @@ from training.shards.splits import split_of
 from training.shards.tars import NAME, Index, walk_tar
 from training.shards.verifying import SHOWN, Keys
 
-DOTS = "a key ends at the first dot of a name: unpack the tars into a folder and pack that"
 LEFT_OUT = {"unsafe": "unsafe member", "duplicate": "duplicate sample key"}  # by the first word of why
 MOMENTS = "moments.npy"  # the field that makes a shard one of latents
 
@@ -43,19 +42,23 @@ def pictures_summary(packing: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(directory: Path, fields: set[str]) -> tuple[dict[str, Any], Kind]:
     """Summary (without what is made anew) and kind: of the index already there, or, where it cannot be read, of what
-    the tars hold and of the file that says what they were made from. Raises UserError for latents without it."""
+    the tars hold and of the file that says what they were made from. Raises UserError for latents without it.
+
+    `made_with` is the ledger of who made the shards; ours is that and more, however often they are indexed.
+    """
     kind: Kind = "latents" if MOMENTS in fields else "images"
     try:
         old, _ = read_index(directory)
         if kind == "images" or old["kind"] == kind:
             old = {name: value for name, value in old["summary"].items() if name not in ("counts", "index_notes")}
-            return old, kind
+            ours = any((directory / name).is_file() for name in (ENCODING, PACKING))
+            return {"made_with": old.get("ledger", {}) if ours else {}, **old}, kind
     except UserError:
         pass
     name, restored = (ENCODING, latents_summary) if kind == "latents" else (PACKING, pictures_summary)
     try:
-        return restored(json.loads((directory / name).read_bytes())), kind
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return restored(read_record(directory / name, {})), kind
+    except (UserError, LookupError, TypeError, AttributeError):
         if kind == "images":
             return {}, kind
     what = f"{directory}: its tars hold latents, and neither {INDEX} nor {ENCODING} says what made them"
@@ -64,20 +67,23 @@ def _kept(directory: Path, fields: set[str]) -> tuple[dict[str, Any], Kind]:
 
 
 def _lacking(directory: Path, infos: list[ShardInfo], ledger: Ledger) -> None:
-    """Notes of fields that only some samples have."""
+    """Notes of fields that only some samples have; one format of pictures stands for another."""
     indices = [index_path(directory / info.name) for info in infos]
     names = [open_index(directory / info.name).fields for info in infos]
-    for field in sorted({name for fields_here in names for name in fields_here}):
+    fields = {name for fields_here in names for name in fields_here}
+    kinds = {field: {field} for field in fields - set(FIELDS)} | {"a picture": fields & set(FIELDS)}
+    for kind, alike in sorted((kind, alike) for kind, alike in kinds.items() if alike):
         keys: list[str] = []
         lacking = 0
         for path, fields_here in zip(indices, names, strict=True):
             rows: Index = np.load(path, allow_pickle=False)
-            rows = rows[rows[field]["offset"] == 0] if field in fields_here else rows
+            for field in alike.intersection(fields_here):
+                rows = rows[rows[field]["offset"] == 0]
             lacking += len(rows)
             keys += [key.decode() for key in rows["key"][: SHOWN - len(keys)].tolist()]
         for key in keys:
-            ledger.add("ignored", f"samples without {field}", key)
-        ledger.add("ignored", f"samples without {field}", count=lacking - len(keys))
+            ledger.add("ignored", f"samples without {kind}", key)
+        ledger.add("ignored", f"samples without {kind}", count=lacking - len(keys))
 
 
 def _indexed(tar: Path, keys: Keys, left_out: list[str] | None) -> Index:
@@ -88,18 +94,23 @@ def _indexed(tar: Path, keys: Keys, left_out: list[str] | None) -> Index:
         index = index_of(tar, left_out)
     except UserError as error:
         if "hard link" in error.what:
-            error.hint = f"links are followed where the tar is packed: {door('make_shards pack', tar)} --output DIR"
+            error.hint = f"links are followed where the tars are packed: {_packing(tar.parent)}"
         raise
     seen, repeated = keys.duplicates(index["key"].tolist(), tar.name)
     if repeated:
         if left_out is None:
-            hint = "every sample needs a key of its own; --on-bad-data skip leaves the later ones out and counts them"
+            hint = f"{_packing(tar.parent)} gives each its own; --on-bad-data skip leaves the later ones out"
             raise UserError(repeated[0], hint=hint, code=DATA)
         left_out += repeated
     if all(seen):
         raise UserError(f"{tar}: all its samples are in other tars", code=DATA)
     kept: Index = index[~np.array(seen)]
     return kept
+
+
+def _packing(directory: Path) -> str:
+    """The command that reads what cannot be indexed in place."""
+    return f"{door('make_shards pack', f'{directory}/*.tar')} --output OTHER"
 
 
 def _split(tar: Path, ledger: Ledger) -> str:
@@ -158,17 +169,31 @@ def _index(directory: Path, tars: list[Path], skip: bool) -> list[ShardInfo]:
     if not infos:
         raise UserError(f"{directory}: no sound tars ({'; '.join(ledger.lines())})", code=DATA)
     summary, kind = _kept(directory, fields)
-    _refuse_dots(directory, fields, kind)
+    if kind == "images":
+        _check_pictures(directory, infos, fields)
     _lacking(directory, infos, ledger)
+    with suppress(LookupError, TypeError, AttributeError):  # a ledger that somebody wrote by hand
+        ledger.merge(summary.get("made_with", {}))
     write_index(directory, infos, {**summary, "ledger": ledger.report()}, kind)
     return infos
 
 
-def _refuse_dots(directory: Path, fields: set[str], kind: Kind) -> None:
-    """Raises UserError(code 3) where names full of dots hide every picture: their field is all after the first dot."""
-    pictures = {suffix[1:] for suffix in SUFFIXES}
-    if kind == "images" and not fields & pictures:
-        hiding = sorted(field for field in fields if field.rpartition(".")[2] in pictures)
+def _check_pictures(directory: Path, infos: list[ShardInfo], fields: set[str]) -> None:
+    """Raises UserError(code 3) where no field is a picture that training reads, as where names are full of dots: their
+    field is all after the first one; or where a sample has several."""
+    pictures = [field for field in FIELDS if field in fields]
+    if not pictures:
+        hiding = sorted(field for field in fields if field.rpartition(".")[2] in FIELDS)
+        hint = f"read are: {', '.join(FIELDS)}"
         if hiding:
-            what = f"{directory}: no field of these tars is a picture (they have: {', '.join(hiding[:4])})"
-            raise UserError(what, hint=DOTS, code=DATA)
+            hint = f"a key ends at the first dot of a name here; {_packing(directory)} reads the names as they are"
+        have = ", ".join((hiding or sorted(fields))[:4])
+        what = f"{directory}: no field of these tars is a picture (they have: {have})"
+        raise UserError(what, hint=hint, code=DATA)
+    for tar in [directory / info.name for info in infos]:
+        rows: Index = np.load(index_path(tar), allow_pickle=False)
+        here = [field for field in pictures if field in (rows.dtype.names or ())]
+        for row in rows[sum((rows[field]["offset"] > 0).astype(int) for field in here) > 1][:1] if here else []:
+            found = [field for field in here if row[field]["offset"]]
+            what = f"{tar}: sample {row['key'].decode()}: {several_pictures(found)}"
+            raise UserError(what, hint=choose(directory, found), code=DATA)

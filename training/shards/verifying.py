@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from training.errors import UserError
 from training.files import file_sha256
 from training.guarding import leads_out
 from training.ledger import Ledger
-from training.pictures.decoding import SUFFIXES, load_image
+from training.pictures.decoding import MODES, load_image
+from training.pictures.formats import FIELDS, several_pictures
 from training.shards.captions import stored_captions
 from training.shards.checksums import index_of, read_limit
 from training.shards.index import INDEX, Kind, ShardInfo, read_index
@@ -79,21 +81,29 @@ def _readable(tar: Path, index: Index) -> int:
     return sum(all(row[field]["offset"].item() in offsets for field in fields) for row in index)
 
 
-def _content(kind: Kind, fields: dict[str, bytes]) -> str | None:
+def _mode(data: bytes, channels: int | None) -> str | None:
+    """What is wrong with the channels of a picture that was packed here; of foreign ones nothing is known."""
+    with Image.open(io.BytesIO(data)) as image:
+        if channels and image.mode != MODES.get(channels):
+            return f"is a picture of mode {image.mode}, {INDEX} says {channels} channels"
+    return None
+
+
+def _content(kind: Kind, fields: dict[str, bytes], channels: int | None) -> str | None:
     """What is wrong with a sample's data, if anything: a picture that does not decode, numbers that are not finite."""
     if kind == "images":
-        data = next((fields[name[1:]] for name in SUFFIXES if name[1:] in fields), None)
-        if data is None:
-            return f"no picture (it has: {', '.join(fields)})"
+        found = [name for name in FIELDS if name in fields]
+        if len(found) != 1:
+            return several_pictures(found) if found else f"no picture (it has: {', '.join(fields)})"
         try:
             stored_captions(fields)
         except UserError as error:
             return error.what
         try:
-            load_image(data)
+            load_image(fields[found[0]], channels=channels or 3, suffix=f".{found[0]}")
         except UserError as error:
             return error.what
-        return None
+        return _mode(fields[found[0]], channels)
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -108,7 +118,7 @@ def _content(kind: Kind, fields: dict[str, bytes]) -> str | None:
     return None
 
 
-def _contents(tar: Path, index: Index, kind: Kind) -> Iterator[str]:
+def _contents(tar: Path, index: Index, kind: Kind, channels: int | None) -> Iterator[str]:
     """Sentences on samples of a sound tar whose data are not sound."""
     names = (index.dtype.names or ())[1:]
     with tar.open("rb") as file:
@@ -122,11 +132,11 @@ def _contents(tar: Path, index: Index, kind: Kind) -> Iterator[str]:
                 elif offset:
                     file.seek(offset)
                     fields[name] = file.read(size)
-            if why := large or _content(kind, fields):
+            if why := large or _content(kind, fields, channels):
                 yield f"{tar}: {row['key'].decode()}: {why}"
 
 
-def _faults(directory: Path, info: ShardInfo, kind: Kind | None, keys: Keys) -> list[str]:
+def _faults(directory: Path, info: ShardInfo, kind: Kind | None, channels: int | None, keys: Keys) -> list[str]:
     """Everything wrong with one shard, the first fatal finding alone."""
     tar = directory / info.name
     if not tar.is_file() or leads_out(tar):
@@ -152,7 +162,7 @@ def _faults(directory: Path, info: ShardInfo, kind: Kind | None, keys: Keys) -> 
     faults += first_of([f"{tar}: {why}" for why in unsafe])
     if actual.dtype != index.dtype or not set(index.tolist()) <= set(actual.tolist()):
         return [*faults, f"{index_path(tar)}: does not fit its tar"]
-    faults += first_of(list(_contents(tar, index, kind))) if kind else []
+    faults += first_of(list(_contents(tar, index, kind, channels))) if kind else []
     return faults + first_of(keys.duplicates(index["key"].tolist(), info.name)[1])
 
 
@@ -163,7 +173,9 @@ def verify(directory: str | Path, *, contents: bool = True) -> Report:
     index, shards = read_index(directory)
     keys, ledger = Keys(directory), Ledger()
     kind: Kind | None = index["kind"] if contents else None
-    problems = [fault for info in shards for fault in _faults(directory, info, kind, keys)]
+    packed = index["summary"].get("settings")
+    channels = index["summary"].get("channels", 3) if packed else None
+    problems = [fault for info in shards for fault in _faults(directory, info, kind, channels, keys)]
     listed = {info.name for info in shards}
     for tar in sorted(directory.glob("*.tar")):
         if tar.name not in listed:

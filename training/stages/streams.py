@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.data.images import PICTURES, Images
+from training.data.images import Images
 from training.data.latents import Latents
 from training.errors import UserError
 from training.messages import note
+from training.pictures.formats import FIELDS
 from training.shards.addresses import redact
 from training.shards.index import read_index
 from training.shards.remote import Remote
@@ -30,8 +31,8 @@ def stream_images(args: argparse.Namespace, train: Train, how: dict[str, Any]) -
     tars = streamed_tars(args.data)
     stream, kept, held = hold_out(tars, train.validation_size or 512, train.seed, args.shuffle_buffer)
     note(f"{TOLD}; {len(held)} pictures are held out for validation")
-    training = Images(StreamedShards(stream, kept, PICTURES), resolution=args.resolution, **how)
-    return training, Images(StreamedShards(stream, held, PICTURES, split="val"), resolution=args.resolution)
+    training = Images(StreamedShards(stream, kept, FIELDS), resolution=args.resolution, **how)
+    return training, Images(StreamedShards(stream, held, FIELDS, split="val"), resolution=args.resolution)
 
 
 def stream_latents(args: argparse.Namespace, train: Train, how: dict[str, Any]) -> tuple[Latents, Latents]:

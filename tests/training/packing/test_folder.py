@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from packs import pack, png, refused, write
+from packs import pack, png, refused, tar, write
 
 from training.packing.command import main
+from training.packing.texts import PASSED_OVER
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "A.Caption", "a.png.txt", "a.PNG.txt", "a.json"])
@@ -110,8 +113,8 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert packed.counts("ignored") == {"neither picture nor caption": 1}
 
 
-SUFFIX = "picture under a suffix that is not read (it is PNG: name it b.png)"
-ODD = {"b.png_large": SUFFIX, "b": SUFFIX, "b.jpeg~": SUFFIX, "b.psd": "Photoshop is not read", "b.exr": "OpenEXR is"}
+UNDER = "picture under a suffix that is not read (it is PNG: name it b.png)"
+ODD = {"b.png_large": UNDER, "b": UNDER, "b.jpeg~": UNDER, "b.psd": "Photoshop is not read", "b.exr": "OpenEXR is not"}
 
 
 @pytest.mark.parametrize(("name", "why"), ODD.items())
@@ -124,7 +127,7 @@ def test_an_unused_picture_is_no_harmless_note(tmp_path: Path, name: str, why: s
 
 def test_a_folder_of_pictures_under_odd_names_is_told(tmp_path: Path) -> None:
     error = refused(write(tmp_path / "in", {"photo": png(0)}), tmp_path / "no")
-    assert "no images" in error.what and "photo: picture under a suffix" in error.hint
+    assert "no images" in error.what and "name it photo.png" in error.hint
     (tmp_path / "in/photo").rename(tmp_path / "in/photo.png")  # as it says
     pack(tmp_path / "in", tmp_path / "out", "--missing-caption", "empty")
 
@@ -194,3 +197,70 @@ def test_two_splits_in_one_name_are_refused_and_the_hint_works(tmp_path: Path) -
     error = refused(tmp_path / "in", tmp_path / "no", "--missing-caption", "empty")
     assert error.code == 3 and "train_val" in error.what and "--splits draw" in error.hint
     pack(tmp_path / "in", tmp_path / "out", "--missing-caption", "empty", "--splits", "draw")
+
+
+def test_a_photo_and_its_mask_of_one_name_are_refused_and_the_hint_works(tmp_path: Path) -> None:
+    forms = {"jpg": "JPEG", "png": "PNG"}
+    files = {f"{stem}.{field}": png(ord(stem), form) for stem in "abc" for field, form in forms.items()}
+    write(tmp_path / "in", {**files, "a.txt": "a", "metadata.csv": "file_name,text\nb.jpg,b\nc.png,c\nc.jpg,c\n"})
+    for flags in ((), ("--on-bad-data", "skip")):
+        error = refused(tmp_path / "in", tmp_path / "no", *flags)
+        assert error.code == 3 and "3 of 3 pictures are there twice (jpg, png)" in error.what
+    for field, other in (("jpg", "png"), ("PNG", "jpg")):
+        assert f"--image-field {field.lower()}" in error.hint
+        packed = pack(tmp_path / "in", tmp_path / field, "--image-field", field, "--missing-caption", "empty")
+        assert packed.captions == {"a": ["a"], "b": ["b" if other == "png" else ""], "c": ["c"]}
+        assert packed.counts("ignored") == {"picture of another format than --image-field": 3}
+        (first,) = packed.ledger["ignored"].values()
+        assert first["first"] == [f"{stem}.{other}" for stem in "abc"]
+    assert "they end in jpg, png" in refused(tmp_path / "in", tmp_path / "no", "--image-field", "webp").hint
+    write(tmp_path / "in", {"d.png": png(4)})
+    flags = ("--image-field", "jpg", "--missing-caption", "empty")
+    assert "no picture of the format jpg" in refused(tmp_path / "in", tmp_path / "no", *flags).what
+    for name in files:  # each format in a folder of its own, as the hint says
+        write(tmp_path / "apart", {f"{name[2:]}/{name}": files[name]})
+    assert len(pack(tmp_path / "apart", tmp_path / "both", "--missing-caption", "empty").captions) == 6
+
+
+def test_few_pictures_of_one_name_are_told_and_packed(tmp_path: Path) -> None:
+    files = {**{f"{stem}.png": png(ord(stem)) for stem in "abcde"}, "a.jpg": png(9, "JPEG"), "b.gif": png(8, "GIF")}
+    packed = pack(write(tmp_path / "in", files), tmp_path / "out", "--missing-caption", "empty")
+    assert len(packed.captions) == 7 and packed.counts("replaced") == {"same name as another picture": 2}
+
+
+def test_tars_of_several_folders_are_all_in_the_hint(tmp_path: Path) -> None:
+    for place in ("one/00000.tar", "two/00000.tar", "two/deep/00000.tar"):
+        tar(tmp_path / "a b" / place, {"0.png": png(len(place)), "0.txt": place})
+    hint = refused(tmp_path / "a b", tmp_path / "no").hint
+    packed = pack(shlex.split(hint.partition(": ")[2]), tmp_path / "out")
+    assert sorted(text for texts in packed.captions.values() for text in texts) == [
+        "one/00000.tar", "two/00000.tar", "two/deep/00000.tar"
+    ]  # fmt: skip
+
+
+def test_a_parquet_file_beside_captioned_pictures_needs_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    write(tmp_path / "in", {"a.png": png(0), "a.txt": "a", "download.parquet": b"PAR1"})
+    assert pack(tmp_path / "in", tmp_path / "out").counts("ignored") == {"table that was not read": 1}
+    (tmp_path / "in/a.txt").unlink()
+    assert "download.parquet is read after: pip install pyarrow" in refused(tmp_path / "in", tmp_path / "no").hint
+
+
+def test_captions_that_are_passed_over_are_told(tmp_path: Path) -> None:
+    pictures = {f"{stem}.png": png(ord(stem)) for stem in "abc"}
+    texts = {"a.txt": "of the file", "b.txt": "the same", "c.txt": "one\ntwo"}
+    rows = "file_name,text\na.png,of the table\nb.png,the  same\nc.png,two\n"
+    packed = pack(write(tmp_path / "in", {**pictures, **texts, "metadata.csv": rows}), tmp_path / "out")
+    assert packed.captions["a"] == ["of the file"] and packed.ledger["ignored"][PASSED_OVER]["first"] == ["a"]
+    sidecars = {"a.json": '{"caption": "of JSON"}', "b.json": '{"text": "the same"}', "c.json": '{"Caption": "one"}'}
+    long = {**pictures, **texts, "a.json": json.dumps({"caption": "x" * 30_000})}  # too long, and not wanted
+    for source in (
+        write(tmp_path / "long", long),
+        tar(tmp_path / "long.tar", long),
+        write(tmp_path / "beside", {**pictures, **texts, **sidecars}),
+        tar(tmp_path / "t.tar", {**pictures, **texts, **sidecars}),
+    ):
+        packed = pack(source, tmp_path / f"out-{source.name}")
+        assert packed.captions["a"] == ["of the file"] and packed.ledger["ignored"][PASSED_OVER]["first"] == ["a"]

@@ -147,7 +147,7 @@ def test_a_chosen_column_stands_before_caption_files(tmp_path: Path) -> None:
 def test_tables_that_were_not_read_are_named(tmp_path: Path) -> None:
     files = {"labels.csv": "id,label\n1,cat\n", "stats.json": "{}", "broken.json": "{", "metadata.json": '{"a": 1}'}
     error = refused(write(tmp_path / "in", {**PICTURES, **files}), tmp_path / "no")
-    assert "a: no caption" in error.what and "labels.csv" in error.hint
+    assert "a: no caption\n  b: no caption" in error.what and "labels.csv" in error.hint
     assert "metadata.csv with file_name,text" in error.hint
     packed = pack(tmp_path / "in", tmp_path / "out", "--missing-caption", "empty")
     assert packed.counts("ignored") == {"table that was not read": 4}

@@ -185,6 +185,7 @@ def test_an_older_packing_is_still_packed(
     main(words(classes, tmp_path / "out"))
     said = capsys.readouterr()
     assert "nothing to do" in said.out and "in the order of its source" in said.err
+    assert "captions and splits by its rules" in said.err and "another --output" in said.err
     assert contents(tmp_path / "out") == before
     assert as_stored({"resolution": 32})["order"] == "source" and Settings().order == "mixed"
     main(words(classes, tmp_path / "new"))

@@ -28,8 +28,6 @@ def test_two_pictures_under_a_key_are_refused_by_field_and_the_hint_works(tmp_pa
         others = fields.keys() - {field, "txt"}
         assert {f"field {name}": 2 for name in others}.items() <= packed.counts("ignored").items()
     assert "no image in the field exr" in refused(path, tmp_path / "no", "--image-field", "exr").what
-    error = refused(write(tmp_path / "in", {"a.png": png(0)}), tmp_path / "no", "--image-field", "png")
-    assert error.code == 2 and "--image-field" in error.what
 
 
 def test_dotted_fields_alone_are_fields(tmp_path: Path) -> None:
