@@ -34,5 +34,5 @@ def test_a_home_that_cannot_be_written_to(address: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", "/proc")
     with pytest.raises(UserError, match="cannot write /proc/") as caught:
         open_address(address)
-    assert caught.value.code == 6 and caught.value.hint == "name another folder with --cache-dir"
+    assert caught.value.code == 6 and caught.value.hint == "name another folder: --cache-dir DIR"
     assert os.path.isdir(open_address(address, str(tmp_path)))

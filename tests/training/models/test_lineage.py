@@ -106,12 +106,9 @@ def test_stage_two_begins_with_the_weights_and_words_of_another_run(
     assert ours == theirs != own and len(json.loads(own)["vocabulary"]) == len(json.loads(theirs)["vocabulary"])
     record = json.loads((tmp_path / "run" / "run.json").read_text())["hashes"]
     assert record["vocabulary"] == donor.hashes["vocabulary"] == vocabulary_hash(theirs)
-    from_donor = ("--init-from", denoiser, "--seed", 5, "--max-steps", 2)
-    assert tiny.call("train_denoiser", *words, tmp_path / "run", *from_donor) == 0  # begun anew: it had no checkpoint
     assert tiny.call("train_denoiser", *words, tmp_path / "run", "--resume", "auto", "--seed", 5) == 0  # its own now
     assert load_pipeline(tmp_path / "run", "cpu").hashes["vocabulary"] == record["vocabulary"]
 
-    assert tiny.call("train_denoiser", *words, tmp_path / "own", "--max-steps", 2) == 0
     problem = tiny.refused("train_denoiser", *words, tmp_path / "own", "--resume", "auto", "--init-from", denoiser)
     assert problem.code == 4 and "leave --init-from out" in problem.hint
     assert record["vocabulary"][:12] in problem.what and vocabulary_hash(own)[:12] in problem.what
@@ -153,7 +150,7 @@ def test_labels_keep_their_places(latents: Path, tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_its_own_vocabulary_alone(latents: Path, tmp_path: Path) -> None:
     words = ("--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER)
-    assert tiny.call("train_denoiser", *words, "--max-steps", 2) == 0
+    begun("train_denoiser", *words)
     known = json.loads((tmp_path / "run" / "run.json").read_text())["hashes"]["vocabulary"]
     file = tmp_path / "run" / "final" / "tokenizer" / "vocabulary.json"
     swap_words(file)
