@@ -49,8 +49,10 @@ def build_parser() -> Parser:
     add("--val-fraction", type=float, default=0.02, help="share held out, by hash of the key; existing splits are kept")
     add("--seed", type=int, default=0, help="of shapes and random crops")
     add("--format", choices=("png", "jpg"), default="png")
-    add("--missing-caption", choices=("error", "empty", "filename", "folder"), default="error")
-    add("--on-bad-data", choices=("error", "skip"), default="error")
+    text = "what a picture without one gets: nothing, its file's name, or the name of its folder, as of a class"
+    add("--missing-caption", choices=("error", "empty", "filename", "folder"), default="error", help=text)
+    text = "pictures that cannot be used: stop and name them, or leave them out and count them"
+    add("--on-bad-data", choices=("error", "skip"), default="error", help=text)
     add("--background", default="white", help="laid under transparent pictures")
     add("--upscale", action="store_true", help="take pictures smaller than --resolution")
     add("--limit", type=int, help="stop after so many pictures")
