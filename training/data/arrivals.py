@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from training.data.sharing import hand_over
 from training.errors import DATA, UserError
+from training.messages import warn
+from training.shards.streaming import UNREAD
 
 if TYPE_CHECKING:
     from training.data.order import Batches
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 LIMIT = 0.01  # the share of what has come that may be left out, once `ALLOWED` are
 ALLOWED = 8
+SHOWN = 5  # of the samples left out
+LOOK = "look at the shards with tar -t, or name others"
 
 
 class Arrivals(IterableDataset["Batch | UserError | bytes"]):
@@ -49,16 +53,26 @@ class Arrivals(IterableDataset["Batch | UserError | bytes"]):
         for slot in slots:
             while True:
                 record = arrived[slot.index] = next(records)
-                sample = self.samples.load([slot])[0]
+                sample = _unread(record) or self.samples.load([slot])[0]
                 if not isinstance(sample, UserError):
                     loaded.append(sample)
                     break
-                if self.samples.on_bad_data == "error":
-                    raise sample
-                bad[len(bad)] = f"{record['__key__']}: {sample.what}"
+                bad[len(bad)] = sample.what
+                if self.samples.on_bad_data == "error" or len(bad) > ALLOWED + len(slots):
+                    raise sample if self.samples.on_bad_data == "error" else too_many(bad, len(bad) + len(loaded))
         batch = self.samples.join(slots, loaded)
         arrived.clear()
         return batch._replace(bad=bad, indices=[slot.index for slot in slots])
+
+
+def _unread(record: Record) -> UserError | None:
+    return UserError(f"{record['__key__']}: {record[UNREAD]}", hint=LOOK, code=DATA) if UNREAD in record else None
+
+
+def too_many(bad: Mapping[int, str], seen: int) -> UserError:
+    """The error of a stream most of which cannot be read."""
+    first = "; ".join(list(bad.values())[:5])
+    return UserError(f"{len(bad):,} of {seen:,} samples of the stream cannot be read: {first}", hint=LOOK, code=DATA)
 
 
 class Losses:
@@ -71,9 +85,9 @@ class Losses:
     def count(self, batch: Batch) -> None:
         """Take note of one micro-batch."""
         self.seen += len(batch.slots)
+        if batch.bad and len(self.bad) < SHOWN:
+            warn(f"sample left out, another in its place: {next(iter(batch.bad.values()))}")
         for why in batch.bad.values():
-            self.bad[len(self.bad)] = why
+            self.bad[-1 - len(self.bad)] = why  # below the numbers of the front
         if len(self.bad) > max(ALLOWED, LIMIT * self.seen):
-            first = "; ".join(list(self.bad.values())[:5])
-            what = f"{len(self.bad):,} of {self.seen + len(self.bad):,} samples of the stream cannot be read"
-            raise UserError(f"{what}: {first}", hint="look at the shards with tar -t, or name others", code=DATA)
+            raise too_many(self.bad, self.seen + len(self.bad))

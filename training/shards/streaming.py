@@ -9,7 +9,7 @@ resumed reads others than it would have read: exact resume does not hold here.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import count
@@ -30,6 +30,7 @@ LARGEST_MEMBER = 256 << 20  # bytes of one field; larger ones are passed over un
 KEPT = 256  # samples at the front of the stream that stand for it: in checks, and for the latents' normaliser
 PATIENCE = 8  # shards in a row that cannot be read before the stream is given up
 Record = dict[str, Any]  # fields by suffix, beside `__key__` and `__url__`
+UNREAD, BROKEN = "__unread__", "__broken__"
 
 
 def streamed_tars(names: str) -> list[str]:
@@ -67,8 +68,9 @@ def open_stream(tar: str) -> Any:
     return Path(tar).open("rb")
 
 
-def members(file: IO[bytes], url: str) -> Iterator[Record]:
-    """The members of an open tar, compressed or not, as webdataset groups them; no links, no sparse or huge files.
+def members(file: IO[bytes], url: str, passed: list[str]) -> Iterator[Record]:
+    """The members of an open tar, compressed or not, as webdataset groups them; the names of links, sparse and huge
+    files go into `passed`.
 
     Tars joined end to end, as `cat *.tar` gives them, are read as one: tar itself ends at the first.
     """
@@ -81,6 +83,8 @@ def members(file: IO[bytes], url: str) -> Iterator[Record]:
                 if member.isreg() and not member.issparse() and member.size <= LARGEST_MEMBER:
                     data = tar.extractfile(member)
                     yield {"fname": member.name, "data": data.read() if data else b"", "__url__": url}
+                elif not member.isdir():
+                    passed.append(member.name)
                 tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header it has read
             yield {}  # webdataset's mark for the end of a tar: what follows is of other samples
             source, mode = _joined(tar.fileobj), "r|"
@@ -120,39 +124,47 @@ class TarStream:
     buffer: int = 1000  # records that are shuffled among each other
     skip: frozenset[tuple[str, str]] = frozenset()
 
-    def once(self, tars: Iterable[str], on_failure: Callable[[str, Exception], None]) -> Generator[Record, None, None]:
-        """The records of some tars in their order; a tar that cannot be read to its end is told to `on_failure`."""
+    def once(self, tars: Iterable[str]) -> Generator[Record, None, None]:
+        """The records of some tars in their order. Of a tar that cannot be read to its end, or has members that are
+        passed over, a record without fields says so last: `UNREAD`, and `BROKEN` where the tar is."""
         for tar in tars:
+            passed: list[str] = []
             try:
                 with open_stream(tar) as file:
-                    yield from group_by_keys(members(file, tar))
+                    yield from group_by_keys(members(file, tar, passed))
             except (OSError, tarfile.TarError, EOFError, ValueError, ImportError) as failure:
-                on_failure(tar, failure)
+                why = without_secrets(str(failure), tar) or type(failure).__name__
+                yield _unread(tar, f"cannot be read to its end ({why})") | {BROKEN: True}
+            if passed:
+                yield _unread(tar, f"{len(passed)} links, sparse or huge members passed over (first: {passed[0]})")
 
     def shared(self, reader: int, readers: int) -> Iterator[Record]:
         """The records of one of several readers, without end: of whole tars where there are enough of them, else every
-        `readers`-th record of all."""
-        failures: list[str] = []
-
-        def failed(tar: str, failure: Exception) -> None:
-            failures.append(f"{redact(tar)}: {without_secrets(str(failure), tar) or type(failure).__name__}"[:300])
-            if len(failures) >= PATIENCE:
-                what = f"{len(failures)} shards of the stream in a row cannot be read (last: {failures[-1]})"
-                raise UserError(what, hint="check the address or the command; --resume auto continues a run", code=DATA)
-
+        `readers`-th record of all; those of `UNREAD` go to one reader."""
+        broken: list[str] = []
         whole = len(self.tars) >= readers
         for number in count():
             tars = list(self.tars)
             Random(f"{self.seed} {self.start} {number}").shuffle(tars)
-            found = 0
-            for place, record in enumerate(self.once(tars[reader::readers] if whole else tars, failed)):
-                found += 1
-                failures.clear()
+            place = given = 0
+            for record in self.once(tars[reader::readers] if whole else tars):
+                if UNREAD in record:
+                    broken += [f"{record['__key__']}: {record[UNREAD]}"] * (BROKEN in record)
+                    if len(broken) >= PATIENCE:
+                        raise _given_up(broken)
+                    if whole or reader == 0:
+                        yield record
+                    continue
+                broken.clear()
                 if (record["__url__"], record["__key__"]) not in self.skip and (whole or place % readers == reader):
+                    given += 1
                     yield record
-            if not found:
-                why = f" ({failures[-1]})" if failures else ""
-                raise UserError(f"the stream holds no samples{why}", hint="see what it names with tar -t", code=DATA)
+                place += 1
+            if not given:
+                why = f" ({broken[-1]})" if broken else ""
+                hint = "see what it names with tar -t; of few samples, fewer --num-workers read"
+                what = f"the stream holds no samples for reader {reader + 1} of {readers}{why}"
+                raise UserError(what, hint=hint, code=DATA)
 
     def shuffled(self, reader: int, readers: int) -> Iterator[Record]:
         """`shared`, through a buffer that mixes it."""
@@ -193,17 +205,26 @@ class StreamedShards:
         return self.arrived.get(i) or (self.kept[i] if i < len(self.kept) else None)
 
 
+def _unread(tar: str, why: str) -> Record:
+    return {"__key__": redact(tar), "__url__": tar, UNREAD: why[:300]}
+
+
+def _given_up(broken: list[str]) -> UserError:
+    what = f"{len(broken)} shards of the stream in a row cannot be read (last: {broken[-1]})"
+    return UserError(what, hint="check the address or the command; --resume auto continues a run", code=DATA)
+
+
 def front(stream: TarStream, tars: Iterable[str], count: int) -> list[Record]:
-    """The first `count` records of some tars, or all there are. Raises UserError where one cannot be read."""
-
-    def failed(tar: str, failure: Exception) -> None:
-        what = f"{redact(tar)}: cannot be read ({without_secrets(str(failure), tar) or type(failure).__name__})"
-        raise UserError(what, hint="check the path, the address or the command", code=DATA) from None
-
+    """The first `count` records of some tars, or all there are. Raises UserError where the first tars cannot be read;
+    later ones are told when they are trained on."""
     records: list[Record] = []
-    with closing(stream.once(tars, failed)) as arriving:
+    with closing(stream.once(tars)) as arriving:
         for record in arriving:
-            records.append(record)
+            if BROKEN in record and not records:
+                what = f"{record['__key__']}: {record[UNREAD]}"
+                raise UserError(what, hint="check the path, the address or the command", code=DATA)
+            if UNREAD not in record:
+                records.append(record)
             if len(records) == count:
                 break
     return records

@@ -30,7 +30,7 @@ def stream_images(args: argparse.Namespace, train: Train, how: dict[str, Any]) -
         raise UserError(what, hint="pictures of a --stream are fitted to it: --resolution 64, say")
     tars = streamed_tars(args.data)
     stream, kept, held = hold_out(tars, train.validation_size or 512, train.seed, args.shuffle_buffer)
-    note(f"{TOLD}; {len(held)} pictures are held out for validation")
+    note(f"{TOLD}; {len(held)} pictures are held out for validation, {len(kept)} at its front give the latents' scale")
     training = Images(StreamedShards(stream, kept, FIELDS), resolution=args.resolution, **how)
     return training, Images(StreamedShards(stream, held, FIELDS, split="val"), resolution=args.resolution)
 

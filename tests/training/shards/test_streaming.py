@@ -11,7 +11,7 @@ import pytest
 
 from training.errors import UserError
 from training.shards import streaming
-from training.shards.streaming import TarStream, front, hold_out, streamed_tars
+from training.shards.streaming import UNREAD, TarStream, front, hold_out, streamed_tars
 
 
 def tar_of(path: Path, keys: range, mode: str = "w", **fields: bytes) -> Path:
@@ -76,12 +76,15 @@ def test_huge_and_sparse_members_and_links_are_passed_over(tmp_path: Path, monke
         link = tarfile.TarInfo("0001.json")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    assert [set(r) - {"__key__", "__url__"} for r in front(TarStream((str(path),)), [str(path)], 9)] == [{"txt"}] * 2
+    stream = TarStream((str(path),))
+    assert [set(r) - {"__key__", "__url__"} for r in front(stream, [str(path)], 9)] == [{"txt"}] * 2
+    told = [record[UNREAD] for record in islice(stream.shared(0, 1), 3) if UNREAD in record]
+    assert told == ["3 links, sparse or huge members passed over (first: 0000.png)"]
 
 
 def test_streams_that_break(tars: tuple[str, ...], tmp_path: Path) -> None:
     for command, said in (
-        (f"pipe:head -c 3000 {tars[0]}", "unexpected end of data"),
+        (f"pipe:head -c 300 {tars[0]}", "truncated header"),
         ("pipe:false", "exit 1"),
         (str(tmp_path / "0.html"), "cannot be read"),
     ):
@@ -90,9 +93,18 @@ def test_streams_that_break(tars: tuple[str, ...], tmp_path: Path) -> None:
             front(TarStream((command,)), [command], 100)
         assert caught.value.code == 3 and said in caught.value.what
     with pytest.raises(UserError, match="holds no samples"):
-        next(TarStream(("pipe:false",)).shared(0, 1))
-    good = TarStream((tars[0], "pipe:false"))  # one that breaks does not end the others
-    assert len(list(islice(good.shared(0, 1), 25))) == 25
+        list(islice(TarStream(("pipe:false",)).shared(0, 1), 2))  # the first says why
+    cut = f"pipe:head -c 3000 {tars[0]}"
+    records = list(islice(TarStream((cut,)).shared(0, 1), 2))
+    assert len(front(TarStream((cut,)), [cut], 9)) >= 1 and "unexpected end of data" in records[-1].get(UNREAD, "")
+    good = TarStream((tars[0], "pipe:false"))  # one that breaks does not end the others, and is told
+    rounds = list(islice(good.shared(0, 1), 33))
+    assert sum(UNREAD not in record for record in rounds) == 30
+    assert {record[UNREAD][:36] for record in rounds if UNREAD in record} == {"cannot be read to its end ((('false'"}
+    few = TarStream((tars[0],))
+    with pytest.raises(UserError, match="no samples for reader 12 of 12") as caught:
+        next(few.shared(11, 12))
+    assert "fewer --num-workers" in caught.value.hint and next(few.shared(0, 1))["__key__"] == "0000"
     with pytest.raises(UserError, match="8 shards of the stream in a row"):
         list(TarStream(("pipe:false",) * 9).shared(0, 1))
 

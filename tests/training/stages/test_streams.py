@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -64,3 +65,25 @@ def test_what_a_stream_is_refused_for(photos: Path, tmp_path: Path) -> None:
     error = tiny.refused("train_autoencoder", *words(photos, tmp_path / "strict", *strict))
     assert error.code == 3 and "not a readable picture" in error.what and "0050" in error.what
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_of_no_pictures_ends_and_broken_tars_are_told(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("0.tar", "1.tar", "2.tar"):
+        data = (photos / name).read_bytes()
+        (tmp_path / "photos" / name).write_bytes(data[: len(data) // 2] if name == "2.tar" else data)
+    flags = ["--resolution", "32", "--max-steps", "20"]
+    assert tiny.call("train_autoencoder", *words(tmp_path / "photos", tmp_path / "run", *flags)) == 0
+    assert "2.tar: cannot be read to its end (unexpected end of data)" in capsys.readouterr().err
+    ledger = json.loads((tmp_path / "run" / "run.json").read_text())["ledger"]["replaced"]
+    assert next(iter(ledger.values()))["count"] >= 2  # the broken tar, and the sample that is no picture
+    with tarfile.open(tmp_path / "photos" / "0.tar", "w") as tar:
+        for number in range(60):
+            member = tarfile.TarInfo(f"{number:04d}.png")
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"text"))
+    names = ["--data", str(tmp_path / "photos" / "0.tar")]
+    error = tiny.refused("train_autoencoder", *words(photos, tmp_path / "none", *flags), *names)
+    assert error.code == 3 and "not a" in error.what
