@@ -95,9 +95,14 @@ def open_own(path: Path, mode: str) -> IO[Any]:
     return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=plain_file)
 
 
+def without_waiting(path: str | Path, flags: int) -> int:
+    """An opener for `open`: to open a pipe would wait for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def read_plain(path: Path, limit: int = LARGEST_JSON) -> bytes:
     """A small file's bytes. Raises OSError as `open` does, and ValueError for no plain file or over `limit` bytes."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=without_waiting) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("not a plain file")
@@ -124,6 +129,17 @@ def unreadable(path: Path, failure: OSError, code: int = CHECKPOINT) -> UserErro
     denied = isinstance(failure, PermissionError)
     hint = "ask its owner for the right to read it, or run as its owner" if denied else "is this the right file?"
     return UserError(f"{path}: cannot be read ({failure.strerror or failure})", hint=hint, code=code)
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as `object_pairs_hook` of json.loads. Raises ValueError where a key comes twice: json itself
+    silently keeps the last, and readers would disagree on which of the two counts."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r:.80} is given twice")
+        values[key] = value
+    return values
 
 
 def read_json(path: Path, *, code: int = CHECKPOINT, limit: int = LARGEST_JSON) -> Any:

@@ -10,10 +10,10 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.guarding import PARTIAL, disk_error, unreadable
+from training.guarding import PARTIAL, disk_error, each_once, unreadable, without_waiting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 def check_safetensors(path: Path) -> None:
     """Raises UserError where `path` is missing, a pickle, or does not begin as a safetensors file must."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=without_waiting) as file:
             head = file.read(8) or b""
             size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             fits = 2 <= size <= min(LARGEST_HEADER, os.fstat(file.fileno()).st_size - 8)
@@ -85,20 +85,10 @@ def check_safetensors(path: Path) -> None:
     try:
         if not fits:
             raise ValueError(f"header of {size:,} bytes")
-        json.loads(header, object_pairs_hook=_once)
+        json.loads(header, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as failure:
         reason = f"{path}: not a safetensors file ({failure})"
         raise UserError(reason, hint="is the file complete?", code=CHECKPOINT) from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, none of its names given twice: readers would disagree on which of the two counts."""
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"{name!r:.80} is given twice")
-        values[name] = value
-    return values
 
 
 def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], source: object) -> None:

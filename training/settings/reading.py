@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.guarding import each_once
 from training.settings.families import suggestion
 
 LARGEST = 1 << 20  # bytes a config file may have
@@ -54,7 +55,7 @@ def parse(text: str, where: str) -> Values:
         in_json = where.endswith(".json") and text.lstrip()[:1] in ("{", "[")
         if not in_json:
             _refuse_dots(text)
-        values = json.loads(text, object_pairs_hook=_unique) if in_json else tomllib.loads(text)
+        values = json.loads(text, object_pairs_hook=each_once) if in_json else tomllib.loads(text)
     except (ValueError, RecursionError) as failure:
         found = re.search(r"(overwrite|twice).*\(at line (\d+)", str(failure))
         if found:
@@ -73,16 +74,6 @@ def _refuse_dots(text: str) -> None:
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > MOST_DOTS and not line.lstrip().startswith("#"):
             raise ValueError(f"more than {MOST_DOTS} dots in a line (at line {number})")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: json itself silently keeps the last."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{key!r:.80} is given twice")
-        values[key] = value
-    return values
 
 
 def lines(text: str) -> Iterator[tuple[str, int]]:

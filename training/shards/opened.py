@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from training.errors import DATA, UserError
+from training.guarding import without_waiting
 
 
 class Bytes(Protocol):
@@ -25,7 +26,7 @@ class Opened:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe would wait for its writer
+            self.descriptor = without_waiting(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened: {error.strerror}", code=DATA) from None
         status = os.fstat(self.descriptor)
