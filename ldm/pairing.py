@@ -33,6 +33,10 @@ class Pairing(ABC):
         """Whether the rule has a choice among so many samples of these conditions, or needs none."""
         return True
 
+    def labels(self, cond: Cond | Sequence[str] | None, batch: int) -> Cond | Sequence[str] | None:
+        """What stands for these conditions in `pairs` and the call, made once: here they themselves, uncompared."""
+        return cond
+
 
 @dataclass(frozen=True, kw_only=True)
 class Independent(Pairing):
@@ -60,6 +64,10 @@ class MinibatchOT(Pairing):
     def pairs(self, cond: Cond | Sequence[str] | None, batch: int) -> bool:
         """Whether two samples of the batch have the same condition."""
         return cond is None or batch < 2 or len(set(groups(cond, batch))) < batch
+
+    def labels(self, cond: Cond | Sequence[str] | None, batch: int) -> Sequence[str] | None:
+        """A text for each sample, equal where the conditions are: to compare encoded ones takes long."""
+        return None if cond is None else [str(number) for number in groups(cond, batch)]
 
     def __call__(self, x0: Tensor, eps: Tensor, cond: Cond | Sequence[str] | None = None) -> Tensor:
         same = [0] * len(x0) if cond is None else groups(cond, len(x0))

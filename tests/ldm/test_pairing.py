@@ -123,6 +123,16 @@ def test_pairing_knows_when_there_is_nothing_to_pair() -> None:
     assert MinibatchOT().pairs(None, 4) and MinibatchOT().pairs(["a"], 1)
 
 
+def test_labels_pair_as_their_conditions_do() -> None:
+    """The numbers of the groups, made once, are the conditions to all that follows."""
+    flags = cond(torch.tensor([1.0, 2.0, 1.0, 2.0]))
+    labels = MinibatchOT().labels(flags, 4)
+    assert labels == ["0", "1", "0", "1"] == MinibatchOT().labels(["b", "a", "b", "a"], 4)
+    assert MinibatchOT().labels(None, 4) is None and Independent().labels(flags, 4) is flags
+    x0, eps = torch.randn(4, 2), torch.randn(4, 2)
+    assert torch.equal(MinibatchOT()(x0, eps, labels), MinibatchOT()(x0, eps, flags))
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_costs_that_are_not_finite_are_refused(wrong: float) -> None:
     """A shortest path along NaN has no end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,7 +127,8 @@ class DenoiserStage(Stage):
         with self.accelerator.autocast():
             cond = self.condition(batch, keep)
             # Pairing asks only which conditions are equal; captions answer that before an encoder has read them.
-            paired_by = cond.distinct() if isinstance(cond, Captions) else cond
+            asked = cond.distinct() if isinstance(cond, Captions) else cond
+            paired_by = self.config.pairing.labels(asked, len(latents))
             self.look_at_pairs(paired_by, len(latents))
             # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
@@ -139,7 +140,7 @@ class DenoiserStage(Stage):
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
-    def look_at_pairs(self, cond: Cond | list[str], batch: int) -> None:
+    def look_at_pairs(self, cond: Cond | Sequence[str] | None, batch: int) -> None:
         """Say once where the pairing of noise with data has no choice."""
         if self.paired and not self.config.pairing.pairs(cond, batch):
             self.paired = False
