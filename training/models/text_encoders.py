@@ -142,7 +142,7 @@ def same_encoder(folder: Path, encoder: TextEncoder, source: str) -> None:
 def load_as_stored(config: HuggingFace, name: str, record: dict[str, Any]) -> TextEncoder:
     """The encoder `name` in the precision that a `record` of `keep` was made in, if it is the same; else in float32."""
     encoder = load_huggingface(config, name, record.get("dtype", "float32"))
-    if "dtype" in record or record.get("hash") in (None, identity(encoder)["hash"]):
+    if not record or "dtype" in record or record["hash"] == identity(encoder)["hash"]:
         return encoder
     older = load_huggingface(config, name, "auto")  # of before the precision was written down: perhaps the file's own
     return older if identity(older)["hash"] == record["hash"] else encoder
