@@ -29,17 +29,18 @@ def likelihood(
     images, exact = held_out(args), args.likelihood_trace == "exact"
     log_likelihoods, bounds = [], []
     places = images.evenly(args.likelihood)
-    tell_reading([caption(images, i) for i in places], ledger, pipeline.text, aloud=False)
+    captions = [caption(images, i) for i in places]
+    tell_reading(captions, ledger, pipeline.text, aloud=False)
     for number, pixels in enumerate(chunks(images, places, device)):
-        index = places[number * CHUNK : number * CHUNK + len(pixels)]
+        part = slice(number * CHUNK, number * CHUNK + len(pixels))
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
-        denoise = pipeline.denoiser.bind(pipeline.text([caption(images, i) for i in index]))
-        probe = Noise.from_seeds([args.seed + i for i in index], device)
+        denoise = pipeline.denoiser.bind(pipeline.text(captions[part]))
+        probe = Noise.from_seeds([args.seed + i for i in places[part]], device)
         grid, probes = sampling.grid(sampling.steps, denoise.schedule), args.likelihood_probes
         log_likelihoods.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
         if pipeline.denoiser.diffusion.learned_variance:
             bounds.append(bound(denoise, latents, probe).cpu())
-        tell(f"log-likelihood of {number * CHUNK + len(pixels)} pictures")
+        tell(f"log-likelihood of {part.stop} pictures")
     nats, dims = torch.cat(log_likelihoods).double(), latents[0].numel()
     return {
         "likelihood_trace": "exact" if exact else f"hutchinson, {args.likelihood_probes} probe(s) a picture",
