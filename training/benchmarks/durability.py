@@ -43,8 +43,7 @@ def run(args: Any) -> None:
     if min(args.batch_size, args.side, args.rounds) < 1 or args.threads < 0:
         raise UserError("--batch-size, --side and --rounds must be at least 1, --threads at least 0")
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.folder) as folder:
-        for line in table(args, Path(folder)):
-            answer(line)
+        answer(*table(args, Path(folder)))
 
 
 def table(args: Any, folder: Path) -> list[str]:

@@ -36,8 +36,7 @@ def run(args: Any) -> None:
         raise UserError("--steps, --side and --threads must be at least 1")
     check_free(args.output, args.overwrite)
     lines = table(args)
-    for line in lines:
-        answer(line)
+    answer(*lines)
     if args.output:
         write_text(Path(args.output), "\n".join(lines) + "\n")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from training.errors import DATA, UserError
 from training.guarding import read_record, refuse_links
 from training.models.folders import fill
 from training.tensors import load_tensors
-
-if TYPE_CHECKING:
-    pass
 
 
 class Classifier(nn.Module):

@@ -91,9 +91,7 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse `argv`; flags may be spelled with hyphens or underscores, or by their alias."""
-        words = sys.argv[1:] if argv is None else argv
-        self._refuse_unknown(words, dotted=False)
-        args = self.parse_args([canonical_word(word) for word in words])
+        args = self.parse_args(self._spelled(argv, dotted=False))
         check_inputs(args)
         return args
 
@@ -105,10 +103,14 @@ class Parser(argparse.ArgumentParser):
         check_inputs(args)
         return args
 
-    def _keyed(self, argv: list[str] | None) -> argparse.Namespace:
+    def _spelled(self, argv: list[str] | None, *, dotted: bool) -> list[str]:
+        """The words in our spelling. Raises UserError for flags that are none of ours."""
         words = sys.argv[1:] if argv is None else argv
-        self._refuse_unknown(words, dotted=True)
-        args, rest = self.parse_known_args([canonical_word(word) for word in words])
+        self._refuse_unknown(words, dotted=dotted)
+        return [canonical_word(word) for word in words]
+
+    def _keyed(self, argv: list[str] | None) -> argparse.Namespace:
+        args, rest = self.parse_known_args(self._spelled(argv, dotted=True))
         args.overrides = self._dotted(rest)
         return args
 
