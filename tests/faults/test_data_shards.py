@@ -20,22 +20,18 @@ import tiny
 import webdataset
 from peaks import told
 from PIL import Image
+from tars import png, refused, tar_of
 
 from training.commands import door
 from training.data.images import Images
 from training.errors import UserError
 from training.packing.command import main
-from training.pictures.decoding import encode_png
 from training.shards.index import write_index
 from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
 from training.shards.tars import END, index_tar, member_bytes
 from training.shards.verifying import verify
 from training.shards.writing import ShardWriter
-
-
-def png(seed: int, side: int = 16) -> bytes:
-    return encode_png(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 def make(folder: Path, samples: int = 20, per_shard: int = 10) -> Path:
@@ -45,17 +41,6 @@ def make(folder: Path, samples: int = 20, per_shard: int = 10) -> Path:
         writer.add(f"{i:06d}", {"png": png(i), "txt": b"a caption", "json": b'{"captions": ["a caption"]}'})
     write_index(folder, writer.finish(), {})
     return folder
-
-
-def tar_of(path: Path, members: dict[str, bytes], end: bytes = END) -> Path:
-    path.write_bytes(b"".join(member_bytes(name, data) for name, data in members.items()) + end)
-    return path
-
-
-def refused(*words: object) -> UserError:
-    with pytest.raises(UserError) as caught:
-        main(list(map(str, words)))
-    return caught.value
 
 
 def all_said(folder: Path) -> str:

@@ -17,6 +17,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rights import deny
 
 from ldm.text import Label
 from training.errors import UserError
@@ -279,14 +280,7 @@ def test_files_are_not_read_beyond_their_kinds_size(tmp_path: Path, monkeypatch:
 
 def test_what_is_forbidden_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.json").write_text("{}")
-    real = os.open
-
-    def denied(path: Any, *rest: Any, **more: Any) -> int:
-        if str(path).endswith("x.json"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return real(path, *rest, **more)
-
-    monkeypatch.setattr(os, "open", denied)
+    deny(monkeypatch, "x.json")
     for read in (read_json, load_tensors):
         with pytest.raises(UserError, match=r"x\.json: cannot be read \(Permission denied\)") as caught:
             read(tmp_path / "x.json")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from rights import deny
 
 from training.errors import UserError
 from training.files import atomic_write, file_sha256, write_bytes
@@ -335,14 +334,7 @@ def test_a_pointer_to_nothing_is_told(
 
 def test_a_checkpoint_that_may_not_be_read_is_not_damaged(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """No older one stands in for it: the training since would be lost for a missing right."""
-    real = os.open
-
-    def denied(path: Any, *rest: Any, **more: Any) -> int:
-        if str(path).endswith("step-00000020/manifest.json"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return real(path, *rest, **more)
-
-    monkeypatch.setattr(os, "open", denied)
+    deny(monkeypatch, "step-00000020/manifest.json")
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(Permission denied\)") as caught:
         kept.newest()
     assert caught.value.code == 4 and "damaged" not in str(caught.value)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import tiny
 from peaks import told
+from tars import png, refused, tar_of
 
 from training.data.images import Images
 from training.data.latents import Latents
 from training.errors import UserError
 from training.packing.command import main
-from training.pictures.decoding import encode_png
 from training.shards.captions import stored_captions
 from training.shards.checksums import READ_LIMIT, TEXT_LIMIT
 from training.shards.claims import claimed
@@ -34,16 +34,6 @@ from training.shards.verifying import verify
 from training.shards.writing import ShardWriter, sound_shard
 
 
-def png(seed: int) -> bytes:
-    return encode_png(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-
-
-def tar_of(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(member_bytes(name, data) for name, data in members.items()) + END)
-    return path
-
-
 def make(folder: Path, samples: int = 6, split: str = "train") -> Path:
     folder.mkdir(exist_ok=True)
     writer = ShardWriter(folder, split, 3)
@@ -51,12 +41,6 @@ def make(folder: Path, samples: int = 6, split: str = "train") -> Path:
         writer.add(f"{i:06d}", {"png": png(i), "txt": b"words", "json": b'{"captions": ["words"]}'})
     write_index(folder, writer.finish(), {})
     return folder
-
-
-def refused(*words: object) -> UserError:
-    with pytest.raises(UserError) as caught:
-        main(list(map(str, words)))
-    return caught.value
 
 
 @pytest.fixture
