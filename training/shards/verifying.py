@@ -83,8 +83,10 @@ def _readable(tar: Path, index: Index) -> int:
 
 def _mode(data: bytes, channels: int | None) -> str | None:
     """What is wrong with the channels of a picture that was packed here; of foreign ones nothing is known."""
+    if not channels:
+        return None
     with Image.open(io.BytesIO(data)) as image:
-        if channels and image.mode != MODES.get(channels):
+        if image.mode != MODES.get(channels):
             return f"is a picture of mode {image.mode}, {INDEX} says {channels} channels"
     return None
 
@@ -97,9 +99,6 @@ def _content(kind: Kind, fields: dict[str, bytes], channels: int | None) -> str 
             return several_pictures(found) if found else f"no picture (it has: {', '.join(fields)})"
         try:
             stored_captions(fields)
-        except UserError as error:
-            return error.what
-        try:
             load_image(fields[found[0]], channels=channels or 3, suffix=f".{found[0]}")
         except UserError as error:
             return error.what
