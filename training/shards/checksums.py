@@ -44,9 +44,9 @@ def with_checksums(index: Index, checksum: Callable[[int, int], int]) -> Index:
     return checked
 
 
-def index_of(tar: Path, left_out: list[str] | None = None) -> Index:
+def index_of(tar: Path, left_out: list[str] | None = None, others: list[str] | None = None) -> Index:
     """`index_tar` with checksums, for which all of the tar is read."""
-    index = index_tar(tar, left_out)
+    index = index_tar(tar, left_out, others)
     with tar.open("rb") as file:
 
         def checksum(offset: int, size: int) -> int:

@@ -20,7 +20,7 @@ from training.shards.claims import claimed
 from training.shards.index import ENCODING, INDEX, PACKING, Kind, ShardInfo, read_index, write_index
 from training.shards.offset_index import index_path, open_index, write_tar_index
 from training.shards.splits import split_of
-from training.shards.tars import NAME, Index, walk_tar
+from training.shards.tars import Index
 from training.shards.verifying import SHOWN, Keys
 
 LEFT_OUT = {"unsafe": "unsafe member", "duplicate": "duplicate sample key"}  # by the first word of why
@@ -86,12 +86,12 @@ def _lacking(directory: Path, infos: list[ShardInfo], ledger: Ledger) -> None:
         ledger.add("ignored", f"samples without {kind}", count=lacking - len(keys))
 
 
-def _indexed(tar: Path, keys: Keys, left_out: list[str] | None) -> Index:
+def _indexed(tar: Path, keys: Keys, left_out: list[str] | None, others: list[str]) -> Index:
     """A tar's index; samples whose key another tar has are refused, or described in `left_out` and left out."""
     if leads_out(tar):
         raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
     try:
-        index = index_of(tar, left_out)
+        index = index_of(tar, left_out, others)
     except UserError as error:
         if "hard link" in error.what:
             error.hint = f"links are followed where the tars are packed: {_packing(tar.parent)}"
@@ -148,8 +148,9 @@ def _index(directory: Path, tars: list[Path], skip: bool) -> list[ShardInfo]:
     keys, ledger = Keys(directory), Ledger()
     for tar in tars:
         left_out: list[str] = []
+        others: list[str] = []
         try:
-            index = _indexed(tar, keys, left_out if skip else None)
+            index = _indexed(tar, keys, left_out if skip else None, others)
             split = _split(tar, ledger)
         except UserError as error:
             if not skip:
@@ -158,9 +159,8 @@ def _index(directory: Path, tars: list[Path], skip: bool) -> list[ShardInfo]:
             continue
         for why in left_out:
             ledger.add("left out", LEFT_OUT.get(why.split()[0], "sample with a field 'key'"), f"{tar.name}: {why}")
-        for member in walk_tar(tar, []):
-            if not NAME.fullmatch(member.name):
-                ledger.add("ignored", "file of a tar that belongs to no sample", f"{tar.name}: {member.name}")
+        for name in others:
+            ledger.add("ignored", "file of a tar that belongs to no sample", f"{tar.name}: {name}")
         write_tar_index(tar, index)
         fields.update((index.dtype.names or ())[1:])
         infos.append(ShardInfo(tar.name, split, len(index), tar.stat().st_size, file_sha256(tar)))

@@ -265,17 +265,19 @@ def stands_before(header: bytes, name: str, size: int) -> bool:
     return header_size == size and (not comparable or name.lower().encode().endswith(header_name))
 
 
-def index_tar(path: str | Path, left_out: list[str] | None = None) -> Index:
+def index_tar(path: str | Path, left_out: list[str] | None = None, others: list[str] | None = None) -> Index:
     """The offset index of any webdataset tar, grouped by key in order of first appearance.
 
     Files without a field (no dot, or hidden such as `._a.jpg`) belong to no sample, as in webdataset, and are passed
-    over. Raises UserError(code 3) as `walk_tar` does, and for a field given twice or a tar without samples; where
-    `left_out` is given, single members that cannot be used are described there instead.
+    over, named in `others` where it is given. Raises UserError(code 3) as `walk_tar` does, and for a field given twice
+    or a tar without samples; where `left_out` is given, single members that cannot be used are described there instead.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     fields: set[str] = set()
     for name, offset, size in walk_tar(path, left_out):
         if not (match := NAME.fullmatch(name)):
+            if others is not None:
+                others.append(name)
             continue
         key, field = match[1], match[2].lower()
         # Members of a sample need not stand together; `key` is the index's own column, and no field may take its name.
