@@ -90,12 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         _pack(arguments)
     elif arguments.verb == "index":
         infos = index_folder(arguments.directory, skip=arguments.on_bad_data == "skip")
-        splits = sorted({info.split for info in infos})
-        counts = {split: sum(info.samples for info in infos if info.split == split) for split in splits}
+        summary = read_index(arguments.directory)[0]["summary"]
+        counts: dict[str, int] = summary["counts"]
         said = ", ".join(f"{count:,} {split}" for split, count in counts.items())
         answer(f"{arguments.directory}: indexed {len(infos)} shards, {sum(counts.values()):,} samples ({said})")
         ledger = Ledger()
-        ledger.merge(read_index(arguments.directory)[0]["summary"]["ledger"])
+        ledger.merge(summary["ledger"])
         _tell(ledger)
     else:
         _verify(arguments.directory, arguments.on_bad_data)

@@ -238,13 +238,14 @@ class Folder(Source):
 
     def _left(self, used: set[str], metadata: Metadata) -> Iterator[Remark]:
         """Remarks on the files that are neither pictures nor were read."""
+        unread = set(metadata.unread)
         for name in self.tree.files:
             suffix, shown = _suffix(name), printable(name)
             if suffix in SUFFIXES or name in used:
                 continue
             if why := unused(name, self.tree.head(name)):
                 yield Remark(shown, why)
-            elif name in metadata.unread:
+            elif name in unread:
                 yield Remark(shown, "table that was not read", "ignored")
             elif suffix in TEXTS:
                 yield Remark(shown, "caption without image", "ignored")

@@ -26,6 +26,7 @@ from training.packing.workers import Picture, pictures
 from training.pictures.decoding import Unusable, encode_png
 from training.shards.claims import LOCK, claimed
 from training.shards.index import INDEX, PACKING, ShardInfo, read_index, write_index
+from training.shards.offset_index import index_path
 from training.shards.reading import ShardSet
 from training.shards.writing import ShardWriter
 
@@ -146,7 +147,7 @@ class Packer:
         def split() -> Iterator[tuple[Sample | Remark, str]]:
             return ((item, self.split(item) if isinstance(item, Sample) else "") for item in source.samples())
 
-        done = pictures(split(), self.settings, source.exact, workers)
+        done = pictures(split(), self.settings, workers)
         try:
             for item, name, made in done:
                 self.take(item, name, made)
@@ -204,7 +205,7 @@ def _finish(packer: Packer, infos: list[ShardInfo], source: Source, packing: dic
     if not infos:
         why = "; ".join(packer.ledger.lines()) or "it holds none"
         raise UserError(f"{source.name}: no usable pictures ({why})", code=DATA)
-    kept = {name for info in infos for name in (info.name, f"{info.name[:-4]}.index.npy")}
+    kept = {name for info in infos for name in (info.name, index_path(Path(info.name)).name)}
     for path in packer.output.iterdir():  # left by an earlier packing of the same that was stopped
         if path.name not in kept and path.suffix in (".tar", ".npy"):
             path.unlink()

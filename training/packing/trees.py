@@ -11,9 +11,9 @@ from training.errors import UserError
 from training.messages import printable
 from training.packing.sources import Remark
 from training.pictures.decoding import read_file, refuse
+from training.shards.index import PACKING
 
 HEAD = 32  # bytes that tell what a file is
-PACKED = "packing.json"  # in every folder that was packed, from its first moment on
 
 
 class Tree(ABC):
@@ -50,8 +50,11 @@ class Directory(Tree):
     """A folder on disk, with the folders below it. Links to folders are followed, each real folder read once; hidden
     files and folders that hold shards of ours are passed over."""
 
+    root: Path
+
     def __init__(self, root: Path) -> None:
         self.name, self.root, self.passed = str(root), root, []
+        self._real = root.resolve()
         self._seen: set[tuple[int, int]] = set()
         found: list[Path] = []
         waiting = [root]
@@ -77,7 +80,7 @@ class Directory(Tree):
                 folders.clear()
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            if PACKED in names and folder != self.root:
+            if PACKING in names and folder != self.root:
                 self._pass(folder, "folder of packed shards")
                 folders.clear()
                 continue
@@ -88,13 +91,7 @@ class Directory(Tree):
             found += [folder / name for name in names if not name.startswith(".")]
         return found
 
-    @property
-    def _real(self) -> Path:
-        assert self.root is not None
-        return self.root.resolve()
-
     def _pass(self, path: Path, why: str) -> list[Path]:
-        assert self.root is not None
         self.passed.append(Remark(printable(path.relative_to(self.root).as_posix()), why, "ignored"))
         return []
 

@@ -87,28 +87,24 @@ def _picture(task: Task, settings: Settings) -> Picture:
 Done = tuple[Sample | Remark, str, "Picture | UserError | None"]  # what the source gave, its split, its picture
 
 
-def pictures(
-    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, exact: bool, workers: int
-) -> Iterator[Done]:
+def pictures(items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int) -> Iterator[Done]:
     """Each item of a source with its picture, in order; `workers` processes make them, this one where it is 0.
 
     Raises what `items` raises, after all that came before, and UserError (code 1) where a process is lost.
     """
     if workers:
-        yield from _by_others(items, settings, exact, workers)
+        yield from _by_others(items, settings, workers)
         return
     for item, split in items:
-        made = make_picture(_task(item, split, settings, exact), settings) if isinstance(item, Sample) else None
+        made = make_picture(_task(item, split, settings), settings) if isinstance(item, Sample) else None
         yield item, split, made
 
 
-def _task(sample: Sample, split: str, settings: Settings, exact: bool) -> Task:
-    return Task(sample.key, sample.image, split, settings.flip and split == "train" and not exact, sample.suffix)
+def _task(sample: Sample, split: str, settings: Settings) -> Task:
+    return Task(sample.key, sample.image, split, settings.flip and split == "train", sample.suffix)
 
 
-def _by_others(
-    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, exact: bool, workers: int
-) -> Iterator[Done]:
+def _by_others(items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int) -> Iterator[Done]:
     # Forked, they are born with this process's answers to signals, as loaders are.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(workers, context, shield, (0,))
@@ -120,7 +116,7 @@ def _by_others(
         try:
             for item, split in items:
                 if isinstance(item, Sample):
-                    future = pool.submit(make_picture, _task(item, split, settings, exact), settings)
+                    future = pool.submit(make_picture, _task(item, split, settings), settings)
                     waiting.append((replace(item, image=b""), split, future))
                 else:
                     waiting.append((item, split, None))
