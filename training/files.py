@@ -24,6 +24,7 @@ from training.guarding import (
     make_folder,
     open_own,
     refuse_link,
+    staged,
 )
 from training.messages import note
 
@@ -34,7 +35,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     A link at `path` is replaced, not followed. Raises UserError (code 6) where the disk refuses.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = staged(path)
     try:
         with partial.open("wb") as file:
             yield file

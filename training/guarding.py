@@ -73,6 +73,11 @@ def _downloaded(folder: Path) -> Path:
     return folder
 
 
+def staged(path: Path) -> Path:
+    """Where what will be `path` is made, beside it: by its name `files.remove_partials` knows it."""
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+
+
 def plain_file(path: str, flags: int) -> int:
     """An opener for `open`: a file itself, never what a link names, nor a pipe or device, which would be waited for.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.guarding import PARTIAL, disk_error, each_once, unreadable, without_waiting
+from training.guarding import disk_error, each_once, staged, unreadable, without_waiting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     from safetensors.torch import save_file
 
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = staged(path)
     try:
         mode = new_file_mode(partial)
         save_file(contiguous, partial, metadata=dict(metadata or {"format": "pt"}))  # one key: the order varies

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from training.data.order import DataOrder
 from training.errors import DISK, UserError
 from training.guarding import gigabytes
+from training.machine.launcher import first_process
 from training.messages import warn
 from training.shards.index import is_mixed
 from training.shards.remote import ROOM, Remote
@@ -30,7 +30,7 @@ def prefetching(batches: Batches, shards: ShardSet) -> Batches | Prefetching:
     """
     if shards.remote is None:
         return batches
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         _warn_of_order(str(shards.remote), len(shards.shards), shards.remote.window, is_mixed(shards.summary))
     if not shards.remote.prefetch:
         return batches

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from training.errors import UserError, as_user_error
 from training.loop import optim
+from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
 from training.loop.passes import Passes
@@ -77,8 +78,10 @@ class Loop:
         self.checkpoints = Checkpoints(run, train.keep_last, keep_best=train.keep_best)
         self.writer = Writer(self.checkpoints)
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
-        averages, notes = (self.ema, self.powers), (self.journal, self.watchdogs)
-        self.state = TrainingState(stage, *averages, self.optimizers, accelerator.scaler, *notes)
+        books = Books(stage, self.watchdogs)
+        self.state = TrainingState(
+            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books
+        )
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
         self.waits = self.watchdogs.skips or not fused or accelerator.device.type == "cpu"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,7 @@ class TrainingState:
     scaler: Any  # of fp16, or None
     journal: Journal
     watchdogs: Watchdogs
-    books: Books = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "books", Books(self.stage, self.watchdogs))
+    books: Books
 
     def snapshot(self, step: int, place: Mapping[str, Any]) -> Checkpoint:
         """All a run needs to go on from `step`: its tensors themselves, not copies; `place` is the loop's own part."""

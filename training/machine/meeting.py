@@ -11,8 +11,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -144,15 +144,13 @@ def store() -> Any:
     return _meetings.store if _meetings else distributed.distributed_c10d._get_default_store()
 
 
-class _connected:
+@contextmanager
+def _connected() -> Iterator[None]:
     """Inside, the end of the store, or of the way to it, is that of another process."""
-
-    def __enter__(self) -> None:
-        """Nothing is opened."""
-
-    def __exit__(self, _kind: object, failure: BaseException | None, _traceback: object) -> None:
-        if isinstance(failure, distributed.DistError):
-            raise lost("the store they met at does not answer") from None
+    try:
+        yield
+    except distributed.DistError:
+        raise lost("the store they met at does not answer") from None
 
 
 def lost(why: str) -> UserError:

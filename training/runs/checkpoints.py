@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
 from training.files import file_sha256, finite, sync_folder, write_bytes, write_json
@@ -27,9 +26,6 @@ from training.runs.checkpoint import (
     score,
 )
 from training.tensors import check_safetensors, save_tensors
-
-if TYPE_CHECKING:
-    pass
 
 
 class Checkpoints:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import platform
 from collections.abc import Mapping
 from hashlib import sha256
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from training.data.order import order_of, split_batch
 from training.errors import UserError
 from training.guarding import check_output
+from training.machine.launcher import first_process
 from training.messages import note, warn
 from training.models.lpips import LPIPS_NEEDS, fitting
 from training.settings import decoding
@@ -41,7 +41,7 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         processes,
         explicit_batch="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
-    if (parts := batch_coupled_parts(config, accumulation, processes)) and os.environ.get("RANK", "0") == "0":
+    if (parts := batch_coupled_parts(config, accumulation, processes)) and first_process():
         shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"
         what = f"{' and '.join(parts)} depend on how a batch is split, here over {shares}"
         warn(f"{what}: another split trains another model")

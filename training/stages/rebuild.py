@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.guarding import PARTIAL, disk_error, read_json
+from training.guarding import disk_error, read_json, staged
 from training.loop.power_ema import FOLDER, reconstruct, snapshots
 from training.messages import answer, warn
 from training.models.folders import find
@@ -33,7 +32,7 @@ def rebuild(args: argparse.Namespace) -> int:
     if strays := [path.name for number, path in snapshots(folder).items() if number > end]:
         warn(f"{', '.join(strays)} not used: the run ended at step {end} and gave up what it had been before")
     tensors, step = reconstruct(folder, args.length, args.step, end)
-    staging = output.with_name(f".{output.name}.{os.getpid()}{PARTIAL}")
+    staging = staged(output)
     try:
         _fill(staging, model.final, tensors)
         staging.replace(output)
