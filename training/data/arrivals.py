@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from training.data.samples import LIMIT, SHOWN
 from training.data.sharing import hand_over
 from training.errors import DATA, UserError
 from training.messages import warn
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from training.data.samples import Batch, Samples
     from training.shards.streaming import Record
 
-LIMIT = 0.01  # the share of what has come that may be left out, once `ALLOWED` are
-ALLOWED = 8
-SHOWN = 5  # of the samples left out
+ALLOWED = 8  # samples of a stream that may be left out before `LIMIT`, here the share of what has come, counts
 LOOK = "look at the shards with tar -t, or name others"
 
 
@@ -57,9 +56,11 @@ class Arrivals(IterableDataset["Batch | UserError | bytes"]):
                 if not isinstance(sample, UserError):
                     loaded.append(sample)
                     break
+                if self.samples.on_bad_data == "error":
+                    raise sample
                 bad[len(bad)] = sample.what
-                if self.samples.on_bad_data == "error" or len(bad) > ALLOWED + len(slots):
-                    raise sample if self.samples.on_bad_data == "error" else too_many(bad, len(bad) + len(loaded))
+                if len(bad) > ALLOWED + len(slots):
+                    raise too_many(bad, len(bad) + len(loaded))
         batch = self.samples.join(slots, loaded)
         arrived.clear()
         return batch._replace(bad=bad, indices=[slot.index for slot in slots])
@@ -71,7 +72,7 @@ def _unread(record: Record) -> UserError | None:
 
 def too_many(bad: Mapping[int, str], seen: int) -> UserError:
     """The error of a stream most of which cannot be read."""
-    first = "; ".join(list(bad.values())[:5])
+    first = "; ".join(list(bad.values())[:SHOWN])
     return UserError(f"{len(bad):,} of {seen:,} samples of the stream cannot be read: {first}", hint=LOOK, code=DATA)
 
 

@@ -33,7 +33,7 @@ from training.shards.claims import LOCK, claimed
 from training.shards.index import ENCODING, ShardInfo, is_mixed, read_index, write_index
 from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
-from training.shards.remote import Remote, open_address
+from training.shards.remote import NULL, Remote, open_address
 from training.shards.writing import sound_shard, write_shard
 from training.tensors import save_tensors
 
@@ -154,15 +154,13 @@ def _prepare(
         copy_model(home, target / "autoencoder")
         if encoder:
             text_encoders.keep(encoder, args.text_encoder, target)
-            save_tensors(target / "text_encoder" / "null.safetensors", embeddings(encoder, [""])[0])
+            save_tensors(target / NULL, embeddings(encoder, [""])[0])
     except OSError as failure:
         raise disk_error(target, failure) from None
 
 
 def _claim(target: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
-    make_folder(target)
-    refuse_links(target)
     plan_file = target / ENCODING
     if plan_file.is_file():
         before = {"tile": 0, **read_record(plan_file, {})}

@@ -59,7 +59,7 @@ class Encoder:
         total: int,
     ) -> None:
         self.encode, self.text, self.device, self.args = encode, encoder, device, args
-        self.shape, self.picture = tuple(latent["shape"]), tuple(latent["picture"])
+        self.picture = tuple(latent["picture"])
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.done, self.encoded, self.since, self.precision = 0, 0, time.perf_counter(), args.mixed_precision
         self.total, self.bad, self.waited = total, 0, 0.0

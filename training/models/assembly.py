@@ -28,6 +28,7 @@ from training.models.folders import copy_model, fill, find, weights
 from training.models.lineage import BEGUN_WITH, same_ingredients, store_ingredients
 from training.models.vocabulary import captions, vocabulary
 from training.settings import decoding
+from training.shards.remote import NULL
 from training.tensors import content_hash, load_tensors, save_tensors
 
 
@@ -110,7 +111,7 @@ def _frozen_text(
     null = None
     text: TextEncoder
     if dataset.text:
-        stored = load_tensors(latents / "text_encoder" / "null.safetensors")
+        stored = load_tensors(latents / NULL)
         null = Cond(
             stored["context"][None].float(),
             torch.ones(1, len(stored["context"]), dtype=torch.bool),

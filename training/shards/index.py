@@ -97,4 +97,4 @@ def is_mixed(summary: Mapping[str, Any]) -> bool:
 
 def data_facts(folder: str | Path) -> dict[str, Any]:
     """What names the data of a run: the hash of its index."""
-    return {"index_sha256": file_sha256(Path(folder) / "index.json")}
+    return {"index_sha256": file_sha256(Path(folder) / INDEX)}
