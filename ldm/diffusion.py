@@ -22,6 +22,11 @@ class Denoised(NamedTuple):
     log_var_frac: Tensor | None = None
 
 
+def with_x0(ends: Denoised, x0: Tensor, level: Level) -> Denoised:
+    """Another x0, and the eps that makes up the same x_t with it: eps - (alpha / sigma) (x0' - x0)."""
+    return ends._replace(x0=x0, eps=ends.eps - match(level.alpha / level.sigma, x0) * (x0 - ends.x0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diffusion:
     """A schedule and a prediction. Times are float64, () or (B,), in [t_min, 1]; tensors (B, ...) keep their dtype.
