@@ -1,5 +1,4 @@
-"""Operators A of y = A x0 + sigma_y n: what a measurement keeps of a picture. A new one is a class and an entry in
-`OPERATORS`."""
+"""What every operator A of y = A x0 + sigma_y n is, and what a linear one offers beside its call."""
 
 from __future__ import annotations
 
@@ -13,7 +12,10 @@ from ldm.checks import Checked
 
 
 class Operator(Checked, ABC):
-    """A differentiable map of x (B, C, H, W) to y (B, ...), sample by sample: a frozen dataclass of its settings."""
+    """A differentiable map of x (B, C, H, W) to y (B, ...), sample by sample: a frozen dataclass of its settings.
+
+    Pictures have values in [-1, 1]. The shape of y is that of the call on zeros.
+    """
 
     linear: ClassVar[bool] = False
 
@@ -51,11 +53,8 @@ class LinearOperator(Operator):
 
     @abstractmethod
     def solve(self, residual: Tensor, scale: Tensor | float, noise: Tensor | float) -> Tensor:
-        """(scale A A^T + noise I)^-1 residual; at noise 0 the pseudo-inverse."""
+        """(scale A A^T + noise I)^-1 residual, with numbers or one of each sample (B,); at noise 0 the pseudo-inverse."""
 
     @abstractmethod
     def spectrum(self, shape: tuple[int, int, int], like: Tensor) -> Spectrum:
         """The decomposition for x of (C, H, W), on the device and of the precision of `like`."""
-
-
-OPERATORS: tuple[type[Operator], ...] = ()
