@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,32 @@ if TYPE_CHECKING:
     import argparse
 
     from ldm.text import TextEncoder
+    from training.drawing.given import Given
     from training.ledger import Ledger
 
 LARGEST = 64 << 20  # bytes of a file of prompts
 SHOWN = 20  # prompts of which it is said how they are read; the ledger counts the others
 BLANK = "captions without a word that the vocabulary has"
+
+
+def prompts_of(
+    args: argparse.Namespace, sources: Sequence[Given], ledger: Ledger
+) -> list[tuple[str, Given | None]]:
+    """Each picture drawn from with each caption asked for, or, where none is, with the first one beside it.
+
+    Raises UserError where nothing says what to draw.
+    """
+    if args.prompt is not None or args.prompts:
+        captions = prompts(args, ledger)
+        return [(caption, source) for source in sources or [None] for caption in captions]
+    if not sources:
+        raise UserError("nothing says what to draw", hint="give --prompt TEXT, --prompts FILE or --like PICTURE")
+    if bare := [source.name for source in sources if not source.captions]:
+        some = f"{bare[0]} and {len(bare) - 1} more have" if bare[1:] else f"{bare[0]} has"
+        hint = "give --prompt TEXT for all of them, or lay a text file of its name beside each picture of a folder"
+        raise UserError(f"{some} no caption", hint=hint, code=DATA)
+    ledger.add("ignored", "captions after a picture's first", count=sum(len(s.captions) - 1 for s in sources))
+    return [(source.captions[0], source) for source in sources]
 
 
 def prompts(args: argparse.Namespace, ledger: Ledger) -> list[str]:
