@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
 Parts = Literal["", "qk", "kv"]  # of queries, keys and values; keys bring their padding mask
 
 
