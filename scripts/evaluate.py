@@ -1,7 +1,8 @@
 """Measure a run.
 
 An autoencoder: PSNR, SSIM, LPIPS, Frechet distance of reconstructions, on the val split of --data.
-A denoiser: Frechet and kernel distance of generated to held-out pictures, and how far captions are obeyed.
+A denoiser: Frechet and kernel distance of generated to held-out pictures, and how far captions are obeyed;
+or the likelihood of held-out pictures, or which of several captions each of them shows.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ def add_flags(parser: Parser) -> None:
     """All of them."""
     what_is_measured(parser)
     pictures(parser)
-    likelihood(parser)
+    held_out(parser)
     how_pictures_are_drawn(parser)
     where_to(parser)
 
@@ -21,7 +21,7 @@ def what_is_measured(parser: Parser) -> None:
     parser.add_data("packed pictures, folder or address; their val split, else test split, is the truth")
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
     add("--seed", type=int, default=0, help="first seed of the pictures")
-    add("--batch-size", metavar="N", type=int, default=100, help="pictures at once")
+    add("--batch-size", metavar="N", type=int, default=100, help="pictures, or pairs of one and a caption, at once")
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
 
 
@@ -36,15 +36,21 @@ def pictures(parser: Parser) -> None:
     add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="backbone of LPIPS")
 
 
-def likelihood(parser: Parser) -> None:
-    """Densities of held-out pictures."""
-    add = parser.add_argument_group("likelihood of held-out pictures, instead").add_argument
+def held_out(parser: Parser) -> None:
+    """What is asked of held-out pictures, where nothing is drawn."""
+    group = parser.add_argument_group("held-out pictures under the denoiser, instead")
+    asked, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     text = "log p of the latents of N held-out pictures, in nats and bits/dim, over the sampler's grid"
-    add("--likelihood", metavar="N", type=int, default=0, help=text)
+    asked("--likelihood", metavar="N", type=int, default=0, help=text)
+    text = "which of these captions, one a line, each picture shows: that at which the denoiser errs least"
+    asked("--classify", metavar="FILE", help=text)
     text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
     add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)
     text = "random vectors per picture that hutchinson's estimate averages over"
     add("--likelihood-probes", metavar="N", type=int, default=1, help=text)
+    add("--draws", metavar="N", type=int, default=32, help="pairs of a time and noise for each picture of --classify")
+    text = "after so many of the draws leave each picture its KEEP best captions by either weighting; several in turn"
+    add("--eliminate", metavar="DRAWS:KEEP", nargs="+", default=[], help=text)
 
 
 def how_pictures_are_drawn(parser: Parser) -> None:
