@@ -44,13 +44,15 @@ def prompts_of(
 
 
 def prompts(args: argparse.Namespace, ledger: Ledger) -> list[str]:
-    """The captions asked for: --prompt TEXT (repeatable), or the lines of --prompts FILE but blank and # ones.
+    """The captions asked for: --prompt TEXT (repeatable), or those `listed` in --prompts FILE."""
+    return list(args.prompt) if args.prompt is not None else listed(Path(args.prompts), ledger)
+
+
+def listed(path: Path, ledger: Ledger) -> list[str]:
+    """The captions of a file: its lines but blank and # ones. Raises UserError (exit 3) where there are none.
 
     Lines end in a line feed, before which a carriage return may stand: all else belongs to the prompt.
     """
-    if args.prompt is not None:
-        return list(args.prompt)
-    path = Path(args.prompts)
     lines = _text(path).removesuffix("\n").split("\n")
     captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     ledger.add("ignored", "blank or comment lines", count=len(lines) - len(captions))
