@@ -47,7 +47,8 @@ class Windows(Denoise):
     Windows start every `stride` latents, the last at the border; a side that is no longer than a window's is one
     window. The weight of a window falls linearly from its middle to its edges, so that no edge shows. Each window is
     one call of the whole batch, under the condition of the whole canvas; `Known` stands around it, not within.
-    Bar-Tal et al. 2023 (arXiv 2302.08113). Raises ValueError unless the stride is at least 1 and no longer than a window.
+    Bar-Tal et al. 2023 (arXiv 2302.08113). Raises ValueError unless the stride is at least 1 and at most
+    a window's shorter side.
     """
 
     denoise: Denoise
