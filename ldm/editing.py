@@ -46,8 +46,9 @@ class Windows(Denoise):
 
     Windows start every `stride` latents, the last at the border; a side that is no longer than a window's is one
     window. The weight of a window falls linearly from its middle to its edges, so that no edge shows. Each window is
-    one call of the whole batch, under the condition of the whole canvas. Bar-Tal et al. 2023 (arXiv 2302.08113), eq. 5.
-    Raises ValueError unless the stride is at least 1 and no longer than a window.
+    one call of the whole batch, under the condition of the whole canvas; `Known` stands around it, not within.
+    Bar-Tal et al. 2023 (arXiv 2302.08113). Raises ValueError unless the stride is at least 1 and at most
+    a window's shorter side.
     """
 
     denoise: Denoise
@@ -152,7 +153,7 @@ def _nearest(wanted: Tensor) -> tuple[Tensor, Tensor]:
     """For each pixel of (B, 1, H, W) the squared distance to the nearest wanted one, and that one's row * W + column.
 
     First along each column, then along each row over the columns' answers: exact. Where none is wanted the distance is
-    infinite, and the place means nothing. Felzenszwalb & Huttenlocher 2012, eq. 2.
+    infinite, and the place means nothing. Felzenszwalb & Huttenlocher 2012.
     """
     height, width = wanted.shape[-2:]
     rows, columns = (torch.arange(side, device=wanted.device, dtype=torch.float32) for side in (height, width))
@@ -171,7 +172,7 @@ def adain(content: Tensor, style: Tensor) -> Tensor:
     """`content` (B, C, h, w) with each channel's mean and standard deviation those of `style` (B or 1, C, ...).
 
     std_s (x - mean_c) / std_c + mean_s, per sample; a constant channel takes the mean. Huang & Belongie 2017 (arXiv
-    1703.06868), eq. 8; on latents: Chung et al. 2024 (arXiv 2312.09008), section 3.4.
+    1703.06868), eq. 8; on latents: Chung et al. 2024 (arXiv 2312.09008).
     """
     (std, mean), (wanted, centre) = (torch.std_mean(x.flatten(2), dim=2, keepdim=True) for x in (content, style))
     whitened = (content.flatten(2) - mean) / std.clamp(min=torch.finfo(std.dtype).tiny)
