@@ -16,6 +16,7 @@ from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.composition import beside
 from ldm.conditioning import Cond
+from ldm.coupling import Coupled, Coupling
 from ldm.denoiser import Conditional, Denoise, Denoiser
 from ldm.grids import Grid
 from ldm.guiding import Guidance, Helpers
@@ -115,11 +116,14 @@ class Pipeline:
         def drawn() -> Iterator[Tensor]:
             for first in range(0, len(captions), batch_size):
                 part = slice(first, first + batch_size)
-                denoise = self.guided(captions[part], negatives[part], also, plan)
-                noise = Noise.from_seeds(seeds[part], self.device)
                 own = task(part) if task else NO_TASK
+                texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
+                if beside := own.reference:
+                    texts = [text for pair in zip(_of(beside.captions, texts), texts, strict=True) for text in pair]
+                    others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
+                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None)
                 latents = self.latents(denoise, noise, own.shape or shape, plan, own, watch)
-                yield own.finish(to_uint8(self.decode(latents)))
+                yield own.finish(to_uint8(self.decode(latents[1::2] if beside else latents)))
 
         return drawn()
 
@@ -135,14 +139,16 @@ class Pipeline:
         return x if len(times) < 2 else sample(plan.sampler, denoise, x, times, task.noise or noise, watch)
 
     def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
-               plan: Sampling | None = None) -> Denoise:
-        """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over."""
+               plan: Sampling | None = None, coupling: Coupling | None = None) -> Denoise:
+        """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
+        under a `coupling` they are pairs, each caption after that of its reference."""
         plan, captions = plan or self.sampling, _each(captions)
+        denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
         cond, null = self.text(captions), self.text(negatives or [""])
         if also:
             weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
-            return beside(plan.guidance, self.denoiser, cond, weighed, null)
-        return plan.guidance(self.denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+            return beside(plan.guidance, denoiser, cond, weighed, null)
+        return plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
 
     def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
         """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,
@@ -183,6 +189,11 @@ def _size(size: Iterable[int]) -> str:
     """`HEIGHTxWIDTH`, one number where they are the same."""
     height, width = size
     return f"{height}x{width}" if height != width else str(height)
+
+
+def _of(captions: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
+    """One for each of the texts."""
+    return list(captions) * len(texts) if len(captions) == 1 else captions
 
 
 def _each(captions: Captions) -> list[str]:

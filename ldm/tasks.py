@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ldm.coupling import Coupling
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
@@ -27,6 +28,14 @@ def unfinished(pixels: Tensor) -> Tensor:
     return pixels
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Pictures drawn beside those asked for, whose attention these share: `captions` of them, one or one each."""
+
+    coupling: Coupling
+    captions: Sequence[str]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Task:
     """What the pictures of one batch begin from, are held to and end with: `ldm.image_tasks` makes them.
@@ -34,9 +43,11 @@ class Task:
     `shape`: (C, h, w) of the latents where it is not that of the size asked for. `source`: clean latents (1 or B,
     *shape) that are noised to where the walk begins; `strength`: the share of the grid's steps that is walked, or
     `start_time`: the time t it begins at. A whole walk begins from the noise of t = 1, without the source; of no step
-    the source itself is left. `start`: x (1 or B, *shape) to begin from instead. `hold`: a wrapper of the guided
-    denoiser; `draw`: what finds latents instead of the sampler; `noise`: instead of the seeds' own; `finish`: of the
-    decoded pictures, uint8 (B, C, H, W). Raises ValueError for a strength or a time outside [0, 1].
+    the source itself is left. `start`: x (1 or B, *shape) to begin from instead. `reference`: a picture beside each,
+    that walks from the same noise, or from its own where `start` has (2B, *shape): reference, picture, reference ...
+    `hold`: a wrapper of the guided denoiser; `draw`: what finds latents instead of the sampler; `noise`: instead of the
+    seeds' own; `finish`: of the decoded pictures, uint8 (B, C, H, W). Raises ValueError for a strength or a time
+    outside [0, 1].
     """
 
     shape: tuple[int, int, int] | None = None
@@ -44,6 +55,7 @@ class Task:
     strength: float = 1.0
     start_time: float | None = None
     start: Tensor | None = None
+    reference: Reference | None = None
     hold: Callable[[Denoise], Denoise] = unheld
     draw: Callable[[Denoise, Tensor, Noise, Watch | None], Tensor] | None = None
     noise: Noise | None = None
@@ -70,11 +82,16 @@ class Task:
               noise: Noise) -> Tensor:
         """x at the first of the `times` that are walked of `grid`, (B, *shape)."""
         if self.start is not None:
-            return self.start.expand(len(noise), *shape)
+            return _each(self.start, len(noise), shape)
         if self.source is None or len(times) == len(grid):
             return prior(schedule, shape, noise)
-        source = self.source.expand(len(noise), *shape)
+        source = _each(self.source, len(noise), shape)
         return source if len(times) < 2 else mix(schedule(times[0]), Denoised(source, noise.normal(shape, "prior")))
+
+
+def _each(given: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
+    """One for all of the samples, one each, or one for each pair of a picture and its reference."""
+    return given.repeat_interleave(2, dim=0) if 2 * len(given) == count > 2 else given.expand(count, *shape)
 
 
 NO_TASK = Task()
