@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from autoencoder.images import to_unit
+from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
-from ldm.editing import Known, Windows, composite, filled, hole_in_latents
+from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
+from ldm.inversion import edit_friendly
 from ldm.noise import Noise
 from ldm.pipeline import Captions, Pipeline, Sampling
 from ldm.samplers import DDIMInversion, sample
-from ldm.tasks import Task, Tasks, unheld
+from ldm.tasks import Reference, Task, Tasks, Watch, unheld
 
 Pictures = Tensor | Sequence[Any]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -97,8 +99,92 @@ def inverted(pipeline: Pipeline, images: Tensor, captions: Captions, sampling: S
     pipeline.latent_shape((images.shape[-2], images.shape[-1]))
     texts = [captions] if isinstance(captions, str) else list(captions)
     x0, grid = encoded(pipeline, images), plan.grid(plan.steps, pipeline.denoiser.schedule).flip(0)
-    walk, denoise = DDIMInversion(), pipeline.denoiser.bind(pipeline.text(texts))
+    walk, denoise = DDIMInversion(iterations=iterations), pipeline.denoiser.bind(pipeline.text(texts))
     return sample(walk, denoise, x0, grid, Noise.from_seeds([0] * len(x0), x0.device))
+
+
+def edit_friendly_inversion(pipeline: Pipeline, pictures: Pictures, captions: Captions, *, strength: float = 0.64,
+                            sampling: Sampling | None = None) -> Tasks:
+    """The pictures as walks of an ancestral sampler under the `captions` that they show: under the same captions they
+    are drawn again, at any guidance scale, under others they are edited.
+
+    `strength`: the share of the steps that is walked; 0.64 is the paper's T_skip of 36 in 100. `sampling`: that of the
+    drawing. Huberman-Spiegelglas et al. 2023 (arXiv 2304.06140).
+    """
+    source, plan = as_pixels(pipeline, pictures), sampling or pipeline.sampling
+    whole, texts = padded(source, pipeline.multiple), [captions] if isinstance(captions, str) else list(captions)
+    plain = Task(shape=_shape(pipeline, whole), strength=strength, finish=lambda made: _cropped(made, source))
+
+    def task(part: slice) -> Task:
+        latents, own = encoded(pipeline, to_unit(_of(whole, part))), texts if len(texts) == 1 else texts[part]
+
+        def draw(denoise: Denoise, grid: Tensor, noise: Noise, watch: Watch | None) -> Tensor:
+            times, x0 = plain.visits(grid, denoise.schedule), latents.expand(len(noise), *latents.shape[1:])
+            if len(times) < 3:  # the last step draws no noise: there is nothing to edit with
+                return x0
+            told = pipeline.guided(own * len(noise) if len(own) == 1 else own, plan=plan)
+            return edit_friendly(plan.sampler, told, x0, times, noise).walk(denoise, watch)
+
+        return replace(plain, draw=draw)
+
+    return task
+
+
+def styled(pipeline: Pipeline, style: Tensor, caption: str = "", coupling: Coupling = Style(),  # noqa: B008
+           content: Tensor | None = None) -> Tasks:
+    """In the colours and textures of a style picture, of which `style` (1, C, h, w) is the noise that `inverted` finds
+    under its `caption`: AdaIN at the start, its keys and values in self-attention after it.
+
+    `content`: the inverted noise of a picture to be drawn in that style; None, each seed's own.
+    Chung et al. 2024 (arXiv 2312.09008).
+    """
+    def start(x: Tensor) -> Tensor:
+        own = x[1::2] if content is None else content.expand(len(x) // 2, *x.shape[1:])
+        return torch.stack([style.expand_as(own), adain(own, style)], dim=1).flatten(0, 1)
+
+    held = Task(start=start, reference=Reference(coupling, [caption]))
+    return lambda part: held
+
+
+def referring(task: Tasks | None, coupling: Coupling, captions: Sequence[str]) -> Tasks:
+    """A task, or a drawing from noise, whose pictures share the attention of those of `captions`, one or one each:
+    prompt-to-prompt and MasaCtrl. Raises ValueError, when it is drawn, for a task that holds pictures to a mask."""
+    def of(part: slice) -> Task:
+        own = task(part) if task else Task()
+        if own.hold is not unheld or own.draw:
+            raise ValueError(f"{coupling.kind} draws pairs, which a mask, windows or a measurement cannot hold: leave "
+                             "either out")
+        return replace(own, reference=Reference(coupling, captions if len(captions) == 1 else captions[part]))
+
+    return of
+
+
+def restoration(pipeline: Pipeline, operator: Operator, y: Tensor, sigma_y: float, method: Method, *,
+                windows: int = 0) -> Tasks:
+    """Pictures x of which y = A x + sigma_y n was measured, y (1 or B, ...) for x in [-1, 1]: posterior samples.
+
+    `method` is a member of `MEASUREMENTS`, with any sampler, or of `POSTERIORS`, which takes the sampler's place. Raises
+    ValueError where the picture that y is of does not fit the model.
+    """
+    channels, height, width = operator.domain(y)
+    shape = pipeline.latent_shape((height, width))
+    if channels != pipeline.autoencoder.image_channels:
+        raise ValueError(f"the measurement is of pictures of {channels} channels, the model draws "
+                         f"{pipeline.autoencoder.image_channels}: give one of those")
+    measured = operator if in_pixels(pipeline) else Decoded(operator, pipeline.decode, shape)
+    inner = windowed(pipeline, windows)
+
+    def task(part: slice) -> Task:
+        own = _of(y, part)
+        if isinstance(method, Measurement):
+            return Task(shape=shape, hold=lambda denoise: method(inner(denoise), measured, own, sigma_y))
+
+        def draw(denoise: Denoise, grid: Tensor, noise: Noise, watch: Watch | None) -> Tensor:
+            return method.draw(denoise, measured, own.expand(len(noise), *own.shape[1:]), sigma_y, grid, noise, watch)
+
+        return Task(shape=shape, hold=inner, draw=draw)
+
+    return task
 
 
 def windowed(pipeline: Pipeline, stride: int) -> Callable[[Denoise], Denoise]:

@@ -43,9 +43,8 @@ class Task:
     `shape`: (C, h, w) of the latents where it is not that of the size asked for. `source`: clean latents (1 or B,
     *shape) that are noised to where the walk begins; `strength`: the share of the grid's steps that is walked, or
     `start_time`: the time t it begins at. A whole walk begins from the noise of t = 1, without the source; of no step
-    the source itself is left. `start`: x (1 or B, *shape) to begin from instead. `reference`: a picture beside each,
-    that walks from the same noise, or from its own where `start` has (2B, *shape): reference, picture, reference ...
-    `hold`: a wrapper of the guided denoiser; `draw`: what finds latents instead of the sampler; `noise`: instead of the
+    the source itself is left. `start`: x (1 or B, *shape) to begin from instead, or how it comes of the seeds' own
+    noise. `reference`: a picture beside each, from the same noise where `start` does not change every second x. `hold`: a wrapper of the guided denoiser; `draw`: what finds latents instead of the sampler; `noise`: instead of the
     seeds' own; `finish`: of the decoded pictures, uint8 (B, C, H, W). Raises ValueError for a strength or a time
     outside [0, 1].
     """
@@ -54,7 +53,7 @@ class Task:
     source: Tensor | None = None
     strength: float = 1.0
     start_time: float | None = None
-    start: Tensor | None = None
+    start: Tensor | Callable[[Tensor], Tensor] | None = None
     reference: Reference | None = None
     hold: Callable[[Denoise], Denoise] = unheld
     draw: Callable[[Denoise, Tensor, Noise, Watch | None], Tensor] | None = None
@@ -81,10 +80,11 @@ class Task:
     def begin(self, schedule: NoiseSchedule, grid: Tensor, times: Tensor, shape: tuple[int, ...],
               noise: Noise) -> Tensor:
         """x at the first of the `times` that are walked of `grid`, (B, *shape)."""
-        if self.start is not None:
+        if isinstance(self.start, Tensor):
             return _each(self.start, len(noise), shape)
-        if self.source is None or len(times) == len(grid):
-            return prior(schedule, shape, noise)
+        if self.start or self.source is None or len(times) == len(grid):
+            x = prior(schedule, shape, noise)
+            return self.start(x) if self.start else x
         source = _each(self.source, len(noise), shape)
         return source if len(times) < 2 else mix(schedule(times[0]), Denoised(source, noise.normal(shape, "prior")))
 
