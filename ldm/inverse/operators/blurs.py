@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ldm.inverse.operators.spectral import Factors, Spectral, kept, shape_of
+from ldm.inverse.operators.base import shape_of
+from ldm.inverse.operators.spectral import Factors, Spectral, kept
 
 F64 = torch.float64
 
@@ -20,50 +20,40 @@ F64 = torch.float64
 class Circular(Spectral):
     """Convolution of each channel with a kernel of `taps` along the sides, as if the picture's edges met.
 
-    A kernel longer than a side wraps around it. Frequencies that pass by less than 1e-4 (`LOST`) are taken out wholly,
-    so that no inverse raises rounding errors to pictures. U and V have complex coefficients: V^T x is the unitary
-    two-dimensional Fourier transform, and U^T y is that by the transfer's phase.
+    A kernel longer than a side wraps around it; even taps spread a point one pixel further back than ahead.
+    Frequencies that pass by less than 1e-4 (`LOST`) are taken out wholly, so that no inverse raises rounding errors to
+    pictures. Coefficients are complex: V^T x is the unitary Fourier transform, U^T y that by the transfer's phase.
     """
 
     kind: str
     taps: int
     limits: ClassVar = {"taps": "[1, inf)"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.taps % 2 == 0:
-            raise ValueError(f"{self.kind} taps must be odd, or the picture moves by half a pixel, got {self.taps}: "
-                             f"take {self.taps + 1}")
-
     @abstractmethod
     def kernel(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """The weights along height and width at whole `offsets` from the centre, in float64; each sums to 1."""
 
-    def factors(self, shape: tuple[int, int, int], like: Tensor) -> Factors:
-        gain, phase = _transfer(self, *shape[1:])
-        wide = torch.promote_types(like.dtype, torch.float32)  # no Fourier transform of shorter numbers
-        gain, phase = gain.to(like.device, wide), phase.to(like.device, wide.to_complex())
+    def factors(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Factors:
+        offsets = torch.arange(self.taps, dtype=F64) - self.taps // 2
+        rows, columns = self.kernel(offsets)
+        transfer = _response(rows, offsets, shape[1])[:, None] * _response(columns, offsets, shape[2])
+        gain = kept(transfer.abs())
+        phase = torch.where(gain > 0, transfer / transfer.abs(), 1)
+        wide = torch.promote_types(dtype, torch.float32)  # no Fourier transform of shorter numbers
+        gain, phase = gain.to(device, wide), phase.to(device, wide.to_complex())
 
         def analyse(x: Tensor) -> Tensor:
-            return torch.fft.fft2(x.to(wide), norm="ortho")
+            coefficients: Tensor = torch.fft.fft2(x.to(wide), norm="ortho")
+            return coefficients
 
         def synthesise(c: Tensor) -> Tensor:
-            return torch.fft.ifft2(c, norm="ortho").real.to(like.dtype)
+            picture: Tensor = torch.fft.ifft2(c, norm="ortho").real
+            return picture.to(dtype)
 
         return Factors(gain, analyse, synthesise, lambda y: phase.conj() * analyse(y), lambda c: synthesise(phase * c))
 
     def domain(self, y: Tensor) -> tuple[int, int, int]:
         return shape_of(y)
-
-
-@lru_cache(maxsize=16)
-def _transfer(operator: Circular, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Size and phase (H, W) of what each frequency is multiplied by."""
-    offsets = torch.arange(operator.taps, dtype=F64) - operator.taps // 2
-    rows, columns = operator.kernel(offsets)
-    transfer = _response(rows, offsets, height)[:, None] * _response(columns, offsets, width)
-    gain = kept(transfer.abs())
-    return gain, torch.where(gain > 0, transfer / transfer.abs(), 1)
 
 
 def _response(weights: Tensor, offsets: Tensor, side: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ldm.inverse.operators.spectral import Factors, Spectral, shape_of
+from ldm.inverse.operators.base import shape_of
+from ldm.inverse.operators.spectral import Factors, Spectral
 from ldm.noise import Noise
 
 
@@ -20,8 +21,8 @@ class Masking(Spectral):
     def seen(self, height: int, width: int) -> Tensor:
         """True where a pixel is seen, (H, W). Raises ValueError for a size that does not fit."""
 
-    def factors(self, shape: tuple[int, int, int], like: Tensor) -> Factors:
-        return Factors(self.seen(*shape[1:]).to(like), *[_same] * 4)
+    def factors(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Factors:
+        return Factors(self.seen(*shape[1:]).to(device, dtype), *[_same] * 4)
 
     def domain(self, y: Tensor) -> tuple[int, int, int]:
         return shape_of(y)
@@ -55,7 +56,7 @@ class GivenMask(Masking):
     """The pixels of a mask (H, W) that holds 1 or True where a pixel is seen, else 0. Raises ValueError for another."""
 
     given: Tensor
-    kind: ClassVar[str] = "mask"
+    kind: Literal["mask"] = "mask"
 
     def __post_init__(self) -> None:
         super().__post_init__()

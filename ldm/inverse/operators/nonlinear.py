@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ldm.inverse.operators.base import Operator
-from ldm.inverse.operators.spectral import shape_of
+from ldm.inverse.operators.base import Operator, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +28,14 @@ class Phase(Operator):
     def __call__(self, x: Tensor) -> Tensor:
         sides = [side * self.oversample for side in shape_of(x)[1:]]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # no Fourier transform of shorter numbers
-        return torch.fft.fft2(wide, s=sides, norm="ortho").abs().to(x.dtype)
+        spectrum: Tensor = torch.fft.fft2(wide, s=sides, norm="ortho")
+        return spectrum.abs().to(x.dtype)
 
     def domain(self, y: Tensor) -> tuple[int, int, int]:
         channels, height, width = shape_of(y)
         if height % self.oversample or width % self.oversample:
-            raise ValueError(f"phase gives sides that are multiples of oversample {self.oversample}, got y of {width} x "
-                             f"{height}: give the magnitudes of the padded picture")
+            raise ValueError(f"phase gives sides that are multiples of oversample {self.oversample}, got y of "
+                             f"{width} x {height}: give the magnitudes of the padded picture")
         return channels, height // self.oversample, width // self.oversample
 
 
@@ -68,7 +68,7 @@ class Decoded(Operator):
     operator: Operator
     decode: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int]
-    kind: ClassVar[str] = "decoded"
+    kind: Literal["decoded"] = "decoded"
 
     def __call__(self, x: Tensor) -> Tensor:
         if shape_of(x) != tuple(self.shape):

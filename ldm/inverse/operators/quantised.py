@@ -10,8 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ldm.inverse.operators.base import Operator
-from ldm.inverse.operators.spectral import shape_of
+from ldm.inverse.operators.base import Operator, shape_of, unrounded
 
 F64 = torch.float64
 # ITU-T T.81, tables K.1 and K.2, by rows.
@@ -48,16 +47,15 @@ class JPEG(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         channels, height, width = self.domain(x)
-        colours, cosines = _bases(channels)
-        colours, cosines = colours.to(x), cosines.to(x)
-        quanta = self.tables()[:channels, None, None].to(x)
-        levels = torch.einsum("dc,bchw->bdhw", colours, 127.5 * x + (127.5 - 128))
-        blocks = levels.view(-1, channels, height // 8, 8, width // 8, 8).movedim(4, 3)
-        steps = cosines @ blocks @ cosines.mT / quanta
-        # Straight through: the difference is exact, and so is the sum.
-        steps = steps + (steps.round() - steps).detach()
-        levels = (cosines.mT @ (steps * quanta) @ cosines).movedim(3, 4).reshape(levels.shape)
-        return (torch.einsum("dc,bchw->bdhw", torch.linalg.inv(colours), levels) + (128 - 127.5)) / 127.5
+        colours, rgb, cosines, quanta = _constants(self, channels, x.device, x.dtype)
+        with unrounded(x):
+            levels = torch.einsum("dc,bchw->bdhw", colours, 127.5 * x - 0.5)
+            blocks = levels.reshape(-1, channels, height // 8, 8, width // 8, 8).movedim(4, 3)
+            steps = cosines @ blocks @ cosines.mT / quanta
+            # Straight through: the difference is exact, and so is the sum.
+            steps = steps + (steps.round() - steps).detach()
+            levels = (cosines.mT @ (steps * quanta) @ cosines).movedim(3, 4).reshape(levels.shape)
+            return (torch.einsum("dc,bchw->bdhw", rgb, levels) + 0.5) / 127.5
 
     def tables(self) -> Tensor:
         """The quanta (3, 8, 8) of Y, Cb and Cr, in levels of a 255th; by rows, as libjpeg scales them."""
@@ -68,19 +66,21 @@ class JPEG(Operator):
     def domain(self, y: Tensor) -> tuple[int, int, int]:
         channels, height, width = shape_of(y)
         if channels not in (1, 3) or height % 8 or width % 8:
-            raise ValueError(f"jpeg takes 1 or 3 channels and sides divisible by 8, got {channels} of {width} x {height}: "
-                             f"take RGB pictures of sides such as {-(-height // 8) * 8}")
+            raise ValueError(f"jpeg takes 1 or 3 channels and sides divisible by 8, got {channels} of "
+                             f"{width} x {height}: take RGB pictures of sides such as {-(-height // 8) * 8}")
         return channels, height, width
 
 
-@lru_cache(maxsize=2)
-def _bases(channels: int) -> tuple[Tensor, Tensor]:
-    """The colours (C, C), and the orthonormal cosine transform (8, 8) of T.81, A.3.3, both in float64."""
-    colours = torch.tensor(YCBCR, dtype=F64) if channels == 3 else torch.eye(1, dtype=F64)
-    k, n = torch.arange(8, dtype=F64)[:, None], torch.arange(8, dtype=F64)
-    cosines = torch.cos(math.pi * k * (2 * n + 1) / 16) / 2
-    cosines[0] /= math.sqrt(2)
-    return colours, cosines
+@lru_cache(maxsize=16)
+def _constants(jpeg: JPEG, channels: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The colours (C, C), their inverse, the orthonormal cosine transform (8, 8) of T.81, A.3.3, and the quanta."""
+    with torch.inference_mode(False):  # a tensor made in that mode could never serve a gradient
+        colours = torch.tensor(YCBCR, dtype=F64) if channels == 3 else torch.eye(1, dtype=F64)
+        k, n = torch.arange(8, dtype=F64)[:, None], torch.arange(8, dtype=F64)
+        cosines = torch.cos(math.pi * k * (2 * n + 1) / 16) / 2
+        cosines[0] /= math.sqrt(2)
+        parts = colours, torch.linalg.inv(colours), cosines, jpeg.tables()[:channels, None, None]
+        return [part.to(device, dtype) for part in parts]
 
 
 OPERATORS = (JPEG,)

@@ -6,13 +6,15 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ldm.inverse.operators.spectral import Factors, Spectral, kept, shape_of
+from ldm.inverse.operators.base import shape_of, unrounded
+from ldm.inverse.operators.spectral import Factors, Spectral, kept
 
 F64 = torch.float64
 
@@ -26,26 +28,25 @@ class Separable(Spectral):
     def matrix(self, side: int) -> Tensor:
         """(m, side) in float64, m <= side. Raises ValueError for a side that does not fit."""
 
-    def factors(self, shape: tuple[int, int, int], like: Tensor) -> Factors:
-        values, *bases = zip(*(_decomposed(self, shape[dim]) for dim in self.dims), strict=True)
+    def factors(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Factors:
+        values, *bases = zip(*(_decomposed(self.matrix(shape[dim])) for dim in self.dims), strict=True)
         singular = math.prod(value.view(-1, *[1] * (-1 - dim)) for dim, value in zip(self.dims, values, strict=True))
-        maps = [partial(_along, self.dims, matrices) for matrices in bases]
-        return Factors(kept(singular).to(like), *maps)
+        maps = [partial(_along, self.dims, [part.to(device, dtype) for part in parts]) for parts in bases]
+        return Factors(kept(singular).to(device, dtype), *maps)
 
 
-@lru_cache(maxsize=16)
-def _decomposed(operator: Separable, side: int) -> tuple[Tensor, ...]:
-    """The singular values (n), and V^T (n, n), V (n, n), U^T (n, m), U (m, n) of the matrix U S V^T (m, n)."""
-    u, s, vt = torch.linalg.svd(operator.matrix(side), full_matrices=True)
-    rest = side - len(s)
-    u = torch.nn.functional.pad(u, (0, rest))
-    return torch.nn.functional.pad(s, (0, rest)), vt, vt.mT, u.mT, u
+def _decomposed(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The singular values (n), and V^T (n, n), V (n, n), U^T (n, m), U (m, n) of a matrix U S V^T (m, n)."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=True)
+    u, s = (pad(part, (0, len(vt) - len(s))) for part in (u, s))
+    return s, vt, vt.mT, u.mT, u
 
 
 def _along(dims: Sequence[int], matrices: Sequence[Tensor], x: Tensor) -> Tensor:
     """x with a matrix applied along each of its dimensions `dims`."""
-    for dim, matrix in zip(dims, matrices, strict=True):
-        x = (x.movedim(dim, -1) @ matrix.to(x).mT).movedim(-1, dim)
+    with unrounded(x):
+        for dim, matrix in zip(dims, matrices, strict=True):
+            x = (x.movedim(dim, -1) @ matrix.mT).movedim(-1, dim)
     return x
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.inverse.operators.base import LinearOperator, Spectrum
+from ldm.inverse.operators.base import LinearOperator, Spectrum, shape_of
 from ldm.schedules import match
 
 LOST = 1e-4  # of the largest singular value: what is let through by less is not let through, in A as in its inverse
@@ -29,43 +30,42 @@ class Spectral(LinearOperator):
     """An operator that states its factors."""
 
     @abstractmethod
-    def factors(self, shape: tuple[int, int, int], like: Tensor) -> Factors:
-        """The decomposition for x of (C, H, W). Raises ValueError for a size that does not fit."""
+    def factors(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Factors:
+        """The decomposition for x of (C, H, W), which is kept: a later call copies nothing to the device. Raises
+        ValueError for a size that does not fit."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        f = self.factors(shape_of(x), x)
+        f = _factors(self, shape_of(x), x.device, x.dtype)
         return f.emit(f.singular * f.analyse(x))
 
     def adjoint(self, y: Tensor) -> Tensor:
-        f = self.factors(self.domain(y), y)
+        f = _factors(self, self.domain(y), y.device, y.dtype)
         return f.synthesise(f.singular * f.observe(y))
 
     def pinv(self, y: Tensor) -> Tensor:
-        f = self.factors(self.domain(y), y)
+        f = _factors(self, self.domain(y), y.device, y.dtype)
         return f.synthesise(_inverse(f.singular) * f.observe(y))
 
     def solve(self, residual: Tensor, scale: Tensor | float, noise: Tensor | float) -> Tensor:
-        f = self.factors(self.domain(residual), residual)
+        f = _factors(self, self.domain(residual), residual.device, residual.dtype)
         denominator = _coefficient(scale, residual) * f.singular.square() + _coefficient(noise, residual)
         return f.emit(_inverse(denominator) * f.observe(residual))
 
     def spectrum(self, shape: tuple[int, int, int], like: Tensor) -> Spectrum:
-        f = self.factors(shape, like)
+        f = _factors(self, shape, like.device, like.dtype)
         return Spectrum(f.singular, f.analyse, f.synthesise, lambda y: (f.singular > 0) * f.observe(y))
+
+
+@lru_cache(maxsize=16)
+def _factors(operator: Spectral, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Factors:
+    with torch.inference_mode(False):  # a tensor made in that mode could never serve a gradient
+        return operator.factors(shape, device, dtype)
 
 
 def kept(singular: Tensor) -> Tensor:
     """The singular values, 0 for those that are next to none: no inverse multiplies a rounding error by more than
     1 / LOST."""
     return singular * (singular > LOST * singular.max())
-
-
-def shape_of(picture: Tensor) -> tuple[int, int, int]:
-    """(C, H, W) of a batch of pictures. Raises ValueError for another number of dimensions."""
-    if picture.ndim != 4:
-        raise ValueError(f"an operator takes a batch (B, C, H, W), got shape {tuple(picture.shape)}: "
-                         "add the dimensions that lack, as x[None] does")
-    return picture.shape[1], picture.shape[2], picture.shape[3]
 
 
 def _inverse(values: Tensor) -> Tensor:
@@ -75,4 +75,4 @@ def _inverse(values: Tensor) -> Tensor:
 
 
 def _coefficient(value: Tensor | float, like: Tensor) -> Tensor:
-    return match(torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64), like)
+    return match(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64), like)
