@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.inverse.operators import LinearOperator, Operator
+from ldm.schedules import match
 
 
 class Local(NamedTuple):
@@ -50,7 +51,7 @@ def linearised(operator: Operator, x0: Tensor, cg_steps: int) -> Local:
         return torch.autograd.grad(pulled, weights, v, retain_graph=True)[0]
 
     def solve(residual: Tensor, scale: Tensor, noise: float) -> Tensor:
-        return conjugate_gradients(lambda w: scale * forward(adjoint(w)) + noise * w, residual, cg_steps)
+        return conjugate_gradients(lambda w: match(scale, w) * forward(adjoint(w)) + noise * w, residual, cg_steps)
 
     return Local(value.detach(), forward, adjoint, solve)
 

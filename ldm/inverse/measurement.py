@@ -37,7 +37,7 @@ from ldm.schedules import match
 
 
 class Belief(NamedTuple):
-    """p(x0 | x_t) before y: the denoiser's answer, r^2 ready to multiply x0, and v -> L v."""
+    """p(x0 | x_t) before y: the denoiser's answer, M's scale as () or (B,), and v -> L v."""
 
     ends: Denoised
     scale: Tensor
@@ -47,8 +47,8 @@ class Belief(NamedTuple):
 def by_scale(denoise: Denoise, x: Tensor, t: Tensor, factor: float = 1.0) -> Belief:
     """L = factor r^2 I: the network is only called."""
     alpha, sigma = denoise.schedule(t)
-    scale = match(factor * sigma**2 / (alpha**2 + sigma**2), x)
-    return Belief(denoise(x, t), scale, lambda v: scale * v)
+    scale = factor * sigma**2 / (alpha**2 + sigma**2)
+    return Belief(denoise(x, t), scale, lambda v: match(scale, v) * v)
 
 
 def by_jacobian(denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
@@ -65,7 +65,7 @@ def by_jacobian(denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
         return factor * torch.autograd.grad(x0, leaf, v, retain_graph=True)[0]
 
     free = Denoised(*(None if part is None else part.detach() for part in ends))
-    return Belief(free, match(sigma**2 / (alpha**2 + sigma**2), x), spread)
+    return Belief(free, sigma**2 / (alpha**2 + sigma**2), spread)
 
 
 class Measurement(Checked, ABC):
