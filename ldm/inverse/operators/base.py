@@ -1,19 +1,23 @@
-"""Operators A of y = A x0 + sigma_y n: what a measurement keeps of a picture. A new one is a class and an entry in
-`OPERATORS`."""
+"""What every operator A of y = A x0 + sigma_y n is, and what a linear one offers beside its call."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ldm.checks import Checked
 
 
 class Operator(Checked, ABC):
-    """A differentiable map of x (B, C, H, W) to y (B, ...), sample by sample: a frozen dataclass of its settings."""
+    """A differentiable map of x (B, C, H, W) to y (B, ...), sample by sample: a frozen dataclass of its settings.
+
+    Pictures have values in [-1, 1]. The shape of y is that of the call on zeros.
+    """
 
     linear: ClassVar[bool] = False
 
@@ -51,11 +55,22 @@ class LinearOperator(Operator):
 
     @abstractmethod
     def solve(self, residual: Tensor, scale: Tensor | float, noise: Tensor | float) -> Tensor:
-        """(scale A A^T + noise I)^-1 residual; at noise 0 the pseudo-inverse."""
+        """(scale A A^T + noise I)^-1 residual, both numbers or (B,); at noise 0 the pseudo-inverse."""
 
     @abstractmethod
     def spectrum(self, shape: tuple[int, int, int], like: Tensor) -> Spectrum:
         """The decomposition for x of (C, H, W), on the device and of the precision of `like`."""
 
 
-OPERATORS: tuple[type[Operator], ...] = ()
+def shape_of(picture: Tensor) -> tuple[int, int, int]:
+    """(C, H, W) of a batch of pictures. Raises ValueError for another number of dimensions."""
+    if picture.ndim != 4:
+        raise ValueError(f"an operator takes a batch (B, C, H, W), got shape {tuple(picture.shape)}: "
+                         "add the dimensions that lack, as x[None] does")
+    return picture.shape[1], picture.shape[2], picture.shape[3]
+
+
+def unrounded(x: Tensor) -> AbstractContextManager[object]:
+    """Where products keep x's precision: those of autocast keep 8 bits."""
+    place = x.device.type
+    return torch.autocast(place, enabled=False) if torch.amp.is_autocast_available(place) else nullcontext()
