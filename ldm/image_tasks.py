@@ -23,12 +23,16 @@ from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
 from ldm.inversion import edit_friendly
+from ldm.inverse.measurement import Measurement
+from ldm.inverse.operators import Decoded, Operator
+from ldm.inverse.posterior import Posterior
 from ldm.noise import Noise
 from ldm.pipeline import Captions, Pipeline, Sampling
 from ldm.samplers import DDIMInversion, sample
 from ldm.tasks import Reference, Task, Tasks, Watch, unheld
 
 Pictures = Tensor | Sequence[Any]
+Method = Measurement | Posterior
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 

@@ -63,7 +63,9 @@ class ImageToImage(Start):
     @classmethod
     def from_flags(cls, args: argparse.Namespace, ledger: Ledger) -> ImageToImage | None:
         """The pictures of `--image`, where it is given."""
-        return cls(given("--image", args.image, ledger), _walk(args, 0.8)) if args.image else None
+        if not args.image or args.restore:
+            return None
+        return cls(given("--image", args.image, ledger), _walk(args, 0.8))
 
     def facts(self, request: Request) -> dict[str, Any]:
         """The picture, and how far it was noised."""
@@ -131,7 +133,7 @@ class Inpainting(Start):
     @classmethod
     def from_flags(cls, args: argparse.Namespace, ledger: Ledger) -> Inpainting | None:
         """The pictures of `--image` with the holes of `--mask`, where that is given."""
-        if not args.mask:
+        if not args.mask or args.restore:
             return None
         if not args.image:
             raise UserError("--mask needs the picture it is of", hint="give it with --image")

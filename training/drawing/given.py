@@ -54,7 +54,7 @@ def given(flag: str, where: str, ledger: Ledger) -> list[Given]:
     path = Path(where)
     try:
         if not path.is_dir():
-            return [Given(flag, path.name, read_file(path, LARGEST_FILE))]
+            return [Given(flag, path.name, read_file(path, LARGEST_FILE))]  # kept: files may change while we draw
         folder = Folder(path)
     except UserError as problem:
         raise _refused(flag, where, problem) from None

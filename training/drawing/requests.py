@@ -77,7 +77,9 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
         if name in ("sampler", "grid", "guidance", "sample")
     }
     flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
-    changes = {key: str(value) for key, value in flags.items() if value is not None} | args.overrides
+    editing = decoding.sections("editing")  # read by the starts
+    own = {key: text for key, text in args.overrides.items() if key.partition(".")[0] not in editing}
+    changes = {key: str(value) for key, value in flags.items() if value is not None} | own
     for key in changes:
         if key.partition(".")[0] not in values:
             raise UserError(

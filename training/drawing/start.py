@@ -80,7 +80,7 @@ class Start(ABC):
         """Whether the facts in a picture, which anyone may have written, are of the kinds that `facts` gives."""
         return (isinstance(facts, dict)
                 and all(isinstance(facts.get(key), str | None) for key in cls.inputs)
-                and all(isinstance(facts.get(key), str) for key in list(cls.inputs)[:1])
+                and (not cls.inputs or any(isinstance(facts.get(key), str) for key in cls.inputs))
                 and all(isinstance(facts.get(key), kind | None) for key, (_, kind) in cls.settings.items()))
 
     @classmethod
