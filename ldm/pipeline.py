@@ -65,7 +65,7 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the decoder lives."""
-        return next(self.autoencoder.parameters()).device
+        return self.autoencoder.norm.scale.device
 
     def __call__(self, captions: Captions, seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
         """One PIL image per caption, grey, RGB or RGBA by the autoencoder's channels.
