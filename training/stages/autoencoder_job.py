@@ -26,7 +26,7 @@ from training.stages.checks import check_images, check_shrinking, check_starts, 
 from training.stages.job import Job, parameters
 from training.stages.preview import DistillationStage, fit_to_teacher
 from training.stages.streams import stream_facts, stream_images
-from training.stages.untrained import UntrainedStage
+from training.stages.untrained import UntrainedStage, check_no_lessons
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +44,8 @@ class AutoencoderJob(Job):
     def open_data(self) -> None:
         """Pictures, and the teacher or vision model that flags name."""
         args, train = self.args, self.config.train
+        if isinstance(self.config.model, Identity):
+            check_no_lessons(args)
         how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
         if args.stream:
             self.dataset, self.held_out = stream_images(args, train, how)
@@ -93,7 +95,7 @@ class AutoencoderJob(Job):
         model = self.trained.model
         what = f"{parameters(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
         if not self.trained.networks:
-            what = f"nothing to train: the pixels are the latents, {model.latent_channels} channel(s)"
+            what = f"nothing to train, the pixels are the latents: factor 1, {model.latent_channels} channels"
         count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
         return f"autoencoder: {what}; {count} images"
 

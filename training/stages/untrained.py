@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from training.data.images import Images
 from training.data.samples import Batch
+from training.errors import UserError
 from training.loop.stage import StatelessStage
 from training.models.reconstructions import measure
 from training.settings.decoding import AutoencoderConfig
+
+if TYPE_CHECKING:
+    import argparse
 
 
 class UntrainedStage(StatelessStage):
@@ -40,3 +45,11 @@ class UntrainedStage(StatelessStage):
 
     def normalise(self) -> None:
         """The latents stay the pictures in [-1, 1]."""
+
+
+def check_no_lessons(args: argparse.Namespace) -> None:
+    """Raises UserError where a flag names what a model without parameters should learn from or begin with."""
+    for flag in ("teacher", "align_with", "init_from"):
+        if getattr(args, flag):
+            what = f"--{flag.replace('_', '-')}: an identity autoencoder has no weights, and nothing to learn"
+            raise UserError(what, hint="leave it out, or choose another --config")
