@@ -67,7 +67,7 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the decoder lives."""
-        return next(self.autoencoder.parameters()).device
+        return self.autoencoder.norm.scale.device
 
     @property
     def multiple(self) -> int:

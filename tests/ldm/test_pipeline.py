@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoencoder.norm import LatentNorm
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
@@ -39,7 +40,7 @@ class Autoencoder(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shift = torch.nn.Parameter(torch.zeros(()))
+        self.norm = LatentNorm(3)
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.nn.functional.interpolate(latents, scale_factor=4.0) / 4
