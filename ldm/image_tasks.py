@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoencoder.identity import IdentityAutoencoder
 from autoencoder.images import to_unit
 from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
-from ldm.inversion import edit_friendly
 from ldm.inverse.measurement import Measurement
 from ldm.inverse.operators import Decoded, Operator
 from ldm.inverse.posterior import Posterior
+from ldm.inversion import edit_friendly
 from ldm.noise import Noise
 from ldm.pipeline import Captions, Pipeline, Sampling
 from ldm.samplers import DDIMInversion, sample
@@ -167,15 +168,16 @@ def restoration(pipeline: Pipeline, operator: Operator, y: Tensor, sigma_y: floa
                 windows: int = 0) -> Tasks:
     """Pictures x of which y = A x + sigma_y n was measured, y (1 or B, ...) for x in [-1, 1]: posterior samples.
 
-    `method` is a member of `MEASUREMENTS`, with any sampler, or of `POSTERIORS`, which takes the sampler's place. Raises
-    ValueError where the picture that y is of does not fit the model.
+    `method` is a member of `MEASUREMENTS`, with any sampler, or of `POSTERIORS`, which takes the sampler's place.
+    Raises ValueError where the picture that y is of does not fit the model.
     """
     channels, height, width = operator.domain(y)
     shape = pipeline.latent_shape((height, width))
     if channels != pipeline.autoencoder.image_channels:
         raise ValueError(f"the measurement is of pictures of {channels} channels, the model draws "
                          f"{pipeline.autoencoder.image_channels}: give one of those")
-    measured = operator if in_pixels(pipeline) else Decoded(operator, pipeline.decode, shape)
+    pixels = isinstance(pipeline.autoencoder, IdentityAutoencoder)  # then latents are the picture, and A stays linear
+    measured = operator if pixels else Decoded(operator, pipeline.decode, shape)
     inner = windowed(pipeline, windows)
 
     def task(part: slice) -> Task:

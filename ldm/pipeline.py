@@ -136,7 +136,7 @@ class Pipeline:
             return task.draw(denoise, grid, noise, watch)
         times = task.visits(grid, schedule)
         x = task.begin(schedule, grid, times, shape, noise)
-        return x if len(times) < 2 else sample(plan.sampler, denoise, x, times, task.noise or noise, watch)
+        return x if len(times) < 2 else sample(plan.sampler, denoise, x, times, noise, watch)
 
     def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
                plan: Sampling | None = None, coupling: Coupling | None = None) -> Denoise:

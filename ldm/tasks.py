@@ -44,9 +44,9 @@ class Task:
     *shape) that are noised to where the walk begins; `strength`: the share of the grid's steps that is walked, or
     `start_time`: the time t it begins at. A whole walk begins from the noise of t = 1, without the source; of no step
     the source itself is left. `start`: x (1 or B, *shape) to begin from instead, or how it comes of the seeds' own
-    noise. `reference`: a picture beside each, from the same noise where `start` does not change every second x. `hold`: a wrapper of the guided denoiser; `draw`: what finds latents instead of the sampler; `noise`: instead of the
-    seeds' own; `finish`: of the decoded pictures, uint8 (B, C, H, W). Raises ValueError for a strength or a time
-    outside [0, 1].
+    noise. `reference`: a picture beside each, from the same noise where `start` does not change every second x.
+    `hold`: a wrapper of the guided denoiser; `draw`: what finds latents instead of the sampler; `finish`: of the
+    decoded pictures, uint8 (B, C, H, W). Raises ValueError for a strength or a time outside [0, 1].
     """
 
     shape: tuple[int, int, int] | None = None
@@ -57,7 +57,6 @@ class Task:
     reference: Reference | None = None
     hold: Callable[[Denoise], Denoise] = unheld
     draw: Callable[[Denoise, Tensor, Noise, Watch | None], Tensor] | None = None
-    noise: Noise | None = None
     finish: Callable[[Tensor], Tensor] = unfinished
 
     def __post_init__(self) -> None:

@@ -149,7 +149,7 @@ class DDNM(Solved):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffPIR(Solved):
-    """The proximal step argmin |y - A x|^2 / sigma_y^2 + `prior_weight` |x - x0|^2 / r^2, whose solution is `ddnm` with r^2 /
+    """The proximal step argmin |y - A x|^2 / sigma_y^2 + `prior_weight` |x - x0|^2 / r^2: `ddnm` with r^2 /
     `prior_weight`, the paper's lambda. Zhu et al. 2023 (arXiv 2305.08995), eq. 13."""
 
     limits: ClassVar = {**Solved.limits, "prior_weight": "(0, inf)"}

@@ -63,7 +63,7 @@ class ImageToImage(Start):
     @classmethod
     def from_flags(cls, args: argparse.Namespace, ledger: Ledger) -> ImageToImage | None:
         """The pictures of `--image`, where it is given."""
-        if not args.image or args.restore:
+        if not args.image or args.restore or args.style:
             return None
         return cls(given("--image", args.image, ledger), _walk(args, 0.8))
 

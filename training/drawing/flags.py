@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.drawing import references
 from training.drawing.starts import STARTS
 from training.settings.flags import Parser
 
@@ -35,6 +36,7 @@ def what_to_begin_from(parser: Parser) -> None:
     group = parser.add_argument_group("what to begin from, instead of noise")
     for start in STARTS:
         start.add_flags(group)
+    references.add_flags(group)
 
 
 def how_to_draw_it(parser: Parser) -> None:

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ldm.pipeline import Pipeline
-from training.drawing import replay
+from training.drawing import references, replay
 from training.drawing.prompts import prompts_of, tell_reading
+from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags
@@ -154,6 +155,8 @@ def prepare(
         replay.compare(original, facts | {start.fact: start.facts(first)})
     # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
     groups = start.tasks(pipeline, sampling, asked, ledger)
+    if referring := referring_of(args):
+        groups, facts = referring.around(pipeline, groups), facts | {references.FACT: referring.facts()}
     how = {"negative": args.negative_prompt, "also": also, "sampling": sampling, "size": size}
     output = Path(args.output)
     make_folder(output)

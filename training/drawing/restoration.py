@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,7 +59,7 @@ class Restoration(Start):
         add("--restore", metavar="OPERATOR", help=text)
         text = "what was measured: a picture, safetensors with y, or a folder of such; without it, --image is measured"
         add("--measurement", metavar="FILE|DIR", help=text)
-        text = "how: a kind of --measurement.kind, with any sampler, or of --posterior.kind (default: the former's first)"
+        text = "how: a kind of --measurement.kind, with any sampler, or of --posterior.kind (default: ddnm)"
         add("--method", metavar="NAME", help=text)
         text = f"standard deviation of the measurement's noise, of values in [-1, 1] (default: {SIGMA_Y})"
         add("--sigma-y", metavar="S", type=float, help=text)
@@ -98,7 +98,7 @@ class Restoration(Start):
         channels = pipeline.autoencoder.image_channels
         read = reader(channels, size, ledger)
 
-        @lru_cache(maxsize=None)
+        @cache
         def operator_for(source: Given) -> Operator:
             return self._with_mask(source, size)
 
@@ -141,19 +141,29 @@ class Restoration(Start):
         """y (1, ...) of a file: `y` of safetensors, or a picture in [-1, 1], grey where the operator gives grey."""
         import torch
 
-        from training.tensors import load_tensors
-
         if source.name.endswith(".safetensors"):
-            found = load_tensors(source.path)
-            if "y" not in found:
-                what = f"{source.flag} {source.name} has no tensor named y"
-                raise UserError(what, hint="store the measurement (B, ...) under y", code=DATA)
-            return found["y"].float()
+            return _tensor(source)
         grey = operator(torch.zeros(1, channels, 64, 64)).shape[1] == 1
         y = pixels_of(source.decoded(1 if grey else channels, ledger))
         with as_user_error("give a measurement as the operator makes it, or other settings of --operator"):
             operator.domain(y)
         return operator(y) if operator.kind == "mask" else y
+
+
+def _tensor(source: Given) -> Tensor:
+    """`y` (1, ...) of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        y = load(source.data)["y"]
+    except (SafetensorError, KeyError, ValueError) as failure:
+        what = f"{source.flag} {source.name} is no safetensors file with a tensor named y ({failure})"
+        raise UserError(what, hint="store the measurement (1, ...) under y", code=DATA) from None
+    if len(y) != 1:
+        what = f"{source.flag} {source.name} holds {len(y)} measurements"
+        raise UserError(what, hint="store one, as (1, ...)", code=DATA)
+    return y.float()
 
 
 def pixels_of(picture: Image) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.drawing.edits import ImageToImage, Inpainting, Outpainting
 from training.drawing.given import Given
-from training.drawing.inversions import Inversion
+from training.drawing.inversions import Inversion, Styled
 from training.drawing.restoration import Restoration
 from training.drawing.start import Group, Size, Start
 from training.ledger import Ledger
@@ -57,7 +57,7 @@ class OwnNoise(Start):
         return lambda requests: iter([(requests, lambda part: held)])
 
 
-STARTS: tuple[type[Start], ...] = (OwnNoise, ImageToImage, Inpainting, Outpainting, Inversion, Restoration)
+STARTS: tuple[type[Start], ...] = (OwnNoise, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration)
 TOLD = {start.fact: start for start in STARTS}  # by the key in a picture's facts
 
 

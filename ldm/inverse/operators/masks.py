@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ldm.inverse.operators.base import shape_of
+from ldm.inverse.operators.base import Operator, shape_of
 from ldm.inverse.operators.spectral import Factors, Spectral
 from ldm.noise import Noise
 
@@ -70,6 +70,13 @@ class GivenMask(Masking):
             raise ValueError(f"the mask is {wide} x {high} and the picture {width} x {height} pixels: "
                              "give a mask of the picture's size")
         return self.given
+
+
+def measure(operator: Operator, x: Tensor, sigma_y: float, noise: Noise) -> Tensor:
+    """y = A x + sigma_y n, n of each sample's seed; what a mask does not see stays 0, as it is in every y of one."""
+    y = operator(x)
+    y = y + sigma_y * noise.normal(y.shape[1:], "measurement", dtype=y.dtype)
+    return operator(y) if isinstance(operator, Masking) else y
 
 
 OPERATORS = (Mask,)
