@@ -125,7 +125,7 @@ def edit_friendly_inversion(pipeline: Pipeline, pictures: Pictures, captions: Ca
 
         def draw(denoise: Denoise, grid: Tensor, noise: Noise, watch: Watch | None) -> Tensor:
             times, x0 = plain.visits(grid, denoise.schedule), latents.expand(len(noise), *latents.shape[1:])
-            if len(times) < 3:  # the last step draws no noise: there is nothing to edit with
+            if len(times) < 2:
                 return x0
             told = pipeline.guided(own * len(noise) if len(own) == 1 else own, plan=plan)
             return edit_friendly(plan.sampler, told, x0, times, noise).walk(denoise, watch)

@@ -227,4 +227,4 @@ class DPSBayes(Descent):
 
 NOISELESS = "divides by sigma_y, which is 0: give the noise of the measurement, or use ddnm, pigdm, diffpir or tmpd"
 
-MEASUREMENTS: tuple[type[Measurement], ...] = (DDNM, PiGDM, DPSBayes, TMPD, DiffPIR)
+MEASUREMENTS = (DDNM, PiGDM, DPSBayes, TMPD, DiffPIR)

@@ -77,6 +77,9 @@ class Restoration(Start):
         operator, method = operator_of(args), method_of(args)
         if masks and operator.kind != "mask":
             raise UserError(f"--mask is what --restore mask sees, not {operator.kind}", hint="leave --mask out")
+        for source in sources:
+            if source.name.endswith(".safetensors"):
+                _tensor(source)
         sigma_y = SIGMA_Y if args.sigma_y is None else args.sigma_y
         return cls(sources, operator, method, sigma_y, masks, args.invert_mask, args.windows)
 
@@ -139,13 +142,12 @@ class Restoration(Start):
 
     def _read(self, operator: Operator, source: Given, channels: int, ledger: Ledger) -> Tensor:
         """y (1, ...) of a file: `y` of safetensors, or a picture in [-1, 1], grey where the operator gives grey."""
-        import torch
-
         if source.name.endswith(".safetensors"):
             return _tensor(source)
-        grey = operator(torch.zeros(1, channels, 64, 64)).shape[1] == 1
-        y = pixels_of(source.decoded(1 if grey else channels, ledger))
         with as_user_error("give a measurement as the operator makes it, or other settings of --operator"):
+            y = pixels_of(source.decoded(channels, ledger))
+            if operator.domain(y[:, :1])[0] == channels:  # of one channel in y it makes all of the picture's
+                y = pixels_of(source.decoded(1, ledger))
             operator.domain(y)
         return operator(y) if operator.kind == "mask" else y
 

@@ -68,7 +68,8 @@ class Start(ABC):
         """
         for key, flag in cls.inputs.items():
             if facts.get(key) and not getattr(args, flag):
-                what = f"{path} was begun from another picture" + f" ({facts['name']})" * ("name" in facts)
+                named = f" ({facts['name']})" if "name" in facts else ""
+                what = f"{path} was begun from another picture{named}"
                 raise UserError(what, hint=f"give its file with --{flag}", code=DATA)
             if getattr(args, flag) and Path(getattr(args, flag)).is_dir():
                 raise UserError(f"--like draws one picture, and --{flag} is a folder", hint="give the one file of it")

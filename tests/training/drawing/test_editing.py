@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def test_a_folder_goes_in_and_a_folder_comes_out(
     assert facts["prompt"] == "a wide" and facts["size"] == [32, 45]
     assert facts["image"]["strength"] == 0.5 and facts["image"]["name"] == "wide.png"
     said = capsys.readouterr().err
-    assert "replaced 1: pictures drawn on a canvas that 4 divides, then cut back (45x32)" in said
+    assert "replaced 1: pictures drawn on a canvas that 8 divides, then cut back (45x32)" in said
     assert "guessed 1: drawn at another size than the trained 32x32" in said
     (source / "dog.txt").unlink()
     problem = refused(denoiser, tmp_path, "--image", source)
@@ -93,10 +93,8 @@ def test_pixels_outside_the_mask_are_those_of_the_file(denoiser: Path, tmp_path:
     for index, words in enumerate(((), ("--feather", 2), ("--invert-mask",), ("--fill", "grey"), ("--strength", 0.5))):
         made = draw(denoiser, tmp_path / str(index), "--prompt", "a", "--image", source, "--mask", hole, *words)
         new = ~inside if "--invert-mask" in words else inside
-        if "--feather" in words:
-            near = torch.nn.functional.max_pool2d(torch.tensor(new)[None].float(), 5, stride=1, padding=2)[0].numpy() > 0
-        else:
-            near = new
+        wide = torch.nn.functional.max_pool2d(torch.tensor(new)[None].float(), 5, stride=1, padding=2)[0].numpy() > 0
+        near = wide if "--feather" in words else new
         assert np.array_equal(pixels(made)[~near], pixels(source)[~near]), words
         assert not np.array_equal(pixels(made)[new], pixels(source)[new])
     facts = grids.facts(made)["inpaint"]
@@ -119,13 +117,13 @@ EDITS = {
     "outpaint": ("--image", "source.png", "--outpaint", "4,0,4,0", "--windows", 3),
     "windows": ("--size", "32x48", "--windows", 4),
     "invert": ("--invert", "source.png", "--invert-prompt", "b", "--invert-iterations", 2, "--sampler", "ddim"),
-    "edit-friendly": ("--invert", "source.png", "--edit-friendly", "--strength", 0.5, "--sampler", "ddpm", "--steps", 6),
+    "edit-friendly": ("--invert", "source.png", "--edit-friendly", "--strength", 0.8, "--sampler", "ddpm"),
     "style": ("--style", "source.png", "--coupling.depth", 0.2),
     "style of a picture": ("--style", "source.png", "--image", "other.png"),
     "masactrl": ("--coupling", "masactrl", "--source-prompt", "b", "--coupling.below", 0.5),
     "restore": ("--restore", "box", "--image", "source.png", "--operator.factor", 2, "--measurement.cg_steps", 3),
     "restore a file": ("--restore", "gaussian-blur", "--measurement", "source.png", "--sigma-y", 0.1),
-    "restore a mask": ("--restore", "mask", "--measurement", "source.png", "--mask", "mask.png", "--method", "dps-bayes"),
+    "restore a mask": ("--restore", "mask", "--measurement", "source.png", "--mask", "mask.png", "--method", "pigdm"),
 }
 
 
@@ -137,7 +135,7 @@ def test_like_repeats_an_edit_or_says_what_is_missing(kind: str, denoiser: Path,
     asked = [tmp_path / word if str(word).endswith(".png") else word for word in EDITS[kind]]
     made = draw(denoiser, tmp_path / "made", "--prompt", "a", "--seed", 3, *asked)
     like = ("--model", denoiser, "--device", "cpu", "--like", made)
-    files = [word for flag, value in zip(asked, asked[1:], strict=False) if isinstance(value, Path)
+    files = [word for flag, value in pairwise(asked) if isinstance(value, Path)
              for word in (flag, value)]
     assert tiny.call("generate", *like, "--output", tmp_path / "again", *files) == 0
     assert (tmp_path / "again" / "00000.png").read_bytes() == made.read_bytes()
@@ -161,7 +159,8 @@ def test_every_method_restores_or_says_what_it_needs(method: str, denoiser: Path
     except tiny.UserError as problem:
         assert method in problem.what and method in ("ddrm", "repaint", "split-gibbs", "psld"), problem.what
     else:
-        assert list(grids.facts(tmp_path / "out" / "00000.png")["restore"]["kinds"])[0] in ("measurement", "posterior")
+        told = grids.facts(tmp_path / "out" / "00000.png")["restore"]["kinds"]
+        assert method in (told.get("measurement", told.get("posterior"))["kind"],)
 
 
 def test_a_measurement_may_be_numbers(denoiser: Path, tmp_path: Path) -> None:
@@ -176,7 +175,7 @@ WRONG = {
     "strength": (("--image", "source.png", "--strength", 1.2), "--strength: must lie in [0, 1] (got 1.2)"),
     "both": (("--image", "source.png", "--strength", 1, "--start-time", 1), "both say where the walk begins"),
     "mask alone": (("--mask", "mask.png"), "--mask needs the picture it is of"),
-    "mask of another size": (("--image", "source.png", "--mask", "small.png"), "small.png has 20x20 pixels, source.png 32x32"),
+    "mask of another size": (("--image", "source.png", "--mask", "small.png"), "20x20 pixels, source.png 32x32"),
     "black mask": (("--image", "source.png", "--mask", "black.png"), "leaves nothing to draw"),
     "white mask": (("--image", "source.png", "--mask", "black.png", "--invert-mask"), "leaves nothing of source.png"),
     "no picture": (("--image", "none.png"), "--image "),
@@ -185,13 +184,13 @@ WRONG = {
     "two starts": (("--image", "source.png", "--invert", "source.png"), "both say what to begin from"),
     "feather": (("--image", "source.png", "--mask", "mask.png", "--feather", -1), "--feather: must be at least 0"),
     "operator": (("--restore", "boxx", "--image", "source.png"), "unknown kind"),
-    "operator's factor": (("--restore", "box", "--image", "source.png", "--operator.factor", 5), "not divisible by factor 5"),
+    "operator's factor": (("--restore", "box", "--image", "source.png", "--operator.factor", 5), "by factor 5"),
     "method": (("--restore", "box", "--image", "source.png", "--method", "ddnn"), "did you mean 'ddnm'"),
     "nothing measured": (("--restore", "box"), "takes a measurement, or a picture that it measures first"),
     "mask of no mask": (("--restore", "box", "--image", "source.png", "--mask", "mask.png"), "not box"),
     "coupling of nothing": (("--coupling", "masactrl"), "nothing says what the picture beside shows"),
     "style by coupling": (("--coupling", "style", "--source-prompt", "b"), "is what --style FILE asks for"),
-    "sampler of edit-friendly": (("--invert", "source.png", "--edit-friendly", "--sampler", "euler"), "one draw a step"),
+    "edit-friendly": (("--invert", "source.png", "--edit-friendly", "--sampler", "euler"), "one draw a step"),
     "strength of inversion": (("--invert", "source.png", "--strength", 0.5), "--strength is for --image"),
 }
 
@@ -211,8 +210,8 @@ def test_bad_input_is_one_sentence(case: str, denoiser: Path, tmp_path: Path) ->
 def test_every_start_says_what_it_is_under_a_key_of_its_own() -> None:
     assert len(TOLD) == len({start.kind for start in TOLD.values()}) == len(TOLD.values())
     for start in TOLD.values():
-        assert not start.sound({key: 3 for key in start.inputs} | {"x": 1}) or not start.inputs
-        assert start.sound(json.loads(json.dumps({key: "a" * 64 for key in start.inputs})))
+        assert not start.sound(dict.fromkeys(start.inputs, 3)) or not start.inputs
+        assert start.sound(dict.fromkeys(start.inputs, "a" * 64))
 
 
 def test_masks_of_a_folder_belong_to_the_pictures_of_their_names(denoiser: Path, tmp_path: Path) -> None:
@@ -224,7 +223,9 @@ def test_masks_of_a_folder_belong_to_the_pictures_of_their_names(denoiser: Path,
     words = ("--prompt", "a", "--image", tmp_path / "in", "--mask", tmp_path / "masks")
     draw(denoiser, tmp_path / "out", *words)
     for index, name in enumerate(("a", "b")):
-        changed = (pixels(tmp_path / "out" / f"{index:05d}-{name}.png") != pixels(tmp_path / "in" / f"{name}.png")).any(-1)
-        assert changed.any() and not changed[8:].any() and not np.delete(changed, slice(8 * index, 8 * index + 8), 1).any()
+        made, source = tmp_path / "out" / f"{index:05d}-{name}.png", tmp_path / "in" / f"{name}.png"
+        changed = (pixels(made) != pixels(source)).any(-1)
+        columns = slice(8 * index, 8 * index + 8)
+        assert changed.any() and not changed[8:].any() and not np.delete(changed, columns, 1).any()
     shutil.move(tmp_path / "masks" / "b.png", tmp_path / "masks" / "c.png")
     assert "none for b.png" in refused(denoiser, tmp_path, *words).what
