@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -177,7 +178,7 @@ def restoration(pipeline: Pipeline, operator: Operator, y: Tensor, sigma_y: floa
         raise ValueError(f"the measurement is of pictures of {channels} channels, the model draws "
                          f"{pipeline.autoencoder.image_channels}: give one of those")
     pixels = isinstance(pipeline.autoencoder, IdentityAutoencoder)  # then latents are the picture, and A stays linear
-    measured = operator if pixels else Decoded(operator, pipeline.decode, shape)
+    measured = operator if pixels else Decoded(operator, pipeline.decode, shape, partial(encoded, pipeline))
     inner = windowed(pipeline, windows)
 
     def task(part: slice) -> Task:
@@ -201,7 +202,6 @@ def windowed(pipeline: Pipeline, stride: int) -> Callable[[Denoise], Denoise]:
     return lambda denoise: Windows(denoise, (height, width), stride)
 
 
-@torch.no_grad()
 def encoded(pipeline: Pipeline, images: Tensor) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] -> the normalised latents of the posterior's mean."""
     return pipeline.autoencoder.norm.mean_latents(pipeline.encode(images))

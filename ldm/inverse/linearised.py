@@ -59,12 +59,12 @@ def linearised(operator: Operator, x0: Tensor, cg_steps: int) -> Local:
 def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
     """apply^-1 b for a symmetric positive `apply` that keeps samples apart, by at most `steps` steps for each sample.
 
-    A sample stops where its residual is that of rounding, or where `apply` is not positive along its next direction.
-    Hestenes & Stiefel 1952.
+    A sample stops where its residual is sqrt(eps) of b, eps the precision's, or where `apply` is not positive along its
+    next direction. Hestenes & Stiefel 1952.
     """
     x, residual = torch.zeros_like(b), b
     direction, square = b, dot(b, b)
-    enough = square * torch.finfo(b.dtype).eps ** 2
+    enough = square * torch.finfo(b.dtype).eps
     going = square > enough
     for _ in range(steps):
         if not bool(going.any()):

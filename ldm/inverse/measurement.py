@@ -31,9 +31,12 @@ from torch import Tensor
 from ldm.checks import Checked
 from ldm.denoiser import Bound, Denoise
 from ldm.diffusion import Denoised, with_x0
-from ldm.inverse.linearised import Local, conjugate_gradients, leaf_of, linearised
-from ldm.inverse.operators import Operator
+from ldm.inverse.linearised import Local, conjugate_gradients, dot, leaf_of, linearised
+from ldm.inverse.operators import Decoded, LinearOperator, Operator
 from ldm.schedules import match
+
+NOISELESS = "divides by sigma_y, which is 0: give the noise of the measurement, or use ddnm, pigdm, diffpir or tmpd"
+TRUST = 0.25  # of the squared residual: by how much the operator may bend away from its derivative in one step
 
 
 class Belief(NamedTuple):
@@ -78,9 +81,9 @@ class Measurement(Checked, ABC):
         """
         if not 0 <= sigma_y < math.inf:
             raise ValueError(f"sigma_y, the noise of a measurement, must be in [0, inf), got {sigma_y}")
-        operator.domain(y)
         if (reason := self.refusal(operator, sigma_y)) is not None:
             raise ValueError(f"{self.kind} {reason}")
+        operator.domain(y)
 
         def call(x: Tensor, t: Tensor) -> Denoised:
             belief = self.believe(denoise, x, t)
@@ -120,12 +123,19 @@ class Solved(Measurement):
 
     def pull(self, belief: Belief, operator: Operator, y: Tensor, noise: float) -> Tensor:
         x0 = belief.ends.x0
-        local = linearised(operator, x0, self.cg_steps)
-        pulled = local.adjoint(self.solved(local, y - local.value, belief, noise))
-        for _ in range(0 if operator.linear else self.iterations - 1):
-            moved = belief.spread(pulled)
+        if operator.linear:
+            local = linearised(operator, x0, self.cg_steps)
+            return local.adjoint(self.solved(local, y - local.value, belief, noise))
+        pulled = moved = torch.zeros_like(x0)
+        for _ in range(self.iterations):
             local = linearised(operator, x0 + moved, self.cg_steps)
-            pulled = local.adjoint(self.solved(local, y - local.value + local.forward(moved), belief, noise))
+            residual = y - local.value
+            newton = local.adjoint(self.solved(local, residual + local.forward(moved), belief, noise)) - pulled
+            step = belief.spread(newton)
+            bent = operator(x0 + moved + step) - local.value - local.forward(step)
+            share = (TRUST * dot(residual, residual) / dot(bent, bent)) ** 0.25
+            share = share.nan_to_num(1).clamp(max=1).view(-1, *[1] * (x0.ndim - 1))
+            pulled, moved = pulled + share * newton, moved + share * step
         return pulled
 
     @abstractmethod
@@ -149,8 +159,8 @@ class DDNM(Solved):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffPIR(Solved):
-    """The proximal step argmin |y - A x|^2 / sigma_y^2 + `prior_weight` |x - x0|^2 / r^2: `ddnm` with r^2 /
-    `prior_weight`, the paper's lambda. Zhu et al. 2023 (arXiv 2305.08995), eq. 13."""
+    """The proximal step argmin |y - A x|^2 / sigma_y^2 + `prior_weight` |x - x0|^2 / r^2, whose solution is `ddnm` with
+    r^2 / `prior_weight`, the paper's lambda. Zhu et al. 2023 (arXiv 2305.08995), eq. 13."""
 
     limits: ClassVar = {**Solved.limits, "prior_weight": "(0, inf)"}
     kind: Literal["diffpir"] = "diffpir"
@@ -194,7 +204,7 @@ class TMPD(Solved):
 
 
 class Descent(Measurement):
-    """Sigma times minus the gradient of an error over sigma_y^2 in x0, for any differentiable operator."""
+    """Sigma times minus the gradient of an error over sigma_y^2 in x0, by automatic differentiation."""
 
     def believe(self, denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
         return by_jacobian(denoise, x, t)
@@ -202,12 +212,12 @@ class Descent(Measurement):
     def pull(self, belief: Belief, operator: Operator, y: Tensor, noise: float) -> Tensor:
         with torch.enable_grad():
             leaf = leaf_of(belief.ends.x0)
-            (gradient,) = torch.autograd.grad(self.error(operator, leaf, y).sum(), leaf)
+            (gradient,) = torch.autograd.grad(self.error(operator, leaf, y), leaf)
         return -gradient / noise
 
     @abstractmethod
     def error(self, operator: Operator, x0: Tensor, y: Tensor) -> Tensor:
-        """Half the squared error that falls, of all samples' numbers: any shape."""
+        """Half the squared error, summed over samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +232,36 @@ class DPSBayes(Descent):
         return None if sigma_y else NOISELESS
 
     def error(self, operator: Operator, x0: Tensor, y: Tensor) -> Tensor:
-        return (y - operator(x0)).square() / 2
+        return (y - operator(x0)).square().sum() / 2
 
 
-NOISELESS = "divides by sigma_y, which is 0: give the noise of the measurement, or use ddnm, pigdm, diffpir or tmpd"
+@dataclass(frozen=True, kw_only=True)
+class PSLD(Descent):
+    """`dps-bayes` of latents, and a second error that draws them to where the encoder puts the picture that y corrects:
 
-MEASUREMENTS = (DDNM, PiGDM, DPSBayes, TMPD, DiffPIR)
+        omega |y - A D(z)|^2 / 2 + gamma |z - E(A^T y + (I - A^T A) D(z))|^2 / 2
+
+    with decoder D and encoder E. Rout et al. 2023 (arXiv 2307.00619), algorithm 2, in Bayes form: squares over
+    sigma_y^2.
+    """
+
+    limits: ClassVar = {"omega": "[0, inf)", "gamma": "[0, inf)"}
+    kind: Literal["psld"] = "psld"
+    omega: float = 1.0
+    gamma: float = 0.1
+
+    def refusal(self, operator: Operator, sigma_y: float) -> str | None:
+        if not isinstance(operator, Decoded) or operator.encode is None or not operator.operator.linear:
+            return ("needs latents with an encoder, and a linear operator of their pictures: ddnm, pigdm, dps-bayes, "
+                    "tmpd and diffpir take any operator")
+        return None if sigma_y else NOISELESS
+
+    def error(self, operator: Operator, x0: Tensor, y: Tensor) -> Tensor:
+        assert isinstance(operator, Decoded) and isinstance(operator.operator, LinearOperator) and operator.encode
+        picture = operator.decode(x0)
+        residual = y - operator.operator(picture)
+        glued = operator.encode(picture + operator.operator.adjoint(residual))
+        return (self.omega * residual.square().sum() + self.gamma * (x0 - glued).square().sum()) / 2
+
+
+MEASUREMENTS = (DDNM, PiGDM, DPSBayes, TMPD, PSLD, DiffPIR)

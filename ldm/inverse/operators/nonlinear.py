@@ -62,12 +62,14 @@ class HDR(Operator):
 class Decoded(Operator):
     """An operator of pictures seen by latents: z (B, C, h, w) of `shape` (C, h, w) to operator(decode(z)).
 
-    `decode` is differentiable, and a sample's picture does not depend on its batch.
+    `decode` is differentiable, and a sample's picture does not depend on its batch. `encode`, picture to latents, is
+    for those who ask for it.
     """
 
     operator: Operator
     decode: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int]
+    encode: Callable[[Tensor], Tensor] | None = None
     kind: Literal["decoded"] = "decoded"
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from linear import Matrix
 from torch import Tensor
 
+from ldm.denoiser import Bound, Denoise
+from ldm.diffusion import Denoised
 from ldm.exact import F64, Impulses, Isotropic, Mixture, final_variance, gaussian, scalar, two_modes
 from ldm.grids import Exponential, Linspace
 from ldm.inverse.linearised import conjugate_gradients, linearised
-from ldm.inverse.measurement import DDNM, MEASUREMENTS, TMPD, DiffPIR, DPSBayes, Measurement, PiGDM, by_jacobian
-from ldm.inverse.operators import Operator
+from ldm.inverse.measurement import (
+    DDNM,
+    MEASUREMENTS,
+    PSLD,
+    TMPD,
+    Descent,
+    DiffPIR,
+    DPSBayes,
+    Measurement,
+    PiGDM,
+    by_jacobian,
+)
+from ldm.inverse.operators import Decoded, Phase
 from ldm.noise import Noise
 from ldm.samplers import DDPM, DPMppSDE2M, Heun, Sampler, sample
 from ldm.schedules import EDM, VE, VP, DDPMLinear, Flow, NoiseSchedule
@@ -26,25 +39,24 @@ ODE = Heun(variable="sigma")
 RULES = tuple(cls() for cls in MEASUREMENTS)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Bent(Operator):
-    """A tanh(x B): differentiable, not linear unless `bend` is 0."""
-
-    left: Tensor
-    right: Tensor
-    bend: float = 1.0
-    kind: str = "bent"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x @ self.right.T
-        return (torch.tanh(self.bend * x) / self.bend if self.bend else x) @ self.left.T
-
-    def domain(self, y: Tensor) -> tuple[int, int, int]:
-        return 1, 1, self.right.shape[1]
-
-
 def draws(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def latent(left: Tensor, right: Tensor, bend: float = 1.0) -> Decoded:
+    """Of z (B, 1, 1, D): y = A D(z) with A = `left` and the decoder tanh(bend W z) / bend, W = `right`; W z at 0."""
+
+    def decode(z: Tensor) -> Tensor:
+        picture = z @ right.T
+        return torch.tanh(bend * picture) / bend if bend else picture
+
+    return Decoded(operator=Matrix(matrix=left), decode=decode, shape=(1, 1, right.shape[1]),
+                   encode=lambda picture: picture @ right)
+
+
+def shaped(data: Mixture) -> Denoise:
+    """An oracle of vectors for x of any shape."""
+    return Bound(data.schedule, lambda x, t: Denoised(*(end.view_as(x) for end in data(x.flatten(1), t)[:2])))
 
 
 def correlated(schedule: NoiseSchedule) -> Mixture:
@@ -56,8 +68,8 @@ def correlated(schedule: NoiseSchedule) -> Mixture:
 def ends_of(rule: Measurement, std: float, sigma_y: float, sampler: Sampler = ODE) -> tuple[float, float]:
     """Mean and variance of what is drawn of data N(0, std^2) given y = 1, exactly: the walk is an affine map of its
     start and its noise."""
-    schedule = EDM(sigma_max=1000)
-    grid = Exponential(sigma_min=1e-3, sigma_max=1000)(400, schedule)
+    schedule = EDM(sigma_max=200)
+    grid = Exponential(sigma_min=1e-3, sigma_max=200)(400, schedule)
     batch = 2 if sampler is ODE else len(grid) + 2
     x = torch.zeros(batch, 1, dtype=F64)
     x[-1] = schedule.prior_std
@@ -232,25 +244,24 @@ def test_of_two_modes_by_where_the_ode_parts(rule: Measurement, sigma_y: float, 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 @pytest.mark.parametrize("schedule", [EDM(), VP(), Flow()], ids=repr)
 def test_the_pair_makes_up_x_again_and_samples_stay_apart(rule: Measurement, schedule: NoiseSchedule) -> None:
-    x, y = draws(0, 5, 2), draws(1, 5, 2)
-    for operator in (Matrix(matrix=draws(2, 2, 2)), Bent(left=draws(2, 2, 2), right=draws(3, 2, 2))):
-        for t in (0.2, 1.0):
-            time, scale = scalar(t), schedule.prior_std
-            (alpha, sigma), ends = schedule(time), rule(two_modes(schedule), operator, y, 0.3)(scale * x, time)
-            torch.testing.assert_close(alpha * ends.x0 + sigma * ends.eps, scale * x, rtol=1e-9, atol=1e-9)
-            parts = [rule(two_modes(schedule), operator, y[part], 0.3)(scale * x[part], time).x0
-                     for part in (slice(0, 2), slice(2, 5))]
-            torch.testing.assert_close(torch.cat(parts), ends.x0, rtol=1e-10, atol=1e-12)
+    x, y, denoise = draws(0, 5, 1, 1, 2) * schedule.prior_std, draws(1, 5, 1, 1, 2), shaped(two_modes(schedule))
+    operator = latent(draws(2, 2, 2), draws(3, 2, 2))
+    for time in (scalar(0.2), scalar(1.0)):
+        (alpha, sigma), ends = schedule(time), rule(denoise, operator, y, 0.3)(x, time)
+        torch.testing.assert_close(alpha * ends.x0 + sigma * ends.eps, x, rtol=1e-9, atol=1e-9)
+        parts = [rule(denoise, operator, y[part], 0.3)(x[part], time).x0 for part in (slice(0, 2), slice(2, 5))]
+        torch.testing.assert_close(torch.cat(parts), ends.x0, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 def test_at_pure_noise_the_first_step_is_not_wasted(rule: Measurement) -> None:
     """L is r^2 I = I at alpha = 0, the limit on unit data."""
     rule = replace(rule, prior_weight=1) if isinstance(rule, DiffPIR) else rule
-    denoise = rule(gaussian(Flow(), 1.0), SEEN, ONE, 0.5)
-    x = draws(4, 3, 1)
+    rule = replace(rule, gamma=0) if isinstance(rule, PSLD) else rule
+    denoise = rule(shaped(gaussian(Flow(), 1.0)), latent(ONE, ONE, 0.0), ONE[None, None], 0.5)
+    x = draws(4, 3, 1, 1, 1)
     torch.testing.assert_close(denoise(x, scalar(1.0)).x0, denoise(x, scalar(1 - 1e-9)).x0, rtol=1e-6, atol=1e-6)
-    assert denoise(x, scalar(1.0)).x0[0].item() == pytest.approx(4 if isinstance(rule, DPSBayes) else 0.8)
+    assert denoise(x, scalar(1.0)).x0[0].item() == pytest.approx(4 if isinstance(rule, Descent) else 0.8)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
@@ -260,7 +271,7 @@ def test_sigma_is_the_covariance_of_x0_and_symmetric(t: float) -> None:
     belief = by_jacobian(data, x, scalar(t))
     columns = [belief.spread(axis.expand(4, 2)) for axis in torch.eye(2, dtype=F64)]
     found = torch.stack(columns, dim=1)
-    logs, share, _, x0 = data._components(x, scalar(t))
+    _, share, _, x0 = data._components(x, scalar(t))
     system = alpha**2 * data.covariances + sigma**2 * torch.eye(2, dtype=F64)
     within = data.covariances - alpha**2 * data.covariances @ torch.linalg.solve(system, data.covariances)
     off = x0 - (share * x0).sum(1, keepdim=True)
@@ -269,21 +280,32 @@ def test_sigma_is_the_covariance_of_x0_and_symmetric(t: float) -> None:
     torch.testing.assert_close(found, found.mT)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not isinstance(rule, PSLD)], ids=lambda rule: rule.kind)
 def test_after_a_linear_decoder_all_is_as_with_the_product(rule: Measurement) -> None:
     """By automatic differentiation and conjugate gradients, what the closed form of A W gives."""
     left, right = draws(6, 3, 4), draws(7, 4, 2)
-    direct, decoded = Matrix(matrix=left @ right), Bent(left=left, right=right, bend=0.0)
-    x, y, data = draws(8, 5, 2), draws(9, 5, 3), two_modes(VP())
+    x, y, denoise = draws(8, 5, 1, 1, 2), draws(9, 5, 1, 1, 3), shaped(two_modes(VP()))
     for t in (0.2, 0.7):
-        closed, derived = (rule(data, operator, y, 0.3)(x, scalar(t)).x0 for operator in (direct, decoded))
+        closed, derived = (rule(denoise, operator, y, 0.3)(x, scalar(t)).x0
+                           for operator in (Matrix(matrix=left @ right), latent(left, right, 0.0)))
         torch.testing.assert_close(derived, closed, rtol=1e-8, atol=1e-8)
+
+
+def test_psld_with_an_orthonormal_decoder_is_dps_as_often_as_both_weights() -> None:
+    """Where also A A^T = I, both errors are |y - A D(z)|^2."""
+    right, rows = torch.linalg.qr(draws(19, 4, 4)).Q, torch.linalg.qr(draws(20, 4, 2)).Q.T
+    x, y, denoise, t = draws(21, 5, 1, 1, 4), draws(22, 5, 1, 1, 2), Isotropic(VP(), 0.7), scalar(0.4)
+    operator, plain = latent(rows, right, 0.0), denoise(x, t).x0
+    dps = DPSBayes()(denoise, operator, y, 0.3)(x, t).x0 - plain
+    for omega, gamma in ((1.0, 0.1), (0.0, 2.0), (0.3, 0.0)):
+        psld = PSLD(omega=omega, gamma=gamma)(denoise, operator, y, 0.3)(x, t).x0 - plain
+        torch.testing.assert_close(psld, (omega + gamma) * dps)
 
 
 def test_gauss_newton_walks_to_the_most_likely_x0() -> None:
     """Of |y - A(x)|^2 / sigma_y^2 + |x - x0|^2 / r^2, where the gradient is 0."""
-    operator = Bent(left=draws(10, 3, 2), right=draws(11, 2, 2) / 2)
-    x, y, denoise, t = draws(12, 4, 2), draws(13, 4, 3) / 2, gaussian(Flow(), 1.0, dim=2), scalar(0.5)
+    operator = latent(draws(10, 3, 2), draws(11, 2, 2) / 2)
+    x, y, denoise, t = draws(12, 4, 1, 1, 2), draws(13, 4, 1, 1, 3) / 2, Isotropic(Flow(), 1.0), scalar(0.5)
     x0, spread = denoise(x, t).x0, 0.5
     found = DDNM(iterations=50)(denoise, operator, y, 0.5)(x, t).x0
     local = linearised(operator, found, 10)
@@ -310,18 +332,23 @@ def test_conjugate_gradients_keep_samples_apart_and_stop() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 def test_sampling_runs_without_gradients_and_keeps_none(rule: Measurement) -> None:
-    schedule = VE()
-    denoise = rule(two_modes(schedule), FIRST, ONE, 0.3)
-    drawn = sample(DDPM(), denoise, 50 * draws(16, 3, 2), Exponential()(5, schedule), Noise.from_seeds([1, 2, 3]))
-    assert drawn.shape == (3, 2) and not drawn.requires_grad
+    schedule, operator = VE(), latent(draws(2, 2, 2), draws(3, 2, 2))
+    denoise, noise = rule(shaped(two_modes(schedule)), operator, draws(1, 1, 1, 1, 2), 0.3), Noise.from_seeds([1, 2, 3])
+    drawn = sample(DDPM(), denoise, 50 * draws(16, 3, 1, 1, 2), Exponential()(5, schedule), noise)
+    assert drawn.shape == (3, 1, 1, 2) and not drawn.requires_grad
     assert all(not part.requires_grad for part in denoise(drawn, scalar(0.5))[:2])
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.kind not in ("ddnm", "diffpir")], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 def test_inference_mode_is_refused_where_derivatives_are_needed(rule: Measurement) -> None:
-    denoise = rule(two_modes(VP()), FIRST, ONE, 0.3)
-    with torch.inference_mode(), pytest.raises(ValueError, match="torch.no_grad"):
-        denoise(draws(17, 1, 2), scalar(0.5))
+    """By ddnm and diffpir only after a decoder: a linear operator needs none there."""
+    x, y, t = draws(17, 1, 1, 1, 2), draws(1, 1, 1, 1, 2), scalar(0.5)
+    operator, denoise = latent(draws(2, 2, 2), draws(3, 2, 2)), shaped(two_modes(VP()))
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="torch.no_grad"):
+            rule(denoise, operator, y, 0.3)(x, t)
+        if isinstance(rule, DDNM | DiffPIR):
+            assert rule(denoise, operator.operator, y, 0.3)(x, t).x0.shape == x.shape
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -331,5 +358,9 @@ def test_what_does_not_fit_is_refused() -> None:
         DPSBayes()(two_modes(VP()), FIRST, ONE, 0.0)
     with pytest.raises(ValueError, match="prior_weight"):
         DiffPIR(prior_weight=0.0)
-    with torch.inference_mode():
-        assert DDNM()(two_modes(VP()), FIRST, ONE, 0.3)(draws(18, 1, 2), scalar(0.5)).x0.shape == (1, 2)
+    decoded = latent(ONE, ONE)
+    for operator in (FIRST, replace(decoded, encode=None), replace(decoded, operator=Phase())):
+        with pytest.raises(ValueError, match="ddnm, pigdm, dps-bayes, tmpd and diffpir take any operator"):
+            PSLD()(Isotropic(VP()), operator, ONE[None, None], 0.3)
+    with pytest.raises(ValueError, match="psld divides by sigma_y"):
+        PSLD()(Isotropic(VP()), decoded, ONE[None, None], 0.0)
