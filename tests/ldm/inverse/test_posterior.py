@@ -524,8 +524,8 @@ def test_two_modes_stay_what_they_are_at_each_rho(rho: float, exact) -> None:
 
 
 def test_two_modes_are_found_from_nothing() -> None:
-    method, y = SplitGibbs(rho_max=2.0, rho_min=0.2, inner_steps=16), hole(2000, 0.1)
-    x = method.draw(Row(two_modes(EDM())), HALF, y, 0.0, torch.linspace(1, 0, 41), seeds(len(y)))
+    method, y = SplitGibbs(rho_max=0.3, rho_min=0.2), hole(3000, 0.1)
+    x = method.draw(Row(two_modes(EDM())), HALF, y, 0.0, torch.linspace(1, 0, 25), seeds(len(y)))
     assert told(x) == pytest.approx(MODES[0][1], abs=0.02)
 
 
