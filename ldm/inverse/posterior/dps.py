@@ -59,7 +59,8 @@ def _pulled(denoise: Denoise, problem: Problem, x: Tensor, t: Tensor) -> tuple[D
     each = residual.detach()
     norm = each.flatten(1).norm(dim=1).view(-1, *[1] * (each.ndim - 1))
     (gradient,) = torch.autograd.grad(residual, leaf, each / norm.clamp(min=torch.finfo(norm.dtype).tiny))
-    return Denoised(*(None if end is None else end.detach() for end in ends)), gradient
+    fraction = ends.log_var_frac
+    return Denoised(ends.x0.detach(), ends.eps.detach(), None if fraction is None else fraction.detach()), gradient
 
 
 def _answering(denoise: Denoise, ends: Denoised) -> Denoise:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoise
+from ldm.inverse.operators.masks import Masking
 from ldm.inverse.posterior.base import Posterior, Problem
 from ldm.noise import Noise
 from ldm.samplers import DDPM, prior
@@ -35,7 +36,7 @@ class RePaint(Posterior):
     variance: Literal["small", "large", "learned"] = "small"
 
     def refusal(self, problem: Problem) -> str | None:
-        if _seen(problem) is None:
+        if not isinstance(problem.operator, Masking):
             return "fills what a mask hides; for another operator take split-gibbs, ddrm, resample or dps"
         if problem.sigma_y:
             return f"keeps y as it is, so that sigma_y is 0, got {problem.sigma_y:g}; else take split-gibbs or ddrm"
@@ -57,31 +58,20 @@ class RePaint(Posterior):
         return visits
 
     def walk(self, denoise: Denoise, problem: Problem, times: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
-        seen = _seen(problem)
-        assert seen is not None
+        assert isinstance(problem.operator, Masking)
+        seen = problem.operator.seen(*problem.shape[1:]).to(problem.y.device, torch.bool)
         x = prior(denoise.schedule, problem.shape, noise, problem.y.dtype)
         for index, (before, after) in enumerate(pairwise(self.visits(len(times) - 1))):
             x = self.move(denoise, seen, problem.y, x, times[before], times[after], noise.fold("step", index))
             yield x, times[after]
 
     def move(self, denoise: Denoise, seen: Tensor, y: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        """x at s from x at t: down with what is seen replaced, or up."""
+        """x at s from x at t: down with what is seen (H, W) replaced, or up."""
         if s > t:
             return renoised(denoise.schedule, x, t, s, noise.normal(x.shape[1:], "up", dtype=x.dtype))
         x, _ = DDPM(variance=self.variance).step(denoise, x, t, s, None, noise)
         alpha, sigma = denoise.schedule(s)
         return (alpha * y + sigma * noise.normal(x.shape[1:], "seen", dtype=x.dtype)).where(seen, x)
-
-
-def _seen(problem: Problem) -> Tensor | None:
-    """Where A x is x, for an operator that gives x or 0 at each place, else None."""
-    ones = problem.y.new_ones(len(problem.y), *problem.shape)
-    # No picture: an operator that blurs, rounds or clips does not hand it on.
-    probe = torch.arange(1, ones[0].numel() + 1, device=ones.device).to(ones.dtype).sin().view(ones.shape[1:]) * ones
-    kept = problem.operator(ones)
-    if kept.shape != ones.shape or not bool(((kept == 0) | (kept == 1)).all()):
-        return None
-    return kept.bool() if torch.equal(problem.operator(probe), probe * kept) else None
 
 
 POSTERIORS = (RePaint,)

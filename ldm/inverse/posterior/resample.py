@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ldm.denoiser import Bound, Denoise
+from ldm.denoiser import Denoise
 from ldm.inverse.posterior.base import Posterior, Problem
 from ldm.noise import Noise
-from ldm.samplers import DDIM, prior
+from ldm.samplers import mix, prior
 from ldm.samplers.base import noise_ratio
 from ldm.schedules import NoiseSchedule
 
@@ -49,7 +49,7 @@ class ReSample(Posterior):
         x, steps = prior(denoise.schedule, problem.shape, noise, problem.y.dtype), len(times) - 1
         for index, (t, s) in enumerate(pairwise(times)):
             ends = denoise(x, t)
-            x, _ = DDIM().step(Bound(denoise.schedule, lambda x, t, ends=ends: ends), x, t, s, None, noise)
+            x = mix(denoise.schedule(s), ends)
             if 3 * index >= steps and (steps - 1 - index) % self.every == 0:
                 fit = self.fitted(problem, ends.x0)
                 z = noise.normal(problem.shape, "resample", index, dtype=x.dtype)
