@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fashion-MNIST in pixels, without an autoencoder: a prior for inverse problems, and a diffusion classifier. About half an hour
+# Fashion-MNIST in pixels, without an autoencoder: a prior for inverse problems, and a diffusion classifier. About 40 minutes
 # of one CPU core; data, latents and runs under --output, numbers in --output/*.json.
 # Usage: bash scripts/recipes/fashion_pixels.sh --root FOLDER_OF_IDX_FILES --output DIR
 set -euo pipefail

@@ -15,7 +15,6 @@ import torch
 from autoencoder.base import Autoencoder
 from autoencoder.dc import DC
 from autoencoder.fidelity import psnr
-from autoencoder.identity import Identity
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.kl import KL
 from autoencoder.tiny import Tiny
@@ -39,7 +38,6 @@ KINDS = {
         channels=(8, 8, 32), latent_channels=4, attention_at=(4,), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)
     ),
     "tiny": Tiny(width=8, encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)),
-    "identity": Identity(),
 }
 
 
