@@ -16,6 +16,7 @@ from ldm.diffusion_classifier import DiffusionClassifier, posterior
 from ldm.noise import Noise
 from training.data.images import Images
 from training.data.order import Slot
+from training.errors import UserError
 from training.measuring.classification import judged, table
 from training.models.assembly import load_pipeline
 from training.models.judge import caption
@@ -93,6 +94,14 @@ def test_batches_do_not_matter_and_whoever_is_left_out_was_not_the_best(report: 
     assert staged["eliminate"] == ["1:4", "2:3"] and staged["pictures"] == 4
 
 
+def test_stages_that_do_not_fit_the_draws_are_mended_as_it_is_told(report: Report) -> None:
+    with pytest.raises(UserError) as refused:
+        report("--eliminate", "4:1")
+    assert "--draws" in refused.value.hint and "--eliminate DRAWS:KEEP" in refused.value.hint
+    assert report("--eliminate", "4:1", "--draws", 5)["draws"] == 5
+    assert report("--eliminate", "3:1")["eliminate"] == ["3:1"]
+
+
 MISTAKES = {  # (lines of the file, flags, exit code, what is said)
     "one caption": (["a red circle"], "", 3, "a choice needs at least 2 captions (got 1)"),
     "a caption twice": (["a red circle", "a blue square", "a red circle"], "", 3, "stands there more than once"),
@@ -122,7 +131,7 @@ def test_a_mistake_is_told_before_anything_is_measured(
     assert not (tmp_path / "o").exists()
 
 
-def test_data_of_another_size_or_none_is_refused(hearing: Path, file: Path, tmp_path: Path) -> None:
+def test_data_are_asked_for(hearing: Path, file: Path, tmp_path: Path) -> None:
     refused = tiny.refused("evaluate", "--model", hearing, "--classify", file, "--device", "cpu")
     assert refused.code == 2 and "--data is missing" in refused.what
 
