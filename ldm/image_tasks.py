@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,8 +213,10 @@ def as_pixels(pipeline: Pipeline, pictures: Pictures) -> Tensor:
     if not isinstance(pictures, Tensor):
         if len(sizes := {picture.size for picture in pictures}) != 1:
             raise ValueError(f"the pictures of one task must be of one size, got {sorted(sizes) or 'none'}")
-        arrays = [np.array(picture.convert(MODES[channels])) for picture in pictures]
-        pictures = torch.stack([torch.from_numpy(a.reshape(*a.shape[:2], -1)) for a in arrays]).permute(0, 3, 1, 2)
+        ((width, height),) = sizes
+        rows = [bytearray(picture.convert(MODES[channels]).tobytes()) for picture in pictures]
+        pictures = torch.stack([torch.frombuffer(row, dtype=torch.uint8) for row in rows])
+        pictures = pictures.view(-1, height, width, channels).permute(0, 3, 1, 2)
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != channels:
         raise ValueError(f"pictures must be uint8 (B, {channels}, H, W), got {pictures.dtype} of shape "
                          f"{tuple(pictures.shape)}")
