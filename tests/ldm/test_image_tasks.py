@@ -231,21 +231,15 @@ def test_pairs_begin_from_one_noise_and_a_style_from_its_own() -> None:
         referring(held, PromptToPrompt(), ["a"])(slice(0, 1))
 
 
-@pytest.mark.parametrize("pixels", [True, False], ids=["pixels", "latents"])
-def test_a_restoration_measures_what_it_was_given(pixels: bool) -> None:
-    pipe = pipeline(pixels=pixels, sampler=DDPM(), steps=8)
-    with torch.no_grad():
-        x = pipe.decode(torch.randn(1, *pipe.latent_shape(pipe.size)) / 2)
-    box = Box(factor=2)
-    sigma_y, near = (0.05, 0.5) if pixels else (0.001, 0.95)  # a decoder that is not trained hardly tells latents apart
-    y = measure(box, x, sigma_y, Noise.from_seeds([3]))
-    made = drawn(pipe, "a", "bb", task=restoration(pipe, box, y, sigma_y, DDNM()))
-    plain = drawn(pipe, "a", "bb")
-    off = [(box(to_unit(images)) - y).square().mean().sqrt() for images in (made, plain)]
-    assert off[0] < near * off[1]
-    if pixels:
-        gibbs = drawn(pipe, "a", "bb", task=restoration(pipe, box, y, 0.05, SplitGibbs()))
-        assert (box(to_unit(gibbs)) - y).square().mean().sqrt() < 0.5 * off[1] and not torch.equal(gibbs[0], gibbs[1])
+def test_a_restoration_measures_what_it_was_given() -> None:
+    """In pixels; in latents it takes a decoder that is trained: tests/training/models/test_demo.py."""
+    pipe = pipeline(pixels=True, sampler=DDPM(), steps=8)
+    box, x = Box(factor=2), torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) / 2
+    y = measure(box, x, 0.05, Noise.from_seeds([3]))
+    plain = (box(to_unit(drawn(pipe, "a", "bb"))) - y).square().mean().sqrt()
+    for method in (DDNM(), SplitGibbs()):
+        made = drawn(pipe, "a", "bb", task=restoration(pipe, box, y, 0.05, method))
+        assert (box(to_unit(made)) - y).square().mean().sqrt() < 0.5 * plain and not torch.equal(made[0], made[1])
     with pytest.raises(ValueError, match="pictures of 1 channels, the model draws 3"):
         restoration(pipe, box, y[:, :1], 0.05, DDNM())
 
