@@ -137,14 +137,14 @@ class Restoration(Start):
         from ldm.inverse.operators import measure
         from ldm.noise import Noise
 
-        with as_user_error("choose another size with --size, or other settings of --operator"):
+        with as_user_error("choose another size with --size, or other settings of the operator"):
             return measure(operator, images, self.sigma_y, Noise.from_seeds([seed]))
 
     def _read(self, operator: Operator, source: Given, channels: int, ledger: Ledger) -> Tensor:
         """y (1, ...) of a file: `y` of safetensors, or a picture in [-1, 1], grey where the operator gives grey."""
         if source.name.endswith(".safetensors"):
             return _tensor(source)
-        with as_user_error("give a measurement as the operator makes it, or other settings of --operator"):
+        with as_user_error("give a measurement as the operator makes it, or other settings of the operator"):
             y = pixels_of(source.decoded(channels, ledger))
             if operator.domain(y[:, :1])[0] == channels:  # of one channel in y it makes all of the picture's
                 y = pixels_of(source.decoded(1, ledger))
