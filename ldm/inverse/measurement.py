@@ -67,8 +67,8 @@ def by_jacobian(denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
     def spread(v: Tensor) -> Tensor:
         return factor * torch.autograd.grad(x0, leaf, v, retain_graph=True)[0]
 
-    free = Denoised(*(None if part is None else part.detach() for part in ends))
-    return Belief(free, sigma**2 / (alpha**2 + sigma**2), spread)
+    fraction = None if ends.log_var_frac is None else ends.log_var_frac.detach()
+    return Belief(Denoised(x0.detach(), ends.eps.detach(), fraction), sigma**2 / (alpha**2 + sigma**2), spread)
 
 
 class Measurement(Checked, ABC):
