@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from autoencoder.dc import DC
+from autoencoder.identity import Identity
 from autoencoder.kl import KL
 from autoencoder.tiny import Tiny
 from autoencoder.vq import FSQ, LFQ, VQ
 
-AUTOENCODERS = (KL, VQ, FSQ, LFQ, DC, Tiny)
+AUTOENCODERS = (KL, VQ, FSQ, LFQ, DC, Tiny, Identity)

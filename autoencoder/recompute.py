@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def run(layer: Callable[..., Any], saving: bool, *inputs: Tensor | tuple[Tensor, ...] | None) -> Tensor:
+def run(layer: Callable[..., Any], saving: bool, *inputs: Tensor | tuple[Any, ...] | None) -> Tensor:
     """layer(*inputs); with `saving` the backward pass computes what is inside again, so that it need not be kept."""
     again = saving and torch.is_grad_enabled()
     y: Tensor = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)

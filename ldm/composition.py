@@ -43,6 +43,17 @@ def composed(denoiser: Conditional, conds: Sequence[tuple[Cond, float]], null: C
     return Bound(denoiser.schedule, call)
 
 
+def two_scale(denoiser: Conditional, cond: Cond, without_text: Cond, without_both: Cond, text_scale: float = 7.5,
+              image_scale: float = 1.5) -> Denoise:
+    """Guidance by a picture and a text: e_none + s_I (e_I - e_none) + s_T (e_IT - e_I), in one call.
+
+    Of weights s_T, s_I - s_T and 1 - s_I: both scales at 1 are the condition alone, both the same is guidance against
+    none. The three conditions are of one batch. Brooks et al. 2023 (arXiv 2211.09800), eq. 3.
+    """
+    weights = (text_scale, image_scale - text_scale, 1 - image_scale)
+    return composed(denoiser, list(zip((cond, without_text, without_both), weights, strict=True)), without_both)
+
+
 def beside(guidance: Guidance, denoiser: Conditional, cond: Cond, also: Sequence[tuple[Cond, float]],
            null: Cond) -> Denoise:
     """Classifier-free guidance by further conditions too: uncond + scale (cond - uncond) + sum_i w_i (also_i - uncond).

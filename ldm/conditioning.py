@@ -1,26 +1,45 @@
 """What a backbone is told besides the noisy latents: text tokens, their mask, one pooled vector, and named extras.
 
-Everything has the batch first, so that a condition is chosen from, repeated, joined and dropped sample by sample.
+Every tensor has the batch first, so that a condition is chosen from, repeated, joined and dropped sample by sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+Parts = Literal["", "qk", "kv"]  # of queries, keys and values; keys bring their padding mask
+
+
+class Share(NamedTuple):
+    """What every second sample of a batch takes from the sample before it in self- and cross-attention, in the layers
+    from `depth` in [0, 1) on: layer i of n has the depth i / n. `ldm.coupling` says what for."""
+
+    own: Parts = ""
+    cross: Parts = ""
+    depth: float = 0.0
+
+    def at(self, depth: float) -> Share:
+        """For a layer of this depth."""
+        return self if depth >= self.depth else NOTHING
+
+
+NOTHING = Share()
+
 
 class Cond(NamedTuple):
     """context (B, L, D), mask (B, L) with True for real tokens, pooled (B, P) or None; extras (B, ...) by name, such as
-    "image" for a picture that the backbone is shown."""
+    "image" for a picture that the backbone is shown; what its attention layers `share` between samples."""
 
     context: Tensor
     mask: Tensor
     pooled: Tensor | None = None
     extras: Mapping[str, Tensor] = {}
+    share: Share = NOTHING
 
     @property
     def image(self) -> Tensor | None:
@@ -28,9 +47,9 @@ class Cond(NamedTuple):
         return self.extras.get("image")
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Cond:
-        """With `change` made to every part."""
+        """With `change` made to every tensor."""
         return Cond(change(self.context), change(self.mask), None if self.pooled is None else change(self.pooled),
-                    {name: change(extra) for name, extra in self.extras.items()})
+                    {name: change(extra) for name, extra in self.extras.items()}, self.share)
 
     def select(self, index: slice | Tensor) -> Cond:
         """The samples at `index`."""

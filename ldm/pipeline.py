@@ -16,11 +16,13 @@ from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.composition import beside
 from ldm.conditioning import Cond
+from ldm.coupling import Coupled, Coupling
 from ldm.denoiser import Conditional, Denoise, Denoiser
 from ldm.grids import Grid
 from ldm.guiding import Guidance, Helpers
 from ldm.noise import Noise
-from ldm.samplers import DDIMInversion, Sampler, Snapshot, prior, sample
+from ldm.samplers import Sampler, sample
+from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
 
 Captions = str | Sequence[str]  # one, or one per picture
@@ -65,7 +67,12 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the decoder lives."""
-        return next(self.autoencoder.parameters()).device
+        return self.autoencoder.norm.scale.device
+
+    @property
+    def multiple(self) -> int:
+        """Pixels: what both sides of a picture are multiples of."""
+        return self.autoencoder.factor * int(getattr(self.denoiser.backbone, "multiple", 1))
 
     def __call__(self, captions: Captions, seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
         """One PIL image per caption, grey, RGB or RGBA by the autoencoder's channels.
@@ -82,30 +89,25 @@ class Pipeline:
         return [Image.fromarray(p[..., 0] if grey else p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def pixels(self, captions: Captions, seeds: int | Sequence[int] = 0, *, negative: Captions = "", also: Also = (),
-               start: Tensor | None = None, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
-               batch_size: int = 64, watch: Callable[[Snapshot], None] | None = None) -> Iterator[Tensor]:
+               task: Tasks | None = None, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
+               batch_size: int = 64, watch: Watch | None = None) -> Iterator[Tensor]:
         """uint8 (b,C,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
         `captions`: one string is one picture; `negative`: what guidance moves away from (one, or one per caption);
-        `also`: further captions for every picture, each with its weight (`ldm.composition`); `start`: latents of t = 1
-        to begin from, as `invert` gives them (one, or one per caption); `size`: pixels (height, width). Raises
-        ValueError, before anything is drawn, for a size that does not fit, and where what is given per caption is
-        more or fewer than there are captions.
+        `also`: further captions for every picture, each with its weight (`ldm.composition`); `task`: of
+        `ldm.image_tasks`, to edit or to restore; `size`: pixels (height, width). Raises ValueError, before anything is
+        drawn, for a size that does not fit, and where what is given per caption is more or fewer than the captions.
         """
         captions, negatives = _each(captions), _each(negative)
         seeds = _numbers(seeds, len(captions))
         negatives = negatives * len(captions) if isinstance(negative, str) else negatives
-        if start is not None and len(start) == 1:
-            start = start.expand(len(captions), *start.shape[1:])
-        for given, name in ((seeds, "seeds"), (negatives, "negative prompts"), (start, "starts")):
-            if given is not None and len(given) != len(captions):
+        for given, name in ((seeds, "seeds"), (negatives, "negative prompts")):
+            if len(given) != len(captions):
                 raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
         also = [_weighed(pair) for pair in also]
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
-        if start is not None and tuple(start.shape[1:]) != shape:
-            raise ValueError(f"a start of {tuple(start.shape[1:])} is not the {shape} of these pictures' latents.")
         plan.grid(plan.steps, self.denoiser.schedule)
         if refuse := getattr(self.text, "check", None):
             refuse([*captions, *negatives, *(caption for caption, _ in also)])
@@ -114,28 +116,39 @@ class Pipeline:
         def drawn() -> Iterator[Tensor]:
             for first in range(0, len(captions), batch_size):
                 part = slice(first, first + batch_size)
-                denoise = self.guided(captions[part], negatives[part], also, plan)
-                noise = Noise.from_seeds(seeds[part], self.device)
-                own = None if start is None else start[part]
-                yield to_uint8(self.decode(self.latents(denoise, noise, shape, plan, own, watch)))
+                own = task(part) if task else NO_TASK
+                texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
+                if beside := own.reference:
+                    texts = [text for pair in zip(_of(beside.captions, texts), texts, strict=True) for text in pair]
+                    others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
+                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None)
+                latents = self.latents(denoise, noise, own.shape or shape, plan, own, watch)
+                yield own.finish(to_uint8(self.decode(latents[1::2] if beside else latents)))
 
         return drawn()
 
-    def latents(self, denoise: Denoise, noise: Noise, shape: tuple[int, ...], plan: Sampling,
-                start: Tensor | None = None, watch: Callable[[Snapshot], None] | None = None) -> Tensor:
-        """Normalised latents (B, *shape), from the noise of t = 1: each seed's own, or `start` where it is given."""
-        begin = prior(denoise.schedule, shape, noise) if start is None else start.expand(len(noise), *shape)
-        return sample(plan.sampler, denoise, begin, plan.grid(plan.steps, denoise.schedule), noise, watch=watch)
+    def latents(self, denoise: Denoise, noise: Noise, shape: tuple[int, ...], plan: Sampling, task: Task = NO_TASK,
+                watch: Watch | None = None) -> Tensor:
+        """Normalised latents (B, *shape), from the noise of t = 1: each seed's own; or as the task has it."""
+        schedule, denoise = denoise.schedule, task.hold(denoise)
+        grid = plan.grid(plan.steps, schedule)
+        if task.draw:
+            return task.draw(denoise, grid, noise, watch)
+        times = task.visits(grid, schedule)
+        x = task.begin(schedule, grid, times, shape, noise)
+        return x if len(times) < 2 else sample(plan.sampler, denoise, x, times, noise, watch)
 
     def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
-               plan: Sampling | None = None) -> Denoise:
-        """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over."""
+               plan: Sampling | None = None, coupling: Coupling | None = None) -> Denoise:
+        """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
+        under a `coupling` they are pairs, each caption after that of its reference."""
         plan, captions = plan or self.sampling, _each(captions)
+        denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
         cond, null = self.text(captions), self.text(negatives or [""])
         if also:
             weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
-            return beside(plan.guidance, self.denoiser, cond, weighed, null)
-        return plan.guidance(self.denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+            return beside(plan.guidance, denoiser, cond, weighed, null)
+        return plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
 
     def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
         """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,
@@ -143,19 +156,6 @@ class Pipeline:
         if (judge := self.judge) is None:
             return None
         return lambda x, t, cond: judge(self.decode(self.denoiser(x, t, cond).x0), captions)
-
-    @torch.no_grad()
-    def invert(self, images: Tensor, captions: Captions, sampling: Sampling | None = None) -> Tensor:
-        """The noise at t = 1 from which `ddim` draws pictures (B,3,H,W) in [-1, 1] again: DDIM inversion, unguided.
-
-        It walks the grid of `sampling` upwards from the encoder's mean; the more steps, the nearer the way back.
-        """
-        plan = sampling or self.sampling
-        self.latent_shape((images.shape[-2], images.shape[-1]))
-        denoise = self.denoiser.bind(self.text(_each(captions)))
-        x0 = self.autoencoder.norm.mean_latents(self.encode(images))
-        grid = plan.grid(plan.steps, self.denoiser.schedule).flip(0)
-        return sample(DDIMInversion(), denoise, x0, grid, Noise.from_seeds([0] * len(x0), self.device))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents -> images, in tiles where `tile` is set."""
@@ -174,8 +174,8 @@ class Pipeline:
         backbone does not divide them: with the sizes next below and above that work."""
         if isinstance(size, int) or len(size) != 2:
             raise ValueError(f"size must be (height, width) in pixels, got {size}.")
-        factor, multiple = self.autoencoder.factor, getattr(self.denoiser.backbone, "multiple", 1)
-        step = factor * multiple
+        factor, step = self.autoencoder.factor, self.multiple
+        multiple = step // factor
         if any(side <= 0 or side % step for side in size):
             near = [_size(max(step, (max(side, 0) + up) // step * step) for side in size) for up in (0, step - 1)]
             by = f"{step}, which is {multiple} of the autoencoder's {factor} pixels" if multiple > 1 else (
@@ -189,6 +189,11 @@ def _size(size: Iterable[int]) -> str:
     """`HEIGHTxWIDTH`, one number where they are the same."""
     height, width = size
     return f"{height}x{width}" if height != width else str(height)
+
+
+def _of(captions: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
+    """One for each of the texts."""
+    return list(captions) * len(texts) if len(captions) == 1 else captions
 
 
 def _each(captions: Captions) -> list[str]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.backbones.embed import rotate
+from ldm.conditioning import Parts
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -37,9 +38,21 @@ def key_mask(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ/√d) v: q (B, heads, N, d), k and v (B, heads, L, d), mask (B, 1, 1, L) -> (B, N, heads·d)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shared: Parts = "") -> Tensor:
+    """softmax(q kᵀ/√d) v: q (B, heads, N, d), k and v (B, heads, L, d), mask (B, 1, 1, L) -> (B, N, heads·d).
+
+    Odd samples take what is `shared` from the even one before them. With its q and k that is softmax(q_s k_sᵀ/√d) v:
+    the map of one picture on the values of the other, by the same kernel.
+    """
+    if shared:
+        k, mask = from_first(k), None if mask is None else from_first(mask)
+        q, v = (from_first(q), v) if shared == "qk" else (q, from_first(v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def from_first(x: Tensor) -> Tensor:
+    """(B, ...) with the first sample of each pair in the place of both."""
+    return x[::2].repeat_interleave(2, dim=0)
 
 
 class HeadNorm(nn.Module):
@@ -64,13 +77,14 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, N, width), mask (B, 1, 1, N), rope as `rope_table` gives it -> (B, N, width)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
+                shared: Parts = "") -> Tensor:
+        """x (B, N, width), mask (B, 1, 1, N), rope as `rope_table` gives it, shared as in `attend` -> (B, N, width)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y: Tensor = self.out(attend(q, k, v, mask))
+        y: Tensor = self.out(attend(q, k, v, mask, shared))
         return y
 
 
@@ -86,11 +100,11 @@ class CrossAttention(nn.Module):
         self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, width), context (B, L, width), mask (B, 1, 1, L) -> (B, N, width)."""
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, shared: Parts = "") -> Tensor:
+        """x (B, N, width), context (B, L, width), mask (B, 1, 1, L), shared as in `attend` -> (B, N, width)."""
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        y: Tensor = self.out(attend(self.q_norm(q), self.k_norm(k), v, mask))
+        y: Tensor = self.out(attend(self.q_norm(q), self.k_norm(k), v, mask, shared))
         return y
 
 

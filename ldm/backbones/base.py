@@ -17,8 +17,11 @@ class Backbone(nn.Module, ABC):
     """A raw network y = f(x, noise level, cond); it knows no schedule, no guidance and no caption dropout.
 
     `channels` latent channels in, `out_channels` out (twice as many with a learned variance), `multiple` the number
-    by which both sides of a latent must be divisible.
+    by which both sides of a latent must be divisible. `shares`: which attentions do as `Cond.share` says, "own" those
+    of the picture's tokens over themselves and "cross" those over the text.
     """
+
+    shares: frozenset[str] = frozenset()
 
     def __init__(self, *, channels: int, out_channels: int, multiple: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
-from ldm.conditioning import Cond
+from ldm.conditioning import NOTHING, Cond, Share
 
 LEVEL_FEATURES = 256
 
@@ -109,12 +109,13 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, hidden, config.mlp)
 
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor | None, mask: Tensor | None,
-                rope: tuple[Tensor, Tensor] | None) -> Tensor:
+                rope: tuple[Tensor, Tensor] | None, share: Share = NOTHING) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(modulation).chunk(6, dim=1)
         own_mask = mask if context is None else None
-        x = torch.addcmul(x, gate, self.attention(modulate(self.norm(x), shift, scale), own_mask, rope))
+        attended = self.attention(modulate(self.norm(x), shift, scale), own_mask, rope, share.own)
+        x = torch.addcmul(x, gate, attended)
         if self.cross is not None and context is not None:
-            x = x + self.cross(self.cross_norm(x), context, mask)
+            x = x + self.cross(self.cross_norm(x), context, mask, share.cross)
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(self.norm(x), mlp_shift, mlp_scale)))
 
 
@@ -126,6 +127,10 @@ def _norm(config: DiT) -> nn.Module:
     return kind(config.width, eps=1e-6, elementwise_affine=False)
 
 
+# In context, attention over the picture is attention over the text too: neither can be shared alone.
+SHARES = {"cross": frozenset({"own", "cross"}), "in-context": frozenset[str](), "none": frozenset({"own"})}
+
+
 class DiffusionTransformer(Backbone):
     """DiT (Peebles & Xie 2023) and PixArt-alpha (Chen et al. 2023): a transformer over patches of the latents.
 
@@ -135,7 +140,7 @@ class DiffusionTransformer(Backbone):
     def __init__(self, config: DiT, channels: int, context_dim: int, pooled_dim: int) -> None:
         out_channels = channels * (2 if config.learned_variance else 1)
         super().__init__(channels=channels, out_channels=out_channels, multiple=config.patch)
-        self.config, width = config, config.width
+        self.config, width, self.shares = config, config.width, SHARES[config.text]
         self.patch_embedding = nn.Linear(channels * config.patch**2, width)
         self.time_embedding = Projection(LEVEL_FEATURES, width)
         self.pooled_projection = _pooled_projection(config, pooled_dim)
@@ -197,8 +202,10 @@ class DiffusionTransformer(Backbone):
                 mask = None if cond.mask is None else F.pad(cond.mask, (0, count), value=True)[:, None, None]
                 if rope is not None:  # caption tokens carry their encoder's positions and are not turned
                     rope = F.pad(rope[0], (0, 0, prefix, 0), value=1.0), F.pad(rope[1], (0, 0, prefix, 0))
-        for block in self.blocks:
-            tokens = run(block, self.config.gradient_checkpointing, tokens, modulation, context, mask, rope)
+        saving = self.config.gradient_checkpointing
+        for i, block in enumerate(self.blocks):
+            share = cond.share.at(i / len(self.blocks))
+            tokens = run(block, saving, tokens, modulation, context, mask, rope, share)
         return tokens[:, prefix:]
 
 

@@ -14,7 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import GEGLU, attend, blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
-from ldm.conditioning import Cond
+from ldm.conditioning import Cond, Parts, Share
 
 EXTENT = 32.0  # tokens that the position table covers, whatever the size
 
@@ -110,10 +110,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, shared: Parts) -> Tensor:
         projected = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in projected)
-        y: Tensor = self.to_out[0](attend(q, k, v, mask))
+        y: Tensor = self.to_out[0](attend(q, k, v, mask, shared))
         return y
 
 
@@ -129,10 +129,10 @@ class TransformerLayer(nn.Module):
         net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
         self.ff = nn.ModuleDict({"net": net})
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, share: Share) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, y)
-        x = x + self.attn2(self.norm2(x), context, mask)
+        x = x + self.attn1(y, y, None, share.own)
+        x = x + self.attn2(self.norm2(x), context, mask, share.cross)
         x = x + self.ff["net"](self.norm3(x))
         return x
 
@@ -150,11 +150,11 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
         zero(self.proj_out)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, share: Share) -> Tensor:
         """x (B, width, H, W), context (B, L, context_dim), mask (B, 1, 1, L) -> (B, width, H, W)."""
         tokens = _pointwise(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))
         for layer in self.transformer_blocks:
-            tokens = layer(tokens, context, mask)
+            tokens = layer(tokens, context, mask, share)
         return x + _pointwise(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
 
 
@@ -178,10 +178,12 @@ class Resample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Resnets of one level, each followed by a text transformer where the level has them."""
+    """Resnets of one level, each followed by a text transformer where the level has them; `place` in the U-Net."""
 
-    def __init__(self, config: UNet, level: int, inputs: Sequence[int], context_dim: int, transformers: int) -> None:
+    def __init__(self, config: UNet, level: int, inputs: Sequence[int], context_dim: int, transformers: int,
+                 place: int) -> None:
         super().__init__()
+        self.depth = place / (2 * len(config.channels) + 1)
         self.saving, width, time_dim = config.gradient_checkpointing, config.channels[level], 4 * config.channels[0]
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, width, time_dim, config.groups, config.scale_shift) for channels in inputs)
@@ -191,15 +193,18 @@ class Stage(nn.Module):
     def step(self, j: int, x: Tensor, given: Given) -> Tensor:
         """Resnet j, then transformer j if there is one."""
         x = run(self.resnets[j], self.saving, x, given.active_time)
-        return run(self.attentions[j], self.saving, x, given.context, given.mask) if j < len(self.attentions) else x
+        if j >= len(self.attentions):
+            return x
+        return run(self.attentions[j], self.saving, x, given.context, given.mask, given.share.at(self.depth))
 
 
 class Given(NamedTuple):
-    """What every layer reads: silu of the time embedding (B, T), text (B, L, D) and its mask (B, 1, 1, L)."""
+    """What all layers read: silu of the time embedding (B, T), text (B, L, D), its mask (B, 1, 1, L), `Cond.share`."""
 
     active_time: Tensor
     context: Tensor
     mask: Tensor | None
+    share: Share
 
 
 class DownBlock(Stage):
@@ -208,7 +213,7 @@ class DownBlock(Stage):
     def __init__(self, config: UNet, level: int, context_dim: int) -> None:
         widths, width, blocks = config.channels, config.channels[level], config.blocks
         inputs = [widths[max(level - 1, 0)], *[width] * (blocks - 1)]
-        super().__init__(config, level, inputs, context_dim, blocks if level in config.attention else 0)
+        super().__init__(config, level, inputs, context_dim, blocks if level in config.attention else 0, level)
         self.downsamplers = nn.ModuleList([Resample(width, up=False)] if level < len(widths) - 1 else [])
 
     def forward(self, x: Tensor, given: Given) -> list[Tensor]:
@@ -232,8 +237,9 @@ class UpBlock(Stage):
     def __init__(self, config: UNet, level: int, context_dim: int) -> None:
         widths, width, blocks = config.channels, config.channels[level], config.blocks
         below, above = widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
+        transformers = blocks + 1 if level in config.attention else 0
         inputs = [below + width, *[2 * width] * (blocks - 1), width + above]
-        super().__init__(config, level, inputs, context_dim, blocks + 1 if level in config.attention else 0)
+        super().__init__(config, level, inputs, context_dim, transformers, 2 * len(widths) - level)
         self.upsamplers = nn.ModuleList([Resample(width, up=True)] if level else [])
 
     def forward(self, x: Tensor, kept: list[Tensor], given: Given) -> Tensor:
@@ -250,6 +256,8 @@ class CrossAttentionUNet(Backbone):
     Output exactly 0 at initialisation, as in ADM (Dhariwal & Nichol 2021). Sizes: multiples of 2^(levels - 1).
     """
 
+    shares = frozenset({"own", "cross"})
+
     def __init__(self, config: UNet, channels: int, context_dim: int, pooled_dim: int) -> None:
         out_channels = channels * (2 if config.learned_variance else 1)
         widths = config.channels
@@ -260,7 +268,7 @@ class CrossAttentionUNet(Backbone):
         self.class_embedding = Projection(pooled_dim, time_dim) if config.pooled else None
         levels = range(len(widths))
         self.down_blocks = nn.ModuleList(DownBlock(config, level, context_dim) for level in levels)
-        self.mid_block = MiddleBlock(config, levels[-1], [widths[-1]] * 2, context_dim, transformers=1)
+        self.mid_block = MiddleBlock(config, levels[-1], [widths[-1]] * 2, context_dim, 1, place=len(widths))
         self.up_blocks = nn.ModuleList(UpBlock(config, level, context_dim) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
@@ -271,7 +279,7 @@ class CrossAttentionUNet(Backbone):
         time = self.time_embedding(sinusoid(noise_level, self.config.channels[0]))
         if self.class_embedding is not None and cond.pooled is not None:
             time = time + self.class_embedding(cond.pooled)
-        given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask))
+        given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask), cond.share)
         x = self.conv_in(x)
         if self.config.position:
             table = sincos_table(x.shape[1], x.shape[2], x.shape[3], EXTENT, x.device)

@@ -264,4 +264,4 @@ class PSLD(Descent):
         return (self.omega * residual.square().sum() + self.gamma * (x0 - glued).square().sum()) / 2
 
 
-MEASUREMENTS: tuple[type[Measurement], ...] = (DDNM, PiGDM, DPSBayes, TMPD, PSLD, DiffPIR)
+MEASUREMENTS = (DDNM, PiGDM, DPSBayes, TMPD, PSLD, DiffPIR)

@@ -86,19 +86,30 @@ class DDIMInversion(Sampler):
     """From a sample back to its noise, on a rising grid: x_s = (alpha_s / alpha_t) x + (sigma_s - alpha_s sigma_t /
     alpha_t) eps.
 
-    eps is the network's at the target time s, where it may be called although t = 0 is where the walk starts. Order 1,
-    one call a step. Mokady et al. 2023 (arXiv 2211.09794), eq. 3. Raises ValueError on a falling grid.
+    eps is the network's at the target time s, where it may be called although t = 0 is where the walk starts: of x, and
+    with more than one of `iterations` of x_s as last found, a fixed point that `ddim` takes exactly back. Order 1, one
+    call an iteration. A walk back under guidance is another ODE and ends elsewhere; `ldm.inversion` serves any.
+    Mokady et al. 2023 (arXiv 2211.09794), eq. 3; Pan et al. 2023 (arXiv 2309.04907). Raises ValueError on a
+    falling grid.
     """
 
     rises = True
+    limits: ClassVar = {"iterations": "[1, inf)"}
     kind: Literal["ddim-inversion"] = "ddim-inversion"
+    iterations: int = 1
+
+    @property
+    def calls(self) -> int:
+        return self.iterations
 
     def step(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Memory, noise: Noise) -> Step:
         if s < t:
             raise ValueError("ddim-inversion walks away from the data: its grid must rise")
         (alpha, sigma), level = denoise.schedule(t), denoise.schedule(s)
-        keep = level.alpha / alpha
-        return keep * x + (level.sigma - keep * sigma) * denoise(x, s).eps, None
+        keep, there = level.alpha / alpha, x
+        for _ in range(self.iterations):
+            there = keep * x + (level.sigma - keep * sigma) * denoise(there, s).eps
+        return there, None
 
 
 SAMPLERS = (DDPM, DDIM)

@@ -10,7 +10,7 @@ import torch
 from conditional import Exact, cond
 from torch import Tensor
 
-from ldm.composition import composed
+from ldm.composition import composed, two_scale
 from ldm.conditioning import Cond
 from ldm.denoiser import Conditional, Denoiser
 from ldm.diffusion import Denoised, Diffusion
@@ -130,3 +130,22 @@ def test_the_absence_of_a_caption_is_shown_the_same_picture() -> None:
     for guided in (ClassifierFree(scale=3.0)(Shown(Flow()), told, cond(0, 1)),
                    composed(Shown(Flow()), [(told, 3.0)], cond(0, 1))):
         torch.testing.assert_close(guided(x, t).x0, told.extras["image"] + 3)
+
+
+def test_two_scales_weigh_picture_and_text() -> None:
+    """e_none + s_I (e_I - e_none) + s_T (e_IT - e_I), in one call, for the same x."""
+    network, denoiser = counted()
+    x, t = torch.randn(2, 4, dtype=F64, generator=torch.Generator().manual_seed(11)), scalar(0.02)
+    both, picture, none = (denoiser(x, t, cond(flag, 2)) for flag in (1.0, 0.6, 0.0))
+    network.batches.clear()
+    conds = cond(1, 2), cond(0.6, 2), cond(0, 2)
+    got, (alpha, sigma) = two_scale(denoiser, *conds, text_scale=7.5, image_scale=1.5)(x, t), EDM()(t)
+    assert network.batches == [6]
+    for index in (0, 1):
+        wanted = none[index] + 1.5 * (picture[index] - none[index]) + 7.5 * (both[index] - picture[index])
+        torch.testing.assert_close(got[index], wanted)
+    torch.testing.assert_close(alpha * got.x0 + sigma * got.eps, x)
+    assert torch.equal(two_scale(denoiser, *conds, text_scale=1, image_scale=1)(x, t).x0, both.x0)
+    assert torch.equal(two_scale(denoiser, *conds, text_scale=0, image_scale=1)(x, t).x0, picture.x0)
+    torch.testing.assert_close(two_scale(denoiser, *conds, text_scale=3, image_scale=3)(x, t).eps,
+                               ClassifierFree(scale=3.0)(denoiser, conds[0], conds[2])(x, t).eps)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoencoder.norm import LatentNorm
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
@@ -20,6 +21,7 @@ from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import Velocity
 from ldm.samplers import Euler
 from ldm.schedules import Flow
+from ldm.tasks import Task
 
 DRAWN: list[int] = []
 PLAN = Sampling(sampler=Euler(), grid=Uniform(), guidance=ClassifierFree(scale=2.0), steps=2)
@@ -38,7 +40,7 @@ class Autoencoder(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shift = torch.nn.Parameter(torch.zeros(()))
+        self.norm = LatentNorm(3)
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.nn.functional.interpolate(latents, scale_factor=4.0) / 4
@@ -75,8 +77,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "fewer seeds": ({"seeds": [1, 2]}, "3 captions but 2 seeds"),
     "fewer negatives": ({"negative": ["x", "y"]}, "3 captions but 2 negative"),
     "more negatives": ({"negative": ["x"] * 4}, "3 captions but 4 negative"),
-    "fewer starts": ({"start": torch.zeros(2, 3, 4, 6)}, "3 captions but 2 starts"),
-    "a start of another size": ({"start": torch.zeros(1, 3, 4, 4)}, "latents"),
     "also without weights": ({"also": ["red"]}, "caption and its weight"),
     "a batch of none": ({"batch_size": 0}, "at least 1"),
     "a size off the factor": ({"size": (16, 30)}, r"size 16x30 \(height x width\) is .* by 8.* nearest 16x24 or 16x32"),
@@ -103,11 +103,12 @@ def test_what_does_not_fit_is_refused_at_the_call(case: str) -> None:
 
 def test_what_is_given_per_caption_goes_to_its_caption() -> None:
     captions, starts = ["a", "bb", "ccc"], torch.randn(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    how = {"negative": ["", "x", "yy"], "start": starts, "batch_size": 2}
+    how = {"negative": ["", "x", "yy"], "task": lambda part: Task(start=starts[part]), "batch_size": 2}
     whole = torch.cat(list(pipeline().pixels(captions, [4, 5, 6], **how)))  # type: ignore[arg-type]
-    alone = pipeline().pixels("ccc", [6], negative=["yy"], start=starts[2:])
+    last = {"task": lambda part: Task(start=starts[2:])}
+    alone = pipeline().pixels("ccc", [6], negative=["yy"], **last)
     assert torch.equal(next(alone), whole[2:])
-    assert not torch.equal(next(pipeline().pixels("ccc", [6], negative="", start=starts[2:])), whole[2:])
+    assert not torch.equal(next(pipeline().pixels("ccc", [6], negative="", **last)), whole[2:])
 
 
 def test_the_weaker_model_and_the_judge_reach_the_guidance_that_asks_for_them() -> None:

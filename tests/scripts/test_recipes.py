@@ -14,6 +14,7 @@ SHELL = sorted(tiny.SCRIPTS.rglob("*.sh"))
 RECIPES = {
     "quickstart": ["--output", "OUT"],
     "recipes/fashion_mnist": ["--root", "idx", "--output", "OUT"],
+    "recipes/fashion_pixels": ["--root", "idx", "--output", "OUT"],
     "recipes/emoji": ["--root", "package", "--text-encoder", "encoder", "--output", "OUT"],
     "recipes/shapes": ["--output", "OUT"],
     "recipes/compare_autoencoders": ["--output", "OUT", "--data", "fashion/data"],

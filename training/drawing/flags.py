@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.drawing import references
 from training.drawing.starts import STARTS
 from training.settings.flags import Parser
 
@@ -9,6 +10,7 @@ from training.settings.flags import Parser
 def add_flags(parser: Parser) -> None:
     """All of them."""
     what_to_draw(parser)
+    what_to_begin_from(parser)
     how_to_draw_it(parser)
     where_from_and_to(parser)
 
@@ -16,7 +18,7 @@ def add_flags(parser: Parser) -> None:
 def what_to_draw(parser: Parser) -> None:
     """Captions, and what stands beside them."""
     group = parser.add_argument_group("what to draw")
-    source = group.add_mutually_exclusive_group(required=True)
+    source = group.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", action="append", help="a caption; may be given several times")
     source.add_argument("--prompts", metavar="FILE", help="a text file, one caption a line")
     source.add_argument("--like", metavar="PICTURE", help="draw again what generate drew: all is read from its PNG")
@@ -25,10 +27,16 @@ def what_to_draw(parser: Parser) -> None:
     add("--negative-prompt", metavar="TEXT", default="", help="what guidance moves away from")
     text = "a further caption for every picture, with its own guidance weight (below 0: away from it); repeatable"
     add("--also", metavar=("WEIGHT", "TEXT"), nargs=2, action="append", default=[], help=text)
+    add("--seed", type=int, default=0, help="seed of each caption's first picture")
+    add("--size", metavar="N|HxW", help="pixels; the training size, or that of --image, when not given")
+
+
+def what_to_begin_from(parser: Parser) -> None:
+    """Pictures to edit, and measurements to restore from."""
+    group = parser.add_argument_group("what to begin from, instead of noise")
     for start in STARTS:
         start.add_flags(group)
-    add("--seed", type=int, default=0, help="seed of each caption's first picture")
-    add("--size", metavar="N|HxW", help="pixels; the training size when not given")
+    references.add_flags(group)
 
 
 def how_to_draw_it(parser: Parser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from ldm.pipeline import Pipeline
-from training.drawing import replay
-from training.drawing.prompts import prompts, tell_reading
-from training.drawing.requests import Request, ask, check_scale, choose, parse_also, parse_size
+from training.drawing import references, replay
+from training.drawing.prompts import prompts_of, tell_reading
+from training.drawing.references import referring_of
+from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
+from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
 from training.errors import UserError, as_user_error
@@ -36,6 +38,7 @@ from training.settings.flags import check_least
 if TYPE_CHECKING:
     import argparse
 
+    from ldm.tasks import Tasks
     from ldm.text import TextEncoder
 
 GRID = 64  # pictures the grid shows at most
@@ -51,16 +54,23 @@ class Drawing:
     output: Path
     strips: bool
     chunk: int | None  # a batch to fill with copies: the same kernels, so the same bytes
+    start: Start
+    groups: Callable[[list[Request]], Iterator[Group]]
 
     def draw(self, part: list[Request]) -> None:
-        """One batch, written."""
+        """One batch, or those of it that are drawn together, written."""
+        for requests, task in self.groups(part * ((self.chunk or len(part)) // len(part))):
+            self._write(requests[: len(part)] if self.chunk else requests, requests, task)
+
+    def _write(self, part: list[Request], batch: list[Request], task: Tasks | None) -> None:
         strip = Strip(self.pipeline, self.how["sampling"].steps) if self.strips else None
-        batch = part * ((self.chunk or len(part)) // len(part))
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
             prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
-            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=strip, **self.how)
+            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=strip, task=task, **self.how)
         for index, request in enumerate(part):
-            facts = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch), **self.facts}
+            own = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch)}
+            own |= {"size": list(images[index].size[::-1]), self.start.fact: self.start.facts(request)}
+            facts = {**self.facts, **own}
             grids.save(images[index], self.output / name(request), facts)
             if strip:
                 make_folder(self.output / "strips")
@@ -73,12 +83,14 @@ def generate(args: argparse.Namespace) -> int:
     original, ledger = replay.recall(args) if args.like else None, Ledger()
     if not original:
         args.mixed_precision = launcher.precision(args.mixed_precision, ("no", "bf16"))
-    requests = ask(prompts(args, ledger), args.num_images, args.seed)
+    start = start_of_flags(args, ledger)
+    requests = ask_of(prompts_of(args, start.sources, ledger), args.num_images, args.seed)
     refuse_overwriting(Path(args.output), args.overwrite)
     device, rank, world = processes(args)
     memory.keep_memory()
     captions = [*(r.prompt for r in requests), args.negative_prompt, args.invert_prompt, *(c for _, c in args.also)]
-    drawing = prepare(args, device, original, partial(tell_reading, captions, ledger, aloud=rank == 0), ledger)
+    reading = partial(tell_reading, captions, ledger, aloud=rank == 0)
+    drawing = prepare(args, device, start, requests[0], original, reading, ledger)
     note_unused(args, drawing, ledger)
     own_requests = requests[rank::world]
     since = time.perf_counter()
@@ -107,33 +119,31 @@ def generate(args: argparse.Namespace) -> int:
 def prepare(
     args: argparse.Namespace,
     device: torch.device,
+    start: Start,
+    first: Request,
     original: replay.Original | None,
     tell_reading: Callable[[TextEncoder], None],
     ledger: Ledger,
 ) -> Drawing:
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
     check_scale(args)
-    also, start = parse_also(args.also), start_of_flags(args)
-    asked = parse_size(args.size)
+    also, asked = parse_also(args.also), parse_size(args.size)
     pipeline = load_pipeline(args.model, device, args.text_encoder, args.preview)
     if args.weak_model:
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
     sampling, settings = choose(args, original.facts["settings"] if original else None)
-    size = asked or tuple(settings["sample"]["size"])
+    size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):
         pipeline.latent_shape(size)
     tell_reading(pipeline.text)
-    # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
-    begin = start.latents(pipeline, size, sampling, ledger)
     hashes = pipeline_hashes(pipeline)
     facts = {
         "settings": settings,
         "negative_prompt": args.negative_prompt,
         "also": also,
-        **{key: start.facts() if start.fact == key else None for key in TOLD},
-        "size": list(size),
+        **dict.fromkeys(TOLD),
         "tile": pipeline.tile,
         "precision": args.mixed_precision,
         "hashes": hashes,
@@ -142,13 +152,18 @@ def prepare(
     }
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
-        replay.compare(original, facts)
-    how = {"negative": args.negative_prompt, "also": also, "start": begin, "sampling": sampling, "size": size}
+        replay.compare(original, facts | {start.fact: start.facts(first)})
+    # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
+    groups = start.tasks(pipeline, sampling, asked, ledger)
+    if referring := referring_of(args):
+        groups, facts = referring.around(pipeline, groups), facts | {references.FACT: referring.facts()}
+    how = {"negative": args.negative_prompt, "also": also, "sampling": sampling, "size": size}
     output = Path(args.output)
     make_folder(output)
     refuse_link(output / "strips")
     # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
-    return Drawing(pipeline, how, facts, output, args.strip, original.facts.get("batch") if original else None)
+    chunk = original.facts.get("batch") if original else None
+    return Drawing(pipeline, how, facts, output, args.strip, chunk, start, groups)
 
 
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:
@@ -174,8 +189,10 @@ def draw_grid(shown: list[Request], output: Path) -> None:
 
 
 def name(request: Request) -> str:
-    """File names come from numbers, never from prompts."""
-    return f"{request.number:05d}.png"
+    """File names come from numbers, never from prompts; and from the picture that is drawn from, where it is of a
+    folder."""
+    own = f"-{Path(request.source.name).stem[:40]}" if request.source and request.source.of_folder else ""
+    return f"{request.number:05d}{own}.png"
 
 
 def refuse_overwriting(output: Path, allowed: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import argparse
 
     from ldm.text import TextEncoder
+    from training.drawing.given import Given
     from training.ledger import Ledger
 
 LARGEST = 64 << 20  # bytes of a file of prompts
@@ -22,14 +23,36 @@ SHOWN = 20  # prompts of which it is said how they are read; the ledger counts t
 BLANK = "captions without a word that the vocabulary has"
 
 
+def prompts_of(
+    args: argparse.Namespace, sources: Sequence[Given], ledger: Ledger
+) -> list[tuple[str, Given | None]]:
+    """Each picture drawn from with each caption asked for, or, where none is, with the first one beside it.
+
+    Raises UserError where nothing says what to draw.
+    """
+    if args.prompt is not None or args.prompts:
+        captions = prompts(args, ledger)
+        return [(caption, source) for source in sources or [None] for caption in captions]
+    if not sources:
+        raise UserError("nothing says what to draw", hint="give --prompt TEXT, --prompts FILE or --like PICTURE")
+    if bare := [source.name for source in sources if not source.captions]:
+        some = f"{bare[0]} and {len(bare) - 1} more have" if bare[1:] else f"{bare[0]} has"
+        hint = "give --prompt TEXT for all of them, or lay a text file of its name beside each picture of a folder"
+        raise UserError(f"{some} no caption", hint=hint, code=DATA)
+    ledger.add("ignored", "captions after a picture's first", count=sum(len(s.captions) - 1 for s in sources))
+    return [(source.captions[0], source) for source in sources]
+
+
 def prompts(args: argparse.Namespace, ledger: Ledger) -> list[str]:
-    """The captions asked for: --prompt TEXT (repeatable), or the lines of --prompts FILE but blank and # ones.
+    """The captions asked for: --prompt TEXT (repeatable), or those `listed` in --prompts FILE."""
+    return list(args.prompt) if args.prompt is not None else listed(Path(args.prompts), ledger)
+
+
+def listed(path: Path, ledger: Ledger) -> list[str]:
+    """The captions of a file: its lines but blank and # ones. Raises UserError (exit 3) where there are none.
 
     Lines end in a line feed, before which a carriage return may stand: all else belongs to the prompt.
     """
-    if args.prompt is not None:
-        return list(args.prompt)
-    path = Path(args.prompts)
     lines = _text(path).removesuffix("\n").split("\n")
     captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     ledger.add("ignored", "blank or comment lines", count=len(lines) - len(captions))

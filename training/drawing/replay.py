@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from training.drawing import references
 from training.drawing.starts import TOLD
 from training.errors import CHECKPOINT, DATA, UserError
 from training.pictures import grids
@@ -28,7 +29,9 @@ PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
 GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder"}
 LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
-TAKEN = ("sampler", "steps", "guidance_scale", "size", "overrides", "also", "negative_prompt", "mixed_precision")
+TAKEN = ["sampler", "steps", "guidance_scale", "size", "overrides", "also", "negative_prompt", "mixed_precision"]
+TAKEN += dict.fromkeys(flag for start in TOLD.values() for flag, _ in start.settings.values())
+TAKEN += ["source_prompt"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def recall(args: argparse.Namespace) -> Original:
     for key, start in TOLD.items():
         if key in facts:
             start.recall(args, path, facts[key])
+    if references.FACT in facts:
+        references.recall(args, facts[references.FACT])
     return Original(path, facts)
 
 
@@ -79,6 +84,7 @@ def _sound(facts: Any) -> bool:
         all(isinstance(value, MAY_BE[name]) for name, value in optional.items())
         and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in optional.get("also", []))
         and all(start.sound(facts[key]) for key, start in TOLD.items() if facts.get(key) is not None)
+        and (facts.get(references.FACT) is None or references.sound(facts[references.FACT]))
         and len(facts["size"]) == 2
         and all(type(side) is int and side > 0 for side in facts["size"])
         and isinstance(facts["settings"].get("sample", {}), dict)

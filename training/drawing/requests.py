@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.pipeline import Sampling
+from training.drawing.given import Given
 from training.errors import UserError
 from training.guarding import read_json
 from training.models.folders import find
@@ -20,23 +21,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make."""
+    """One picture to make, from a picture that is given or from noise."""
 
     number: int
     prompt: str
     seed: int
+    source: Given | None = None
 
 
-def ask(captions: list[str], copies: int, seed: int) -> list[Request]:
+def ask(captions: Iterable[str], copies: int, seed: int) -> list[Request]:
     """Prompt by prompt, `copies` of each. A prompt's k-th picture has seed + k, wherever in the list it stands."""
+    return ask_of(((caption, None) for caption in captions), copies, seed)
+
+
+def ask_of(pairs: Iterable[tuple[str, Given | None]], copies: int, seed: int) -> list[Request]:
+    """As `ask`, of captions each with the picture that is drawn from: its k-th picture with that caption has seed + k.
+    """
     if copies < 1:
         raise UserError(f"--num-images: must be at least 1 (got {copies})")
-    copies_of: Counter[str] = Counter()
+    copies_of: Counter[tuple[str, Given | None]] = Counter()
     requests: list[Request] = []
-    for caption in captions:
+    for pair in pairs:
         for _ in range(copies):
-            requests.append(Request(len(requests), caption, seed + copies_of[caption]))
-            copies_of[caption] += 1
+            requests.append(Request(len(requests), pair[0], seed + copies_of[pair], pair[1]))
+            copies_of[pair] += 1
     return requests
 
 
@@ -69,7 +77,9 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
         if name in ("sampler", "grid", "guidance", "sample")
     }
     flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
-    changes = {key: str(value) for key, value in flags.items() if value is not None} | args.overrides
+    editing = decoding.sections("editing")  # read by the starts
+    own = {key: text for key, text in args.overrides.items() if key.partition(".")[0] not in editing}
+    changes = {key: str(value) for key, value in flags.items() if value is not None} | own
     for key in changes:
         if key.partition(".")[0] not in values:
             raise UserError(

@@ -20,6 +20,7 @@ from training.files import finite, write_json
 from training.guarding import check_free, make_folder
 from training.ledger import Ledger
 from training.machine import memory, processes
+from training.measuring.classification import classification
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.features import load_features
 from training.measuring.held_out import (
@@ -56,7 +57,7 @@ KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
-    least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "batch_size": 1}
+    least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "draws": 1, "batch_size": 1}
     check_least(args, least, "evaluate.py --help says what it means")
     check_free(args.output, args.overwrite)
     check_free(args.grid, args.overwrite, "--grid")
@@ -64,7 +65,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    numbers = of_autoencoder(args) if find(args.model).stage == "autoencoder" else of_denoiser(args)
+    stage = find(args.model, "denoiser" if args.classify else None).stage
+    numbers = of_autoencoder(args) if stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
     for key, value in numbers.items():
@@ -120,7 +122,7 @@ def _reconstruct(model: Any, pixels: Tensor) -> Tensor:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    if not (args.data or args.likelihood or args.obedience == "shapes"):
+    if not (args.data or args.likelihood or args.classify or args.obedience == "shapes"):
         raise UserError("nothing to measure", hint="give --data DIR, or --obedience shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
@@ -131,7 +133,9 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     ledger = Ledger()
     if args.obedience == "shapes":
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
-    if args.likelihood:
+    if args.classify:
+        numbers |= classification(pipeline, args, device, ledger)
+    elif args.likelihood:
         with as_user_error(SAMPLING):
             numbers |= likelihood(pipeline, sampling, args, device, ledger)
     elif args.data:

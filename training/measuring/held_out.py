@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,9 +97,13 @@ def even_captions(images: Images, count: int) -> list[str]:
 
 
 def even_indices(images: Images, count: int) -> list[int]:
-    """`count` pictures or all there are, each caption equally often where there are enough of it, the others in turn
-    where not; in the order in which they are stored, so that a shard from elsewhere is fetched once."""
-    places = by_caption(images)
+    """`count` pictures or all there are, `even_among` their captions."""
+    return even_among(by_caption(images), count)
+
+
+def even_among(places: Mapping[str, Sequence[int]], count: int) -> list[int]:
+    """`count` of the places or all there are, each caption equally often where there are enough of it, the others in
+    turn where not; in the order in which they are stored, so that a shard from elsewhere is fetched once."""
     each = -(-count // len(places))
     turns = [(name, turn) for name in sorted(places) for turn in range(len(places[name]))]
     turns.sort(key=lambda pair: max(pair[1] - each + 1, 0))  # stable: what is beyond `each` comes last, in turn

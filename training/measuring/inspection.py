@@ -92,7 +92,7 @@ class Study:
     @torch.no_grad()
     def see(self, images: Images, count: int, size: int) -> None:
         """Measure `count` pictures, evenly over the split, all where it is 0, `size` at once."""
-        device = next(self.model.parameters()).device
+        device = self.model.norm.scale.device
         for batch in images.chunks(images.evenly(count), size):
             pixels, noise = batch.data.to(device), Noise(batch.slots.to(device))
             moments = self.model.encode(to_unit(pixels))
@@ -189,7 +189,7 @@ class Study:
         """The pictures of lowest PSNR, their reconstructions, and the difference."""
         chosen = self.fidelity.values()["psnr"].double().cpu().argsort()[:WORST].tolist()
         pixels = next(images.chunks(chosen, WORST)).data
-        given = to_unit(pixels.to(next(self.model.parameters()).device))
+        given = to_unit(pixels.to(self.model.norm.scale.device))
         ours = to_uint8(self.model(given, None)[0]).cpu()
         return grids.comparison({"input": pixels, "reconstruction": ours})
 

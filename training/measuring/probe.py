@@ -66,7 +66,7 @@ def probe(
     `frechet_reconstructed`, of as many reconstructions, is what samples could at best reach: both are of `samples`, or
     of as many as pictures are held out where those are fewer.
     """
-    device, samples = next(model.parameters()).device, min(samples, len(held_out))
+    device, samples = model.norm.scale.device, min(samples, len(held_out))
     warn_of_few(features.dim, samples)
     moments = encode_all(model, train, PICTURES, device)
     network = denoiser(moments, model)
@@ -116,7 +116,7 @@ def denoiser(moments: Tensor, model: Autoencoder) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = shape.build(channels=model.latent_channels, context_dim=1)
-    return network.to(next(model.parameters()).device)
+    return network.to(model.norm.scale.device)
 
 
 def nothing(count: int, device: torch.device) -> Cond:

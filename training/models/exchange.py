@@ -241,7 +241,7 @@ def export_autoencoder(path: str, output: Path) -> None:
     layout = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
     if layout is None:
         kinds = ", ".join(kind for kind, *_ in LAYOUTS.values())
-        raise UserError(f"diffusers has no class for a {model['kind']} autoencoder", hint=kinds, code=CHECKPOINT)
+        raise UserError(f"diffusers has no class for autoencoders of kind {model['kind']}", hint=kinds, code=CHECKPOINT)
     tensors = {key: value.clone() for key, value in load_autoencoder(path).state_dict().items()}
     shift, scale = tensors.pop("norm.shift").flatten(), tensors.pop("norm.scale").flatten()
     about, tensors = layout[1](model, tensors, shift, scale)

@@ -171,6 +171,17 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
     return config
 
 
+def chosen(section: str, overrides: Mapping[str, str]) -> Any:
+    """The member of an "editing" family that `section.key -> text` ask for. Raises UserError for what it has not."""
+    keys = {key.partition(".")[2]: text for key, text in overrides.items() if key.partition(".")[0] == section}
+    members = sections("editing")[section]
+    part, wrong = _section(section, members, {name: reading.literal(text) for name, text in keys.items()})
+    if wrong:
+        raise UserError("\n       ".join(f"command line: {message}" for _, message in wrong),
+                        hint=f"--{section}.kind is one of {', '.join(kinds(members))}")
+    return part
+
+
 def stated(stage: str, source: str, key: str) -> Any:
     """What a config itself says of `section.key`; None where it leaves it to the default."""
     section, _, name = key.partition(".")

@@ -21,6 +21,10 @@ FAMILIES = {  # section: a module or package of ldm, and the tuple there that li
     "grid": ("grids", "GRIDS"),
     "sampler": ("samplers", "SAMPLERS"),
     "guidance": ("guidance", "GUIDANCES"),
+    "operator": ("inverse/operators", "OPERATORS"),
+    "measurement": ("inverse/measurement", "MEASUREMENTS"),
+    "posterior": ("inverse/posterior", "POSTERIORS"),
+    "coupling": ("coupling", "COUPLINGS"),
 }
 
 
@@ -59,10 +63,27 @@ SAMPLING = Part(
         "guidance rescale": "--guidance.kind classifier-free --guidance.rescale 0.7",
     },
 )
+EDITING = Part(
+    ("operator", "measurement", "posterior", "coupling"),
+    {
+        "four times fewer pixels": "--operator.kind box --operator.factor 4",
+        "posterior samples that are calibrated": "--posterior.kind split-gibbs",
+        "a word swapped, all else kept": "--coupling.kind prompt-to-prompt --coupling.self_until 0.6",
+    },
+)
 
 
 def families(stage: str) -> Families:
-    """The sections of a stage's config, each with our own kinds; of a choice among kinds, the first is the default."""
+    """The sections of a stage's config, and those of "editing", which no config has, each with our own kinds; of a
+    choice among kinds, the first is the default."""
+    if stage == "editing":
+        from ldm.coupling import COUPLINGS
+        from ldm.inverse.measurement import MEASUREMENTS
+        from ldm.inverse.operators import OPERATORS
+        from ldm.inverse.posterior import POSTERIORS
+
+        methods: Families = {"measurement": MEASUREMENTS, "posterior": POSTERIORS}
+        return {"operator": OPERATORS, **methods, "coupling": COUPLINGS}
     common = {"optimizer": (Optimizer,), "train": (Train,)}
     if stage == "autoencoder":
         from autoencoder import AUTOENCODERS

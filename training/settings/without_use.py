@@ -7,6 +7,7 @@ from typing import Any
 
 CRITIC = "adversarial_loss discriminator_start adversarial_start adversarial_ramp plateau plateau_steps return_margin"
 CRITIC += " return_pause return_limit discriminator_lr r1 r1_every lecam augment"
+LEARNING = ["loss", "latent", "discriminator", "optimizer", "train.max_steps", "train.batch_size", "train.ema"]
 # Stage one: keys, and the weight that has to be above 0 for them to be read.
 LOSS = {
     "adversarial": CRITIC.split(),
@@ -27,6 +28,8 @@ def without_use(config: Any, given: Iterable[str], device: str = "cuda") -> list
                 reasons |= {f"loss.{key}": f"loss.{weight} is 0" for key in keys}
         if not loss.adversarial:
             reasons["discriminator"] = "loss.adversarial is 0"
+    if getattr(getattr(config, "model", None), "kind", "") == "identity":
+        reasons |= dict.fromkeys(LEARNING, "an identity autoencoder learns nothing")
     if config.optimizer.decay == "constant":
         reasons["optimizer.final_lr"] = "optimizer.decay is constant"
     if not config.train.ema_lengths:

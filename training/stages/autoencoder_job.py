@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from autoencoder.identity import Identity
 from training.data.images import Images
 from training.errors import as_user_error
 from training.guarding import make_folder
@@ -25,6 +26,7 @@ from training.stages.checks import check_images, check_shrinking, check_starts, 
 from training.stages.job import Job, parameters
 from training.stages.preview import DistillationStage, fit_to_teacher
 from training.stages.streams import stream_facts, stream_images
+from training.stages.untrained import UntrainedStage, check_no_lessons
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +44,8 @@ class AutoencoderJob(Job):
     def open_data(self) -> None:
         """Pictures, and the teacher or vision model that flags name."""
         args, train = self.args, self.config.train
+        if isinstance(self.config.model, Identity):
+            check_no_lessons(args)
         how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
         if args.stream:
             self.dataset, self.held_out = stream_images(args, train, how)
@@ -58,9 +62,16 @@ class AutoencoderJob(Job):
         """Warn of losses that would never begin."""
         check_starts(self.config)
 
-    def build(self, accelerator: Accelerator, final: Path | None) -> AutoencoderStage | DistillationStage:
-        """Model, discriminator and LPIPS in a stage; with a teacher, the stage that distils it."""
+    def build(
+        self, accelerator: Accelerator, final: Path | None
+    ) -> AutoencoderStage | DistillationStage | UntrainedStage:
+        """Model, discriminator and LPIPS in a stage; with a teacher, the stage that distils it; the stage of a model
+        without parameters."""
         config, loss, perceptual = self.config, self.config.loss, None
+        self.trained: AutoencoderStage | DistillationStage | UntrainedStage
+        if isinstance(config.model, Identity):
+            self.trained = UntrainedStage(config, config.model.build(), self.dataset, self.held_out)
+            return self.trained
         if loss.perceptual or config.discriminator.on_features:
             perceptual = load_perceptual(loss.perceptual_net, loss.perceptual_weights, self.args.lpips_weights)
         torch.manual_seed(config.train.seed)
@@ -71,7 +82,6 @@ class AutoencoderJob(Job):
             network.to(memory_format=torch.channels_last)
         if self.args.init_from:
             fill(model, load_autoencoder(self.args.init_from).state_dict(), Path(self.args.init_from))
-        self.trained: AutoencoderStage | DistillationStage
         if self.teacher is not None:
             self.trained = DistillationStage(config, model, self.teacher, perceptual, self.dataset, self.held_out)
         else:
@@ -84,6 +94,8 @@ class AutoencoderJob(Job):
         """Parameters, factor and channels of the model, and the number of pictures."""
         model = self.trained.model
         what = f"{parameters(model)} parameters, factor {model.factor}, {model.latent_channels} channels"
+        if not self.trained.networks:
+            what = f"nothing to train, the pixels are the latents: factor 1, {model.latent_channels} channels"
         count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
         return f"autoencoder: {what}; {count} images"
 

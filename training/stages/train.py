@@ -155,7 +155,7 @@ def fit(
     if path and isinstance(run, Run):  # the checkpoint's books, not those of a later end
         run.describe("training", start, {**facts, "ledger": loop.state.books.ledger().report()})
     try:
-        number = loop.fit(start)
+        number = loop.fit(start) if stage.networks else 0
     except Exception:
         if isinstance(run, Run):
             with suppress(UserError, OSError):  # a full disk, say: the first reason is the one to tell

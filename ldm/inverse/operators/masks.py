@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ldm.inverse.operators.base import shape_of
+from ldm.inverse.operators.base import Operator, shape_of
 from ldm.inverse.operators.spectral import Factors, Spectral
 from ldm.noise import Noise
 
@@ -23,9 +23,6 @@ class Masking(Spectral):
 
     def factors(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Factors:
         return Factors(self.seen(*shape[1:]).to(device, dtype), *[_same] * 4)
-
-    def domain(self, y: Tensor) -> tuple[int, int, int]:
-        return shape_of(y)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -50,6 +47,9 @@ class Mask(Masking):
         rows, columns = (((torch.arange(side) + 0.5) / side - 0.5).abs() < self.box / 2 for side in (height, width))
         return drawn & ~(rows[:, None] & columns)
 
+    def domain(self, y: Tensor) -> tuple[int, int, int]:
+        return shape_of(y)
+
 
 @dataclass(frozen=True, eq=False)
 class GivenMask(Masking):
@@ -70,6 +70,18 @@ class GivenMask(Masking):
             raise ValueError(f"the mask is {wide} x {high} and the picture {width} x {height} pixels: "
                              "give a mask of the picture's size")
         return self.given
+
+    def domain(self, y: Tensor) -> tuple[int, int, int]:
+        shape = shape_of(y)
+        self.seen(*shape[1:])
+        return shape
+
+
+def measure(operator: Operator, x: Tensor, sigma_y: float, noise: Noise) -> Tensor:
+    """y = A x + sigma_y n, n of each sample's seed; what a mask does not see stays 0, as it is in every y of one."""
+    y = operator(x)
+    y = y + sigma_y * noise.normal(y.shape[1:], "measurement", dtype=y.dtype)
+    return operator(y) if isinstance(operator, Masking) else y
 
 
 OPERATORS = (Mask,)

@@ -172,6 +172,8 @@ def test_a_measurement_that_does_not_fit_is_refused() -> None:
         Grey().adjoint(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="multiples of oversample 2, got y of 8 x 7"):
         Phase().domain(torch.zeros(1, 3, 7, 8))
+    with pytest.raises(ValueError, match="the mask is 24 x 16 and the picture 24 x 8 pixels"):
+        GivenMask(CHECKERS).domain(torch.zeros(1, 3, 8, 24))
 
 
 @pytest.mark.parametrize(("member", "settings", "told"), [

@@ -225,7 +225,7 @@ def test_the_hints_of_a_drawing_work_when_followed(
     begun = words(denoiser, tmp_path / "begun", "--prompt", "x", "--sampler", "ddim", "--steps", 4, "--invert", made)
     assert tiny.call("generate", *begun) == 0
     like = words(denoiser, tmp_path / "back", "--like", tmp_path / "begun" / PICTURE)
-    assert "give that with --invert" in tiny.refused("generate", *like).hint
+    assert "give its file with --invert" in tiny.refused("generate", *like).hint
     assert tiny.call("generate", *like, "--invert", made) == 0
     weak = words(denoiser, tmp_path / "weak", "--prompt", "x", "--guidance-scale", "1", "--negative-prompt", "y")
     capsys.readouterr()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+from autoencoder.norm import LatentNorm
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoise, Denoiser
 from ldm.diffusion import Diffusion
@@ -91,10 +91,7 @@ def exact_pipeline() -> Pipeline:
     """A pipeline whose network is the exact one for latents N(0.3, 0.5^2): its ODE and its SDE have one law."""
 
     class Sized:
-        factor, latent_channels = 1, 3
-
-        def parameters(self) -> Iterator[torch.Tensor]:
-            yield torch.zeros(())
+        factor, latent_channels, norm = 1, 3, LatentNorm(3)
 
     def network(x: torch.Tensor, level: torch.Tensor, cond: object) -> torch.Tensor:
         ends = Isotropic(Flow(), 0.5, 0.3)(x, level.flatten()[0].double() / 1000)

@@ -71,9 +71,6 @@ class Pixels(Autoencoder):
     def last_layer(self) -> torch.Tensor:
         raise NotImplementedError
 
-    def parameters(self, recurse: bool = True) -> Any:
-        yield self.norm.shift
-
 
 @pytest.fixture(scope="module")
 def held_out(shapes: Path) -> Images:

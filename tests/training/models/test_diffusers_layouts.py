@@ -130,7 +130,8 @@ def test_a_tiny_or_deep_run_is_written(name: str, tmp_path: Path, capsys: pytest
 
 
 def test_kinds_without_a_class_are_refused(tmp_path: Path) -> None:
-    for kind in ("fsq", "lfq"):
-        home, _ = stored(tmp_path / kind, {"kind": kind, "channels": [8], "groups": 4, "blocks": 1})
+    network = {"channels": [8], "groups": 4, "blocks": 1}
+    for kind, settings in {"fsq": network, "lfq": network, "identity": {}}.items():
+        home, _ = stored(tmp_path / kind, {"kind": kind, **settings})
         problem = tiny.refused("convert_autoencoder", "export", home, "--output", tmp_path / "no")
-        assert f"no class for a {kind}" in str(problem) and not (tmp_path / "no").exists()
+        assert f"no class for autoencoders of kind {kind}" in str(problem) and not (tmp_path / "no").exists()

@@ -1,0 +1,103 @@
+"""Pictures that a drawing is given: a file, or all of a folder with the captions beside them, and masks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.errors import DATA, UserError
+from training.packing.folder import Folder
+from training.packing.sources import Sample
+from training.pictures.decoding import load_image
+from training.pictures.formats import LARGEST_FILE, SUFFIXES, read_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from training.ledger import Ledger
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """One picture file that `flag` names: its name within the folder, its bytes, the captions beside it."""
+
+    flag: str
+    name: str
+    data: bytes
+    captions: tuple[str, ...] = ()
+    of_folder: bool = False
+
+    @cached_property
+    def sha256(self) -> str:
+        """That of the file."""
+        return sha256(self.data).hexdigest()
+
+    def decoded(self, channels: int, ledger: Ledger) -> Image.Image:
+        """The picture, what of it is not used as it was given told to the `ledger`. Raises UserError for no picture."""
+        try:
+            picture = load_image(self.data, channels=channels)
+        except UserError as problem:
+            raise _refused(self.flag, self.name, problem) from None
+        for effect, kind in picture.info["remarks"]:
+            ledger.add(effect, kind, self.name)
+        return picture
+
+
+def given(flag: str, where: str, ledger: Ledger) -> list[Given]:
+    """The picture that `flag` names, or those of the folder. Raises UserError where there is none."""
+    path = Path(where)
+    try:
+        if not path.is_dir():
+            return [Given(flag, path.name, read_file(path, LARGEST_FILE))]  # kept: files may change while we draw
+        folder = Folder(path)
+    except UserError as problem:
+        raise _refused(flag, where, problem) from None
+    found = []
+    for part in folder.samples():
+        if isinstance(part, Sample):
+            assert isinstance(part.image, bytes)  # as a folder has them
+            found.append(Given(flag, part.key + part.suffix, part.image, part.captions, True))
+        else:
+            ledger.add(part.effect, part.reason, part.key, part.count)
+    return found
+
+
+def beside(flag: str, where: str, sources: list[Given], ledger: Ledger) -> Callable[[Given], Given]:
+    """What `flag` gives for each of the sources: one file for all, or of a folder the one of the same name, whatever
+    its suffix. Raises UserError where one has none."""
+    found = given(flag, where, ledger)
+    if not Path(where).is_dir():
+        return lambda source: found[0]
+    named = {Path(other.name).stem: other for other in found}
+    if missing := [source.name for source in sources if Path(source.name).stem not in named]:
+        what = f"{flag} {where}: none for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        raise UserError(what, hint="name each as its picture is named, or give one file for all", code=DATA)
+    return lambda source: named[Path(source.name).stem]
+
+
+def _refused(flag: str, name: str, problem: UserError) -> UserError:
+    hint = problem.hint or f"give a picture file, as {', '.join(SUFFIXES[:3])}"
+    return UserError(f"{flag} {name}: {problem.what}", hint=hint, code=DATA)
+
+
+def reader(channels: int, size: Size | None, ledger: Ledger) -> Callable[[Given], Image.Image]:
+    """Decodes pictures, their middle resized to `size` (height, width) where that is given and another; what of them is
+    not used is told to the ledger once for each, as long as they are read one after another."""
+    from PIL import Image, ImageOps
+
+    @lru_cache(maxsize=2)
+    def read(source: Given) -> Image.Image:
+        picture = source.decoded(channels, ledger)
+        if size is None or picture.size == size[::-1]:
+            return picture
+        kind = f"picture of {source.flag}, its middle resized to {size[1]}x{size[0]}"
+        ledger.add("cut", kind, f"{source.name} {picture.width}x{picture.height}")
+        return ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
+
+    return read

@@ -1,0 +1,71 @@
+"""The flags of `scripts/evaluate.py`, in groups as --help shows them. Free of torch."""
+
+from __future__ import annotations
+
+from training.settings.flags import Parser
+
+
+def add_flags(parser: Parser) -> None:
+    """All of them."""
+    what_is_measured(parser)
+    pictures(parser)
+    held_out(parser)
+    how_pictures_are_drawn(parser)
+    where_to(parser)
+
+
+def what_is_measured(parser: Parser) -> None:
+    """The run, and the pictures that it is measured on."""
+    add = parser.add_argument
+    add("--model", metavar="RUN", required=True, help="a run of either stage, its final/ or a checkpoint")
+    parser.add_data("packed pictures, folder or address; their val split, else test split, is the truth")
+    add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
+    add("--seed", type=int, default=0, help="first seed of the pictures")
+    add("--batch-size", metavar="N", type=int, default=100, help="pictures, or pairs of one and a caption, at once")
+    add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
+
+
+def pictures(parser: Parser) -> None:
+    """What judges reconstructions and generated pictures."""
+    add = parser.add_argument_group("reconstructed and generated pictures").add_argument
+    add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
+    text = "shapes (the rule-based checker), or the folder of a classifier of captions"
+    add("--obedience", metavar="JUDGE", help=text)
+    add("--crop", metavar="N", type=int, help="measure PSNR and SSIM on the central N x N pixels")
+    add("--lpips", metavar="WEIGHTS", help="standard, random, or a file of backbone weights")
+    add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="backbone of LPIPS")
+
+
+def held_out(parser: Parser) -> None:
+    """What is asked of held-out pictures, where nothing is drawn."""
+    group = parser.add_argument_group("held-out pictures under the denoiser, instead")
+    asked, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
+    text = "log p of the latents of N held-out pictures, in nats and bits/dim, over the sampler's grid"
+    asked("--likelihood", metavar="N", type=int, default=0, help=text)
+    text = "which of these captions, one a line, each picture shows: that at which the denoiser errs least"
+    asked("--classify", metavar="FILE", help=text)
+    text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
+    add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)
+    text = "random vectors per picture that hutchinson's estimate averages over"
+    add("--likelihood-probes", metavar="N", type=int, default=1, help=text)
+    add("--draws", metavar="N", type=int, default=32, help="pairs of a time and noise for each picture of --classify")
+    text = "after so many of the draws leave each picture its KEEP best captions by either weighting; several in turn"
+    add("--eliminate", metavar="DRAWS:KEEP", nargs="+", default=[], help=text)
+
+
+def how_pictures_are_drawn(parser: Parser) -> None:
+    """The sampler and its guidance."""
+    add = parser.add_argument_group("how pictures are drawn (the run's own settings when not given)").add_argument
+    add("--sampler", metavar="NAME", help="the kind of sampler")
+    add("--steps", metavar="N", type=int, help="steps of the sampler")
+    add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
+
+
+def where_to(parser: Parser) -> None:
+    """What is written, and what the machine can bear."""
+    group = parser.add_argument_group("results")
+    add = group.add_argument
+    add("--grid", metavar="FILE", help="also draw the first judged pictures with their verdicts")
+    add("--output", metavar="FILE", help="write all numbers and settings as JSON")
+    add("--overwrite", action="store_true", help="replace these files where they are there")
+    parser.machine(group)
