@@ -265,4 +265,4 @@ class PSLD(Descent):
         return (self.omega * residual.square().sum() + self.gamma * (x0 - glued).square().sum()) / 2
 
 
-MEASUREMENTS = (DDNM, PiGDM, DPSBayes, TMPD, PSLD, DiffPIR)
+MEASUREMENTS = (PiGDM, DDNM, DPSBayes, TMPD, PSLD, DiffPIR)

@@ -58,7 +58,10 @@ def test_an_edit_that_is_a_key_is_one_its_family_takes(flags: str) -> None:
         assert decoding.chosen(section, given).kind == given[f"{section}.kind"]
 
 
-@pytest.mark.parametrize(("script", "parts"), [("generate", [SAMPLING, EDITING]), ("train_denoiser", [TRAINING, SAMPLING])])
+HELP = [("generate", [SAMPLING, EDITING]), ("train_denoiser", [TRAINING, SAMPLING])]
+
+
+@pytest.mark.parametrize(("script", "parts"), HELP)
 def test_help_lists_them(script: str, parts: list[Part]) -> None:
     shown, text = tiny.spawn(tiny.SCRIPTS / f"{script}.py", "--help").stdout, listing(*parts)
     assert text in shown

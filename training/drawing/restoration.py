@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -89,7 +89,7 @@ class Restoration(Start):
         key = "sha256" if source.flag == "--measurement" else "image_sha256"
         facts = {key: source.sha256, "name": source.name, "sigma_y": self.sigma_y, "windows": self.windows}
         facts |= {"mask_sha256": self.masks(source).sha256, "invert_mask": self.invert_mask} if self.masks else {}
-        return facts | {"kinds": {family_of(self.method.kind): asdict(self.method), "operator": asdict(self.operator)}}
+        return facts | {"kinds": {family_of(self.method.kind): decoding.values_of(self.method), "operator": decoding.values_of(self.operator)}}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
@@ -158,7 +158,7 @@ def _tensor(source: Given) -> Tensor:
     from safetensors.torch import load
 
     try:
-        y = load(source.data)["y"]
+        y: Tensor = load(source.data)["y"]
     except (SafetensorError, KeyError, ValueError) as failure:
         what = f"{source.flag} {source.name} is no safetensors file with a tensor named y ({failure})"
         raise UserError(what, hint="store the measurement (1, ...) under y", code=DATA) from None
@@ -176,13 +176,15 @@ def pixels_of(picture: Image) -> Tensor:
     from autoencoder.images import to_unit
 
     array = np.array(picture)
-    return to_unit(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None])
+    images: Tensor = to_unit(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None])
+    return images
 
 
 def operator_of(args: argparse.Namespace) -> Operator:
     """That of `--restore` and `--operator.KEY`, or of the facts that `--like` read."""
     if isinstance(args.restore, dict):
-        return _of_facts(args, "operator")
+        told: Operator = _of_facts(args, "operator")
+        return told
     operator: Operator = decoding.chosen("operator", {"operator.kind": args.restore, **args.overrides})
     return operator
 
@@ -190,7 +192,8 @@ def operator_of(args: argparse.Namespace) -> Operator:
 def method_of(args: argparse.Namespace) -> Method:
     """That of `--method` and `--measurement.KEY` or `--posterior.KEY`, or of the facts that `--like` read."""
     if isinstance(args.restore, dict):
-        return _of_facts(args, next((name for name in FAMILIES if name in args.restore), FAMILIES[0]))
+        told: Method = _of_facts(args, next((name for name in FAMILIES if name in args.restore), FAMILIES[0]))
+        return told
     named = [name for name in FAMILIES if any(key.startswith(f"{name}.") for key in args.overrides)]
     family = family_of(args.method) if args.method else (named or FAMILIES)[0]
     method: Method = decoding.chosen(family, ({f"{family}.kind": args.method} if args.method else {}) | args.overrides)

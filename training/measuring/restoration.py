@@ -6,7 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from training.models.judge import caption
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity, reconstructed
 from training.pictures import charts, grids
+from training.settings import decoding
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Sampling
@@ -105,7 +106,7 @@ class Score:
             made.append(to_uint8(images))
             self.singles.add(made[-1], truth[part])
             since = time.perf_counter()
-        draws = torch.cat(made).unflatten(0, (len(pixels), bench.samples))
+        draws = torch.cat(made).view(len(pixels), bench.samples, *made[0].shape[1:])
         mean = draws.double().mean(1).round().to(torch.uint8)
         self.means.add(mean, pixels)
         self.calibration.add(pixels, draws)
@@ -167,7 +168,7 @@ def restoration(
     found = {name: score.numbers() for name, score in scores.items()}
     beside = {name: other.numbers() for name, other in others.items()}
     answer(*table(found, beside))
-    numbers = {"operator": asdict(operator), "methods": {name: asdict(method) for name, method in methods.items()}}
+    numbers = {"operator": decoding.values_of(operator), "methods": {name: decoding.values_of(method) for name, method in methods.items()}}
     numbers |= {"sigma_y": args.sigma_y, "captions": args.captions, "pictures": len(places), "samples": args.samples}
     if args.grid:
         grids.write(sheet(top, scores, found), Path(args.grid))
