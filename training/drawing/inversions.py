@@ -140,7 +140,8 @@ class Styled(Start):
     def facts(self, request: Request) -> dict[str, Any]:
         """Both pictures, and how much is shared."""
         own = {"image_sha256": request.source.sha256} if request.source else {}
-        return {"sha256": self.style.sha256, **own, "prompt": self.prompt, "settings": decoding.values_of(self.coupling)}
+        how = {"prompt": self.prompt, "settings": decoding.values_of(self.coupling)}
+        return {"sha256": self.style.sha256, **own, **how}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:

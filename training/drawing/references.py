@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from training.drawing.inversions import coupling_of
 from training.drawing.start import Group
 from training.errors import UserError, as_user_error
+from training.settings import decoding
 
 if TYPE_CHECKING:
     import argparse

@@ -89,7 +89,8 @@ class Restoration(Start):
         key = "sha256" if source.flag == "--measurement" else "image_sha256"
         facts = {key: source.sha256, "name": source.name, "sigma_y": self.sigma_y, "windows": self.windows}
         facts |= {"mask_sha256": self.masks(source).sha256, "invert_mask": self.invert_mask} if self.masks else {}
-        return facts | {"kinds": {family_of(self.method.kind): decoding.values_of(self.method), "operator": decoding.values_of(self.operator)}}
+        kinds = {family_of(self.method.kind): self.method, "operator": self.operator}
+        return facts | {"kinds": {name: decoding.values_of(member) for name, member in kinds.items()}}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:

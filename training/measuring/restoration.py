@@ -168,7 +168,8 @@ def restoration(
     found = {name: score.numbers() for name, score in scores.items()}
     beside = {name: other.numbers() for name, other in others.items()}
     answer(*table(found, beside))
-    numbers = {"operator": decoding.values_of(operator), "methods": {name: decoding.values_of(method) for name, method in methods.items()}}
+    chosen = {name: decoding.values_of(method) for name, method in methods.items()}
+    numbers: dict[str, Any] = {"operator": decoding.values_of(operator), "methods": chosen}
     numbers |= {"sigma_y": args.sigma_y, "captions": args.captions, "pictures": len(places), "samples": args.samples}
     if args.grid:
         grids.write(sheet(top, scores, found), Path(args.grid))
