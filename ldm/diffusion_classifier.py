@@ -100,7 +100,7 @@ class DiffusionClassifier:
         x_t = self.diffusion.perturb(*asked)
         target = self.diffusion.target(*asked)
         errors = torch.zeros(going.shape, dtype=torch.float64, device=going.device)
-        for pairs in going.nonzero().split(self.batch_size):
+        for pairs in torch.split(going.nonzero(), self.batch_size):
             row, column = pairs.unbind(1)
             t = asked.t[row]
             ends = self.denoiser(x_t[row], t, cond.select(column))

@@ -25,7 +25,7 @@ from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
 from ldm.inverse.measurement import Measurement
 from ldm.inverse.operators import Decoded, GivenMask, Operator
-from ldm.inverse.posterior import Posterior
+from ldm.inverse.posterior import Posterior, Problem
 from ldm.inversion import edit_friendly
 from ldm.noise import Noise
 from ldm.pipeline import Captions, Pipeline, Sampling
@@ -182,7 +182,7 @@ def restoration(pipeline: Pipeline, operator: Operator, y: Tensor, sigma_y: floa
     """Pictures x of which y = A x + sigma_y n was measured, y (1 or B, ...) for x in [-1, 1]: posterior samples.
 
     `method` is a member of `MEASUREMENTS`, with any sampler, or of `POSTERIORS`, which takes the sampler's place.
-    Raises ValueError where the picture that y is of does not fit the model.
+    Raises ValueError where the picture that y is of does not fit the model, and for what the method cannot do.
     """
     channels, height, width = operator.domain(y)
     shape = pipeline.latent_shape((height, width))
@@ -192,6 +192,10 @@ def restoration(pipeline: Pipeline, operator: Operator, y: Tensor, sigma_y: floa
     pixels = isinstance(pipeline.autoencoder, IdentityAutoencoder)  # then latents are the picture, and A stays linear
     measured = operator if pixels else Decoded(operator, pipeline.decode, shape, partial(encoded, pipeline))
     inner = windowed(pipeline, windows)
+    refused = (method.refusal(measured, sigma_y) if isinstance(method, Measurement) else
+               method.refusal(Problem(measured, y, sigma_y)))
+    if refused:
+        raise ValueError(f"{method.kind} {refused}")
 
     def task(part: slice) -> Task:
         own = _of(y, part)

@@ -1,4 +1,4 @@
-"""Make pictures from captions with a trained denoiser.
+"""Make pictures from captions with a trained denoiser; edit pictures and restore them with it.
 
 Samplers, grids and guidances are chosen by name; their own settings as --sampler.KEY, --grid.KEY, --guidance.KEY.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 
 from training.drawing.flags import add_flags
-from training.settings.families import SAMPLING, listing
+from training.settings.families import EDITING, SAMPLING, listing
 from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
     """Read the flags and draw."""
-    parser = Parser(__doc__ or "", epilog=listing(SAMPLING))
+    parser = Parser(__doc__ or "", epilog=listing(SAMPLING, EDITING))
     add_flags(parser)
     args = parser.read_with_keys()
     from training.drawing.generate import generate

@@ -67,8 +67,8 @@ def by_jacobian(denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
     def spread(v: Tensor) -> Tensor:
         return factor * torch.autograd.grad(x0, leaf, v, retain_graph=True)[0]
 
-    free = Denoised(*(None if part is None else part.detach() for part in ends))
-    return Belief(free, sigma**2 / (alpha**2 + sigma**2), spread)
+    fraction = None if ends.log_var_frac is None else ends.log_var_frac.detach()
+    return Belief(Denoised(x0.detach(), ends.eps.detach(), fraction), sigma**2 / (alpha**2 + sigma**2), spread)
 
 
 class Measurement(Checked, ABC):
@@ -110,13 +110,14 @@ class Solved(Measurement):
     """w = (A M A^T + sigma_y^2 I)^-1 (y - A x0), for any differentiable operator.
 
     A linear one is solved in closed form where M is a scalar. Any other is replaced by its derivative at x0', by
-    `iterations` of Gauss-Newton from x0 on, each solved by at most `cg_steps` steps of conjugate gradients.
+    `iterations` of Gauss-Newton from x0 on, each solved by at most `cg_steps` steps of conjugate gradients; a step is
+    cut where the operator bends away from its derivative, per sample.
     """
 
     limits: ClassVar = {"iterations": "[1, inf)", "cg_steps": "[1, inf)"}
     kind: str
     iterations: int = 1
-    cg_steps: int = 10
+    cg_steps: int = 5
 
     def refusal(self, operator: Operator, sigma_y: float) -> str | None:
         return None
@@ -264,4 +265,4 @@ class PSLD(Descent):
         return (self.omega * residual.square().sum() + self.gamma * (x0 - glued).square().sum()) / 2
 
 
-MEASUREMENTS = (DDNM, PiGDM, DPSBayes, TMPD, PSLD, DiffPIR)
+MEASUREMENTS = (PiGDM, DDNM, DPSBayes, TMPD, PSLD, DiffPIR)

@@ -9,21 +9,22 @@ import pytest
 import tiny
 
 from training.settings import decoding
-from training.settings.families import FAMILIES, SAMPLING, TRAINING, Part, families, kinds, listing
+from training.settings.families import EDITING, FAMILIES, SAMPLING, TRAINING, Part, families, kinds, listing
 from training.settings.kinds_table import HEAD, table
 
 
 @pytest.mark.parametrize("section", FAMILIES)
 def test_the_listed_kinds_are_the_families_members(section: str) -> None:
-    assert kinds(section) == decoding.kinds(decoding.sections("denoiser")[section])
-    assert section in TRAINING.sections + SAMPLING.sections
+    stage = "editing" if section in EDITING.sections else "denoiser"
+    assert kinds(section) == decoding.kinds(decoding.sections(stage)[section])
+    assert section in TRAINING.sections + SAMPLING.sections + EDITING.sections
 
 
 def test_the_readme_lists_them_too() -> None:
     """Every section of either stage that is a choice among kinds, and every kind."""
     text = (tiny.ROOT / "README.md").read_text()
     assert table() in text, "renew it: python scripts/list_kinds.py --readme README.md"
-    for stage in decoding.STAGES:
+    for stage in (*decoding.STAGES, "editing"):
         for section, members in families(stage).items():
             if found := decoding.kinds(members):
                 assert f"\n| {section} | {', '.join(found)} |\n" in table()
@@ -50,7 +51,17 @@ def test_a_method_that_is_a_key_is_one_the_config_takes(flags: str) -> None:
         assert (tiny.SCRIPTS / "posthoc_ema.py").is_file()
 
 
-@pytest.mark.parametrize(("script", "parts"), [("generate", [SAMPLING]), ("train_denoiser", [TRAINING, SAMPLING])])
+@pytest.mark.parametrize("flags", EDITING.methods.values())
+def test_an_edit_that_is_a_key_is_one_its_family_takes(flags: str) -> None:
+    given = dict(re.findall(r"--(\w+\.\w+) (\S+)", flags))
+    for section in {key.partition(".")[0] for key in given}:
+        assert decoding.chosen(section, given).kind == given[f"{section}.kind"]
+
+
+HELP = [("generate", [SAMPLING, EDITING]), ("train_denoiser", [TRAINING, SAMPLING])]
+
+
+@pytest.mark.parametrize(("script", "parts"), HELP)
 def test_help_lists_them(script: str, parts: list[Part]) -> None:
     shown, text = tiny.spawn(tiny.SCRIPTS / f"{script}.py", "--help").stdout, listing(*parts)
     assert text in shown

@@ -48,6 +48,23 @@ def pictures(place: Place, side: int = 32, captions: bool = True) -> Path:
     return folder
 
 
+def masks(place: Place) -> None:
+    """Pictures to edit, a mask of their size with a hole, one without, and one that is all hole."""
+    pictures(place)
+    for name, shade, box in (("hole", 0, (8, 8, 20, 20)), ("black", 0, ()), ("white", 255, ())):
+        mask = Image.new("L", (32, 32), shade)
+        if box:
+            mask.paste(255, box)
+        mask.save(place.folder / f"{name}.png")
+
+
+def edited(place: Place) -> None:
+    """As `masks`, and a picture drawn again from one of them."""
+    masks(place)
+    words = ("--prompt", "red", "--device", "cpu", "--steps", "2", "--image", place.folder / "in" / "0.png")
+    assert tiny.call("generate", "--model", place.made("denoiser"), "--output", place.folder / "made", *words) == 0
+
+
 def captionless(place: Place) -> None:
     pictures(place, captions=False)
 

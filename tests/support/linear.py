@@ -28,11 +28,13 @@ class Matrix(LinearOperator):
         return y @ self.matrix
 
     def pinv(self, y: Tensor) -> Tensor:
-        return y @ torch.linalg.pinv(self.matrix).T
+        x: Tensor = y @ torch.linalg.pinv(self.matrix).T
+        return x
 
     def solve(self, residual: Tensor, scale: Tensor | float, noise: Tensor | float) -> Tensor:
         system = scale * self.matrix @ self.matrix.T + noise * torch.eye(len(self.matrix), dtype=residual.dtype)
-        return residual @ torch.linalg.pinv(system, hermitian=True)
+        weights: Tensor = residual @ torch.linalg.pinv(system, hermitian=True)
+        return weights
 
     def spectrum(self, shape: tuple[int, int, int], like: Tensor) -> Spectrum:
         raise NotImplementedError

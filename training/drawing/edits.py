@@ -206,10 +206,10 @@ def hole_of(mask: Given, source: Given, size: Size | None, invert: bool) -> Tens
         picture = ImageOps.fit(picture, size[::-1], Image.Resampling.NEAREST)
     hole = torch.from_numpy(np.array(picture) >= 128)[None] ^ invert
     if not hole.any():
-        hint = "paint what is to be drawn white, or turn the mask round with --invert-mask"
+        hint = "paint white in it what is to be drawn"
         raise UserError(f"{mask.flag} {mask.name} leaves nothing to draw", hint=hint, code=DATA)
     if hole.all():
-        hint = "leave --image and --mask out to draw without it, or turn the mask round with --invert-mask"
+        hint = "paint black in it what is to stay, or leave --image and --mask out"
         raise UserError(f"{mask.flag} {mask.name} leaves nothing of {source.name}", hint=hint, code=DATA)
     return hole
 
@@ -256,7 +256,7 @@ class Outpainting(Start):
         inner = (size[0] - top - bottom, size[1] - left - right) if size else None
         if inner and min(inner) < 1:
             what = f"--size {size} leaves nothing of the picture within the margins of --outpaint"
-            raise UserError(what, hint="give the size of the whole canvas, or leave --size out")
+            raise UserError(what, hint="--size is that of the whole canvas: give a larger one, or leave it out")
         read = reader(pipeline.autoencoder.image_channels, inner, ledger)
         walk = _said(self.walk) | {"windows": self.walk["windows"] or half_window(pipeline)}
 

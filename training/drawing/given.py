@@ -53,7 +53,7 @@ def given(flag: str, where: str, ledger: Ledger) -> list[Given]:
     """The picture that `flag` names, or those of the folder. Raises UserError where there is none."""
     path = Path(where)
     try:
-        if not path.is_dir():
+        if not _is_folder(path):
             return [Given(flag, path.name, read_file(path, LARGEST_FILE))]  # kept: files may change while we draw
         folder = Folder(path)
     except UserError as problem:
@@ -68,11 +68,18 @@ def given(flag: str, where: str, ledger: Ledger) -> list[Given]:
     return found
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name over 255 bytes, which reading it then tells of
+        return False
+
+
 def beside(flag: str, where: str, sources: list[Given], ledger: Ledger) -> Callable[[Given], Given]:
     """What `flag` gives for each of the sources: one file for all, or of a folder the one of the same name, whatever
     its suffix. Raises UserError where one has none."""
     found = given(flag, where, ledger)
-    if not Path(where).is_dir():
+    if not _is_folder(Path(where)):
         return lambda source: found[0]
     named = {Path(other.name).stem: other for other in found}
     if missing := [source.name for source in sources if Path(source.name).stem not in named]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,7 +70,7 @@ class Inversion(Start):
 
     def facts(self, request: Request) -> dict[str, Any]:
         """The prompt of the inversion, how it was made, and the sha256 of its picture."""
-        how = {"iterations": self.iterations, "edit_friendly": self.edit_friendly}
+        how: dict[str, Any] = {"iterations": self.iterations, "edit_friendly": self.edit_friendly}
         how |= {"strength": self.strength} if self.edit_friendly else {}
         return {"prompt": self.prompt, "sha256": source_of(request).sha256, **how}
 
@@ -140,7 +140,8 @@ class Styled(Start):
     def facts(self, request: Request) -> dict[str, Any]:
         """Both pictures, and how much is shared."""
         own = {"image_sha256": request.source.sha256} if request.source else {}
-        return {"sha256": self.style.sha256, **own, "prompt": self.prompt, "settings": asdict(self.coupling)}
+        how = {"prompt": self.prompt, "settings": decoding.values_of(self.coupling)}
+        return {"sha256": self.style.sha256, **own, **how}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:

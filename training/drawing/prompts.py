@@ -32,7 +32,8 @@ def prompts_of(
     """
     if args.prompt is not None or args.prompts:
         captions = prompts(args, ledger)
-        return [(caption, source) for source in sources or [None] for caption in captions]
+        begun: Sequence[Given | None] = sources or [None]
+        return [(caption, source) for source in begun for caption in captions]
     if not sources:
         raise UserError("nothing says what to draw", hint="give --prompt TEXT, --prompts FILE or --like PICTURE")
     if bare := [source.name for source in sources if not source.captions]:

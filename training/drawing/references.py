@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from training.drawing.inversions import coupling_of
 from training.drawing.start import Group
 from training.errors import UserError, as_user_error
+from training.settings import decoding
 
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +30,7 @@ class Referring:
 
     def facts(self) -> dict[str, Any]:
         """What a picture says of it."""
-        return {"prompt": self.prompt, "settings": asdict(self.coupling)}
+        return {"prompt": self.prompt, "settings": decoding.values_of(self.coupling)}
 
     def around(self, pipeline: Pipeline,
                groups: Callable[[list[Request]], Iterator[Group]]) -> Callable[[list[Request]], Iterator[Group]]:

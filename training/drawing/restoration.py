@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -90,7 +90,8 @@ class Restoration(Start):
         key = "sha256" if source.flag == "--measurement" else "image_sha256"
         facts = {key: source.sha256, "name": source.name, "sigma_y": self.sigma_y, "windows": self.windows}
         facts |= {"mask_sha256": self.masks(source).sha256, "invert_mask": self.invert_mask} if self.masks else {}
-        return facts | {"kinds": {family_of(self.method.kind): asdict(self.method), "operator": asdict(self.operator)}}
+        kinds = {family_of(self.method.kind): self.method, "operator": self.operator}
+        return facts | {"kinds": {name: decoding.values_of(member) for name, member in kinds.items()}}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
@@ -138,14 +139,14 @@ class Restoration(Start):
         from ldm.inverse.operators import measure
         from ldm.noise import Noise
 
-        with as_user_error("choose another size with --size, or other settings of --operator"):
+        with as_user_error("choose another size with --size, or other settings of the operator"):
             return measure(operator, images, self.sigma_y, Noise.from_seeds([seed]))
 
     def _read(self, operator: Operator, source: Given, channels: int, ledger: Ledger) -> Tensor:
         """y (1, ...) of a file: `y` of safetensors, or a picture in [-1, 1], grey where the operator gives grey."""
         if source.name.endswith(".safetensors"):
             return _tensor(source)
-        with as_user_error("give a measurement as the operator makes it, or other settings of --operator"):
+        with as_user_error("give a measurement as the operator makes it, or other settings of the operator"):
             y = pixels_of(source.decoded(channels, ledger))
             if operator.domain(y[:, :1])[0] == channels:  # of one channel in y it makes all of the picture's
                 y = pixels_of(source.decoded(1, ledger))
@@ -159,7 +160,7 @@ def _tensor(source: Given) -> Tensor:
     from safetensors.torch import load
 
     try:
-        y = load(source.data)["y"]
+        y: Tensor = load(source.data)["y"]
     except (SafetensorError, KeyError, ValueError) as failure:
         what = f"{source.flag} {source.name} is no safetensors file with a tensor named y ({failure})"
         raise UserError(what, hint="store the measurement (1, ...) under y", code=DATA) from None
@@ -177,13 +178,15 @@ def pixels_of(picture: Image) -> Tensor:
     from autoencoder.images import to_unit
 
     array = np.array(picture)
-    return to_unit(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None])
+    images: Tensor = to_unit(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None])
+    return images
 
 
 def operator_of(args: argparse.Namespace) -> Operator:
     """That of `--restore` and `--operator.KEY`, or of the facts that `--like` read."""
     if isinstance(args.restore, dict):
-        return _of_facts(args, "operator")
+        told: Operator = _of_facts(args, "operator")
+        return told
     operator: Operator = decoding.chosen("operator", {"operator.kind": args.restore, **args.overrides})
     return operator
 
@@ -191,7 +194,8 @@ def operator_of(args: argparse.Namespace) -> Operator:
 def method_of(args: argparse.Namespace) -> Method:
     """That of `--method` and `--measurement.KEY` or `--posterior.KEY`, or of the facts that `--like` read."""
     if isinstance(args.restore, dict):
-        return _of_facts(args, next((name for name in FAMILIES if name in args.restore), FAMILIES[0]))
+        told: Method = _of_facts(args, next((name for name in FAMILIES if name in args.restore), FAMILIES[0]))
+        return told
     named = [name for name in FAMILIES if any(key.startswith(f"{name}.") for key in args.overrides)]
     family = family_of(args.method) if args.method else (named or FAMILIES)[0]
     method: Method = decoding.chosen(family, ({f"{family}.kind": args.method} if args.method else {}) | args.overrides)

@@ -163,7 +163,7 @@ def reliability(confidence: Tensor, right: Tensor) -> list[dict[str, Any]]:
             "confidence": confidence[inside].double().mean().item(),
             "accuracy": right[inside].double().mean().item(),
         }
-        for place in bins.unique().tolist()
+        for place in sorted(set(bins.tolist()))
         for inside in [bins == place]
     ]
 

@@ -119,12 +119,7 @@ def sheet(part: Part) -> Image.Image:
     rows = [torch.nn.functional.pad(pixels[:SHOWN], (0, width - pixels.shape[-1]), value=255).cpu()
             for pixels in part.rows.values()]  # fmt: skip
     examples = grids.grid(torch.cat(rows), len(rows[0]), rows=list(part.rows))
-    if not part.chart:
-        return examples
-    both = Image.new("RGB", (max(examples.width, part.chart.width), examples.height + part.chart.height), "white")
-    both.paste(examples, (0, 0))
-    both.paste(part.chart, (0, examples.height))
-    return both
+    return charts.stacked([examples, part.chart]) if part.chart else examples
 
 
 # --- what is measured of pictures --------------------------------------------------------------------------------
@@ -180,7 +175,7 @@ def inpainted(studio: Studio) -> Part:
         assert torch.equal(made.masked_fill(mask, 0), source.masked_fill(mask, 0)), "a pixel outside of the hole moved"
         numbers |= share(f"{objects}_obeyed", obeyed(made, captions))
         grey = source.masked_fill(mask, 0).where(~mask, 160)
-        rows |= {f"{name}: source": source, "hole" if objects == 1 else "hole ": grey, f"{name}: drawn": made}
+        rows |= {f"{name}: source": source, f"{name}: hole": grey, f"{name}: drawn": made}
     return Part(numbers, rows)
 
 
@@ -189,16 +184,16 @@ def drawn_again(studio: Studio) -> Part:
     other object stays where it was."""
     edits = studio.edits(another_object, 2)
     source, captions = studio.pictures(edits), [edit.words[1] for edit in edits]
-    numbers, rows, points = Numbers(), {"source": source}, []
+    numbers, rows = Numbers(), {"source": source}
+    curves: dict[str, list[tuple[float, float]]] = {"captions obeyed": [], "IoU of the object that stays": []}
     for strength in STRENGTHS:
         made = studio.draw(captions, image_to_image(studio.pipeline, source, strength=strength))
         found = share("obeyed", obeyed(made, captions)) | {"kept": mean(overlaps(source, made, edits))}
         numbers |= {f"{strength:g}_{key}": value for key, value in found.items()}
         rows[f"strength {strength:g}"] = made
-        points.append((found["kept"], found["obeyed"]))
-    labels = [f"{strength:g}" for strength in STRENGTHS]
-    axes = "IoU of the object that stays", "captions obeyed, at each strength"
-    return Part(numbers, rows, charts.curve(points, labels, *axes))
+        for points, value in zip(curves.values(), (found["obeyed"], found["kept"]), strict=True):
+            points.append((strength, value))
+    return Part(numbers, rows, charts.unit_square(curves, "strength", "share, or mean IoU", diagonal=False))
 
 
 def reworded(studio: Studio) -> Part:

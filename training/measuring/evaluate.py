@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autoencoder.images import to_uint8, to_unit
 from training.drawing.prompts import tell_reading
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
@@ -37,13 +36,14 @@ from training.measuring.held_out import (
 )
 from training.measuring.likelihood import likelihood
 from training.measuring.obedience import SAMPLING, draw_batches, obeyed_by_classifier, shapes_obedience
+from training.measuring.restoration import restoration
 from training.messages import answer, tell, warn
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
 from training.models.judge import load_classifier
 from training.models.lpips import load_distance
-from training.models.reconstructions import Fidelity
+from training.models.reconstructions import Fidelity, reconstructed
 from training.runs.folder import versions
 from training.settings.flags import check_least
 from training.shards.index import data_facts
@@ -58,7 +58,7 @@ KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
-    least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "draws": 1, "batch_size": 1}
+    least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "draws": 1, "samples": 2, "batch_size": 1}
     check_least(args, least, "evaluate.py --help says what it means")
     check_free(args.output, args.overwrite)
     check_free(args.grid, args.overwrite, "--grid")
@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    stage = find(args.model, "denoiser" if args.classify else None).stage
+    stage = find(args.model, "denoiser" if args.classify or args.restore else None).stage
     numbers = of_autoencoder(args) if stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
@@ -91,7 +91,7 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     few = warn_of_few(features.dim, len(places))
     fidelity, real, ours = Fidelity(network), Moments(features.dim), Moments(features.dim)
     for pixels in chunks(images, places, device):
-        made = _reconstruct(model, pixels)
+        made = reconstructed(model, pixels)
         real.add(features(pixels))
         ours.add(features(made))
         fidelity.add(made, pixels, args.crop or 0)
@@ -115,15 +115,10 @@ def _short(network: torch.nn.Module) -> str:
     return content_hash(network.state_dict())[:12]
 
 
-@torch.no_grad()
-def _reconstruct(model: Any, pixels: Tensor) -> Tensor:
-    """Pictures through the posterior's mean, 8-bit."""
-    return to_uint8(model(to_unit(pixels), None)[0])
-
-
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    if not (args.data or args.likelihood or args.classify or args.edits or args.obedience == "shapes"):
+    measured = (args.data, args.likelihood, args.classify, args.restore, args.edits, args.obedience == "shapes")
+    if not any(measured):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
@@ -138,6 +133,8 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= shapes_edits(pipeline, sampling, args)
     if args.classify:
         numbers |= classification(pipeline, args, device, ledger)
+    elif args.restore:
+        numbers |= restoration(pipeline, sampling, args, device, ledger)
     elif args.likelihood:
         with as_user_error(SAMPLING):
             numbers |= likelihood(pipeline, sampling, args, device, ledger)
@@ -168,7 +165,7 @@ def distances(
             verdicts.extend(obeyed_by_classifier(judge, pixels, captions) if judge else [])
             yield pixels
 
-    copies = (_reconstruct(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))
+    copies = (reconstructed(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))
     real, real_rows = gather(features, chunks(images, range(len(images)), device))
     sets = {
         "generated": gather(features, judged()),

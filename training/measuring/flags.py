@@ -10,6 +10,7 @@ def add_flags(parser: Parser) -> None:
     what_is_measured(parser)
     pictures(parser)
     held_out(parser)
+    restored(parser)
     how_pictures_are_drawn(parser)
     where_to(parser)
 
@@ -46,6 +47,8 @@ def held_out(parser: Parser) -> None:
     asked("--likelihood", metavar="N", type=int, default=0, help=text)
     text = "which of these captions, one a line, each picture shows: that at which the denoiser errs least"
     asked("--classify", metavar="FILE", help=text)
+    text = "draw each of them again from what this operator, a kind of --operator.kind, leaves of it, with noise"
+    asked("--restore", metavar="OPERATOR", help=text)
     text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
     add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)
     text = "random vectors per picture that hutchinson's estimate averages over"
@@ -53,6 +56,19 @@ def held_out(parser: Parser) -> None:
     add("--draws", metavar="N", type=int, default=32, help="pairs of a time and noise for each picture of --classify")
     text = "after so many of the draws leave each picture its KEEP best captions by either weighting; several in turn"
     add("--eliminate", metavar="DRAWS:KEEP", nargs="+", default=[], help=text)
+
+
+def restored(parser: Parser) -> None:
+    """How pictures are measured and drawn again."""
+    add = parser.add_argument_group("pictures of --restore").add_argument
+    text = "how: kinds of --measurement.kind, with any sampler, or of --posterior.kind; several, with commas between"
+    add("--method", metavar="NAMES", default="ddnm", help=text)
+    text = "standard deviation of the measurement's noise, of values in [-1, 1]"
+    add("--sigma-y", metavar="S", type=float, default=0.05, help=text)
+    text = "draws of each picture, by whose spread methods are judged; of 19 and more, intervals of 90 %% are exact"
+    add("--samples", metavar="N", type=int, default=19, help=text)
+    text = "what the model is told of a picture: its own caption, or the empty one"
+    add("--captions", choices=("own", "empty"), default="own", help=text)
 
 
 def how_pictures_are_drawn(parser: Parser) -> None:

@@ -60,6 +60,12 @@ def center(pixels: Tensor, side: int) -> Tensor:
     return pixels[..., top : top + side, left : left + side]
 
 
+@torch.no_grad()
+def reconstructed(model: Autoencoder, pixels: Tensor) -> Tensor:
+    """uint8 pictures through the posterior's mean, 8-bit."""
+    return to_uint8(model(to_unit(pixels), None)[0])
+
+
 def measure(
     model: Autoencoder, perceptual: Perceptual | None, batches: Iterable[Tensor], folder: Path
 ) -> dict[str, float]:

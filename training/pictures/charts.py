@@ -1,37 +1,50 @@
-"""Small line charts of shares, drawn with Pillow alone."""
+"""Charts that need no more than Pillow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, LEFT, BELOW, ABOVE = 240, 44, 34, 24  # pixels: the square of the axes, and the room around it
-TICKS = 5
-INK, PALE, LINE = "black", (225, 225, 225), (30, 60, 220)
+SIDE = 300  # pixels of the unit square
+MARGIN = 40
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # apart for the colour-blind: Paul Tol
 
 
-def curve(points: Sequence[tuple[float, float]], labels: Sequence[str], x: str, y: str) -> Image.Image:
-    """Points (x, y) of [0, 1] joined in their order, each with its label, over named axes from 0 to 1."""
-    sheet = Image.new("RGB", (LEFT + SIDE + 40, ABOVE + SIDE + BELOW), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for tick in range(TICKS + 1):
-        across, down = place(tick / TICKS, 0), place(0, tick / TICKS)
-        draw.line([across, place(tick / TICKS, 1)], fill=PALE)
-        draw.line([down, place(1, tick / TICKS)], fill=PALE)
-        draw.text((across[0], across[1] + 4), f"{tick / TICKS:.1f}", fill=INK, font=font, anchor="ma")
-        draw.text((down[0] - 6, down[1]), f"{tick / TICKS:.1f}", fill=INK, font=font, anchor="rm")
-    draw.line([place(0, 1), place(0, 0), place(1, 0)], fill=INK)
-    draw.text((LEFT + SIDE // 2, ABOVE + SIDE + 18), x, fill=INK, font=font, anchor="ma")
-    draw.text((4, 4), y, fill=INK, font=font)
-    places = [place(*point) for point in points]
-    draw.line(places, fill=LINE, width=2)
-    for (left, top), label in zip(places, labels, strict=True):
-        draw.ellipse((left - 3, top - 3, left + 3, top + 3), fill=LINE)
-        draw.text((left + 6, top - 6), label, fill=INK, font=font, anchor="ls")
+def unit_square(curves: Mapping[str, Sequence[Sequence[float]]], across: str, up: str,
+                diagonal: bool = True) -> Image.Image:
+    """Named curves of points (x, y) in [0, 1], the diagonal beneath them, and what both axes are."""
+    font = ImageFont.load_default(size=11)
+    wide = max((int(font.getlength(name)) for name in curves), default=0)
+    chart = Image.new("RGB", (SIDE + 2 * MARGIN + 30 + wide, SIDE + 2 * MARGIN), "white")
+    draw = ImageDraw.Draw(chart)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return MARGIN + x * SIDE, MARGIN + (1 - y) * SIDE
+
+    draw.rectangle([at(0, 1), at(1, 0)], outline="black")
+    if diagonal:
+        draw.line([at(0, 0), at(1, 1)], fill="grey")
+    for tick in (0.0, 0.5, 1.0):
+        draw.text(at(tick, 0), f"{tick:g}", fill="black", font=font, anchor="mt")
+        draw.text(at(0, tick), f"{tick:g} ", fill="black", font=font, anchor="rm")
+    draw.text((MARGIN + SIDE // 2, MARGIN + SIDE + 18), across, fill="black", font=font, anchor="mt")
+    draw.text((MARGIN, MARGIN - 18), up, fill="black", font=font, anchor="lt")
+    for place, (name, points) in enumerate(curves.items()):
+        colour, row = COLOURS[place % len(COLOURS)], MARGIN + 8 + 16 * place
+        draw.line([at(*point) for point in points], fill=colour, width=2)
+        for x, y in (at(*point) for point in points):
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+        draw.line([(MARGIN + SIDE + 8, row), (MARGIN + SIDE + 24, row)], fill=colour, width=2)
+        draw.text((MARGIN + SIDE + 30, row), name, fill="black", font=font, anchor="lm")
+    return chart
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures beneath each other, on white."""
+    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
     return sheet
-
-
-def place(x: float, y: float) -> tuple[int, int]:
-    """The pixel (across, down) of a point."""
-    return LEFT + round(x * SIDE), ABOVE + round((1 - y) * SIDE)

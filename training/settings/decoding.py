@@ -182,6 +182,11 @@ def chosen(section: str, overrides: Mapping[str, str]) -> Any:
     return part
 
 
+def values_of(member: Any) -> Values:
+    """The settings of a member of a family as plain data; `chosen` takes them back, each as JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(member), allow_nan=False))  # type: ignore[no-any-return]
+
+
 def stated(stage: str, source: str, key: str) -> Any:
     """What a config itself says of `section.key`; None where it leaves it to the default."""
     section, _, name = key.partition(".")

@@ -11,8 +11,9 @@ HEAD = "| section | kinds |\n| --- | --- |\n"
 
 
 def table() -> str:
-    """A row for each section that is a choice among kinds, stage two's first; of the kinds, the default."""
-    named = {name: kinds(own) for stage in reversed(STAGES) for name, own in families(stage).items()}
+    """A row for each section that is a choice among kinds, stage two's first, those of editing last; of the kinds, the
+    default."""
+    named = {name: kinds(own) for stage in (*reversed(STAGES), "editing") for name, own in families(stage).items()}
     return HEAD + "".join(f"| {name} | {', '.join(own)} |\n" for name, own in named.items() if own)
 
 

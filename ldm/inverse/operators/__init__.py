@@ -8,7 +8,7 @@ motion-blur, grey. The others are differentiable only: jpeg, phase, hdr, and any
 from ldm.families import members
 from ldm.inverse.operators.base import LinearOperator, Operator, Spectrum
 from ldm.inverse.operators.blurs import GaussianBlur, MotionBlur
-from ldm.inverse.operators.masks import GivenMask, Mask, measure
+from ldm.inverse.operators.masks import GivenMask, Mask, measure, residual
 from ldm.inverse.operators.nonlinear import HDR, Decoded, Phase
 from ldm.inverse.operators.quantised import JPEG
 from ldm.inverse.operators.separable import Bicubic, Box, Grey
@@ -20,4 +20,5 @@ OPERATORS: tuple[type[Operator], ...] = members(__name__, "OPERATORS", ORDER)
 __all__ = [
     "HDR", "JPEG", "OPERATORS", "Bicubic", "Box", "Decoded", "GaussianBlur", "GivenMask", "Grey", "LinearOperator",
     "Mask", "MotionBlur", "Operator", "Phase", "Spectrum", "measure",
+    "residual",
 ]

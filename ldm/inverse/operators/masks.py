@@ -84,4 +84,11 @@ def measure(operator: Operator, x: Tensor, sigma_y: float, noise: Noise) -> Tens
     return operator(y) if isinstance(operator, Masking) else y
 
 
+def residual(operator: Operator, x: Tensor, y: Tensor) -> Tensor:
+    """Root mean square of y - A x over what was measured, (B,): sigma_y, up to chance, for the x that y was made of."""
+    off = (y - operator(x)).flatten(1)
+    count = operator(torch.ones_like(x)).flatten(1).sum(1) if isinstance(operator, Masking) else off.shape[1]
+    return (off.square().sum(1) / count).sqrt()
+
+
 OPERATORS = (Mask,)

@@ -14,7 +14,7 @@ from ldm.denoiser import Bound
 from ldm.diffusion import Denoised
 from ldm.exact import F64, Counted, Isotropic, Mixture, Smooth, final_variance, scalar, two_modes
 from ldm.grids import Leading, Linspace, Uniform
-from ldm.inverse.operators import OPERATORS, GivenMask, LinearOperator, Operator, Spectrum
+from ldm.inverse.operators import OPERATORS, Decoded, GivenMask, LinearOperator, Operator, Spectrum
 from ldm.inverse.posterior import DDRM, DPS, POSTERIORS, Posterior, Problem, RePaint, ReSample, SplitGibbs
 from ldm.inverse.posterior.split_gibbs import Likelihood
 from ldm.noise import Noise
@@ -215,6 +215,15 @@ def test_an_operator_may_be_any_that_is_differentiable(method: Posterior) -> Non
     y = torch.ones(1, 4, 4, dtype=F64)
     x0 = method.draw(Smooth(Flow()), Squared(), y, 0.1, Uniform()(40, Flow()), seeds(1))
     assert (Squared()(x0) - y).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("method", [DPS(), ReSample()], ids=lambda method: method.kind)
+def test_a_linear_decoder_is_a_factor_of_the_operator(method: Posterior) -> None:
+    decoder = torch.tensor([[0.8, -0.5], [0.3, 1.1]], dtype=F64)
+    behind = Decoded(HALF, lambda z: z @ decoder.T, (1, 1, 2))
+    results = [method.draw(Smooth(Flow()), operator, y, 0.05, Uniform()(10, Flow()), seeds(2))
+               for operator, y in ((behind, hole(2)), (Matrix(rows=decoder[:1]), hole(2)[..., 0, 0, :1]))]
+    assert (results[0] - results[1]).abs().max() < 1e-12
 
 
 # --- dps

@@ -59,7 +59,12 @@ def test_the_numbers_are_those_of_the_pictures_and_captions(
 ) -> None:  # fmt: skip
     """Samples of the posterior and noise, keyed by seed and place; the rest of the pictures is left out and counted."""
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr("training.measuring.classification.posterior", lambda x: posterior(seen.append(x) or x))
+
+    def watched(scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores)
+        return posterior(scores)
+
+    monkeypatch.setattr("training.measuring.classification.posterior", watched)
     numbers = report("--seed", 3, "--grid", tmp_path / "grid.png")
     pipeline, images = load_pipeline(hearing, "cpu"), Images(ShardSet(shapes, "val"))
     classes = [*(caption(images, i) for i in range(4)), "a red circle at the top on a grey background"]
