@@ -24,7 +24,7 @@ from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
 from ldm.inverse.measurement import Measurement
-from ldm.inverse.operators import Decoded, Operator
+from ldm.inverse.operators import Decoded, GivenMask, Operator
 from ldm.inverse.posterior import Posterior, Problem
 from ldm.inversion import edit_friendly
 from ldm.noise import Noise
@@ -53,16 +53,21 @@ def image_to_image(pipeline: Pipeline, pictures: Pictures, *, strength: float = 
 
 def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength: float = 1.0,
                start_time: float | None = None, feather: int = 0, fill: Literal["grey", "nearest"] = "nearest",
-               dilate: int = 1, windows: int = 0) -> Tasks:
+               dilate: int = 1, windows: int = 0, posterior: Posterior | None = None) -> Tasks:
     """The hole of each picture drawn anew: `mask` (1 or B, 1, H, W) is True there.
 
     Pixels farther than `feather` from the hole are those of the source, bit for bit. The hole is filled before the
     picture is encoded, so that nothing of what was there is seen; `dilate` more latents around it are drawn too. A
-    `strength` below 1 begins from the picture as it was, hole included. Raises ValueError for a mask of another size.
+    `strength` below 1 begins from the picture as it was, hole included. `posterior`: a draw of the latents that are
+    seen with one mask for all, without noise, in place of the sampler: RePaint. Raises ValueError for a mask of another
+    size, and for a posterior with several masks or a part of the walk.
     """
     source = as_pixels(pipeline, pictures)
     if mask.shape[-2:] != source.shape[-2:]:
         raise ValueError(f"the mask is {_words(mask)} pixels and the picture {_words(source)}: give one of its size")
+    if posterior and (len(mask) > 1 or strength != 1 or start_time is not None):
+        raise ValueError(f"{posterior.kind} draws the holes of one mask, and walks from noise alone: give one mask for "
+                         "all pictures, and neither strength nor start time")
     whole, hole = (padded(part, pipeline.multiple) for part in (source, mask))
     free, inner = hole_in_latents(hole, pipeline.autoencoder.factor, dilate), windowed(pipeline, windows)
     plain = Task(shape=_shape(pipeline, whole), strength=strength, start_time=start_time)
@@ -74,6 +79,14 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
         def finish(made: Tensor) -> Tensor:
             return composite(_cropped(made, source), _of(source, part), _of(mask, part), feather)
 
+        def draw(denoise: Denoise, grid: Tensor, noise: Noise, watch: Watch | None) -> Tensor:
+            assert posterior
+            operator = GivenMask(~free[0, 0])
+            y = operator(known).expand(len(noise), *known.shape[1:])
+            return posterior.draw(denoise, operator, y, 0.0, grid, noise, watch)
+
+        if posterior:
+            return replace(plain, finish=finish, hold=inner, draw=draw)
         return replace(plain, source=encoded(pipeline, images), finish=finish,
                        hold=lambda denoise: Known(inner(denoise), gap, known))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.drawing.filling import posterior_of
 from training.drawing.given import Given, beside, given, reader
 from training.drawing.start import Group, Size, Start, alike, source_of
 from training.errors import DATA, UserError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ldm.inverse.posterior import Posterior
     from ldm.pipeline import Pipeline, Sampling
     from training.drawing.requests import Request
 
@@ -111,12 +114,15 @@ class Inpainting(Start):
     kind: ClassVar[str] = "inpainting"
     fact: ClassVar[str] = "inpaint"
     inputs: ClassVar[dict[str, str]] = {"sha256": "image", "mask_sha256": "mask"}
-    settings: ClassVar[dict[str, tuple[str, type]]] = {**WALK, **HOLE, "invert_mask": ("invert_mask", bool)}
+    settings: ClassVar[dict[str, tuple[str, type]]] = {
+        **WALK, **HOLE, "invert_mask": ("invert_mask", bool), "posterior": ("method", dict),
+    }  # fmt: skip
     sources: Sequence[Given]
     masks: Callable[[Given], Given]
     walk: dict[str, Any]
     hole: dict[str, Any]
     invert_mask: bool
+    posterior: Posterior | None
 
     @classmethod
     def add_flags(cls, group: Any) -> None:
@@ -139,7 +145,7 @@ class Inpainting(Start):
             raise UserError("--mask needs the picture it is of", hint="give it with --image")
         sources = given("--image", args.image, ledger)
         masks = beside("--mask", args.mask, sources, ledger)
-        return cls(sources, masks, _walk(args, 1.0), _hole(args), args.invert_mask)
+        return cls(sources, masks, _walk(args, 1.0), _hole(args), args.invert_mask, posterior_of(args))
 
     def facts(self, request: Request) -> dict[str, Any]:
         """The picture and its mask, and how the hole was drawn."""
@@ -147,11 +153,12 @@ class Inpainting(Start):
         mask = self.masks(source)
         names = {"name": source.name, "mask_name": mask.name}
         hashes = {"sha256": source.sha256, "mask_sha256": mask.sha256}
-        return {**hashes, **names, "invert_mask": self.invert_mask, **self.walk, **self.hole}
+        how = {"posterior": asdict(self.posterior)} if self.posterior else {}
+        return {**hashes, **names, "invert_mask": self.invert_mask, **self.walk, **self.hole, **how}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
-        """Pictures of one size together."""
+        """Pictures of one size together, and of one mask where a posterior sampler fills it."""
         import torch
 
         from ldm.image_tasks import inpainting
@@ -159,14 +166,20 @@ class Inpainting(Start):
         read = reader(pipeline.autoencoder.image_channels, size, ledger)
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
-            for group in alike(requests, read):
+            for group in self._together(alike(requests, read)):
                 pictures = [read(source_of(request)) for request in group]
                 holes = [hole_of(self.masks(source_of(r)), source_of(r), size, self.invert_mask) for r in group]
                 tell_size(pipeline, pictures[0].size, self.walk["windows"], ledger)
-                mask = torch.stack(holes).to(pipeline.device)
-                yield group, inpainting(pipeline, pictures, mask, **_said(self.walk), **self.hole)
+                mask = torch.stack(holes[:1] if self.posterior else holes).to(pipeline.device)
+                how = {**_said(self.walk), **self.hole, "posterior": self.posterior}
+                yield group, inpainting(pipeline, pictures, mask, **how)
 
         return tasks
+
+    def _together(self, groups: Iterator[list[Request]]) -> Iterator[list[Request]]:
+        for group in groups:
+            by_mask = groupby(group, lambda r: self.masks(source_of(r)).sha256 if self.posterior else "")
+            yield from (list(part) for _, part in by_mask)
 
 
 def _hole(args: argparse.Namespace) -> dict[str, Any]:

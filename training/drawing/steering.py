@@ -50,6 +50,7 @@ def flags_without_use(args: argparse.Namespace, text: TextEncoder, guidance: Gui
             args.classifier and not isinstance(guidance, ByClassifier)
         ),
         "--invert-prompt: only --invert reads it": args.invert_prompt and not args.invert,
+        "--method: only --restore and --mask read it": args.method and not (args.restore or args.mask),
         "--text-encoder: only a frozen one is loaded": args.text_encoder and text.trainable,
     }
     return [why for why, given in unused.items() if given]

@@ -21,6 +21,7 @@ from training.ledger import Ledger
 from training.machine import memory, processes
 from training.measuring.classification import classification
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
+from training.measuring.editing import shapes_edits
 from training.measuring.features import load_features
 from training.measuring.held_out import (
     check_count,
@@ -116,8 +117,9 @@ def _short(network: torch.nn.Module) -> str:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    if not (args.data or args.likelihood or args.classify or args.restore or args.obedience == "shapes"):
-        raise UserError("nothing to measure", hint="give --data DIR, or --obedience shapes")
+    measured = (args.data, args.likelihood, args.classify, args.restore, args.edits, args.obedience == "shapes")
+    if not any(measured):
+        raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
     sampling, settings = choose(args)
@@ -127,6 +129,8 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     ledger = Ledger()
     if args.obedience == "shapes":
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
+    if args.edits:
+        numbers |= shapes_edits(pipeline, sampling, args)
     if args.classify:
         numbers |= classification(pipeline, args, device, ledger)
     elif args.restore:

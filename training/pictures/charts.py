@@ -11,7 +11,8 @@ MARGIN = 40
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # apart for the colour-blind: Paul Tol
 
 
-def unit_square(curves: Mapping[str, Sequence[Sequence[float]]], across: str, up: str) -> Image.Image:
+def unit_square(curves: Mapping[str, Sequence[Sequence[float]]], across: str, up: str,
+                diagonal: bool = True) -> Image.Image:
     """Named curves of points (x, y) in [0, 1], the diagonal beneath them, and what both axes are."""
     font = ImageFont.load_default(size=11)
     wide = max((int(font.getlength(name)) for name in curves), default=0)
@@ -22,7 +23,8 @@ def unit_square(curves: Mapping[str, Sequence[Sequence[float]]], across: str, up
         return MARGIN + x * SIDE, MARGIN + (1 - y) * SIDE
 
     draw.rectangle([at(0, 1), at(1, 0)], outline="black")
-    draw.line([at(0, 0), at(1, 1)], fill="grey")
+    if diagonal:
+        draw.line([at(0, 0), at(1, 1)], fill="grey")
     for tick in (0.0, 0.5, 1.0):
         draw.text(at(tick, 0), f"{tick:g}", fill="black", font=font, anchor="mt")
         draw.text(at(0, tick), f"{tick:g} ", fill="black", font=font, anchor="rm")

@@ -142,6 +142,24 @@ def _fit(alpha: Floats, corner: tuple[int, int]) -> tuple[str, tuple[float, floa
     return fit
 
 
+def _distinct(distance: Floats) -> NDArray[np.bool_]:
+    """Where the distance from the background is an object's: beyond half the local contrast, the edge of a blurred
+    object whatever its colour."""
+    return (distance > CONTRAST) & (distance >= 0.5 * _spread(distance, round(2 * len(distance) / UNIT)))
+
+
+def silhouette(image: Bytes) -> NDArray[np.bool_]:
+    """Where a square picture (H, H, 3) uint8, averaged down to 32-63 pixels, shows objects and not its background."""
+    picture = _reduced(image)
+    return _distinct(np.linalg.norm(picture - _background(picture), axis=2))
+
+
+def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """Intersection over union of two silhouettes; 1 where both are empty."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
+
+
 def read(image: Bytes) -> list[Seen]:
     """The objects in a square picture (H, H, 3) uint8, largest first. Raises ValueError for other arrays."""
     picture = _reduced(image)
@@ -149,8 +167,7 @@ def read(image: Bytes) -> list[Seen]:
     scale = side / UNIT
     ground = _background(picture)
     distance = np.linalg.norm(picture - ground, axis=2)
-    # Half the local contrast: the edge of a blurred object, whatever its colour's distance from the background.
-    labels = _label((distance > CONTRAST) & (distance >= 0.5 * _spread(distance, round(2 * scale))))
+    labels = _label(_distinct(distance))
     numbers, areas = np.unique(labels[labels > 0], return_counts=True)
     order = [int(numbers[i]) for i in np.argsort(-areas, kind="stable") if areas[i] >= SMALLEST * scale**2]
     return [_see(picture, ground, distance, labels == number, side) for number in order]

@@ -114,6 +114,8 @@ EDITS = {
     "image": ("--image", "source.png", "--strength", 0.6),
     "start time": ("--image", "source.png", "--start-time", 0.4, "--size", 16),
     "mask": ("--image", "source.png", "--mask", "mask.png", "--feather", 1, "--fill", "grey", "--invert-mask"),
+    "repaint": ("--image", "source.png", "--mask", "mask.png", "--method", "repaint", "--posterior.jump", 1,
+                "--posterior.resamples", 2),
     "outpaint": ("--image", "source.png", "--outpaint", "4,0,4,0", "--windows", 3),
     "windows": ("--size", "32x48", "--windows", 4),
     "invert": ("--invert", "source.png", "--invert-prompt", "b", "--invert-iterations", 2, "--sampler", "ddim"),
@@ -191,6 +193,10 @@ WRONG = {
     "coupling of nothing": (("--coupling", "masactrl"), "nothing says what the picture beside shows"),
     "style by coupling": (("--coupling", "style", "--source-prompt", "b"), "is what --style FILE asks for"),
     "edit-friendly": (("--invert", "source.png", "--edit-friendly", "--sampler", "euler"), "one draw a step"),
+    "method of a mask": (("--image", "source.png", "--mask", "mask.png", "--method", "ddnm"), "ddnm is for --restore"),
+    "strength of repaint": (
+        ("--image", "source.png", "--mask", "mask.png", "--method", "repaint", "--strength", 0.5), "from noise alone"
+    ),
     "strength of inversion": (("--invert", "source.png", "--strength", 0.5), "--strength is for --image"),
 }
 
@@ -227,5 +233,8 @@ def test_masks_of_a_folder_belong_to_the_pictures_of_their_names(denoiser: Path,
         changed = (pixels(made) != pixels(source)).any(-1)
         columns = slice(8 * index, 8 * index + 8)
         assert changed.any() and not changed[8:].any() and not np.delete(changed, columns, 1).any()
+    draw(denoiser, tmp_path / "repaint", *words, "--method", "repaint", "--posterior.jump", 1)
+    assert not np.array_equal(pixels(tmp_path / "repaint" / "00001-b.png"), pixels(made))
+    assert np.array_equal(pixels(tmp_path / "repaint" / "00001-b.png")[:, :8], pixels(source)[:, :8])
     shutil.move(tmp_path / "masks" / "b.png", tmp_path / "masks" / "c.png")
     assert "none for b.png" in refused(denoiser, tmp_path, *words).what

@@ -1,0 +1,284 @@
+"""How well scenes of the embedded shapes are edited: inpainted, drawn again, reworded, inverted and extended.
+
+Each part gives its numbers and rows of example pictures. `training/shapes/checker.py` says what is obeyed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from autoencoder.fidelity import psnr
+from autoencoder.images import to_unit
+from ldm.coupling import PromptToPrompt
+from ldm.guidance import ClassifierFree
+from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, inpainting, inverted, referring
+from ldm.samplers import DDIM, DDPM
+from ldm.tasks import Task, Tasks
+from training.errors import UserError, as_user_error
+from training.measuring.distances import wilson
+from training.measuring.obedience import SAMPLING
+from training.messages import tell
+from training.pictures import charts, grids
+from training.shapes.checker import background, check, overlap, read, silhouette
+from training.shapes.edits import Edit, another_colour, another_object
+from training.shapes.scenes import UNIT
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ldm.pipeline import Pipeline, Sampling
+
+STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of image-to-image
+KEPT_NOISE = (0.36, 0.64, 1.0)  # strengths of edits by edit-friendly inversion; 0.64 is the paper's
+ITERATIONS = (1, 3)  # of DDIM inversion's fixed point
+SHOWN = 8  # pictures of a row
+Bools = NDArray[np.bool_]
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kind of edit gave: its numbers, rows of uint8 pictures (n, 3, H, W), and a chart of it."""
+
+    numbers: Numbers
+    rows: dict[str, Tensor]
+    chart: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A model, how it draws, and the scenes that it is given: `count` of each kind, from `seed` on."""
+
+    pipeline: Pipeline
+    sampling: Sampling
+    count: int
+    seed: int
+    batch_size: int
+
+    @property
+    def side(self) -> int:
+        return self.pipeline.size[0]
+
+    def edits(self, make: Callable[[int, int], Edit], objects: int) -> list[Edit]:
+        return [make(self.seed * 1_000_003 + number, objects) for number in range(self.count)]
+
+    def pictures(self, edits: Sequence[Edit]) -> Tensor:
+        """The sources, uint8 (N, 3, H, W)."""
+        shown = torch.from_numpy(np.stack([edit.picture(self.side) for edit in edits]))
+        return shown.permute(0, 3, 1, 2).to(self.pipeline.device)
+
+    def draw(self, captions: Sequence[str], task: Tasks | None = None, sampling: Sampling | None = None) -> Tensor:
+        """uint8 (N, 3, H, W) of the captions, picture i from seed + i."""
+        seeds = range(self.seed, self.seed + len(captions))
+        with as_user_error(SAMPLING):
+            made = self.pipeline.pixels(captions, seeds, task=task, sampling=sampling or self.sampling,
+                                        batch_size=self.batch_size)
+            return torch.cat(list(made))
+
+
+def shapes_edits(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> Numbers:
+    """The numbers of all parts; with --grid FILE one sheet of examples for each, named FILE-PART.
+
+    Raises UserError for a model of other pictures than square RGB ones of at least 32 pixels.
+    """
+    height, width = pipeline.size
+    if pipeline.autoencoder.image_channels != 3 or height != width or height < UNIT:
+        what = f"--edits shapes edits square RGB pictures of at least {UNIT:g} pixels, the model draws {height}x{width}"
+        raise UserError(what, hint="measure a model that was trained on the embedded shapes")
+    if args.count < 1:
+        raise UserError("--edits shapes edits --count pictures of each kind, at least 1", hint="give --count N")
+    studio = Studio(pipeline, sampling, args.count, args.seed, args.batch_size)
+    numbers: Numbers = {"edits": args.count, "edits_judge": "the rules of training/shapes/checker.py"}
+    for name, part in PARTS.items():
+        tell(f"editing: {name}")
+        found = part(studio)
+        numbers |= {f"{name}_{key}": value for key, value in found.numbers.items()}
+        if args.grid:
+            grids.write(sheet(found), sheet_path(args.grid, name))
+    return numbers
+
+
+def sheet_path(grid: str, name: str) -> Path:
+    """Where the examples of a part go."""
+    path = Path(grid)
+    return path.with_name(f"{path.stem}-{name}{path.suffix}")
+
+
+def sheet(part: Part) -> Image.Image:
+    """The rows of a part, and its chart beneath them."""
+    width = max(pixels.shape[-1] for pixels in part.rows.values())
+    rows = [torch.nn.functional.pad(pixels[:SHOWN], (0, width - pixels.shape[-1]), value=255).cpu()
+            for pixels in part.rows.values()]  # fmt: skip
+    examples = grids.grid(torch.cat(rows), len(rows[0]), rows=list(part.rows))
+    return charts.stacked([examples, part.chart]) if part.chart else examples
+
+
+# --- what is measured of pictures --------------------------------------------------------------------------------
+
+
+def share(name: str, verdicts: Sequence[bool]) -> Numbers:
+    """A share and its 95 % interval."""
+    hits = sum(map(bool, verdicts))
+    return {name: hits / len(verdicts), f"{name}_95": list(wilson(hits, len(verdicts)))}
+
+
+def arrays(pixels: Tensor) -> list[NDArray[np.uint8]]:
+    """(H, W, 3) each."""
+    return list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+
+def obeyed(pixels: Tensor, captions: Sequence[str]) -> list[bool]:
+    """Whether the checker finds in each picture what its caption says."""
+    return [check(image, caption)["obeyed"] for image, caption in zip(arrays(pixels), captions, strict=True)]
+
+
+def overlaps(a: Tensor, b: Tensor, without: Sequence[Edit] = ()) -> list[float]:
+    """IoU of the silhouettes of pictures, outside of the holes of edits where those are given."""
+    found = [[silhouette(image) for image in arrays(pixels)] for pixels in (a, b)]
+    side = len(found[0][0])
+    left = [~edit.hole(side) for edit in without] or [np.ones((side, side), dtype=bool)] * len(a)
+    return [overlap(one & rest, other & rest) for one, other, rest in zip(*found, left, strict=True)]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def seam(picture: Tensor, column: int) -> tuple[float, float]:
+    """How much a picture (C, H, W) changes between columns `column` - 1 and `column`, and the 95th percentile of that
+    between all other neighbours: means of |difference| over rows and channels, in grey levels."""
+    steps = picture.double().diff(dim=-1).abs().mean(dim=(0, 1))
+    others = torch.cat([steps[: column - 1], steps[column:]])
+    return steps[column - 1].item(), others.quantile(0.95).item()
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def inpainted(studio: Studio) -> Part:
+    """One object's place is drawn anew after a caption that names another there."""
+    numbers, rows = Numbers(), dict[str, Tensor]()
+    for objects, name in ((1, "one"), (2, "one of two")):
+        edits = studio.edits(another_object, objects)
+        source, captions = studio.pictures(edits), [edit.words[1] for edit in edits]
+        mask = torch.from_numpy(np.stack([edit.hole(studio.side) for edit in edits])[:, None]).to(source.device)
+        made = studio.draw(captions, inpainting(studio.pipeline, source, mask))
+        assert torch.equal(made.masked_fill(mask, 0), source.masked_fill(mask, 0)), "a pixel outside of the hole moved"
+        numbers |= share(f"{objects}_obeyed", obeyed(made, captions))
+        grey = source.masked_fill(mask, 0).where(~mask, 160)
+        rows |= {f"{name}: source": source, f"{name}: hole": grey, f"{name}: drawn": made}
+    return Part(numbers, rows)
+
+
+def drawn_again(studio: Studio) -> Part:
+    """Two objects, noised and drawn after a caption that names another for one of them: what is obeyed, and how far the
+    other object stays where it was."""
+    edits = studio.edits(another_object, 2)
+    source, captions = studio.pictures(edits), [edit.words[1] for edit in edits]
+    numbers, rows = Numbers(), {"source": source}
+    curves: dict[str, list[tuple[float, float]]] = {"captions obeyed": [], "IoU of the object that stays": []}
+    for strength in STRENGTHS:
+        made = studio.draw(captions, image_to_image(studio.pipeline, source, strength=strength))
+        found = share("obeyed", obeyed(made, captions)) | {"kept": mean(overlaps(source, made, edits))}
+        numbers |= {f"{strength:g}_{key}": value for key, value in found.items()}
+        rows[f"strength {strength:g}"] = made
+        for points, value in zip(curves.values(), (found["obeyed"], found["kept"]), strict=True):
+            points.append((strength, value))
+    return Part(numbers, rows, charts.unit_square(curves, "strength", "share, or mean IoU", diagonal=False))
+
+
+def reworded(studio: Studio) -> Part:
+    """A colour word changed under the same seed, with the source's attention maps and without: whether silhouettes stay
+    and colours change. Captions that say everything, those that leave the place open, and colour and shape alone."""
+    wordings: dict[str, tuple[int, Callable[[Edit], tuple[str, str]]]] = {
+        "full": (1, lambda edit: edit.words),
+        "short": (2, lambda edit: edit.fewest_words),
+        "bare": (1, lambda edit: (bare(edit.fewest_words[0]), bare(edit.fewest_words[1]))),
+    }
+    numbers, rows = Numbers(), dict[str, Tensor]()
+    for name, (objects, say) in wordings.items():
+        edits = studio.edits(another_colour, objects)
+        before, after = zip(*map(say, edits), strict=True)
+        source = studio.draw(before)
+        drawings = {"alone": None, "coupled": referring(None, PromptToPrompt(), before)}
+        rows[f"{name}: source"] = source
+        for how, task in drawings.items():
+            made = studio.draw(after, task)
+            kept = overlaps(source, made)
+            numbers[f"{name}_{how}_iou"] = mean(kept)
+            numbers |= share(f"{name}_{how}_iou_from_0.8", [one >= 0.8 for one in kept])
+            numbers |= share(f"{name}_{how}_colour", [*map(coloured, arrays(made), edits)])
+            rows[f"{name}: {how}"] = made
+    return Part(numbers, rows)
+
+
+def bare(caption: str) -> str:
+    """A caption without its place: `a red circle`."""
+    return caption.partition(" at ")[0].partition(" in ")[0]
+
+
+def coloured(image: NDArray[np.uint8], edit: Edit) -> bool:
+    """Whether the objects seen have the colours of the target, no more and no fewer."""
+    return sorted(seen.colour for seen in read(image)) == sorted(item.colour for item in edit.target.objects)
+
+
+def turned_back(studio: Studio) -> Part:
+    """Pictures whose noise is found: drawn again after their own caption, and edited after one of another colour."""
+    edits = studio.edits(another_colour, 1)
+    source, (before, after) = studio.pictures(edits), zip(*(edit.words for edit in edits), strict=True)
+    pipeline, plan = studio.pipeline, replace(studio.sampling, sampler=DDPM())
+    restored = studio.draw(before, image_to_image(pipeline, source, strength=0))
+    again = studio.draw(before, edit_friendly_inversion(pipeline, source, before, sampling=plan), plan)
+    numbers = {"edit-friendly_largest_difference": (again.int() - restored.int()).abs().max().item()}
+    rows = {"source": source, "same words": again}
+    for strength in KEPT_NOISE:
+        made = studio.draw(after, edit_friendly_inversion(pipeline, source, before, strength=strength, sampling=plan),
+                           plan)
+        found = share("obeyed", obeyed(made, after)) | {"iou": mean(overlaps(source, made))}
+        numbers |= {f"edit-friendly_{strength:g}_{key}": value for key, value in found.items()}
+        rows[f"other colour, {strength:g}"] = made
+    for scale in (1.0, studio.sampling.guidance.scale) if isinstance(studio.sampling.guidance, ClassifierFree) else (1,):
+        way = replace(studio.sampling, sampler=DDIM(), guidance=ClassifierFree(scale=scale))
+        for iterations in ITERATIONS:
+            start = inverted(pipeline, to_unit(source), before, way, iterations)
+            made = studio.draw(before, _from(start), way)
+            numbers[f"ddim_{iterations}_at_{scale:g}_psnr"] = psnr(made, restored).mean().item()
+            rows[f"DDIM x{iterations}, scale {scale:g}"] = made
+    return Part(numbers, rows)
+
+
+def _from(start: Tensor) -> Tasks:
+    return lambda part: Task(start=start[part])
+
+
+def grown(studio: Studio) -> Part:
+    """A canvas of twice the width: whether the seam shows, and whether the new half has the background of the old."""
+    edits, side = studio.edits(another_object, 1), studio.side
+    source, captions = studio.pictures(edits), [edit.words[0] for edit in edits]
+    canvas, new = extended(studio.pipeline, source, (0, 0, side, 0))
+    window = studio.pipeline.latent_shape(studio.pipeline.size)[-1] // 2
+    numbers, rows = Numbers(), {"source": source}
+    for name, windows in (("windows", max(1, window)), ("whole", 0)):
+        made = studio.draw(captions, inpainting(studio.pipeline, canvas, new, windows=windows))
+        assert torch.equal(made[..., :side], source), "a pixel of the picture moved"
+        steps, limits = zip(*(seam(picture, side) for picture in made), strict=True)
+        numbers |= share(f"{name}_seamless", [step <= limit for step, limit in zip(steps, limits, strict=True)])
+        numbers |= {f"{name}_seam": mean(steps), f"{name}_interior_95th": mean(limits)}
+        grounds = [background(old) == background(added) for old, added in
+                   zip(arrays(source), arrays(made[..., side:]), strict=True)]  # fmt: skip
+        numbers |= share(f"{name}_background", grounds)
+        rows[name] = made
+    return Part(numbers, rows)
+
+
+PARTS = {"inpainting": inpainted, "sdedit": drawn_again, "words": reworded, "inversion": turned_back,
+         "outpainting": grown}  # fmt: skip
