@@ -24,6 +24,7 @@ from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, i
 from ldm.samplers import DDIM, DDPM
 from ldm.tasks import Task, Tasks
 from training.errors import UserError, as_user_error
+from training.guarding import check_free
 from training.measuring.distances import wilson
 from training.measuring.obedience import SAMPLING
 from training.messages import tell
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Sampling
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of image-to-image
-KEPT_NOISE = (0.36, 0.64, 1.0)  # strengths of edits by edit-friendly inversion; 0.64 is the paper's
+PAPER = 0.64  # the strength of edit-friendly inversion
+KEPT_NOISE = (0.36, PAPER, 1.0)
 ITERATIONS = (1, 3)  # of DDIM inversion's fixed point
+BEST = 100.0  # dB that an equal picture counts in a mean
 SHOWN = 8  # pictures of a row
-Bools = NDArray[np.bool_]
 Numbers = dict[str, Any]
 
 
@@ -88,14 +90,17 @@ class Studio:
 def shapes_edits(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> Numbers:
     """The numbers of all parts; with --grid FILE one sheet of examples for each, named FILE-PART.
 
-    Raises UserError for a model of other pictures than square RGB ones of at least 32 pixels.
+    Raises UserError for a model of other pictures than square RGB ones of at least 32 pixels, and for sheets that are
+    there already.
     """
     height, width = pipeline.size
     if pipeline.autoencoder.image_channels != 3 or height != width or height < UNIT:
-        what = f"--edits shapes edits square RGB pictures of at least {UNIT:g} pixels, the model draws {height}x{width}"
+        what = f"edited shapes are square RGB pictures of at least {UNIT:g} pixels, the model draws {width}x{height}"
         raise UserError(what, hint="measure a model that was trained on the embedded shapes")
     if args.count < 1:
         raise UserError("--edits shapes edits --count pictures of each kind, at least 1", hint="give --count N")
+    for name in PARTS if args.grid else ():
+        check_free(sheet_path(args.grid, name), args.overwrite, "--grid")
     studio = Studio(pipeline, sampling, args.count, args.seed, args.batch_size)
     numbers: Numbers = {"edits": args.count, "edits_judge": "the rules of training/shapes/checker.py"}
     for name, part in PARTS.items():
@@ -236,23 +241,27 @@ def turned_back(studio: Studio) -> Part:
     edits = studio.edits(another_colour, 1)
     source, (before, after) = studio.pictures(edits), zip(*(edit.words for edit in edits), strict=True)
     pipeline, plan = studio.pipeline, replace(studio.sampling, sampler=DDPM())
-    restored = studio.draw(before, image_to_image(pipeline, source, strength=0))
-    again = studio.draw(before, edit_friendly_inversion(pipeline, source, before, sampling=plan), plan)
-    numbers = {"edit-friendly_largest_difference": (again.int() - restored.int()).abs().max().item()}
+    decoded = studio.draw(before, image_to_image(pipeline, source, strength=0))
+
+    def edited(captions: Sequence[str], strength: float) -> Tensor:
+        task = edit_friendly_inversion(pipeline, source, before, strength=strength, sampling=plan)
+        return studio.draw(captions, task, plan)
+
+    again = edited(before, PAPER)
+    numbers: Numbers = {"edit-friendly_largest_difference": (again.int() - decoded.int()).abs().max().item()}
     rows = {"source": source, "same words": again}
     for strength in KEPT_NOISE:
-        made = studio.draw(after, edit_friendly_inversion(pipeline, source, before, strength=strength, sampling=plan),
-                           plan)
+        made = edited(after, strength)
         found = share("obeyed", obeyed(made, after)) | {"iou": mean(overlaps(source, made))}
         numbers |= {f"edit-friendly_{strength:g}_{key}": value for key, value in found.items()}
         rows[f"other colour, {strength:g}"] = made
-    for scale in (1.0, studio.sampling.guidance.scale) if isinstance(studio.sampling.guidance, ClassifierFree) else (1,):
-        way = replace(studio.sampling, sampler=DDIM(), guidance=ClassifierFree(scale=scale))
+    for name, guidance in (("unguided", ClassifierFree(scale=1.0)), ("guided", studio.sampling.guidance)):
+        way = replace(studio.sampling, sampler=DDIM(), guidance=guidance)
         for iterations in ITERATIONS:
             start = inverted(pipeline, to_unit(source), before, way, iterations)
             made = studio.draw(before, _from(start), way)
-            numbers[f"ddim_{iterations}_at_{scale:g}_psnr"] = psnr(made, restored).mean().item()
-            rows[f"DDIM x{iterations}, scale {scale:g}"] = made
+            numbers[f"ddim_{name}_{iterations}_psnr"] = psnr(made, decoded).clamp(max=BEST).mean().item()
+            rows[f"DDIM {name}, {iterations}x"] = made
     return Part(numbers, rows)
 
 
