@@ -22,7 +22,7 @@ def main() -> None:
     add("--processes", metavar="NAME,...", default="all", help=text)
     add("--grids", metavar="NAME,...", default="karras", help="which grids, by name, or all")
     add("--steps", metavar="N", type=int, help="steps of each run (32; with --model 200)")
-    add("--model", metavar="RUN", help="check the samplers on this denoiser's run instead")
+    add("--model", metavar="RUN", help="check the samplers on this denoiser's run, or demo, instead")
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
     add("--prompt", metavar="TEXT", default="", help="with --model: the caption to draw")
     add("--seeds", metavar="N", type=int, default=32, help="with --model: pictures that a distribution is judged by")

@@ -16,7 +16,7 @@ def main() -> None:
     """Read the flags and write the page."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
-    add("model", metavar="RUN", help="a stage-one run, its final/ or a checkpoint")
+    add("model", metavar="RUN", help="a stage-one run, its final/ or a checkpoint; or demo")
     add("--data", metavar="DIR", required=True, help="packed pictures: val is measured, train teaches the probe")
     add("--output", metavar="DIR", required=True, help="where inspection.html and inspection.json go")
     add("--overwrite", action="store_true", help="replace these files where they are there")

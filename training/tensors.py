@@ -16,6 +16,7 @@ from training.errors import CHECKPOINT, UserError
 from training.guarding import disk_error, each_once, staged, unreadable, without_waiting
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LARGEST_HEADER = 8 << 20  # bytes: some 80,000 tensors; the format allows more, which only a forged file uses
@@ -112,6 +113,11 @@ def _unfit(tensor: Tensor, wanted: Tensor) -> str:
     if tensor.is_floating_point() and not (finite := tensor.float().isfinite()).all():
         return f"is not finite ({int((~finite).sum()):,} of its {tensor.numel():,} numbers)"
     return ""
+
+
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors, floating-point ones rounded to the nearest of `dtype`."""
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

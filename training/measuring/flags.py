@@ -18,7 +18,7 @@ def add_flags(parser: Parser) -> None:
 def what_is_measured(parser: Parser) -> None:
     """The run, and the pictures that it is measured on."""
     add = parser.add_argument
-    add("--model", metavar="RUN", required=True, help="a run of either stage, its final/ or a checkpoint")
+    add("--model", metavar="RUN", required=True, help="a run of either stage, its final/ or a checkpoint; or demo")
     parser.add_data("packed pictures, folder or address; their val split, else test split, is the truth")
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
     add("--seed", type=int, default=0, help="first seed of the pictures")

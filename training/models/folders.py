@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.errors import CHECKPOINT, UserError
 from training.files import copy_file, write_bytes, write_json
-from training.guarding import disk_error, make_folder, read_record, refuse_links
+from training.guarding import disk_error, make_folder, read_record, refuse_links, staged
 from training.machine.faults import fault
 from training.runs.checkpoints import Checkpoints
 from training.settings import decoding
-from training.tensors import check_weights, content_hash, load_tensors, save_tensors
+from training.settings.embedded import WANTED, located
+from training.tensors import check_weights, content_hash, in_dtype, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-def export(folder: Path, values: decoding.Values, tensors: Mapping[str, Tensor], card: str) -> str:
-    """Write a model folder {config.json, model.safetensors, README.md}, whole; returns the weights' content hash."""
+def export(
+    folder: Path,
+    values: decoding.Values,
+    tensors: Mapping[str, Tensor],
+    card: str,
+    stored: torch.dtype | None = None,
+) -> str:
+    """Write a model folder {config.json, model.safetensors, README.md}, whole; returns the weights' content hash.
+
+    `stored`: the precision of floating-point numbers in the file, where it is another; they must fit into it.
+    """
     identity = content_hash(tensors)
     make_folder(folder)
     try:
         fault("export")
     except OSError as failure:
         raise disk_error(folder, failure) from None
-    save_tensors(folder / "model.safetensors", tensors, {"hash": identity})
+    written = in_dtype(tensors, stored) if stored else tensors
+    save_tensors(folder / "model.safetensors", written, {"hash": identity})
     write_json(folder / "config.json", values)
     write_bytes(folder / "README.md", card.encode())
     return identity
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A place for a folder to be made in, which becomes `output` once it is whole. Raises UserError where one is."""
+    if output.exists():
+        raise UserError(f"{output} already exists", hint="choose another --output")
+    staging = staged(output)
+    try:
+        yield staging
+        staging.replace(output)
+    except OSError as failure:  # shutil's own error is a list of them
+        raise disk_error(output, failure) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 class Found(NamedTuple):
@@ -62,15 +90,12 @@ class Found(NamedTuple):
             raise UserError(what, hint=hint, code=CHECKPOINT) from None
 
 
-WANTED = "give a run folder, its final/ or one of its checkpoints"
-
-
 def find(path: str | Path, stage: str | None = None) -> Found:
-    """The model of RUN, RUN/final or a checkpoint; RUN in training gives its newest checkpoint.
+    """The model of RUN, RUN/final or a checkpoint; RUN in training gives its newest checkpoint. `demo`: see `located`.
 
     Raises UserError where there is no such model, or one of another stage than `stage`.
     """
-    path = Path(path)
+    path = located(path, stage)
     if not path.is_dir():
         raise UserError(f"{path}: no such run", hint=WANTED, code=CHECKPOINT)
     in_checkpoints = path.parent.name == "checkpoints"

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from training.commands import door
-from training.errors import CHECKPOINT, USAGE, UserError
+from training.errors import USAGE, UserError
 from training.messages import note
 from training.settings import foreign
+from training.settings.embedded import check_model
 from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
 from training.settings.net import run_main as run_main  # of every script
 from training.settings.sections import Conditioning, Loss, Optimizer, Sample, Train
@@ -201,9 +202,8 @@ def check_least(args: argparse.Namespace, least: Mapping[str, int], hint: str = 
 def check_inputs(args: argparse.Namespace) -> None:
     """Refuse runs and folders of shards that are not there, before torch is loaded. Raises UserError."""
     for run in (getattr(args, name, None) for name in ("model", "autoencoder")):
-        if run is not None and not Path(run).is_dir():
-            hint = "give a run folder, its final/ or one of its checkpoints"
-            raise UserError(f"{run}: no such run", hint=hint, code=CHECKPOINT)
+        if run is not None:
+            check_model(run)
     for folder in (getattr(args, name, None) for name in ("data", "latents")):
         if getattr(args, "stream", False) and folder == getattr(args, "data", None):
             continue  # it names tars, no folder

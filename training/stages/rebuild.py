@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, UserError
-from training.guarding import disk_error, read_json, staged
+from training.guarding import read_json
 from training.loop.power_ema import FOLDER, reconstruct, snapshots
 from training.messages import answer, warn
-from training.models.folders import find
+from training.models.folders import find, whole_folder
 from training.models.lineage import store_ingredients
 from training.tensors import content_hash, load_tensors, save_tensors
 
@@ -26,20 +26,12 @@ def rebuild(args: argparse.Namespace) -> int:
     model, output = find(args.model, "denoiser"), Path(args.output)
     if not model.finished:
         raise UserError(f"{args.model}: no finished denoiser's run", hint="give its run folder", code=CHECKPOINT)
-    if output.exists():
-        raise UserError(f"{output} already exists", hint="choose another --output")
-    folder, end = Path(args.model) / FOLDER, int(read_json(Path(args.model) / "run.json")["step"])
-    if strays := [path.name for number, path in snapshots(folder).items() if number > end]:
-        warn(f"{', '.join(strays)} not used: the run ended at step {end} and gave up what it had been before")
-    tensors, step = reconstruct(folder, args.length, args.step, end)
-    staging = staged(output)
-    try:
+    with whole_folder(output) as staging:
+        folder, end = model.home.parent / FOLDER, int(read_json(model.home.parent / "run.json")["step"])
+        if strays := [path.name for number, path in snapshots(folder).items() if number > end]:
+            warn(f"{', '.join(strays)} not used: the run ended at step {end} and gave up what it had been before")
+        tensors, step = reconstruct(folder, args.length, args.step, end)
         _fill(staging, model.final, tensors)
-        staging.replace(output)
-    except OSError as failure:  # shutil's own error is a list of them
-        raise disk_error(output, failure) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     answer(f"wrote {output}: the average of length {args.length:g} at step {step}")
     return 0
 

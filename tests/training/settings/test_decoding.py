@@ -66,7 +66,7 @@ def test_published_networks_have_their_published_size(name: str) -> None:
     assert sum(p.numel() for part in parts for p in part.parameters()) == count
 
 
-def test_an_installed_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
+def test_an_installed_wheel_finds_its_configs_from_any_directory_and_holds_the_demo(tmp_path: Path) -> None:
     """Built from a copy, unpacked, and asked from elsewhere with nothing of this checkout on the path."""
     pytest.importorskip("setuptools", "77")
     copy, site = tmp_path / "copy", tmp_path / "site"
@@ -81,7 +81,9 @@ def test_an_installed_wheel_finds_its_configs_from_any_directory(tmp_path: Path)
     assert built.returncode == 0, built.stderr[-2000:]
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
     sources = [path.relative_to(copy) for path in copy.glob("*/**/*.py") if "build" not in path.parts]
-    assert len(sources) > 100 and not [path for path in sources if not (site / path).is_file()]
+    demo = [path.relative_to(copy) for path in (copy / "training/models/demo").rglob("*") if path.is_file()]
+    assert len(sources) > 100 and len(demo) == 9
+    assert not [path for path in sources + demo if not (site / path).is_file()]
     ask = "from training.settings import decoding as d; print({s: d.names(s) for s in d.STAGES}, d.__file__)"
     told = run([sys.executable, "-S", "-c", ask], cwd=tmp_path, env={"PYTHONPATH": str(site)})
     expected = {stage: decoding.names(stage) for stage in decoding.STAGES}

@@ -1,0 +1,55 @@
+"""The work of scripts/export_model.py: a denoiser with all it draws with as one folder, its weights rounded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from training.guarding import make_folder
+from training.messages import answer
+from training.models.assembly import HashedPipeline, load_pipeline
+from training.models.autoencoders import autoencoder_hashes
+from training.models.folders import Found, card, export, find, whole_folder
+from training.models.lineage import store_ingredients
+from training.settings import decoding
+from training.tensors import content_hash, in_dtype, save_tensors
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def export_model(args: argparse.Namespace) -> int:
+    """A new model folder of a run or checkpoint, its weights stored as `args.dtype`. Returns the exit code."""
+    output, source = Path(args.output), find(args.model, "denoiser")
+    with whole_folder(output) as folder:
+        pipeline = load_pipeline(source.home if source.finished else source.weights, "cpu", args.text_encoder)
+        _write(folder, source, pipeline, getattr(torch, args.dtype))
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    answer(f"wrote {output}: {size:,} bytes")
+    return 0
+
+
+def _write(folder: Path, source: Found, pipeline: HashedPipeline, dtype: torch.dtype) -> None:
+    """final/ with other weights. The hashes are those of the rounded ones, in the precision they are loaded in."""
+    autoencoder, backbone, text = pipeline.autoencoder, pipeline.denoiser.backbone, pipeline.text
+    config, inner = source.config(), find(source.final / "autoencoder", "autoencoder").config()
+    assert isinstance(config, decoding.DenoiserConfig) and isinstance(backbone, nn.Module)
+    shutil.copytree(source.final, folder, copy_function=shutil.copyfile)  # with the modes of new files
+    for network in (autoencoder, backbone, *([text] if text.trainable else [])):  # a frozen one is known by its hash
+        network.load_state_dict(in_dtype(network.state_dict(), dtype))
+    facts, own = {"weights": str(dtype).removeprefix("torch.")}, autoencoder_hashes(autoencoder)
+    hashes = pipeline.hashes | {"autoencoder": own["autoencoder"]}
+    hashes |= {"denoiser": content_hash(backbone.state_dict()), "text_encoder": content_hash(text.state_dict())}
+    values = decoding.to_values(inner)
+    export(folder / "autoencoder", values, autoencoder.state_dict(), card("Autoencoder", facts | own, values), dtype)
+    values = decoding.to_values(config)
+    steps = config.train.max_steps if source.finished else int(source.weights.name.rpartition("-")[2])
+    export(folder, values, backbone.state_dict(), card("Denoiser", {"steps": steps} | facts | hashes, values), dtype)
+    if text.trainable:
+        make_folder(folder / "text_encoder")
+        save_tensors(folder / "text_encoder" / "model.safetensors", in_dtype(text.state_dict(), dtype))
+    store_ingredients(folder, hashes)
