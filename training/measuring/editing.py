@@ -8,30 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from autoencoder.fidelity import psnr
 from autoencoder.images import to_unit
-from ldm.coupling import PromptToPrompt
+from ldm.coupling import MasaCtrl, PromptToPrompt
 from ldm.guidance import ClassifierFree
-from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, inpainting, inverted, referring
+from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, inpainting, inverted, referring, styled
 from ldm.samplers import DDIM, DDPM
 from ldm.tasks import Task, Tasks
 from training.errors import UserError, as_user_error
 from training.guarding import check_free
-from training.measuring.distances import wilson
+from training.measuring.edit_scores import Numbers, arrays, coloured, mean, obeyed, overlaps, seam, share
 from training.measuring.obedience import SAMPLING
 from training.messages import tell
 from training.pictures import charts, grids
-from training.shapes.checker import background, check, overlap, read, silhouette
+from training.shapes.checker import background
 from training.shapes.edits import Edit, another_colour, another_object
-from training.shapes.scenes import UNIT
+from training.shapes.scenes import POSITIONS, UNIT
 
 if TYPE_CHECKING:
     import argparse
@@ -44,7 +43,6 @@ KEPT_NOISE = (0.36, PAPER, 1.0)
 ITERATIONS = (1, 3)  # of DDIM inversion's fixed point
 BEST = 100.0  # dB that an equal picture counts in a mean
 SHOWN = 8  # pictures of a row
-Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -127,48 +125,6 @@ def sheet(part: Part) -> Image.Image:
     return charts.stacked([examples, part.chart]) if part.chart else examples
 
 
-# --- what is measured of pictures --------------------------------------------------------------------------------
-
-
-def share(name: str, verdicts: Sequence[bool]) -> Numbers:
-    """A share and its 95 % interval."""
-    hits = sum(map(bool, verdicts))
-    return {name: hits / len(verdicts), f"{name}_95": list(wilson(hits, len(verdicts)))}
-
-
-def arrays(pixels: Tensor) -> list[NDArray[np.uint8]]:
-    """(H, W, 3) each."""
-    return list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-
-
-def obeyed(pixels: Tensor, captions: Sequence[str]) -> list[bool]:
-    """Whether the checker finds in each picture what its caption says."""
-    return [check(image, caption)["obeyed"] for image, caption in zip(arrays(pixels), captions, strict=True)]
-
-
-def overlaps(a: Tensor, b: Tensor, without: Sequence[Edit] = ()) -> list[float]:
-    """IoU of the silhouettes of pictures, outside of the holes of edits where those are given."""
-    found = [[silhouette(image) for image in arrays(pixels)] for pixels in (a, b)]
-    side = len(found[0][0])
-    left = [~edit.hole(side) for edit in without] or [np.ones((side, side), dtype=bool)] * len(a)
-    return [overlap(one & rest, other & rest) for one, other, rest in zip(*found, left, strict=True)]
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def seam(picture: Tensor, column: int) -> tuple[float, float]:
-    """How much a picture (C, H, W) changes between columns `column` - 1 and `column`, and the 95th percentile of that
-    between all other neighbours: means of |difference| over rows and channels, in grey levels."""
-    steps = picture.double().diff(dim=-1).abs().mean(dim=(0, 1))
-    others = torch.cat([steps[: column - 1], steps[column:]])
-    return steps[column - 1].item(), others.quantile(0.95).item()
-
-
-# --- parts -------------------------------------------------------------------------------------------------------
-
-
 def inpainted(studio: Studio) -> Part:
     """One object's place is drawn anew after a caption that names another there."""
     numbers, rows = Numbers(), dict[str, Tensor]()
@@ -231,11 +187,6 @@ def bare(caption: str) -> str:
     return caption.partition(" at ")[0].partition(" in ")[0]
 
 
-def coloured(image: NDArray[np.uint8], edit: Edit) -> bool:
-    """Whether the objects seen have the colours of the target, no more and no fewer."""
-    return sorted(seen.colour for seen in read(image)) == sorted(item.colour for item in edit.target.objects)
-
-
 def turned_back(studio: Studio) -> Part:
     """Pictures whose noise is found: drawn again after their own caption, and edited after one of another colour."""
     edits = studio.edits(another_colour, 1)
@@ -289,5 +240,31 @@ def grown(studio: Studio) -> Part:
     return Part(numbers, rows)
 
 
+def looking_alike(studio: Studio) -> Part:
+    """Captions that say no background, drawn in the style of one picture, and moved elsewhere by MasaCtrl beside a
+    picture whose caption says one: how many have its background, and obey."""
+    edits = studio.edits(another_object, 1)
+    pipeline, (said, after) = studio.pipeline, zip(*((edit.words[0], edit.fewest_words[1]) for edit in edits),
+                                                   strict=True)  # fmt: skip
+    style, way = studio.pictures(edits[:1]), replace(studio.sampling, sampler=DDIM())
+    noise, style = inverted(pipeline, to_unit(style), said[0], way), style.expand(len(edits), -1, -1, -1)
+    moved = [f"{bare(edit.fewest_words[0])} at the {POSITIONS[(number + 4) % len(POSITIONS)]}"
+             for number, edit in enumerate(edits)]  # fmt: skip
+    beside = studio.draw(said)
+    drawings: dict[str, tuple[Tensor, Sequence[str], Tensor]] = {
+        "style_alone": (studio.draw(after, sampling=way), after, style),
+        "style": (studio.draw(after, styled(pipeline, noise, said[0]), way), after, style),
+        "masactrl_alone": (studio.draw(moved), moved, beside),
+        "masactrl": (studio.draw(moved, referring(None, MasaCtrl(), said)), moved, beside),
+    }
+    numbers, rows = Numbers(), {"style of": style}
+    for name, (made, captions, like) in drawings.items():
+        taken = [background(one) == background(other) for one, other in zip(arrays(made), arrays(like), strict=True)]
+        numbers |= share(f"{name}_background", taken) | share(f"{name}_obeyed", obeyed(made, captions))
+        rows |= {"beside": beside} if name == "masactrl_alone" else {}
+        rows[name.replace("_", " ")] = made
+    return Part(numbers, rows)
+
+
 PARTS = {"inpainting": inpainted, "sdedit": drawn_again, "words": reworded, "inversion": turned_back,
-         "outpainting": grown}  # fmt: skip
+         "outpainting": grown, "style": looking_alike}  # fmt: skip

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from training.errors import UserError
-from training.measuring.editing import PARTS, bare, coloured, seam, shapes_edits
+from training.measuring.edit_scores import coloured, seam
+from training.measuring.editing import PARTS, bare, shapes_edits
 from training.shapes.checker import check, overlap, silhouette
 from training.shapes.edits import another_colour, another_object
 from training.shapes.rendering import render
