@@ -265,7 +265,8 @@ class Outpainting(Start):
             for group in alike(requests, read):
                 canvas, new = extended(pipeline, [read(source_of(request)) for request in group], self.margins)
                 tell_size(pipeline, (canvas.shape[-1], canvas.shape[-2]), walk["windows"], ledger)
-                yield group, inpainting(pipeline, canvas, new, **walk, **self.hole)
+                # Nothing is hidden beyond the border, and what were drawn across it would be cut off.
+                yield group, inpainting(pipeline, canvas, new, dilate=0, **walk, **self.hole)
 
         return tasks
 

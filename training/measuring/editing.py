@@ -228,7 +228,7 @@ def grown(studio: Studio) -> Part:
     window = studio.pipeline.latent_shape(studio.pipeline.size)[-1] // 2
     numbers, rows = Numbers(), {"source": source}
     for name, windows in (("windows", max(1, window)), ("whole", 0)):
-        made = studio.draw(captions, inpainting(studio.pipeline, canvas, new, windows=windows))
+        made = studio.draw(captions, inpainting(studio.pipeline, canvas, new, dilate=0, windows=windows))
         assert torch.equal(made[..., :side], source), "a pixel of the picture moved"
         steps, limits = zip(*(seam(picture, side) for picture in made), strict=True)
         numbers |= share(f"{name}_seamless", [step <= limit for step, limit in zip(steps, limits, strict=True)])
