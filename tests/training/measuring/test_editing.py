@@ -75,9 +75,9 @@ def test_a_seam_is_compared_with_all_other_columns() -> None:
     """Steps of 1, 2, 10, 1, 0: the 95th percentile of all but the third is 1.85."""
     columns = torch.tensor([0, 1, 3, 13, 14, 14], dtype=torch.uint8)
     picture = columns.expand(3, 4, 6).clone()
-    assert seam(picture, 3) == (10, pytest.approx(1.85))
+    assert seam(picture, 3) == pytest.approx((10, 1.85))
     picture[:, 0] = 14 - picture[:, 0]  # the same steps downwards
-    assert seam(picture, 3) == (10, pytest.approx(1.85)) and seam(picture, 1)[1] == pytest.approx(8.8)
+    assert seam(picture, 3) == pytest.approx((10, 1.85)) and seam(picture, 1)[1] == pytest.approx(8.8)
 
 
 def test_a_bare_caption_names_colour_and_shape() -> None:
