@@ -19,6 +19,7 @@ from ldm.conditioning import Cond
 from ldm.coupling import PromptToPrompt
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
+from ldm.editing import filled, hole_in_latents
 from ldm.grids import Trailing, Uniform
 from ldm.guidance import ClassifierFree
 from ldm.image_tasks import (
@@ -34,7 +35,7 @@ from ldm.image_tasks import (
 )
 from ldm.inverse.measurement import DDNM
 from ldm.inverse.operators import Box, measure
-from ldm.inverse.posterior import SplitGibbs
+from ldm.inverse.posterior import RePaint, SplitGibbs
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import X0
@@ -163,6 +164,29 @@ def test_each_picture_has_its_own_source_and_mask_whatever_the_batch() -> None:
         whole = torch.cat(list(pipe.pixels(["a", "bb", "ccc"], [4, 5, 6], batch_size=2, task=make(sources, masks))))
         alone = next(pipe.pixels("ccc", [6], task=make(sources[2:], masks[2:])))
         assert (whole[2:].int() - alone.int()).abs().max() <= 1
+
+
+def test_a_posterior_fills_the_hole_of_one_mask() -> None:
+    """In latents, of which those that are seen are the encoder's; nothing of what was in the hole."""
+    pipe, source, repaint = pipeline(sampler=DDIM()), picture(), RePaint(jump=2, resamples=3)
+    mask = torch.zeros(1, 1, 16, 24, dtype=torch.bool)
+    mask[..., 4:12, 8:16] = True
+    task = inpainting(pipe, source, mask, posterior=repaint)
+    made, calls = drawn(pipe, "a", "bbbbbbbbbbbbbbb", task=task), len(CALLS)
+    grid = pipe.sampling.grid(5, pipe.denoiser.schedule)
+    assert calls == repaint.calls(grid) > 5
+    assert torch.equal(made.masked_fill(mask, 0), source.expand_as(made).masked_fill(mask, 0))
+    assert not torch.equal(made[0], made[1])
+    held, hole = task(slice(0, 2)), hole_in_latents(mask, pipe.autoencoder.factor, 1)
+    assert held.draw and not hole.all()
+    found = held.draw(pipe.guided(["a", "bb"]), grid, Noise.from_seeds([7, 8]), None)
+    known = image_tasks.encoded(pipe, filled(to_unit(source), mask)).expand_as(found)
+    assert torch.equal(found.masked_fill(hole, 0), known.masked_fill(hole, 0))
+    other = inpainting(pipe, torch.where(mask, 255 - source, source), mask, posterior=repaint)
+    assert torch.equal(drawn(pipe, "a", task=other), made[:1])
+    for how in ({"strength": 0.5}, {"start_time": 0.5}, {"mask": mask.expand(2, 1, 16, 24)}):
+        with pytest.raises(ValueError, match="repaint draws the holes of one mask, and walks from noise alone"):
+            inpainting(pipe, source, **{"mask": mask, "posterior": repaint} | how)
 
 
 def test_a_canvas_grows_around_the_picture() -> None:

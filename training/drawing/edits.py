@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,7 @@ from training.drawing.given import Given, beside, given, reader
 from training.drawing.start import Group, Size, Start, alike, source_of
 from training.errors import DATA, UserError
 from training.ledger import Ledger
+from training.settings import decoding
 
 if TYPE_CHECKING:
     import argparse
@@ -153,7 +154,7 @@ class Inpainting(Start):
         mask = self.masks(source)
         names = {"name": source.name, "mask_name": mask.name}
         hashes = {"sha256": source.sha256, "mask_sha256": mask.sha256}
-        how = {"posterior": asdict(self.posterior)} if self.posterior else {}
+        how = {"posterior": decoding.values_of(self.posterior)} if self.posterior else {}
         return {**hashes, **names, "invert_mask": self.invert_mask, **self.walk, **self.hole, **how}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
@@ -264,7 +265,8 @@ class Outpainting(Start):
             for group in alike(requests, read):
                 canvas, new = extended(pipeline, [read(source_of(request)) for request in group], self.margins)
                 tell_size(pipeline, (canvas.shape[-1], canvas.shape[-2]), walk["windows"], ledger)
-                yield group, inpainting(pipeline, canvas, new, **walk, **self.hole)
+                # Nothing is hidden beyond the border, and what were drawn across it would be cut off.
+                yield group, inpainting(pipeline, canvas, new, dilate=0, **walk, **self.hole)
 
         return tasks
 

@@ -8,29 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from autoencoder.fidelity import psnr
 from autoencoder.images import to_unit
-from ldm.coupling import PromptToPrompt
+from ldm.coupling import MasaCtrl, PromptToPrompt
 from ldm.guidance import ClassifierFree
-from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, inpainting, inverted, referring
+from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, inpainting, inverted, referring, styled
 from ldm.samplers import DDIM, DDPM
 from ldm.tasks import Task, Tasks
 from training.errors import UserError, as_user_error
-from training.measuring.distances import wilson
+from training.guarding import check_free
+from training.measuring.edit_scores import Numbers, arrays, coloured, mean, obeyed, overlaps, seam, share
 from training.measuring.obedience import SAMPLING
 from training.messages import tell
 from training.pictures import charts, grids
-from training.shapes.checker import background, check, overlap, read, silhouette
+from training.shapes.checker import background
 from training.shapes.edits import Edit, another_colour, another_object
-from training.shapes.scenes import UNIT
+from training.shapes.scenes import POSITIONS, UNIT
 
 if TYPE_CHECKING:
     import argparse
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Sampling
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of image-to-image
-KEPT_NOISE = (0.36, 0.64, 1.0)  # strengths of edits by edit-friendly inversion; 0.64 is the paper's
+PAPER = 0.64  # the strength of edit-friendly inversion
+KEPT_NOISE = (0.36, PAPER, 1.0)
 ITERATIONS = (1, 3)  # of DDIM inversion's fixed point
+BEST = 100.0  # dB that an equal picture counts in a mean
 SHOWN = 8  # pictures of a row
-Bools = NDArray[np.bool_]
-Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,17 @@ class Studio:
 def shapes_edits(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> Numbers:
     """The numbers of all parts; with --grid FILE one sheet of examples for each, named FILE-PART.
 
-    Raises UserError for a model of other pictures than square RGB ones of at least 32 pixels.
+    Raises UserError for a model of other pictures than square RGB ones of at least 32 pixels, and for sheets that are
+    there already.
     """
     height, width = pipeline.size
     if pipeline.autoencoder.image_channels != 3 or height != width or height < UNIT:
-        what = f"--edits shapes edits square RGB pictures of at least {UNIT:g} pixels, the model draws {height}x{width}"
+        what = f"edited shapes are square RGB pictures of at least {UNIT:g} pixels, the model draws {width}x{height}"
         raise UserError(what, hint="measure a model that was trained on the embedded shapes")
     if args.count < 1:
         raise UserError("--edits shapes edits --count pictures of each kind, at least 1", hint="give --count N")
+    for name in PARTS if args.grid else ():
+        check_free(sheet_path(args.grid, name), args.overwrite, "--grid")
     studio = Studio(pipeline, sampling, args.count, args.seed, args.batch_size)
     numbers: Numbers = {"edits": args.count, "edits_judge": "the rules of training/shapes/checker.py"}
     for name, part in PARTS.items():
@@ -120,48 +123,6 @@ def sheet(part: Part) -> Image.Image:
             for pixels in part.rows.values()]  # fmt: skip
     examples = grids.grid(torch.cat(rows), len(rows[0]), rows=list(part.rows))
     return charts.stacked([examples, part.chart]) if part.chart else examples
-
-
-# --- what is measured of pictures --------------------------------------------------------------------------------
-
-
-def share(name: str, verdicts: Sequence[bool]) -> Numbers:
-    """A share and its 95 % interval."""
-    hits = sum(map(bool, verdicts))
-    return {name: hits / len(verdicts), f"{name}_95": list(wilson(hits, len(verdicts)))}
-
-
-def arrays(pixels: Tensor) -> list[NDArray[np.uint8]]:
-    """(H, W, 3) each."""
-    return list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-
-
-def obeyed(pixels: Tensor, captions: Sequence[str]) -> list[bool]:
-    """Whether the checker finds in each picture what its caption says."""
-    return [check(image, caption)["obeyed"] for image, caption in zip(arrays(pixels), captions, strict=True)]
-
-
-def overlaps(a: Tensor, b: Tensor, without: Sequence[Edit] = ()) -> list[float]:
-    """IoU of the silhouettes of pictures, outside of the holes of edits where those are given."""
-    found = [[silhouette(image) for image in arrays(pixels)] for pixels in (a, b)]
-    side = len(found[0][0])
-    left = [~edit.hole(side) for edit in without] or [np.ones((side, side), dtype=bool)] * len(a)
-    return [overlap(one & rest, other & rest) for one, other, rest in zip(*found, left, strict=True)]
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def seam(picture: Tensor, column: int) -> tuple[float, float]:
-    """How much a picture (C, H, W) changes between columns `column` - 1 and `column`, and the 95th percentile of that
-    between all other neighbours: means of |difference| over rows and channels, in grey levels."""
-    steps = picture.double().diff(dim=-1).abs().mean(dim=(0, 1))
-    others = torch.cat([steps[: column - 1], steps[column:]])
-    return steps[column - 1].item(), others.quantile(0.95).item()
-
-
-# --- parts -------------------------------------------------------------------------------------------------------
 
 
 def inpainted(studio: Studio) -> Part:
@@ -226,33 +187,32 @@ def bare(caption: str) -> str:
     return caption.partition(" at ")[0].partition(" in ")[0]
 
 
-def coloured(image: NDArray[np.uint8], edit: Edit) -> bool:
-    """Whether the objects seen have the colours of the target, no more and no fewer."""
-    return sorted(seen.colour for seen in read(image)) == sorted(item.colour for item in edit.target.objects)
-
-
 def turned_back(studio: Studio) -> Part:
     """Pictures whose noise is found: drawn again after their own caption, and edited after one of another colour."""
     edits = studio.edits(another_colour, 1)
     source, (before, after) = studio.pictures(edits), zip(*(edit.words for edit in edits), strict=True)
     pipeline, plan = studio.pipeline, replace(studio.sampling, sampler=DDPM())
-    restored = studio.draw(before, image_to_image(pipeline, source, strength=0))
-    again = studio.draw(before, edit_friendly_inversion(pipeline, source, before, sampling=plan), plan)
-    numbers = {"edit-friendly_largest_difference": (again.int() - restored.int()).abs().max().item()}
+    decoded = studio.draw(before, image_to_image(pipeline, source, strength=0))
+
+    def edited(captions: Sequence[str], strength: float) -> Tensor:
+        task = edit_friendly_inversion(pipeline, source, before, strength=strength, sampling=plan)
+        return studio.draw(captions, task, plan)
+
+    again = edited(before, PAPER)
+    numbers: Numbers = {"edit-friendly_largest_difference": (again.int() - decoded.int()).abs().max().item()}
     rows = {"source": source, "same words": again}
     for strength in KEPT_NOISE:
-        made = studio.draw(after, edit_friendly_inversion(pipeline, source, before, strength=strength, sampling=plan),
-                           plan)
+        made = edited(after, strength)
         found = share("obeyed", obeyed(made, after)) | {"iou": mean(overlaps(source, made))}
         numbers |= {f"edit-friendly_{strength:g}_{key}": value for key, value in found.items()}
         rows[f"other colour, {strength:g}"] = made
-    for scale in (1.0, studio.sampling.guidance.scale) if isinstance(studio.sampling.guidance, ClassifierFree) else (1,):
-        way = replace(studio.sampling, sampler=DDIM(), guidance=ClassifierFree(scale=scale))
+    for name, guidance in (("unguided", ClassifierFree(scale=1.0)), ("guided", studio.sampling.guidance)):
+        way = replace(studio.sampling, sampler=DDIM(), guidance=guidance)
         for iterations in ITERATIONS:
             start = inverted(pipeline, to_unit(source), before, way, iterations)
             made = studio.draw(before, _from(start), way)
-            numbers[f"ddim_{iterations}_at_{scale:g}_psnr"] = psnr(made, restored).mean().item()
-            rows[f"DDIM x{iterations}, scale {scale:g}"] = made
+            numbers[f"ddim_{name}_{iterations}_psnr"] = psnr(made, decoded).clamp(max=BEST).mean().item()
+            rows[f"DDIM {name}, {iterations}x"] = made
     return Part(numbers, rows)
 
 
@@ -268,7 +228,7 @@ def grown(studio: Studio) -> Part:
     window = studio.pipeline.latent_shape(studio.pipeline.size)[-1] // 2
     numbers, rows = Numbers(), {"source": source}
     for name, windows in (("windows", max(1, window)), ("whole", 0)):
-        made = studio.draw(captions, inpainting(studio.pipeline, canvas, new, windows=windows))
+        made = studio.draw(captions, inpainting(studio.pipeline, canvas, new, dilate=0, windows=windows))
         assert torch.equal(made[..., :side], source), "a pixel of the picture moved"
         steps, limits = zip(*(seam(picture, side) for picture in made), strict=True)
         numbers |= share(f"{name}_seamless", [step <= limit for step, limit in zip(steps, limits, strict=True)])
@@ -280,5 +240,31 @@ def grown(studio: Studio) -> Part:
     return Part(numbers, rows)
 
 
+def looking_alike(studio: Studio) -> Part:
+    """Captions that say no background, drawn in the style of one picture, and moved elsewhere by MasaCtrl beside a
+    picture whose caption says one: how many have its background, and obey."""
+    edits = studio.edits(another_object, 1)
+    pipeline, (said, after) = studio.pipeline, zip(*((edit.words[0], edit.fewest_words[1]) for edit in edits),
+                                                   strict=True)  # fmt: skip
+    style, way = studio.pictures(edits[:1]), replace(studio.sampling, sampler=DDIM())
+    noise, style = inverted(pipeline, to_unit(style), said[0], way), style.expand(len(edits), -1, -1, -1)
+    moved = [f"{bare(edit.fewest_words[0])} at the {POSITIONS[(number + 4) % len(POSITIONS)]}"
+             for number, edit in enumerate(edits)]  # fmt: skip
+    beside = studio.draw(said)
+    drawings: dict[str, tuple[Tensor, Sequence[str], Tensor]] = {
+        "style_alone": (studio.draw(after, sampling=way), after, style),
+        "style": (studio.draw(after, styled(pipeline, noise, said[0]), way), after, style),
+        "masactrl_alone": (studio.draw(moved), moved, beside),
+        "masactrl": (studio.draw(moved, referring(None, MasaCtrl(), said)), moved, beside),
+    }
+    numbers, rows = Numbers(), {"style of": style}
+    for name, (made, captions, like) in drawings.items():
+        taken = [background(one) == background(other) for one, other in zip(arrays(made), arrays(like), strict=True)]
+        numbers |= share(f"{name}_background", taken) | share(f"{name}_obeyed", obeyed(made, captions))
+        rows |= {"beside": beside} if name == "masactrl_alone" else {}
+        rows[name.replace("_", " ")] = made
+    return Part(numbers, rows)
+
+
 PARTS = {"inpainting": inpainted, "sdedit": drawn_again, "words": reworded, "inversion": turned_back,
-         "outpainting": grown}  # fmt: skip
+         "outpainting": grown, "style": looking_alike}  # fmt: skip

@@ -32,7 +32,7 @@ def pictures(parser: Parser) -> None:
     add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
     text = "shapes (the rule-based checker), or the folder of a classifier of captions"
     add("--obedience", metavar="JUDGE", help=text)
-    text = "shapes: edit scenes of them, --count of each kind; --grid FILE then is a sheet for each, FILE-inpainting, ..."
+    text = "shapes: edit scenes of these, --count of each kind; --grid FILE is a sheet for each, FILE-inpainting ..."
     add("--edits", choices=("shapes",), help=text)
     add("--crop", metavar="N", type=int, help="measure PSNR and SSIM on the central N x N pixels")
     add("--lpips", metavar="WEIGHTS", help="standard, random, or a file of backbone weights")
