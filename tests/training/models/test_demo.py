@@ -127,8 +127,8 @@ def test_one_command_draws_what_it_is_told_and_the_same_again(tmp_path: Path) ->
 
 
 def test_it_draws_pairs_of_shape_and_colour_that_it_never_saw(demo: HashedPipeline) -> None:
-    prompts = held_out_prompts(10, 1)
-    assert obeyed(drawn(demo, prompts), prompts) >= 9
+    prompts = held_out_prompts(20, 1)
+    assert obeyed(drawn(demo, prompts), prompts) >= 18
 
 
 def test_a_hole_is_filled_with_what_the_caption_names(demo: HashedPipeline) -> None:
@@ -151,7 +151,6 @@ def test_a_picture_is_restored_from_its_quarter(demo: HashedPipeline) -> None:
     residual = (box(to_unit(made)) - y).square().mean().sqrt().item()
     wide = torch.nn.functional.interpolate(y, scale_factor=4, mode="bicubic", align_corners=False).clamp(-1, 1)
     ours, plain = (psnr(x, source).mean().item() for x in (to_unit(made), wide))
-    print("restoration", residual / sigma, ours, plain)
     assert residual < 2 * sigma and ours > plain + 2 and ours > 25
     assert obeyed(made, said(truth)) == 3
 
@@ -163,7 +162,6 @@ def test_the_stronger_the_edit_the_less_stays(demo: HashedPipeline) -> None:
     made = [drawn(demo, texts, image_to_image(demo, source, strength=strength)) for strength in (0, 0.4, 0.7, 1)]
     assert torch.equal(made[0], reconstructed(demo, source)) and torch.equal(made[-1], drawn(demo, texts))
     far = [(x.float() - source.float()).abs().mean().item() for x in made]
-    print("strength", far, [obeyed(x, texts) for x in made])
     assert far == sorted(far) and len(set(far)) == 4
     assert obeyed(made[0], texts) == 0 and obeyed(made[-1], texts) >= 3
 
@@ -177,7 +175,6 @@ def test_it_names_what_a_picture_shows(demo: HashedPipeline) -> None:
         latents, cond = encoded(demo, to_unit(pictures(shown))), demo.text(said(shown))
     classify = DiffusionClassifier(denoiser=demo.denoiser, diffusion=demo.denoiser.diffusion, draws=8)
     errors = classify(lambda noise: latents, Noise.from_seeds(range(5)), cond)
-    print("classified", errors.argmin(2).tolist())
     assert (errors.argmin(2) == torch.arange(5)).all()
 
 
@@ -195,5 +192,4 @@ def test_inverted_noise_draws_the_picture_again(demo: HashedPipeline) -> None:
         return psnr(to_unit(made), to_unit(once)).mean().item()
 
     one, three, guided = back(1, 1.0), back(3, 1.0), back(1, 4.0)
-    print("inversion", one, three, guided)
     assert three > one > guided and three > 30
