@@ -127,7 +127,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
     numbers |= {"hashes": pipeline_hashes(pipeline)}
     ledger = Ledger()
-    if args.obedience == "shapes":
+    if args.obedience == "shapes" and not args.restore:
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.edits:
         numbers |= shapes_edits(pipeline, sampling, args)

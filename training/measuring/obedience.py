@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from training.drawing.requests import Request, ask
 from training.errors import UserError, as_user_error
 from training.measuring.distances import wilson
 from training.messages import tell
-from training.models.judge import Classifier
+from training.models.judge import Classifier, load_classifier
 from training.pictures import grids
 
 if TYPE_CHECKING:
@@ -84,3 +84,20 @@ def obeyed_by_classifier(judge: Classifier, pixels: Tensor, captions: list[str])
     """Whether the classifier gives each picture the class its caption states."""
     answers = judge(pixels).argmax(1).tolist()
     return [judge.classes[a] == c for a, c in zip(answers, captions, strict=True)]
+
+
+def verdicts_by(name: str | None, device: torch.device) -> Callable[[Tensor, list[str]], list[bool]] | None:
+    """Whether each of uint8 pictures (B, C, H, W) is as its caption says, by the judge of `--obedience`, if any."""
+    if name is None:
+        return None
+    if name != "shapes":
+        judge = load_classifier(name, device)
+        return lambda pixels, captions: obeyed_by_classifier(judge, pixels, captions)
+    from training.shapes.checker import check
+
+    def by_rules(pixels: Tensor, captions: list[str]) -> list[bool]:
+        with as_user_error("give captions of the embedded shapes, or the folder of a classifier"):
+            images = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            return [check(image, text)["obeyed"] for image, text in zip(images, captions, strict=True)]
+
+    return by_rules

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,9 @@ from training.drawing.prompts import tell_reading
 from training.drawing.restoration import method_of, operator_of
 from training.errors import UserError, as_user_error
 from training.measuring.calibration import EXACT, TOLD, Calibration, floor
+from training.measuring.distances import wilson
 from training.measuring.held_out import CHUNK, chunks, even_indices, held_out
+from training.measuring.obedience import verdicts_by
 from training.messages import answer, note, tell
 from training.models.judge import caption
 from training.models.lpips import load_distance
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from training.ledger import Ledger
 
 SHOWN, DRAWN = 8, 2  # pictures of --grid, and draws of each
-COLUMNS = ("psnr_mean", "psnr", "ssim", "lpips", "residual", "coverage_50", "coverage_90", "calls", "seconds")
+COLUMNS = ("psnr_mean", "psnr", "ssim", "lpips", "obeyed", "residual", "coverage_50", "coverage_90", "calls", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Bench:
     sigma_y: float
     samples: int
     batch_size: int
+    judge: Callable[[Tensor, list[str]], list[bool]] | None = None  # of pictures and their own captions
 
     def draws(self, method: image_tasks.Method, y: Tensor, captions: list[str], noise: Noise,
               told: list[int]) -> Iterator[tuple[slice, Tensor]]:
@@ -90,14 +93,15 @@ class Score:
     means: Fidelity
     calibration: Calibration = field(default_factory=Calibration)
     residuals: list[Tensor] = field(default_factory=list)
+    verdicts: list[bool] = field(default_factory=list)
     calls: list[int] = field(default_factory=lambda: [0])
     seconds: float = 0.0
     shown: list[Tensor] = field(default_factory=list)  # the mean and some draws, (B, C, H, W) each
 
     @torch.no_grad()
     def add(self, bench: Bench, method: image_tasks.Method, pixels: Tensor, y: Tensor, captions: list[str],
-            noise: Noise) -> None:
-        """Draw pictures (B, C, H, W) again and judge the draws."""
+            own: list[str], noise: Noise) -> None:
+        """Draw pictures (B, C, H, W) again under `captions` and judge the draws, by the pictures' own."""
         truth, since, made = pixels.repeat_interleave(bench.samples, dim=0), time.perf_counter(), []
         ys = y.repeat_interleave(bench.samples, dim=0)
         for part, images in bench.draws(method, y, captions, noise, self.calls):
@@ -109,6 +113,8 @@ class Score:
         draws = torch.cat(made).view(len(pixels), bench.samples, *made[0].shape[1:])
         mean = draws.double().mean(1).round().to(torch.uint8)
         self.means.add(mean, pixels)
+        for k in range(bench.samples if bench.judge else 0):
+            self.verdicts += bench.judge(draws[:, k], own)  # type: ignore[misc]
         self.calibration.add(pixels, draws)
         if not self.shown:
             self.shown = [part[:SHOWN].cpu() for part in (mean, *draws[:, :DRAWN].unbind(1))]
@@ -119,11 +125,19 @@ class Score:
         return {
             **{f"{name}_mean": value for name, value in self.means.means().items()},
             **self.singles.means(),
+            **told_obeyed(self.verdicts),
             "residual": residuals.mean().item(),
             **self.calibration.numbers(),
             "calls": self.calls[0],
             "seconds": self.seconds / len(residuals),
         }
+
+
+def told_obeyed(verdicts: list[bool]) -> dict[str, Any]:
+    """The share obeyed and its 95 % interval, where there was a judge."""
+    if not verdicts:
+        return {}
+    return {"obeyed": sum(verdicts) / len(verdicts), "obeyed_95": list(wilson(sum(verdicts), len(verdicts)))}
 
 
 @dataclass
@@ -132,10 +146,12 @@ class Baseline:
 
     fidelity: Fidelity
     residuals: list[Tensor] = field(default_factory=list)
+    verdicts: list[bool] = field(default_factory=list)
 
     def numbers(self) -> dict[str, Any]:
         """Means over pictures."""
-        return {**self.fidelity.means(), "residual": torch.cat(self.residuals).mean().item()}
+        residuals = torch.cat(self.residuals)
+        return {**self.fidelity.means(), **told_obeyed(self.verdicts), "residual": residuals.mean().item()}
 
 
 def restoration(
@@ -147,11 +163,12 @@ def restoration(
     check_noise(args.sigma_y)
     tell_limits(args.samples, sampling)
     places = even_indices(images, args.count or len(images))
-    captions = ["" if args.captions == "empty" else caption(images, place) for place in places]
+    named = [caption(images, place) for place in places]
+    captions = [""] * len(named) if args.captions == "empty" else named
     tell_reading(captions, ledger, pipeline.text, aloud=False)
     network = load_distance(args, images, device)
     bench = Bench(pipeline=pipeline, sampling=sampling, operator=operator, sigma_y=args.sigma_y, samples=args.samples,
-                  batch_size=args.batch_size)
+                  batch_size=args.batch_size, judge=verdicts_by(args.obedience, device))
     scores = {name: Score(Fidelity(network), Fidelity(network)) for name in methods}
     others: dict[str, Baseline] = {}
     top: dict[str, Tensor] = {}
@@ -160,9 +177,9 @@ def restoration(
         noise = Noise.from_seeds([args.seed + place for place in places[part]], device)
         with as_user_error("choose other settings of --operator, or pictures of another size"):
             y = measure(operator, to_unit(pixels), args.sigma_y, noise)
-        compare(bench, pixels, y, network, others)
+        compare(bench, pixels, y, named[part], network, others)
         for name, method in methods.items():
-            scores[name].add(bench, method, pixels, y, captions[part], noise)
+            scores[name].add(bench, method, pixels, y, captions[part], named[part], noise)
             tell(f"{name}: {part.stop} of {len(places)} pictures")
         top = top or {"truth": pixels[:SHOWN].cpu()} | as_picture(y[:SHOWN].cpu(), pixels)
     found = {name: score.numbers() for name, score in scores.items()}
@@ -202,7 +219,8 @@ def tell_limits(samples: int, sampling: Sampling) -> None:
 
 
 @torch.no_grad()
-def compare(bench: Bench, pixels: Tensor, y: Tensor, network: Perceptual | None, others: dict[str, Baseline]) -> None:
+def compare(bench: Bench, pixels: Tensor, y: Tensor, own: list[str], network: Perceptual | None,
+            others: dict[str, Baseline]) -> None:
     """Add what there is without drawing to `others`, by name."""
     images, operator = to_unit(pixels), bench.operator
     made = {"truth": images, "autoencoder": to_unit(reconstructed(bench.pipeline.autoencoder, pixels))}
@@ -213,6 +231,7 @@ def compare(bench: Bench, pixels: Tensor, y: Tensor, network: Perceptual | None,
     for name, one in made.items():
         other = others.setdefault(name, Baseline(Fidelity(network)))
         other.fidelity.add(to_uint8(one), pixels)
+        other.verdicts += bench.judge(to_uint8(one), own) if bench.judge else []
         other.residuals.append(residual(operator, one, y).cpu() / bench.sigma_y)
 
 
