@@ -2,7 +2,7 @@
 its `POSTERIORS`.
 
     you want                                          method
-    a calibrated posterior, A linear                  split-gibbs: its bias is known and falls with rho_min
+    a calibrated posterior, A linear                  split-gibbs: no bias but that of its inner walk
     a hole filled, the rest exact                     repaint
     few calls, A linear                               ddrm
     any differentiable A, a decoder before it too     resample, dps; neither has the posterior's spread

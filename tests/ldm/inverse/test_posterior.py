@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Literal
 
@@ -451,10 +451,10 @@ def iterated(method: SplitGibbs, rho: float) -> tuple[Tensor, Tensor, Tensor]:
     return affine(x, 2)
 
 
-def exactly_iterated(rho: float) -> tuple[Tensor, Tensor, Tensor]:
+def exactly_iterated(rho: float, absorb: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The same with x | z in closed form."""
     noise, covariance = Probe(2, 1), torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=F64)
-    likelihood = Likelihood.of(Problem(HALF, hole(len(noise)), 0.1))
+    likelihood = Likelihood.of(Problem(HALF, hole(len(noise)), 0.1), absorb)
     matrix, offset, spread = affine(
         likelihood.draw(noise.start(2), torch.tensor(rho, dtype=F64), noise.normal((1, 1, 2))), 2)
     gain = covariance @ torch.linalg.inv(covariance + rho**2 * torch.eye(2, dtype=F64))
@@ -484,6 +484,29 @@ def test_split_gibbs_settles_on_the_posterior_of_a_wider_noise(rho: float, itera
         moves.append((after - before).abs().max().item())
         before = after
     assert moves[-1] < 1e-14 <= moves[-3]
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.05, 0.01, 0.2])
+def test_a_rho_that_is_absorbed_leaves_no_bias(rho: float) -> None:
+    """As long as it is no wider than the noise; above, it takes the noise's place."""
+    total = 1 + max(rho, 0.1) ** 2
+    mean, variances = settled(*exactly_iterated(rho, absorb=True))
+    assert mean == pytest.approx([1 / total, 0.9 / total], abs=1e-9)
+    assert variances == pytest.approx([1 - 1 / total, 1 - 0.81 / total], abs=1e-9)
+
+
+@pytest.mark.parametrize("operator", LINEAR, ids=lambda operator: operator.kind)
+def test_what_is_absorbed_is_the_share_of_each_singular_value(operator: LinearOperator) -> None:
+    """z moves away from x by rho^2 S / sigma_y^2 (y - S x), and varies by what that leaves of rho."""
+    x, z = (seeds(2, first).normal((3, 16, 16), dtype=F64) for first in (0, 10))
+    likelihood = Likelihood.of(Problem(operator, operator(x), 0.5), absorb=True)
+    basis, rho = likelihood.basis, torch.tensor(0.4, dtype=F64)
+    share = (rho * basis.singular / 0.5) ** 2
+    around = likelihood.draw(0 * x, rho, 0 * z)
+    close = partial(torch.testing.assert_close, rtol=1e-7, atol=1e-7)
+    close(likelihood.draw(x, rho, 0 * z) - around, basis.synthesise((1 - share) * basis.analyse(x)))
+    spread = rho * (1 - share).clamp(min=0).sqrt()
+    close(likelihood.draw(0 * x, rho, z) - around, basis.synthesise(spread * basis.analyse(z)))
 
 
 @pytest.mark.parametrize(("rho", "_", "mean", "variances"), TABLE)
@@ -539,17 +562,23 @@ def test_two_modes_are_found_from_nothing() -> None:
 
 
 @pytest.mark.parametrize("sigma_y", [0.05, 0.5])
-def test_thirty_iterations_are_calibrated_on_gaussian_pictures(sigma_y: float) -> None:
+@pytest.mark.parametrize(("iterations", "absorb", "least", "most"), [
+    (15, True, 0.98, 1.02), (30, True, 0.96, 1.02), (30, False, 0.96, 1.2),
+])  # fmt: skip
+def test_a_few_iterations_are_calibrated_on_gaussian_pictures(
+    iterations: int, absorb: bool, least: float, most: float, sigma_y: float
+) -> None:
     """Four pixels of falling spectrum, of which two means are seen: the whole draw's law, without Monte-Carlo error."""
     corners = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, -1, 1], [1, -1, 1, -1]], dtype=F64) / 2
     variances = torch.tensor([1.0, 0.3, 0.1, 0.02], dtype=F64)
     means = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]], dtype=F64) / 2
-    noise = Probe(4, 30 * 9)
-    x = SplitGibbs().draw(Normal(EDM(), corners, variances), Matrix(rows=means), torch.zeros(len(noise), 2, dtype=F64),
-                          sigma_y, Uniform()(30, EDM()), noise).flatten(1)[5:]
+    noise = Probe(4, iterations * 9)
+    y, grid = torch.zeros(len(noise), 2, dtype=F64), Uniform()(iterations, EDM())
+    data = Normal(EDM(), corners, variances)
+    x = SplitGibbs(absorb=absorb).draw(data, Matrix(rows=means), y, sigma_y, grid, noise).flatten(1)[5:]
     precision = corners @ torch.diag(1 / variances) @ corners.T + means.T @ means / sigma_y**2
     ratios = torch.linalg.eigvals(precision @ x.T @ x).real
-    assert 0.85 < ratios.min() <= ratios.max() < 1.25
+    assert least < ratios.min() <= ratios.max() < most
 
 
 def test_rho_falls_within_what_the_process_reaches() -> None:

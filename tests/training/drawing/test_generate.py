@@ -295,7 +295,7 @@ def test_a_picture_of_another_shape_is_cut_and_that_is_told(
     words = ("--sampler", "ddim", "--guidance-scale", "1", "--prompt", CAPTIONS[0])
     drawn(denoiser, tmp_path / "out", *words, "--invert", tmp_path / "odd.png")
     said = capsys.readouterr().err
-    assert f"cut 1: picture of --invert, its middle resized to 32x32 (odd.png 50x37)" in said
+    assert "cut 1: picture of --invert, its middle resized to 32x32 (odd.png 50x37)" in said
     assert "replaced 1: transparency, laid on the background" in said
     drawn(denoiser, tmp_path / "again", *words, "--invert", tmp_path / "out" / "00000.png")
     assert "--invert" not in capsys.readouterr().err
