@@ -54,5 +54,5 @@ def seam(picture: Tensor, column: int) -> tuple[float, float]:
 
 
 def coloured(image: NDArray[np.uint8], edit: Edit) -> bool:
-    """Whether the objects seen have the colours of the target, no more and no fewer."""
-    return sorted(seen.colour for seen in read(image)) == sorted(item.colour for item in edit.target.objects)
+    """Whether the colours seen are those of the target, however many objects the caption left open."""
+    return {seen.colour for seen in read(image)} == {item.colour for item in edit.target.objects}
