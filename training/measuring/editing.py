@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,15 +128,18 @@ def sheet(part: Part) -> Image.Image:
 
 
 def inpainted(studio: Studio) -> Part:
-    """One object's place is drawn anew after a caption that names another there."""
+    """One object's place is drawn anew after a caption that names another there: of the pairs of colour and shape that
+    training showed, and of those held out."""
     numbers, rows = Numbers(), dict[str, Tensor]()
-    for objects, name in ((1, "one"), (2, "one of two")):
-        edits = studio.edits(another_object, objects)
+    for (objects, name), held_out in product(((1, "one"), (2, "one of two")), (False, True)):
+        edits = studio.edits(partial(another_object, held_out=held_out), objects)
+        name += ", held out" * held_out
         source, captions = studio.pictures(edits), [edit.words[1] for edit in edits]
         mask = torch.from_numpy(np.stack([edit.hole(studio.side) for edit in edits])[:, None]).to(source.device)
         made = studio.draw(captions, inpainting(studio.pipeline, source, mask))
         assert torch.equal(made.masked_fill(mask, 0), source.masked_fill(mask, 0)), "a pixel outside of the hole moved"
-        numbers |= share(f"{objects}_obeyed", obeyed(made, captions))
+        alone = obeyed(studio.draw(captions), captions)
+        numbers |= share(f"{name}_obeyed", obeyed(made, captions)) | share(f"{name}_prompt_alone", alone)
         grey = source.masked_fill(mask, 0).where(~mask, 160)
         rows |= {f"{name}: source": source, f"{name}: hole": grey, f"{name}: drawn": made}
     return Part(numbers, rows)

@@ -175,6 +175,8 @@ def restoration(
     for number, pixels in enumerate(chunks(images, places, device)):
         part = slice(number * CHUNK, number * CHUNK + len(pixels))
         noise = Noise.from_seeds([args.seed + place for place in places[part]], device)
+        if args.truth == "model":
+            pixels = own_drawings(bench, captions[part], [args.seed + place for place in places[part]])
         with as_user_error("choose other settings of --operator, or pictures of another size"):
             y = measure(operator, to_unit(pixels), args.sigma_y, noise)
         compare(bench, pixels, y, named[part], network, others)
@@ -187,11 +189,18 @@ def restoration(
     answer(*table(found, beside))
     chosen = {name: decoding.values_of(method) for name, method in methods.items()}
     numbers: dict[str, Any] = {"operator": decoding.values_of(operator), "methods": chosen}
-    numbers |= {"sigma_y": args.sigma_y, "captions": args.captions, "pictures": len(places), "samples": args.samples}
+    numbers |= {"sigma_y": args.sigma_y, "captions": args.captions, "truth": args.truth}
+    numbers |= {"pictures": len(places), "samples": args.samples}
     if args.grid:
         grids.write(sheet(top, scores, found), Path(args.grid))
         numbers["grid"] = Path(args.grid).name
     return numbers | {"restored": found, "beside": beside}
+
+
+def own_drawings(bench: Bench, captions: list[str], seeds: list[int]) -> Tensor:
+    """uint8 (B, C, H, W) that the model draws: truths from the very prior that a method is given, so that a draw of the
+    posterior cannot be told from them. Talts et al. 2018 (arXiv 1804.06788)."""
+    return torch.cat(list(bench.pipeline.pixels(captions, seeds, sampling=bench.sampling, batch_size=bench.batch_size)))
 
 
 def methods_of(args: argparse.Namespace) -> dict[str, image_tasks.Method]:

@@ -54,11 +54,13 @@ def hole(item: Object, side: int) -> NDArray[np.bool_]:
     return mask
 
 
-def another_object(seed: int, objects: int) -> Edit:
-    """The target has a held-out (colour, shape) pair where the source has one of training, of another colour and shape;
-    size and position are the same."""
-    target, rng = scene(seed, objects=objects, held_out=True), Random(f"another object {seed} {objects}")
-    place = next(i for i, item in enumerate(target.objects) if (item.colour, item.shape) in HELD_OUT)
+def another_object(seed: int, objects: int, held_out: bool = True) -> Edit:
+    """Source and target differ in colour and shape of one object; size and position are the same. The target's pair is
+    one of the held out, or, as the source's, one of training."""
+    target, rng = scene(seed, objects=objects, held_out=held_out), Random(f"another object {seed} {objects}")
+    place = int(rng.random() * objects)
+    if held_out:
+        place = next(i for i, item in enumerate(target.objects) if (item.colour, item.shape) in HELD_OUT)
     item, taken = target.objects[place], {(other.colour, other.shape) for other in target.objects}
     pairs = [(colour, shape) for shape in SHAPES for colour in COLOURS
              if shape != item.shape and colour != item.colour and (colour, shape) not in taken.union(HELD_OUT)]
