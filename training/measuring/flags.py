@@ -69,8 +69,8 @@ def restored(parser: Parser) -> None:
     add("--samples", metavar="N", type=int, default=19, help=text)
     text = "what the model is told of a picture: its own caption, or the empty one"
     add("--captions", choices=("own", "empty"), default="own", help=text)
-    text = "what is restored: held-out pictures, or the model's own drawings of their captions, of which it is the exact"
-    text += " prior, so that coverage judges the method alone"
+    text = "what is restored: held-out pictures, or the model's own drawings of their captions, of which it is the"
+    text += " exact prior, so that coverage judges the method alone"
     add("--truth", choices=("data", "model"), default="data", help=text)
 
 
