@@ -122,7 +122,8 @@ class Pipeline:
                     texts = [text for pair in zip(_of(beside.captions, texts), texts, strict=True) for text in pair]
                     others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
                 denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None)
-                latents = self.latents(denoise, noise, own.shape or shape, plan, own, watch)
+                seen = _without_references(watch) if watch and beside else watch
+                latents = self.latents(denoise, noise, own.shape or shape, plan, own, seen)
                 yield own.finish(to_uint8(self.decode(latents[1::2] if beside else latents)))
 
         return drawn()
@@ -189,6 +190,11 @@ def _size(size: Iterable[int]) -> str:
     """`HEIGHTxWIDTH`, one number where they are the same."""
     height, width = size
     return f"{height}x{width}" if height != width else str(height)
+
+
+def _without_references(watch: Watch) -> Watch:
+    """Of the pairs of a reference and a picture, the pictures."""
+    return lambda shot: watch(shot._replace(x=shot.x[1::2], x0=shot.x0[1::2]))
 
 
 def _of(captions: Sequence[str], texts: Sequence[str]) -> Sequence[str]:

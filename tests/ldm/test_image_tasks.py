@@ -39,7 +39,7 @@ from ldm.inverse.posterior import RePaint, SplitGibbs
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import X0
-from ldm.samplers import DDIM, DDPM, Euler, Heun
+from ldm.samplers import DDIM, DDPM, Euler, Heun, Snapshot
 from ldm.schedules import SCHEDULES, Flow, NoiseSchedule
 from ldm.tasks import Task, walked
 
@@ -246,6 +246,10 @@ def test_pairs_begin_from_one_noise_and_a_style_from_its_own() -> None:
     watched = Watched(**{name: getattr(pipe, name) for name in pipe.__dataclass_fields__})
     drawn(watched, "a", "b", task=referring(None, PromptToPrompt(), ["source"]))
     assert torch.equal(seen[-1][0::2], seen[-1][1::2]) and not torch.equal(seen[-1][0], seen[-1][2])
+    shots: list[Snapshot] = []
+    made = drawn(pipe, "a", "b", task=referring(None, PromptToPrompt(), ["source"]), watch=shots.append)
+    with torch.no_grad():
+        assert torch.equal(to_uint8(pipe.decode(shots[-1].x)), made)  # the pictures alone are watched
     style = torch.randn(1, 3, 4, 6) * 2 + 1
     drawn(watched, "a", "b", task=styled(pipe, style))
     assert torch.equal(seen[-1][0::2], style.expand(2, -1, -1, -1))

@@ -63,7 +63,7 @@ class Drawing:
             self._write(requests[: len(part)] if self.chunk else requests, requests, task)
 
     def _write(self, part: list[Request], batch: list[Request], task: Tasks | None) -> None:
-        strip = Strip(self.pipeline, self.how["sampling"].steps) if self.strips else None
+        strip = Strip(self.pipeline) if self.strips else None
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
             prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
             images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=strip, task=task, **self.how)
@@ -72,7 +72,7 @@ class Drawing:
             own |= {"size": list(images[index].size[::-1]), self.start.fact: self.start.facts(request)}
             facts = {**self.facts, **own}
             grids.save(images[index], self.output / name(request), facts)
-            if strip:
+            if strip and strip.shots:  # of strength 0 there is no step
                 make_folder(self.output / "strips")
                 grids.save(strip.draw(index), self.output / "strips" / name(request), facts)
 

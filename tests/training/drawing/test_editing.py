@@ -220,6 +220,12 @@ def test_every_start_says_what_it_is_under_a_key_of_its_own() -> None:
         assert start.sound(dict.fromkeys(start.inputs, "a" * 64))
 
 
+def test_a_picture_of_no_step_has_no_strip(denoiser: Path, tmp_path: Path) -> None:
+    source = picture(tmp_path / "source.png")
+    draw(denoiser, tmp_path / "none", "--prompt", "a", "--strip", "--image", source, "--strength", 0)
+    assert not (tmp_path / "none" / "strips").exists()
+
+
 def test_masks_of_a_folder_belong_to_the_pictures_of_their_names(denoiser: Path, tmp_path: Path) -> None:
     for folder in ("in", "masks"):
         (tmp_path / folder).mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from autoencoder.images import to_uint8, to_unit
 from ldm.samplers import Snapshot
 from training.models.reconstructions import SHOWN, measure
 from training.pictures import grids
-from training.pictures.strips import Strip
+from training.pictures.strips import MOST, Strip
 
 SIDE = grids.SMALLEST  # of pictures that are not enlarged
 
@@ -132,7 +133,7 @@ def test_reconstructions_are_shown_beneath_their_inputs(tmp_path: Path) -> None:
 
 def strip(steps: int, shown: int) -> Strip:
     """Fed every step of a sampler: step n has x_t of n / 50 and x0 of -n / 50; the second sample is 1 throughout."""
-    made = Strip(SimpleNamespace(decode=lambda latents: latents), steps, shown)  # type: ignore[arg-type]
+    made = Strip(SimpleNamespace(decode=lambda latents: latents), shown)  # type: ignore[arg-type]
     for n in range(steps):
         x = torch.full((2, 3, SIDE, SIDE), n / 50)
         x[1] = 1.0
@@ -150,11 +151,20 @@ def test_facts_are_json_whatever_the_numbers(tmp_path: Path) -> None:
     assert told == {"scale": None, "scale_is": "inf", "settings": {"eta": None, "eta_is": "nan"}, "seed": 1}
 
 
-def test_a_strip_keeps_steps_evenly_and_the_last_among_them() -> None:
-    made = strip(20, 8)
-    assert made.wanted == {19, 17, 14, 12, 9, 7, 4, 2}
-    assert made.times == [1 - n / 20 for n in sorted(made.wanted)]
-    assert strip(3, 8).wanted == {0, 1, 2} and strip(16, 4).wanted == {3, 7, 11, 15}
+def steps_shown(made: Strip, steps: int) -> list[int]:
+    return [round((1 - t) * steps) for t in made.rows[2]]
+
+
+def test_a_strip_shows_steps_evenly_and_the_last_among_them() -> None:
+    assert steps_shown(strip(20, 8), 20) == [2, 4, 7, 9, 12, 14, 17, 19]
+    assert steps_shown(strip(3, 8), 3) == [0, 1, 2] and steps_shown(strip(16, 4), 16) == [3, 7, 11, 15]
+
+
+def test_a_strip_of_many_steps_keeps_few_of_them() -> None:
+    made = strip(2410, 8)
+    assert len(made.shots) <= MOST and steps_shown(made, 2410)[-1] == 2409
+    gaps = [b - a for a, b in pairwise(steps_shown(made, 2410))]
+    assert max(gaps) <= 1.5 * min(gaps)
 
 
 def test_a_strip_shows_x_t_above_x0_as_time_falls() -> None:
@@ -169,11 +179,11 @@ def test_a_strip_shows_x_t_above_x0_as_time_falls() -> None:
 
 def test_a_strip_shows_growing_variance_at_the_scale_of_the_others() -> None:
     """x of standard deviation 40 is divided by it; x0 is not, nor is x of a smaller one."""
-    made = Strip(SimpleNamespace(decode=lambda latents: latents), 1)  # type: ignore[arg-type]
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     x = x / x.std()
     for scale, divisor in ((40.0, 40.0), (0.5, 1.0)):
-        made.noisy.clear(), made.clean.clear()
+        made = Strip(SimpleNamespace(decode=lambda latents: latents), 1)  # type: ignore[arg-type]
         made(Snapshot(0, 1.0, scale * x, x / 4, 1))
-        assert (made.noisy[0].int() - to_uint8(scale * x / divisor).int()).abs().max() <= 1
-        assert torch.equal(made.clean[0], to_uint8(x / 4))
+        (noisy,), (clean,), _ = made.rows
+        assert (noisy.int() - to_uint8(scale * x / divisor).int()).abs().max() <= 1
+        assert torch.equal(clean, to_uint8(x / 4))
