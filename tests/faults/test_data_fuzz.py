@@ -288,7 +288,10 @@ def test_fuzzed_config_values(tmp_path: Path, found: tuple[str, dict[str, Any]])
 HASHES = {"autoencoder": "a" * 64, "denoiser": "b" * 64, "text_encoder": "c" * 64}
 FACTS = {"prompt": "a circle", "negative_prompt": "", "seed": 3, "settings": {}, "size": [32, 32], "hashes": HASHES,
          "also": [["a square", 0.5]], "invert": None, "tile": 0, "batch": 1, "precision": "no",
-         "versions": {"torch": "2"}}  # fmt: skip
+         "image": {"sha256": "d", "strength": 0.5, "start_time": None, "windows": 0}, "inpaint": None,
+         "outpaint": None, "style": None, "restore": None,
+         "coupling": {"prompt": "a square", "settings": {"kind": "masactrl"}}, "versions": {"torch": "2"}}  # fmt: skip
+GIVEN = dict.fromkeys(("image", "mask", "invert", "style", "measurement"), "picture.png")
 
 
 def told(image: Image.Image, path: Path, facts: Any) -> None:
@@ -300,13 +303,13 @@ def told(image: Image.Image, path: Path, facts: Any) -> None:
 
 def recalled(path: Path) -> None:
     """What `generate --like` takes from a picture, each part where it goes; refusals have one of three codes."""
-    args = Namespace(like=str(path), num_images=1, invert="picture.png", **dict.fromkeys(replay.TAKEN))
+    args = Namespace(like=str(path), num_images=1, **GIVEN, **dict.fromkeys(replay.TAKEN))
     try:
         original = replay.recall(args)
         assert [request.prompt for request in ask(prompts(args, Ledger()), 1, args.seed)] == args.prompt
         assert all(len(pair) == 2 for pair in parse_also(args.also))
         assert parse_size(args.size) and 0 < original.facts.get("batch", 1) <= replay.LARGEST_BATCH
-        replay.compare(original, {"hashes": HASHES, "invert": {"prompt": "", "sha256": "d"}})
+        replay.compare(original, {"hashes": HASHES, "image": {"sha256": "d"}})
     except UserError as error:
         assert error.code in (2, 3, 4) and error.what
     else:
