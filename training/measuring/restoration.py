@@ -177,7 +177,7 @@ def restoration(
         noise = Noise.from_seeds([args.seed + place for place in places[part]], device)
         if args.truth == "model":
             pixels = own_drawings(bench, captions[part], [args.seed + place for place in places[part]])
-        with as_user_error("choose other settings of --operator, or pictures of another size"):
+        with as_user_error("choose other settings of the operator, or pictures of another size"):
             y = measure(operator, to_unit(pixels), args.sigma_y, noise)
         compare(bench, pixels, y, named[part], network, others)
         for name, method in methods.items():
