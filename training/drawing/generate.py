@@ -19,7 +19,7 @@ from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
 from training.drawing.start import Group, Start
-from training.drawing.starts import TOLD, start_of_flags
+from training.drawing.starts import TOLD, start_of_flags, unread
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
 from training.errors import UserError, as_user_error
 from training.guarding import disk_error, make_folder, refuse_link
@@ -169,7 +169,8 @@ def prepare(
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:
     """Write down what was given or is drawn without being used."""
     sampling, also = drawing.how["sampling"], drawing.how["also"]
-    for why in flags_without_use(args, drawing.pipeline.text, sampling.guidance, bool(also)):
+    own = unread(args, drawing.start)
+    for why in [*flags_without_use(args, drawing.pipeline.text, sampling.guidance, bool(also)), *own]:
         ledger.add("ignored", "flags without use here", why)
     ledger.add("ignored", "copies that fill the batch up to the original's", count=(drawing.chunk or 1) - 1)
 

@@ -61,6 +61,25 @@ STARTS: tuple[type[Start], ...] = (OwnNoise, ImageToImage, Inpainting, Outpainti
 TOLD = {start.fact: start for start in STARTS}  # by the key in a picture's facts
 
 
+BESIDE = {"coupling", "source_prompt", "method", "invert_prompt"}  # flags that more than a start reads
+SECTIONS = {"operator": ("restore",), "measurement": ("restore",), "posterior": ("restore", "mask"),
+            "coupling": ("coupling", "style")}  # fmt: skip
+
+
+def unread(args: argparse.Namespace, start: Start) -> list[str]:
+    """The flags of other starts and the keys that were given, each with the word that nothing of this drawing reads it.
+    """
+    own = {flag for flag, _ in start.settings.values()} | {*start.inputs.values()} | BESIDE
+    every = [flag for kind in STARTS for flag in (*(f for f, _ in kind.settings.values()), *kind.inputs.values())]
+    flags = [flag for flag in dict.fromkeys(every) if flag not in own and getattr(args, flag)]
+    flags += [flag for flag, reader in (("source_prompt", "coupling"), ("style_prompt", "style"))
+              if getattr(args, flag) and not getattr(args, reader)]  # fmt: skip
+    keys = [key for key in args.overrides or () if (by := SECTIONS.get(key.partition(".")[0]))
+            and not any(getattr(args, flag) for flag in by)]  # fmt: skip
+    return [f"--{word.replace('_', '-')}: nothing of this drawing reads it"
+            for word in dict.fromkeys([*flags, *keys])]  # fmt: skip
+
+
 def start_of_flags(args: argparse.Namespace, ledger: Ledger) -> Start:
     """The start that the flags ask for: the last member that finds its own among them."""
     return next(start for kind in reversed(STARTS) if (start := kind.from_flags(args, ledger)))

@@ -49,7 +49,7 @@ def flags_without_use(args: argparse.Namespace, text: TextEncoder, guidance: Gui
         "--classifier: only --guidance.kind classifier reads it": (
             args.classifier and not isinstance(guidance, ByClassifier)
         ),
-        "--invert-prompt: only --invert reads it": args.invert_prompt and not args.invert,
+        "--invert-prompt: only --invert reads it": args.invert_prompt and not (args.invert or args.coupling),
         "--method: only --restore and --mask read it": args.method and not (args.restore or args.mask),
         "--text-encoder: only a frozen one is loaded": args.text_encoder and text.trainable,
     }

@@ -45,6 +45,7 @@ from training.models.judge import load_classifier
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity, reconstructed
 from training.runs.folder import versions
+from training.settings import decoding
 from training.settings.flags import check_least
 from training.shards.index import data_facts
 from training.shards.remote import open_address
@@ -127,6 +128,10 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
     numbers |= {"hashes": pipeline_hashes(pipeline)}
     ledger = Ledger()
+    read = {"operator", "measurement", "posterior"} if args.restore else set()
+    for key in args.overrides:
+        if key.partition(".")[0] in decoding.sections("editing").keys() - read:
+            ledger.add("ignored", "keys that nothing of this measurement reads", f"--{key}")
     if args.obedience == "shapes" and not args.restore:
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.edits:

@@ -220,6 +220,17 @@ def test_every_start_says_what_it_is_under_a_key_of_its_own() -> None:
         assert start.sound(dict.fromkeys(start.inputs, "a" * 64))
 
 
+def test_what_nothing_reads_is_told(denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = picture(tmp_path / "source.png")
+    words = ("--prompt", "a", "--strength", 0.5, "--operator.factor", 2, "--coupling.depth", 0.5)
+    draw(denoiser, tmp_path / "plain", *words, "--measurement", source, "--style-prompt", "b")
+    said = capsys.readouterr().err
+    for flag in ("strength", "measurement", "style-prompt", "operator.factor", "coupling.depth"):
+        assert f"--{flag}: nothing of this drawing reads it" in said, flag
+    draw(denoiser, tmp_path / "read", "--prompt", "a", "--image", source, "--strength", 0.5, "--windows", 4)
+    assert "nothing of this drawing reads it" not in capsys.readouterr().err
+
+
 def test_a_picture_of_no_step_has_no_strip(denoiser: Path, tmp_path: Path) -> None:
     source = picture(tmp_path / "source.png")
     draw(denoiser, tmp_path / "none", "--prompt", "a", "--strip", "--image", source, "--strength", 0)
