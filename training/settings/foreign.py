@@ -148,7 +148,7 @@ SECTIONS = {
     "autoencoder": "model loss latent discriminator optimizer train",
     "denoiser": "backbone text conditioning schedule prediction times weighting pairing objective optimizer train "
     "sample sampler grid guidance",
-    "sampling": "sampler grid guidance operator measurement posterior coupling",
+    "sampling": "sampler grid guidance",
 }
 
 

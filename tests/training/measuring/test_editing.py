@@ -94,7 +94,7 @@ def test_every_part_is_measured_and_shown(denoiser: Path, tmp_path: Path) -> Non
     assert numbers["edits"] == 2 and all(any(key.startswith(f"{part}_") for key in numbers) for part in PARTS)
     assert numbers["inversion_edit-friendly_largest_difference"] <= 1
     assert numbers["inversion_ddim_unguided_3_psnr"] > numbers["inversion_ddim_unguided_1_psnr"]
-    assert numbers["inpainting_1_obeyed"] == 0 and len(numbers["inpainting_1_obeyed_95"]) == 2
+    assert numbers["inpainting_one_obeyed"] == 0 and len(numbers["inpainting_one_obeyed_95"]) == 2
     assert all(0 <= numbers[f"sdedit_{strength}_kept"] <= 1 for strength in (0.2, 0.4, 0.6, 0.8, 1))
     assert all(f"words_{said}_{how}_iou" in numbers for said in ("full", "short") for how in ("alone", "coupled"))
     for part in PARTS:

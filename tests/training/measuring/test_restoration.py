@@ -134,7 +134,7 @@ def scored(bench: Bench, method: Any, pictures: int = 12) -> Score:
     pixels = to_uint8(STD * normal(pictures, 1, 8, 8).float())
     noise, score = Noise.from_seeds(range(pictures)), Score(Fidelity(None), Fidelity(None))
     y = measure(bench.operator, to_unit(pixels), bench.sigma_y, noise)
-    score.add(bench, method, pixels, y, [""] * pictures, noise)
+    score.add(bench, method, pixels, y, [""] * pictures, [""] * pictures, noise)
     return score
 
 

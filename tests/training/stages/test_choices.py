@@ -13,9 +13,11 @@ from PIL import Image
 from ldm.denoiser import Denoiser
 from ldm.grids import Uniform
 from ldm.guidance import ClassifierFree
+from ldm.image_tasks import inverted
 from ldm.noise import Noise
 from ldm.pipeline import Sampling
 from ldm.samplers import DDIM
+from ldm.tasks import Task
 from training.models.assembly import load_pipeline
 from training.runs.checkpoints import Checkpoints
 from training.tensors import load_tensors
@@ -144,7 +146,7 @@ def test_inversion_finds_the_noise_that_draws_a_picture(runs: Runs) -> None:
     wanted = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(images))
     for steps in (5, 40):
         plan = Sampling(sampler=DDIM(), grid=Uniform(), guidance=ClassifierFree(scale=1.0), steps=steps)
-        start = pipeline.invert(images, captions, plan)
+        start = Task(start=inverted(pipeline, images, captions, plan))
         back = pipeline.latents(pipeline.guided(captions, plan=plan), noise, tuple(wanted.shape[1:]), plan, start)
         errors.append((back - wanted).square().mean().item())
     assert errors[1] < 0.2 * errors[0]
