@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from training.errors import UserError
@@ -20,12 +19,12 @@ def posterior_of(args: argparse.Namespace) -> Posterior | None:
     method that is no posterior sampler, and for a part of the walk."""
     if not args.method:
         return None
-    told = args.method if isinstance(args.method, dict) else {}
+    told = isinstance(args.method, dict)
     if not told and args.method in all_kinds("measurement"):
         hint = f"take one of {', '.join(all_kinds('posterior'))}, or leave --method out"
         raise UserError(f"--method {args.method} is for --restore", hint=hint)
-    keys = {f"posterior.{key}": json.dumps(value) for key, value in told.items()}
-    posterior: Posterior = decoding.chosen("posterior", keys or {"posterior.kind": args.method, **args.overrides})
+    posterior: Posterior = (decoding.recalled("posterior", args.method) if told
+                            else decoding.chosen("posterior", {"posterior.kind": args.method, **args.overrides}))
     if args.strength not in (None, 1) or args.start_time is not None:
         raise UserError(f"--method {posterior.kind} walks from noise alone, more than once", hint="leave --strength "
                         "and --start-time out")

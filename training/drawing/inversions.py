@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -167,7 +166,7 @@ class Styled(Start):
 
 def coupling_of(args: argparse.Namespace, kind: str) -> Coupling:
     """A coupling of a kind with the settings of `--coupling.KEY`, or those that `--like` read."""
-    told = args.coupling if isinstance(args.coupling, dict) else {}
-    keys = {f"coupling.{key}": json.dumps(value) for key, value in told.items()} or args.overrides
-    coupling: Coupling = decoding.chosen("coupling", {**keys, "coupling.kind": kind})
+    told = isinstance(args.coupling, dict)
+    coupling: Coupling = (decoding.recalled("coupling", {**args.coupling, "kind": kind}) if told
+                          else decoding.chosen("coupling", {**args.overrides, "coupling.kind": kind}))  # fmt: skip
     return coupling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -207,7 +206,7 @@ def _of_facts(args: argparse.Namespace, section: str) -> Any:
     values = args.restore.get(section)
     if not isinstance(values, dict):
         raise UserError(f"{args.like} does not say its {section}", hint="restore it by flags instead", code=DATA)
-    return decoding.chosen(section, {f"{section}.{key}": json.dumps(value) for key, value in values.items()})
+    return decoding.recalled(section, values)
 
 
 def family_of(kind: str) -> str:

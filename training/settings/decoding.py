@@ -183,8 +183,13 @@ def chosen(section: str, overrides: Mapping[str, str]) -> Any:
 
 
 def values_of(member: Any) -> Values:
-    """The settings of a member of a family as plain data; `chosen` takes them back, each as JSON."""
+    """The settings of a member of a family as plain data; `recalled` takes them back."""
     return json.loads(json.dumps(dataclasses.asdict(member), allow_nan=False))  # type: ignore[no-any-return]
+
+
+def recalled(section: str, values: Mapping[str, Any]) -> Any:
+    """The member whose settings were told by `values_of`. Raises UserError where they are none of the family's."""
+    return chosen(section, {f"{section}.{key}": json.dumps(value) for key, value in values.items()})
 
 
 def stated(stage: str, source: str, key: str) -> Any:
