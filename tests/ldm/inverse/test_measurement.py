@@ -302,6 +302,16 @@ def test_psld_with_an_orthonormal_decoder_is_dps_as_often_as_both_weights() -> N
         torch.testing.assert_close(psld, (omega + gamma) * dps)
 
 
+def test_psld_draws_to_where_the_encoder_puts_what_y_corrects() -> None:
+    """|z - E(A^T y + (I - A^T A) D(z))|^2 / 2, with an encoder that is not the decoder's inverse."""
+    rows, right, left = draws(31, 2, 4), draws(32, 4, 4), draws(33, 4, 4)
+    linear, y, z = Matrix(matrix=rows), draws(34, 5, 1, 1, 2), draws(35, 5, 1, 1, 4)
+    operator = Decoded(linear, lambda x: x @ right.T, (1, 1, 4), lambda x: x @ left.T)
+    corrected = y @ rows + (z @ right.T) @ (torch.eye(4, dtype=F64) - rows.T @ rows)
+    wanted = (z - corrected @ left.T).square().sum() / 2
+    torch.testing.assert_close(PSLD(omega=0.0, gamma=1.0).error(operator, z, y), wanted)
+
+
 def test_gauss_newton_walks_to_the_most_likely_x0() -> None:
     """Of |y - A(x)|^2 / sigma_y^2 + |x - x0|^2 / r^2, where the gradient is 0."""
     operator = latent(draws(10, 3, 2), draws(11, 2, 2) / 2)
