@@ -71,6 +71,7 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
     whole, hole = (padded(part, pipeline.multiple) for part in (source, mask))
     free, inner = hole_in_latents(hole, pipeline.autoencoder.factor, dilate), windowed(pipeline, windows)
     plain = Task(shape=_shape(pipeline, whole), strength=strength, start_time=start_time)
+    partly = strength < 1 or start_time is not None
 
     def task(part: slice) -> Task:
         images, gap = to_unit(_of(whole, part)), _of(free, part)
@@ -87,7 +88,7 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
 
         if posterior:
             return replace(plain, finish=finish, hold=inner, draw=draw)
-        return replace(plain, source=encoded(pipeline, images), finish=finish,
+        return replace(plain, source=encoded(pipeline, images) if partly else None, finish=finish,
                        hold=lambda denoise: Known(inner(denoise), gap, known))
 
     return task
@@ -228,16 +229,21 @@ def as_pixels(pipeline: Pipeline, pictures: Pictures) -> Tensor:
     several sizes, and none."""
     channels = pipeline.autoencoder.image_channels
     if not isinstance(pictures, Tensor):
-        if len(sizes := {picture.size for picture in pictures}) != 1:
-            raise ValueError(f"the pictures of one task must be of one size, got {sorted(sizes) or 'none'}")
-        ((width, height),) = sizes
-        rows = [bytearray(picture.convert(MODES[channels]).tobytes()) for picture in pictures]
-        pictures = torch.stack([torch.frombuffer(row, dtype=torch.uint8) for row in rows])
-        pictures = pictures.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        pictures = stacked(pictures, channels)
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != channels:
         raise ValueError(f"pictures must be uint8 (B, {channels}, H, W), got {pictures.dtype} of shape "
                          f"{tuple(pictures.shape)}")
     return pictures.to(pipeline.device)
+
+
+def stacked(pictures: Sequence[Any], channels: int) -> Tensor:
+    """PIL images as uint8 (B, channels, H, W). Raises ValueError where they are of several sizes, and for none."""
+    if len(sizes := {picture.size for picture in pictures}) != 1:
+        raise ValueError(f"the pictures of one task must be of one size, got {sorted(sizes) or 'none'}")
+    ((width, height),) = sizes
+    rows = [bytearray(picture.convert(MODES[channels]).tobytes()) for picture in pictures]
+    pixels = torch.stack([torch.frombuffer(row, dtype=torch.uint8) for row in rows])
+    return pixels.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def padded(pixels: Tensor, multiple: int) -> Tensor:

@@ -27,6 +27,20 @@ absolute() { # a path as seen from here, for after a `cd`
     case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
 }
 
+root_and_output() { # `root_and_output "what --root is" "$@"`: both paths, which a recipe needs, as $root and $out
+    local usage="usage: $0 --root $1 --output DIR"
+    shift
+    root= out=
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --root) root=$(absolute "$2"); shift 2 ;;
+            --output) out=$(absolute "$2"); shift 2 ;;
+            *) echo "error: unknown argument $1; $usage" >&2; exit 2 ;;
+        esac
+    done
+    [ -n "$root" ] && [ -n "$out" ] || { echo "$usage" >&2; exit 2; }
+}
+
 run() { # print a command, then run it
     echo "+ python ${*/#$project\//}"
     "$PYTHON" "$@"

@@ -144,8 +144,15 @@ class Solved(Measurement):
         """w."""
 
 
+class ByScale(Solved):
+    """M is a scalar, the belief's own."""
+
+    def solved(self, local: Local, residual: Tensor, belief: Belief, noise: float) -> Tensor:
+        return local.solve(residual, belief.scale, noise)
+
+
 @dataclass(frozen=True, kw_only=True)
-class DDNM(Solved):
+class DDNM(ByScale):
     """The projection x0 + A^+ (y - A x0) where sigma_y is 0, softened by r^2 / sigma_y^2 elsewhere. Wang et al. 2022
     (arXiv 2212.00490), eq. 13 and section 3.3."""
 
@@ -154,12 +161,9 @@ class DDNM(Solved):
     def believe(self, denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
         return by_scale(denoise, x, t)
 
-    def solved(self, local: Local, residual: Tensor, belief: Belief, noise: float) -> Tensor:
-        return local.solve(residual, belief.scale, noise)
-
 
 @dataclass(frozen=True, kw_only=True)
-class DiffPIR(Solved):
+class DiffPIR(ByScale):
     """The proximal step argmin |y - A x|^2 / sigma_y^2 + `prior_weight` |x - x0|^2 / r^2, whose solution is `ddnm` with
     r^2 / `prior_weight`, the paper's lambda. Zhu et al. 2023 (arXiv 2305.08995), eq. 13."""
 
@@ -170,12 +174,9 @@ class DiffPIR(Solved):
     def believe(self, denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
         return by_scale(denoise, x, t, 1 / self.prior_weight)
 
-    def solved(self, local: Local, residual: Tensor, belief: Belief, noise: float) -> Tensor:
-        return local.solve(residual, belief.scale, noise)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PiGDM(Solved):
+class PiGDM(ByScale):
     """Pseudo-inverse guidance with noise. Song et al. 2023 (ICLR, "Pseudoinverse-guided diffusion models for inverse
     problems"), eq. 7."""
 
@@ -183,9 +184,6 @@ class PiGDM(Solved):
 
     def believe(self, denoise: Denoise, x: Tensor, t: Tensor) -> Belief:
         return by_jacobian(denoise, x, t)
-
-    def solved(self, local: Local, residual: Tensor, belief: Belief, noise: float) -> Tensor:
-        return local.solve(residual, belief.scale, noise)
 
 
 @dataclass(frozen=True, kw_only=True)

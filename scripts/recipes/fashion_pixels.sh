@@ -4,15 +4,7 @@
 # Usage: bash scripts/recipes/fashion_pixels.sh --root FOLDER_OF_IDX_FILES --output DIR
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
-root= out=
-while [ $# -gt 0 ]; do
-    case $1 in
-        --root) root=$(absolute "$2"); shift 2 ;;
-        --output) out=$(absolute "$2"); shift 2 ;;
-        *) echo "error: unknown argument $1; usage: $0 --root FOLDER_OF_IDX_FILES --output DIR" >&2; exit 2 ;;
-    esac
-done
-[ -n "$root" ] && [ -n "$out" ] || { echo "usage: $0 --root FOLDER_OF_IDX_FILES --output DIR" >&2; exit 2; }
+root_and_output FOLDER_OF_IDX_FILES "$@"
 cd "$project"
 
 run scripts/make_shards.py pack fashion-mnist --root "$root" --channels 1 --output "$out/data"

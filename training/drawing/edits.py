@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -189,6 +190,7 @@ def _hole(args: argparse.Namespace) -> dict[str, Any]:
     return {"feather": args.feather, "fill": args.fill or "nearest"}
 
 
+@lru_cache(maxsize=8)  # for a picture that is drawn several times
 def hole_of(mask: Given, source: Given, size: Size | None, invert: bool) -> Tensor:
     """(1, H, W), True where the mask is white, or black where that is asked for; fitted to `size` as its picture is.
 
@@ -198,8 +200,7 @@ def hole_of(mask: Given, source: Given, size: Size | None, invert: bool) -> Tens
     import torch
     from PIL import Image, ImageOps
 
-    quiet = Ledger()
-    picture, own = mask.decoded(1, quiet), source.decoded(3, quiet).size
+    picture, own = mask.decoded(1, Ledger()), source.size
     if picture.size != own:
         what = f"{mask.flag} {mask.name} has {picture.width}x{picture.height} pixels, {source.name} {own[0]}x{own[1]}"
         raise UserError(what, hint="save the mask in the size of its picture", code=DATA)

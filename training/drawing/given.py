@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import DATA, UserError
+from training.ledger import Ledger
 from training.packing.folder import Folder
 from training.packing.sources import Sample
 from training.pictures.decoding import load_image
@@ -18,7 +19,6 @@ from training.pictures.formats import LARGEST_FILE, SUFFIXES, read_file
 if TYPE_CHECKING:
     from PIL import Image
 
-    from training.ledger import Ledger
 
 Size = tuple[int, int]
 
@@ -37,6 +37,11 @@ class Given:
     def sha256(self) -> str:
         """That of the file."""
         return sha256(self.data).hexdigest()
+
+    @cached_property
+    def size(self) -> Size:
+        """(width, height) of the picture."""
+        return self.decoded(3, Ledger()).size
 
     def decoded(self, channels: int, ledger: Ledger) -> Image.Image:
         """The picture, what of it is not used as it was given told to the `ledger`. Raises UserError for no picture."""

@@ -19,7 +19,6 @@ from training.settings.families import all_kinds, suggestion
 if TYPE_CHECKING:
     import argparse
 
-    from PIL.Image import Image
     from torch import Tensor
 
     from ldm.image_tasks import Method
@@ -97,7 +96,8 @@ class Restoration(Start):
         """Measurements by one operator and of one shape together."""
         import torch
 
-        from ldm.image_tasks import restoration
+        from autoencoder.images import to_unit
+        from ldm.image_tasks import restoration, stacked
 
         channels = pipeline.autoencoder.image_channels
         read = reader(channels, size, ledger)
@@ -109,7 +109,8 @@ class Restoration(Start):
         def measurement(request: Request) -> Tensor:
             source = source_of(request)
             if source.flag == "--image":
-                return self._measured(operator_for(source), pixels_of(read(source)), request.seed)
+                images = to_unit(stacked([read(source)], channels))
+                return self._measured(operator_for(source), images, request.seed)
             return self._read(operator_for(source), source, channels, ledger)
 
         def alike(pair: tuple[Request, Tensor]) -> tuple[int, torch.Size]:
@@ -143,12 +144,15 @@ class Restoration(Start):
 
     def _read(self, operator: Operator, source: Given, channels: int, ledger: Ledger) -> Tensor:
         """y (1, ...) of a file: `y` of safetensors, or a picture in [-1, 1], grey where the operator gives grey."""
+        from autoencoder.images import to_unit
+        from ldm.image_tasks import stacked
+
         if source.name.endswith(".safetensors"):
             return _tensor(source)
         with as_user_error("give a measurement as the operator makes it, or other settings of the operator"):
-            y = pixels_of(source.decoded(channels, ledger))
+            y = to_unit(stacked([source.decoded(channels, ledger)], channels))
             if operator.domain(y[:, :1])[0] == channels:  # of one channel in y it makes all of the picture's
-                y = pixels_of(source.decoded(1, ledger))
+                y = to_unit(stacked([source.decoded(1, ledger)], 1))
             operator.domain(y)
         return operator(y) if operator.kind == "mask" else y
 
@@ -167,18 +171,6 @@ def _tensor(source: Given) -> Tensor:
         what = f"{source.flag} {source.name} holds {len(y)} measurements"
         raise UserError(what, hint="store one, as (1, ...)", code=DATA)
     return y.float()
-
-
-def pixels_of(picture: Image) -> Tensor:
-    """(1, C, H, W) in [-1, 1]."""
-    import numpy as np
-    import torch
-
-    from autoencoder.images import to_unit
-
-    array = np.array(picture)
-    images: Tensor = to_unit(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None])
-    return images
 
 
 def operator_of(args: argparse.Namespace) -> Operator:
