@@ -22,6 +22,11 @@ class Denoised(NamedTuple):
     log_var_frac: Tensor | None = None
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each pair of samples, kept broadcastable."""
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
 def with_x0(ends: Denoised, x0: Tensor, level: Level) -> Denoised:
     """Another x0, and the eps that makes up the same x_t with it: eps - (alpha / sigma) (x0' - x0)."""
     return ends._replace(x0=x0, eps=ends.eps - match(level.alpha / level.sigma, x0) * (x0 - ends.x0))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Bound, Conditional, Denoise
-from ldm.diffusion import Denoised
+from ldm.diffusion import Denoised, dot
 from ldm.guiding import ALONE, AgainstNull, Guidance, Helpers, Scaled, place
 from ldm.schedules import Level, match
 
@@ -68,7 +68,7 @@ def rescaled(guided: Denoised, told: Denoised, share: float) -> Denoised:
     """
     wanted, std, total = per_sample_std(told.x0), per_sample_std(guided.x0), told.x0 + guided.x0
     off = total - total.mean(dim=tuple(range(1, total.ndim)), keepdim=True)
-    factor = _dot(told.eps - guided.eps, off) / (off[0].numel() - 1) / (std * (std + wanted))
+    factor = dot(told.eps - guided.eps, off) / (off[0].numel() - 1) / (std * (std + wanted))
     x0 = guided.x0 * (1 + share * (wanted / std - 1))
     return guided._replace(x0=x0, eps=guided.eps + share * factor * guided.x0)
 
@@ -76,11 +76,6 @@ def rescaled(guided: Denoised, told: Denoised, share: float) -> Denoised:
 def per_sample_std(x: Tensor) -> Tensor:
     """The standard deviation over all but the batch, kept broadcastable."""
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each pair of samples, kept broadcastable."""
-    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +97,10 @@ class Projected(AgainstNull):
 
     def mix(self, told: Denoised, absent: Denoised, x: Tensor, level: Level) -> Denoised:
         d, push = told.x0, told.x0 - absent.x0
-        short = (self.max_norm / _dot(push, push).sqrt().clamp(min=1e-12)).clamp(max=1) if self.max_norm else 1.0
+        short = (self.max_norm / dot(push, push).sqrt().clamp(min=1e-12)).clamp(max=1) if self.max_norm else 1.0
 
         def pushed(end: Tensor, push: Tensor) -> Tensor:
-            along = d * (_dot(push, d) / _dot(d, d).clamp(min=1e-12))
+            along = d * (dot(push, d) / dot(d, d).clamp(min=1e-12))
             return end + (self.scale - 1) * short * (push - (1 - self.parallel) * along)
 
         # One linear rule for both ends: where alpha d_x0 + sigma d_eps = 0, its results make up x_t as well.
@@ -140,7 +135,7 @@ class CFGZeroStar(AgainstNull):
         total = level.alpha + level.sigma
         still, w, rest = x / match(total, x), match(level.sigma / total, x), match(level.alpha / total, x)
         u, u_null = told.eps - told.x0, absent.eps - absent.x0
-        u_null = u_null * (_dot(u, u_null) / _dot(u_null, u_null).clamp(min=1e-12))
+        u_null = u_null * (dot(u, u_null) / dot(u_null, u_null).clamp(min=1e-12))
         u = torch.lerp(u_null, u, self.scale)
         return told._replace(x0=still - w * u, eps=still + rest * u)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,15 +25,16 @@ from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
 from ldm.inverse.measurement import Measurement
 from ldm.inverse.operators import Decoded, GivenMask, Operator
-from ldm.inverse.posterior import Posterior, Problem
+from ldm.inverse.posterior import Posterior
 from ldm.inversion import edit_friendly
 from ldm.noise import Noise
-from ldm.pipeline import Captions, Pipeline, Sampling
+from ldm.pipeline import Captions, Pipeline, Sampling, each_caption, one_each
 from ldm.samplers import DDIMInversion, sample
 from ldm.tasks import Reference, Task, Tasks, Watch, unheld
 
 Pictures = Tensor | Sequence[Any]
 Method = Measurement | Posterior
+Given = TypeVar("Given", Tensor, Sequence[str])
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -71,6 +72,7 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
     whole, hole = (padded(part, pipeline.multiple) for part in (source, mask))
     free, inner = hole_in_latents(hole, pipeline.autoencoder.factor, dilate), windowed(pipeline, windows)
     plain = Task(shape=_shape(pipeline, whole), strength=strength, start_time=start_time)
+    operator = GivenMask(~free[0, 0]) if posterior else None
     partly = strength < 1 or start_time is not None
 
     def task(part: slice) -> Task:
@@ -81,8 +83,7 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
             return composite(_cropped(made, source), _of(source, part), _of(mask, part), feather)
 
         def draw(denoise: Denoise, grid: Tensor, noise: Noise, watch: Watch | None) -> Tensor:
-            assert posterior
-            operator = GivenMask(~free[0, 0])
+            assert posterior and operator
             y = operator(known).expand(len(noise), *known.shape[1:])
             return posterior.draw(denoise, operator, y, 0.0, grid, noise, watch)
 
@@ -116,7 +117,7 @@ def inverted(pipeline: Pipeline, images: Tensor, captions: Captions, sampling: S
     """
     plan = sampling or pipeline.sampling
     pipeline.latent_shape((images.shape[-2], images.shape[-1]))
-    texts = [captions] if isinstance(captions, str) else list(captions)
+    texts = each_caption(captions)
     x0, grid = encoded(pipeline, images), plan.grid(plan.steps, pipeline.denoiser.schedule).flip(0)
     walk, denoise = DDIMInversion(iterations=iterations), pipeline.denoiser.bind(pipeline.text(texts))
     return sample(walk, denoise, x0, grid, Noise.from_seeds([0] * len(x0), x0.device))
@@ -131,17 +132,17 @@ def edit_friendly_inversion(pipeline: Pipeline, pictures: Pictures, captions: Ca
     drawing. Huberman-Spiegelglas et al. 2023 (arXiv 2304.06140).
     """
     source, plan = as_pixels(pipeline, pictures), sampling or pipeline.sampling
-    whole, texts = padded(source, pipeline.multiple), [captions] if isinstance(captions, str) else list(captions)
+    whole, texts = padded(source, pipeline.multiple), each_caption(captions)
     plain = Task(shape=_shape(pipeline, whole), strength=strength, finish=lambda made: _cropped(made, source))
 
     def task(part: slice) -> Task:
-        latents, own = encoded(pipeline, to_unit(_of(whole, part))), texts if len(texts) == 1 else texts[part]
+        latents, own = encoded(pipeline, to_unit(_of(whole, part))), _of(texts, part)
 
         def draw(denoise: Denoise, grid: Tensor, noise: Noise, watch: Watch | None) -> Tensor:
             times, x0 = plain.visits(grid, denoise.schedule), latents.expand(len(noise), *latents.shape[1:])
             if len(times) < 2:
                 return x0
-            told = pipeline.guided(own * len(noise) if len(own) == 1 else own, plan=plan)
+            told = pipeline.guided(one_each(own, len(noise)), plan=plan)
             return edit_friendly(plan.sampler, told, x0, times, noise).walk(denoise, watch)
 
         return replace(plain, draw=draw)
@@ -173,7 +174,7 @@ def referring(task: Tasks | None, coupling: Coupling, captions: Sequence[str]) -
         if own.hold is not unheld or own.draw:
             raise ValueError(f"{coupling.kind} draws pairs, which a mask, windows or a measurement cannot hold: leave "
                              "either out")
-        return replace(own, reference=Reference(coupling, captions if len(captions) == 1 else captions[part]))
+        return replace(own, reference=Reference(coupling, _of(captions, part)))
 
     return of
 
@@ -193,9 +194,7 @@ def restoration(pipeline: Pipeline, operator: Operator, y: Tensor, sigma_y: floa
     pixels = isinstance(pipeline.autoencoder, IdentityAutoencoder)  # then latents are the picture, and A stays linear
     measured = operator if pixels else Decoded(operator, pipeline.decode, shape, partial(encoded, pipeline))
     inner = windowed(pipeline, windows)
-    refused = (method.refusal(measured, sigma_y) if isinstance(method, Measurement) else
-               method.refusal(Problem(measured, y, sigma_y)))
-    if refused:
+    if refused := method.refusal(measured, sigma_y):
         raise ValueError(f"{method.kind} {refused}")
 
     def task(part: slice) -> Task:
@@ -260,7 +259,7 @@ def _shape(pipeline: Pipeline, pixels: Tensor) -> tuple[int, int, int]:
     return pipeline.latent_shape((pixels.shape[-2], pixels.shape[-1]))
 
 
-def _of(given: Tensor, part: slice) -> Tensor:
+def _of(given: Given, part: slice) -> Given:
     """The pictures at a slice of those asked for, where not one stands for all."""
     return given if len(given) == 1 else given[part]
 

@@ -98,7 +98,7 @@ class Pipeline:
         `ldm.image_tasks`, to edit or to restore; `size`: pixels (height, width). Raises ValueError, before anything is
         drawn, for a size that does not fit, and where what is given per caption is more or fewer than the captions.
         """
-        captions, negatives = _each(captions), _each(negative)
+        captions, negatives = each_caption(captions), each_caption(negative)
         seeds = _numbers(seeds, len(captions))
         negatives = negatives * len(captions) if isinstance(negative, str) else negatives
         for given, name in ((seeds, "seeds"), (negatives, "negative prompts")):
@@ -119,7 +119,8 @@ class Pipeline:
                 own = task(part) if task else NO_TASK
                 texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
                 if beside := own.reference:
-                    texts = [text for pair in zip(_of(beside.captions, texts), texts, strict=True) for text in pair]
+                    pairs = zip(one_each(beside.captions, len(texts)), texts, strict=True)
+                    texts = [text for pair in pairs for text in pair]
                     others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
                 denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None)
                 seen = _without_references(watch) if watch and beside else watch
@@ -143,7 +144,7 @@ class Pipeline:
                plan: Sampling | None = None, coupling: Coupling | None = None) -> Denoise:
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
         under a `coupling` they are pairs, each caption after that of its reference."""
-        plan, captions = plan or self.sampling, _each(captions)
+        plan, captions = plan or self.sampling, each_caption(captions)
         denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
         cond, null = self.text(captions), self.text(negatives or [""])
         if also:
@@ -197,12 +198,12 @@ def _without_references(watch: Watch) -> Watch:
     return lambda shot: watch(shot._replace(x=shot.x[1::2], x0=shot.x0[1::2]))
 
 
-def _of(captions: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
-    """One for each of the texts."""
-    return list(captions) * len(texts) if len(captions) == 1 else captions
+def one_each(captions: Sequence[str], count: int) -> Sequence[str]:
+    """`count` captions, of which one stands for all."""
+    return list(captions) * count if len(captions) == 1 else captions
 
 
-def _each(captions: Captions) -> list[str]:
+def each_caption(captions: Captions) -> list[str]:
     """One string is one caption, not one for each letter. Raises ValueError where one is no text."""
     each = [captions] if isinstance(captions, str) else list(captions)
     for caption in each:

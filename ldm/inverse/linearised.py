@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ldm.diffusion import dot
 from ldm.inverse.operators import LinearOperator, Operator
 from ldm.schedules import match
 
@@ -78,8 +79,3 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, steps: int
         direction = residual + torch.where(going, left / square, 0) * direction
         square, going = left, going & (left > enough)
     return x
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each pair of samples, kept broadcastable."""
-    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)

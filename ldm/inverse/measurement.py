@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ldm.checks import Checked
 from ldm.denoiser import Bound, Denoise
-from ldm.diffusion import Denoised, with_x0
-from ldm.inverse.linearised import Local, conjugate_gradients, dot, leaf_of, linearised
+from ldm.diffusion import Denoised, dot, with_x0
+from ldm.inverse.linearised import Local, conjugate_gradients, leaf_of, linearised
 from ldm.inverse.operators import Decoded, LinearOperator, Operator
 from ldm.schedules import match
 

@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.drawing.filling import posterior_of
-from training.drawing.given import Given, beside, given, reader
-from training.drawing.start import Group, Size, Start, alike, source_of
+from training.drawing.given import Given, Size, beside, given, reader
+from training.drawing.start import Group, Start, alike, source_of
 from training.errors import DATA, UserError
 from training.ledger import Ledger
 from training.settings import decoding

@@ -1,4 +1,7 @@
-"""Pictures that a drawing is given: a file, or all of a folder with the captions beside them, and masks for them."""
+"""Pictures that a drawing is given: a file, or all of a folder with the captions beside them, and masks for them.
+
+Free of NumPy and Pillow at import: the command line asks the starts, which are given pictures, for their flags.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,6 @@ from typing import TYPE_CHECKING
 
 from training.errors import DATA, UserError
 from training.ledger import Ledger
-from training.packing.folder import Folder
-from training.packing.sources import Sample
-from training.pictures.decoding import load_image
-from training.pictures.formats import LARGEST_FILE, SUFFIXES, read_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,10 +40,13 @@ class Given:
     @cached_property
     def size(self) -> Size:
         """(width, height) of the picture."""
-        return self.decoded(3, Ledger()).size
+        width, height = self.decoded(3, Ledger()).size
+        return width, height
 
     def decoded(self, channels: int, ledger: Ledger) -> Image.Image:
         """The picture, what of it is not used as it was given told to the `ledger`. Raises UserError for no picture."""
+        from training.pictures.decoding import load_image
+
         try:
             picture = load_image(self.data, channels=channels)
         except UserError as problem:
@@ -56,6 +58,10 @@ class Given:
 
 def given(flag: str, where: str, ledger: Ledger) -> list[Given]:
     """The picture that `flag` names, or those of the folder. Raises UserError where there is none."""
+    from training.packing.folder import Folder
+    from training.packing.sources import Sample
+    from training.pictures.formats import LARGEST_FILE, read_file
+
     path = Path(where)
     try:
         if not _is_folder(path):
@@ -94,6 +100,8 @@ def beside(flag: str, where: str, sources: list[Given], ledger: Ledger) -> Calla
 
 
 def _refused(flag: str, name: str, problem: UserError) -> UserError:
+    from training.pictures.formats import SUFFIXES
+
     hint = problem.hint or f"give a picture file, as {', '.join(SUFFIXES[:3])}"
     return UserError(f"{flag} {name}: {problem.what}", hint=hint, code=DATA)
 

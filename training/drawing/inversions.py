@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from training.drawing.given import Given, given, reader
-from training.drawing.start import Group, Size, Start, source_of
+from training.drawing.given import Given, Size, given, reader
+from training.drawing.start import Group, Start, source_of
 from training.errors import UserError
 from training.ledger import Ledger
 from training.settings import decoding
@@ -16,6 +16,7 @@ from training.settings import decoding
 if TYPE_CHECKING:
     import argparse
 
+    from PIL.Image import Image
     from torch import Tensor
 
     from ldm.coupling import Coupling
@@ -78,8 +79,7 @@ class Inversion(Start):
         """The noise of each picture, found with the grid that the drawing then walks down."""
         import torch
 
-        from autoencoder.images import to_unit
-        from ldm.image_tasks import as_pixels, edit_friendly_inversion, inverted
+        from ldm.image_tasks import edit_friendly_inversion
         from ldm.tasks import Task
 
         read = reader(pipeline.autoencoder.image_channels, size or pipeline.size, ledger)
@@ -91,13 +91,10 @@ class Inversion(Start):
             what = "inversions drawn with guidance: their own prompt does not give the picture back either"
             ledger.add("guessed", what, "--guidance-scale 1 does, --edit-friendly at any scale")
 
-        @lru_cache(maxsize=64)
-        def noise_of(source: Given) -> Tensor:
-            images = to_unit(as_pixels(pipeline, [read(source)]))
-            return inverted(pipeline, images, self.prompt, sampling, self.iterations)
+        noise_of = noises(pipeline, read, sampling, self.iterations)
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
-            start = torch.cat([noise_of(source_of(request)) for request in requests])
+            start = torch.cat([noise_of(source_of(request), self.prompt) for request in requests])
             yield requests, lambda part: Task(start=start[part])
 
         return tasks
@@ -147,14 +144,11 @@ class Styled(Start):
         """All requests together, each from its own noise or from that of its picture."""
         import torch
 
-        from autoencoder.images import to_unit
-        from ldm.image_tasks import as_pixels, inverted, styled
+        from ldm.image_tasks import styled
 
         read = reader(pipeline.autoencoder.image_channels, size or pipeline.size, ledger)
 
-        @lru_cache(maxsize=64)
-        def noise_of(source: Given, prompt: str) -> Tensor:
-            return inverted(pipeline, to_unit(as_pixels(pipeline, [read(source)])), prompt, sampling)
+        noise_of = noises(pipeline, read, sampling)
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
             own = [noise_of(r.source, r.prompt) for r in requests if r.source]
@@ -170,3 +164,16 @@ def coupling_of(args: argparse.Namespace, kind: str) -> Coupling:
     coupling: Coupling = (decoding.recalled("coupling", {**args.coupling, "kind": kind}) if told
                           else decoding.chosen("coupling", {**args.overrides, "coupling.kind": kind}))  # fmt: skip
     return coupling
+
+
+def noises(pipeline: Pipeline, read: Callable[[Given], Image], sampling: Sampling,
+           iterations: int = 1) -> Callable[[Given, str], Tensor]:
+    """The noise (1, C, h, w) that inversion finds for a picture under a prompt, kept for those drawn several times."""
+    from autoencoder.images import to_unit
+    from ldm.image_tasks import as_pixels, inverted
+
+    @lru_cache(maxsize=64)
+    def noise_of(source: Given, prompt: str) -> Tensor:
+        return inverted(pipeline, to_unit(as_pixels(pipeline, [read(source)])), prompt, sampling, iterations)
+
+    return noise_of

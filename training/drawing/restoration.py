@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.drawing.edits import hole_of
-from training.drawing.given import Given, beside, given, reader
-from training.drawing.start import Group, Size, Start, source_of
+from training.drawing.given import Given, Size, beside, given, reader
+from training.drawing.start import Group, Start, source_of
 from training.errors import DATA, UserError, as_user_error
 from training.ledger import Ledger
 from training.settings import decoding
@@ -106,12 +106,16 @@ class Restoration(Start):
         def operator_for(source: Given) -> Operator:
             return self._with_mask(source, size)
 
+        @lru_cache(maxsize=2)  # for a measurement that is drawn from several times
+        def given_y(source: Given) -> Tensor:
+            return self._read(operator_for(source), source, channels, ledger)
+
         def measurement(request: Request) -> Tensor:
             source = source_of(request)
             if source.flag == "--image":
                 images = to_unit(stacked([read(source)], channels))
                 return self._measured(operator_for(source), images, request.seed)
-            return self._read(operator_for(source), source, channels, ledger)
+            return given_y(source)
 
         def alike(pair: tuple[Request, Tensor]) -> tuple[int, torch.Size]:
             return id(operator_for(source_of(pair[0]))), pair[1].shape
@@ -152,7 +156,7 @@ class Restoration(Start):
         with as_user_error("give a measurement as the operator makes it, or other settings of the operator"):
             y = to_unit(stacked([source.decoded(channels, ledger)], channels))
             if operator.domain(y[:, :1])[0] == channels:  # of one channel in y it makes all of the picture's
-                y = to_unit(stacked([source.decoded(1, ledger)], 1))
+                y = to_unit(stacked([source.decoded(1, Ledger())], 1))
             operator.domain(y)
         return operator(y) if operator.kind == "mask" else y
 

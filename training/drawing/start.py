@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from training.drawing.given import Given
+from training.drawing.given import Given, Size
 from training.errors import CHECKPOINT, DATA, UserError
 from training.ledger import Ledger
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ldm.tasks import Tasks
     from training.drawing.requests import Request
 
-Size = tuple[int, int]
 Group = tuple[list["Request"], "Tasks | None"]  # requests that are drawn together, and how
 
 

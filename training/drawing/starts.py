@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.drawing.edits import ImageToImage, Inpainting, Outpainting
-from training.drawing.given import Given
+from training.drawing.given import Given, Size
 from training.drawing.inversions import Inversion, Styled
 from training.drawing.restoration import Restoration
-from training.drawing.start import Group, Size, Start
+from training.drawing.start import Group, Start
 from training.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ STARTS: tuple[type[Start], ...] = (OwnNoise, ImageToImage, Inpainting, Outpainti
 TOLD = {start.fact: start for start in STARTS}  # by the key in a picture's facts
 
 
-BESIDE = {"coupling", "source_prompt", "method", "invert_prompt"}  # flags that more than a start reads
+BESIDE = {"coupling", "method", "invert_prompt"}  # flags that more than a start reads
 SECTIONS = {"operator": ("restore",), "measurement": ("restore",), "posterior": ("restore", "mask"),
             "coupling": ("coupling", "style")}  # fmt: skip
 
@@ -72,8 +72,7 @@ def unread(args: argparse.Namespace, start: Start) -> list[str]:
     own = {flag for flag, _ in start.settings.values()} | {*start.inputs.values()} | BESIDE
     every = [flag for kind in STARTS for flag in (*(f for f, _ in kind.settings.values()), *kind.inputs.values())]
     flags = [flag for flag in dict.fromkeys(every) if flag not in own and getattr(args, flag)]
-    flags += [flag for flag, reader in (("source_prompt", "coupling"), ("style_prompt", "style"))
-              if getattr(args, flag) and not getattr(args, reader)]  # fmt: skip
+    flags += ["source_prompt"] if args.source_prompt and not args.coupling else []
     keys = [key for key in args.overrides or () if (by := SECTIONS.get(key.partition(".")[0]))
             and not any(getattr(args, flag) for flag in by)]  # fmt: skip
     return [f"--{word.replace('_', '-')}: nothing of this drawing reads it"

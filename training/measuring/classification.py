@@ -15,7 +15,7 @@ from ldm.noise import Noise
 from ldm.weighting import ELBO, SNR
 from training.drawing.prompts import listed, tell_reading
 from training.errors import DATA, UserError, as_user_error
-from training.measuring.distances import wilson
+from training.measuring.distances import share
 from training.measuring.held_out import CHUNK, by_caption, chunks, even_among, held_out
 from training.messages import answer, tell
 from training.models.captions_read import short
@@ -141,8 +141,7 @@ def judged(belief: Tensor, truth: Tensor) -> dict[str, Any]:
     curve = reliability(confidence, right)
     off = sum(one["pictures"] * abs(one["accuracy"] - one["confidence"]) for one in curve)
     return {
-        "accuracy": right.double().mean().item(),
-        "accuracy_95": list(wilson(int(right.sum()), len(right))),
+        **share("accuracy", right.tolist()),
         "calibration_error": off / len(right),
         "confusion": confusion.tolist(),
         "reliability": curve,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,3 +77,9 @@ def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
     return root
+
+
+def share(name: str, verdicts: Sequence[bool]) -> dict[str, Any]:
+    """A share and its 95 % interval."""
+    hits = sum(map(bool, verdicts))
+    return {name: hits / len(verdicts), f"{name}_95": list(wilson(hits, len(verdicts)))}

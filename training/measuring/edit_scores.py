@@ -10,17 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.measuring.distances import wilson
 from training.shapes.checker import check, overlap, read, silhouette
 from training.shapes.edits import Edit
 
 Numbers = dict[str, Any]
-
-
-def share(name: str, verdicts: Sequence[bool]) -> Numbers:
-    """A share and its 95 % interval."""
-    hits = sum(map(bool, verdicts))
-    return {name: hits / len(verdicts), f"{name}_95": list(wilson(hits, len(verdicts)))}
 
 
 def arrays(pixels: Tensor) -> list[NDArray[np.uint8]]:

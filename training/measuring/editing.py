@@ -24,9 +24,11 @@ from ldm.guidance import ClassifierFree
 from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, inpainting, inverted, referring, styled
 from ldm.samplers import DDIM, DDPM
 from ldm.tasks import Task, Tasks
+from training.drawing.edits import half_window
 from training.errors import UserError, as_user_error
 from training.guarding import check_free
-from training.measuring.edit_scores import Numbers, arrays, coloured, mean, obeyed, overlaps, seam, share
+from training.measuring.distances import share
+from training.measuring.edit_scores import Numbers, arrays, coloured, mean, obeyed, overlaps, seam
 from training.measuring.obedience import SAMPLING
 from training.messages import tell
 from training.pictures import charts, grids
@@ -230,9 +232,8 @@ def grown(studio: Studio) -> Part:
     edits, side = studio.edits(another_object, 1), studio.side
     source, captions = studio.pictures(edits), [edit.words[0] for edit in edits]
     canvas, new = extended(studio.pipeline, source, (0, 0, side, 0))
-    window = studio.pipeline.latent_shape(studio.pipeline.size)[-1] // 2
     numbers, rows = Numbers(), {"source": source}
-    for name, windows in (("windows", max(1, window)), ("whole", 0)):
+    for name, windows in (("windows", half_window(studio.pipeline)), ("whole", 0)):
         made = studio.draw(captions, inpainting(studio.pipeline, canvas, new, dilate=0, windows=windows))
         assert torch.equal(made[..., :side], source), "a pixel of the picture moved"
         steps, limits = zip(*(seam(picture, side) for picture in made), strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.drawing.prompts import tell_reading
 from training.drawing.requests import Request, ask
 from training.errors import UserError, as_user_error
-from training.measuring.distances import wilson
+from training.measuring.distances import share
 from training.messages import tell
 from training.models.judge import Classifier, load_classifier
 from training.pictures import grids
@@ -67,9 +67,7 @@ def shapes_obedience(
                 samples += grids.to_pil(pixels[:16])
                 captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(checks, texts, strict=True)][:16]
             verdicts += checks
-        obeyed = sum(v["obeyed"] for v in verdicts)
-        numbers[f"obedience_{objects}"] = obeyed / len(verdicts)
-        numbers[f"obedience_{objects}_95"] = list(wilson(obeyed, len(verdicts)))
+        numbers |= share(f"obedience_{objects}", [verdict["obeyed"] for verdict in verdicts])
         for key in sorted(set().union(*verdicts) - {"obeyed"}):
             answers = [v[key] for v in verdicts if key in v]
             numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
@@ -93,11 +91,10 @@ def verdicts_by(name: str | None, device: torch.device) -> Callable[[Tensor, lis
     if name != "shapes":
         judge = load_classifier(name, device)
         return lambda pixels, captions: obeyed_by_classifier(judge, pixels, captions)
-    from training.shapes.checker import check
+    from training.measuring.edit_scores import obeyed
 
     def by_rules(pixels: Tensor, captions: list[str]) -> list[bool]:
         with as_user_error("give captions of the embedded shapes, or the folder of a classifier"):
-            images = pixels.permute(0, 2, 3, 1).cpu().numpy()
-            return [check(image, text)["obeyed"] for image, text in zip(images, captions, strict=True)]
+            return obeyed(pixels, captions)
 
     return by_rules

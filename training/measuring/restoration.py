@@ -24,7 +24,7 @@ from training.drawing.prompts import tell_reading
 from training.drawing.restoration import method_of, operator_of
 from training.errors import UserError, as_user_error
 from training.measuring.calibration import EXACT, TOLD, Calibration, floor
-from training.measuring.distances import wilson
+from training.measuring.distances import share
 from training.measuring.held_out import CHUNK, chunks, even_indices, held_out
 from training.measuring.obedience import verdicts_by
 from training.messages import answer, note, tell
@@ -125,19 +125,12 @@ class Score:
         return {
             **{f"{name}_mean": value for name, value in self.means.means().items()},
             **self.singles.means(),
-            **told_obeyed(self.verdicts),
+            **(share("obeyed", self.verdicts) if self.verdicts else {}),
             "residual": residuals.mean().item(),
             **self.calibration.numbers(),
             "calls": self.calls[0],
             "seconds": self.seconds / len(residuals),
         }
-
-
-def told_obeyed(verdicts: list[bool]) -> dict[str, Any]:
-    """The share obeyed and its 95 % interval, where there was a judge."""
-    if not verdicts:
-        return {}
-    return {"obeyed": sum(verdicts) / len(verdicts), "obeyed_95": list(wilson(sum(verdicts), len(verdicts)))}
 
 
 @dataclass
@@ -151,7 +144,8 @@ class Baseline:
     def numbers(self) -> dict[str, Any]:
         """Means over pictures."""
         residuals = torch.cat(self.residuals)
-        return {**self.fidelity.means(), **told_obeyed(self.verdicts), "residual": residuals.mean().item()}
+        obeyed = share("obeyed", self.verdicts) if self.verdicts else {}
+        return {**self.fidelity.means(), **obeyed, "residual": residuals.mean().item()}
 
 
 def restoration(

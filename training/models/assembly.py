@@ -152,10 +152,10 @@ def export_learned(parts: Parts, home: Path) -> None:
         make_folder(home / "text_encoder")
         save_tensors(home / "text_encoder" / "model.safetensors", parts.text.state_dict())
     begun = {name: parts.hashes[name] for name in BEGUN_WITH if name in parts.hashes}
-    store_ingredients(home, begun | _networks(parts.pipeline))
+    store_ingredients(home, begun | networks(parts.pipeline))
 
 
-def _networks(pipeline: Pipeline) -> dict[str, str]:
+def networks(pipeline: Pipeline) -> dict[str, str]:
     """The hashes of what training changes, and of a frozen text encoder."""
     backbone, text = pipeline.denoiser.backbone, pipeline.text
     return {"denoiser": content_hash(backbone.state_dict()), "text_encoder": content_hash(text.state_dict())}  # type: ignore[attr-defined]
@@ -190,7 +190,7 @@ def load_pipeline(
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
-    pipeline = dataclasses.replace(pipeline, hashes=pipeline.hashes | _networks(pipeline))
+    pipeline = dataclasses.replace(pipeline, hashes=pipeline.hashes | networks(pipeline))
     if folder.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
     if preview:

@@ -11,12 +11,12 @@ from torch import nn
 
 from training.guarding import make_folder
 from training.messages import answer
-from training.models.assembly import HashedPipeline, load_pipeline
+from training.models.assembly import HashedPipeline, load_pipeline, networks
 from training.models.autoencoders import autoencoder_hashes
 from training.models.folders import Found, card, export, find, whole_folder
 from training.models.lineage import store_ingredients
 from training.settings import decoding
-from training.tensors import content_hash, in_dtype, save_tensors
+from training.tensors import in_dtype, save_tensors
 
 if TYPE_CHECKING:
     import argparse
@@ -43,7 +43,7 @@ def _write(folder: Path, source: Found, pipeline: HashedPipeline, dtype: torch.d
         network.load_state_dict(in_dtype(network.state_dict(), dtype))
     facts, own = {"weights": str(dtype).removeprefix("torch.")}, autoencoder_hashes(autoencoder)
     hashes = pipeline.hashes | {"autoencoder": own["autoencoder"]}
-    hashes |= {"denoiser": content_hash(backbone.state_dict()), "text_encoder": content_hash(text.state_dict())}
+    hashes |= networks(pipeline)
     values = decoding.to_values(inner)
     export(folder / "autoencoder", values, autoencoder.state_dict(), card("Autoencoder", facts | own, values), dtype)
     values = decoding.to_values(config)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from autoencoder.base import full_precision
 from ldm.inverse.operators.base import Operator, shape_of
 
 
@@ -27,7 +28,7 @@ class Phase(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         sides = [side * self.oversample for side in shape_of(x)[1:]]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # no Fourier transform of shorter numbers
+        wide = full_precision(x)  # no Fourier transform of shorter numbers
         spectrum: Tensor = torch.fft.fft2(wide, s=sides, norm="ortho")
         return spectrum.abs().to(x.dtype)
 

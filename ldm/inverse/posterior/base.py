@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checks import Checked
 from ldm.denoiser import Bound, Denoise
 from ldm.diffusion import Denoised
-from ldm.inverse.operators import Operator
+from ldm.inverse.operators import LinearOperator, Operator
 from ldm.noise import Noise
 from ldm.samplers import Snapshot, check_grid
 
@@ -35,11 +35,9 @@ class Problem:
 class Posterior(Checked, ABC):
     """A way to draw x0 given y. Frozen and stateless; a sample depends on its own y and seed alone.
 
-    `calibrated`: whether the spread of the draws is the posterior's, up to a bias that its docstring states;
     `differentiates`: whether it takes gradients through the denoiser or the operator.
     """
 
-    calibrated: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
 
     def draw(self, denoise: Denoise, operator: Operator, y: Tensor, sigma_y: float, grid: Tensor, noise: Noise,
@@ -67,9 +65,9 @@ class Posterior(Checked, ABC):
         return x
 
     @abstractmethod
-    def refusal(self, problem: Problem) -> str | None:
-        """Why the method cannot solve this problem, as the end of a sentence that begins with its kind, and what can;
-        None where it can."""
+    def refusal(self, operator: Operator, sigma_y: float) -> str | None:
+        """Why the method cannot use these, as the end of a sentence that begins with its kind, and what can; None where
+        it can."""
 
     @abstractmethod
     def calls(self, grid: Tensor) -> int:
@@ -90,5 +88,19 @@ class Posterior(Checked, ABC):
         if self.differentiates and torch.is_inference_mode_enabled():
             raise ValueError(f"{self.kind} takes gradients, which torch.inference_mode forbids; call it under "
                              "torch.no_grad, or outside of both")
-        if (reason := self.refusal(problem)) is not None:
+        if (reason := self.refusal(problem.operator, problem.sigma_y)) is not None:
             raise ValueError(f"{self.kind} {reason}")
+
+
+class OneCallAStep(Posterior):
+    """A method that calls the network once for each step of the grid."""
+
+    def calls(self, grid: Tensor) -> int:
+        return len(grid) - 1
+
+
+def needs_linear(operator: Operator) -> str | None:
+    """The refusal of methods that work in the singular directions of an operator."""
+    if isinstance(operator, LinearOperator):
+        return None
+    return "needs the singular values of a linear operator; for another one take resample or dps"

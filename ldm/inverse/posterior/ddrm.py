@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
-from ldm.inverse.operators import LinearOperator, Spectrum
-from ldm.inverse.posterior.base import Posterior, Problem
+from ldm.inverse.operators import LinearOperator, Operator, Spectrum
+from ldm.inverse.posterior.base import OneCallAStep, Problem, needs_linear
 from ldm.noise import Noise
 from ldm.samplers import prior
 from ldm.samplers.base import noise_ratio
@@ -49,7 +49,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDRM(Posterior):
+class DDRM(OneCallAStep):
     """In V^T x, with Y = U^T y / S, tau = sigma / alpha and X0, E for both ends there; one call a step. Where A sees
 
         nothing                x_s = alpha_s X0 + sigma_s (sqrt(1 - eta^2) E + eta z)
@@ -67,13 +67,8 @@ class DDRM(Posterior):
     eta: float = 0.85
     eta_b: float = 1.0
 
-    def refusal(self, problem: Problem) -> str | None:
-        if isinstance(problem.operator, LinearOperator):
-            return None
-        return "needs the singular values of a linear operator; for another one take resample or dps"
-
-    def calls(self, grid: Tensor) -> int:
-        return len(grid) - 1
+    def refusal(self, operator: Operator, sigma_y: float) -> str | None:
+        return needs_linear(operator)
 
     def walk(self, denoise: Denoise, problem: Problem, times: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
         seen, schedule = _Seen.of(problem), denoise.schedule

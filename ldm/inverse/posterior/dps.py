@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ldm.denoiser import Bound, Denoise
 from ldm.diffusion import Denoised
-from ldm.inverse.posterior.base import Posterior, Problem
+from ldm.inverse.linearised import leaf_of
+from ldm.inverse.operators import Operator
+from ldm.inverse.posterior.base import OneCallAStep, Problem
 from ldm.noise import Noise
 from ldm.samplers import DDPM, prior
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPS(Posterior):
+class DPS(OneCallAStep):
     """x_s = (the `ddpm` step) - zeta grad_{x_t} ||y - A x0(x_t)||, the norm of each sample. One call a step.
 
     Not calibrated: it does not read sigma_y, and the residual it ends with is set by zeta, the number of steps and the
@@ -34,11 +36,8 @@ class DPS(Posterior):
     zeta: float = 0.3
     variance: Literal["small", "large", "learned"] = "small"
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, operator: Operator, sigma_y: float) -> str | None:
         return None
-
-    def calls(self, grid: Tensor) -> int:
-        return len(grid) - 1
 
     def walk(self, denoise: Denoise, problem: Problem, times: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
         rule = DDPM(variance=self.variance)
@@ -53,7 +52,7 @@ class DPS(Posterior):
 def _pulled(denoise: Denoise, problem: Problem, x: Tensor, t: Tensor) -> tuple[Denoised, Tensor]:
     """Both ends of x, and the gradient in x of each sample's ||y - A x0||, 0 where that norm is."""
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
+        leaf = leaf_of(x)
         ends = denoise(leaf, t)
         residual = problem.y - problem.operator(ends.x0)
     each = residual.detach()

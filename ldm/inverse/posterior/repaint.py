@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoise
+from ldm.inverse.operators import Operator
 from ldm.inverse.operators.masks import Masking
 from ldm.inverse.posterior.base import Posterior, Problem
 from ldm.noise import Noise
@@ -35,11 +36,11 @@ class RePaint(Posterior):
     resamples: int = 10
     variance: Literal["small", "large", "learned"] = "small"
 
-    def refusal(self, problem: Problem) -> str | None:
-        if not isinstance(problem.operator, Masking):
+    def refusal(self, operator: Operator, sigma_y: float) -> str | None:
+        if not isinstance(operator, Masking):
             return "fills what a mask hides; for another operator take split-gibbs, ddrm, resample or dps"
-        if problem.sigma_y:
-            return f"keeps y as it is, so that sigma_y is 0, got {problem.sigma_y:g}; else take split-gibbs or ddrm"
+        if sigma_y:
+            return f"keeps y as it is, so that sigma_y is 0, got {sigma_y:g}; else take split-gibbs or ddrm"
         return None
 
     def calls(self, grid: Tensor) -> int:

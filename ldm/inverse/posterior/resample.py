@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import Denoise
-from ldm.inverse.posterior.base import Posterior, Problem
+from ldm.inverse.linearised import leaf_of
+from ldm.inverse.operators import Operator
+from ldm.inverse.posterior.base import OneCallAStep, Problem
 from ldm.noise import Noise
 from ldm.samplers import mix, prior
 from ldm.samplers.base import noise_ratio
@@ -19,7 +21,7 @@ from ldm.schedules import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReSample(Posterior):
+class ReSample(OneCallAStep):
     """`ddim`, and after the first third of the steps, at each `every`th counted from the last, x_s drawn about
 
         fit = argmin ||y - A x0||^2 from the network's x0:  x_s ~ N(w alpha_s fit + (1 - w) x_s', w sigma_s^2),
@@ -39,11 +41,8 @@ class ReSample(Posterior):
     iterations: int = 100
     rate: float = 0.02
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, operator: Operator, sigma_y: float) -> str | None:
         return None
-
-    def calls(self, grid: Tensor) -> int:
-        return len(grid) - 1
 
     def walk(self, denoise: Denoise, problem: Problem, times: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
         x, steps = prior(denoise.schedule, problem.shape, noise, problem.y.dtype), len(times) - 1
@@ -67,7 +66,7 @@ class ReSample(Posterior):
         fit, mean, square = x0, torch.zeros_like(x0), torch.zeros_like(x0)
         for count in range(1, self.iterations + 1):
             with torch.enable_grad():
-                leaf = fit.detach().requires_grad_()
+                leaf = leaf_of(fit)
                 residual = (problem.y - problem.operator(leaf)).flatten(1)
             each = residual.detach()
             # What A cannot see has no residual, whatever x0 is.

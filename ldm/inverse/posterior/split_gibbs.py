@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.grids import Karras
-from ldm.inverse.operators import LinearOperator, Spectrum
-from ldm.inverse.posterior.base import Posterior, Problem
+from ldm.inverse.operators import LinearOperator, Operator, Spectrum
+from ldm.inverse.posterior.base import Posterior, Problem, needs_linear
 from ldm.noise import Noise
 from ldm.samplers import DDPM, DPMppSDE2M, sample
 from ldm.samplers.base import noise_ratio
@@ -84,7 +84,6 @@ class SplitGibbs(Posterior):
     Raises ValueError for an operator that is not linear.
     """
 
-    calibrated = True
     limits: ClassVar = {"rho_max": "(0, inf)", "rho_min": "(0, rho_max]", "inner_steps": "[2, inf)"}
     kind: Literal["split-gibbs"] = "split-gibbs"
     rho_max: float = 10.0
@@ -93,10 +92,8 @@ class SplitGibbs(Posterior):
     absorb: bool = True
     sampler: Literal["dpmpp-sde-2m", "ddpm"] = "dpmpp-sde-2m"
 
-    def refusal(self, problem: Problem) -> str | None:
-        if isinstance(problem.operator, LinearOperator):
-            return None
-        return "needs the singular values of a linear operator; for another one take resample or dps"
+    def refusal(self, operator: Operator, sigma_y: float) -> str | None:
+        return needs_linear(operator)
 
     def calls(self, grid: Tensor) -> int:
         return (len(grid) - 1) * self.inner_steps
