@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode alone would not find `tiny`
 
@@ -57,3 +59,24 @@ def denoiser(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER) == 0
     tiny.keep()
     return run
+
+
+@pytest.fixture(scope="session")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grey noise of 16 x 16, packed as data; the identity as pixels, latents, and a denoiser of two steps as run."""
+    root = tmp_path_factory.mktemp("pixels")
+    (root / "in").mkdir()
+    for i in range(40):
+        noise = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
+        Image.fromarray(noise).save(root / "in" / f"{i:02d}.png")
+        (root / "in" / f"{i:02d}.txt").write_text(f"noise {'odd' if i % 2 else 'even'}")
+    pack = ["--output", root / "data", "--resolution", 16, "--channels", 1, "--val-fraction", 0.2]
+    assert tiny.call("make_shards", "pack", root / "in", *pack) == 0
+    identity = ["--config", "identity", "--device", "cpu"]
+    assert tiny.call("train_autoencoder", *identity, "--data", root / "data", "--output", root / "pixels") == 0
+    encode = ["--autoencoder", root / "pixels", "--data", root / "data", "--output", root / "latents"]
+    assert tiny.call("encode_latents", *encode, "--device", "cpu", "--num-workers", 0) == 0
+    train = ["--latents", root / "latents", "--output", root / "run", "--batch-size", 16, "--max-steps", 2]
+    assert tiny.call("train_denoiser", *tiny.DENOISER, *train) == 0
+    tiny.keep()
+    return root

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
+from algebra import normal
 from linear import Matrix
 from torch import Tensor
 
@@ -40,7 +42,7 @@ RULES = tuple(cls() for cls in MEASUREMENTS)
 
 
 def draws(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, seed=seed)
 
 
 def latent(left: Tensor, right: Tensor, bend: float = 1.0) -> Decoded:
@@ -65,6 +67,7 @@ def correlated(schedule: NoiseSchedule) -> Mixture:
     return Mixture(schedule, torch.ones(1, dtype=F64), torch.zeros(1, 2, dtype=F64), covariance)
 
 
+@cache
 def ends_of(rule: Measurement, std: float, sigma_y: float, sampler: Sampler = ODE) -> tuple[float, float]:
     """Mean and variance of what is drawn of data N(0, std^2) given y = 1, exactly: the walk is an affine map of its
     start and its noise."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from algebra import F64, normal
 from PIL import Image
 from torch import Tensor
 
@@ -36,12 +37,7 @@ from training.measuring.restoration import Bench, Score, sheet, table
 from training.models.reconstructions import Fidelity
 from training.pictures import charts
 
-F64 = torch.float64
 STD = 0.25  # of the pictures below
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 19, 20])
@@ -164,26 +160,6 @@ def test_a_chart_has_its_points_where_they_belong() -> None:
     assert tuple(chart[charts.MARGIN + charts.SIDE // 2, x]) == (128, 128, 128)
 
 
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey noise of 16 x 16, packed; the identity, latents and a denoiser of two steps."""
-    root = tmp_path_factory.mktemp("restoration")
-    (root / "in").mkdir()
-    for i in range(20):
-        noise = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
-        Image.fromarray(noise).save(root / "in" / f"{i:02d}.png")
-        (root / "in" / f"{i:02d}.txt").write_text(f"noise {'odd' if i % 2 else 'even'}")
-    pack = ("--output", root / "data", "--resolution", 16, "--channels", 1, "--val-fraction", 0.2)
-    assert tiny.call("make_shards", "pack", root / "in", *pack) == 0
-    identity = ("--config", "identity", "--device", "cpu", "--data", root / "data", "--output", root / "pixels")
-    assert tiny.call("train_autoencoder", *identity) == 0
-    encode = ("--autoencoder", root / "pixels", "--data", root / "data", "--output", root / "latents")
-    assert tiny.call("encode_latents", *encode, "--device", "cpu", "--num-workers", 0) == 0
-    train = ("--latents", root / "latents", "--output", root / "run", "--batch-size", 16, "--max-steps", 2)
-    assert tiny.call("train_denoiser", *tiny.DENOISER, *train) == 0
-    return root
-
-
 Report = Callable[..., dict[str, Any]]
 
 
@@ -199,11 +175,11 @@ def report(tmp_path: Path) -> Report:
 
 
 def test_one_table_for_several_methods(
-    report: Report, pixels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    report: Report, grey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--restore", "box", "--operator.factor", 2, "--guidance-scale", 1, "--grid", tmp_path / "grid.png")
     words += ("--sampler", "euler")
-    found = report(pixels / "run", pixels / "data", *words, "--method", "ddnm, split-gibbs", "--captions", "empty")
+    found = report(grey / "run", grey / "data", *words, "--method", "ddnm, split-gibbs", "--captions", "empty")
     assert list(found["restored"]) == ["ddnm", "split-gibbs"] == list(found["methods"])
     assert [found["restored"][name]["calls"] for name in found["methods"]] == [2, 16]
     assert found["operator"]["factor"] == 2 and found["captions"] == "empty" and found["pictures"] == 2

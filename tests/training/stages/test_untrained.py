@@ -22,30 +22,11 @@ from training.shards.reading import ShardSet
 RUN = ["--config", "identity", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of grey noise, packed; the identity, latents and a denoiser."""
-    root = tmp_path_factory.mktemp("pixels")
-    (root / "in").mkdir()
-    for i in range(40):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "in" / f"{i:02d}.png")
-        (root / "in" / f"{i:02d}.txt").write_text(f"noise {'odd' if i % 2 else 'even'}")
-    pack = ["--output", root / "data", "--resolution", 16, "--channels", 1, "--val-fraction", 0.2]
-    assert tiny.call("make_shards", "pack", root / "in", *pack) == 0
-    assert tiny.call("train_autoencoder", *RUN, "--data", root / "data", "--output", root / "pixels") == 0
-    encode = ["--autoencoder", root / "pixels", "--data", root / "data", "--output", root / "latents"]
-    assert tiny.call("encode_latents", *encode, "--device", "cpu", "--num-workers", 0) == 0
-    train = ["--latents", root / "latents", "--output", root / "ldm", "--batch-size", 16, "--max-steps", 2]
-    assert tiny.call("train_denoiser", *tiny.DENOISER, *train) == 0
-    return root
-
-
-def test_the_run_is_finished_and_exact(made: Path) -> None:
-    record = json.loads((made / "pixels" / "run.json").read_text())
-    assert record["status"] == "finished" and not (made / "pixels" / "checkpoints").exists()
+def test_the_run_is_finished_and_exact(grey: Path) -> None:
+    record = json.loads((grey / "pixels" / "run.json").read_text())
+    assert record["status"] == "finished" and not (grey / "pixels" / "checkpoints").exists()
     assert record["validation"] == {"psnr": None, "psnr_is": "inf", "ssim": 1.0}
-    assert (made / "pixels" / "samples" / "final" / "grid.png").is_file()
+    assert (grey / "pixels" / "samples" / "final" / "grid.png").is_file()
 
 
 def test_its_hashes_stay() -> None:
@@ -56,9 +37,9 @@ def test_its_hashes_stay() -> None:
     assert hashes["autoencoder"] != grey["autoencoder"]
 
 
-def test_it_says_what_it_does(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_what_it_does(grey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In one sentence; again, that it is complete; and which settings nothing reads."""
-    words = [*RUN, "--data", made / "data", "--output", tmp_path / "run"]
+    words = [*RUN, "--data", grey / "data", "--output", tmp_path / "run"]
     assert tiny.call("train_autoencoder", *words, "--lr", 0.1, "--max-steps", 7) == 0
     told = capsys.readouterr()
     assert "nothing to train, the pixels are the latents: factor 1, 1 channels" in told.out + told.err
@@ -69,35 +50,35 @@ def test_it_says_what_it_does(made: Path, tmp_path: Path, capsys: pytest.Capture
     assert "already complete" in told.out + told.err
 
 
-def test_the_stored_latents_are_the_pictures(made: Path) -> None:
+def test_the_stored_latents_are_the_pictures(grey: Path) -> None:
     """float16 holds every 8-bit level; the normaliser was not measured."""
-    latents, images = Latents(ShardSet(made / "latents")), Images(ShardSet(made / "data"))
+    latents, images = Latents(ShardSet(grey / "latents")), Images(ShardSet(grey / "data"))
     assert latents.shape == (1, 16, 16) and latents.dtype == np.float16 and len(latents) == len(images)
     for index in range(len(images)):
         stored = torch.from_numpy(latents.moments(index).astype(np.float32))
         assert torch.equal(to_uint8(stored), torch.tensor(images.picture(index)).permute(2, 0, 1))
-    norm = load_pipeline(made / "ldm", "cpu").autoencoder.norm
+    norm = load_pipeline(grey / "run", "cpu").autoencoder.norm
     assert norm.shift.tolist() == [[[[0.0]]]] and norm.scale.tolist() == [[[[1.0]]]]
 
 
-def test_every_door_takes_it(made: Path, tmp_path: Path) -> None:
+def test_every_door_takes_it(grey: Path, tmp_path: Path) -> None:
     machine = ["--device", "cpu"]
-    measure = ["--model", made / "pixels", "--data", made / "data", "--count", 0, "--output", tmp_path / "ae.json"]
+    measure = ["--model", grey / "pixels", "--data", grey / "data", "--count", 0, "--output", tmp_path / "ae.json"]
     assert tiny.call("evaluate", *measure, *machine) == 0
     numbers = json.loads((tmp_path / "ae.json").read_text())
     assert numbers["psnr_is"] == "inf" and numbers["ssim"] == 1.0
-    look = [made / "pixels", "--data", made / "data", "--output", tmp_path / "page"]
+    look = [grey / "pixels", "--data", grey / "data", "--output", tmp_path / "page"]
     assert tiny.call("inspect_autoencoder", *look, "--probe-steps", 1, "--probe-samples", 2, *machine) == 0
     page = json.loads((tmp_path / "page" / "inspection.json").read_text())
     assert page["equivariance_error"]["turned by a quarter"]["mean"] == 0 and page["kl"] is None
-    draw = ["--model", made / "ldm", "--prompt", "noise odd", "--output", tmp_path / "drawn", *machine]
+    draw = ["--model", grey / "run", "--prompt", "noise odd", "--output", tmp_path / "drawn", *machine]
     assert tiny.call("generate", *draw) == 0
     with Image.open(next((tmp_path / "drawn").glob("*.png"))) as picture:
         assert picture.mode == "L" and picture.size == (16, 16)
 
 
 @pytest.mark.parametrize("flag", ["--teacher", "--align-with", "--init-from"])
-def test_there_is_nothing_to_learn_from(flag: str, made: Path, tmp_path: Path) -> None:
-    words = [*RUN, "--data", made / "data", "--output", tmp_path / "run", flag, made / "pixels"]
+def test_there_is_nothing_to_learn_from(flag: str, grey: Path, tmp_path: Path) -> None:
+    words = [*RUN, "--data", grey / "data", "--output", tmp_path / "run", flag, grey / "pixels"]
     assert f"{flag}: an identity autoencoder has no weights" in str(tiny.refused("train_autoencoder", *words))
     assert not (tmp_path / "run").exists()
