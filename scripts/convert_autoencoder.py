@@ -1,42 +1,7 @@
 """Take in another program's autoencoder, or give ours out as diffusers writes it."""
 
-from __future__ import annotations
-
-from training.errors import UserError
-from training.messages import tell
-from training.settings.flags import Parser, run_main
-
-
-def main() -> None:
-    """Read the flags, then import or export."""
-    parser = Parser(
-        __doc__ or "",
-        epilog="import reads diffusers' AutoencoderKL, VQModel, AutoencoderTiny and AutoencoderDC (a folder, a\n"
-        "pipeline's, ORG/NAME, or a .safetensors file beside its config.json; sharded and fp16 ones too) and\n"
-        "LDM's single safetensors files; what it writes serves wherever an autoencoder's run does.\n"
-        "export writes kl, vq, tiny and dc models as those four classes.",
-    )
-    parser.add_argument("verb", choices=("import", "export"), help="which way")
-    parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
-    parser.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
-    text = "import: measure the latents' shift and scale on these packed pictures, whatever SOURCE says of them"
-    parser.add_argument("--data", metavar="DIR", default="", help=text)
-    text = "import: latents are z * X, whatever SOURCE says of them"
-    parser.add_argument("--scale-factor", metavar="X", type=float, help=text)
-    parser.machine(device="")
-    args = parser.read()
-    if args.verb == "export" and (args.data or args.scale_factor is not None):
-        raise UserError("--data and --scale-factor belong to import", hint="leave them out")
-    from pathlib import Path
-
-    from training.models.exchange import export_autoencoder, import_autoencoder
-
-    if args.verb == "import":
-        import_autoencoder(args.source, Path(args.output), args.data, args.scale_factor)
-    else:
-        export_autoencoder(args.source, Path(args.output))
-    tell(f"wrote {args.output}")
-
+from training.doors.convert_autoencoder import main
+from training.settings.flags import run_main
 
 if __name__ == "__main__":
     run_main(main)

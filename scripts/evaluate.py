@@ -1,27 +1,7 @@
-"""Measure a run.
+"""Measure a run."""
 
-An autoencoder: PSNR, SSIM, LPIPS, Frechet distance of reconstructions, on the val split of --data.
-A denoiser: Frechet and kernel distance of generated to held-out pictures, and how far captions are obeyed;
-or the likelihood of held-out pictures, or which of several captions each of them shows.
-"""
-
-from __future__ import annotations
-
-import sys
-
-from training.measuring.flags import add_flags
-from training.settings.flags import Parser, run_main
-
-
-def main() -> None:
-    """Read the flags and measure."""
-    parser = Parser(__doc__ or "")
-    add_flags(parser)
-    args = parser.read_with_keys()
-    from training.measuring.evaluate import evaluate
-
-    sys.exit(evaluate(args))
-
+from training.doors.evaluate import main
+from training.settings.flags import run_main
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,28 +1,7 @@
 """Kill a small training at random moments, resume it each time, and compare its end with that of a calm one."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-from training.settings.flags import Parser, run_main
-
-
-def main() -> None:
-    """Read the flags, then train and kill."""
-    parser = Parser(__doc__ or "")
-    add = parser.add_argument
-    add("--stage", choices=("autoencoder", "denoiser"), default="autoencoder", help="what to train")
-    add("--kills", metavar="N", type=int, default=100, help="kills in all")
-    add("--steps", metavar="N", type=int, default=40, help="steps of each training")
-    add("--seed", type=int, default=0, help="seed of the moments")
-    add("--folder", metavar="DIR", help="where to work; a temporary folder when not given")
-    parser.machine(device="")
-    args = parser.read()
-    from training.drills.soak import soak
-
-    sys.exit(soak(args, Path(__file__).parent))
-
+from training.doors.soak import main
+from training.settings.flags import run_main
 
 if __name__ == "__main__":
     run_main(main)

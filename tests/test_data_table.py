@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training.packing.command import build_parser
+from training.doors.make_shards import build_parser
 from training.pictures.decoding import SUFFIXES
 from training.shards.captions import COLUMNS, TEXT_FIELDS
 from training.shards.splits import WORDS

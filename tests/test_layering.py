@@ -51,9 +51,11 @@ FLOORS = (
     {"shards", "runs"},
     {"data", "packing"},
     {"models"},
+    {"pages"},
     {"loop", "encoding", "drawing"},
     {"stages", "measuring"},
-    {"drills", "benchmarks"},
+    {"drills", "benchmarks", "studio"},
+    {"doors"},
     {"system"},  # today's place of what `training` itself offers now
 )
 # Product code depends on no test code: no import of a file that lies under tests/.

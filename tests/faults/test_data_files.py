@@ -18,9 +18,9 @@ import torch
 from peaks import told
 from PIL import Image
 
+from training.doors.make_shards import main
 from training.errors import UserError
 from training.guarding import check_output
-from training.packing.command import main
 from training.shards.reading import ShardSet
 from training.shards.verifying import verify
 from training.tensors import PICKLES, load_tensors, save_tensors

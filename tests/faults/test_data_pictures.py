@@ -17,8 +17,8 @@ from PIL import Image, ImageCms, ImageFile
 
 from training.data.images import Images
 from training.data.order import Slot
+from training.doors.make_shards import main
 from training.errors import UserError
-from training.packing.command import main
 from training.pictures.decoding import load_image
 from training.shards.index import write_index
 from training.shards.reading import ShardSet
@@ -379,7 +379,7 @@ def test_e11_many_tiny_files_take_bounded_memory(tmp_path: Path) -> None:
         for i in range(count):
             (source / f"{i:05d}.png").write_bytes(one)
         code = f"""
-from training.packing.command import main
+from training.doors.make_shards import main
 main(["pack", {str(source)!r}, "--output", {str(source) + "-out"!r}, "--resolution", "8", "--missing-caption", "empty"])
 print(peak())
 """

@@ -24,8 +24,8 @@ from tars import png, refused, tar_of
 
 from training.commands import door
 from training.data.images import Images
+from training.doors.make_shards import main
 from training.errors import UserError
-from training.packing.command import main
 from training.shards.index import write_index
 from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
@@ -177,7 +177,7 @@ def test_d6_bombs_take_no_memory(tmp_path: Path) -> None:
         file.write(END)
     tar_of(tmp_path / "nested.tar", {"a.tar": END * 10, "a.txt": b"words", "a.json.gz": b"\x1f\x8b" + bytes(99)})
     code = f"""
-from training.packing.command import main
+from training.doors.make_shards import main
 from training.errors import UserError
 import training.packing.pack
 before = peak()

@@ -52,7 +52,7 @@ def test_what_a_hint_names_is_there(name: str) -> None:
     """Each flag in the parser of its door, each config key in a section, each script with its verb."""
     text = ALL[name].text
     room = name.split("/")[1] if name.startswith("training/") else ""
-    doors = [name.split("/")[1].split(".py")[0]] if name.startswith("scripts/") else ROOMS.get(room, DOORS)
+    doors = [Path(name.partition(":")[0]).stem] if room == "doors" else ROOMS.get(room, DOORS)
     for script, verb in hints.COMMAND.findall(text):
         assert script in DOORS, script
         assert not (named := hints.verbs(script)) or verb.strip() in named or not verb, f"{script} {verb}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from training.doors.make_shards import main
 from training.errors import UserError
-from training.packing.command import main
 from training.pictures.decoding import encode_png
 from training.shards.tars import END, member_bytes
 

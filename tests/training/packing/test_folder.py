@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packs import pack, png, refused, tar, write
 
-from training.packing.command import main
+from training.doors.make_shards import main
 from training.packing.texts import PASSED_OVER
 
 

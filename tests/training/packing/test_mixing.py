@@ -18,9 +18,9 @@ import tiny
 from PIL import Image
 
 from training.data.order import DataOrder
+from training.doors.make_shards import main
 from training.errors import UserError
 from training.packing import workers
-from training.packing.command import main
 from training.packing.mixing import MixingWriter
 from training.packing.pack import LOOKED_ON, MOST_PROBLEMS, Problems
 from training.packing.settings import Settings, as_stored

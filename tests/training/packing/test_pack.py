@@ -14,9 +14,9 @@ import pytest
 import webdataset
 from PIL import Image, ImageOps
 
+from training.doors.make_shards import main
 from training.errors import UserError
 from training.packing.builtin_sources import FashionMnist
-from training.packing.command import main
 from training.shapes.checker import check
 from training.shapes.scenes import HELD_OUT
 from training.shapes.wording import parse
@@ -346,6 +346,6 @@ def test_the_script(folder: Path, tmp_path: Path) -> None:
 
 
 def test_packing_imports_no_heavy_library() -> None:
-    code = "import sys, training.packing.command\nprint([m for m in ('torch', 'webdataset') if m in sys.modules])"
+    code = "import sys, training.doors.make_shards\nprint([m for m in ('torch', 'webdataset') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parents[1])
     assert printed.stdout.strip() == "[]", printed.stderr

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.doors.make_shards import main
 from training.errors import UserError
-from training.packing.command import main
 from training.pictures.decoding import load_image
 from training.pictures.depths import DARK, OUTSIDE
 from training.shards.reading import ShardSet

@@ -14,8 +14,8 @@ import pytest
 from peaks import told
 from PIL import Image
 
+from training.doors.make_shards import main
 from training.errors import UserError
-from training.packing.command import main
 from training.pictures.decoding import load_image
 from training.pictures.formats import ELSEWHERE, SUFFIXES, suffix_of, unused
 from training.shards.reading import ShardSet

@@ -20,8 +20,8 @@ from tars import png, refused, tar_of
 
 from training.data.images import Images
 from training.data.latents import Latents
+from training.doors.make_shards import main
 from training.errors import UserError
-from training.packing.command import main
 from training.shards.captions import stored_captions
 from training.shards.checksums import READ_LIMIT, TEXT_LIMIT
 from training.shards.claims import claimed

@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 from tars import png, refused, tar_of
 
 from training.data.images import Images
+from training.doors.make_shards import main
 from training.errors import UserError
-from training.packing.command import main
 from training.pictures.decoding import MODES
 from training.pictures.formats import FIELDS
 from training.shards.index import read_index, write_index

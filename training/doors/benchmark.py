@@ -1,0 +1,19 @@
+"""Speed and memory: `benchmark.py autoencoder`, `samplers`, `reading` or `durability`; each verb's --help says what."""
+
+from __future__ import annotations
+
+from training.benchmarks import autoencoder, durability, reading, samplers
+from training.settings.flags import Parser
+
+VERBS = {"autoencoder": autoencoder, "durability": durability, "reading": reading, "samplers": samplers}
+
+
+def main() -> None:
+    """Run the benchmark that the verb names."""
+    parser = Parser(__doc__ or "")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in VERBS.items():
+        text = module.__doc__ or ""
+        module.flags(verbs.add_parser(name, description=text, help=text.partition("\n")[0]))
+    args = parser.read()
+    VERBS[args.verb].run(args)
