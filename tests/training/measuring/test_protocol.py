@@ -70,7 +70,7 @@ def test_it_is_stored_with_every_kind_of_measurement(
     assert found["likelihood"]["likelihood_trace"].startswith("hutchinson") and found["likelihood"]["split"] == "val"
     assert set(found["likelihood"]["measures"]) >= {"log_likelihood", "bits_per_dim"}
     assert found["restore"]["operator"]["kind"] == "box" and found["restore"]["sigma_y"] == 0.05
-    assert found["classify"]["draws"] == 2 and len(found["classify"]["classes"]) == len(captions.read_text().split("\n"))
+    assert found["classify"]["draws"] == 2 and found["classify"]["classes"] == captions.read_text().split("\n")
     assert set(found["classify"]["measures"]) == {"accuracy_elbo", "accuracy_uniform"}
     assert list(found["obedience"]["measures"]) == ["obedience"] and found["obedience"]["data"] is None
     assert found["obedience"]["prompts"] == 2 and "checker" in found["obedience"]["obedience_judge"]
