@@ -124,7 +124,7 @@ def test_the_reference_is_built(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for path in (path for package in ("autoencoder", "ldm") for path in sorted((tiny.ROOT / package).rglob("*.py"))):
         module = path.relative_to(tiny.ROOT).with_suffix("")
-        offered = (path.parent / "__init__.py").read_text("utf-8").partition("__all__ = ")[2]  # which its own page shows
+        offered = (path.parent / "__init__.py").read_text("utf-8").partition("__all__ = ")[2]
         page = module.parent if offered or path.name == "__init__.py" else module
         text = (tmp_path / page.with_suffix(".html")).read_text("utf-8")
         assert [name for name in re.findall(r'"(\w+)"', offered) if f'id="{name}"' not in text] == [], page
