@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from training.messages import hush
 from training.settings.flags import Parser, run_main
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     add("--folder", metavar="DIR", help="where to keep both trainings; removed when not given")
     parser.machine(device="")
     args, rest = parser.parse_known_args()
+    hush(args.quiet)
     from training.drills.verify_resume import verify
 
     sys.exit(verify(args, rest, Path(__file__).parent))

@@ -32,7 +32,7 @@ from training.loop.watchdogs import Watchdogs, explain
 from training.loop.wrapping import wrap
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
-from training.messages import note
+from training.messages import note, warn
 from training.runs.checkpoint import SCORED_BY, Checkpoint
 from training.runs.checkpoints import Checkpoints
 from training.runs.journal import Journal
@@ -244,7 +244,7 @@ class Loop:
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
         self.scored = None  # the number is not that of the weights that now stand
-        announce(self.accelerator, f"warning: {verdict}: back to its weights; {rollback.prospect(step)}")
+        announce(self.accelerator, f"{verdict}: back to its weights; {rollback.prospect(step)}", warn)
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""

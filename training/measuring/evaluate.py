@@ -170,14 +170,17 @@ def distances(
             verdicts.extend(obeyed_by_classifier(judge, pixels, captions) if judge else [])
             yield pixels
 
-    copies = (reconstructed(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))
+    held = chunks(images, even_indices(images, count), device, "reconstructing")
+    copies = (reconstructed(pipeline.autoencoder, pixels) for pixels in held)
     real, real_rows = gather(features, chunks(images, range(len(images)), device))
     sets = {
         "generated": gather(features, judged()),
         "reconstructed": gather(features, copies),
     }
     if train:
-        sets["training"] = gather(features, chunks(train, even_indices(train, count), device))
+        sets["training"] = gather(
+            features, chunks(train, even_indices(train, count), device, "measuring training pictures")
+        )
     numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
     numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
     numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": real.count}

@@ -18,7 +18,8 @@ from training.files import finite, sync_folder
 from training.guarding import disk_error, open_own
 from training.machine.faults import fault
 from training.machine.memory import peak_memory
-from training.messages import per_second, tell, warn
+from training.messages import duration, per_second, tell, warn
+from training.progress import Progress
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Journal:
         self.run, self.train, self.accelerator = run, train, accelerator
         self.rows: list[tuple[int, dict[str, Tensor], float]] = []
         self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
+        self.progress = Progress("training", train.max_steps, "step", pause=60.0, aloud=accelerator.is_main_process)
         self.board: Any = None  # opened when it is first written to, for by then it is known where the run begins
         self.wants_board, self.begin = accelerator.is_main_process, 0
         if accelerator.is_main_process:
@@ -47,6 +49,7 @@ class Journal:
     def record(self, step: int, values: dict[str, Tensor], rate: float) -> None:
         """Note the values of `step`; write and show them when it is time."""
         self.rows.append((step, values, rate))
+        self.progress.at(step)
         if step % self.train.log_every == 0 or step == self.train.max_steps:
             self.flush(step)
 
@@ -97,6 +100,7 @@ class Journal:
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Cut metrics.jsonl, timing.jsonl and TensorBoard's log back to the checkpoint: no step is told twice."""
         self.first, self.begin = step, step + 1
+        self.progress.skip(max(0, step))
         path, expected = self.run / "metrics.jsonl", int(state["metrics_bytes"])
         if not self.accelerator.is_main_process:
             return
@@ -142,11 +146,13 @@ class Journal:
             "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]
         )
         mean = sum(row["loss"] for row in rows) / len(rows)
-        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
+        left = duration(seconds * (self.train.max_steps - step))
         tell(
-            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {per_second(rate)}  "
-            f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
+            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  "
+            f"{per_second(1 / seconds, 'step')}  {per_second(rate)}  {left} left  "
+            f"memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
         )
+        self.progress.told()
 
     def _board(self) -> Any:
         if self.wants_board and self.board is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from training.commands import door
 from training.errors import USAGE, UserError
-from training.messages import note
+from training.messages import hush, note
 from training.settings import foreign
 from training.settings.embedded import check_model
 from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
@@ -79,10 +79,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, hint=f"{command} lists the flags", code=USAGE)
 
     def machine(self, group: Any = None, device: str = "auto") -> None:
-        """Where a door computes (`device` unless told; "": nowhere of its own), and whether it shows tracebacks."""
+        """Where a door computes (`device` unless told; "": nowhere of its own), and what it shows of its work."""
         add = (group or self).add_argument
         if device:
             add("--device", default=device, help="auto, cpu, cuda or cuda:N")
+        add("--quiet", action="store_true", help="say nothing but warnings, errors and what is asked for")
         add("--debug", action="store_true", help="show tracebacks")
 
     def add_data(self, text: str, required: bool = False) -> None:
@@ -107,6 +108,7 @@ class Parser(argparse.ArgumentParser):
     def _spelled(self, argv: list[str] | None, *, dotted: bool) -> list[str]:
         """The words in our spelling. Raises UserError for flags that are none of ours."""
         words = sys.argv[1:] if argv is None else argv
+        hush("--quiet" in words)
         self._refuse_unknown(words, dotted=dotted)
         return [canonical_word(word) for word in words]
 
@@ -235,9 +237,8 @@ class TrainParser(Parser):
         run.add_argument("--output", metavar="DIR", help="the run folder")
         text = "auto: newest sound checkpoint, or start fresh; latest: it must exist"
         run.add_argument("--resume", metavar="auto|latest|PATH", help=text)
-        run.add_argument(
-            "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
-        )
+        text = "go on with another --batch-size than the run's"
+        run.add_argument("--allow-batch-change", action="store_true", help=text)
         run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
         run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
         run.add_argument("--dry-run", action="store_true", help="check config, data and model, then stop")
@@ -246,13 +247,9 @@ class TrainParser(Parser):
         for flag, (key, text, aliases) in KEYS.items():
             also = f" (also --{', --'.join(aliases)})" if aliases else ""
             keys.add_argument(f"--{flag}", metavar="X", default=argparse.SUPPRESS, help=f"{text}; sets {key}{also}")
-        keys.add_argument(
-            "--gradient-accumulation-steps",
-            metavar="X",
-            type=int,
-            default=argparse.SUPPRESS,
-            help="backward passes per optimiser step; follows from the batch sizes when not given",
-        )
+        text = "backward passes per optimiser step; follows from the batch sizes when not given"
+        key: dict[str, Any] = {"metavar": "X", "type": int, "default": argparse.SUPPRESS, "help": text}
+        keys.add_argument("--gradient-accumulation-steps", **key)
 
     def read_training(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As `read_with_keys`, the flags that stand for a config key among the overrides, and no path missing."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.commands import again, assigned
 from training.errors import DISK, UserError
-from training.messages import answer, note, tell
+from training.messages import answer, say, tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
 from training.settings.without_use import without_use
@@ -182,9 +182,9 @@ def report_stopped(
     notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}{more}"
     every = " (on every node)" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
     command, *about = repeat_command(words).split("\nnote: ")
-    tell(f"{notice}; resume{every} with: {assigned(environment)}{command}")
+    say(f"{notice}; resume{every} with: {assigned(environment)}{command}")
     for line in about:
-        note(line)
+        say(f"note: {line}")
 
 
 def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
