@@ -1,4 +1,4 @@
-"""The work of scripts/generate.py: prompts in, numbered PNGs and a captioned grid out, picture by picture."""
+"""The work of `generate`: prompts in, numbered PNGs and a captioned grid out, picture by picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm.pipeline import Pipeline
 from ldm.samplers import Snapshot
+from training.commands import door
 from training.drawing import references, replay
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
@@ -88,7 +89,7 @@ class Drawing:
 
 def generate(args: argparse.Namespace) -> int:
     """Make every picture asked for; several processes share them. Returns the exit code."""
-    check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, "generate.py --help says what it means")
+    check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, f"{door('generate --help')} says what it means")
     original, ledger = replay.recall(args) if args.like else None, Ledger()
     if not original:
         args.mixed_precision = launcher.precision(args.mixed_precision, ("no", "bf16"))

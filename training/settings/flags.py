@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.commands import door
+from training.commands import door, own_name, own_verb
 from training.errors import USAGE, UserError
 from training.messages import hush, note
 from training.settings import foreign
@@ -70,12 +70,12 @@ class Parser(argparse.ArgumentParser):
     part = ""  # whose config keys may be flags: a stage, or "sampling"
 
     def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
+        named = own_name() if prog is None else prog
+        super().__init__(prog=named, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         """Raises UserError (exit 2), where argparse would end the program itself."""
-        script, *verb = self.prog.split()
-        command = door(script.removesuffix(".py"), *verb, "--help")
+        command = door(own_verb(), *self.prog.removeprefix(own_name()).split(), "--help")
         raise UserError(message, hint=f"{command} lists the flags", code=USAGE)
 
     def machine(self, group: Any = None, device: str = "auto") -> None:
