@@ -18,7 +18,7 @@ from training.messages import answer
 if TYPE_CHECKING:
     import argparse
 
-PRELOADED = ["torch", "accelerate", "torch.utils.tensorboard", "training.stages.train", "training.stages.autoencoder"]
+PRELOADED = ["torch", "accelerate", "training.stages.train", "training.stages.autoencoder"]
 PRELOADED += ["training.stages.denoiser", "training.models.assembly", "lpips", "torchvision"]
 
 
