@@ -30,6 +30,7 @@ from training.machine.processes import resolve, start
 from training.messages import per_second, tell
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import check_tile
+from training.models.folders import name_of
 from training.models.judge import Judge, load_classifier
 from training.pictures import grids
 from training.pictures.strips import Strip
@@ -153,6 +154,7 @@ def prepare(
         **dict.fromkeys(TOLD),
         "tile": pipeline.tile,
         "precision": args.mixed_precision,
+        "model": name_of(args.model),
         "hashes": hashes,
         "preview": hashes["autoencoder"] if args.preview else None,
         "versions": {**versions(), "device": device.type},

@@ -240,6 +240,8 @@ class TrainParser(Parser):
         text = "go on with another --batch-size than the run's"
         run.add_argument("--allow-batch-change", action="store_true", help=text)
         run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
+        text = "tell metrics and pictures to trackers too, with commas between: tensorboard, wandb, mlflow, trackio ..."
+        run.add_argument("--report-to", metavar="NAMES", default="none", help=text)
         run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
         run.add_argument("--dry-run", action="store_true", help="check config, data and model, then stop")
         self.machine(run)
@@ -248,8 +250,7 @@ class TrainParser(Parser):
             also = f" (also --{', --'.join(aliases)})" if aliases else ""
             keys.add_argument(f"--{flag}", metavar="X", default=argparse.SUPPRESS, help=f"{text}; sets {key}{also}")
         text = "backward passes per optimiser step; follows from the batch sizes when not given"
-        key: dict[str, Any] = {"metavar": "X", "type": int, "default": argparse.SUPPRESS, "help": text}
-        keys.add_argument("--gradient-accumulation-steps", **key)
+        keys.add_argument("--gradient-accumulation-steps", metavar="X", type=int, default=argparse.SUPPRESS, help=text)
 
     def read_training(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As `read_with_keys`, the flags that stand for a config key among the overrides, and no path missing."""

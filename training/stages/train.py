@@ -73,10 +73,12 @@ def job_of(stage: str) -> type[Job]:
 
 def _train(job: Job, ending: ExitStack) -> int:
     from training.machine import meeting, processes
+    from training.runs.trackers import choose
     from training.stages.checks import check_batch, layout, shared_facts
     from training.stages.resuming import begin, open_run
 
     args, settings = job.args, job.config.train
+    choose(args.report_to)
     job.open_data()
     accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
     processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
@@ -142,6 +144,7 @@ def fit(
     from training.loop.loop import Loop
     from training.machine.signals import GIVE_UP
     from training.runs.folder import Run
+    from training.runs.trackers import Trackers, choose
     from training.stages.checks import check_room
     from training.stages.resuming import resume
 
@@ -154,8 +157,10 @@ def fit(
     start = resume(args, loop, path, accelerator)
     if path and isinstance(run, Run):  # the checkpoint's books, not those of a later end
         run.describe("training", start, {**facts, "ledger": loop.state.books.ledger().report()})
+    names = choose(args.report_to) if accelerator.is_main_process else []
     try:
-        number = loop.fit(start) if stage.networks else 0
+        with Trackers(names, run.folder, decoding.to_values(config), start) as loop.journal.trackers:
+            number = loop.fit(start) if stage.networks else 0
     except Exception:
         if isinstance(run, Run):
             with suppress(UserError, OSError):  # a full disk, say: the first reason is the one to tell
