@@ -44,6 +44,14 @@ def per_second(rate: float, thing: str = "image") -> str:
     return f"{rate:.1f} {thing}s/s" if rate < 100 else f"{rate:,.0f} {thing}s/s"
 
 
+def duration(seconds: float) -> str:
+    """A time for people: `40 s`, `12 min`, `3.5 h`, `4.2 days`."""
+    for unit, name in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.0f} min" if name == "min" else f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
 def speak_any_encoding() -> None:
     """Have both streams write characters their encoding lacks as escapes, where they would end the program."""
     for stream in (sys.stdout, sys.stderr):
