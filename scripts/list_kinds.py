@@ -1,4 +1,4 @@
-"""Print the kinds of every family, as README's table of what can be combined; --readme FILE renews the table there."""
+"""Print the kinds of every family, as README's table of what can be combined; --readme and --recipes renew tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ def main() -> None:
     """Print the table, or renew it in a file."""
     parser = Parser(__doc__ or "")
     parser.add_argument("--readme", metavar="FILE", type=Path, help="write the table into this file instead")
+    parser.add_argument("--recipes", metavar="FILE", type=Path, help="renew the table of proposals in docs/recipes.md")
     parser.machine(device="")
     args = parser.read()
-    from training.settings.kinds_table import renew, table
+    from training.settings import kinds_table, recipes_table
 
-    if args.readme is None:
-        answer(*table().splitlines())
-    else:
-        write_bytes(args.readme, renew(args.readme.read_text("utf-8")).encode())
+    asked = [(args.readme, kinds_table.renew), (args.recipes, recipes_table.renew)]
+    for path, renew in asked:
+        if path:
+            write_bytes(path, renew(path.read_text("utf-8")).encode())
+    if not any(path for path, _ in asked):
+        answer(*kinds_table.table().splitlines())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from training.settings.reading import parse, read
 StageName = Literal["autoencoder", "denoiser"]
 FEW = 2000  # pictures that teach no more than a small network
 LEARNT_BY_HEART = 1000  # pictures that a denoiser can repeat one by one, and a critic, too
+COPIED = 200  # pictures of which it draws copies
 MANY_EPOCHS = 200  # of which a denoiser draws its training pictures rather than new ones
 SHARE = 3  # of the pictures, one part at most is a batch
 ASSUMED = 60e12  # FLOP/s of one GPU where nothing is measured: published trainings on an A100 reach 39 to 87e12
@@ -159,11 +160,21 @@ def reasons(proposal: Proposal) -> list[str]:
         f"no --config was given: {pair.name}, for {pictures} of {situation.resolution} px on {machine}: "
         f"{proposal.steps:,} steps of {proposal.batch}{passes}, {how_long(proposal)}"
     ]
-    if proposal.by_heart:
-        lines.append("so few pictures are learnt by heart: what it draws will be near copies of them")
-    elif situation.gpu and pair in SMALL:
-        lines.append("a small network: so few pictures teach no larger one")
-    return lines
+    few = ["a small network, for so few pictures teach no larger one"] if situation.gpu and pair in SMALL else []
+    drawn = [f"it will draw {expected(proposal)}"] if proposal.by_heart else []
+    return [*lines, *filter(None, ["; ".join([*few, *drawn])])]
+
+
+def expected(proposal: Proposal) -> str:
+    """What a denoiser draws that learnt from so many pictures."""
+    pictures = proposal.situation.pictures or 0
+    if pictures < COPIED:
+        return "copies of its pictures: so few are learnt by heart"
+    if pictures < LEARNT_BY_HEART:
+        return "near copies of its pictures, and mixtures of them: so few are learnt by heart"
+    kind = "simple, soft pictures" if proposal.pair in SMALL else "pictures"
+    seen = "" if (proposal.epochs or 1) >= 1 else f"; it sees {proposal.epochs:.0%} of them"
+    return f"new {kind} of what there are many of" + seen
 
 
 def in_epochs(passes: float) -> str:
@@ -203,9 +214,11 @@ def _pair_of(model: Mapping[str, Any], situation: Situation) -> Pair | None:
 
 
 def _interval(steps: float) -> tuple[int, int]:
-    """(steps between looks, looks): about so many steps in all, the interval in two digits."""
+    """(steps between looks, looks): no more than so many steps in all, the interval in two digits."""
     looks = 20 if steps > LONG else 4
-    return max(1, int(float(f"{steps / looks:.2g}"))), looks
+    every = max(1, int(steps / looks))
+    unit = 10 ** max(0, len(str(every)) - 2)
+    return every // unit * unit, looks
 
 
 def _critic(steps: int, every: int, pictures: int | None) -> dict[str, Any]:
