@@ -9,7 +9,7 @@ import sys
 
 from training.drawing.flags import add_flags
 from training.settings.families import EDITING, SAMPLING, listing
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -20,3 +20,7 @@ def main() -> None:
     from training.drawing.generate import generate
 
     sys.exit(generate(args))
+
+
+if __name__ == "__main__":
+    run_main(main)
