@@ -13,7 +13,7 @@ from typing import Any
 
 from training.commands import door, own_name, own_verb
 from training.errors import USAGE, UserError
-from training.messages import hush, note
+from training.messages import hush
 from training.settings import foreign
 from training.settings.embedded import check_model
 from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
@@ -157,6 +157,12 @@ class Parser(argparse.ArgumentParser):
         return [option for parser in parsers for option in parser._option_string_actions]
 
 
+def written_out(overrides: Mapping[str, str]) -> list[str]:
+    """`section.key -> text` as words of a command line, by the flag that stands for a key where one does."""
+    flags = {key: flag for flag, (key, _, _) in KEYS.items()}
+    return [word for key, text in overrides.items() for word in (f"--{flags.get(key, key)}", text)]
+
+
 def canonical_word(word: str) -> str:
     """`--train_batch_size=4` -> `--micro-batch-size=4`; config keys keep their underscores."""
     if not word.startswith("--"):
@@ -219,12 +225,11 @@ def check_inputs(args: argparse.Namespace) -> None:
 class TrainParser(Parser):
     """The flags of both training scripts, plus any config key as `--section.key value`."""
 
-    def __init__(self, description: str, stage: str, example: str) -> None:
+    def __init__(self, description: str, stage: str) -> None:
         super().__init__(
             description,
             epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
         )
-        self.example = example
         self.stage, self.part, self.source = stage, stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
         self.data = self.add_argument_group("data")
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
@@ -232,7 +237,7 @@ class TrainParser(Parser):
         add_cache(self.data)
         add_stream(self.data, stage)
         run = self.add_argument_group("run")
-        text = f"a config of configs/{stage}/, or a file ({example} when not given)"
+        text = f"a config of configs/{stage}/, or a file; when not given, one is proposed for the data and the device"
         run.add_argument("--config", metavar="NAME|FILE", help=text)
         run.add_argument("--output", metavar="DIR", help="the run folder")
         text = "auto: newest sound checkpoint, or start fresh; latest: it must exist"
@@ -257,16 +262,12 @@ class TrainParser(Parser):
         from training.settings.decoding import names
 
         args = self._keyed(argv)
-        given, args.config = args.config, args.config or self.example
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         check_keys(args.overrides)
-        known = Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
+        known = not args.config or Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
         if known and not args.print_config:  # a config that is not there is told first, when it is read
             self._check_paths(args)
-        if given is None:
-            others = ", ".join(name for name in names(self.stage) if name != self.example)
-            note(f"no --config was given: {self.example}, made for trials, is used; others are {others}")
         return args
 
     def _check_paths(self, args: argparse.Namespace) -> None:

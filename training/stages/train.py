@@ -36,6 +36,11 @@ JOBS = {
 
 def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
+    args.steps_proposed = False
+    if args.config is None:
+        from training.stages.proposing import settle_config
+
+        settle_config(args, stage)
     _take_from_launcher(args, stage)
     config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
     if args.print_config:
@@ -73,8 +78,10 @@ def job_of(stage: str) -> type[Job]:
 
 def _train(job: Job, ending: ExitStack) -> int:
     from training.machine import meeting, processes
+    from training.runs.folder import Run
     from training.runs.trackers import choose
     from training.stages.checks import check_batch, layout, shared_facts
+    from training.stages.outlook import tell_outlook
     from training.stages.resuming import begin, open_run
 
     args, settings = job.args, job.config.train
@@ -92,9 +99,12 @@ def _train(job: Job, ending: ExitStack) -> int:
         return report_complete(run)
     stage = job.build(accelerator, run.folder / "final" if run else None)
     processes.announce(accelerator, job.description())
+    outlook = tell_outlook(job, stage)
     if run is None:
         return 0
     facts = job.facts()
+    if isinstance(run, Run):
+        run.outlook = outlook
     checkpoint = begin(args, run, accelerator, facts)
     if accelerator.is_main_process:
         job.begin(run.folder / "final")
