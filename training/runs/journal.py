@@ -31,7 +31,7 @@ class Journal:
     def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
         self.run, self.train, self.accelerator = run, train, accelerator
         self.rows: list[tuple[int, dict[str, Tensor], float]] = []
-        self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
+        self.waited, self.since, self.first, self.worked = 0.0, time.perf_counter(), -1, time.process_time()
         self.board: Any = None  # opened when it is first written to, for by then it is known where the run begins
         self.wants_board, self.begin = accelerator.is_main_process, 0
         if accelerator.is_main_process:
@@ -83,6 +83,7 @@ class Journal:
                     _show_picture(board, picture, step)
                 board.flush()
         self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
+        self.worked = time.process_time()
 
     def state(self) -> dict[str, Any]:
         """Plain state for checkpoints: how far metrics.jsonl reached, and that far it is on disk."""
@@ -138,9 +139,9 @@ class Journal:
         cuda = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else peak_memory()
         rate = self.train.batch_size / seconds
-        self._append(
-            "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]
-        )
+        row = {"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}
+        worked, self.worked = self.worked, time.process_time()
+        self._append("timing.jsonl", [{**row, "processor_seconds": self.worked - worked}])  # of all its threads
         mean = sum(row["loss"] for row in rows) / len(rows)
         eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
         tell(

@@ -205,7 +205,7 @@ class DenoiserStage(Stage):
         captions = self.grid_captions()
         with self.accelerator.autocast():  # these are to look at
             images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
-        grids.write(grids.grid(images, 8, captions=captions), folder / "grid.png")
+        grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
