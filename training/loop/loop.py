@@ -8,7 +8,7 @@ Around it: journal, validation (and the way back from a wreck), checkpoints, sig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -65,8 +65,13 @@ class Loop:
         accumulation: int,
         micro: int,
         rate: Callable[[int], float] | None = None,
+        watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given."""
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
+
+        `watchers` are called with the run folder in the main process, once a validation is written there.
+        """
+        self.watchers = watchers
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
@@ -231,6 +236,8 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+            for watcher in self.watchers:
+                watcher(self.run)
         meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)

@@ -48,7 +48,7 @@ LATER = {"tf32": False, "cudnn_benchmark": False}  # what the environment was in
 
 LEFT_BY_A_START = (
     *("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "ema"),
-    *("tensorboard", "trackers.json"),
+    *("tensorboard", "trackers.json", "report.html"),
 )
 REPLACED = "replaced"  # where they go when a run without a checkpoint begins anew
 

@@ -33,7 +33,7 @@ class Journal:
     def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
         self.run, self.train, self.accelerator = run, train, accelerator
         self.rows: list[tuple[int, dict[str, Tensor], float]] = []
-        self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
+        self.waited, self.since, self.first, self.worked = 0.0, time.perf_counter(), -1, time.process_time()
         self.progress = Progress("training", train.max_steps, "step", pause=60.0, aloud=accelerator.is_main_process)
         self.trackers = Trackers()  # none but where a training asks for some
         if accelerator.is_main_process:
@@ -78,6 +78,7 @@ class Journal:
         self.trackers.log([(step, values)])
         self.trackers.show(folder, step)
         self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
+        self.worked = time.process_time()
 
     def state(self) -> dict[str, Any]:
         """Plain state for checkpoints: how far metrics.jsonl reached, and that far it is on disk."""
@@ -125,9 +126,9 @@ class Journal:
         cuda = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else peak_memory()
         rate = self.train.batch_size / seconds
-        self._append(
-            "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]
-        )
+        row = {"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}
+        worked, self.worked = self.worked, time.process_time()
+        self._append("timing.jsonl", [{**row, "processor_seconds": self.worked - worked}])  # of all its threads
         mean = sum(row["loss"] for row in rows) / len(rows)
         left = duration(seconds * (self.train.max_steps - step))
         tell(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,7 @@ def job_of(stage: str) -> type[Job]:
 
 def _train(job: Job, ending: ExitStack) -> int:
     from training.machine import meeting, processes
+    from training.pages.writing import Renewed
     from training.runs.folder import Run
     from training.runs.trackers import choose
     from training.stages.checks import check_batch, layout, shared_facts
@@ -109,7 +110,10 @@ def _train(job: Job, ending: ExitStack) -> int:
     if accelerator.is_main_process:
         job.begin(run.folder / "final")
     meeting.meet()
-    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
+    report = Renewed(job.dataset.shards.directory)
+    if accelerator.is_main_process:
+        ending.callback(report, run.folder)  # once more at the end, however it came
+    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts, [report])
     if exit_code:
         return exit_code
     return last_act(job, run, loop, facts)
@@ -148,6 +152,7 @@ def fit(
     accumulation: int,
     path: Path | None,
     facts: Mapping[str, Any],
+    watchers: Sequence[Callable[[Path], None]],
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
     from training.data.loader import FEWER
@@ -159,7 +164,7 @@ def fit(
     from training.stages.resuming import resume
 
     config: Any = run.config
-    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
+    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro, None, watchers)
     if accelerator.is_main_process:
         check_room(loop)
     for why in without_use(config, args.overrides, accelerator.device.type):
