@@ -27,7 +27,7 @@ from training.ledger import Ledger
 from training.machine import launcher, memory
 from training.machine.processes import resolve, start
 from training.messages import per_second, tell
-from training.models.assembly import load_pipeline
+from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.autoencoders import check_tile
 from training.models.judge import Judge, load_classifier
 from training.pictures import grids
@@ -38,7 +38,8 @@ from training.settings.flags import check_least
 if TYPE_CHECKING:
     import argparse
 
-    from ldm.tasks import Tasks
+    from ldm.samplers import Snapshot
+    from ldm.tasks import Tasks, Watch
     from ldm.text import TextEncoder
 
 GRID = 64  # pictures the grid shows at most
@@ -56,6 +57,7 @@ class Drawing:
     chunk: int | None  # a batch to fill with copies: the same kernels, so the same bytes
     start: Start
     groups: Callable[[list[Request]], Iterator[Group]]
+    watch: Watch | None = None
 
     def draw(self, part: list[Request]) -> None:
         """One batch, or those of it that are drawn together, written."""
@@ -64,9 +66,10 @@ class Drawing:
 
     def _write(self, part: list[Request], batch: list[Request], task: Tasks | None) -> None:
         strip = Strip(self.pipeline) if self.strips else None
+        watches = [watch for watch in (strip, self.watch) if watch]
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
             prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
-            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=strip, task=task, **self.how)
+            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=each(watches), task=task, **self.how)
         for index, request in enumerate(part):
             own = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch)}
             own |= {"size": list(images[index].size[::-1]), self.start.fact: self.start.facts(request)}
@@ -77,8 +80,31 @@ class Drawing:
                 grids.save(strip.draw(index), self.output / "strips" / name(request), facts)
 
 
-def generate(args: argparse.Namespace) -> int:
-    """Make every picture asked for; several processes share them. Returns the exit code."""
+@dataclass(frozen=True)
+class Drawn:
+    """What a call of `generate` made: its files, and what it did not use as it was given."""
+
+    pictures: list[Path]
+    ledger: Ledger
+
+
+def each(watches: list[Watch]) -> Watch | None:
+    """One watch for all of them; None for none, which costs a sampling nothing."""
+    if not watches:
+        return None
+
+    def watch(shot: Snapshot) -> None:
+        for one in watches:
+            one(shot)
+
+    return watch
+
+
+def generate(args: argparse.Namespace, opened: HashedPipeline | None = None, watch: Watch | None = None) -> Drawn:
+    """Make every picture asked for; several processes share them.
+
+    `opened`: the pipeline of --model, where it is loaded already; `watch` is called after each step of a batch.
+    """
     check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, "generate.py --help says what it means")
     original, ledger = replay.recall(args) if args.like else None, Ledger()
     if not original:
@@ -90,7 +116,7 @@ def generate(args: argparse.Namespace) -> int:
     memory.keep_memory()
     captions = [*(r.prompt for r in requests), args.negative_prompt, args.invert_prompt, *(c for _, c in args.also)]
     reading = partial(tell_reading, captions, ledger, aloud=rank == 0)
-    drawing = prepare(args, device, start, requests[0], original, reading, ledger)
+    drawing = replace(prepare(args, opened, device, start, requests[0], original, reading, ledger), watch=watch)
     note_unused(args, drawing, ledger)
     own_requests = requests[rank::world]
     since = time.perf_counter()
@@ -113,11 +139,12 @@ def generate(args: argparse.Namespace) -> int:
             tell(line)
     if original:
         tell(replay.verdict(original, drawing.output / name(requests[0])))
-    return 0
+    return Drawn([drawing.output / name(request) for request in requests], ledger)
 
 
 def prepare(
     args: argparse.Namespace,
+    opened: HashedPipeline | None,
     device: torch.device,
     start: Start,
     first: Request,
@@ -128,7 +155,7 @@ def prepare(
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
     check_scale(args)
     also, asked = parse_also(args.also), parse_size(args.size)
-    pipeline = load_pipeline(args.model, device, args.text_encoder, args.preview)
+    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview)
     if args.weak_model:
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
