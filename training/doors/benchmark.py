@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from training.benchmarks import autoencoder, durability, reading, samplers
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 VERBS = {"autoencoder": autoencoder, "durability": durability, "reading": reading, "samplers": samplers}
 
@@ -17,3 +17,7 @@ def main() -> None:
         module.flags(verbs.add_parser(name, description=text, help=text.partition("\n")[0]))
     args = parser.read()
     VERBS[args.verb].run(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -10,7 +10,7 @@ on their distribution: the command ends with code 5 where one does not.
 
 from __future__ import annotations
 
-from training.settings.flags import Parser, check_least
+from training.settings.flags import Parser, check_least, run_main
 
 
 def main() -> None:
@@ -37,3 +37,7 @@ def main() -> None:
     from training.measuring.conformance import check
 
     check(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -39,3 +39,7 @@ def main() -> None:
     from training.encoding.data_set import encode
 
     sys.exit(encode(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from training.measuring.flags import add_flags
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -21,3 +21,7 @@ def main() -> None:
     from training.measuring.evaluate import evaluate
 
     sys.exit(evaluate(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

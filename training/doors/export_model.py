@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -23,3 +23,7 @@ def main() -> None:
     from training.models.exporting import export_model
 
     sys.exit(export_model(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

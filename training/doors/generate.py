@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from training.drawing.flags import add_flags
 from training.settings.families import EDITING, SAMPLING, listing
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -18,3 +18,7 @@ def main() -> None:
     from training.drawing.generate import generate
 
     generate(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

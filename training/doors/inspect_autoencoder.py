@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -32,3 +32,7 @@ def main() -> None:
     from training.measuring.inspection import inspect
 
     sys.exit(inspect(args))
+
+
+if __name__ == "__main__":
+    run_main(main)

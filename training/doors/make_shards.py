@@ -16,7 +16,7 @@ from training.packing.pack import pack
 from training.packing.settings import Settings
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
 from training.pictures.flags import add_picture_flags
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 from training.shards.index import read_index
 from training.shards.indexing import index_folder
 from training.shards.verifying import verify
@@ -122,3 +122,7 @@ def _verify(directory: Path, on_bad_data: str) -> None:
 def _tell(ledger: Ledger) -> None:
     for line in ledger.lines():
         answer(line)
+
+
+if __name__ == "__main__":
+    run_main(main)

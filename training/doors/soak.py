@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -22,3 +22,7 @@ def main() -> None:
     from training.drills.soak import soak
 
     sys.exit(soak(args, Path(__file__).parent))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import TrainParser
+from training.settings.flags import TrainParser, run_main
 
 
 def main() -> None:
@@ -20,3 +20,7 @@ def main() -> None:
     from training.stages.train import train
 
     sys.exit(train(args, "autoencoder"))
+
+
+if __name__ == "__main__":
+    run_main(main)

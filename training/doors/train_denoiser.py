@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from training.settings.families import SAMPLING, TRAINING, listing
-from training.settings.flags import TrainParser
+from training.settings.flags import TrainParser, run_main
 
 
 def main() -> None:
@@ -20,3 +20,7 @@ def main() -> None:
     from training.stages.train import train
 
     sys.exit(train(args, "denoiser"))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training.settings.flags import Parser
+from training.settings.flags import Parser, run_main
 
 
 def main() -> None:
@@ -25,3 +25,7 @@ def main() -> None:
     from training.drills.verify_resume import verify
 
     sys.exit(verify(args, rest, Path(__file__).parent))
+
+
+if __name__ == "__main__":
+    run_main(main)
