@@ -154,7 +154,8 @@ def reasons(proposal: Proposal) -> list[str]:
     """What is proposed, why, how long it may take and what may come of it, in lines."""
     situation, pair = proposal.situation, proposal.pair
     machine = "a CPU" if not situation.gpu else f"{situation.processes} GPUs" if situation.processes > 1 else "a GPU"
-    pictures = "a number of pictures that is not known" if situation.pictures is None else f"{situation.pictures:,} pictures"
+    count = situation.pictures
+    pictures = "a number of pictures that is not known" if count is None else f"{count:,} pictures"
     passes = "" if proposal.epochs is None else f" ({in_epochs(proposal.epochs)})"
     lines = [
         f"no --config was given: {pair.name}, for {pictures} of {situation.resolution} px on {machine}: "

@@ -102,4 +102,5 @@ def _of_latents(args: argparse.Namespace, folder: Path | Remote | None, summary:
     if stored and isinstance(folder, Remote):
         folder.bring(["text_encoder/identity.json"])
     record = stored_record(Path(folder)) if stored and folder else {}
-    return mirrored | {"text.kind": "huggingface"} | {f"text.{key}": str(record[key]).lower() for key in SETTINGS if key in record}
+    kept = {f"text.{key}": str(record[key]).lower() for key in SETTINGS if key in record}
+    return mirrored | {"text.kind": "huggingface"} | kept
