@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import hints
+import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from training.settings.decoding import STAGES, sections
 from training.settings.flags import canonical_word
@@ -87,3 +91,41 @@ def test_a_link_leads_somewhere(path: Path) -> None:
 def test_every_page_is_linked_from_the_readme_or_a_page_it_links() -> None:
     text = PAGES[0].read_text("utf-8") + "".join(path.read_text("utf-8") for path in PAGES[2:])
     assert [path.name for path in PAGES[2:] if f"({path.name})" not in text and f"docs/{path.name}" not in text] == []
+
+
+def pictures(notebook: Any) -> list[np.ndarray[Any, Any]]:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))), dtype=float) for text in texts]
+
+
+@pytest.mark.docs
+def test_the_tour_gives_its_pictures() -> None:
+    """Run anew, it shows what is stored in it: to some grey levels, for other machines round differently."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = tiny.ROOT / "docs" / "tour.ipynb"
+    stored = pictures(nbformat.read(path, 4))
+    fresh = nbformat.read(path, 4)
+    NotebookClient(fresh, timeout=300, resources={"metadata": {"path": str(tiny.ROOT)}}).execute()
+    made = pictures(fresh)
+    assert len(made) == len(stored) == 5
+    for ours, theirs in zip(made, stored, strict=True):
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 4
+
+
+@pytest.mark.docs
+def test_the_reference_is_built(tmp_path: Path) -> None:
+    """The command of CONTRIBUTING: every module of the model packages has its page, and what loads a model."""
+    (command,) = [line for line in blocks(tiny.ROOT / "CONTRIBUTING.md", "bash")[0].splitlines() if "pdoc" in line]
+    words = shlex.split(command, comments=True)[1:]
+    done = tiny.spawn(*[tmp_path if word == "site" else word for word in words])
+    assert done.returncode == 0, done.stderr
+    for path in (path for package in ("autoencoder", "ldm") for path in sorted((tiny.ROOT / package).rglob("*.py"))):
+        module = path.relative_to(tiny.ROOT).with_suffix("")
+        offered = (path.parent / "__init__.py").read_text("utf-8").partition("__all__ = ")[2]
+        page = module.parent if offered or path.name == "__init__.py" else module
+        text = (tmp_path / page.with_suffix(".html")).read_text("utf-8")
+        assert [name for name in re.findall(r'"(\w+)"', offered) if f'id="{name}"' not in text] == [], page
+    assert "load_pipeline" in (tmp_path / "training" / "models" / "assembly.html").read_text("utf-8")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from training.measuring.flags import FEATURES
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -33,7 +33,3 @@ def main() -> None:
     from training.measuring.inspection import inspect
 
     sys.exit(inspect(args))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,4 +1,4 @@
-"""The work of scripts/evaluate.py: numbers for a run of either stage, with all they depend on beside them."""
+"""The work of `evaluate`: numbers for a run of either stage, with all they depend on beside them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from training.commands import door
 from training.drawing.requests import choose
 from training.drawing.steering import pipeline_hashes
-from training.errors import UserError, as_user_error
+from training.errors import UserError
 from training.files import finite, write_json
 from training.guarding import check_free, make_folder
 from training.ledger import Ledger
 from training.machine import memory, processes
 from training.measuring import bootstrap, measures
 from training.measuring.classification import classification
+from training.measuring.copies import copies
 from training.measuring.editing import shapes_edits
 from training.measuring.features import load_features
 from training.measuring.generated import distances
 from training.measuring.held_out import LEAST, check_crop, chunks, held_out, warn_of_few
 from training.measuring.likelihood import likelihood
-from training.measuring.obedience import SAMPLING, shapes_obedience
+from training.measuring.obedience import sampling_errors, shapes_obedience
 from training.measuring.protocol import card, protocol, protocol_hash
 from training.measuring.restoration import restoration
 from training.messages import answer, tell, warn
@@ -49,14 +51,15 @@ if TYPE_CHECKING:
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
     least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "draws": 1, "samples": 2, "batch_size": 1}
-    check_least(args, least, "evaluate.py --help says what it means")
+    least |= {"train_count": 0}
+    check_least(args, least, f"{door('evaluate --help')} says what it means")
     check_free(args.output, args.overwrite)
     check_free(args.grid, args.overwrite, "--grid")
     memory.keep_memory()
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    stage = find(args.model, "denoiser" if args.classify or args.restore else None).stage
+    stage = find(args.model, "denoiser" if args.classify or args.restore or args.copies else None).stage
     numbers = of_autoencoder(args) if stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
@@ -128,8 +131,8 @@ def _short(network: torch.nn.Module) -> str:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    measured = (args.data, args.likelihood, args.classify, args.restore, args.edits, args.obedience == "shapes")
-    if not any(measured):
+    instead = (args.likelihood, args.classify, args.restore, args.copies)
+    if not any((*instead, args.data, args.edits, args.obedience == "shapes")):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
@@ -142,7 +145,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     for key in args.overrides:
         if key.partition(".")[0] in decoding.sections("editing").keys() - read:
             ledger.add("ignored", "keys that nothing of this measurement reads", f"--{key}")
-    if args.clip and (args.classify or args.restore or args.likelihood or not args.data):
+    if args.clip and (any(instead) or not args.data):
         ledger.add("ignored", "flags that nothing of this measurement reads", "--clip")
     if args.obedience == "shapes" and not args.restore:
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
@@ -150,10 +153,12 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= shapes_edits(pipeline, sampling, args)
     if args.classify:
         numbers |= classification(pipeline, args, device, ledger)
+    elif args.copies:
+        numbers |= copies(pipeline, sampling, args, device, ledger)
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
     elif args.likelihood:
-        with as_user_error(SAMPLING):
+        with sampling_errors():
             numbers |= likelihood(pipeline, sampling, args, device, ledger)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device, ledger)

@@ -87,14 +87,15 @@ def distances(
     requests, places = ask(even_captions(images, count), 1, args.seed), even_indices(images, count)
     tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
     drawn = draw_batches(pipeline, sampling, requests, args.batch_size)
-    copies = (reconstructed(pipeline.autoencoder, p) for p in chunks(images, places, device))
+    copies = (reconstructed(pipeline.autoencoder, p) for p in chunks(images, places, device, "reconstructing"))
     real = gather(features, chunks(images, range(len(images)), device))
     sets = {
         "generated": gather(features, (witness.see(*batch) for batch in drawn)),
         "reconstructed": gather(features, copies),
     }
     if train:
-        sets["training"] = gather(features, chunks(train, even_indices(train, count), device))
+        trained = chunks(train, even_indices(train, count), device, "measuring training pictures")
+        sets["training"] = gather(features, trained)
     numbers = compared(features, real, sets, args.seed, len(places) == len(images))
     numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": len(real)}
     numbers |= {f"{name}_pictures": len(rows) for name, rows in sets.items() if name != "generated"} | few

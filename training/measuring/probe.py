@@ -45,6 +45,7 @@ from training.measuring.distances import frechet_distance
 from training.measuring.held_out import gather, warn_of_few
 from training.measuring.networks.base import Features
 from training.models.reconstructions import reconstructed
+from training.progress import Progress
 from training.settings.sections import Optimizer
 
 SEED = 0
@@ -72,10 +73,11 @@ def probe(
     moments = encode_all(model, train, PICTURES, device)
     network = denoiser(moments, model)
     losses = fit(network, model, moments, encode_all(model, held_out, HELD_OUT, device), steps)
-    at = [range(first, min(samples, first + AT_ONCE)) for first in range(0, samples, AT_ONCE)]
+    firsts = Progress("drawing", samples).each(range(0, samples, AT_ONCE), lambda _: AT_ONCE)
     size = tuple(moments.shape[2:])
+    noises = (Noise.from_seeds(range(first, min(samples, first + AT_ONCE)), device) for first in firsts)
     real = gather(features, map(to_uint8, batches(held_out, len(held_out), device)))
-    drawn = gather(features, (draw(network, model, Noise.from_seeds(seeds, device), size) for seeds in at))
+    drawn = gather(features, (draw(network, model, noise, size) for noise in noises))
     copies = gather(features, (reconstructed(model, to_uint8(x)) for x in batches(held_out, samples, device)))
     return {
         "loss": sum(losses.values()) / len(losses),
@@ -95,7 +97,8 @@ def probe(
 
 def batches(images: Images, count: int, device: torch.device) -> Any:
     """At most `count` pictures, spread over all of them, as float batches."""
-    for batch in images.chunks(range(0, len(images), max(1, len(images) // count))[:count], AT_ONCE):
+    places = range(0, len(images), max(1, len(images) // count))[:count]
+    for batch in images.chunks(places, AT_ONCE, "encoding"):
         yield to_unit(batch.data.to(device))
 
 

@@ -16,6 +16,7 @@ DEFINITIONS = {measure.names[0]: measure.definition for measure in MEASURES} | {
     "psnr": "mean over pictures of 10 log10(255^2 / MSE), 8 bits, all channels",
     "ssim": "mean over pictures; Gaussian window 11x11 of std 1.5, valid positions, mean over channels, 8 bits",
     "lpips": "mean over pictures of LPIPS 0.1",
+    "copy_score": "share of drawn pictures nearer to a training picture than all but 5 % of held-out ones are",
     "clip_score": "mean over pictures of max(100 cos(picture, caption), 0) of CLIP embeddings",
     "obedience": "share of captions obeyed, by the judge named",
     "log_likelihood": "mean ln p of latents by the probability-flow ODE, nats",
@@ -29,6 +30,7 @@ DEFINITIONS = {measure.names[0]: measure.definition for measure in MEASURES} | {
 # What must be equal, beside definitions, network and data, for two numbers to be comparable.
 DECIDES = (
     *("images", "pictures", "prompts", "edits", "real_pictures", "reconstructed_pictures", "training_pictures"),
+    *("held_out_pictures", "training_split"),
     *("kernel_pictures", "kernel_real_pictures", "draws", "samples", "crop", "lpips_network", "latent_dims"),
     *("likelihood_trace", "latents", "eliminate", "classes", "operator", "sigma_y", "captions", "truth"),
     *("obedience_judge", "edits_judge"),

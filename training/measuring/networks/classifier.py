@@ -18,7 +18,7 @@ def load(folder: str, device: torch.device | str) -> Features:
         raise UserError(
             f"--features {folder}: no such feature network",
             code=DATA,
-            hint="use random, inception:FILE, dinov2:DIR, clip:DIR, or the folder of train_classifier.py",
+            hint="use random, inception:FILE, dinov2:DIR, clip:DIR, or the folder of a train_classifier",
         )
     model = load_classifier(folder, device)
     weights = content_hash(model.state_dict())
