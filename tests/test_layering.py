@@ -26,6 +26,7 @@ PURE_IMPORTS = {
         "contextlib",
         "copy",
         "dataclasses",
+        "difflib",
         "enum",
         "fractions",
         "functools",
