@@ -16,7 +16,9 @@ import tiny
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.\w+)?")
 VERBS = "|".join(path.stem for path in tiny.SCRIPTS.glob("*_*.py"))  # which stand in prose without .py
 COMMAND = re.compile(rf"\b(\w+(?=\.py\b)|{VERBS})\b(?:\.py)?((?: [a-z]+\b)?)")
-SPEAKERS = {"tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error", "refuse"}
+SPEAKERS = {
+    "say", "tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error", "refuse",
+}  # fmt: skip
 BY_NAME = {"REFUSED"}  # constants that become a hint through a variable
 # Of torchrun, accelerate launch, pip and tar.
 OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--no-deps",

@@ -54,6 +54,7 @@ def flags(parser: Parser) -> None:
     add("--data", metavar="DIR", type=Path, help="shards to read; small made-up latents when not given")
     add("--samples", type=int, default=20_000, help="how many to make up")
     add("--rounds", type=int, default=5, help="of all readers in turn; the best of each counts")
+    parser.machine(device="")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -66,12 +66,17 @@ def build_parser() -> Parser:
     add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
     add_source_flags(packing)
     add_picture_flags(packing)
-    for verb, text in (("index", "index tars in place"), ("verify", "check every byte against the index")):
-        add = verbs.add_parser(verb, help=text).add_argument
-        add("directory", type=Path, metavar="DIR")
-        left = "leave bad tars and members out" if verb == "index" else "name what is bad and exit with 0"
-        add("--on-bad-data", choices=("error", "skip"), default="error", help=f"skip: {left}")
+    packing.machine(device="")
+    _of_a_folder(verbs.add_parser("index", help="index tars in place"), "leave bad tars and members out")
+    _of_a_folder(verbs.add_parser("verify", help="check every byte against the index"), "name what is bad, exit with 0")
     return parser
+
+
+def _of_a_folder(parser: Parser, skip: str) -> None:
+    """The flags of a verb that reads a folder of tars."""
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--on-bad-data", choices=("error", "skip"), default="error", help=f"skip: {skip}")
+    parser.machine(device="")
 
 
 def _pack(arguments: argparse.Namespace) -> None:

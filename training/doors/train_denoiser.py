@@ -10,7 +10,7 @@ from training.settings.flags import TrainParser
 
 def main() -> None:
     """Read the flags and train."""
-    parser = TrainParser(__doc__ or "", "denoiser", "smoke")
+    parser = TrainParser(__doc__ or "", "denoiser")
     parser.epilog = f"{parser.epilog}\n\n{listing(TRAINING, SAMPLING)}"
     parser.data.add_argument("--latents", metavar="DIR", help="encoded latents (encode_latents)")
     parser.data.add_argument(

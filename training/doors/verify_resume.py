@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from training.messages import hush
 from training.settings.flags import Parser
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     add("--folder", metavar="DIR", help="where to keep both trainings; removed when not given")
     parser.machine(device="")
     args, rest = parser.parse_known_args()
+    hush(args.quiet)
     from training.drills.verify_resume import verify
 
     sys.exit(verify(args, rest))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import argparse
 
 PROGRAM = Path(__file__).parents[1] / "__main__.py"  # `python -m training`
-PRELOADED = ["torch", "accelerate", "torch.utils.tensorboard", "training.stages.train", "training.stages.autoencoder"]
+PRELOADED = ["torch", "accelerate", "training.stages.train", "training.stages.autoencoder"]
 PRELOADED += ["training.stages.denoiser", "training.models.assembly", "lpips", "torchvision"]
 
 

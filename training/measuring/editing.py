@@ -32,6 +32,7 @@ from training.measuring.edit_scores import Numbers, arrays, coloured, mean, obey
 from training.measuring.obedience import sampling_errors
 from training.messages import tell
 from training.pictures import charts, grids
+from training.progress import Progress
 from training.shapes.checker import background
 from training.shapes.edits import Edit, another_colour, another_object
 from training.shapes.scenes import POSITIONS, UNIT
@@ -86,7 +87,7 @@ class Studio:
         with sampling_errors():
             made = self.pipeline.pixels(captions, seeds, task=task, sampling=sampling or self.sampling,
                                         batch_size=self.batch_size)
-            return torch.cat(list(made))
+            return torch.cat(list(Progress("drawing", len(captions)).each(made)))
 
 
 def shapes_edits(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> Numbers:

@@ -12,7 +12,7 @@ SIZE = "pictures have the size they were packed with: make_shards pack --resolut
 WEIGHTS = "begin with the weights of a run: --init-from RUN; autoencoders: convert_autoencoder import"
 EMA = "averaged weights are always kept: --train.ema 0.999 (0 = off)"
 ADAM = "AdamW: --optimizer.betas 0.9,0.99"
-BOARD = "TensorBoard's log and metrics.jsonl are always in the run folder"
+BOARD = "--report-to tensorboard,wandb; metrics.jsonl is always in the run folder"
 PRECISION = "--mixed-precision bf16 or fp16"
 PROCESSES = "start with torchrun --nproc-per-node N, or accelerate launch"
 STEPS = "trainings are counted in steps: --max-steps N"
@@ -54,7 +54,7 @@ MEANINGS = {  # what it is here -> the flags of other programs
     ),
     "--adam-weight-decay X": "weight-decay wd",
     BOARD: (
-        "report-to logging-dir tracker-project-name log-with log-prefix wandb-run-name wandb wandb-project "
+        "logging-dir tracker-project-name log-with log-prefix wandb-run-name wandb wandb-project "
         "log-tracker-name log-dir"
     ),
     PRECISION: "bf16 fp16 full-bf16 full-fp16 use-fp16 precision amp",

@@ -14,7 +14,7 @@ from typing import Any
 
 from training.errors import DATA, DISK, USAGE, UserError
 from training.guarding import disk_error
-from training.messages import open_streams, silence, speak_any_encoding, tell
+from training.messages import open_streams, say, silence, speak_any_encoding
 
 PACKAGE = Path(__file__).parents[2]  # a checkout, or where packages are installed
 OURS = ("autoencoder", "ldm", "training", "scripts")
@@ -56,9 +56,9 @@ def run_main(function: Callable[[], object]) -> None:
 
 
 def _say(problem: UserError) -> None:
-    tell(f"error: {problem.what}")
+    say(f"error: {problem.what}")
     if problem.hint:
-        tell(f"hint: {problem.hint}")
+        say(f"hint: {problem.hint}")
 
 
 def explain(failure: Exception) -> UserError:
