@@ -44,7 +44,7 @@ PURE_IMPORTS = {
 FLOORS = (
     {"messages", "ledger", "commands"},
     {"errors", "progress"},
-    {"guarding"},
+    {"guarding", "shadows"},
     {"tensors"},
     {"files"},
     {"machine", "shapes"},

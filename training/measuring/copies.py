@@ -48,7 +48,7 @@ LATER = "see whether it grew with the steps: the same command with --model RUN/c
 BLIND = "held-out pictures lie as near to training pictures as copies do, or these features see too little"
 ADVICE = (
     "train on more pictures, or for fewer steps (the best checkpoint is kept); mirrored pictures help: "
-    "encode_latents.py --flip with --train.flip true"
+    "encode_latents --flip with --train.flip true"
 )
 
 

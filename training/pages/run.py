@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from training.commands import opener
 from training.pages import curves, data, shown
 from training.pages.record import GONE, Log, Record
 from training.pictures import html
@@ -218,7 +220,7 @@ def repetition(record: Record) -> list[str]:
     if not record.run:
         return [html.paragraph("The config that it was trained with:"), config]
     data_flag = "--data DATA" if record.stage == "autoencoder" else "--latents LATENTS"
-    script = f"python scripts/train_{record.stage}.py"
+    script = shlex.join(opener(f"train_{record.stage}", "python"))
     given = [data_flag, *_frozen_parts(record)]
     again = " ".join([script, "--config RUN/config.json", *given, "--output NEW"])
     going_on = " ".join([script, "--config RUN/config.json", *given, "--output RUN --resume auto"])

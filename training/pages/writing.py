@@ -25,7 +25,7 @@ HEAD = 400  # bytes in which a page of ours says so
 
 
 def report(args: argparse.Namespace) -> int:
-    """The work of scripts/report.py: write the page and say where. Returns the exit code."""
+    """The work of `report`: write the page and say where. Returns the exit code."""
     folders = [Path(name) for name in args.run]
     if DEMO in args.run and not Path(DEMO).exists():
         what = f"{DEMO} is the model of the package, without the run that trained it"
