@@ -1,4 +1,4 @@
-"""Commands as they can be pasted: this one again, or another door of scripts/."""
+"""Commands as they can be hide_secrets: this one again, or another door of scripts/."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ NEEDED = re.compile(
 )
 
 
+HIDDEN = "HIDDEN"
+SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
+
+
+def hide_secrets(word: str) -> str:
+    """A word of a command; where it is an address, HIDDEN stands for user, password and query."""
+    return SECRET.sub(_hidden, word)
+
+
+def _hidden(found: re.Match[str]) -> str:
+    mark, user, rest, query = found.groups()
+    return mark + (f"{HIDDEN}@" if user else "") + rest + (f"?{HIDDEN}" if query else "")
+
+
 def door(start: str, *words: object) -> str:
     """`python scripts/NAME.py …` for `start` "NAME …", with `words` quoted for a shell after it.
 
@@ -25,7 +39,7 @@ def door(start: str, *words: object) -> str:
     called = Path(sys.argv[0] or ".")
     folder = called.parent if called.name.endswith(".py") and (called.parent / f"{script}.py").is_file() else "scripts"
     program = [shlex.quote(_interpreter()), shlex.quote(f"{folder}/{script}.py")]
-    return " ".join([*program, *fixed, *(shlex.quote(str(word)) for word in words)])
+    return " ".join([*program, *fixed, *(shlex.quote(hide_secrets(str(word))) for word in words)])
 
 
 def again(words: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:

@@ -15,7 +15,8 @@ import tiny
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.\w+)?")
 COMMAND = re.compile(r"\b(\w+)\.py((?: [a-z]+\b)?)")
-SPEAKERS = {"say", "tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error", "refuse"}
+SPEAKERS = {"say", "tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error",
+            "refuse"}
 BY_NAME = {"REFUSED"}  # constants that become a hint through a variable
 # Of torchrun, accelerate launch, pip and tar.
 OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--no-deps",

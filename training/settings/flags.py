@@ -248,8 +248,8 @@ class TrainParser(Parser):
             also = f" (also --{', --'.join(aliases)})" if aliases else ""
             keys.add_argument(f"--{flag}", metavar="X", default=argparse.SUPPRESS, help=f"{text}; sets {key}{also}")
         text = "backward passes per optimiser step; follows from the batch sizes when not given"
-        key: dict[str, Any] = {"metavar": "X", "type": int, "default": argparse.SUPPRESS, "help": text}
-        keys.add_argument("--gradient-accumulation-steps", **key)
+        add = keys.add_argument
+        add("--gradient-accumulation-steps", metavar="X", type=int, default=argparse.SUPPRESS, help=text)
 
     def read_training(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As `read_with_keys`, the flags that stand for a config key among the overrides, and no path missing."""
