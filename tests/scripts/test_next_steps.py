@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from pathlib import Path
 
 import pytest
 import tiny
 from packs import png, tar
+from PIL import Image
 
 from training.doors.make_shards import main as make_shards
 from training.next_step import SCRIPTED, again, beside, prompt, tell_next
@@ -22,7 +24,7 @@ HURRIED = {
     "train_denoiser": [*QUICK, "--backbone.width", "16", "--backbone.depth", "1", "--sample.steps", "2"],
     "generate": ["--steps", "2"],
     "evaluate": ["--count", "4", "--steps", "2"],
-    "make_shards": ["--missing-caption", "empty", "--upscale"],
+    "make_shards": ["--missing-caption", "empty"],
 }
 
 
@@ -72,6 +74,13 @@ def test_from_pictures_to_pictures_by_the_lines_alone(
     capsys.readouterr()
     paste(measuring)
     assert "frechet_generated" in capsys.readouterr().out
+
+
+def grey(level: int) -> bytes:
+    """A picture of 16 x 16."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (level, level, level)).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(("path", "there", "proposed"), [
@@ -138,7 +147,7 @@ def test_tars_that_are_indexed_where_they_lie(tmp_path: Path, capsys: Said) -> N
 def test_a_stream_is_packed_before_it_is_encoded(tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for shard in "01":
-        tar(tmp_path / "in" / f"{shard}.tar", {f"{shard}{number:02d}.png": png(number) for number in range(24)})
+        tar(tmp_path / "in" / f"{shard}.tar", {f"{shard}{number:02d}.png": grey(10 * number) for number in range(24)})
     words = ["--data", "in/{0..1}.tar", "--stream", "--resolution", "16", "--output", "runs/ae", "--device", "cpu"]
     assert tiny.call("train_autoencoder", *HURRIED["train_autoencoder"], *words, "--shuffle-buffer", "4") == 0
     packing, encoding = told(capsys.readouterr().err)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import warnings
 import signal
 import sys
 import threading
@@ -117,6 +118,7 @@ def _received(
     dataset: Images | Latents, batches: Batches, workers: int, ahead: int, *, pin: bool, skipped: int
 ) -> Iterator[Batch]:
     """The batches of one set of loader processes, but the first `skipped`."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # processes that wait for disks may outnumber cores
     how: dict[str, Any] = {"collate_fn": _whole, "pin_memory": pin, **loaders(workers, ahead)}
     loader: Any
     if isinstance(dataset.shards, StreamedShards):
