@@ -77,9 +77,9 @@ def test_from_pictures_to_pictures_by_the_lines_alone(
 
 
 def grey(level: int) -> bytes:
-    """A picture of 16 x 16."""
+    """A picture of 32 x 32."""
     file = io.BytesIO()
-    Image.new("RGB", (16, 16), (level, level, level)).save(file, "PNG")
+    Image.new("RGB", (32, 32), (level, level, level)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -148,10 +148,10 @@ def test_a_stream_is_packed_before_it_is_encoded(tmp_path: Path, capsys: Said, m
     monkeypatch.chdir(tmp_path)
     for shard in "01":
         tar(tmp_path / "in" / f"{shard}.tar", {f"{shard}{number:02d}.png": grey(10 * number) for number in range(24)})
-    words = ["--data", "in/{0..1}.tar", "--stream", "--resolution", "16", "--output", "runs/ae", "--device", "cpu"]
+    words = ["--data", "in/{0..1}.tar", "--stream", "--resolution", "32", "--output", "runs/ae", "--device", "cpu"]
     assert tiny.call("train_autoencoder", *HURRIED["train_autoencoder"], *words, "--shuffle-buffer", "4") == 0
     packing, encoding = told(capsys.readouterr().err)
-    assert packing[2:4] == ["pack", "in/{0..1}.tar"] and value(packing, "--resolution") == "16"
+    assert packing[2:4] == ["pack", "in/{0..1}.tar"] and value(packing, "--resolution") == "32"
     assert value(packing, "--output") == value(encoding, "--data") == "runs/data"
     paste(packing)
     paste(encoding)
