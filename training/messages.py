@@ -99,6 +99,14 @@ def duration(seconds: float) -> str:
     return " ".join(part for part in parts[:2] if part[0] != "0") or "0 s"
 
 
+def roughly(seconds: float) -> str:
+    """An estimated time for people, in one unit: `40 s`, `12 min`, `3.5 h`, `4.2 days`."""
+    for unit, name in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.0f} min" if name == "min" else f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
 def speak_any_encoding() -> None:
     """Have both streams write characters their encoding lacks as escapes, where they would end the program."""
     for stream in (sys.stdout, sys.stderr):

@@ -38,9 +38,9 @@ def told(said: str) -> list[list[str]]:
 
 def paste(words: list[str], *more: object) -> None:
     """Run a command that was told, in this process, with what makes it short."""
-    name = Path(words[1]).stem
-    assert Path(words[1]) == Path("scripts") / f"{name}.py"
-    assert tiny.call(name, *words[2:], *HURRIED[name], *more) == 0
+    start = 4 if words[1:3] == ["-m", "training"] else 2  # or a script of this folder
+    name = Path(words[start - 1]).stem.replace("-", "_")
+    assert tiny.call(name, *words[start:], *HURRIED[name], *more) == 0
 
 
 def value(words: list[str], flag: str) -> str:
@@ -151,9 +151,10 @@ def test_a_stream_is_packed_before_it_is_encoded(tmp_path: Path, capsys: Said, m
     words = ["--data", "in/{0..1}.tar", "--stream", "--resolution", "32", "--output", "runs/ae", "--device", "cpu"]
     assert tiny.call("train_autoencoder", *HURRIED["train_autoencoder"], *words, "--shuffle-buffer", "4") == 0
     packing, encoding = told(capsys.readouterr().err)
-    assert packing[2:4] == ["pack", "in/{0..1}.tar"] and value(packing, "--resolution") == "32"
+    assert packing[4:6] == ["pack", "in/{0..1}.tar"] and value(packing, "--resolution") == "32"
     assert value(packing, "--output") == value(encoding, "--data") == "runs/data"
     paste(packing)
+    capsys.readouterr()
     paste(encoding)
     [second] = told(capsys.readouterr().err)
     assert value(second, "--latents") == "runs/latents"

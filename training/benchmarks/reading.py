@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make(folder: Path, samples: int) -> None:
-    """Small latents as encode_latents.py stores them: 8x8x8 moments in float16, a caption, metadata."""
+    """Small latents as encode_latents stores them: 8x8x8 moments in float16, a caption, metadata."""
     import io
     import json
 

@@ -1,4 +1,4 @@
-"""The command line of `scripts/make_shards.py`: verbs pack, index and verify."""
+"""Pack captioned pictures into shards; index tars where they lie; verify every byte."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from training.packing.settings import Settings
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
 from training.pictures.flags import add_picture_flags
 from training.settings.flags import Parser
-from training.settings.proposals import autoencoder_for
 from training.shards.index import read_index
 from training.shards.indexing import index_folder
 from training.shards.verifying import verify
 
-EXAMPLES = """examples:
-  python scripts/make_shards.py pack photos/ --output data/photos --resolution 64
-  python scripts/make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
-  python scripts/make_shards.py pack photos.zip --output data/photos --caption-column prompt
-  python scripts/make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
-  python scripts/make_shards.py pack shapes --samples 60000 --output data/shapes
-  python scripts/make_shards.py pack emoji --root package --output data/emoji --resolution 64
-  python scripts/make_shards.py verify data/photos
+EXAMPLES = """pack photos/ --output data/photos --resolution 64
+pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
+pack photos.zip --output data/photos --caption-column prompt
+pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
+pack shapes --samples 60000 --output data/shapes
+pack emoji --root package --output data/emoji --resolution 64
+verify data/photos
 """
 
 
 def build_parser() -> Parser:
     """The verbs and their flags."""
-    parser = Parser("Captioned pictures to shards.", epilog=EXAMPLES)
+    examples = "".join(f"  {door(f'make_shards {line}')}\n" for line in EXAMPLES.splitlines())
+    parser = Parser("Captioned pictures to shards.", epilog=f"examples:\n{examples}")
     verbs = parser.add_subparsers(dest="verb", required=True)
     packing = verbs.add_parser("pack", help="write shards from a source")
     add = packing.add_argument
@@ -96,9 +95,7 @@ def _tell_training(folder: Path) -> None:
     index, infos = read_index(folder)
     if index["kind"] != "images" or all(info.split != "train" for info in infos):
         return
-    config = autoencoder_for(index["summary"].get("resolution", 0))
-    words = ["--config", config, "--data", folder, "--output", beside(folder, "autoencoder")]
-    tell_next(door("train_autoencoder", *words))
+    tell_next(door("train_autoencoder", "--data", folder, "--output", beside(folder, "autoencoder")))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,7 +33,6 @@ from training.models.folders import copy_model
 from training.models.vocabulary import count_captions
 from training.next_step import again, beside, tell_next
 from training.progress import Progress
-from training.settings.proposals import denoiser_for
 from training.shards.claims import LOCK, claimed
 from training.shards.index import ENCODING, INDEX, ShardInfo, is_mixed, read_index, write_index
 from training.shards.indexing import latents_summary
@@ -92,14 +91,14 @@ def encode(args: argparse.Namespace) -> int:
             left_out = _finish(source, target, plan, shards, model.latent_channels, worker.waiting())
             if left_out and args.on_bad_data is None:
                 raise unasked(left_out, total, target)
-            tell_next(_training(args, target, plan["latent"]["shape"]))
+            tell_next(_training(args, target))
         meeting.meet()
     return 0
 
 
-def _training(args: argparse.Namespace, target: Path, shape: list[int]) -> str:
+def _training(args: argparse.Namespace, target: Path) -> str:
     """The training of a denoiser on what was encoded."""
-    words = ["--config", denoiser_for(shape[1:]), "--latents", target, "--output", beside(target, "denoiser")]
+    words = ["--latents", target, "--output", beside(target, "denoiser")]
     words += again({"device": args.device, "train.flip": "true" if args.flip else ""})
     if args.text_encoder:
         words += ["--text.kind", "huggingface", "--text.length", args.text_length, "--text.pooling", args.text_pooling]

@@ -142,7 +142,7 @@ class Encoder:
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise UserError(
                     f"{key}: the caption's embedding is not finite (stored as float16)",
-                    hint="leave --text-encoder out here, with another --output, and give it to train_denoiser.py",
+                    hint="leave --text-encoder out here, with another --output, and give it to train_denoiser",
                     code=NUMERICAL,
                 )
             files.append(bytes(save(tensors)))

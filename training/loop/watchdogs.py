@@ -136,7 +136,7 @@ class Watchdogs:
         some = f" (samples {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})" if keys else ""
         return UserError(
             f"{what} at step {step}{some}",
-            hint="lower --lr, check the data with make_shards.py verify, or use --mixed-precision no; "
+            hint="lower --lr, check the data with make_shards verify, or use --mixed-precision no; "
             f"see {report}",
             code=NUMERICAL,
         )

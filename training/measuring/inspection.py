@@ -1,4 +1,4 @@
-"""The work of scripts/inspect_autoencoder.py: what an autoencoder's latents and reconstructions are like."""
+"""The work of `inspect_autoencoder`: what an autoencoder's latents and reconstructions are like."""
 
 from __future__ import annotations
 

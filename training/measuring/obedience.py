@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.requests import Request, ask
 from training.errors import UserError, as_user_error
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Sampling
     from training.ledger import Ledger
 
-SAMPLING = "generate.py --help lists samplers, grids and guidance"
+
+def sampling_errors() -> AbstractContextManager[None]:
+    """Inside, what cannot be drawn so is a UserError."""
+    return as_user_error(f"{door('generate --help')} lists samplers, grids and guidance")
 
 
 def draw_batches(
@@ -34,7 +39,7 @@ def draw_batches(
         for first in range(0, len(requests), batch):
             part = requests[first : first + batch]
             captions, seeds = [r.prompt for r in part], [r.seed for r in part]
-            with as_user_error(SAMPLING):
+            with sampling_errors():
                 pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
             yield pixels, captions
             told.add(len(part))

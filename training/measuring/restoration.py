@@ -20,6 +20,7 @@ from ldm import image_tasks
 from ldm.inverse.operators import LinearOperator, Operator, measure, residual
 from ldm.noise import Noise
 from ldm.samplers import Snapshot
+from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.restoration import method_of, operator_of
 from training.errors import UserError, as_user_error
@@ -62,7 +63,7 @@ class Bench:
         are; the denoiser's calls of one draw are put into `told`. Raises UserError for what cannot be drawn."""
         whose = torch.arange(len(y)).repeat_interleave(self.samples).tolist()
         keyed = torch.stack([noise.fold("restoration", k).seeds for k in range(self.samples)], dim=1).flatten()
-        with as_user_error("evaluate.py --help lists operators, methods and samplers"):
+        with as_user_error(f"{door('evaluate --help')} lists operators, methods and samplers"):
             task = image_tasks.restoration(self.pipeline, self.operator, y[whose], self.sigma_y, method)
             for first in range(0, len(whose), self.batch_size):
                 part, calls = slice(first, first + self.batch_size), [0]

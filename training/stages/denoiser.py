@@ -209,7 +209,7 @@ class DenoiserStage(Stage):
         with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
             watch = told.by_steps(SHOWN, self.config.sample.steps)
             images = self.pipeline(captions, seeds=0, batch_size=SHOWN, watch=watch)
-        grids.write(grids.grid(images, 8, captions=captions), folder / "grid.png")
+        grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
