@@ -26,6 +26,7 @@ from training.models.diffusers_layouts import LAYOUTS
 from training.models.donor_weights import NAME, PART, WEIGHTS, folder_weights
 from training.models.folders import export, fill, find
 from training.models.latent_scale import fit_norm
+from training.models.pretrained import tell_download
 from training.settings import decoding
 from training.shards.reading import ShardSet
 from training.tensors import load_tensors, save_tensors
@@ -112,6 +113,7 @@ def _download(name: str) -> Path:
         raise UserError(f"{name}: no such file or folder", hint="give a folder, a .safetensors file or ORG/NAME")
     from huggingface_hub import snapshot_download
 
+    tell_download("autoencoder", name)
     try:
         wanted = [str(Path(home, file)) for home in HOMES for file in ("config.json", f"{NAME}*.safetensors*")]
         return Path(snapshot_download(name, allow_patterns=wanted))

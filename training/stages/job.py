@@ -65,6 +65,10 @@ class Job(ABC):
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
         """The last act, with averaged weights in place: the tensors of final/, and `facts` completed by `hashes`."""
 
+    @abstractmethod
+    def next_steps(self, run: Path) -> list[str]:
+        """The commands that go on from the finished run, in their order."""
+
 
 def parameters(module: Any) -> str:
     """Their number, for people."""

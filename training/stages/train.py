@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from training.commands import again, assigned
 from training.errors import DISK, UserError
 from training.messages import answer, say, tell
+from training.next_step import tell_next
 from training.settings import decoding
 from training.settings.upgrading import run_version
 from training.settings.without_use import without_use
@@ -97,7 +98,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     check_batch(job.dataset, job.config.train)
     run = None if args.dry_run else open_run(args, job.stage, job.config, accelerator, ending)
     if run and run.finished():
-        return report_complete(run)
+        return report_complete(job, run)
     stage = job.build(accelerator, run.folder / "final" if run else None)
     processes.announce(accelerator, job.description())
     outlook = tell_outlook(job, stage)
@@ -133,6 +134,7 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
             with loop.ema.averaged_weights(), unwrapped(loop.stage):
                 tensors = job.export(run.folder, facts)
                 finish(run, tensors, job.title, close_books(loop, facts))
+                tell_next(*job.next_steps(run.folder))
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
         code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything
@@ -230,9 +232,12 @@ def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str,
     tell(f"finished: {run.folder / 'final'}")
 
 
-def report_complete(run: RunView) -> int:
+def report_complete(job: Job, run: RunView) -> int:
     """A finished run asked to go on is done."""
     from training.guarding import read_json
+    from training.runs.folder import Run
 
     tell(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}")
+    if isinstance(run, Run):
+        tell_next(*job.next_steps(run.folder))
     return 0
