@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
     from training.settings.decoding import DenoiserConfig
 
+CAPTIONS = 5  # that a model card shows
+
 
 class DenoiserJob(Job):
     """Stage two: train on encoded latents, export a self-contained model."""
 
     stage: ClassVar[str] = "denoiser"
-    title: ClassVar[str] = "Denoiser"
     config: DenoiserConfig
 
     def open_data(self) -> None:
@@ -77,6 +78,11 @@ class DenoiserJob(Job):
     def facts(self) -> dict[str, Any]:
         """Hashes of the data and of every part that is not trained."""
         return {"data": data_facts(self.args.latents), "hashes": self.parts.hashes}
+
+    def about(self) -> dict[str, Any]:
+        """Counts, the size of the pictures, and captions of held-out ones."""
+        captions = list(dict.fromkeys(self.trained.grid_captions()))[:CAPTIONS]
+        return {**self.counts(), "resolution": self.dataset.shards.summary["latent"]["picture"], "captions": captions}
 
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
