@@ -65,14 +65,14 @@ def publish(args: argparse.Namespace) -> int:
 
 def check_name(repo: str) -> None:
     """Raises UserError for what is no ORG/NAME."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
         if repo.count("/") == 1:
             return
         why = "it names no user or organisation"
-    except HFValidationError:
+    except ValueError:
         why = "letters, digits, '-', '_' and '.' alone, 96 at most, and neither '--' nor '..'"
     raise UserError(f"--repo {repo}: is no ORG/NAME of the hub ({why})", hint="as --repo my-name/my-model")
 
