@@ -5,8 +5,6 @@ The licence is yours to name, in the front matter of its README.md, which is sen
 
 from __future__ import annotations
 
-import sys
-
 from training.settings.flags import Parser
 
 
@@ -14,7 +12,7 @@ def main() -> None:
     """Read the flags and publish."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
-    add("model", metavar="RUN|FINAL", help="a finished run of either stage, its final/, or what export_model.py wrote")
+    add("model", metavar="RUN|FINAL", help="a finished run of either stage, its final/, or what export_model wrote")
     add("--repo", metavar="ORG/NAME", required=True, help="where to; made where it is not there")
     add("--private", action="store_true", help="for you alone; one that is there must be private already")
     add("--revision", metavar="BRANCH", help="a branch, made where it is not there (default: main)")
@@ -25,4 +23,4 @@ def main() -> None:
     args = parser.read()
     from training.models.publishing import publish
 
-    sys.exit(publish(args))
+    publish(args)

@@ -1,5 +1,4 @@
-"""The work of scripts/publish.py: a finished model, checked whole and without anything else, onto the Hugging Face hub.
-"""
+"""The work of `publish`: a finished model, checked whole and without anything else, onto the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ WHY = {
 }
 
 
-def publish(args: argparse.Namespace) -> int:
-    """Check, list and send a model. Returns the exit code.
+def publish(args: argparse.Namespace) -> None:
+    """Check, list and send a model.
 
     Raises UserError for a name that is none, a model that is not whole or not finished, a file that is none of ours,
     and where the hub cannot be reached or refuses; nothing is sent then.
@@ -44,7 +43,7 @@ def publish(args: argparse.Namespace) -> int:
     check_name(args.repo)
     found = find(args.model)
     if not found.finished:
-        hint = f"wait for its end, or publish what this makes: {door('export_model', args.model, '--output', 'DIR')}"
+        hint = f"wait for its end, or take what this makes: {door('export_model', args.model, '--output', 'DIR')}"
         raise UserError(f"{args.model} is not finished", hint=hint, code=CHECKPOINT)
     paths = contents(found.home)
     check_whole(found, args.text_encoder)
@@ -54,13 +53,12 @@ def publish(args: argparse.Namespace) -> int:
     if found.stage == "autoencoder" and found.home / SAMPLES in paths:
         note(f"{SAMPLES} shows held-out pictures of the data")
     if not (found.home / FACTS).is_file():
-        note("its model card is of an earlier version; export_model.py writes one that the hub reads")
+        note("its model card is of an earlier version; export_model writes one that the hub reads")
     if args.dry_run:
         tell("nothing was sent")
-        return 0
+        return
     check_reachable()
     answer(f"published: {send(args, found.home, paths)}")
-    return 0
 
 
 def check_name(repo: str) -> None:

@@ -18,7 +18,8 @@ from training.files import finite, sync_folder
 from training.guarding import disk_error, open_own
 from training.machine.faults import fault
 from training.machine.memory import peak_memory
-from training.messages import per_second, tell, warn
+from training.messages import duration, per_second, tell, warn
+from training.progress import Progress
 from training.runs.trackers import Trackers
 from training.settings.sections import Train
 
@@ -32,7 +33,8 @@ class Journal:
     def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
         self.run, self.train, self.accelerator = run, train, accelerator
         self.rows: list[tuple[int, dict[str, Tensor], float]] = []
-        self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
+        self.waited, self.since, self.first, self.worked = 0.0, time.perf_counter(), -1, time.process_time()
+        self.progress = Progress("training", train.max_steps, "step", pause=60.0, aloud=accelerator.is_main_process)
         self.trackers = Trackers()  # none but where a training asks for some
         if accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
@@ -47,6 +49,7 @@ class Journal:
     def record(self, step: int, values: dict[str, Tensor], rate: float) -> None:
         """Note the values of `step`; write and show them when it is time."""
         self.rows.append((step, values, rate))
+        self.progress.at(step)
         if step % self.train.log_every == 0 or step == self.train.max_steps:
             self.flush(step)
 
@@ -75,6 +78,7 @@ class Journal:
         self.trackers.log([(step, values)])
         self.trackers.show(folder, step)
         self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
+        self.worked = time.process_time()
 
     def state(self) -> dict[str, Any]:
         """Plain state for checkpoints: how far metrics.jsonl reached, and that far it is on disk."""
@@ -89,6 +93,7 @@ class Journal:
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Cut metrics.jsonl and timing.jsonl back to the checkpoint: no step is told twice."""
         self.first = step
+        self.progress.skip(max(0, step))
         path, expected = self.run / "metrics.jsonl", int(state["metrics_bytes"])
         if not self.accelerator.is_main_process:
             return
@@ -121,15 +126,17 @@ class Journal:
         cuda = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else peak_memory()
         rate = self.train.batch_size / seconds
-        self._append(
-            "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]
-        )
+        row = {"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}
+        worked, self.worked = self.worked, time.process_time()
+        self._append("timing.jsonl", [{**row, "processor_seconds": self.worked - worked}])  # of all its threads
         mean = sum(row["loss"] for row in rows) / len(rows)
-        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
+        left = duration(seconds * (self.train.max_steps - step))
         tell(
-            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {per_second(rate)}  "
-            f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
+            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  "
+            f"{per_second(1 / seconds, 'step')}  {per_second(rate)}  {left} left  "
+            f"memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
         )
+        self.progress.told()
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -99,7 +99,7 @@ def test_looking_and_what_was_before_a_resume_are_no_training_time(
     pass_steps(later, clock, range(14, 15), 2.0, 0.0)  # one step until the next line
     assert told(tmp_path, "timing.jsonl")[-1]["images_per_second"] == 4.0
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("step 14/20  loss 14.0000  lr 1.40e+00  4.0 images/s  ETA 00:00:12  memory ")
+    assert said[-1].startswith("step 14/20  loss 14.0000  lr 1.40e+00  2 s/step  4.0 images/s  12 s left  memory ")
     assert said[-1].endswith(" GiB  waiting for data 0%")
 
 
