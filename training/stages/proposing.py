@@ -12,6 +12,7 @@ from training.guarding import read_record
 from training.machine.launcher import first_process
 from training.messages import note
 from training.models.text_encoders import SETTINGS, stored_record
+from training.runs.folder import record
 from training.settings.flags import written_out
 from training.settings.recipes import Situation, propose, reasons
 from training.shards.addresses import repeat_command
@@ -29,7 +30,7 @@ def settle_config(args: argparse.Namespace, stage: Literal["autoencoder", "denoi
     asked for so many steps."""
     args.steps_proposed = "train.max_steps" not in args.overrides
     own = Path(args.output or "") / "config.json"
-    if args.resume and args.output and own.is_file():
+    if args.resume and args.output and own.is_file() and record(own.parent).get("stage", stage) == stage:
         args.config = str(own)
         if first_process():
             note(f"no --config was given: the run's own is used, {own}")
@@ -102,4 +103,5 @@ def _of_latents(args: argparse.Namespace, folder: Path | Remote | None, summary:
     if stored and isinstance(folder, Remote):
         folder.bring(["text_encoder/identity.json"])
     record = stored_record(Path(folder)) if stored and folder else {}
-    return mirrored | {"text.kind": "huggingface"} | {f"text.{key}": str(record[key]).lower() for key in SETTINGS if key in record}
+    settings = {f"text.{key}": str(record[key]).lower() for key in SETTINGS if key in record}
+    return mirrored | {"text.kind": "huggingface"} | settings
