@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from training.messages import duration
 from training.settings.reading import parse, read
 
-StageName = Literal["autoencoder", "denoiser"]
 FEW = 2000  # pictures that teach no more than a small network
 LEARNT_BY_HEART = 1000  # pictures that a denoiser can repeat one by one, and a critic, too
 COPIED = 200  # pictures of which it draws copies
@@ -46,7 +45,7 @@ class Pair:
     autoencoder: Budget
     denoiser: Budget
 
-    def budget(self, stage: StageName) -> Budget:
+    def budget(self, stage: str) -> Budget:
         """That of a stage."""
         return self.autoencoder if stage == "autoencoder" else self.denoiser
 
@@ -93,7 +92,7 @@ class Proposal:
     """A config by name, what is set over it, and what comes of that."""
 
     pair: Pair
-    stage: StageName
+    stage: str
     situation: Situation
     steps: int
     batch: int
@@ -120,7 +119,7 @@ class Proposal:
 
 
 def propose(
-    stage: StageName,
+    stage: str,
     situation: Situation,
     given: Mapping[str, str] | None = None,
     model: Mapping[str, Any] | None = None,

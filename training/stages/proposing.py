@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from training.commands import again
 from training.guarding import read_record
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 UNSEEN = 64  # pixels a side where no data are named
 
 
-def settle_config(args: argparse.Namespace, stage: Literal["autoencoder", "denoiser"]) -> None:
+def settle_config(args: argparse.Namespace, stage: str) -> None:
     """Fill in `args.config`, and the overrides of a proposal under those given; `args.steps_proposed`: whether nobody
     asked for so many steps."""
     args.steps_proposed = "train.max_steps" not in args.overrides
@@ -39,7 +39,7 @@ def settle_config(args: argparse.Namespace, stage: Literal["autoencoder", "denoi
     found = _of_latents(args, folder, summary) if stage == "denoiser" else {}
     model = _autoencoder(folder) if stage == "denoiser" else None
     proposal = propose(stage, situation, _batch_given(args, situation), model)
-    added = {key: text for key, text in (proposal.overrides | found).items() if key not in args.overrides}
+    added = {key: text for key, text in {**proposal.overrides, **found}.items() if key not in args.overrides}
     args.config, args.overrides = proposal.pair.name, {**added, **args.overrides}
     if first_process():
         words, _ = again(["--config", args.config, *written_out(added)])
@@ -68,7 +68,7 @@ def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, 
 def _side(folder: Path | Remote, summary: Mapping[str, Any]) -> int:
     """Pixels of the longer side; of tars indexed in place, by their first picture."""
     if latent := summary.get("latent"):
-        return max(latent["picture"])
+        return int(max(latent["picture"]))
     if isinstance(side := summary.get("resolution"), int):
         return side
     from training.data.images import Images

@@ -11,7 +11,15 @@ import tiny
 from training.settings import decoding, recipes_table
 from training.settings.reading import names
 from training.settings.recipes import (
-    FEW, MANY_EPOCHS, ONE_GPU, PAIRS, SMALL, Proposal, Situation, propose, reasons,
+    FEW,
+    MANY_EPOCHS,
+    ONE_GPU,
+    PAIRS,
+    SMALL,
+    Proposal,
+    Situation,
+    propose,
+    reasons,
 )  # fmt: skip
 
 PAGE = tiny.ROOT / "docs" / "recipes.md"
@@ -21,7 +29,7 @@ CELLS = [
         recipes_table.MACHINES.values(), (*recipes_table.PICTURES, None), recipes_table.SIDES
     )
 ]
-STAGES: tuple[Any, ...] = ("autoencoder", "denoiser")
+STAGES = ("autoencoder", "denoiser")
 LAPTOP = Situation(pictures=57, resolution=64)
 
 
@@ -33,22 +41,21 @@ def test_every_pair_has_both_configs() -> None:
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=lambda pair: pair.name)
 def test_the_configs_of_a_pair_fit_each_other(pair: Any) -> None:
     """At 256 tokens, after a factor that divides the picture; each starts from its own length and batch."""
-    first, second = (decoding.load(stage, pair.name) for stage in STAGES)
+    first, second = decoding.load("autoencoder", pair.name), decoding.load("denoiser", pair.name)
     assert isinstance(first, decoding.AutoencoderConfig) and isinstance(second, decoding.DenoiserConfig)
     side = pair.resolution // first.model.factor
     assert pair.resolution % first.model.factor == 0 and first.model.latent_channels >= 4
     tokens = side // second.backbone.patch if second.backbone.kind == "dit" else side
     assert tokens**2 == 256
-    for stage, config in zip(STAGES, (first, second), strict=True):
+    for stage, train in zip(STAGES, (first.train, second.train), strict=True):
         budget = pair.budget(stage)
-        assert config.train.batch_size == budget.batch
-        assert config.train.max_steps * budget.batch == budget.most
-        assert config.train.mixed_precision == ("no" if pair in SMALL else "bf16")
+        assert train.batch_size == budget.batch and train.max_steps * budget.batch == budget.most
+        assert train.mixed_precision == ("no" if pair in SMALL else "bf16")
 
 
 @pytest.mark.parametrize("situation", CELLS, ids=str)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_proposal_is_a_config_that_decodes(stage: Any, situation: Situation) -> None:
+def test_a_proposal_is_a_config_that_decodes(stage: str, situation: Situation) -> None:
     proposal = propose(stage, situation)
     config = decoding.load(stage, proposal.pair.name, proposal.overrides)
     train = config.train
@@ -120,9 +127,9 @@ def test_what_is_said_where_nothing_is_measured() -> None:
     assert "pictures that nobody has counted" in stream[0] and "epochs" not in stream[0]
 
 
-def given(stage: Any = "autoencoder", pictures: int = 10_000, **flags: object) -> Proposal:
+def given(**flags: object) -> Proposal:
     words = {key.replace("__", "."): str(value) for key, value in flags.items()}
-    proposal = propose(stage, Situation(pictures=pictures, resolution=64), words)
+    proposal = propose("autoencoder", Situation(pictures=10_000, resolution=64), words)
     assert not words.keys() & proposal.overrides.keys()
     return proposal
 

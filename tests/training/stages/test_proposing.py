@@ -1,4 +1,4 @@
-"""A training without --config: what is proposed from its data, what is given stands, and a resumed run keeps its own."""
+"""A training without --config: what is proposed from its data, what is given stands, a resumed run keeps its own."""
 
 from __future__ import annotations
 
