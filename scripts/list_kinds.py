@@ -1,5 +1,5 @@
-"""Print the kinds of every family, as the table of docs/denoisers.md; --renew FILE renews it there, and in
-docs/recipes.md that of proposals."""
+"""Print the kinds of every family, as the table of docs/denoisers.md; --renew FILE renews it there, and that of
+proposals in docs/recipes.md."""
 
 from __future__ import annotations
 

@@ -5,11 +5,9 @@ Samplers, grids and guidances are chosen by name; their own settings as --sample
 
 from __future__ import annotations
 
-import sys
-
 from training.drawing.flags import add_flags
 from training.settings.families import EDITING, SAMPLING, listing
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -19,8 +17,4 @@ def main() -> None:
     args = parser.read_with_keys()
     from training.drawing.generate import generate
 
-    sys.exit(generate(args))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    generate(args)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -32,7 +32,3 @@ def main() -> None:
     from training.measuring.inspection import inspect
 
     sys.exit(inspect(args))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -8,7 +8,7 @@ Around it: journal, validation (and the way back from a wreck), checkpoints, sig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from training.loop.watchdogs import Watchdogs, explain
 from training.loop.wrapping import wrap
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
-from training.messages import note
+from training.messages import note, warn
 from training.runs.checkpoint import SCORED_BY, Checkpoint
 from training.runs.checkpoints import Checkpoints
 from training.runs.journal import Journal
@@ -65,8 +65,13 @@ class Loop:
         accumulation: int,
         micro: int,
         rate: Callable[[int], float] | None = None,
+        watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given."""
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
+
+        `watchers` are called with the run folder in the main process, once a validation is written there.
+        """
+        self.watchers = watchers
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
@@ -231,6 +236,8 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+            for watcher in self.watchers:
+                watcher(self.run)
         meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)
@@ -248,7 +255,7 @@ class Loop:
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
         self.scored = None  # the number is not that of the weights that now stand
-        announce(self.accelerator, f"warning: {verdict}: back to its weights; {rollback.prospect(step)}")
+        announce(self.accelerator, f"{verdict}: back to its weights; {rollback.prospect(step)}", warn)
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""

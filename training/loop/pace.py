@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from training.machine.processes import announce
-from training.messages import duration, per_second
+from training.messages import per_second, roughly
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,5 +45,5 @@ def outlook(each: float, left: int, now: float) -> str:
     """The line for steps of `each` seconds, of which so many are `left` at clock time `now` (seconds of the epoch)."""
     end = time.localtime(now + each * left)
     clock = time.strftime("%H:%M" if end[:3] == time.localtime(now)[:3] else "%Y-%m-%d %H:%M", end)
-    what = f"pace: {per_second(1 / each, 'step')}; the other {left:,} take {duration(each * left)}, until about {clock}"
+    what = f"pace: {per_second(1 / each, 'step')}; the other {left:,} take {roughly(each * left)}, until about {clock}"
     return f"{what}, besides validation and pictures"

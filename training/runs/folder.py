@@ -46,7 +46,10 @@ KINDS["ledger"] = dict
 LATER = {"tf32": False, "cudnn_benchmark": False}  # what the environment was in a run.json that does not name it
 
 
-LEFT_BY_A_START = ("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "tensorboard", "ema")
+LEFT_BY_A_START = (
+    *("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "ema"),
+    *("tensorboard", "trackers.json", "report.html"),
+)
 REPLACED = "replaced"  # where they go when a run without a checkpoint begins anew
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from training.messages import duration
+from training.messages import roughly
 from training.settings.reading import parse, read
 
 FEW = 2000  # pictures that teach no more than a small network
@@ -184,8 +184,8 @@ def how_long(proposal: Proposal) -> str:
     if proposal.seconds is None:
         return "less than the time measured on one core of a CPU"
     if proposal.situation.gpu:
-        return f"{duration(proposal.seconds)} by an estimate of {ASSUMED / 1e12:.0f} TFLOP/s for each GPU"
-    return f"about {duration(proposal.seconds)} on one slow core, as measured"
+        return f"{roughly(proposal.seconds)} by an estimate of {ASSUMED / 1e12:.0f} TFLOP/s for each GPU"
+    return f"about {roughly(proposal.seconds)} on one slow core, as measured"
 
 
 def _number(given: Mapping[str, str], key: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from training.messages import duration
+from training.messages import roughly
 from training.settings.recipes import SMALL, Proposal, Situation, expected, in_epochs, propose
 
 MACHINES = {"a laptop": (False, 1), "one GPU": (True, 1), "four GPUs": (True, 4)}
@@ -43,4 +43,4 @@ def _time(proposal: Proposal) -> str:
     """Measured on a core, estimated for GPUs, or no more than a bound."""
     if proposal.seconds is None:
         return "not yet measured"
-    return f"{duration(proposal.seconds)}{' (estimate)' if proposal.pair not in SMALL else ''}"
+    return f"{roughly(proposal.seconds)}{' (estimate)' if proposal.pair not in SMALL else ''}"
