@@ -24,7 +24,7 @@ class Job(ABC):
 
     stage: ClassVar[str]  # the folder of configs/ and the name in run.json
     dataset: Any  # what is trained on, once `open_data` has found it
-    held_out: Any
+    held_out: Any  # and what is not
 
     def __init__(self, args: argparse.Namespace, config: Any) -> None:
         self.args, self.config = args, config
