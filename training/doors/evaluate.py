@@ -2,7 +2,8 @@
 
 An autoencoder: PSNR, SSIM, LPIPS, Frechet distance of reconstructions, on the val split of --data.
 A denoiser: Frechet and kernel distance of generated to held-out pictures, and how far captions are obeyed;
-or the likelihood of held-out pictures, or which of several captions each of them shows.
+or the likelihood of held-out pictures, or which of several captions each of them shows, or whether drawn pictures
+repeat training pictures.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
+from training.loop.pace import Pace
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
 from training.loop.rollback import Rollback
@@ -32,7 +33,7 @@ from training.loop.watchdogs import Watchdogs, explain
 from training.loop.wrapping import wrap
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
-from training.messages import note
+from training.messages import note, warn
 from training.runs.checkpoint import SCORED_BY, Checkpoint
 from training.runs.checkpoints import Checkpoints
 from training.runs.journal import Journal
@@ -124,11 +125,14 @@ class Loop:
         if start == 0:
             with as_user_error("change the config"):  # the first pictures try sampler, grid and guidance together
                 self.validate(0)
+        pace = Pace(self.accelerator, start, train.max_steps)
         for step in range(start, train.max_steps):
+            pace.begin()
             self.writer.check()  # a save that failed ends the run here, not at its end
             rate = self.rate(step)
             values = self.gradients(step) | self.step(step, rate)
             step_count = self.done = step + 1
+            pace.end(step_count)
             final = step_count == train.max_steps
             if final or any(step_count % every == 0 for every in (train.log_every, train.ema_every, COMPARED_EVERY)):
                 self.settle()
@@ -251,7 +255,7 @@ class Loop:
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
         self.scored = None  # the number is not that of the weights that now stand
-        announce(self.accelerator, f"warning: {verdict}: back to its weights; {rollback.prospect(step)}")
+        announce(self.accelerator, f"{verdict}: back to its weights; {rollback.prospect(step)}", warn)
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""

@@ -1,4 +1,4 @@
-"""The work of scripts/evaluate.py: numbers for a run of either stage, with all they depend on beside them."""
+"""The work of `evaluate`: numbers for a run of either stage, with all they depend on beside them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
-from training.errors import UserError, as_user_error
+from training.errors import UserError
 from training.files import finite, write_json
 from training.guarding import check_free, make_folder
 from training.ledger import Ledger
 from training.machine import memory, processes
 from training.measuring.classification import classification
+from training.measuring.copies import copies
 from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.editing import shapes_edits
 from training.measuring.features import load_features
@@ -35,7 +37,7 @@ from training.measuring.held_out import (
     warn_of_few,
 )
 from training.measuring.likelihood import likelihood
-from training.measuring.obedience import SAMPLING, draw_batches, obeyed_by_classifier, shapes_obedience
+from training.measuring.obedience import draw_batches, obeyed_by_classifier, sampling_errors, shapes_obedience
 from training.measuring.restoration import restoration
 from training.messages import answer, tell, warn
 from training.models.assembly import load_pipeline
@@ -60,14 +62,15 @@ KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
     least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "draws": 1, "samples": 2, "batch_size": 1}
-    check_least(args, least, "evaluate.py --help says what it means")
+    least |= {"train_count": 0}
+    check_least(args, least, f"{door('evaluate --help')} says what it means")
     check_free(args.output, args.overwrite)
     check_free(args.grid, args.overwrite, "--grid")
     memory.keep_memory()
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    stage = find(args.model, "denoiser" if args.classify or args.restore else None).stage
+    stage = find(args.model, "denoiser" if args.classify or args.restore or args.copies else None).stage
     numbers = of_autoencoder(args) if stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
@@ -119,6 +122,7 @@ def _short(network: torch.nn.Module) -> str:
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
     measured = (args.data, args.likelihood, args.classify, args.restore, args.edits, args.obedience == "shapes")
+    measured += (args.copies,)
     if not any(measured):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
@@ -138,10 +142,12 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= shapes_edits(pipeline, sampling, args)
     if args.classify:
         numbers |= classification(pipeline, args, device, ledger)
+    elif args.copies:
+        numbers |= copies(pipeline, sampling, args, device, ledger)
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
     elif args.likelihood:
-        with as_user_error(SAMPLING):
+        with sampling_errors():
             numbers |= likelihood(pipeline, sampling, args, device, ledger)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device, ledger)
@@ -170,14 +176,17 @@ def distances(
             verdicts.extend(obeyed_by_classifier(judge, pixels, captions) if judge else [])
             yield pixels
 
-    copies = (reconstructed(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))
+    held = chunks(images, even_indices(images, count), device, "reconstructing")
+    copies = (reconstructed(pipeline.autoencoder, pixels) for pixels in held)
     real, real_rows = gather(features, chunks(images, range(len(images)), device))
     sets = {
         "generated": gather(features, judged()),
         "reconstructed": gather(features, copies),
     }
     if train:
-        sets["training"] = gather(features, chunks(train, even_indices(train, count), device))
+        sets["training"] = gather(
+            features, chunks(train, even_indices(train, count), device, "measuring training pictures")
+        )
     numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
     numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
     numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": real.count}

@@ -1,4 +1,4 @@
-"""The flags of `scripts/evaluate.py`, in groups as --help shows them. Free of torch."""
+"""The flags of `evaluate`, in groups as --help shows them. Free of torch."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def pictures(parser: Parser) -> None:
 
 
 def held_out(parser: Parser) -> None:
-    """What is asked of held-out pictures, where nothing is drawn."""
-    group = parser.add_argument_group("held-out pictures under the denoiser, instead")
+    """What is asked of held-out pictures instead of distances."""
+    group = parser.add_argument_group("held-out pictures under the denoiser, or copies of training pictures, instead")
     asked, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     text = "log p of the latents of N held-out pictures, in nats and bits/dim, over the sampler's grid"
     asked("--likelihood", metavar="N", type=int, default=0, help=text)
@@ -49,6 +49,9 @@ def held_out(parser: Parser) -> None:
     asked("--classify", metavar="FILE", help=text)
     text = "draw each of them again from what this operator, a kind of --operator.kind, leaves of it, with noise"
     asked("--restore", metavar="OPERATOR", help=text)
+    text = "whether drawn pictures repeat training pictures of --data; --grid FILE is a sheet of the nearest pairs"
+    asked("--copies", action="store_true", help=text)
+    add("--train-count", metavar="N", type=int, default=0, help="training pictures that --copies searches; 0 = all")
     text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
     add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)
     text = "random vectors per picture that hutchinson's estimate averages over"

@@ -21,8 +21,10 @@ from training.data.latents import Latents
 from training.data.samples import Batch
 from training.loop.stage import Stage
 from training.machine.processes import announce
+from training.messages import warn
 from training.models.captions_read import CaptionTally
 from training.pictures import grids
+from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ class DenoiserStage(Stage):
         """Say once where the pairing of noise with data has no choice."""
         if self.paired and not self.config.pairing.pairs(cond, batch):
             self.paired = False
-            announce(self.accelerator, "warning: " + UNPAIRED.format(self.config.pairing.kind))
+            announce(self.accelerator, UNPAIRED.format(self.config.pairing.kind), warn)
 
     def after_backward(self, step: int) -> None:
         """Loss-aware times take in the whole global batch at once, however it was split."""
@@ -191,7 +193,8 @@ class DenoiserStage(Stage):
         # on these data meets the same noise, so that numbers differ by the weights alone, and in float32 whatever the
         # training's precision. Only the main process is here, so nothing may call a process wrapper.
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
-        for batch in self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64):
+        places = self.held_out.evenly(self.config.train.validation_size)
+        for batch in self.held_out.chunks(places, 64, "validating"):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             latents, cond = (
                 self.sample(batch, noise),
@@ -203,8 +206,9 @@ class DenoiserStage(Stage):
                     self.objective.at(self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t)))
                 )
         captions = self.grid_captions()
-        with self.accelerator.autocast():  # these are to look at
-            images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
+        with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
+            watch = told.by_steps(SHOWN, self.config.sample.steps)
+            images = self.pipeline(captions, seeds=0, batch_size=SHOWN, watch=watch)
         grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}

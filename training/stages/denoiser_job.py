@@ -14,7 +14,7 @@ from training.data.latents import Latents
 from training.errors import as_user_error
 from training.models import assembly
 from training.models.captions_read import refuse_unread
-from training.shards.index import data_facts
+from training.shards.index import data_facts, pictures_facts
 from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
@@ -74,9 +74,19 @@ class DenoiserJob(Job):
         count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
         return f"denoiser: {what}; {count} latents"
 
+    def picture(self) -> tuple[int, int, int]:
+        """Of what is drawn."""
+        return self.parts.autoencoder.image_channels, *self.config.sample.size
+
+    def beside(self) -> int:
+        """The autoencoder and, where the latents hold one, the text encoder."""
+        folders = (Path(self.args.latents) / name for name in ("autoencoder", "text_encoder", "tokenizer"))
+        return sum(file.stat().st_size for folder in folders for file in folder.glob("*") if file.is_file())
+
     def facts(self) -> dict[str, Any]:
-        """Hashes of the data and of every part that is not trained."""
-        return {"data": data_facts(self.args.latents), "hashes": self.parts.hashes}
+        """Hashes of the data, of the pictures they were encoded from, and of every part that is not trained."""
+        data = data_facts(self.args.latents) | pictures_facts(self.args.latents)
+        return {"data": data, "hashes": self.parts.hashes}
 
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
