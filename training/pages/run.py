@@ -8,6 +8,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from training.messages import duration
 from training.pages import curves, data, shown
 from training.pages.record import GONE, Log, Record
 from training.pictures import html
@@ -56,6 +57,8 @@ def what(record: Record) -> str:
     train = record.config.get("train", {})
     asked = [f"batch {train['batch_size']}", f"seed {train['seed']}"] if {"batch_size", "seed"} <= train.keys() else []
     teacher = record.run.get("teacher", {}).get("autoencoder", "none")
+    weights = record.run.get("outlook", {}).get("parameters")
+    asked += [f"{weights:,} parameters"] if weights else []
     asked += [f"distilled from the autoencoder {teacher[:12]}"] if teacher != "none" else []
     title = "Autoencoder (stage one)" if record.stage == "autoencoder" else "Denoiser of latents (stage two)"
     return f"{title}: {', '.join([*kinds, *asked])}."
@@ -159,6 +162,8 @@ def cost(record: Record) -> dict[str, str]:
     seconds = [image / rate for image, (_, rate) in zip(images, rates, strict=True) if rate > 0]
     waits = [share for _, share in record.timing.series.get("data_wait", [])]
     told = {"steps": f"{rates[-1][0]:,}", "images": f"{sum(images):,}", "wall time": duration(sum(seconds))}
+    if samples := record.run.get("outlook", {}).get("samples"):
+        told["epochs"] = f"{sum(images) / samples:.1f} of {samples:,} samples"
     told["processor time"] = _processor_time(record.timing)
     told["speed"] = f"{sum(images) / max(1e-9, sum(seconds)):.3g} images/s"
     if len(waits) == len(seconds):
@@ -173,14 +178,6 @@ def _processor_time(timing: Log) -> str:
     points = timing.series.get("processor_seconds", [])
     known = len(points) == len(timing.series["images_per_second"])
     return duration(sum(value for _, value in points)) if known else "not told for all steps by this run's version"
-
-
-def duration(seconds: float) -> str:
-    """Hours and minutes, or seconds where it is short."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def remarks(record: Record) -> Iterator[str]:
@@ -218,7 +215,7 @@ def repetition(record: Record) -> list[str]:
     if not record.run:
         return [html.paragraph("The config that it was trained with:"), config]
     data_flag = "--data DATA" if record.stage == "autoencoder" else "--latents LATENTS"
-    script = f"python scripts/train_{record.stage}.py"
+    script = f"python -m training train-{record.stage}"
     given = [data_flag, *_frozen_parts(record)]
     again = " ".join([script, "--config RUN/config.json", *given, "--output NEW"])
     going_on = " ".join([script, "--config RUN/config.json", *given, "--output RUN --resume auto"])
@@ -226,7 +223,8 @@ def repetition(record: Record) -> list[str]:
         html.paragraph("The config holds everything but the places of files; the data of the hash above give the run "
                        "again, on a CPU to the bit:"),
         html.verbatim(again),
-        html.paragraph("Where it is not finished, or is to go on with more --max-steps:"),
+        html.paragraph("The scripts/ of a checkout are the same program. Where the run is not finished, or is to go on with "
+                       "more --max-steps:"),
         html.verbatim(going_on),
         config,
     ]  # fmt: skip
