@@ -16,10 +16,11 @@ from training.pictures import html
 LEVELS = (
     "t is the place on the way from the picture, t = 0, to noise, t = 1. Near 1 next to nothing of the picture is "
     "left, and the network settles what is where, by the caption; near 0 all but the finest detail is there, and it "
-    "settles texture and edges. The value is the mean squared error of what the network predicts ({}) on held-out "
-    "samples, always with the same noise, so that validations differ by the weights alone. None of them reaches 0: "
-    "what noise has hidden can only be guessed. A level that still falls still learns; one that rises while the "
-    "training loss falls is overfitted; one far above an earlier run's shows where this one is worse."
+    "settles texture and edges.",
+    "The value is the mean squared error of what the network predicts ({}) on held-out samples, always with the same "
+    "noise, so that validations differ by the weights alone. It reaches 0 nowhere: what noise has hidden can only be "
+    "guessed. A level that still falls still learns; one that rises while the training loss falls is overfitted; one "
+    "far above another run's, on the same latents and with the same prediction, shows where this one is worse.",
 )
 DRAWING = ("sampler", "grid", "guidance")  # of the pictures that are looked at, not of what is trained
 NO_PICTURES = "There are no pictures: samples/ holds no grid.png. They come with the validations, from step 0 on."
@@ -135,8 +136,8 @@ def level_section(record: Record) -> list[str]:
         ]
     meaning = curves.Meaning("", "Held-out loss against the noise level", "")
     predicted = str(record.config.get("prediction", {}).get("kind", "its target"))
-    return [html.paragraph(LEVELS.format(predicted)),
-            f'<div class="plots">{curves.plot(meaning, lines, across="t")}</div>']  # fmt: skip
+    told = [html.paragraph(text.format(predicted)) for text in LEVELS]
+    return [*told, f'<div class="plots">{curves.plot(meaning, lines, across="t")}</div>']
 
 
 def cost_section(record: Record) -> list[str]:
@@ -223,8 +224,8 @@ def repetition(record: Record) -> list[str]:
         html.paragraph("The config holds everything but the places of files; the data of the hash above give the run "
                        "again, on a CPU to the bit:"),
         html.verbatim(again),
-        html.paragraph("The scripts/ of a checkout are the same program. Where the run is not finished, or is to go on with "
-                       "more --max-steps:"),
+        html.paragraph("In a checkout the scripts/ are the same. Where the run is not finished, or is to take more "
+                       "--max-steps, it goes on:"),
         html.verbatim(going_on),
         config,
     ]  # fmt: skip
