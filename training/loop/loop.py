@@ -8,7 +8,7 @@ Around it: journal, validation (and the way back from a wreck), checkpoints, sig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
+from training.loop.overfitting import Overfitting
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
 from training.loop.rollback import Rollback
@@ -32,7 +33,7 @@ from training.loop.watchdogs import Watchdogs, explain
 from training.loop.wrapping import wrap
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
-from training.messages import note
+from training.messages import note, warn
 from training.runs.checkpoint import SCORED_BY, Checkpoint
 from training.runs.checkpoints import Checkpoints
 from training.runs.journal import Journal
@@ -80,8 +81,9 @@ class Loop:
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
         books = Books(stage, self.watchdogs)
         self.state = TrainingState(
-            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books
-        )
+            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books,
+            Overfitting(),
+        )  # fmt: skip
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
         self.waits = self.watchdogs.skips or not fused or accelerator.device.type == "cpu"
@@ -227,9 +229,16 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+            self._warn_of_overfitting(step, numbers)
         meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)
+
+    def _warn_of_overfitting(self, step: int, numbers: Mapping[str, float]) -> None:
+        (name, sign), watch = self.stage.score, self.state.overfitting
+        seen = numbers.get(f"{name}_train")
+        if seen is not None and watch.look(step, sign * numbers[name], sign * seen):
+            warn(watch.sentence(name, sign, self.checkpoints, self.stage.audit))
 
     def _roll_back(self, rollback: Rollback, step: int, best: Path | None) -> None:
         """Go back to the checkpoint that the main process names, if any. Collective."""
