@@ -1,4 +1,4 @@
-"""Over-fitting is told at exactly the validations that show it, once; training and held-out samples are measured alike."""
+"""Over-fitting is told at exactly the validations that show it; training and held-out samples are measured alike."""
 
 from __future__ import annotations
 
