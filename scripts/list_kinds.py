@@ -1,4 +1,5 @@
-"""Print the kinds of every family, as README's table of what can be combined; --readme FILE renews the table there."""
+"""Print the kinds of every family, as the table of docs/denoisers.md; --renew FILE renews it there, and that of
+proposals in docs/recipes.md."""
 
 from __future__ import annotations
 
@@ -12,15 +13,16 @@ from training.settings.flags import Parser, run_main
 def main() -> None:
     """Print the table, or renew it in a file."""
     parser = Parser(__doc__ or "")
-    parser.add_argument("--readme", metavar="FILE", type=Path, help="write the table into this file instead")
+    parser.add_argument("--renew", metavar="FILE", type=Path, help="renew the tables of this page instead")
     parser.machine(device="")
     args = parser.read()
-    from training.settings.kinds_table import renew, table
+    from training.settings import kinds_table, recipes_table
 
-    if args.readme is None:
-        answer(*table().splitlines())
+    if args.renew is None:
+        answer(*kinds_table.table().splitlines())
     else:
-        write_bytes(args.readme, renew(args.readme.read_text("utf-8")).encode())
+        page = args.renew.read_text("utf-8")
+        write_bytes(args.renew, recipes_table.renew(kinds_table.renew(page)).encode())
 
 
 if __name__ == "__main__":

@@ -32,6 +32,12 @@ class Unreachable(UserError):
         super().__init__(what, hint=hint, code=code)
 
 
+def missing_extra(package: str, extra: str, what_for: str) -> UserError:
+    """What to say where an optional package is not installed."""
+    hint = f"pip install 'latent-diffusion-from-scratch[{extra}]'"
+    return UserError(f"{what_for} needs {package}, which is not installed", hint=hint)
+
+
 @contextmanager
 def as_user_error(hint: str, code: int = USAGE) -> Iterator[None]:
     """Inside, a ValueError of the model packages, which is one clear sentence, becomes a UserError."""

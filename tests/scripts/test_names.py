@@ -1,4 +1,4 @@
-"""What --help and the README list is what there is."""
+"""What --help and docs/denoisers.md list is what there is."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def test_the_listed_kinds_are_the_families_members(section: str) -> None:
     assert section in TRAINING.sections + SAMPLING.sections + EDITING.sections
 
 
-def test_the_readme_lists_them_too() -> None:
+def test_the_guide_lists_them_too() -> None:
     """Every section of either stage that is a choice among kinds, and every kind."""
-    text = (tiny.ROOT / "README.md").read_text()
-    assert table() in text, "renew it: python scripts/list_kinds.py --readme README.md"
+    text = (tiny.ROOT / "docs" / "denoisers.md").read_text()
+    assert table() in text, "renew it: python scripts/list_kinds.py --renew docs/denoisers.md"
     for stage in (*decoding.STAGES, "editing"):
         for section, members in families(stage).items():
             if found := decoding.kinds(members):
                 assert f"\n| {section} | {', '.join(found)} |\n" in table()
 
 
-def test_the_door_renews_a_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stale = tmp_path / "README.md"
+def test_the_door_renews_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stale = tmp_path / "page.md"
     stale.write_text(f"before\n\n{HEAD}| sampler | euler |\n\nafter | text\n")
-    assert tiny.call("list_kinds", "--readme", stale) == 0
+    assert tiny.call("list_kinds", "--renew", stale) == 0
     assert stale.read_text() == f"before\n\n{table()}\nafter | text\n"
     assert tiny.call("list_kinds") == 0 and capsys.readouterr().out == table()
 
@@ -47,7 +47,7 @@ def test_a_method_that_is_a_key_is_one_the_config_takes(flags: str) -> None:
     for key, text in given.items():
         section, _, name = key.partition(".")
         assert decoding.overlay({}, {key: text})[section][name] == values[section][name]
-    if "posthoc_ema.py" in flags:
+    if "posthoc_ema" in flags:
         assert (tiny.SCRIPTS / "posthoc_ema.py").is_file()
 
 

@@ -109,7 +109,7 @@ class Latents(Samples[Latent]):
         record = self.shards.read(index, (field, "json", "text.safetensors", *further.values()))
         moments = self._moments(index, record.get(field, b""))
         if not np.isfinite(moments).all():
-            hint = "encode again with encode_latents.py --dtype float32 --mixed-precision no"
+            hint = f"encode again with {door('encode_latents --dtype float32 --mixed-precision no')}"
             raise UserError(f"{self.shards.key(index)}: stored latents are not finite", hint=hint, code=NUMERICAL)
         captions = self._captions(index, record.get("json", b""))
         picked = int(share * len(captions))

@@ -1,4 +1,4 @@
-"""Speed and memory: `benchmark.py autoencoder`, `samplers`, `reading` or `durability`; each verb's --help says what."""
+"""Measure speed and memory of an autoencoder, of samplers, of reading or of writing; each verb's --help says what."""
 
 from __future__ import annotations
 

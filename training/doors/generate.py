@@ -5,8 +5,6 @@ Samplers, grids and guidances are chosen by name; their own settings as --sample
 
 from __future__ import annotations
 
-import sys
-
 from training.drawing.flags import add_flags
 from training.settings.families import EDITING, SAMPLING, listing
 from training.settings.flags import Parser
@@ -19,4 +17,4 @@ def main() -> None:
     args = parser.read_with_keys()
     from training.drawing.generate import generate
 
-    sys.exit(generate(args))
+    generate(args)

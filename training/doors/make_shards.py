@@ -1,4 +1,4 @@
-"""The command line of `scripts/make_shards.py`: verbs pack, index and verify."""
+"""Pack captioned pictures into shards; index tars where they lie; verify every byte."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from training.shards.index import read_index
 from training.shards.indexing import index_folder
 from training.shards.verifying import verify
 
-EXAMPLES = """examples:
-  python scripts/make_shards.py pack photos/ --output data/photos --resolution 64
-  python scripts/make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
-  python scripts/make_shards.py pack photos.zip --output data/photos --caption-column prompt
-  python scripts/make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
-  python scripts/make_shards.py pack shapes --samples 60000 --output data/shapes
-  python scripts/make_shards.py pack emoji --root package --output data/emoji --resolution 64
-  python scripts/make_shards.py verify data/photos
+EXAMPLES = """pack photos/ --output data/photos --resolution 64
+pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
+pack photos.zip --output data/photos --caption-column prompt
+pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
+pack shapes --samples 60000 --output data/shapes
+pack emoji --root package --output data/emoji --resolution 64
+verify data/photos
 """
 
 
 def build_parser() -> Parser:
     """The verbs and their flags."""
-    parser = Parser("Captioned pictures to shards.", epilog=EXAMPLES)
+    examples = "".join(f"  {door(f'make_shards {line}')}\n" for line in EXAMPLES.splitlines())
+    parser = Parser("Captioned pictures to shards.", epilog=f"examples:\n{examples}")
     verbs = parser.add_subparsers(dest="verb", required=True)
     packing = verbs.add_parser("pack", help="write shards from a source")
     add = packing.add_argument
@@ -66,12 +66,17 @@ def build_parser() -> Parser:
     add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
     add_source_flags(packing)
     add_picture_flags(packing)
-    for verb, text in (("index", "index tars in place"), ("verify", "check every byte against the index")):
-        add = verbs.add_parser(verb, help=text).add_argument
-        add("directory", type=Path, metavar="DIR")
-        left = "leave bad tars and members out" if verb == "index" else "name what is bad and exit with 0"
-        add("--on-bad-data", choices=("error", "skip"), default="error", help=f"skip: {left}")
+    packing.machine(device="")
+    _of_a_folder(verbs.add_parser("index", help="index tars in place"), "leave bad tars and members out")
+    _of_a_folder(verbs.add_parser("verify", help="check every byte against the index"), "name what is bad, exit with 0")
     return parser
+
+
+def _of_a_folder(parser: Parser, skip: str) -> None:
+    """The flags of a verb that reads a folder of tars."""
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--on-bad-data", choices=("error", "skip"), default="error", help=f"skip: {skip}")
+    parser.machine(device="")
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from training.settings.flags import Parser
 
@@ -21,4 +20,4 @@ def main() -> None:
     args = parser.read()
     from training.drills.soak import soak
 
-    sys.exit(soak(args, Path(__file__).parent))
+    sys.exit(soak(args))

@@ -50,6 +50,24 @@ def recall(args: argparse.Namespace) -> Original:
     if flags := [name for name in TAKEN if getattr(args, name)] + (["num_images"] if args.num_images != 1 else []):
         raise UserError(f"--like takes everything from its picture: leave out --{flags[0].replace('_', '-')}")
     path = Path(args.like)
+    facts = told_by(path)
+    args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
+    args.size = "x".join(map(str, facts["size"]))
+    args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
+    args.mixed_precision = facts.get("precision", "no")
+    for key, start in TOLD.items():
+        if key in facts:
+            start.recall(args, path, facts[key])
+    if references.FACT in facts:
+        references.recall(args, facts[references.FACT])
+    return Original(path, facts)
+
+
+def told_by(path: Path) -> dict[str, Any]:
+    """What a picture of `generate` says of how it was made, all of the right kinds and sizes; nulls are left out.
+
+    Raises UserError where it is no such picture, or asks for more than makes sense.
+    """
     try:
         if not path.is_file():  # opening a pipe may wait for ever
             raise OSError
@@ -63,16 +81,7 @@ def recall(args: argparse.Namespace) -> Original:
     facts = {name: value for name, value in facts.items() if value is not None}
     if what := _too_much(facts):
         raise UserError(f"{path} asks for {what}", hint="was it edited? draw it by flags instead", code=DATA)
-    args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
-    args.size = "x".join(map(str, facts["size"]))
-    args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
-    args.mixed_precision = facts.get("precision", "no")
-    for key, start in TOLD.items():
-        if key in facts:
-            start.recall(args, path, facts[key])
-    if references.FACT in facts:
-        references.recall(args, facts[references.FACT])
-    return Original(path, facts)
+    return facts
 
 
 def _sound(facts: Any) -> bool:

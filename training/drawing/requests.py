@@ -1,4 +1,4 @@
-"""What scripts/generate.py is asked for: which pictures, from what and how."""
+"""What `generate` is asked for: which pictures, from what and how."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
 from training.models.folders import copy_model
 from training.models.vocabulary import count_captions
+from training.progress import Progress
 from training.shards.claims import LOCK, claimed
 from training.shards.index import ENCODING, ShardInfo, is_mixed, read_index, write_index
 from training.shards.indexing import latents_summary
@@ -50,9 +51,7 @@ PROBED = 256  # latents looked at for dead channels
 
 def encode(args: argparse.Namespace) -> int:
     """Encode every shard of a data set; several processes share the shards. Restartable: sound shards are kept."""
-    check_tile(args.tile)
-    if args.num_workers < 0:
-        raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
+    _check(args)
     args.mixed_precision = launcher.precision(args.mixed_precision, ("no", "bf16"))
     accelerator = processes.start(args.device, autocasts=True)
     source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
@@ -82,7 +81,8 @@ def encode(args: argparse.Namespace) -> int:
         meeting.meet()  # no process writes a shard before the folder is claimed for this plan
         tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
         worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
-        _write(worker, source, target, shards[accelerator.process_index :: accelerator.num_processes], args)
+        own = shards[accelerator.process_index :: accelerator.num_processes]
+        _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
         meeting.meet()  # the index lists the shards of all processes
         if accelerator.is_main_process:
             left_out = _finish(source, target, plan, shards, model.latent_channels, worker.waiting())
@@ -90,6 +90,12 @@ def encode(args: argparse.Namespace) -> int:
                 raise unasked(left_out, total, target)
         meeting.meet()
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_tile(args.tile)
+    if args.num_workers < 0:
+        raise UserError(f"--num-workers: must be >= 0 (got {args.num_workers})")
 
 
 def unasked(left_out: int, total: int, target: Path) -> UserError:
@@ -100,22 +106,25 @@ def unasked(left_out: int, total: int, target: Path) -> UserError:
 
 
 def _write(
-    worker: Encoder, source: Path | Remote, target: Path, shards: list[ShardInfo], args: argparse.Namespace
+    worker: Encoder, source: Path | Remote, target: Path, shards: list[ShardInfo], args: argparse.Namespace, *,
+    aloud: bool,
 ) -> None:
     """Encode the shards that are not there yet."""
     waiting = {info.name: info for info in shards if not _sound(target, info)}
+    told = Progress("encoding", sum(info.samples for info in shards), aloud=aloud)
+    told.skip(sum(info.samples for info in shards if info.name not in waiting))
+    if aloud and len(shards) > len(waiting):
+        tell(f"kept: {len(shards) - len(waiting)} of {len(shards)} shards, which are there")
     splits = {split: _images(source, split, args) for split in {info.split for info in waiting.values()}}
     pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
-    for info in shards:
-        if info.name in waiting:
-            samples = worker.samples(splits[info.split].shards, info, pictures)
-            # The first sample is taken before the file is begun, for a shard of none is refused. All others are encoded
-            # while they are written: memory holds a batch, not a shard.
-            if first := next(samples, None):
-                write_shard(target, info.name.removesuffix(".tar"), chain([first], samples), info.split)
-            # Beside its shard until all are there: one that is gone on with must not forget what was not used.
-            write_json(_ledger_of(target, info), worker.ledger.report())
-        worker.progress(info, kept=info.name not in waiting)
+    for info in waiting.values():
+        samples = told.each(worker.samples(splits[info.split].shards, info, pictures), lambda sample: 1)
+        # The first sample is taken before the file is begun, for a shard of none is refused. All others are encoded
+        # while they are written: memory holds a batch, not a shard.
+        if first := next(samples, None):
+            write_shard(target, info.name.removesuffix(".tar"), chain([first], samples), info.split)
+        # Beside its shard until all are there: one that is gone on with must not forget what was not used.
+        write_json(_ledger_of(target, info), worker.ledger.report())
 
 
 def _sound(target: Path, info: ShardInfo) -> ShardInfo | None:

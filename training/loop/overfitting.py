@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from training.loop.stage import Stage
+from training.messages import warn
 from training.runs.checkpoint import score
 from training.runs.checkpoints import Checkpoints
 
@@ -32,6 +34,13 @@ class Overfitting:
         found = rises and seen[-1] < seen[0] and held_out - training > MARGIN * abs(held_out)
         first, self.told = found and not self.told, self.told or found
         return first
+
+    def watch(self, step: int, numbers: Mapping[str, float], stage: Stage, checkpoints: Checkpoints) -> None:
+        """Warn, the first time that the numbers of a validation show it."""
+        name, sign = stage.score
+        training = numbers.get(f"{name}_train")
+        if training is not None and self.look(step, sign * numbers[name], sign * training):
+            warn(self.sentence(name, sign, checkpoints, stage.audit))
 
     def sentence(self, name: str, sign: float, checkpoints: Checkpoints, audit: str) -> str:
         """What is said, of the score `name`, and what to do: `audit` is what the kind of training adds to it."""

@@ -44,4 +44,4 @@ def as_many(training: Images | Latents, held_out: Sequence[int]) -> Iterator[Bat
     mirrored. None where there are none, or where they lie elsewhere, from where they would be fetched out of turn."""
     if training.shards.remote or not len(training):
         return None
-    return training.plain.chunks(training.plain.evenly(len(held_out)), CHUNK)
+    return training.plain.chunks(training.plain.evenly(len(held_out)), CHUNK, "validating on training samples")

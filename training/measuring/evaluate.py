@@ -1,4 +1,4 @@
-"""The work of scripts/evaluate.py: numbers for a run of either stage, with all they depend on beside them."""
+"""The work of `evaluate`: numbers for a run of either stage, with all they depend on beside them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.requests import ask, choose
 from training.drawing.steering import pipeline_hashes
-from training.errors import UserError, as_user_error
+from training.errors import UserError
 from training.files import finite, write_json
 from training.guarding import check_free, make_folder
 from training.ledger import Ledger
@@ -36,7 +37,7 @@ from training.measuring.held_out import (
     warn_of_few,
 )
 from training.measuring.likelihood import likelihood
-from training.measuring.obedience import SAMPLING, draw_batches, obeyed_by_classifier, shapes_obedience
+from training.measuring.obedience import draw_batches, obeyed_by_classifier, sampling_errors, shapes_obedience
 from training.measuring.restoration import restoration
 from training.messages import answer, tell, warn
 from training.models.assembly import load_pipeline
@@ -62,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Measure a run of either stage, print a table, write JSON. Returns the exit code."""
     least = {"count": 0, "likelihood": 0, "likelihood_probes": 1, "draws": 1, "samples": 2, "batch_size": 1}
     least |= {"train_count": 0}
-    check_least(args, least, "evaluate.py --help says what it means")
+    check_least(args, least, f"{door('evaluate --help')} says what it means")
     check_free(args.output, args.overwrite)
     check_free(args.grid, args.overwrite, "--grid")
     memory.keep_memory()
@@ -146,7 +147,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
     elif args.likelihood:
-        with as_user_error(SAMPLING):
+        with sampling_errors():
             numbers |= likelihood(pipeline, sampling, args, device, ledger)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device, ledger)
@@ -175,14 +176,17 @@ def distances(
             verdicts.extend(obeyed_by_classifier(judge, pixels, captions) if judge else [])
             yield pixels
 
-    copies = (reconstructed(pipeline.autoencoder, p) for p in chunks(images, even_indices(images, count), device))
+    held = chunks(images, even_indices(images, count), device, "reconstructing")
+    copies = (reconstructed(pipeline.autoencoder, pixels) for pixels in held)
     real, real_rows = gather(features, chunks(images, range(len(images)), device))
     sets = {
         "generated": gather(features, judged()),
         "reconstructed": gather(features, copies),
     }
     if train:
-        sets["training"] = gather(features, chunks(train, even_indices(train, count), device))
+        sets["training"] = gather(
+            features, chunks(train, even_indices(train, count), device, "measuring training pictures")
+        )
     numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
     numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
     numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": real.count}

@@ -47,7 +47,7 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> Features:
         raise UserError(
             f"--features {spec}: no such feature network",
             code=DATA,
-            hint="use random, inception:FILE, or the folder of train_classifier.py",
+            hint="use random, inception:FILE, or the folder of a train_classifier",
         )
     model = load_classifier(spec, device)
     return Features(f"classifier {content_hash(model.state_dict())[:12]}", model.head.in_features, model.features)

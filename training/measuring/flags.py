@@ -1,4 +1,4 @@
-"""The flags of `scripts/evaluate.py`, in groups as --help shows them. Free of torch."""
+"""The flags of `evaluate`, in groups as --help shows them. Free of torch."""
 
 from __future__ import annotations
 

@@ -77,9 +77,11 @@ def trained_on(data: Any) -> Images | None:
     return Images(ShardSet(data, "train"))
 
 
-def chunks(images: Images, places: Sequence[int], device: torch.device) -> Iterator[Tensor]:
-    """uint8 batches of the pictures at `places`."""
-    return (batch.data.to(device) for batch in images.chunks(places, CHUNK))
+def chunks(
+    images: Images, places: Sequence[int], device: torch.device, doing: str = "measuring held-out pictures"
+) -> Iterator[Tensor]:
+    """uint8 batches of the pictures at `places`; what is done with them stands in the line that tells how far it is."""
+    return (batch.data.to(device) for batch in images.chunks(places, CHUNK, doing))
 
 
 def by_caption(images: Images) -> dict[str, list[int]]:

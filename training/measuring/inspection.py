@@ -1,4 +1,4 @@
-"""The work of scripts/inspect_autoencoder.py: what an autoencoder's latents and reconstructions are like."""
+"""The work of `inspect_autoencoder`: what an autoencoder's latents and reconstructions are like."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Study:
     def see(self, images: Images, count: int, size: int) -> None:
         """Measure `count` pictures, evenly over the split, all where it is 0, `size` at once."""
         device = self.model.norm.scale.device
-        for batch in images.chunks(images.evenly(count), size):
+        for batch in images.chunks(images.evenly(count), size, "measuring"):
             pixels, noise = batch.data.to(device), Noise(batch.slots.to(device))
             moments = self.model.encode(to_unit(pixels))
             self.statistics(moments, noise)
@@ -188,7 +188,7 @@ class Study:
     def worst(self, images: Images) -> Any:
         """The pictures of lowest PSNR, their reconstructions, and the difference."""
         chosen = self.fidelity.values()["psnr"].double().cpu().argsort()[:WORST].tolist()
-        pixels = next(images.chunks(chosen, WORST)).data
+        pixels = next(images.chunks(chosen, WORST, "")).data
         given = to_unit(pixels.to(self.model.norm.scale.device))
         ours = to_uint8(self.model(given, None)[0]).cpu()
         return grids.comparison({"input": pixels, "reconstruction": ours})

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.requests import Request, ask
 from training.errors import UserError, as_user_error
 from training.measuring.distances import share
-from training.messages import tell
 from training.models.judge import Classifier, load_classifier
 from training.pictures import grids
+from training.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
@@ -23,21 +25,24 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Sampling
     from training.ledger import Ledger
 
-SAMPLING = "generate.py --help lists samplers, grids and guidance"
+
+def sampling_errors() -> AbstractContextManager[None]:
+    """Inside, what cannot be drawn so is a UserError."""
+    return as_user_error(f"{door('generate --help')} lists samplers, grids and guidance")
 
 
 def draw_batches(
     pipeline: Pipeline, sampling: Sampling, requests: list[Request], batch: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """The pictures asked for and their captions, batch by batch. Raises UserError where they cannot be drawn so."""
-    for first in range(0, len(requests), batch):
-        part = requests[first : first + batch]
-        captions, seeds = [r.prompt for r in part], [r.seed for r in part]
-        if first % (10 * batch) == 0:
-            tell(f"generating {first + len(part)} of {len(requests)}")
-        with as_user_error(SAMPLING):
-            pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
-        yield pixels, captions
+    with Progress("drawing", len(requests)) as told:
+        for first in range(0, len(requests), batch):
+            part = requests[first : first + batch]
+            captions, seeds = [r.prompt for r in part], [r.seed for r in part]
+            with sampling_errors():
+                pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
+            yield pixels, captions
+            told.add(len(part))
 
 
 def shapes_obedience(

@@ -44,6 +44,7 @@ from training.machine import processes
 from training.measuring.distances import Moments, frechet_distance
 from training.measuring.features import Features
 from training.measuring.held_out import warn_of_few
+from training.progress import Progress
 from training.settings.sections import Optimizer
 
 SEED = 0
@@ -75,7 +76,7 @@ def probe(
     for images in batches(held_out, len(held_out), device):
         real.add(features(to_uint8(images)))
     sample_moments, reconstruction_moments = Moments(features.dim), Moments(features.dim)
-    for first in range(0, samples, AT_ONCE):
+    for first in Progress("drawing", samples).each(range(0, samples, AT_ONCE), lambda first: AT_ONCE):
         noise = Noise.from_seeds(range(first, min(samples, first + AT_ONCE)), device)
         sample_moments.add(features(draw(network, model, noise, tuple(moments.shape[2:]))))
     for images in batches(held_out, samples, device):
@@ -98,7 +99,8 @@ def probe(
 
 def batches(images: Images, count: int, device: torch.device) -> Any:
     """At most `count` pictures, spread over all of them, as float batches."""
-    for batch in images.chunks(range(0, len(images), max(1, len(images) // count))[:count], AT_ONCE):
+    places = range(0, len(images), max(1, len(images) // count))[:count]
+    for batch in images.chunks(places, AT_ONCE, "encoding"):
         yield to_unit(batch.data.to(device))
 
 

@@ -1,4 +1,4 @@
-"""The work of scripts/export_model.py: a denoiser with all it draws with as one folder, its weights rounded."""
+"""The work of `export_model`: a denoiser with all it draws with as one folder, its weights rounded."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -120,6 +121,14 @@ def find(path: str | Path, stage: str | None = None) -> Found:
             code=CHECKPOINT,
         )
     return Found(home, weights, kind)
+
+
+def name_of(path: str | Path) -> str:
+    """What a model is called: the name of its run's or exported folder, without what is above."""
+    folder = Path(os.path.abspath(located(path)))
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    return folder.parent.name if folder.name == "final" else folder.name
 
 
 def weights(file: Path, name: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 from training.files import atomic_write, finite
 from training.pictures.captions import LINE, caption, plain_font
+from training.pictures.parameters import CHUNK, parameters
 
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
 MARK = 10  # pixels that a mark takes of its caption's width
@@ -104,10 +105,15 @@ def write(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
 
 
 def save(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
-    """Write a PNG with `facts` (`finite` JSON) inside, sealed: `changed` tells whether either is another by now."""
+    """Write a PNG with `facts` (`finite` JSON) inside, sealed: `changed` tells whether either is another by now.
+
+    Of a picture that was drawn, whose facts have `settings`, other programs read it in `parameters`.
+    """
     info, told = PngInfo(), finite(facts)
     sealed = {**told, SEAL: seal(image, told)}
     info.add_itxt(KEY, json.dumps(sealed, ensure_ascii=False, sort_keys=True, allow_nan=False))
+    if "settings" in facts:
+        info.add_text(CHUNK, parameters(facts))  # of Latin letters tEXt, else iTXt
     write(image, path, info)
 
 

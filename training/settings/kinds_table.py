@@ -1,4 +1,4 @@
-"""README's table of what can be combined, made of the families themselves."""
+"""The table of what can be combined, made of the families themselves."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def table() -> str:
 
 
 def renew(text: str) -> str:
-    """A README whose table of kinds is that of now."""
+    """A page whose table of kinds is that of now."""
     return re.sub(re.escape(HEAD) + r"(\|.*\n)*", lambda _: table(), text)

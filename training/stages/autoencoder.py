@@ -274,7 +274,8 @@ class AutoencoderStage(Stage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
-        batches = self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), CHUNK)
+        places = self.held_out.evenly(self.config.train.validation_size)
+        batches = self.held_out.chunks(places, CHUNK, "validating")
         pixels = (batch.data.to(self.accelerator.device) for batch in batches)
         return measure(self.model, self.perceptual, pixels, folder)
 

@@ -99,6 +99,15 @@ class AutoencoderJob(Job):
         count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
         return f"autoencoder: {what}; {count} images"
 
+    def picture(self) -> tuple[int, int, int]:
+        """Of the data."""
+        channels, height, width = self.dataset[0].data.shape[-3:]
+        return channels, height, width
+
+    def beside(self) -> int:
+        """Nothing of size."""
+        return 0
+
     def facts(self) -> dict[str, Any]:
         """Hashes of the data, the teacher and the vision model."""
         parts = {"teacher": teacher_hash(self.teacher), "vision": vision_hash(self.vision)}

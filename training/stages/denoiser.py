@@ -22,8 +22,10 @@ from training.data.samples import Batch
 from training.loop.stage import Stage
 from training.loop.validation import CHUNK, as_many
 from training.machine.processes import announce
+from training.messages import warn
 from training.models.captions_read import CaptionTally
 from training.pictures import grids
+from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ class DenoiserStage(Stage):
         """Say once where the pairing of noise with data has no choice."""
         if self.paired and not self.config.pairing.pairs(cond, batch):
             self.paired = False
-            announce(self.accelerator, "warning: " + UNPAIRED.format(self.config.pairing.kind))
+            announce(self.accelerator, UNPAIRED.format(self.config.pairing.kind), warn)
 
     def after_backward(self, step: int) -> None:
         """Loss-aware times take in the whole global batch at once, however it was split."""
@@ -189,11 +191,12 @@ class DenoiserStage(Stage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
-        numbers = self.losses_of(self.held_out.chunks(self.looked_at(), CHUNK))
+        numbers = self.losses_of(self.held_out.chunks(self.looked_at(), CHUNK, "validating"))
         captions = self.grid_captions()
-        with self.accelerator.autocast():  # these are to look at
-            images = self.pipeline(captions, seeds=0, batch_size=SHOWN)
-        grids.write(grids.grid(images, 8, captions=captions), folder / "grid.png")
+        with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
+            watch = told.by_steps(SHOWN, self.config.sample.steps)
+            images = self.pipeline(captions, seeds=0, batch_size=SHOWN, watch=watch)
+        grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         return numbers
 
     def loss_of_training(self) -> float | None:

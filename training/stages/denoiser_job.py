@@ -74,6 +74,15 @@ class DenoiserJob(Job):
         count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
         return f"denoiser: {what}; {count} latents"
 
+    def picture(self) -> tuple[int, int, int]:
+        """Of what is drawn."""
+        return self.parts.autoencoder.image_channels, *self.config.sample.size
+
+    def beside(self) -> int:
+        """The autoencoder and, where the latents hold one, the text encoder."""
+        folders = (Path(self.args.latents) / name for name in ("autoencoder", "text_encoder", "tokenizer"))
+        return sum(file.stat().st_size for folder in folders for file in folder.glob("*") if file.is_file())
+
     def facts(self) -> dict[str, Any]:
         """Hashes of the data, of the pictures they were encoded from, and of every part that is not trained."""
         data = data_facts(self.args.latents) | pictures_facts(self.args.latents)

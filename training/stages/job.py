@@ -46,6 +46,14 @@ class Job(ABC):
         """The line that tells what is trained on what."""
 
     @abstractmethod
+    def picture(self) -> tuple[int, int, int]:
+        """Channels, height and width of a picture that validation shows."""
+
+    @abstractmethod
+    def beside(self) -> int:
+        """Bytes that `final` holds besides what is trained."""
+
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What names data and frozen parts in run.json: a resume with others is refused."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands import again, assigned
 from training.errors import DISK, UserError
-from training.messages import answer, note, tell
+from training.messages import answer, say, tell
 from training.settings import decoding
 from training.settings.upgrading import run_version
 from training.settings.without_use import without_use
@@ -36,6 +36,11 @@ JOBS = {
 
 def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
+    args.steps_proposed = False
+    if args.config is None:
+        from training.stages.proposing import settle_config
+
+        settle_config(args, stage)
     _take_from_launcher(args, stage)
     config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
     if args.print_config:
@@ -73,10 +78,15 @@ def job_of(stage: str) -> type[Job]:
 
 def _train(job: Job, ending: ExitStack) -> int:
     from training.machine import meeting, processes
+    from training.pages.writing import Renewed
+    from training.runs.folder import Run
+    from training.runs.trackers import choose
     from training.stages.checks import check_batch, layout, shared_facts
+    from training.stages.outlook import tell_outlook
     from training.stages.resuming import begin, open_run
 
     args, settings = job.args, job.config.train
+    choose(args.report_to)
     job.open_data()
     accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
     processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
@@ -90,14 +100,20 @@ def _train(job: Job, ending: ExitStack) -> int:
         return report_complete(run)
     stage = job.build(accelerator, run.folder / "final" if run else None)
     processes.announce(accelerator, job.description())
+    outlook = tell_outlook(job, stage)
     if run is None:
         return 0
     facts = job.facts()
+    if isinstance(run, Run):
+        run.outlook = outlook
     checkpoint = begin(args, run, accelerator, facts)
     if accelerator.is_main_process:
         job.begin(run.folder / "final")
     meeting.meet()
-    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
+    report = Renewed(job.dataset.shards.directory)
+    if accelerator.is_main_process:
+        ending.callback(report, run.folder)  # once more at the end, however it came
+    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts, [report])
     if exit_code:
         return exit_code
     return last_act(job, run, loop, facts)
@@ -136,17 +152,19 @@ def fit(
     accumulation: int,
     path: Path | None,
     facts: Mapping[str, Any],
+    watchers: Sequence[Callable[[Path], None]],
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
     from training.data.loader import FEWER
     from training.loop.loop import Loop
     from training.machine.signals import GIVE_UP
     from training.runs.folder import Run
+    from training.runs.trackers import Trackers, choose
     from training.stages.checks import check_room
     from training.stages.resuming import resume
 
     config: Any = run.config
-    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
+    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro, None, watchers)
     if accelerator.is_main_process:
         check_room(loop)
     for why in without_use(config, args.overrides, accelerator.device.type):
@@ -154,8 +172,10 @@ def fit(
     start = resume(args, loop, path, accelerator)
     if path and isinstance(run, Run):  # the checkpoint's books, not those of a later end
         run.describe("training", start, {**facts, "ledger": loop.state.books.ledger().report()})
+    names = choose(args.report_to) if accelerator.is_main_process else []
     try:
-        number = loop.fit(start) if stage.networks else 0
+        with Trackers(names, run.folder, decoding.to_values(config), start) as loop.journal.trackers:
+            number = loop.fit(start) if stage.networks else 0
     except Exception:
         if isinstance(run, Run):
             with suppress(UserError, OSError):  # a full disk, say: the first reason is the one to tell
@@ -182,9 +202,9 @@ def report_stopped(
     notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}{more}"
     every = " (on every node)" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
     command, *about = repeat_command(words).split("\nnote: ")
-    tell(f"{notice}; resume{every} with: {assigned(environment)}{command}")
+    say(f"{notice}; resume{every} with: {assigned(environment)}{command}")
     for line in about:
-        note(line)
+        say(f"note: {line}")
 
 
 def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:

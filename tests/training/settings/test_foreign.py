@@ -79,7 +79,7 @@ def test_the_keys_of_a_section_are_read_without_importing_it(stage: str) -> None
         ("--log_every=5", "--log_every; did you mean '--train.log_every'?"),
         ("--gradient-checkpointing", "did you mean '--backbone.gradient_checkpointing'?"),
         ("--width 3", "is it --backbone.width, --text.width, --schedule.width?"),
-        ("--report-to x", "; here: TensorBoard's log and metrics.jsonl are always in the run folder"),
+        ("--log-with x", "; here: --report-to tensorboard,wandb; metrics.jsonl is always in the run folder"),
         ("--max-stps 5", "--max-stps; did you mean '--max-steps'?"),
         ("--frobnicate", "unrecognized argument: --frobnicate"),
     ],

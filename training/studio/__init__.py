@@ -1,0 +1,1 @@
+"""A page of this machine to draw, edit, restore, compare and look into pictures by hand."""
