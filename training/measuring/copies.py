@@ -81,6 +81,7 @@ def copies(
     spaces: dict[str, Space] = {"features": features, "pixels": pixel_space(*train[0].data.shape[-2:])}
     found = nearest(spaces, queries(), train, places, device)
     numbers |= {"features": features.name, "pictures": len(requests), "training_pictures": len(places)}
+    numbers["network"] = features.about()
     numbers |= {"training_split": len(train), "held_out_pictures": len(known), "reconstructed_pictures": len(control)}
     numbers |= of_both(found, len(requests), len(known))
     near, pixels = (one.part(0, len(requests)) for one in found.values())
