@@ -36,6 +36,7 @@ from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity, reconstructed
+from training.next_step import encoding, tell_next
 from training.runs.folder import versions
 from training.settings import decoding
 from training.settings.flags import check_least
@@ -56,11 +57,12 @@ def evaluate(args: argparse.Namespace) -> int:
     check_free(args.output, args.overwrite)
     check_free(args.grid, args.overwrite, "--grid")
     memory.keep_memory()
+    given = args.data
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    stage = find(args.model, "denoiser" if args.classify or args.restore or args.copies else None).stage
-    numbers = of_autoencoder(args) if stage == "autoencoder" else of_denoiser(args)
+    model = find(args.model, "denoiser" if args.classify or args.restore or args.copies else None)
+    numbers = of_autoencoder(args) if model.stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
     stated = protocol(numbers, held_out_split(args.data) if args.data else None)
@@ -70,6 +72,8 @@ def evaluate(args: argparse.Namespace) -> int:
         make_folder(Path(args.output).parent)
         write_json(Path(args.output), finite(numbers))
         tell(f"wrote {args.output}")
+    if model.stage == "autoencoder" and model.finished:
+        tell_next(encoding(args.model, given, {"device": args.device, "cache-dir": args.cache_dir}))
     return 0
 
 

@@ -123,7 +123,6 @@ def test_a_grid_says_which_captions_are_obeyed(tmp_path: Path, monkeypatch: pyte
     assert [numbers[f"obedience_{n}_colour"] for n in (1, 2, 3)] == [0.25] * 3
     assert numbers["obedience_1_95"] == list(wilson(2, 4)) and numbers["grid"] == "grid.png"
     said = [c for own in prompts.values() for c in own[:3]]  # of the first batch of each
-    answers = ["yes", "NO", "yes", "yes", "yes", "yes", "yes", "NO", "yes"]
-    captions = [f"{answer}: {c}" for answer, c in zip(answers, said, strict=True)]
-    wanted = grids.grid(torch.stack([known[c] for c in said]) // 2, 8, captions=captions)
+    obeyed = [True, False, True, True, True, True, True, False, True]
+    wanted = grids.grid(torch.stack([known[c] for c in said]) // 2, 8, captions=said, marks=obeyed)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(wanted))
