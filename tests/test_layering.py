@@ -43,7 +43,7 @@ PURE_IMPORTS = {
 # The rooms of training/ from the ground up: each may import what lies below it, none beside it.
 FLOORS = (
     {"messages", "ledger", "commands"},
-    {"errors", "progress"},
+    {"errors", "progress", "next_step"},
     {"guarding", "shadows"},
     {"tensors"},
     {"files"},

@@ -22,6 +22,7 @@ from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
+from training.loop.overfitting import Overfitting
 from training.loop.pace import Pace
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
@@ -67,13 +68,10 @@ class Loop:
         rate: Callable[[int], float] | None = None,
         watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
-
-        `watchers` are called with the run folder in the main process, once a validation is written there.
-        """
-        self.watchers = watchers
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given; `watchers` are called
+        with the run folder in the main process, once a validation is written there."""
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
-        self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
+        self.watchers, self.rate = watchers, rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
@@ -86,7 +84,8 @@ class Loop:
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
         books = Books(stage, self.watchdogs)
         self.state = TrainingState(
-            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books
+            *(stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books),
+            Overfitting(),
         )
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
@@ -236,6 +235,7 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+            self.state.overfitting.watch(step, numbers, self.stage, self.checkpoints)
             for watcher in self.watchers:
                 watcher(self.run)
         meet()  # pictures may take longer than any limit of the process group

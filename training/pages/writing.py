@@ -50,7 +50,8 @@ def one(folder: Path, data: Path | None = None) -> bytes:
 def several(folders: Sequence[Path]) -> bytes:
     """The page of runs beside each other."""
     records = [read(folder, name) for folder, name in zip(folders, comparison.names(folders), strict=True)]
-    return _page(f"{len(records)} runs: {', '.join(record.name for record in records)}", comparison.sections(records))
+    title = f"{len(records)} runs: {', '.join(record.name for record in records)}"
+    return _page(title, comparison.sections(records), comparison.lead(records))
 
 
 def is_ours(path: Path) -> bool:
