@@ -92,7 +92,7 @@ class DenoiserStage(Stage):
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
-        self.audit = "; evaluate.py --copies tells whether it repeats them"
+        self.audit = "; evaluate --copies tells whether it repeats them"
         diffusion = Diffusion(
             schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
         )
