@@ -21,7 +21,7 @@ class Moments:
 
     def add(self, features: Tensor) -> Moments:
         """Count a batch (N, D)."""
-        f = features.detach().double().cpu()
+        f = features.detach().cpu().double()
         self.count, self.total, self.outer = self.count + len(f), self.total + f.sum(0), self.outer + f.T @ f
         return self
 
