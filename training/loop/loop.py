@@ -22,6 +22,7 @@ from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
+from training.loop.overfitting import Overfitting
 from training.loop.pace import Pace
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
@@ -86,7 +87,8 @@ class Loop:
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
         books = Books(stage, self.watchdogs)
         self.state = TrainingState(
-            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books
+            *(stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books),
+            Overfitting(),
         )
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
@@ -236,6 +238,7 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+            self.state.overfitting.watch(step, numbers, self.stage, self.checkpoints)
             for watcher in self.watchers:
                 watcher(self.run)
         meet()  # pictures may take longer than any limit of the process group

@@ -48,7 +48,7 @@ LATER = "see whether it grew with the steps: the same command with --model RUN/c
 BLIND = "held-out pictures lie as near to training pictures as copies do, or these features see too little"
 ADVICE = (
     "train on more pictures, or for fewer steps (the best checkpoint is kept); mirrored pictures help: "
-    "encode_latents.py --flip with --train.flip true"
+    "encode_latents --flip with --train.flip true"
 )
 
 
@@ -81,6 +81,7 @@ def copies(
     spaces: dict[str, Space] = {"features": features, "pixels": pixel_space(*train[0].data.shape[-2:])}
     found = nearest(spaces, queries(), train, places, device)
     numbers |= {"features": features.name, "pictures": len(requests), "training_pictures": len(places)}
+    numbers["network"] = features.about()
     numbers |= {"training_split": len(train), "held_out_pictures": len(known), "reconstructed_pictures": len(control)}
     numbers |= of_both(found, len(requests), len(known))
     near, pixels = (one.part(0, len(requests)) for one in found.values())
@@ -118,7 +119,8 @@ def of_both(found: Mapping[str, Nearest], drawn: int, known: int) -> dict[str, A
 def trained_on_data(args: argparse.Namespace) -> bool | None:
     """Whether the run was trained on the pictures of --data, said aloud where it was not, or does not say (None)."""
     home = find(args.model, "denoiser").home
-    told: dict[str, Any] = next((record(folder).get("data", {}) for folder in (home, home.parent) if record(folder)), {})
+    records = (record(folder) for folder in (home, home.parent))
+    told: dict[str, Any] = next((found.get("data", {}) for found in records if found), {})
     now = pictures_facts(args.data)
     if "pictures_sha256" not in told or not now:
         note(f"{args.model} does not say which pictures it was trained on: those of --data are taken for them")
