@@ -66,13 +66,9 @@ class Loop:
         accumulation: int,
         micro: int,
         rate: Callable[[int], float] | None = None,
-        watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
-
-        `watchers` are called with the run folder in the main process, once a validation is written there.
-        """
-        self.watchers = watchers
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given."""
+        self.watchers: Sequence[Callable[[Path], None]] = ()  # called in the main process after each validation
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
@@ -239,8 +235,8 @@ class Loop:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
             self.state.overfitting.watch(step, numbers, self.stage, self.checkpoints)
-            for watcher in self.watchers:
-                watcher(self.run)
+            for watch in self.watchers:
+                watch(self.run)
         meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)
