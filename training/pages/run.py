@@ -57,12 +57,17 @@ def what(record: Record) -> str:
     kinds = [f"{name} {part['kind']}" for name, part in parts.items() if "kind" in part]
     train = record.config.get("train", {})
     asked = [f"batch {train['batch_size']}", f"seed {train['seed']}"] if {"batch_size", "seed"} <= train.keys() else []
-    teacher = record.run.get("teacher", {}).get("autoencoder", "none")
     weights = record.run.get("outlook", {}).get("parameters")
     asked += [f"{weights:,} parameters"] if weights else []
-    asked += [f"distilled from the autoencoder {teacher[:12]}"] if teacher != "none" else []
+    asked += [f"distilled from the autoencoder {teacher(record)[:12]}"] if teacher(record) else []
     title = "Autoencoder (stage one)" if record.stage == "autoencoder" else "Denoiser of latents (stage two)"
     return f"{title}: {', '.join([*kinds, *asked])}."
+
+
+def teacher(record: Record) -> str:
+    """The hash of the autoencoder that a preview was distilled from; empty for a model without one."""
+    name = str(record.run.get("teacher", {}).get("autoencoder", "none"))
+    return "" if name == "none" else name
 
 
 def missing(record: Record) -> Iterator[str]:
@@ -110,12 +115,12 @@ def picture_section(record: Record, what: str) -> list[str]:
     """The grids of the validations, by a slider."""
     if not record.grids:
         return [html.paragraph(NO_PICTURES)]
-    about = (
-        "Held-out pictures, what the autoencoder makes of them, and the difference, twice as strong."
-        if record.stage == "autoencoder"
-        else "The same held-out captions and the same seeds each time, drawn with averaged weights."
-    )
-    parts = [html.paragraph(about), *shown.slider(record.grids, what)]
+    whose = ", what its teacher and what it" if teacher(record) else " and what the autoencoder"
+    about = {
+        "autoencoder": f"Held-out pictures{whose} makes of them, and the difference, twice as strong.",
+        "denoiser": "The same held-out captions and the same seeds each time, drawn with averaged weights.",
+    }
+    parts = [html.paragraph(about[record.stage]), *shown.slider(record.grids, what)]
     if captions := shown.captions(list(record.grids.values())[-1]):
         lines = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
         parts.append(html.folded("captions of these pictures, row by row", f"<ol>{lines}</ol>"))
@@ -233,7 +238,7 @@ def repetition(record: Record) -> list[str]:
 
 def _frozen_parts(record: Record) -> Iterator[str]:
     """The flags that name other models, for a run that was made with some."""
-    if record.run.get("teacher", {}).get("autoencoder", "none") != "none":
+    if teacher(record):
         yield "--teacher TEACHER"
     if record.config.get("loss", {}).get("align", 0):
         yield "--align-with VISION"
