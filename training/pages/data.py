@@ -129,9 +129,9 @@ def ledger_lines(report: Any) -> list[str]:
 
 
 def ledger(lines: list[str], empty: str) -> str:
-    """A list of a ledger's lines, or a sentence where there are none."""
+    """A list of a ledger's lines, or a sentence, if any, where there are none."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if lines else html.paragraph(empty)
+    return f"<ul>{items}</ul>" if lines else html.paragraph(empty) if empty else ""
 
 
 def _text(value: Any) -> str:

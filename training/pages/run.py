@@ -188,9 +188,16 @@ def _processor_time(timing: Log) -> str:
 
 def remarks(record: Record) -> Iterator[str]:
     """The ledger of the run, and what its files tell of its way: steps skipped, returns, resumes elsewhere."""
-    unknown = "run.json tells of no ledger" + ("" if record.run else ", for it is not in this folder") + "."
     lines = data.ledger_lines(record.run.get("ledger"))
-    yield data.ledger(lines, "Everything was used as it was given." if "ledger" in record.run else unknown)
+    if not record.run:
+        yield html.paragraph("Unknown: run.json is not in this folder.")
+        return
+    if record.run["status"] == "training":  # what run.json holds by then is of the checkpoint it went on from
+        yield html.paragraph("This is written down where a training ends or stops." + (" So far:" if lines else ""))
+        yield data.ledger(lines, "")
+    else:
+        told = "Everything was used as it was given." if "ledger" in record.run else "run.json tells of no ledger."
+        yield data.ledger(lines, told)
     way = []
     if skipped := [step for step, _ in record.metrics.series.get("skipped", [])]:
         way.append(f"{len(skipped)} step(s) were skipped, the first at {skipped[0]:,}: their gradients moved nothing.")
@@ -198,7 +205,7 @@ def remarks(record: Record) -> Iterator[str]:
         way.append(f"At step {step:,} it returned to the weights of step {int(value):,}.")
     for resume in record.run.get("resumes", []):
         way.append(f"Resumed at step {resume.get('step', '?')} with {', '.join(map(str, resume.get('changed', [])))}.")
-    yield data.ledger(way, "No step was skipped, and no resume changed software or machine." if record.run else "")
+    yield data.ledger(way, "No step was skipped, and no resume changed software or machine.")
 
 
 def made_of(record: Record) -> list[str]:
@@ -211,8 +218,8 @@ def made_of(record: Record) -> list[str]:
     if not hashes and not versions:
         return [html.paragraph("Nothing here names hashes or versions: run.json is not in this folder.")]
     told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in hashes.items()}
-    return [html.paragraph("Hashes are sha256: of the data's index, and of what each part was loaded from."),
-            html.facts(told), html.folded("versions and machine", html.facts(versions))]  # fmt: skip
+    about = html.paragraph("Hashes are sha256: of the data's index, and of the tensors of each part.")
+    return [about, html.facts(told)] + ([html.folded("versions and machine", html.facts(versions))] if versions else [])
 
 
 def repetition(record: Record) -> list[str]:
