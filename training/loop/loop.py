@@ -66,11 +66,12 @@ class Loop:
         accumulation: int,
         micro: int,
         rate: Callable[[int], float] | None = None,
+        watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given."""
-        self.watchers: Sequence[Callable[[Path], None]] = ()  # called in the main process after each validation
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given; `watchers` are called
+        with the run folder in the main process, once a validation is written there."""
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
-        self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
+        self.watchers, self.rate = watchers, rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
@@ -235,8 +236,8 @@ class Loop:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
             self.state.overfitting.watch(step, numbers, self.stage, self.checkpoints)
-            for watch in self.watchers:
-                watch(self.run)
+            for watcher in self.watchers:
+                watcher(self.run)
         meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)

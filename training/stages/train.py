@@ -168,8 +168,7 @@ def fit(
     from training.stages.resuming import resume
 
     config: Any = run.config
-    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
-    loop.watchers = watchers
+    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro, None, watchers)
     if accelerator.is_main_process:
         check_room(loop)
     for why in without_use(config, args.overrides, accelerator.device.type):
