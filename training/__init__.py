@@ -1,12 +1,16 @@
 """All that touches disk, clock and devices. Its public face: what is named here stays, and is loaded when first used.
 
     from training import load_pipeline
-    images = load_pipeline("runs/dit")(["a red bicycle"], seeds=[0])    # PIL images
+    pipeline = load_pipeline("runs/dit")                                  # or "demo", the model of the package
+    (picture,) = pipeline("a red bicycle", seed=0)                        # PIL images
+    pictures = pipeline(["a red bicycle", "a blue door"], seed=0, num_inference_steps=50, guidance_scale=4.0)
+
+`load_autoencoder` gives an autoencoder alone, `__version__` the version of what is installed.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +23,19 @@ if TYPE_CHECKING:
     from training.models.assembly import load_pipeline as load_pipeline
     from training.models.autoencoders import load_autoencoder as load_autoencoder
 
+    __version__: str
+
 __all__ = ["load_autoencoder", "load_pipeline"]
 _HOMES = {"load_autoencoder": "training.models.autoencoders", "load_pipeline": "training.models.assembly"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        import_module("training.shadows").refuse_shadows()
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        try:
+            return metadata.version("latent-diffusion-from-scratch")
+        except metadata.PackageNotFoundError:  # a checkout that is on the path, but not installed
+            return "unknown"
     raise AttributeError(f"module 'training' has no attribute {name!r}")

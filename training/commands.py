@@ -1,10 +1,11 @@
-"""Commands as they can be pasted: this one again, or another door of scripts/."""
+"""Commands as they can be pasted, in the way this program was called: it again, or another of the doors."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -16,16 +17,63 @@ NEEDED = re.compile(
 )
 
 
-def door(start: str, *words: object) -> str:
-    """`python scripts/NAME.py …` for `start` "NAME …", with `words` quoted for a shell after it.
+HOME = Path(__file__).parents[1]  # holds this package, and in a checkout scripts/ too
+INSTALLED = "latent-diffusion"  # the command that takes a verb; with -VERB at its end, that of one door
+HIDDEN = "HIDDEN"
+SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
 
-    By the interpreter that runs this program, and in the folder that its own script is called in.
+
+def hide_secrets(word: str) -> str:
+    """A word of a command; where it is an address, HIDDEN stands for user, password and query."""
+    return SECRET.sub(_hidden, word)
+
+
+def _hidden(found: re.Match[str]) -> str:
+    mark, user, rest, query = found.groups()
+    return mark + (f"{HIDDEN}@" if user else "") + rest + (f"?{HIDDEN}" if query else "")
+
+
+def door(start: str, *words: object) -> str:
+    """The command that opens the door VERB, for `start` "VERB …", with `words` quoted for a shell after it.
+
+    As the door of this program was opened: `python scripts/VERB.py`, by its interpreter and in the folder of its own
+    script; `latent-diffusion-VERB`; else `python -m training VERB`.
     """
-    script, *fixed = start.split()
-    called = Path(sys.argv[0] or ".")
-    folder = called.parent if called.name.endswith(".py") and (called.parent / f"{script}.py").is_file() else "scripts"
-    program = [shlex.quote(_interpreter()), shlex.quote(f"{folder}/{script}.py")]
-    return " ".join([*program, *fixed, *(shlex.quote(str(word)) for word in words)])
+    verb, *fixed = start.split()
+    told = (shlex.quote(hide_secrets(str(word))) for word in words)
+    return " ".join([*map(shlex.quote, opener(verb)), *fixed, *told])
+
+
+def opener(verb: str, python: str = "") -> list[str]:
+    """The first words of `door`; `python` is what the interpreter is called."""
+    python = python or _interpreter()
+    called, named = Path(sys.argv[0] or "."), verb.replace("_", "-")
+    if by_module():
+        return [python, "-m", "training", named]
+    if called.suffix == ".py" and called.with_name(f"{verb}.py").is_file():
+        return [python, str(called.with_name(f"{verb}.py"))]
+    if called.name.startswith(INSTALLED):
+        command = called.with_name(f"{INSTALLED}-{named}")
+        found = shutil.which(command.name)
+        return [command.name if found and Path(found) == command else str(command)]
+    if Path("scripts").resolve() == HOME / "scripts" and Path("scripts", f"{verb}.py").is_file():
+        return [python, f"scripts/{verb}.py"]
+    return [python, "-m", "training", named]
+
+
+def by_module() -> bool:
+    """Whether this program is `python -m training`."""
+    return Path(sys.argv[0] or ".").is_relative_to(HOME / "training")
+
+
+def own_verb() -> str:
+    """Which door this program is."""
+    return Path(sys.argv[0]).name.removesuffix(".py").removeprefix(f"{INSTALLED}-").replace("-", "_")
+
+
+def own_name() -> str:
+    """What this program is called where its usage is told."""
+    return f"python -m training {own_verb().replace('_', '-')}" if by_module() else Path(sys.argv[0]).name
 
 
 def again(words: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
@@ -40,12 +88,15 @@ def again(words: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
 
 @cache
 def _started(_argv: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    parent = os.getppid()
-    launcher, own = _arguments(parent), _own()
-    tail = own[_script(own) :]
-    if launcher[-len(tail) :] == tail and len(launcher) > len(tail):
+    parent, words, plain = os.getppid(), sys.argv[1:], _plain()
+    launcher, (start, *verb) = _arguments(parent), plain[_script(plain) :] or [""]
+    if start == "-m":  # which launchers also call --module
+        start, *verb = verb
+    tails = [[name, *verb, *words] for name in (start, Path(start).name)] if start else []
+    if any(launcher[-len(tail) :] == tail and len(launcher) > len(tail) for tail in tails):
         return launcher, _needed(parent, _above(parent))
-    return own, _needed(os.getpid(), parent)
+    own = plain if plain and not (own_name().startswith(INSTALLED) and _script(plain) == 1) else opener(own_verb())
+    return [*own, *words], _needed(os.getpid(), parent)
 
 
 def assigned(environment: Mapping[str, str]) -> str:
@@ -58,13 +109,12 @@ def _interpreter() -> str:
     return word if Path(word).name.startswith("python") else "python"
 
 
-def _own() -> list[str]:
-    """The words of this process; rebuilt where it was forked, or called from another program."""
+def _plain() -> list[str]:
+    """The words before this program's own; none where it was forked, or called from another program."""
     words = sys.argv[1:]
     plain = sys.orig_argv[: len(sys.orig_argv) - len(words)]
-    if sys.orig_argv[len(plain) :] == words and _script(plain) < len(plain) and _names(plain, sys.argv[0]):
-        return [*plain, *words]
-    return [_interpreter(), sys.argv[0], *words]
+    given = sys.orig_argv[len(plain) :] == words and _script(plain) < len(plain)
+    return plain if given and _names(plain, sys.argv[0]) else []
 
 
 def _script(words: list[str]) -> int:
@@ -76,8 +126,11 @@ def _script(words: list[str]) -> int:
 
 
 def _names(words: list[str], script: str) -> bool:
-    """Whether the last of python's own words is the script, by path or as a module."""
-    return words[-1] == script or (words[-2:-1] == ["-m"] and words[-1].rpartition(".")[2] == Path(script).stem)
+    """Whether the last of python's own words name the script: by path, as a module, or by a verb."""
+    program, last = words[-2], words[-1]
+    if program == "-m":
+        return last.rpartition(".")[2] == Path(script).stem
+    return last == script or (Path(program).name in (INSTALLED, "training") and last.replace("-", "_") == own_verb())
 
 
 def _arguments(process: int) -> list[str]:

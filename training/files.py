@@ -25,6 +25,7 @@ from training.guarding import (
     open_own,
     refuse_link,
     staged,
+    without_waiting,
 )
 from training.messages import note
 
@@ -78,6 +79,18 @@ def hold(folder: Path) -> IO[str]:
     file.write(f"pid {os.getpid()} since {time.strftime('%H:%M')}")
     file.flush()
     return file
+
+
+def held(folder: Path) -> bool:
+    """Whether a process of this machine holds the folder; see `hold`."""
+    try:
+        with open(folder / ".lock", "rb", opener=without_waiting) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # nothing there, or nothing that can be asked
+        return False
+    return False
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -145,7 +145,7 @@ def test_f2_another_autoencoder_is_named_with_both_hashes(latents: Path, shapes:
     (copy / "index.json").write_text(json.dumps(index))
     problem = tiny.refused("train_denoiser", "--latents", copy, "--output", tmp_path / "run", *tiny.DENOISER)
     assert problem.code == 4 and "3fa93fa93fa9" in problem.what and ours[:12] in problem.what
-    assert "encode_latents.py" in problem.hint
+    assert "encode_latents" in problem.hint
     plan = json.loads((copy / "encoding.json").read_text())
     (copy / "encoding.json").write_text(json.dumps(plan | {"encoder": "3fa9" * 16}))
     problem = tiny.refused("encode_latents", *words(copy / "autoencoder", shapes, copy, "--flip"))

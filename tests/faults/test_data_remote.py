@@ -170,7 +170,7 @@ def test_models_beside_latents_come_too(packed: Path, tmp_path: Path) -> None:
     MEMORY.rm(f"memory://bucket/data/{remotes.NULL}")
     with pytest.raises(UserError, match="not that of the empty caption") as caught:
         remote.bring_models(text=True)
-    assert caught.value.code == 4 and "encode_latents.py" in caught.value.hint
+    assert caught.value.code == 4 and "encode_latents" in caught.value.hint
 
 
 def test_a_cached_shard_cut_short_is_fetched_again(packed: Path, tmp_path: Path) -> None:

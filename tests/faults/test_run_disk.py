@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,24 +83,3 @@ def test_who_holds_a_run(tmp_path: Path, shapes: Path, capsys: pytest.CaptureFix
     assert f"was left by pid {os.getpid()} since " in capsys.readouterr().err
     Run(run.folder, "autoencoder", load("autoencoder", "smoke"), None).leave()
     assert "was left" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("why", ["the tracker is offline", "tensorboard"])
-def test_a_log_beside_that_fails(
-    why: str, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """While it is written to, or because it is not installed."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    def fail(*_: object, **__: object) -> None:
-        raise ConnectionError(why)
-
-    if why == "tensorboard":
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
-    assert tiny.call("train_denoiser", "--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER) == 0
-    said = capsys.readouterr().err
-    assert [line for line in said.splitlines() if "TensorBoard" in line and why in line] == [
-        line for line in said.splitlines() if line.startswith("warning: ") and "captions" not in line
-    ] != []
-    assert [row["step"] for row in tiny.rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5, 6]

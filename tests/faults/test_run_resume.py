@@ -207,7 +207,7 @@ def test_verify_resume_finds_what_is_not_exact(
 ) -> None:
     """One character of the interrupted training's log is another. Finished runs stand for the trainings."""
 
-    def trained(script: Path, words: list[str], log: Path, *, fault: str = "") -> int:
+    def trained(words: list[str], log: Path, *, fault: str = "") -> int:
         shutil.copytree(denoiser, Path(words[-1]), dirs_exist_ok=True, symlinks=True)
         if log.stem == "interrupted-5":
             with (tmp_path / "interrupted" / "metrics.jsonl").open("r+") as file:

@@ -14,8 +14,11 @@ from unittest.mock import patch
 import tiny
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.\w+)?")
-COMMAND = re.compile(r"\b(\w+)\.py((?: [a-z]+\b)?)")
-SPEAKERS = {"tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error", "refuse"}
+VERBS = "|".join(path.stem for path in tiny.SCRIPTS.glob("*_*.py"))  # which stand in prose without .py
+COMMAND = re.compile(rf"\b(\w+(?=\.py\b)|{VERBS})\b(?:\.py)?((?: [a-z]+\b)?)")
+SPEAKERS = {
+    "say", "tell", "note", "warn", "announce", "UserError", "Unreachable", "ValueError", "as_user_error", "refuse",
+}  # fmt: skip
 BY_NAME = {"REFUSED"}  # constants that become a hint through a variable
 # Of torchrun, accelerate launch, pip and tar.
 OF_LAUNCHERS = {"--nproc-per-node", "--standalone", "--num_processes", "--mixed_precision", "--cpu", "--no-deps",

@@ -143,6 +143,7 @@ def flags(parser: Parser) -> None:
     add("--device", default="cpu", help="cpu or cuda")
     add("--mixed-precision", default="no", choices=("no", "bf16"))
     add("--compile", action="store_true", help="torch.compile all of them")
+    parser.machine(device="")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make(folder: Path, samples: int) -> None:
-    """Small latents as encode_latents.py stores them: 8x8x8 moments in float16, a caption, metadata."""
+    """Small latents as encode_latents stores them: 8x8x8 moments in float16, a caption, metadata."""
     import io
     import json
 
@@ -54,6 +54,7 @@ def flags(parser: Parser) -> None:
     add("--data", metavar="DIR", type=Path, help="shards to read; small made-up latents when not given")
     add("--samples", type=int, default=20_000, help="how many to make up")
     add("--rounds", type=int, default=5, help="of all readers in turn; the best of each counts")
+    parser.machine(device="")
 
 
 def run(args: argparse.Namespace) -> None:

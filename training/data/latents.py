@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,6 +63,11 @@ class Latents(Samples[Latent]):
             hint = "encode again with --flip, or set --train.flip false"
             raise UserError("train.flip is on, but the latents hold no mirrored images", hint=hint, code=DATA)
 
+    @cached_property
+    def plain(self) -> Latents:
+        """Without mirrored ones."""
+        return Latents(self.shards, on_bad_data=self.on_bad_data)
+
     def moments(self, index: int, field: str = "moments.npy") -> np.ndarray:
         """Sample `index` as (2C,h,w)."""
         return self._moments(index, self.shards.read(index, (field,)).get(field, b""))
@@ -104,7 +109,7 @@ class Latents(Samples[Latent]):
         record = self.shards.read(index, (field, "json", "text.safetensors", *further.values()))
         moments = self._moments(index, record.get(field, b""))
         if not np.isfinite(moments).all():
-            hint = "encode again with encode_latents.py --dtype float32 --mixed-precision no"
+            hint = f"encode again with {door('encode_latents --dtype float32 --mixed-precision no')}"
             raise UserError(f"{self.shards.key(index)}: stored latents are not finite", hint=hint, code=NUMERICAL)
         captions = self._captions(index, record.get("json", b""))
         picked = int(share * len(captions))

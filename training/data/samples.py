@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from training.commands import door
 from training.data.order import Slot, substitute
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.messages import warn
+from training.progress import Progress
 
 if TYPE_CHECKING:
     from training.shards.reading import ShardSet
@@ -58,6 +60,11 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @cached_property
+    @abstractmethod
+    def plain(self) -> Self:
+        """The same samples as validation reads them: none mirrored, of several captions the one that seed 0 gives."""
 
     @abstractmethod
     def load(self, slots: list[Slot]) -> list[Loaded | UserError]:
@@ -109,10 +116,13 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 break
         return [places[i] for i in _spread(count, len(places))]
 
-    def chunks(self, places: Sequence[int], size: int) -> Iterator[Batch]:
-        """The samples at `places` as the first epoch has them, `size` at once."""
-        for start in range(0, len(places), size):
-            yield self.__getitems__([Slot(place, 0, place) for place in places[start : start + size]])
+    def chunks(self, places: Sequence[int], size: int, doing: str = "") -> Iterator[Batch]:
+        """The samples at `places` as the first epoch has them, `size` at once; a line tells how far it is that is
+        `doing` with them."""
+        parts = (places[start : start + size] for start in range(0, len(places), size))
+        batches = (self.__getitems__([Slot(place, 0, place) for place in part]) for part in parts)
+        told = Progress(doing, len(places), "sample", aloud=bool(doing))
+        return told.each(batches, lambda batch: len(batch.slots))
 
     def count(self, bad: Mapping[int, str]) -> None:
         """Takes note of samples left out. Raises UserError (code 3) beyond the limit."""

@@ -1,9 +1,9 @@
-"""Speed and memory: `benchmark.py autoencoder`, `samplers`, `reading` or `durability`; each verb's --help says what."""
+"""Measure speed and memory of an autoencoder, of samplers, of reading or of writing; each verb's --help says what."""
 
 from __future__ import annotations
 
 from training.benchmarks import autoencoder, durability, reading, samplers
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 VERBS = {"autoencoder": autoencoder, "durability": durability, "reading": reading, "samplers": samplers}
 
@@ -17,7 +17,3 @@ def main() -> None:
         module.flags(verbs.add_parser(name, description=text, help=text.partition("\n")[0]))
     args = parser.read()
     VERBS[args.verb].run(args)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -10,7 +10,7 @@ on their distribution: the command ends with code 5 where one does not.
 
 from __future__ import annotations
 
-from training.settings.flags import Parser, check_least, run_main
+from training.settings.flags import Parser, check_least
 
 
 def main() -> None:
@@ -37,7 +37,3 @@ def main() -> None:
     from training.measuring.conformance import check
 
     check(args)
-
-
-if __name__ == "__main__":
-    run_main(main)

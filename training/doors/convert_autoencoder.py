@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from training.errors import UserError
 from training.messages import tell
-from training.settings.flags import Parser, run_main
+from training.next_step import encoding, tell_next
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -36,7 +37,5 @@ def main() -> None:
     else:
         export_autoencoder(args.source, Path(args.output))
     tell(f"wrote {args.output}")
-
-
-if __name__ == "__main__":
-    run_main(main)
+    if args.verb == "import" and args.data:
+        tell_next(encoding(args.output, args.data, {}))

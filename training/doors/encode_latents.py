@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     parser = Parser(__doc__ or "")
     add = parser.add_argument
     add("--autoencoder", metavar="RUN", required=True, help="a finished autoencoder run, or its final/; or demo")
-    parser.add_data("packed images (make_shards.py pack): folder or address", required=True)
+    parser.add_data("packed images (make_shards pack): folder or address", required=True)
     add("--output", metavar="DIR", required=True, help="where the latent shards go")
     add("--flip", action="store_true", help="also encode the mirrored image")
     add("--dtype", choices=("float16", "float32"), default="float16", help="how moments are stored")
@@ -39,7 +39,3 @@ def main() -> None:
     from training.encoding.data_set import encode
 
     sys.exit(encode(args))
-
-
-if __name__ == "__main__":
-    run_main(main)

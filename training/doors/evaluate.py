@@ -2,7 +2,8 @@
 
 An autoencoder: PSNR, SSIM, LPIPS, Frechet distance of reconstructions, on the val split of --data.
 A denoiser: Frechet and kernel distance of generated to held-out pictures, and how far captions are obeyed;
-or the likelihood of held-out pictures, or which of several captions each of them shows.
+or the likelihood of held-out pictures, or which of several captions each of them shows, or whether drawn pictures
+repeat training pictures.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from training.measuring.flags import add_flags
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -21,7 +22,3 @@ def main() -> None:
     from training.measuring.evaluate import evaluate
 
     sys.exit(evaluate(args))
-
-
-if __name__ == "__main__":
-    run_main(main)

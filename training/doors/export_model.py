@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -23,7 +23,3 @@ def main() -> None:
     from training.models.exporting import export_model
 
     sys.exit(export_model(args))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from training.drawing.flags import add_flags
 from training.settings.families import EDITING, SAMPLING, listing
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -18,7 +18,3 @@ def main() -> None:
     from training.drawing.generate import generate
 
     generate(args)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,4 +1,4 @@
-"""The command line of `scripts/make_shards.py`: verbs pack, index and verify."""
+"""Pack captioned pictures into shards; index tars where they lie; verify every byte."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from training.commands import door
 from training.errors import DATA, UserError
 from training.ledger import Ledger
 from training.messages import answer, warn
+from training.next_step import beside, tell_next
 from training.packing.finding import add_source_flags, find_source
 from training.packing.pack import pack
 from training.packing.settings import Settings
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
 from training.pictures.flags import add_picture_flags
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 from training.shards.index import read_index
 from training.shards.indexing import index_folder
 from training.shards.verifying import verify
 
-EXAMPLES = """examples:
-  python scripts/make_shards.py pack photos/ --output data/photos --resolution 64
-  python scripts/make_shards.py pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
-  python scripts/make_shards.py pack photos.zip --output data/photos --caption-column prompt
-  python scripts/make_shards.py pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
-  python scripts/make_shards.py pack shapes --samples 60000 --output data/shapes
-  python scripts/make_shards.py pack emoji --root package --output data/emoji --resolution 64
-  python scripts/make_shards.py verify data/photos
+EXAMPLES = """pack photos/ --output data/photos --resolution 64
+pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
+pack photos.zip --output data/photos --caption-column prompt
+pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
+pack shapes --samples 60000 --output data/shapes
+pack emoji --root package --output data/emoji --resolution 64
+verify data/photos
 """
 
 
 def build_parser() -> Parser:
     """The verbs and their flags."""
-    parser = Parser("Captioned pictures to shards.", epilog=EXAMPLES)
+    examples = "".join(f"  {door(f'make_shards {line}')}\n" for line in EXAMPLES.splitlines())
+    parser = Parser("Captioned pictures to shards.", epilog=f"examples:\n{examples}")
     verbs = parser.add_subparsers(dest="verb", required=True)
     packing = verbs.add_parser("pack", help="write shards from a source")
     add = packing.add_argument
@@ -66,12 +67,17 @@ def build_parser() -> Parser:
     add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
     add_source_flags(packing)
     add_picture_flags(packing)
-    for verb, text in (("index", "index tars in place"), ("verify", "check every byte against the index")):
-        add = verbs.add_parser(verb, help=text).add_argument
-        add("directory", type=Path, metavar="DIR")
-        left = "leave bad tars and members out" if verb == "index" else "name what is bad and exit with 0"
-        add("--on-bad-data", choices=("error", "skip"), default="error", help=f"skip: {left}")
+    packing.machine(device="")
+    _of_a_folder(verbs.add_parser("index", help="index tars in place"), "leave bad tars and members out")
+    _of_a_folder(verbs.add_parser("verify", help="check every byte against the index"), "name what is bad, exit with 0")
     return parser
+
+
+def _of_a_folder(parser: Parser, skip: str) -> None:
+    """The flags of a verb that reads a folder of tars."""
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--on-bad-data", choices=("error", "skip"), default="error", help=f"skip: {skip}")
+    parser.machine(device="")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -81,6 +87,15 @@ def _pack(arguments: argparse.Namespace) -> None:
     if arguments.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {arguments.num_workers})")
     pack(find_source(arguments), arguments.output, settings, arguments.num_workers)
+    _tell_training(arguments.output)
+
+
+def _tell_training(folder: Path) -> None:
+    """The training of an autoencoder on packed pictures, as next step."""
+    index, infos = read_index(folder)
+    if index["kind"] != "images" or all(info.split != "train" for info in infos):
+        return
+    tell_next(door("train_autoencoder", "--data", folder, "--output", beside(folder, "autoencoder")))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         ledger = Ledger()
         ledger.merge(summary["ledger"])
         _tell(ledger)
+        _tell_training(arguments.directory)
     else:
         _verify(arguments.directory, arguments.on_bad_data)
 
@@ -122,7 +138,3 @@ def _verify(directory: Path, on_bad_data: str) -> None:
 def _tell(ledger: Ledger) -> None:
     for line in ledger.lines():
         answer(line)
-
-
-if __name__ == "__main__":
-    run_main(main)

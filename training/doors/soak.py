@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -21,8 +20,4 @@ def main() -> None:
     args = parser.read()
     from training.drills.soak import soak
 
-    sys.exit(soak(args, Path(__file__).parent))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    sys.exit(soak(args))

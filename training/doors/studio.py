@@ -6,7 +6,7 @@ It listens on this machine alone and loads nothing from elsewhere. Needs: pip in
 
 from __future__ import annotations
 
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -26,7 +26,3 @@ def main() -> None:
     from training.studio.app import serve
 
     serve(args)
-
-
-if __name__ == "__main__":
-    run_main(main)

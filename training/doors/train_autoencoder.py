@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import TrainParser, run_main
+from training.settings.flags import TrainParser
 
 
 def main() -> None:
     """Read the flags and train."""
-    parser = TrainParser(__doc__ or "", "autoencoder", "smoke")
-    parser.data.add_argument("--data", metavar="DIR", help="packed images (scripts/make_shards.py pack)")
+    parser = TrainParser(__doc__ or "", "autoencoder")
+    parser.data.add_argument("--data", metavar="DIR", help="packed images (make_shards pack)")
     parser.data.add_argument("--lpips-weights", metavar="FILE", help="torchvision weights of the LPIPS backbone")
     text = "learn the latents of this finished autoencoder, as a preview of it: use with --config tiny"
     parser.data.add_argument("--teacher", metavar="RUN", help=text)
@@ -20,7 +20,3 @@ def main() -> None:
     from training.stages.train import train
 
     sys.exit(train(args, "autoencoder"))
-
-
-if __name__ == "__main__":
-    run_main(main)

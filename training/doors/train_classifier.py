@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from training.settings.flags import Parser, run_main
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -22,7 +22,3 @@ def main() -> None:
     from training.stages.classifier import train_classifier
 
     sys.exit(train_classifier(args))
-
-
-if __name__ == "__main__":
-    run_main(main)

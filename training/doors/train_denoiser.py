@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 from training.settings.families import SAMPLING, TRAINING, listing
-from training.settings.flags import TrainParser, run_main
+from training.settings.flags import TrainParser
 
 
 def main() -> None:
     """Read the flags and train."""
-    parser = TrainParser(__doc__ or "", "denoiser", "smoke")
+    parser = TrainParser(__doc__ or "", "denoiser")
     parser.epilog = f"{parser.epilog}\n\n{listing(TRAINING, SAMPLING)}"
-    parser.data.add_argument("--latents", metavar="DIR", help="encoded latents (scripts/encode_latents.py)")
+    parser.data.add_argument("--latents", metavar="DIR", help="encoded latents (encode_latents)")
     parser.data.add_argument(
         "--text-encoder", metavar="NAME|DIR", help="frozen Hugging Face text encoder, for --text.kind huggingface"
     )
@@ -20,7 +20,3 @@ def main() -> None:
     from training.stages.train import train
 
     sys.exit(train(args, "denoiser"))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,14 +1,14 @@
 """Prove on your own config and data that an interrupted training ends with the bytes of an uninterrupted one.
 
-All other flags are those of the training scripts, as --batch-size 8 or --backbone.width 64.
+All other flags are those of the training, as --batch-size 8 or --backbone.width 64.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from training.settings.flags import Parser, run_main
+from training.messages import hush
+from training.settings.flags import Parser
 
 
 def main() -> None:
@@ -22,10 +22,7 @@ def main() -> None:
     add("--folder", metavar="DIR", help="where to keep both trainings; removed when not given")
     parser.machine(device="")
     args, rest = parser.parse_known_args()
+    hush(args.quiet)
     from training.drills.verify_resume import verify
 
-    sys.exit(verify(args, rest, Path(__file__).parent))
-
-
-if __name__ == "__main__":
-    run_main(main)
+    sys.exit(verify(args, rest))

@@ -1,4 +1,4 @@
-"""The flags of `scripts/generate.py`, in groups as --help shows them. Free of torch."""
+"""The flags of `generate`, in groups as --help shows them. Free of torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def how_to_draw_it(parser: Parser) -> None:
     add("--steps", metavar="N", type=int, help="steps of the sampler")
     add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
     add("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")
-    add("--classifier", metavar="DIR", help="one of train_classifier.py, for --guidance.kind classifier")
+    add("--classifier", metavar="DIR", help="one of train_classifier, for --guidance.kind classifier")
 
 
 def where_from_and_to(parser: Parser) -> None:

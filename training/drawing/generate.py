@@ -1,9 +1,8 @@
-"""The work of scripts/generate.py: prompts in, numbered PNGs and a captioned grid out, picture by picture."""
+"""The work of `generate`: prompts in, numbered PNGs and a captioned grid out, picture by picture."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,8 @@ import torch
 from PIL import Image
 
 from ldm.pipeline import Pipeline
+from ldm.samplers import Snapshot
+from training.commands import door
 from training.drawing import references, replay
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
@@ -29,9 +30,11 @@ from training.machine.processes import resolve, start
 from training.messages import per_second, tell
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.autoencoders import check_tile
+from training.models.folders import name_of
 from training.models.judge import Judge, load_classifier
 from training.pictures import grids
 from training.pictures.strips import Strip
+from training.progress import Progress
 from training.runs.folder import versions
 from training.settings.flags import check_least
 
@@ -59,17 +62,18 @@ class Drawing:
     groups: Callable[[list[Request]], Iterator[Group]]
     watch: Watch | None = None
 
-    def draw(self, part: list[Request]) -> None:
+    def draw(self, part: list[Request], told: Progress) -> None:
         """One batch, or those of it that are drawn together, written."""
         for requests, task in self.groups(part * ((self.chunk or len(part)) // len(part))):
-            self._write(requests[: len(part)] if self.chunk else requests, requests, task)
+            self._write(requests[: len(part)] if self.chunk else requests, requests, task, told)
 
-    def _write(self, part: list[Request], batch: list[Request], task: Tasks | None) -> None:
+    def _write(self, part: list[Request], batch: list[Request], task: Tasks | None, told: Progress) -> None:
         strip = Strip(self.pipeline) if self.strips else None
-        watches = [watch for watch in (strip, self.watch) if watch]
+        before, stepped = told.done, told.by_steps(len(part), self.how["sampling"].steps)
+        watch = each([watch for watch in (stepped, strip, self.watch) if watch])
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
             prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
-            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=each(watches), task=task, **self.how)
+            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=watch, task=task, **self.how)
         for index, request in enumerate(part):
             own = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch)}
             own |= {"size": list(images[index].size[::-1]), self.start.fact: self.start.facts(request)}
@@ -78,6 +82,7 @@ class Drawing:
             if strip and strip.shots:  # of strength 0 there is no step
                 make_folder(self.output / "strips")
                 grids.save(strip.draw(index), self.output / "strips" / name(request), facts)
+        told.at(before + len(part))
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def generate(args: argparse.Namespace, opened: HashedPipeline | None = None, wat
 
     `opened`: the pipeline of --model, where it is loaded already; `watch` is called after each step of a batch.
     """
-    check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, "generate.py --help says what it means")
+    check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, f"{door('generate --help')} says what it means")
     original, ledger = replay.recall(args) if args.like else None, Ledger()
     if not original:
         args.mixed_precision = launcher.precision(args.mixed_precision, ("no", "bf16"))
@@ -119,22 +124,19 @@ def generate(args: argparse.Namespace, opened: HashedPipeline | None = None, wat
     drawing = replace(prepare(args, opened, device, start, requests[0], original, reading, ledger), watch=watch)
     note_unused(args, drawing, ledger)
     own_requests = requests[rank::world]
-    since = time.perf_counter()
+    doing = f"drawing, 1 of {world} processes" if world > 1 else "drawing"
     try:
-        for first in range(0, len(own_requests), args.batch_size):
-            part = own_requests[first : first + args.batch_size]
-            drawing.draw(part)
-            if rank == 0:
-                finished, rate = first + len(part), (first + len(part)) / (time.perf_counter() - since)
-                count = len(requests) if finished == len(own_requests) else finished * world
-                tell(f"{count}/{len(requests)} pictures, {per_second(rate * world, 'picture')}")
+        with Progress(doing, len(own_requests), aloud=rank == 0) as told:
+            for first in range(0, len(own_requests), args.batch_size):
+                drawing.draw(own_requests[first : first + args.batch_size], told)
     except ValueError as failure:
         raise UserError(str(failure), hint="see --help for sizes, samplers and guidance") from None
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
         draw_grid(requests[:GRID], drawing.output)
-        tell(f"wrote {len(requests)} pictures and {drawing.output / 'grid.png'}")
+        drawn = per_second(len(own_requests) * world / max(1e-9, told.seconds), "picture")
+        tell(f"wrote {len(requests)} pictures ({drawn}) and {drawing.output / 'grid.png'}")
         for line in ledger.lines():
             tell(line)
     if original:
@@ -173,6 +175,7 @@ def prepare(
         **dict.fromkeys(TOLD),
         "tile": pipeline.tile,
         "precision": args.mixed_precision,
+        "model": name_of(args.model),
         "hashes": hashes,
         "preview": hashes["autoencoder"] if args.preview else None,
         "versions": {**versions(), "device": device.type},

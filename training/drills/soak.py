@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.drills.verify_resume import differences, launch, run
+from training.drills.verify_resume import PROGRAM, differences, launch, run
 from training.errors import CHECKPOINT, UserError
 from training.messages import answer
 
@@ -26,22 +26,21 @@ STAGES = {
 }
 
 
-def soak(args: argparse.Namespace, scripts: Path) -> int:
+def soak(args: argparse.Namespace) -> int:
     """Kill trainings of `args.steps` steps `args.kills` times in all, compare each; the exit code.
 
     Raises UserError (exit 4) naming the files whose bytes differ and the seed that repeats the drill.
     """
     home = Path(args.folder or tempfile.mkdtemp(prefix="soak-"))
-    source, moments = prepare(args.stage, home, scripts), random.Random(args.seed)
-    words = [*source, *SMALL, *STAGES[args.stage], "--max-steps", str(args.steps)]
-    script = scripts / f"train_{args.stage}.py"
+    source, moments = prepare(args.stage, home), random.Random(args.seed)
+    words = [f"train_{args.stage}", *source, *SMALL, *STAGES[args.stage], "--max-steps", str(args.steps)]
     begun = time.monotonic()
-    run(script, [*words, "--output", str(home / "calm")], home / "calm.log")
+    run([*words, "--output", str(home / "calm")], home / "calm.log")
     span, kills, rounds = time.monotonic() - begun, 0, 0
     while kills < args.kills:
         rounds += 1
         output = home / f"killed-{rounds}"
-        kills += kill_until_done(script, [*words, "--output", str(output)], output, span, moments, args.kills - kills)
+        kills += kill_until_done([*words, "--output", str(output)], output, span, moments, args.kills - kills)
         if unlike := differences(home / "calm", output):
             what = f"after {kills} kills {', '.join(unlike)} of {output} differ"
             raise UserError(what, hint=f"repeat with --seed {args.seed}", code=CHECKPOINT)
@@ -54,13 +53,11 @@ def soak(args: argparse.Namespace, scripts: Path) -> int:
     return 0
 
 
-def kill_until_done(
-    script: Path, words: list[str], output: Path, span: float, moments: random.Random, limit: int
-) -> int:
+def kill_until_done(words: list[str], output: Path, span: float, moments: random.Random, limit: int) -> int:
     """Start a training again and again, each time killed after up to `span` seconds, until it ends; kills made."""
     log, kills = output.with_suffix(".log"), 0
     while kills < limit:
-        process = launch(script, words, log, {})
+        process = launch(PROGRAM, words, log, {})
         process.join(moments.uniform(0, span))
         if process.exitcode is None:
             process.kill()
@@ -68,7 +65,7 @@ def kill_until_done(
         if process.exitcode != -9:
             break
         kills += 1
-    run(script, words, log)
+    run(words, log)
     return kills
 
 
@@ -80,15 +77,17 @@ def twice_or_never(output: Path, steps: int) -> None:
         raise UserError(f"{output}/metrics.jsonl holds the steps {told}", code=CHECKPOINT)
 
 
-def prepare(stage: str, home: Path, scripts: Path) -> list[str]:
+def prepare(stage: str, home: Path) -> list[str]:
     """Embedded pictures, and for stage two their latents, as the flags that name them."""
     data, latents, encoder = home / "data", home / "latents", home / "encoder"
-    pack = ["pack", "shapes", "--samples", "48", "--val-fraction", "0.2", "--output", str(data)]
-    run(scripts / "make_shards.py", pack, home / "prepare.log")
+    pack = ["make_shards", "pack", "shapes", "--samples", "48", "--val-fraction", "0.2", "--output", str(data)]
+    run(pack, home / "prepare.log")
     if stage == "autoencoder":
         return ["--data", str(data)]
-    train = ["--data", str(data), *SMALL, *STAGES["autoencoder"], "--max-steps", "2", "--output", str(encoder)]
-    run(scripts / "train_autoencoder.py", train, home / "prepare.log")
-    encode = ["--autoencoder", str(encoder), "--data", str(data), "--flip", "--device", "cpu", "--output", str(latents)]
-    run(scripts / "encode_latents.py", encode, home / "prepare.log")
+    train = ["train_autoencoder", "--data", str(data), *SMALL, *STAGES["autoencoder"], "--max-steps", "2"]
+    train += ["--output", str(encoder)]
+    run(train, home / "prepare.log")
+    encode = ["encode_latents", "--autoencoder", str(encoder), "--data", str(data), "--flip", "--device", "cpu"]
+    encode += ["--output", str(latents)]
+    run(encode, home / "prepare.log")
     return ["--latents", str(latents)]

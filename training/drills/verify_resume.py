@@ -18,16 +18,17 @@ from training.messages import answer
 if TYPE_CHECKING:
     import argparse
 
-PRELOADED = ["torch", "accelerate", "torch.utils.tensorboard", "training.stages.train", "training.stages.autoencoder"]
+PROGRAM = Path(__file__).parents[1] / "__main__.py"  # `python -m training`
+PRELOADED = ["torch", "accelerate", "training.stages.train", "training.stages.autoencoder"]
 PRELOADED += ["training.stages.denoiser", "training.models.assembly", "lpips", "torchvision"]
 
 
-def verify(args: argparse.Namespace, flags: list[str], scripts: Path) -> int:
+def verify(args: argparse.Namespace, flags: list[str]) -> int:
     """Train `args.steps` steps without and with interruptions, `flags` passed on; the exit code.
 
     Raises UserError (exit 4) naming the files whose bytes differ.
     """
-    script, words = command(args, flags)
+    words = command(args, flags)
     steps = args.steps
     if steps < 4:
         raise UserError(f"--steps: must be >= 4 (got {steps})", hint="4 steps hold a start, a middle and an end")
@@ -38,10 +39,10 @@ def verify(args: argparse.Namespace, flags: list[str], scripts: Path) -> int:
     straight, other_run = home / "straight", home / "interrupted"
     # Stopped after the first step and after one more; killed inside a step, inside a save, and just before its end.
     faults = ["step=term", "step=term", "step:2=kill", "checkpoint.rename=kill", "checkpoint.latest=kill"]
-    run(scripts / script, [*words, "--output", str(straight)], home / "straight.log")
+    run([*words, "--output", str(straight)], home / "straight.log")
     for number, fault in enumerate([*faults, ""]):
         log = home / f"interrupted-{number}.log"
-        code = run(scripts / script, [*words, "--output", str(other_run)], log, fault=fault)
+        code = run([*words, "--output", str(other_run)], log, fault=fault)
         answer(f"  {fault or 'to the end'}: exit code {code}")
     if unlike := differences(straight, other_run):
         raise UserError(
@@ -55,20 +56,20 @@ def verify(args: argparse.Namespace, flags: list[str], scripts: Path) -> int:
     return 0
 
 
-def command(args: argparse.Namespace, flags: list[str]) -> tuple[str, list[str]]:
-    """The training script that the data asks for, and its flags."""
+def command(args: argparse.Namespace, flags: list[str]) -> list[str]:
+    """The training that the data asks for: its verb and flags."""
     if bool(args.data) == bool(args.latents):
         raise UserError("give --data DIR (stage one) or --latents DIR (stage two)", code=USAGE)
     stage, source = ("autoencoder", ["--data", args.data]) if args.data else ("denoiser", ["--latents", args.latents])
-    return f"train_{stage}.py", [*source, "--config", args.config, *flags]
+    return [f"train_{stage}", *source, "--config", args.config, *flags]
 
 
-def run(script: Path, words: list[str], log: Path, *, fault: str = "") -> int:
-    """The exit code of a training in a process of its own, -9 where it was killed.
+def run(words: list[str], log: Path, *, fault: str = "") -> int:
+    """The exit code of `python -m training WORDS` in a process of its own, -9 where it was killed.
 
     Raises UserError with its last words where it failed for another reason than `fault`.
     """
-    process = launch(script, words, log, {"LDM_FAULT": fault})
+    process = launch(PROGRAM, words, log, {"LDM_FAULT": fault})
     process.join()
     code = process.exitcode or 0
     if code not in {"kill": (-9, 0), "term": (143, 0)}.get(fault.rpartition("=")[2], (0,)):

@@ -20,7 +20,7 @@ from training.data.samples import LIMIT
 from training.errors import DATA, DISK, NUMERICAL, UserError
 from training.ledger import Ledger
 from training.machine.memory import out_of_memory
-from training.messages import note, per_second, tell, warn
+from training.messages import note, warn
 from training.shards.captions import stored_captions, text_fields
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
@@ -61,7 +61,7 @@ class Encoder:
         self.encode, self.text, self.device, self.args = encode, encoder, device, args
         self.picture = tuple(latent["picture"])
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
-        self.done, self.encoded, self.since, self.precision = 0, 0, time.perf_counter(), args.mixed_precision
+        self.since, self.precision = time.perf_counter(), args.mixed_precision
         self.total, self.bad, self.waited = total, 0, 0.0
         self.texts_at_once = 0  # captions that fit into the text encoder; 0: all of a batch, as far as is known
         self.ledger = Ledger()  # of the present shard
@@ -142,7 +142,7 @@ class Encoder:
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise UserError(
                     f"{key}: the caption's embedding is not finite (stored as float16)",
-                    hint="leave --text-encoder out here, with another --output, and give it to train_denoiser.py",
+                    hint="leave --text-encoder out here, with another --output, and give it to train_denoiser",
                     code=NUMERICAL,
                 )
             files.append(bytes(save(tensors)))
@@ -202,14 +202,6 @@ class Encoder:
             return moments
 
         return in_memory(encoded)
-
-    def progress(self, info: ShardInfo, *, kept: bool) -> None:
-        """One line after each shard; those `kept` from an earlier encoding take no time and count for no rate."""
-        self.done += info.samples
-        self.encoded += 0 if kept else info.samples
-        rate = per_second(self.encoded / max(1e-9, time.perf_counter() - self.since))
-        word = "kept" if kept else "encoded"
-        tell(f"{word} {info.name}: {self.done:,} of {self.total:,} images, {rate}")
 
     def waiting(self) -> float:
         """The share of the time that went by waiting for data."""

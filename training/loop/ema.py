@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,11 +19,7 @@ class EMA:
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._live: dict[str, nn.Parameter] = {}
-        for name, module in modules.items():
-            followers = _followers(module)
-            parameters = ((key, p) for key, p in module.named_parameters() if p.requires_grad or key in followers)
-            self._live |= {f"{name}.{key}": p for key, p in parameters}
+        self._live = averaged_parameters(modules)
         self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
 
     @torch.no_grad()
@@ -56,6 +52,16 @@ class EMA:
             live = self._live[key].detach()
             without = key not in tensors and not self._live[key].requires_grad  # followers, in an earlier version
             shadow.copy_(live if without else tensors[key])
+
+
+def averaged_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """What is averaged, by `module.parameter`."""
+    live: dict[str, nn.Parameter] = {}
+    for name, module in modules.items():
+        followers = _followers(module)
+        parameters = ((key, p) for key, p in module.named_parameters() if p.requires_grad or key in followers)
+        live |= {f"{name}.{key}": p for key, p in parameters}
+    return live
 
 
 def _followers(module: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ Around it: journal, validation (and the way back from a wreck), checkpoints, sig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
+from training.loop.overfitting import Overfitting
+from training.loop.pace import Pace
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
 from training.loop.rollback import Rollback
@@ -32,7 +34,7 @@ from training.loop.watchdogs import Watchdogs, explain
 from training.loop.wrapping import wrap
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
-from training.messages import note
+from training.messages import note, warn
 from training.runs.checkpoint import SCORED_BY, Checkpoint
 from training.runs.checkpoints import Checkpoints
 from training.runs.journal import Journal
@@ -64,8 +66,13 @@ class Loop:
         accumulation: int,
         micro: int,
         rate: Callable[[int], float] | None = None,
+        watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given."""
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
+
+        `watchers` are called with the run folder in the main process, once a validation is written there.
+        """
+        self.watchers = watchers
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
@@ -80,7 +87,8 @@ class Loop:
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
         books = Books(stage, self.watchdogs)
         self.state = TrainingState(
-            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books
+            *(stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books),
+            Overfitting(),
         )
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
@@ -119,11 +127,14 @@ class Loop:
         if start == 0:
             with as_user_error("change the config"):  # the first pictures try sampler, grid and guidance together
                 self.validate(0)
+        pace = Pace(self.accelerator, start, train.max_steps)
         for step in range(start, train.max_steps):
+            pace.begin()
             self.writer.check()  # a save that failed ends the run here, not at its end
             rate = self.rate(step)
             values = self.gradients(step) | self.step(step, rate)
             step_count = self.done = step + 1
+            pace.end(step_count)
             final = step_count == train.max_steps
             if final or any(step_count % every == 0 for every in (train.log_every, train.ema_every, COMPARED_EVERY)):
                 self.settle()
@@ -227,6 +238,9 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+            self.state.overfitting.watch(step, numbers, self.stage, self.checkpoints)
+            for watcher in self.watchers:
+                watcher(self.run)
         meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)
@@ -244,7 +258,7 @@ class Loop:
             optimizer.state.clear()  # what has learned only since then has no moments to take back
         self.restore(checkpoint)
         self.scored = None  # the number is not that of the weights that now stand
-        announce(self.accelerator, f"warning: {verdict}: back to its weights; {rollback.prospect(step)}")
+        announce(self.accelerator, f"{verdict}: back to its weights; {rollback.prospect(step)}", warn)
 
     def save(self, step: int, *, wait: bool) -> None:
         """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""

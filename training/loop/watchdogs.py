@@ -16,7 +16,7 @@ from training.errors import DISK, LOST, NUMERICAL, USAGE, UserError
 from training.files import write_json
 from training.machine.memory import memory_needed, out_of_memory
 from training.machine.processes import is_lost_connection
-from training.messages import tell
+from training.messages import warn
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Watchdogs:
             self.overflows += 1
         elif reasons:
             self.skipped += 1
-            self._say(f"warning: step {step} is skipped: {'; '.join(reasons)} ({self.skipped} skipped so far)")
+            self._say(f"step {step} is skipped: {'; '.join(reasons)} ({self.skipped} skipped so far)")
         return not reasons
 
     def _spike(self, name: str, value: float) -> str:
@@ -136,7 +136,7 @@ class Watchdogs:
         some = f" (samples {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})" if keys else ""
         return UserError(
             f"{what} at step {step}{some}",
-            hint="lower --lr, check the data with make_shards.py verify, or use --mixed-precision no; "
+            hint="lower --lr, check the data with make_shards verify, or use --mixed-precision no; "
             f"see {report}",
             code=NUMERICAL,
         )
@@ -168,7 +168,7 @@ class Watchdogs:
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            tell(text)
+            warn(text)
 
 
 def checksum(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -184,7 +184,7 @@ def resolve(device: str) -> torch.device:
     return torch.device("cpu") if target.type == "cpu" else target
 
 
-def announce(accelerator: Accelerator, text: str) -> None:
-    """One line on stderr, from the main process."""
+def announce(accelerator: Accelerator, text: str, speak: Callable[[object], None] = tell) -> None:
+    """One line on stderr, from the main process; `speak` is `warn` for a warning."""
     if accelerator.is_main_process:
-        tell(text)
+        speak(text)

@@ -17,7 +17,7 @@ from training.drawing.prompts import listed, tell_reading
 from training.errors import DATA, UserError, as_user_error
 from training.measuring.distances import share
 from training.measuring.held_out import CHUNK, by_caption, chunks, even_among, held_out
-from training.messages import answer, tell
+from training.messages import answer
 from training.models.captions_read import short
 from training.pictures import grids
 
@@ -44,11 +44,10 @@ def classification(
     captions, images = choices(Path(args.classify), pipeline, ledger), held_out(args)
     places, truth = shown(images, captions, args.count, ledger)
     classify, cond, beliefs = asking(pipeline, args), pipeline.text(captions), []
-    for number, pixels in enumerate(chunks(images, places, device)):
+    for number, pixels in enumerate(chunks(images, places, device, "classifying")):
         part = slice(number * CHUNK, number * CHUNK + len(pixels))
         noise = Noise.from_seeds([args.seed + place for place in places[part]], device)
         beliefs.append(posterior(classify(latents_of(pipeline, pixels), noise, cond)).cpu())
-        tell(f"classified {part.stop} of {len(places)} pictures")
     numbers: dict[str, Any] = {"classes": captions, "pictures": len(places), "draws": args.draws}
     numbers |= {"eliminate": args.eliminate, "latents": "samples of the posterior"}
     by_weighting = dict(zip(WEIGHTINGS, torch.cat(beliefs, dim=1), strict=True))

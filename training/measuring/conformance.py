@@ -35,6 +35,7 @@ from ldm.grids import Given
 from ldm.noise import Noise
 from ldm.samplers import prior, sample
 from ldm.schedules import Table
+from training.commands import opener
 from training.errors import UserError
 from training.files import write_text
 from training.guarding import check_free
@@ -66,7 +67,7 @@ def check(args: Any) -> None:
 
 def command() -> tuple[str, ...]:
     """How this table is made."""
-    return "```bash", f"python scripts/check_samplers.py {shlex.join(sys.argv[1:])}".rstrip(), "```\n"
+    return "```bash", shlex.join([*opener("check_samplers", "python"), *sys.argv[1:]]), "```\n"
 
 
 def select(members: dict[str, Any], names: str, flag: str) -> dict[str, Any]:

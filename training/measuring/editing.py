@@ -25,13 +25,14 @@ from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, i
 from ldm.samplers import DDIM, DDPM
 from ldm.tasks import Task, Tasks
 from training.drawing.edits import half_window
-from training.errors import UserError, as_user_error
+from training.errors import UserError
 from training.guarding import check_free
 from training.measuring.distances import share
 from training.measuring.edit_scores import Numbers, arrays, coloured, mean, obeyed, overlaps, seam
-from training.measuring.obedience import SAMPLING
+from training.measuring.obedience import sampling_errors
 from training.messages import tell
 from training.pictures import charts, grids
+from training.progress import Progress
 from training.shapes.checker import background
 from training.shapes.edits import Edit, another_colour, another_object
 from training.shapes.scenes import POSITIONS, UNIT
@@ -83,10 +84,10 @@ class Studio:
     def draw(self, captions: Sequence[str], task: Tasks | None = None, sampling: Sampling | None = None) -> Tensor:
         """uint8 (N, 3, H, W) of the captions, picture i from seed + i."""
         seeds = range(self.seed, self.seed + len(captions))
-        with as_user_error(SAMPLING):
+        with sampling_errors():
             made = self.pipeline.pixels(captions, seeds, task=task, sampling=sampling or self.sampling,
                                         batch_size=self.batch_size)
-            return torch.cat(list(made))
+            return torch.cat(list(Progress("drawing", len(captions)).each(made)))
 
 
 def shapes_edits(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> Numbers:

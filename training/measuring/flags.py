@@ -1,8 +1,12 @@
-"""The flags of `scripts/evaluate.py`, in groups as --help shows them. Free of torch."""
+"""The flags of `evaluate`, in groups as --help shows them. Free of torch."""
 
 from __future__ import annotations
 
 from training.settings.flags import Parser
+
+FEATURES = (
+    "random, inception:FILE (that of FID), torchvision-inception:FILE, dinov2:DIR, clip:DIR, or a classifier's folder"
+)
 
 
 def add_flags(parser: Parser) -> None:
@@ -29,7 +33,9 @@ def what_is_measured(parser: Parser) -> None:
 def pictures(parser: Parser) -> None:
     """What judges reconstructions and generated pictures."""
     add = parser.add_argument_group("reconstructed and generated pictures").add_argument
-    add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
+    add("--features", metavar="NET", default="random", help=FEATURES)
+    text = "also score drawn pictures and their captions by this CLIP, a folder with its tokenizer"
+    add("--clip", metavar="DIR", help=text)
     text = "shapes (the rule-based checker), or the folder of a classifier of captions"
     add("--obedience", metavar="JUDGE", help=text)
     text = "shapes: edit scenes of these, --count of each kind; --grid FILE is a sheet for each, FILE-inpainting ..."
@@ -40,8 +46,8 @@ def pictures(parser: Parser) -> None:
 
 
 def held_out(parser: Parser) -> None:
-    """What is asked of held-out pictures, where nothing is drawn."""
-    group = parser.add_argument_group("held-out pictures under the denoiser, instead")
+    """What is asked of held-out pictures instead of distances."""
+    group = parser.add_argument_group("held-out pictures under the denoiser, or copies of training pictures, instead")
     asked, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     text = "log p of the latents of N held-out pictures, in nats and bits/dim, over the sampler's grid"
     asked("--likelihood", metavar="N", type=int, default=0, help=text)
@@ -49,6 +55,9 @@ def held_out(parser: Parser) -> None:
     asked("--classify", metavar="FILE", help=text)
     text = "draw each of them again from what this operator, a kind of --operator.kind, leaves of it, with noise"
     asked("--restore", metavar="OPERATOR", help=text)
+    text = "whether drawn pictures repeat training pictures of --data; --grid FILE is a sheet of the nearest pairs"
+    asked("--copies", action="store_true", help=text)
+    add("--train-count", metavar="N", type=int, default=0, help="training pictures that --copies searches; 0 = all")
     text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
     add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)
     text = "random vectors per picture that hutchinson's estimate averages over"

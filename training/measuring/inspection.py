@@ -1,4 +1,4 @@
-"""The work of scripts/inspect_autoencoder.py: what an autoencoder's latents and reconstructions are like."""
+"""The work of `inspect_autoencoder`: what an autoencoder's latents and reconstructions are like."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from training.measuring.features import load_features
 from training.measuring.probe import probe
 from training.messages import answer, tell
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
+from training.models.folders import find
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity
+from training.next_step import encoding, tell_next
 from training.pictures import grids, html
 from training.runs.folder import versions
 from training.settings.flags import check_least
@@ -74,6 +76,8 @@ def inspect(args: argparse.Namespace) -> int:
         mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))
         answer(f"{name:12} {mean} ({low} to {high})")
     tell(f"wrote {output / 'inspection.html'} and inspection.json")
+    if find(args.model, "autoencoder").finished:
+        tell_next(encoding(args.model, args.data, {"device": args.device}))
     return 0
 
 
@@ -93,7 +97,7 @@ class Study:
     def see(self, images: Images, count: int, size: int) -> None:
         """Measure `count` pictures, evenly over the split, all where it is 0, `size` at once."""
         device = self.model.norm.scale.device
-        for batch in images.chunks(images.evenly(count), size):
+        for batch in images.chunks(images.evenly(count), size, "measuring"):
             pixels, noise = batch.data.to(device), Noise(batch.slots.to(device))
             moments = self.model.encode(to_unit(pixels))
             self.statistics(moments, noise)
@@ -188,7 +192,7 @@ class Study:
     def worst(self, images: Images) -> Any:
         """The pictures of lowest PSNR, their reconstructions, and the difference."""
         chosen = self.fidelity.values()["psnr"].double().cpu().argsort()[:WORST].tolist()
-        pixels = next(images.chunks(chosen, WORST)).data
+        pixels = next(images.chunks(chosen, WORST, "")).data
         given = to_unit(pixels.to(self.model.norm.scale.device))
         ours = to_uint8(self.model(given, None)[0]).cpu()
         return grids.comparison({"input": pixels, "reconstruction": ours})

@@ -12,7 +12,6 @@ from ldm.noise import Noise
 from ldm.variational import bound
 from training.drawing.prompts import tell_reading
 from training.measuring.held_out import CHUNK, chunks, held_out
-from training.messages import tell
 from training.models.judge import caption
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def likelihood(
     places = images.evenly(args.likelihood)
     captions = [caption(images, i) for i in places]
     tell_reading(captions, ledger, pipeline.text, aloud=False)
-    for number, pixels in enumerate(chunks(images, places, device)):
+    for number, pixels in enumerate(chunks(images, places, device, "log-likelihood")):
         part = slice(number * CHUNK, number * CHUNK + len(pixels))
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
         denoise = pipeline.denoiser.bind(pipeline.text(captions[part]))
@@ -40,7 +39,6 @@ def likelihood(
         log_likelihoods.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())
         if pipeline.denoiser.diffusion.learned_variance:
             bounds.append(bound(denoise, latents, probe).cpu())
-        tell(f"log-likelihood of {part.stop} pictures")
     nats, dims = torch.cat(log_likelihoods).double(), latents[0].numel()
     return {
         "likelihood_trace": "exact" if exact else f"hutchinson, {args.likelihood_probes} probe(s) a picture",

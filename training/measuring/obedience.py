@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.requests import Request, ask
 from training.errors import UserError, as_user_error
 from training.measuring.distances import share
-from training.messages import tell
 from training.models.judge import Classifier, load_classifier
 from training.pictures import grids
+from training.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
@@ -23,21 +25,24 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline, Sampling
     from training.ledger import Ledger
 
-SAMPLING = "generate.py --help lists samplers, grids and guidance"
+
+def sampling_errors() -> AbstractContextManager[None]:
+    """Inside, what cannot be drawn so is a UserError."""
+    return as_user_error(f"{door('generate --help')} lists samplers, grids and guidance")
 
 
 def draw_batches(
     pipeline: Pipeline, sampling: Sampling, requests: list[Request], batch: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """The pictures asked for and their captions, batch by batch. Raises UserError where they cannot be drawn so."""
-    for first in range(0, len(requests), batch):
-        part = requests[first : first + batch]
-        captions, seeds = [r.prompt for r in part], [r.seed for r in part]
-        if first % (10 * batch) == 0:
-            tell(f"generating {first + len(part)} of {len(requests)}")
-        with as_user_error(SAMPLING):
-            pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
-        yield pixels, captions
+    with Progress("drawing", len(requests)) as told:
+        for first in range(0, len(requests), batch):
+            part = requests[first : first + batch]
+            captions, seeds = [r.prompt for r in part], [r.seed for r in part]
+            with sampling_errors():
+                pixels = next(pipeline.pixels(captions, seeds, sampling=sampling, batch_size=len(part)))
+            yield pixels, captions
+            told.add(len(part))
 
 
 def shapes_obedience(
@@ -58,6 +63,7 @@ def shapes_obedience(
     tell_reading((text for texts in prompts.values() for text in texts), ledger, pipeline.text, aloud=False)
     samples: list[Any] = []
     captions: list[str] = []
+    marks: list[bool] = []
     for objects, captions_of in prompts.items():
         verdicts: list[dict[str, bool]] = []
         for pixels, texts in draw_batches(pipeline, sampling, ask(captions_of, 1, args.seed), args.batch_size):
@@ -65,14 +71,15 @@ def shapes_obedience(
             checks = [check(image, prompt) for image, prompt in zip(images, texts, strict=True)]
             if not verdicts:
                 samples += grids.to_pil(pixels[:16])
-                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(checks, texts, strict=True)][:16]
+                captions += texts[:16]
+                marks += [verdict["obeyed"] for verdict in checks[:16]]
             verdicts += checks
         numbers |= share(f"obedience_{objects}", [verdict["obeyed"] for verdict in verdicts])
         for key in sorted(set().union(*verdicts) - {"obeyed"}):
             answers = [v[key] for v in verdicts if key in v]
             numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
     if args.grid:
-        grids.write(grids.grid(samples, 8, captions=captions), Path(args.grid))
+        grids.write(grids.grid(samples, 8, captions=captions, marks=marks), Path(args.grid))
         numbers["grid"] = Path(args.grid).name
     return numbers
 

@@ -20,18 +20,20 @@ from ldm import image_tasks
 from ldm.inverse.operators import LinearOperator, Operator, measure, residual
 from ldm.noise import Noise
 from ldm.samplers import Snapshot
+from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.restoration import method_of, operator_of
 from training.errors import UserError, as_user_error
 from training.measuring.calibration import EXACT, TOLD, Calibration, floor
 from training.measuring.distances import share
-from training.measuring.held_out import CHUNK, chunks, even_indices, held_out
+from training.measuring.held_out import CHUNK, even_indices, held_out
 from training.measuring.obedience import verdicts_by
-from training.messages import answer, note, tell
+from training.messages import answer, note
 from training.models.judge import caption
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity, reconstructed
 from training.pictures import charts, grids
+from training.progress import Progress
 from training.settings import decoding
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Bench:
     sigma_y: float
     samples: int
     batch_size: int
+    told: Progress  # of draws
     judge: Callable[[Tensor, list[str]], list[bool]] | None = None  # of pictures and their own captions
 
     def draws(self, method: image_tasks.Method, y: Tensor, captions: list[str], noise: Noise,
@@ -60,7 +63,7 @@ class Bench:
         are; the denoiser's calls of one draw are put into `told`. Raises UserError for what cannot be drawn."""
         whose = torch.arange(len(y)).repeat_interleave(self.samples).tolist()
         keyed = torch.stack([noise.fold("restoration", k).seeds for k in range(self.samples)], dim=1).flatten()
-        with as_user_error("evaluate.py --help lists operators, methods and samplers"):
+        with as_user_error(f"{door('evaluate --help')} lists operators, methods and samplers"):
             task = image_tasks.restoration(self.pipeline, self.operator, y[whose], self.sigma_y, method)
             for first in range(0, len(whose), self.batch_size):
                 part, calls = slice(first, first + self.batch_size), [0]
@@ -70,6 +73,7 @@ class Bench:
                     denoise, Noise(keyed[part]), own.shape or (), self.sampling, own, _counting(calls))
                 told[:] = calls
                 yield part, _sound(self.pipeline.decode(latents), method.kind)
+                self.told.add(len(latents))
 
 
 def _counting(calls: list[int]) -> Any:
@@ -162,11 +166,13 @@ def restoration(
     tell_reading(captions, ledger, pipeline.text, aloud=False)
     network = load_distance(args, images, device)
     bench = Bench(pipeline=pipeline, sampling=sampling, operator=operator, sigma_y=args.sigma_y, samples=args.samples,
-                  batch_size=args.batch_size, judge=verdicts_by(args.obedience, device))
+                  batch_size=args.batch_size, judge=verdicts_by(args.obedience, device),
+                  told=Progress("restoring", len(places) * len(methods) * args.samples, "draw"))
     scores = {name: Score(Fidelity(network), Fidelity(network)) for name in methods}
     others: dict[str, Baseline] = {}
     top: dict[str, Tensor] = {}
-    for number, pixels in enumerate(chunks(images, places, device)):
+    for number, batch in enumerate(images.chunks(places, CHUNK, "")):
+        pixels = batch.data.to(device)
         part = slice(number * CHUNK, number * CHUNK + len(pixels))
         noise = Noise.from_seeds([args.seed + place for place in places[part]], device)
         if args.truth == "model":
@@ -176,7 +182,6 @@ def restoration(
         compare(bench, pixels, y, named[part], network, others)
         for name, method in methods.items():
             scores[name].add(bench, method, pixels, y, captions[part], named[part], noise)
-            tell(f"{name}: {part.stop} of {len(places)} pictures")
         top = top or {"truth": pixels[:SHOWN].cpu()} | as_picture(y[:SHOWN].cpu(), pixels)
     found = {name: score.numbers() for name, score in scores.items()}
     beside = {name: other.numbers() for name, other in others.items()}

@@ -17,6 +17,7 @@ from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline, Sampling
 from ldm.samplers import RK4, Memory, Sampler
+from training.progress import Progress
 
 CLOSE = 0.05  # of the latents' standard deviation
 WIDER = {"predictor-corrector": 0.1, "langevin": 0.2}  # whose own laws are wider, at any number of steps
@@ -135,7 +136,7 @@ and {ERRORS:g} standard errors are allowed. ODE and SDE are {bench.gap:.1%} apar
 is the score of its data."""
     yield "\n| sampler | compared | apart | allowed | agrees |"
     yield "|---|---|---:|---:|---|"
-    for sampler in samplers:
+    for sampler in Progress("checking", len(samplers), "sampler").each(samplers, lambda sampler: 1):
         row = bench.judge(sampler)
         compared, verdict = "moments" if row.stochastic else "latents", "yes" if row.agrees else "no"
         yield f"| {row.sampler} | {compared} | {row.apart:.2%} | {row.allowed:.2%} | {verdict} |"

@@ -32,7 +32,7 @@ from training.shards.remote import NULL
 from training.tensors import content_hash, load_tensors, save_tensors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HashedPipeline(Pipeline):
     """A pipeline with the content hashes of what it is made of, each taken once, when it was loaded."""
 
@@ -124,7 +124,7 @@ def _frozen_text(
     else:
         raise UserError(
             "the config names a Hugging Face text encoder, but none was given and the latents hold no text embeddings",
-            hint="give --text-encoder NAME|DIR here or to encode_latents.py, or take a config whose text encoder "
+            hint="give --text-encoder NAME|DIR here or to encode_latents, or take a config whose text encoder "
             "learns, as --config dit-s",
             code=DATA,
         )

@@ -17,6 +17,6 @@ def fit_norm(model: Autoencoder, images: Images, count: int = MEASURED, size: in
     """Set the shift and scale of `model.norm` from about `count` pictures, evenly over the data, `size` at once."""
     statistics = LatentStatistics(model.norm, model.latent_channels)
     stride = max(1, len(images) // count)
-    for batch in images.chunks(range(0, len(images), stride)[:count], size):
+    for batch in images.chunks(range(0, len(images), stride)[:count], size, "measuring the scale of latents"):
         statistics.add(model.encode(to_unit(batch.data.to(model.norm.scale.device))))
     statistics.fit()

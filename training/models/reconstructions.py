@@ -66,6 +66,11 @@ def reconstructed(model: Autoencoder, pixels: Tensor) -> Tensor:
     return to_uint8(model(to_unit(pixels), None)[0])
 
 
+def mean_psnr(model: Autoencoder, batches: Iterable[Tensor]) -> float:
+    """The PSNR that `measure` tells of uint8 batches, alone."""
+    return torch.cat([psnr(reconstructed(model, pixels), pixels) for pixels in batches]).mean().item()
+
+
 def measure(
     model: Autoencoder, perceptual: Perceptual | None, batches: Iterable[Tensor], folder: Path
 ) -> dict[str, float]:

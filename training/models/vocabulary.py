@@ -14,6 +14,7 @@ from training.data.latents import Latents
 from training.errors import DATA, Unreachable, UserError
 from training.files import file_sha256, write_json
 from training.guarding import LARGEST_JSON, leads_out, read_json
+from training.progress import Progress
 from training.shards.index import INDEX
 from training.shards.streaming import StreamedShards
 
@@ -37,7 +38,7 @@ def count_captions(dataset: Latents) -> None:
     lengths: Counter[int] = Counter()
 
     def noted() -> Iterator[str]:
-        for caption in captions(dataset):
+        for caption in Progress("counting captions", thing="caption").each(captions(dataset), lambda caption: 1):
             if len(distinct) <= LABELS:
                 distinct.add(caption)
             lengths[min(len(split(caption)), LONGEST)] += 1

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from training.guarding import PARTIAL, disk_error
+from training.progress import Progress
 from training.shards.index import ShardInfo
 from training.shards.writing import ShardWriter
 
@@ -65,18 +66,17 @@ class MixingWriter:
     def _hash(self, key: str) -> bytes:
         return hashlib.blake2b(f"{self.seed}\0{key}".encode(), digest_size=16).digest()
 
-    def finish(self, told: Callable[[int, int], None] = lambda written, total: None) -> list[ShardInfo]:
-        """Writes the shards and returns them; `told(samples written, of how many)` now and then."""
+    def finish(self) -> list[ShardInfo]:
+        """Writes the shards and returns them."""
         for key, fields in self._first:
             self.shards.add(key, fields)
-        written = 0
-        for number in sorted(self._files):
-            for key, fields in self._sorted(number):
-                self.shards.add(key, fields)
-                written += 1
-                told(written, self.samples)
-            self._files.pop(number).close()
-            self._paths[number].unlink()
+        with Progress("writing shards", self.samples, "sample") as progress:
+            for number in sorted(self._files):
+                for key, fields in self._sorted(number):
+                    self.shards.add(key, fields)
+                    progress.add()
+                self._files.pop(number).close()
+                self._paths[number].unlink()
         return self.shards.finish()
 
     def _sorted(self, number: int) -> Iterator[tuple[str, Fields]]:

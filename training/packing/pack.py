@@ -16,14 +16,14 @@ from training.errors import DATA, USAGE, UserError
 from training.files import remove_partials, write_bytes, write_json
 from training.guarding import make_folder, read_record, refuse_links
 from training.ledger import Ledger
-from training.messages import answer, note, warn
+from training.messages import answer, note, per_second, warn
 from training.packing.mixing import MixingWriter
-from training.packing.progress import Progress
 from training.packing.settings import Settings, as_stored
 from training.packing.sources import Remark, Sample, Source
 from training.packing.texts import name_as_caption
 from training.packing.workers import Picture, pictures
 from training.pictures.decoding import Unusable, encode_png
+from training.progress import Progress
 from training.shards.claims import LOCK, claimed
 from training.shards.index import INDEX, PACKING, ShardInfo, read_index, write_index
 from training.shards.offset_index import index_path
@@ -151,20 +151,16 @@ class Packer:
         try:
             for item, name, made in done:
                 self.take(item, name, made)
-                progress.show(self.pictures, self.lost)
+                progress.at(self.pictures + self.lost, f"{self.lost:,} of them skipped" if self.lost else "")
                 if self.pictures == self.settings.limit or self.problems.enough():
                     break
             done.close()  # type: ignore[attr-defined]  # a generator: its processes end here
             self.problems.refuse()
-            return [info for writer in self.writers.values() for info in self._finished(writer, progress)]
+            return [info for writer in self.writers.values() for info in writer.finish()]
         finally:
             for writer in self.writers.values():
                 if isinstance(writer, MixingWriter):
                     writer.close()
-
-    @staticmethod
-    def _finished(writer: ShardWriter | MixingWriter, progress: Progress) -> list[ShardInfo]:
-        return writer.finish(progress.show_mixing) if isinstance(writer, MixingWriter) else writer.finish()
 
 
 def _prepare(output: Path, packing: dict[str, Any]) -> bool:
@@ -260,11 +256,8 @@ def pack(source: Source, output: Path, settings: Settings, workers: int = 0) -> 
             answer(f"{output}: already packed from this source with these settings; nothing to do")
             return False
         packer = Packer(output, settings, mixed=settings.order == "mixed" and not source.mixed)
-        progress = Progress(min(filter(None, (source.total, settings.limit)), default=None))
-        try:
+        with Progress("packing", min(filter(None, (source.total, settings.limit)), default=None)) as progress:
             infos = packer.take_all(source, workers, progress)
-        finally:
-            progress.close()
         _finish(packer, infos, source, packing)
         contact_sheet(output)
     _tell(packer, infos, source, progress)
@@ -280,8 +273,9 @@ def _tell(packer: Packer, infos: list[ShardInfo], source: Source, progress: Prog
         f"{output}: {packer.pictures:,} pictures of {settings.resolution}x{settings.resolution} "
         f"from {source.name} ({said})"
     )
-    rate = progress.rate(packer.pictures)
-    answer(f"{len(infos)} shards, {size:,.1f} MB, {progress.seconds:.1f} s ({rate}); some of them: {output / SHEET}")
+    seconds = progress.seconds
+    rate = per_second(packer.pictures / max(1e-9, seconds), "picture")
+    answer(f"{len(infos)} shards, {size:,.1f} MB, {seconds:.1f} s ({rate}); some of them: {output / SHEET}")
     for line in packer.ledger.lines() or ["everything was used as it was given"]:
         answer(line)
     if "val" not in counts and settings.val_fraction:

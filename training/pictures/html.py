@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -11,30 +13,65 @@ from typing import Any
 
 from PIL import Image
 
+GENERATOR = "latent-diffusion-from-scratch"  # by which pages of ours are known
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser holds the page to the docstring
 STYLE = (
     "body{font:15px/1.45 sans-serif;max-width:66em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:.5em 0}td,th{padding:.15em .8em;border-bottom:1px solid #ddd;"
     "text-align:right;font-variant-numeric:tabular-nums}td:first-child,th:first-child{text-align:left}"
-    "img{max-width:100%}svg{display:block;font:12px sans-serif}p{max-width:48em}"
+    "nav a{margin-right:1em}img{max-width:100%}svg{display:block;font:12px sans-serif}p{max-width:48em}"
 )
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 WIDTH, HEIGHT, LEFT, BELOW = 560, 260, 64, 40  # of a chart, and of the margins that hold its numbers
 
 
-def page(title: str, sections: Mapping[str, Sequence[str]]) -> str:
-    """A whole document from HTML parts by heading."""
-    body = "".join(f"<h2>{escape(name)}</h2>{''.join(parts)}" for name, parts in sections.items())
+def page(
+    title: str, sections: Mapping[str, Sequence[str]], *, lead: str = "", style: str = STYLE, script: str = ""
+) -> str:
+    """A whole document from HTML parts by heading, `lead` before the first; `script` is the only one that may run."""
+    names = {name: f"part-{number}" for number, name in enumerate(sections)}
+    parts = (f'<h2 id="{names[name]}">{escape(name)}</h2>{"".join(parts)}' for name, parts in sections.items())
+    links = "".join(f'<a href="#{place}">{escape(name)}</a>' for name, place in names.items())
+    policy = f"{POLICY}; script-src 'sha256-{_sha256(script)}'" if script else POLICY
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{GENERATOR}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+        f"<style>{style}</style></head><body><h1>{escape(title)}</h1>{lead}<nav>{links}</nav>{''.join(parts)}"
+        f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
+
+
+def _sha256(text: str) -> str:
+    """As a content security policy names a script: base64."""
+    return b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def embedded(value: Any) -> str:
+    """Plain data for a script of the page: JSON in an element that nothing runs and no text of it can close."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json">{text}</script>'
 
 
 def paragraph(text: str) -> str:
     """One paragraph of plain text."""
     return f"<p>{escape(text)}</p>"
+
+
+def facts(rows: Mapping[str, Any]) -> str:
+    """A table of names and what they are."""
+    lines = (f"<tr><td>{escape(name)}</td><td>{escape(cell_text(value))}</td></tr>" for name, value in rows.items())
+    return f'<div class="scroll"><table class="facts">{"".join(lines)}</table></div>'
+
+
+def folded(title: str, *parts: str) -> str:
+    """HTML parts behind their title, opened by a click."""
+    return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
+
+
+def verbatim(text: str) -> str:
+    """Plain text with its line breaks."""
+    return f"<pre>{escape(text)}</pre>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

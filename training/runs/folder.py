@@ -46,7 +46,10 @@ KINDS["ledger"] = dict
 LATER = {"tf32": False, "cudnn_benchmark": False}  # what the environment was in a run.json that does not name it
 
 
-LEFT_BY_A_START = ("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "tensorboard", "ema")
+LEFT_BY_A_START = (
+    *("config.json", "run.json", "metrics.jsonl", "timing.jsonl", "final", "samples", "ema"),
+    *("tensorboard", "trackers.json", "report.html"),
+)
 REPLACED = "replaced"  # where they go when a run without a checkpoint begins anew
 
 
@@ -77,6 +80,7 @@ class Run(RunView):
         self.mutable = MUTABLE | ({"train.batch_size"} if other_batch else set())
         self.resumes: list[dict[str, Any]] = []
         self.environment: dict[str, Any] = {}
+        self.outlook: dict[str, Any] = {}  # epochs, parameters, disk: what was said before the first step
         values = decoding.to_values(config)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file", hint="choose another --output", code=DISK)
@@ -153,6 +157,7 @@ class Run(RunView):
         """Write config.json and run.json: versions, hashes and where the run stands."""
         stands = {"format": 1, "stage": self.stage, "status": status, "step": step}
         made_with = {"versions": versions(), "environment": self.environment, "resumes": self.resumes}
+        made_with |= {"outlook": self.outlook} if self.outlook else {}
         made_with |= {key: value for key, value in record(self.folder).items() if key == "ledger"}  # until its next end
         write_json(self.folder / "config.json", decoding.to_values(self.config))
         write_json(self.folder / "run.json", finite({**stands, **made_with, **facts}))

@@ -1,4 +1,4 @@
-"""The log of a run: one progress line, metrics.jsonl (step-determined values), timing.jsonl, TensorBoard."""
+"""The log of a run: one progress line, metrics.jsonl (step-determined values), timing.jsonl, and its trackers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from training.files import finite, sync_folder
 from training.guarding import disk_error, open_own
 from training.machine.faults import fault
 from training.machine.memory import peak_memory
-from training.messages import per_second, tell, warn
+from training.messages import duration, per_second, tell, warn
+from training.progress import Progress
+from training.runs.trackers import Trackers
 from training.settings.sections import Train
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ class Journal:
     def __init__(self, run: Path, train: Train, accelerator: Accelerator) -> None:
         self.run, self.train, self.accelerator = run, train, accelerator
         self.rows: list[tuple[int, dict[str, Tensor], float]] = []
-        self.waited, self.since, self.first = 0.0, time.perf_counter(), -1
-        self.board: Any = None  # opened when it is first written to, for by then it is known where the run begins
-        self.wants_board, self.begin = accelerator.is_main_process, 0
+        self.waited, self.since, self.first, self.worked = 0.0, time.perf_counter(), -1, time.process_time()
+        self.progress = Progress("training", train.max_steps, "step", pause=60.0, aloud=accelerator.is_main_process)
+        self.trackers = Trackers()  # none but where a training asks for some
         if accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
 
@@ -47,6 +49,7 @@ class Journal:
     def record(self, step: int, values: dict[str, Tensor], rate: float) -> None:
         """Note the values of `step`; write and show them when it is time."""
         self.rows.append((step, values, rate))
+        self.progress.at(step)
         if step % self.train.log_every == 0 or step == self.train.max_steps:
             self.flush(step)
 
@@ -65,24 +68,17 @@ class Journal:
         if self.accelerator.is_main_process:
             self._append("metrics.jsonl", rows)
             self._show(step, rows)
-            with self._optional():
-                board = self._board()
-                for row in rows if board else []:
-                    for name in row.keys() - {"step"}:
-                        board.add_scalar(f"train/{name}", row[name], row["step"])
+            self.trackers.log((row["step"], {f"train/{n}": row[n] for n in row.keys() - {"step"}}) for row in rows)
 
     def look(self, step: int, numbers: dict[str, float], folder: Path) -> None:
         """Write the numbers and pictures of an evaluation (main process)."""
-        self._append("metrics.jsonl", [{"step": step, **{f"val/{k}": v for k, v in numbers.items()}}])
+        values = {f"val/{name}": number for name, number in numbers.items()}
+        self._append("metrics.jsonl", [{"step": step, **values}])
         tell(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()) + f"  -> {folder}")
-        with self._optional():
-            if board := self._board():
-                for name, value in numbers.items():
-                    board.add_scalar(f"val/{name}", value, step)
-                for picture in sorted(folder.glob("*.png")):
-                    _show_picture(board, picture, step)
-                board.flush()
+        self.trackers.log([(step, values)])
+        self.trackers.show(folder, step)
         self.since, self.waited, self.first = time.perf_counter(), 0.0, step  # looking is not training time
+        self.worked = time.process_time()
 
     def state(self) -> dict[str, Any]:
         """Plain state for checkpoints: how far metrics.jsonl reached, and that far it is on disk."""
@@ -95,8 +91,9 @@ class Journal:
         return {"metrics_bytes": path.stat().st_size}
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
-        """Cut metrics.jsonl, timing.jsonl and TensorBoard's log back to the checkpoint: no step is told twice."""
-        self.first, self.begin = step, step + 1
+        """Cut metrics.jsonl and timing.jsonl back to the checkpoint: no step is told twice."""
+        self.first = step
+        self.progress.skip(max(0, step))
         path, expected = self.run / "metrics.jsonl", int(state["metrics_bytes"])
         if not self.accelerator.is_main_process:
             return
@@ -121,15 +118,6 @@ class Journal:
         except OSError as failure:
             raise disk_error(path, failure) from None
 
-    @contextmanager
-    def _optional(self) -> Iterator[None]:
-        """Whatever goes wrong with TensorBoard inside turns it off, said once: metrics.jsonl holds everything."""
-        try:
-            yield
-        except Exception as failure:
-            self.board, self.wants_board = None, False
-            warn(f"no TensorBoard log ({failure}); metrics.jsonl holds everything")
-
     def _show(self, step: int, rows: list[dict[str, Any]]) -> None:
         now, done = time.perf_counter(), step - max(self.first, rows[0]["step"] - 1)
         seconds = (now - self.since) / max(1, done)
@@ -138,29 +126,17 @@ class Journal:
         cuda = self.accelerator.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else peak_memory()
         rate = self.train.batch_size / seconds
-        self._append(
-            "timing.jsonl", [{"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}]
-        )
+        row = {"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}
+        worked, self.worked = self.worked, time.process_time()
+        self._append("timing.jsonl", [{**row, "processor_seconds": self.worked - worked}])  # of all its threads
         mean = sum(row["loss"] for row in rows) / len(rows)
-        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.train.max_steps - step)))
+        left = duration(seconds * (self.train.max_steps - step))
         tell(
-            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  {per_second(rate)}  "
-            f"ETA {eta}  memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
+            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  "
+            f"{per_second(1 / seconds, 'step')}  {per_second(rate)}  {left} left  "
+            f"memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
         )
-
-    def _board(self) -> Any:
-        if self.wants_board and self.board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.begin)
-        return self.board
-
-
-def _show_picture(board: Any, path: Path, step: int) -> None:
-    import numpy as np
-    from PIL import Image
-
-    board.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        self.progress.told()
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -46,7 +46,7 @@ TRAINING = Part(
         "stratified times (any kind)": "--times.stratified true",
         "learned variance": "--backbone.learned_variance true",
         "warm-up EMA": "--train.ema 0.999",
-        "power-function EMA": "--train.ema_lengths 0.05,0.1 --train.ema_every 1000, then scripts/posthoc_ema.py",
+        "power-function EMA": "--train.ema_lengths 0.05,0.1 --train.ema_every 1000, then posthoc_ema",
     },
 )
 SAMPLING = Part(

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.commands import door
+from training.commands import door, own_name, own_verb
 from training.errors import USAGE, UserError
-from training.messages import note
+from training.messages import hush
 from training.settings import foreign
 from training.settings.embedded import check_model
 from training.settings.families import FAMILIES, all_kinds, suggestion, unknown_key, unknown_kind
@@ -70,19 +70,20 @@ class Parser(argparse.ArgumentParser):
     part = ""  # whose config keys may be flags: a stage, or "sampling"
 
     def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
+        named = own_name() if prog is None else prog
+        super().__init__(prog=named, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         """Raises UserError (exit 2), where argparse would end the program itself."""
-        script, *verb = self.prog.split()
-        command = door(script.removesuffix(".py"), *verb, "--help")
+        command = door(self.prog.replace(own_name(), own_verb(), 1), "--help")
         raise UserError(message, hint=f"{command} lists the flags", code=USAGE)
 
     def machine(self, group: Any = None, device: str = "auto") -> None:
-        """Where a door computes (`device` unless told; "": nowhere of its own), and whether it shows tracebacks."""
+        """Where a door computes (`device` unless told; "": nowhere of its own), and what it shows of its work."""
         add = (group or self).add_argument
         if device:
             add("--device", default=device, help="auto, cpu, cuda or cuda:N")
+        add("--quiet", action="store_true", help="say nothing but warnings, errors and what is asked for")
         add("--debug", action="store_true", help="show tracebacks")
 
     def add_data(self, text: str, required: bool = False) -> None:
@@ -107,6 +108,7 @@ class Parser(argparse.ArgumentParser):
     def _spelled(self, argv: list[str] | None, *, dotted: bool) -> list[str]:
         """The words in our spelling. Raises UserError for flags that are none of ours."""
         words = sys.argv[1:] if argv is None else argv
+        hush("--quiet" in words)
         self._refuse_unknown(words, dotted=dotted)
         return [canonical_word(word) for word in words]
 
@@ -153,6 +155,12 @@ class Parser(argparse.ArgumentParser):
         verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         parsers = [self, *(parser for choices in verbs for parser in choices.values())]
         return [option for parser in parsers for option in parser._option_string_actions]
+
+
+def written_out(overrides: Mapping[str, str]) -> list[str]:
+    """`section.key -> text` as words of a command line, by the flag that stands for a key where one does."""
+    flags = {key: flag for flag, (key, _, _) in KEYS.items()}
+    return [word for key, text in overrides.items() for word in (f"--{flags.get(key, key)}", text)]
 
 
 def canonical_word(word: str) -> str:
@@ -217,12 +225,11 @@ def check_inputs(args: argparse.Namespace) -> None:
 class TrainParser(Parser):
     """The flags of both training scripts, plus any config key as `--section.key value`."""
 
-    def __init__(self, description: str, stage: str, example: str) -> None:
+    def __init__(self, description: str, stage: str) -> None:
         super().__init__(
             description,
             epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
         )
-        self.example = example
         self.stage, self.part, self.source = stage, stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
         self.data = self.add_argument_group("data")
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
@@ -230,15 +237,16 @@ class TrainParser(Parser):
         add_cache(self.data)
         add_stream(self.data, stage)
         run = self.add_argument_group("run")
-        text = f"a config of configs/{stage}/, or a file ({example} when not given)"
+        text = f"a config of configs/{stage}/, or a file; when not given, one is proposed for the data and the device"
         run.add_argument("--config", metavar="NAME|FILE", help=text)
         run.add_argument("--output", metavar="DIR", help="the run folder")
         text = "auto: newest sound checkpoint, or start fresh; latest: it must exist"
         run.add_argument("--resume", metavar="auto|latest|PATH", help=text)
-        run.add_argument(
-            "--allow-batch-change", action="store_true", help="go on with another --batch-size than the run's"
-        )
+        text = "go on with another --batch-size than the run's"
+        run.add_argument("--allow-batch-change", action="store_true", help=text)
         run.add_argument("--init-from", metavar="RUN", help="take the weights of another run, nothing else")
+        text = "tell metrics and pictures to trackers too, with commas between: tensorboard, wandb, mlflow, trackio ..."
+        run.add_argument("--report-to", metavar="NAMES", default="none", help=text)
         run.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
         run.add_argument("--dry-run", action="store_true", help="check config, data and model, then stop")
         self.machine(run)
@@ -246,29 +254,20 @@ class TrainParser(Parser):
         for flag, (key, text, aliases) in KEYS.items():
             also = f" (also --{', --'.join(aliases)})" if aliases else ""
             keys.add_argument(f"--{flag}", metavar="X", default=argparse.SUPPRESS, help=f"{text}; sets {key}{also}")
-        keys.add_argument(
-            "--gradient-accumulation-steps",
-            metavar="X",
-            type=int,
-            default=argparse.SUPPRESS,
-            help="backward passes per optimiser step; follows from the batch sizes when not given",
-        )
+        text = "backward passes per optimiser step; follows from the batch sizes when not given"
+        keys.add_argument("--gradient-accumulation-steps", metavar="X", type=int, default=argparse.SUPPRESS, help=text)
 
     def read_training(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As `read_with_keys`, the flags that stand for a config key among the overrides, and no path missing."""
         from training.settings.decoding import names
 
         args = self._keyed(argv)
-        given, args.config = args.config, args.config or self.example
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         check_keys(args.overrides)
-        known = Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
+        known = not args.config or Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
         if known and not args.print_config:  # a config that is not there is told first, when it is read
             self._check_paths(args)
-        if given is None:
-            others = ", ".join(name for name in names(self.stage) if name != self.example)
-            note(f"no --config was given: {self.example}, made for trials, is used; others are {others}")
         return args
 
     def _check_paths(self, args: argparse.Namespace) -> None:

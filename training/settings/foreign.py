@@ -7,18 +7,18 @@ import ast
 from importlib.util import find_spec
 from pathlib import Path
 
-PACK = "pictures are packed first: make_shards.py pack FOLDER --output DIR"
-SIZE = "pictures have the size they were packed with: make_shards.py pack --resolution N"
-WEIGHTS = "begin with the weights of a run: --init-from RUN; autoencoders: convert_autoencoder.py import"
+PACK = "pictures are packed first: make_shards pack FOLDER --output DIR"
+SIZE = "pictures have the size they were packed with: make_shards pack --resolution N"
+WEIGHTS = "begin with the weights of a run: --init-from RUN; autoencoders: convert_autoencoder import"
 EMA = "averaged weights are always kept: --train.ema 0.999 (0 = off)"
 ADAM = "AdamW: --optimizer.betas 0.9,0.99"
-BOARD = "TensorBoard's log and metrics.jsonl are always in the run folder"
+BOARD = "--report-to tensorboard,wandb; metrics.jsonl is always in the run folder"
 PRECISION = "--mixed-precision bf16 or fp16"
 PROCESSES = "start with torchrun --nproc-per-node N, or accelerate launch"
 STEPS = "trainings are counted in steps: --max-steps N"
-LATENTS = "latents and embeddings are made beforehand: encode_latents.py"
-CUTS = "pictures are cut when packed: make_shards.py pack --crop"
-CAPTIONS = "captions are found when packed: make_shards.py pack --help"
+LATENTS = "latents and embeddings are made beforehand: encode_latents"
+CUTS = "pictures are cut when packed: make_shards pack --crop"
+CAPTIONS = "captions are found when packed: make_shards pack --help"
 ATTENTION = "torch's own attention is always used; leave it out"
 TEXT_LEARNS = "the text encoder learns with --text.kind scratch, and is frozen with --text.kind huggingface"
 ALL = "networks are trained whole; there is no LoRA here"
@@ -42,7 +42,7 @@ MEANINGS = {  # what it is here -> the flags of other programs
         "max-bucket-reso bucket-no-upscale"
     ),
     CUTS: "center-crop random-crop face-crop-aug-range image-interpolation-mode",
-    "mirrored pictures: --train.flip true; latents: encode_latents.py --flip": "random-flip flip-aug no-hflip hflip",
+    "mirrored pictures: --train.flip true; latents: encode_latents --flip": "random-flip flip-aug no-hflip hflip",
     WEIGHTS: (
         "pretrained-model-name-or-path pretrained-vae-model-name-or-path pretrained-model vae ckpt finetune-from "
         "actual-resume network-weights vae-path unet checkpoint-path ckpt-path"
@@ -54,7 +54,7 @@ MEANINGS = {  # what it is here -> the flags of other programs
     ),
     "--adam-weight-decay X": "weight-decay wd",
     BOARD: (
-        "report-to logging-dir tracker-project-name log-with log-prefix wandb-run-name wandb wandb-project "
+        "logging-dir tracker-project-name log-with log-prefix wandb-run-name wandb wandb-project "
         "log-tracker-name log-dir"
     ),
     PRECISION: "bf16 fp16 full-bf16 full-fp16 use-fp16 precision amp",

@@ -14,9 +14,11 @@ from typing import Any
 
 from training.errors import DATA, DISK, USAGE, UserError
 from training.guarding import disk_error
-from training.messages import open_streams, silence, speak_any_encoding, tell
+from training.messages import open_streams, say, silence, speak_any_encoding
+from training.shadows import refuse_shadows
 
-PACKAGE = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[2]  # a checkout, or where packages are installed
+OURS = ("autoencoder", "ldm", "training", "scripts")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 SCARCE = {errno.EMFILE: "ulimit -n 4096", errno.ENFILE: "ulimit -n 4096", errno.EAGAIN: "ulimit -u unlimited"}
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
@@ -32,6 +34,7 @@ def run_main(function: Callable[[], object]) -> None:
     speak_any_encoding()
     code: Any = 0
     try:
+        refuse_shadows()
         function()
         sys.stdout.flush()  # here, where a full disk is told; python itself would say it later, without a code
     except SystemExit as end:
@@ -55,9 +58,9 @@ def run_main(function: Callable[[], object]) -> None:
 
 
 def _say(problem: UserError) -> None:
-    tell(f"error: {problem.what}")
+    say(f"error: {problem.what}")
     if problem.hint:
-        tell(f"hint: {problem.hint}")
+        say(f"hint: {problem.hint}")
 
 
 def explain(failure: Exception) -> UserError:
@@ -109,7 +112,7 @@ def _place(trace: TracebackType | None) -> tuple[str, Path | None]:
     place, found = "", None
     while trace:
         code = trace.tb_frame.f_code
-        if Path(code.co_filename).is_relative_to(PACKAGE) and "site-packages" not in code.co_filename:
+        if any(Path(code.co_filename).is_relative_to(PACKAGE / name) for name in OURS):
             place = f"{Path(code.co_filename).relative_to(PACKAGE)}:{trace.tb_lineno}"
             paths = [value for value in trace.tb_frame.f_locals.values() if isinstance(value, Path)]
             found = paths[-1] if paths else found

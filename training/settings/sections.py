@@ -69,7 +69,7 @@ class Train:
     flip: bool = False  # mirror half of the images, keyed by (seed, epoch, sample)
     ema: float = 0.999  # decay of the averaged weights, reached through a warm-up; 0 turns averaging off
     ema_lengths: tuple[float, ...] = ()  # power-function averages kept besides, as shares of the steps trained (EDM2)
-    ema_every: int = 1000  # steps between their snapshots, of which posthoc_ema.py makes an average of any length
+    ema_every: int = 1000  # steps between their snapshots, of which posthoc_ema makes an average of any length
     compile: bool = False
     tf32: bool = False  # float32 products on a GPU's tensor cores, from numbers rounded to 10 bits: faster, less exact
     cudnn_benchmark: bool = False  # a GPU tries the algorithms of a convolution and takes the fastest: other last bits

@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from training.errors import DATA, UserError
 from training.files import file_sha256, write_json
-from training.guarding import leads_out, no_index
+from training.guarding import leads_out, no_index, read_record
 from training.shards.offset_index import open_index, reindex_hint
 from training.shards.tars import is_safe
 
@@ -93,6 +94,17 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
 def is_mixed(summary: Mapping[str, Any]) -> bool:
     """Whether every few shards hold all kinds of samples: by the summary of their index."""
     return summary.get("order") == "mixed" or summary.get("source") in ("shapes", "fashion-mnist")
+
+
+def pictures_facts(folder: str | Path) -> dict[str, Any]:
+    """The hash of the shards of pictures in a folder, or of those that its latents were encoded from; nothing where it
+    does not say which."""
+    plan = Path(folder) / ENCODING
+    index, infos = read_index(folder)
+    shards = {info.name: info.sha256 for info in infos} if index["kind"] == "images" else None
+    if plan.is_file():
+        shards = read_record(plan, {"data": dict})["data"]
+    return {"pictures_sha256": sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()} if shards else {}
 
 
 def data_facts(folder: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from training.files import file_sha256
 from training.guarding import check_output, leads_out, read_record
 from training.ledger import Ledger
 from training.pictures.formats import FIELDS, choose, several_pictures
+from training.progress import Progress
 from training.shards.checksums import index_of
 from training.shards.claims import claimed
 from training.shards.index import ENCODING, INDEX, PACKING, Kind, ShardInfo, read_index, write_index
@@ -146,7 +147,7 @@ def _index(directory: Path, tars: list[Path], skip: bool) -> list[ShardInfo]:
     infos: list[ShardInfo] = []
     fields: set[str] = set()
     keys, ledger = Keys(directory), Ledger()
-    for tar in tars:
+    for tar in Progress("indexing", len(tars), "tar").each(tars, lambda tar: 1):
         left_out: list[str] = []
         others: list[str] = []
         try:

@@ -190,7 +190,7 @@ def refuse_without_null(there: bool) -> None:
     """Raises UserError (code 4) where beside stored text embeddings that of the empty caption is not `there`."""
     if not there:
         what = f"these latents hold text embeddings, but not that of the empty caption ({NULL})"
-        hint = "caption dropout and guidance need it; run the same encode_latents.py again, which adds it"
+        hint = "caption dropout and guidance need it; run the same encode_latents again, which adds it"
         raise UserError(what, hint=hint, code=CHECKPOINT)
 
 

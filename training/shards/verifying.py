@@ -18,6 +18,7 @@ from training.guarding import leads_out
 from training.ledger import Ledger
 from training.pictures.decoding import MODES, load_image
 from training.pictures.formats import FIELDS, several_pictures
+from training.progress import Progress
 from training.shards.captions import stored_captions
 from training.shards.checksums import index_of, read_limit
 from training.shards.index import INDEX, Kind, ShardInfo, read_index
@@ -174,7 +175,9 @@ def verify(directory: str | Path, *, contents: bool = True) -> Report:
     kind: Kind | None = index["kind"] if contents else None
     packed = index["summary"].get("settings")
     channels = index["summary"].get("channels", 3) if packed else None
-    problems = [fault for info in shards for fault in _faults(directory, info, kind, channels, keys)]
+    read = Progress("verifying", sum(info.samples for info in shards), "sample")
+    watched = read.each(shards, lambda info: info.samples)
+    problems = [fault for info in watched for fault in _faults(directory, info, kind, channels, keys)]
     listed = {info.name for info in shards}
     for tar in sorted(directory.glob("*.tar")):
         if tar.name not in listed:

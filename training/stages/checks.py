@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from training.data.order import order_of, split_batch
 from training.errors import UserError
 from training.guarding import check_output
+from training.loop.ema import averaged_parameters
 from training.machine.launcher import first_process
 from training.messages import note, warn
 from training.models.lpips import LPIPS_NEEDS, fitting
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from training.loop.loop import Loop
+    from training.loop.stage import Stage
     from training.stages.job import Job
 
 
@@ -151,16 +153,22 @@ def check_starts(config: decoding.AutoencoderConfig) -> None:
             warn(f"loss.{key} {start} is not before train.max_steps {config.train.max_steps}: it never begins")
 
 
+def checkpoint_bytes(stage: Stage, train: Train) -> int:
+    """What one checkpoint of a stage takes: weights and buffers, averages in float32, two moments of what learns."""
+    learning = [p for network in stage.networks.values() for p in network.parameters() if p.requires_grad]
+    states = [value for network in stage.networks.values() for value in network.state_dict().values()]
+    averaged = averaged_parameters(stage.averaged).values()
+    powers = len(train.ema_lengths) * sum(p.numel() for p in averaged if p.requires_grad)
+    averages = 4 * (sum(p.numel() for p in averaged) + powers)
+    return sum(int(value.nbytes) for value in [*states, *learning, *learning]) + averages
+
+
 def check_room(loop: Loop) -> None:
     """Refuse, before the first step, a disk that cannot hold the checkpoints kept and the one being written.
 
     Raises UserError (exit 6) with what is needed and what is free.
     """
-    parameters = [p for network in loop.stage.networks.values() for p in network.parameters() if p.requires_grad]
-    states = [value for network in loop.stage.networks.values() for value in network.state_dict().values()]
-    tensors = [*states, *loop.ema.shadow.values(), *loop.powers.tensors().values(), *parameters]
-    tensors += parameters  # two moments of each
-    size = sum(value.nbytes for value in tensors)
+    size = checkpoint_bytes(loop.stage, loop.train)
     folder = loop.checkpoints.folder
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     check_output(loop.run, max(size, 3 * size - present))

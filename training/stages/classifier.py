@@ -124,7 +124,7 @@ def augment(pixels: Tensor, noise: Noise) -> Tensor:
 def accuracy(model: Classifier, images: Images) -> float:
     """The share of packed pictures whose caption the classifier names."""
     device, right = next(model.parameters()).device, 0
-    for batch in images.chunks(range(len(images)), 250):
+    for batch in images.chunks(range(len(images)), 250, "measuring"):
         answers = model(batch.data.to(device)).argmax(1).tolist()
         right += sum(model.classes[a] == caption(images, i) for a, i in zip(answers, batch.slots.tolist(), strict=True))
     return right / len(images)

@@ -110,7 +110,7 @@ class DistillationStage(StatelessStage):
         """Held out: error of the latents; PSNR, SSIM, LPIPS of 8-bit pictures *against the teacher's*; a grid."""
         fidelity = Fidelity(self.perceptual)
         errors: list[Tensor] = []
-        for batch in self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64):
+        for batch in self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64, "validating"):
             pixels = batch.data.to(self.accelerator.device)
             pair = distillation(self.model, self.teacher, to_unit(pixels), None)
             ours, theirs = to_uint8(pair.images), to_uint8(pair.target)

@@ -1,4 +1,4 @@
-"""The work of scripts/posthoc_ema.py: a finished denoiser with averaged weights of another length."""
+"""The work of `posthoc_ema`: a finished denoiser with averaged weights of another length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def rebuild(args: argparse.Namespace) -> int:
-    """The work of scripts/posthoc_ema.py: a copy of a denoiser's final/ with the averaged weights of another length."""
+    """The work of `posthoc_ema`: a copy of a denoiser's final/ with the averaged weights of another length."""
     model, output = find(args.model, "denoiser"), Path(args.output)
     if not model.finished:
         raise UserError(f"{args.model}: no finished denoiser's run", hint="give its run folder", code=CHECKPOINT)

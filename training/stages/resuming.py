@@ -96,9 +96,13 @@ def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator:
             announce(accelerator, "note: no checkpoint yet; starting fresh")
             loop.journal.restart()
         return 0
+    from training.runs.trackers import tell_left
+
     checkpoint = loop.checkpoints.load(path, verified=True)  # by `begin`, in one process
     loop.restore(checkpoint)
     if args.resume not in ("auto", "latest") and accelerator.is_main_process:
         loop.checkpoints.prune(path)  # the future that this run gives up: `auto` must not go back to it
     announce(accelerator, f"resumed from step {checkpoint.step}")
+    if accelerator.is_main_process:
+        tell_left(loop.run, args.report_to.split(","))
     return checkpoint.step

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands import again, assigned
 from training.errors import DISK, UserError
-from training.messages import answer, note, tell
+from training.files import finite
+from training.messages import answer, say, tell
+from training.next_step import tell_next
 from training.settings import decoding
 from training.settings.upgrading import run_version
 from training.settings.without_use import without_use
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import argparse
 
     from accelerate import Accelerator
+    from torch import Tensor
 
     from training.loop.loop import Loop
     from training.loop.stage import Stage
@@ -36,6 +39,11 @@ JOBS = {
 
 def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
+    args.steps_proposed = False
+    if args.config is None:
+        from training.stages.proposing import settle_config
+
+        settle_config(args, stage)
     _take_from_launcher(args, stage)
     config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
     if args.print_config:
@@ -73,10 +81,15 @@ def job_of(stage: str) -> type[Job]:
 
 def _train(job: Job, ending: ExitStack) -> int:
     from training.machine import meeting, processes
+    from training.pages.writing import Renewed
+    from training.runs.folder import Run
+    from training.runs.trackers import choose
     from training.stages.checks import check_batch, layout, shared_facts
+    from training.stages.outlook import tell_outlook
     from training.stages.resuming import begin, open_run
 
     args, settings = job.args, job.config.train
+    choose(args.report_to)
     job.open_data()
     accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
     processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
@@ -87,17 +100,23 @@ def _train(job: Job, ending: ExitStack) -> int:
     check_batch(job.dataset, job.config.train)
     run = None if args.dry_run else open_run(args, job.stage, job.config, accelerator, ending)
     if run and run.finished():
-        return report_complete(run)
+        return report_complete(job, run)
     stage = job.build(accelerator, run.folder / "final" if run else None)
     processes.announce(accelerator, job.description())
+    outlook = tell_outlook(job, stage)
     if run is None:
         return 0
     facts = job.facts()
+    if isinstance(run, Run):
+        run.outlook = outlook
     checkpoint = begin(args, run, accelerator, facts)
     if accelerator.is_main_process:
         job.begin(run.folder / "final")
     meeting.meet()
-    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts)
+    report = Renewed(job.dataset.shards.directory)
+    if accelerator.is_main_process:
+        ending.callback(report, run.folder)  # once more at the end, however it came
+    loop, exit_code = fit(args, stage, accelerator, run, micro, accumulation, checkpoint, facts, [report])
     if exit_code:
         return exit_code
     return last_act(job, run, loop, facts)
@@ -116,7 +135,8 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
         if isinstance(run, Run):
             with loop.ema.averaged_weights(), unwrapped(loop.stage):
                 tensors = job.export(run.folder, facts)
-                finish(run, tensors, job.title, close_books(loop, facts))
+                finish(run, tensors, job.about(), close_books(loop, facts))
+                tell_next(*job.next_steps(run.folder))
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
         code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything
@@ -136,17 +156,19 @@ def fit(
     accumulation: int,
     path: Path | None,
     facts: Mapping[str, Any],
+    watchers: Sequence[Callable[[Path], None]],
 ) -> tuple[Loop, int]:
     """Build the loop, resume from checkpoint `path`, train. Returns the loop and the exit code of a signal, or 0."""
     from training.data.loader import FEWER
     from training.loop.loop import Loop
     from training.machine.signals import GIVE_UP
     from training.runs.folder import Run
+    from training.runs.trackers import Trackers, choose
     from training.stages.checks import check_room
     from training.stages.resuming import resume
 
     config: Any = run.config
-    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro)
+    loop = Loop(stage, config.train, config.optimizer, accelerator, run.folder, accumulation, micro, None, watchers)
     if accelerator.is_main_process:
         check_room(loop)
     for why in without_use(config, args.overrides, accelerator.device.type):
@@ -154,8 +176,10 @@ def fit(
     start = resume(args, loop, path, accelerator)
     if path and isinstance(run, Run):  # the checkpoint's books, not those of a later end
         run.describe("training", start, {**facts, "ledger": loop.state.books.ledger().report()})
+    names = choose(args.report_to) if accelerator.is_main_process else []
     try:
-        number = loop.fit(start) if stage.networks else 0
+        with Trackers(names, run.folder, decoding.to_values(config), start) as loop.journal.trackers:
+            number = loop.fit(start) if stage.networks else 0
     except Exception:
         if isinstance(run, Run):
             with suppress(UserError, OSError):  # a full disk, say: the first reason is the one to tell
@@ -182,9 +206,9 @@ def report_stopped(
     notice = f"stopped by {signal.Signals(number).name}: saved step {loop.done}{more}"
     every = " (on every node)" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
     command, *about = repeat_command(words).split("\nnote: ")
-    tell(f"{notice}; resume{every} with: {assigned(environment)}{command}")
+    say(f"{notice}; resume{every} with: {assigned(environment)}{command}")
     for line in about:
-        note(line)
+        say(f"note: {line}")
 
 
 def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,24 +219,32 @@ def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**facts, "ledger": ledger.report()}
 
 
-def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
-    """Export final/ and close the books."""
-    from training.models.folders import card, export
+def finish(run: Run, tensors: Mapping[str, Tensor], data: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Export final/ and close the books; its card tells of the `data`."""
+    from training.models.cards import keep_samples, measured
+    from training.models.folders import export
+    from training.models.lineage import stored_ingredients
     from training.runs.checkpoint import refuse_non_finite
+    from training.runs.folder import versions
 
-    values = decoding.to_values(run.config)
+    final, steps = run.folder / "final", run.config.train.max_steps
     refuse_non_finite(tensors)
-    flat = {**facts.get("validation", {}), **facts["hashes"]}
-    identity = export(
-        run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values)
-    )
-    run.describe("finished", run.config.train.max_steps, {**facts, "model": identity})
-    tell(f"finished: {run.folder / 'final'}")
+    hashes = {**facts["hashes"], **stored_ingredients(final)}
+    numbers = facts.get("validation") or measured(run.folder, steps)
+    data = {**data, "index_sha256": facts["data"].get("index_sha256")}
+    about = {"steps": steps, "data": data, "numbers": finite(numbers), "hashes": hashes}
+    keep_samples(run.folder, steps, final)
+    identity = export(final, decoding.to_values(run.config), tensors, {**about, "versions": versions()})
+    run.describe("finished", steps, {**facts, "model": identity})
+    tell(f"finished: {final}")
 
 
-def report_complete(run: RunView) -> int:
+def report_complete(job: Job, run: RunView) -> int:
     """A finished run asked to go on is done."""
     from training.guarding import read_json
+    from training.runs.folder import Run
 
     tell(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}")
+    if isinstance(run, Run):
+        tell_next(*job.next_steps(run.folder))
     return 0

@@ -40,7 +40,7 @@ class UntrainedStage(StatelessStage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR and SSIM of held-out pictures, and a grid of input, output, error."""
-        batches = self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64)
+        batches = self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64, "validating")
         return measure(self.model, None, (batch.data.to(self.accelerator.device) for batch in batches), folder)
 
     def normalise(self) -> None:

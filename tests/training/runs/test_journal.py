@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from training.files import finite
 from training.runs.journal import Journal
+from training.runs.trackers import Trackers
 from training.settings.sections import Train
 
 
@@ -26,27 +27,26 @@ class Clock:
         return self.now
 
 
-class Board:
-    """TensorBoard's writer, that remembers what it was given."""
+class Told(Trackers):
+    """Trackers that remember what they were told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.scalars: dict[tuple[str, int], float] = {}
-        self.pictures: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.pictures: list[tuple[Path, int]] = []
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.scalars[name, step] = value
+    def log(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        self.scalars |= {(name, step): value for step, values in rows for name, value in values.items()}
 
-    def add_image(self, name: str, pixels: Any, step: int, dataformats: str) -> None:
-        assert dataformats == "HWC"
-        self.pictures[name, step] = pixels.shape
-
-    def flush(self) -> None: ...
+    def show(self, folder: Path, step: int) -> None:
+        self.pictures.append((folder, step))
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("training.runs.journal.time.perf_counter", clock.perf_counter)
+    monkeypatch.setattr("training.runs.journal.time.process_time", lambda: 2 * clock.now)  # two threads at work
     return clock
 
 
@@ -54,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def journal(clock: Clock, tmp_path: Path) -> Journal:
     """Of a run of 20 steps on 8 images each, told of every 2 steps."""
     found = Journal(tmp_path, Train(batch_size=8, log_every=2, max_steps=20), Accelerator(cpu=True))
-    found.board = Board()
+    found.trackers = Told()
     return found
 
 
@@ -78,6 +78,7 @@ def test_images_a_second_and_the_share_of_waiting(journal: Journal, clock: Clock
     pass_steps(journal, clock, range(3, 5), 1.0, 0.75)
     first, second = told(tmp_path, "timing.jsonl")
     memory = first.pop("memory_bytes"), second.pop("memory_bytes")
+    assert (first.pop("processor_seconds"), second.pop("processor_seconds")) == (8.0, 4.0)
     assert first == {"step": 2, "images_per_second": pytest.approx(4.0), "data_wait": pytest.approx(0.25)}
     assert second == {"step": 4, "images_per_second": pytest.approx(8.0), "data_wait": pytest.approx(0.75)}
     assert 50 << 20 < memory[0] <= memory[1] < 1 << 40  # bytes: a process that holds torch
@@ -95,12 +96,13 @@ def test_looking_and_what_was_before_a_resume_are_no_training_time(
     pass_steps(journal, clock, range(3, 5), 2.0, 0.0)
     rows = told(tmp_path, "timing.jsonl")
     assert [(row["images_per_second"], row["data_wait"]) for row in rows] == [(4.0, 0.0), (4.0, 0.0)]
+    assert [row["processor_seconds"] for row in rows] == [8.0, 8.0]
     later = Journal(tmp_path, journal.train, journal.accelerator)
     later.resume(13, {"metrics_bytes": 0})
     pass_steps(later, clock, range(14, 15), 2.0, 0.0)  # one step until the next line
     assert told(tmp_path, "timing.jsonl")[-1]["images_per_second"] == 4.0
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("step 14/20  loss 14.0000  lr 1.40e+00  4.0 images/s  ETA 00:00:12  memory ")
+    assert said[-1].startswith("step 14/20  loss 14.0000  lr 1.40e+00  2 s/step  4.0 images/s  12 s left  memory ")
     assert said[-1].endswith(" GiB  waiting for data 0%")
 
 
@@ -114,36 +116,29 @@ def test_metrics_tell_every_step_its_own_values(
     lines = capsys.readouterr().err.splitlines()
     assert [line[:29] for line in lines] == ["step 2/20  loss 1.5000  lr 2.", "step 4/20  loss 3.5000  lr 4."]
     scalars = {(f"train/{name}", row["step"]): row[name] for row in wanted for name in row if name != "step"}
-    assert journal.board.scalars == scalars
+    assert isinstance(journal.trackers, Told) and journal.trackers.scalars == scalars
 
 
-def test_a_look_is_told_to_both_journals(journal: Journal, tmp_path: Path) -> None:
-    Image.new("RGB", (6, 4)).save(tmp_path / "grid.png")
+def test_a_look_is_told_to_trackers_too(journal: Journal, tmp_path: Path) -> None:
     journal.look(7, {"psnr": 20.0, "lpips": 0.5}, tmp_path)
     assert told(tmp_path, "metrics.jsonl") == [{"step": 7, "val/psnr": 20.0, "val/lpips": 0.5}]
-    assert journal.board.scalars == {("val/psnr", 7): 20.0, ("val/lpips", 7): 0.5}
-    assert journal.board.pictures == {("grid", 7): (4, 6, 3)}
+    assert isinstance(journal.trackers, Told)
+    assert journal.trackers.scalars == {("val/psnr", 7): 20.0, ("val/lpips", 7): 0.5}
+    assert journal.trackers.pictures == [(tmp_path, 7)]
 
 
 def test_a_resume_takes_back_what_it_gives_up(clock: Clock, tmp_path: Path) -> None:
-    """Of timing.jsonl and TensorBoard, too; a line that a killed process left unfinished is dropped."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    """Of timing.jsonl, too; a line that a killed process left unfinished is dropped."""
     train, accelerator = Train(batch_size=8, log_every=2, max_steps=20), Accelerator(cpu=True)
     before = Journal(tmp_path, train, accelerator)
     pass_steps(before, clock, range(1, 9), 1.0, 0.0)
-    before.board.close()
     with (tmp_path / "timing.jsonl").open("a") as file:
         file.write('{"step": 10, "images_p')
     later = Journal(tmp_path, train, accelerator)
     later.resume(5, {"metrics_bytes": 0})
     assert [row["step"] for row in told(tmp_path, "timing.jsonl")] == [2, 4]
     pass_steps(later, clock, range(6, 11), 1.0, 0.0)
-    later.board.close()
     assert [row["step"] for row in told(tmp_path, "timing.jsonl")] == [2, 4, 6, 8, 10]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
     Journal(tmp_path, train, accelerator).restart()
     assert told(tmp_path, "timing.jsonl") == []
 
