@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import chromium
 import numpy as np
 import pytest
 import tiny
@@ -21,8 +21,6 @@ from PIL import Image
 from training.pictures import grids
 
 pytestmark = pytest.mark.browser
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync")
 CAPTION = "a red circle above a blue square"
 
 
@@ -35,7 +33,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (home / "../log").open("w") as log, subprocess.Popen(
             command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         assert process.stdout
-        yield process.stdout.readline().strip()
+        if not (url := process.stdout.readline().strip()):
+            pytest.fail((home / "../log").read_text())
+        yield url
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     said = (home / "../log").read_text()
@@ -44,24 +44,15 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.fail("these tests need Chromium: apt-get install chromium")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.fail("these tests need Playwright: pip install 'latent-diffusion-from-scratch[browser]'")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
-        yield browser
-        browser.close()
+def browser() -> Iterator[Any]:
+    with chromium.launched() as found:
+        yield found
 
 
 @pytest.fixture
-def page(chromium: Any, address: str) -> Iterator[Any]:
+def page(browser: Any, address: str) -> Iterator[Any]:
     """The studio's page. At the end: everything it asked for was asked of this machine, and no script failed."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
     page, asked, failed = context.new_page(), list[str](), list[str]()
     page.set_default_timeout(30_000)
     page.on("request", lambda request: asked.append(request.url))
@@ -114,7 +105,8 @@ def test_draw(page: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     panel = draw(page, "a red <b>zebra</b>")
     assert panel.locator(".grid-wrap img").count() == 4
     image = panel.locator(".grid-wrap img").first
-    assert image.bounding_box()["width"] > 200 and image.evaluate("i => getComputedStyle(i).imageRendering") == "pixelated"
+    assert image.bounding_box()["width"] > 200
+    assert image.evaluate("i => getComputedStyle(i).imageRendering") == "pixelated"
     assert panel.locator(".told").inner_text().endswith("read as unknown (<, b, >, zebra, / …)")
     assert "a red <b>zebra</b>" in panel.locator("table").first.inner_text()
     command = panel.locator(".command textarea").input_value()
@@ -225,6 +217,18 @@ def test_a_long_drawing_is_stopped(page: Any) -> None:
     panel.get_by_role("button", name="Stop").click()
     page.get_by_text("stopped; nothing of it was kept").wait_for()
     assert panel.locator(".grid-wrap img").count() == 0
+
+
+def test_a_page_that_is_closed_stops_its_drawing(page: Any, browser: Any, address: str) -> None:
+    other = browser.new_page()
+    other.goto(address)
+    panel = tab(other, "Draw")
+    panel.get_by_label("number input for Pictures").fill("64")
+    few_steps(panel, 200)  # minutes
+    panel.get_by_role("button", name="Draw", exact=True).click()
+    panel.get_by_text(re.compile("step [1-9]")).first.wait_for()
+    other.close()
+    draw(page)
 
 
 def test_at_800_pixels_nothing_is_cut_off(page: Any) -> None:
