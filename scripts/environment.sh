@@ -17,10 +17,12 @@ fi
 stamp=$venv/.installed-$(cat "$project/pyproject.toml" <(echo "${EXTRAS:-}") | cksum | tr ' ' -)
 if [ ! -e "$stamp" ]; then
     echo "installing into $venv (PyTorch is large: a few minutes the first time)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e "$project${EXTRAS:+[$EXTRAS]}"
+    bar=off # a log gets plain lines
+    [ ! -t 1 ] || bar=on
+    "$PYTHON" -m pip install --progress-bar "$bar" --disable-pip-version-check -e "$project${EXTRAS:+[$EXTRAS]}"
     touch "$stamp"
 fi
-export TOKENIZERS_PARALLELISM=false
+export TOKENIZERS_PARALLELISM=false LDM_SCRIPTED=1 # a script knows the next step: the doors need not tell it
 export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # of checkouts that share an environment, each runs its own code
 
 absolute() { # a path as seen from here, for after a `cd`

@@ -14,15 +14,18 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode alo
 
 import tiny
 
+from training.messages import hush
+
 
 def pytest_collection_finish() -> None:
     tiny.keep()
 
 
 @pytest.fixture(autouse=True)
-def full_floats() -> None:
-    """A training started in this process turns denormal numbers off for all of it; here every test has them back."""
+def fresh_process() -> None:
+    """What a step started in this process leaves for all of it: denormal numbers turned off, and --quiet."""
     torch.set_flush_denormal(False)
+    hush(False)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ PURE_IMPORTS = {
         "contextlib",
         "copy",
         "dataclasses",
+        "difflib",
         "enum",
         "fractions",
         "functools",
@@ -42,8 +43,8 @@ PURE_IMPORTS = {
 # The rooms of training/ from the ground up: each may import what lies below it, none beside it.
 FLOORS = (
     {"messages", "ledger", "commands"},
-    {"errors", "progress"},
-    {"guarding"},
+    {"errors", "progress", "next_step"},
+    {"guarding", "shadows"},
     {"tensors"},
     {"files"},
     {"machine", "shapes"},

@@ -19,6 +19,18 @@ NEEDED = re.compile(
 
 HOME = Path(__file__).parents[1]  # holds this package, and in a checkout scripts/ too
 INSTALLED = "latent-diffusion"  # the command that takes a verb; with -VERB at its end, that of one door
+HIDDEN = "HIDDEN"
+SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
+
+
+def hide_secrets(word: str) -> str:
+    """A word of a command; where it is an address, HIDDEN stands for user, password and query."""
+    return SECRET.sub(_hidden, word)
+
+
+def _hidden(found: re.Match[str]) -> str:
+    mark, user, rest, query = found.groups()
+    return mark + (f"{HIDDEN}@" if user else "") + rest + (f"?{HIDDEN}" if query else "")
 
 
 def door(start: str, *words: object) -> str:
@@ -28,7 +40,8 @@ def door(start: str, *words: object) -> str:
     script; `latent-diffusion-VERB`; else `python -m training VERB`.
     """
     verb, *fixed = start.split()
-    return " ".join([*map(shlex.quote, opener(verb)), *fixed, *(shlex.quote(str(word)) for word in words)])
+    told = (shlex.quote(hide_secrets(str(word))) for word in words)
+    return " ".join([*map(shlex.quote, opener(verb)), *fixed, *told])
 
 
 def opener(verb: str, python: str = "") -> list[str]:

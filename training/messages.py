@@ -92,7 +92,7 @@ def per_second(rate: float, thing: str = "image") -> str:
 
 def duration(seconds: float) -> str:
     """A time for people, in its two largest units: `8 s`, `3 min 20 s`, `5 h 1 min`, `2 d 4 h`."""
-    left, parts = round(seconds), []
+    left, parts = round(seconds), list[str]()
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
         count, left = divmod(left, size)
         parts += [f"{count} {unit}"] if count or parts or unit == "s" else []

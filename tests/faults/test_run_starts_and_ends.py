@@ -197,13 +197,13 @@ def start(*command: str, folder: Path, **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
 
 
-def hang_up_after_a_step(process: subprocess.Popen[str], run: Path) -> str:
-    """What a training says that is hung up once it has taken steps."""
+def stop_after_a_step(process: subprocess.Popen[str], run: Path, number: signal.Signals = signal.SIGHUP) -> str:
+    """What a training says that is sent a signal once it has taken steps."""
     deadline = time.monotonic() + 200
     while not (run / "timing.jsonl").exists():
         assert time.monotonic() < deadline and process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGHUP)  # as the system sends it to all of a terminal that closes
+    os.killpg(process.pid, number)  # as the system sends it to all of a terminal
     said = process.communicate(timeout=120)[1]
     return next(line for line in said.splitlines() if "; resume with: " in line)
 
@@ -222,6 +222,9 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+SENT = {"script": signal.SIGINT, "options": signal.SIGTERM}
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_command_told_at_a_stop_runs_as_it_stands(launcher: str, latents: Path, tmp_path: Path) -> None:
     """Pasted into a shell in the same folder, whatever started the training, with blanks and brackets in its paths."""
@@ -231,15 +234,16 @@ def test_the_command_told_at_a_stop_runs_as_it_stands(launcher: str, latents: Pa
     flags = [*map(str, tiny.DENOISER), "--train.log_every", "1", "--train.validation_size", "2"]
     flags += ["--max-steps", "100000", "--sample-every", "100000", "--save-every", "100000"]
     data = os.path.relpath(latents, folder)
-    words = [*program, "--latents", data, "--output", "a run [1]", *flags]
-    process = start(*words, folder=folder, ACCELERATE_USE_CPU="true")
-    line = hang_up_after_a_step(process, folder / "a run [1]")
-    assert line.startswith("stopped by SIGHUP: saved step ")
+    output = ["--output=a run [1]"] if launcher == "script" else ["--output", "a run [1]"]
+    number = SENT.get(launcher, signal.SIGHUP)
+    process = start(*program, "--latents", data, *output, *flags, folder=folder, ACCELERATE_USE_CPU="true")
+    line = stop_after_a_step(process, folder / "a run [1]", number)
+    assert line.startswith(f"stopped by {number.name}: saved step ")
     if not launcher.startswith(("torchrun", "accelerate")):  # which end by themselves, whatever those end with
-        assert process.returncode == 129
+        assert process.returncode == 128 + number
     command = line.partition("; resume with: ")[2]
     step = line.split("saved step ")[1].split(";")[0]
-    assert command.endswith(" --resume auto") and "'a run [1]'" in command and "ACCELERATE_USE_CPU=true " in command
+    assert command.endswith(" --resume auto") and "a run [1]'" in command and "ACCELERATE_USE_CPU=true " in command
     assert " ".join(program[1:3]) in command or launcher in ("script", "options")
     shell = {**os.environ, "PYTHONPATH": str(tiny.ROOT)}
     goal = [command.replace("--max-steps 100000", f"--max-steps {int(step) + 1}")]

@@ -50,13 +50,22 @@ def call(bin: Path, command: str, folder: Path) -> subprocess.CompletedProcess[s
     return subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
+def test_the_wheel_holds_every_file_of_the_packages(bin: Path) -> None:
+    """Configs, the demo, what pages are made of: nothing is left in the checkout."""
+    (site_packages,) = bin.parent.glob("lib/python*/site-packages")
+    held, there = (
+        {path.relative_to(root).as_posix() for name in PACKAGES for path in (root / name).rglob("*")
+         if path.is_file() and "__pycache__" not in path.parts}
+        for root in (site_packages, tiny.ROOT)
+    )  # fmt: skip
+    assert there - held == set() and held <= there and {"training/py.typed", "ldm/py.typed"} <= held
+
+
 def test_every_command_is_installed_and_is_its_own(bin: Path, tmp_path: Path) -> None:
     assert set(TABLE) <= {path.name for path in bin.iterdir()}
     where = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {PACKAGES}))"
     files = call(bin, f'python -c "{where}"', tmp_path).stdout.split()
     assert len(files) == 4 and all(Path(file).is_relative_to(bin.parent) for file in files)
-    marked = [Path(file).parent / "py.typed" for file in files if "configs" not in file]
-    assert len(marked) == 3 and all(path.is_file() for path in marked)
 
 
 def test_the_list_the_version_and_a_mistake(bin: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -117,6 +118,7 @@ def _received(
     dataset: Images | Latents, batches: Batches, workers: int, ahead: int, *, pin: bool, skipped: int
 ) -> Iterator[Batch]:
     """The batches of one set of loader processes, but the first `skipped`."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # they may outnumber cores
     how: dict[str, Any] = {"collate_fn": _whole, "pin_memory": pin, **loaders(workers, ahead)}
     loader: Any
     if isinstance(dataset.shards, StreamedShards):

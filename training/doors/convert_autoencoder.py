@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from training.errors import UserError
 from training.messages import tell
+from training.next_step import encoding, tell_next
 from training.settings.flags import Parser
 
 
@@ -36,3 +37,5 @@ def main() -> None:
     else:
         export_autoencoder(args.source, Path(args.output))
     tell(f"wrote {args.output}")
+    if args.verb == "import" and args.data:
+        tell_next(encoding(args.output, args.data, {}))

@@ -11,6 +11,7 @@ from training.commands import door
 from training.errors import DATA, UserError
 from training.ledger import Ledger
 from training.messages import answer, warn
+from training.next_step import beside, tell_next
 from training.packing.finding import add_source_flags, find_source
 from training.packing.pack import pack
 from training.packing.settings import Settings
@@ -86,6 +87,15 @@ def _pack(arguments: argparse.Namespace) -> None:
     if arguments.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {arguments.num_workers})")
     pack(find_source(arguments), arguments.output, settings, arguments.num_workers)
+    _tell_training(arguments.output)
+
+
+def _tell_training(folder: Path) -> None:
+    """The training of an autoencoder on packed pictures, as next step."""
+    index, infos = read_index(folder)
+    if index["kind"] != "images" or all(info.split != "train" for info in infos):
+        return
+    tell_next(door("train_autoencoder", "--data", folder, "--output", beside(folder, "autoencoder")))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         ledger = Ledger()
         ledger.merge(summary["ledger"])
         _tell(ledger)
+        _tell_training(arguments.directory)
     else:
         _verify(arguments.directory, arguments.on_bad_data)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from autoencoder.tiles import encode_tiled
+from training.commands import door
 from training.data.images import Images
 from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
@@ -29,9 +31,10 @@ from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
 from training.models.folders import copy_model
 from training.models.vocabulary import count_captions
+from training.next_step import again, beside, tell_next
 from training.progress import Progress
 from training.shards.claims import LOCK, claimed
-from training.shards.index import ENCODING, ShardInfo, is_mixed, read_index, write_index
+from training.shards.index import ENCODING, INDEX, ShardInfo, is_mixed, read_index, write_index
 from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import NULL, Remote, open_address
@@ -88,8 +91,41 @@ def encode(args: argparse.Namespace) -> int:
             left_out = _finish(source, target, plan, shards, model.latent_channels, worker.waiting())
             if left_out and args.on_bad_data is None:
                 raise unasked(left_out, total, target)
+            tell_next(_training(args, target))
         meeting.meet()
     return 0
+
+
+def _training(args: argparse.Namespace, target: Path) -> str:
+    """The training of a denoiser on what was encoded."""
+    words = ["--latents", target, "--output", beside(target, "denoiser")]
+    words += again({"device": args.device, "train.flip": "true" if args.flip else ""})
+    if args.text_encoder:
+        words += ["--text.kind", "huggingface", "--text.length", args.text_length, "--text.pooling", args.text_pooling]
+        words += again({"text.lower": "true" if args.text_lower else "", "text-encoder": args.text_encoder})
+    return door("train_denoiser", *words)
+
+
+def pictures_of(latents: Path) -> str:
+    """The pictures that latents were encoded from, by path or address, where that is known and they are there; else
+    ""."""
+    with suppress(UserError):
+        found = str(read_record(latents / ENCODING, {}).get("pictures", ""))
+        if found and "://" not in found:
+            found = os.path.normpath(latents / found)
+            return found if (Path(found) / INDEX).is_file() else ""
+        return found
+    return ""
+
+
+def _from(source: Path | Remote, target: Path) -> str:
+    """Where the pictures lie, as the folder of latents may say it to whom it is given: an address, without what may be
+    secret, or a path from this folder on; "" for one that names the user's home."""
+    if isinstance(source, Remote):
+        return str(source)
+    path = os.path.relpath(os.path.realpath(source), os.path.realpath(target))
+    home = Path(os.path.expanduser("~")).name
+    return "" if home in Path(path).parts else path
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -158,7 +194,7 @@ def _prepare(
     present = sum(path.stat().st_size for path in target.glob("*.tar"))
     check_output(target, total * size - present)
     # Claimed before anything is put there: a folder of other latents is refused as it was.
-    _claim(target, plan)
+    _claim(target, plan, _from(args.data, target))
     try:
         copy_model(home, target / "autoencoder")
         if encoder:
@@ -168,7 +204,7 @@ def _prepare(
         raise disk_error(target, failure) from None
 
 
-def _claim(target: Path, plan: dict[str, Any]) -> None:
+def _claim(target: Path, plan: dict[str, Any], pictures: str) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     plan_file = target / ENCODING
     if plan_file.is_file():
@@ -185,7 +221,7 @@ def _claim(target: Path, plan: dict[str, Any]) -> None:
         remove_partials(target)
     elif any(path.name != LOCK for path in target.iterdir()):
         raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
-    write_json(plan_file, plan)
+    write_json(plan_file, {**plan, "pictures": pictures})
 
 
 def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ LATER = "see whether it grew with the steps: the same command with --model RUN/c
 BLIND = "held-out pictures lie as near to training pictures as copies do, or these features see too little"
 ADVICE = (
     "train on more pictures, or for fewer steps (the best checkpoint is kept); mirrored pictures help: "
-    "encode_latents.py --flip with --train.flip true"
+    "encode_latents --flip with --train.flip true"
 )
 
 
@@ -83,6 +83,7 @@ def copies(
     spaces: dict[str, Space] = {"features": features, "pixels": pixel_space(*train[0].data.shape[-2:])}
     found = nearest(spaces, queries(), train, places, device)
     numbers |= {"features": features.name, "pictures": len(requests), "training_pictures": len(places)}
+    numbers["network"] = features.about()
     numbers |= {"training_split": len(train), "held_out_pictures": len(known), "reconstructed_pictures": len(control)}
     numbers |= of_both(found, len(requests), len(known))
     near, pixels = (one.part(0, len(requests)) for one in found.values())

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from training.data.images import Images
 from training.errors import UserError
-from training.measuring.distances import Moments
-from training.measuring.features import Features
+from training.measuring.networks.base import Features
 from training.messages import note, warn
 from training.models.judge import caption
 from training.shards.index import read_index
@@ -22,25 +21,28 @@ if TYPE_CHECKING:
 
 
 CHUNK = 100
-SETTLED = 100  # pictures from which on a distance that is not biased is told without a warning
+SETTLED = 100  # pictures from which on a measure of sets that is not biased is told without a warning
+LEAST = 10  # pictures of which sets are compared at all
 
 
 def check_count(pictures: int) -> None:
-    """Raises UserError for fewer pictures than have a covariance."""
-    if pictures < 2:
-        what = f"a distance between sets of pictures needs at least 2 in each (got {pictures})"
+    """Raises UserError for fewer pictures than are compared at all."""
+    if pictures < LEAST:
+        what = f"a distance between sets of pictures needs at least {LEAST} in each, better {SETTLED} (got {pictures})"
         raise UserError(what, hint="raise --count, or pack more pictures")
 
 
 def few_pictures(dim: int, fewest: int) -> list[str]:
-    """What to say of distances in `dim` features between sets of which the smallest has `fewest` pictures: a line for
-    each kind of number that is not to be relied on."""
+    """What to say of measures in `dim` features of sets of which the smallest has `fewest` pictures: a line for each
+    kind of number that is not to be relied on, with the count that mends it."""
     said = []
     if fewest <= dim:
         what = f"Frechet distances rest on {fewest} pictures in {dim} feature dimensions: up to {dim} the covariance is"
-        said.append(f"{what} singular, and the distance larger than that of many; compare it at equal counts alone")
+        mend = f"--count {dim + 1} and more, if there are as many; until then compare it at equal counts alone"
+        said.append(f"{what} singular, and the distance larger than that of many: {mend}")
     if fewest < SETTLED:
-        said.append(f"{fewest} pictures say little: a distance of fewer than {SETTLED} varies by as much as it is")
+        what = f"{fewest} pictures say little: a distance of fewer than {SETTLED} varies by as much as it is, and so do"
+        said.append(f"{what} precision, recall, density and coverage: --count {SETTLED} and more")
     return said
 
 
@@ -52,14 +54,9 @@ def warn_of_few(dim: int, fewest: int) -> dict[str, list[str]]:
     return {"warnings": said} if said else {}
 
 
-def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tensor]:
-    """Moments and features (N, D) of pictures given batch by batch."""
-    moments, rows = Moments(features.dim), []
-    for pixels in batches:
-        found = features(pixels)
-        moments.add(found)
-        rows.append(found.cpu())
-    return moments, torch.cat(rows)
+def gather(features: Features, batches: Iterable[Tensor]) -> Tensor:
+    """Features (N, D) of pictures given batch by batch, on the CPU."""
+    return torch.cat([features(pixels).cpu() for pixels in batches])
 
 
 def held_out(args: argparse.Namespace) -> Images:

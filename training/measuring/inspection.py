@@ -28,8 +28,10 @@ from training.measuring.features import load_features
 from training.measuring.probe import probe
 from training.messages import answer, tell
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
+from training.models.folders import find
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity
+from training.next_step import encoding, tell_next
 from training.pictures import grids, html
 from training.runs.folder import versions
 from training.settings.flags import check_least
@@ -74,6 +76,8 @@ def inspect(args: argparse.Namespace) -> int:
         mean, low, high = (html.cell_text(value[key]) for key in ("mean", "low", "high"))
         answer(f"{name:12} {mean} ({low} to {high})")
     tell(f"wrote {output / 'inspection.html'} and inspection.json")
+    if find(args.model, "autoencoder").finished:
+        tell_next(encoding(args.model, args.data, {"device": args.device}))
     return 0
 
 

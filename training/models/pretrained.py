@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import DATA, UserError
+from training.messages import rewrites, tell
 from training.tensors import check_weights
 
 FAILURES = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RuntimeError)
@@ -25,9 +26,12 @@ def loading(what: str, name: str, hint: str) -> Iterator[dict[str, Any]]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of the reading of weights
     folder = Path(name).is_dir()
     if name.startswith(("/", ".", "~")) and not folder:
         raise UserError(f"{name}: no such folder of a {what}", hint=hint, code=DATA)
+    if not folder:
+        tell_download(what, name)
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or folder
     try:
@@ -40,6 +44,15 @@ def loading(what: str, name: str, hint: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{what} '{name}' cannot be loaded ({reason[:200]})", hint=hint, code=DATA) from None
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def tell_download(what: str, name: str) -> None:
+    """Say that `name` may now be downloaded; the hub's own bars are for terminals alone."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    tell(f"{what} {name}: downloaded, as far as it is not on this machine")
+    if not rewrites():
+        disable_progress_bars()
 
 
 def in_precision(dtype: str) -> dict[str, str]:

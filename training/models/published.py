@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from training.errors import CHECKPOINT, DATA, UserError
 from training.files import file_sha256
+from training.messages import rewrites, tell
 from training.tensors import Pickled, load_tensors
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def standard_weights(net: str) -> dict[str, Tensor]:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         digits = FILES[net].rpartition("-")[2].removesuffix(".pth")
-        hub.download_url_to_file(ADDRESS + FILES[net], str(path), hash_prefix=digits, progress=False)
+        tell(f"downloading {path}")
+        hub.download_url_to_file(ADDRESS + FILES[net], str(path), hash_prefix=digits, progress=rewrites())
     return read_weights(path)  # torchvision's own reader unpickles what lies there, and anything in it
 
 

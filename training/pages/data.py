@@ -131,4 +131,6 @@ def _text(value: Any) -> str:
     """A plain value for a table."""
     if isinstance(value, list):
         return " x ".join(map(str, value))
-    return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, dict) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return html.cell_text(value)

@@ -8,6 +8,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from training.messages import duration
 from training.pages import curves, data, shown
 from training.pages.record import GONE, Log, Record
 from training.pictures import html
@@ -15,10 +16,11 @@ from training.pictures import html
 LEVELS = (
     "t is the place on the way from the picture, t = 0, to noise, t = 1. Near 1 next to nothing of the picture is "
     "left, and the network settles what is where, by the caption; near 0 all but the finest detail is there, and it "
-    "settles texture and edges. The value is the mean squared error of what the network predicts ({}) on held-out "
-    "samples, always with the same noise, so that validations differ by the weights alone. None of them reaches 0: "
-    "what noise has hidden can only be guessed. A level that still falls still learns; one that rises while the "
-    "training loss falls is overfitted; one far above an earlier run's shows where this one is worse."
+    "settles texture and edges.",
+    "The value is the mean squared error of what the network predicts ({}) on held-out samples, always with the same "
+    "noise, so that validations differ by the weights alone. It reaches 0 nowhere: what noise has hidden can only be "
+    "guessed. A level that still falls still learns; one that rises while the training loss falls is overfitted; one "
+    "far above another run's, on the same latents and with the same prediction, shows where this one is worse.",
 )
 DRAWING = ("sampler", "grid", "guidance")  # of the pictures that are looked at, not of what is trained
 NO_PICTURES = "There are no pictures: samples/ holds no grid.png. They come with the validations, from step 0 on."
@@ -56,6 +58,8 @@ def what(record: Record) -> str:
     train = record.config.get("train", {})
     asked = [f"batch {train['batch_size']}", f"seed {train['seed']}"] if {"batch_size", "seed"} <= train.keys() else []
     teacher = record.run.get("teacher", {}).get("autoencoder", "none")
+    weights = record.run.get("outlook", {}).get("parameters")
+    asked += [f"{weights:,} parameters"] if weights else []
     asked += [f"distilled from the autoencoder {teacher[:12]}"] if teacher != "none" else []
     title = "Autoencoder (stage one)" if record.stage == "autoencoder" else "Denoiser of latents (stage two)"
     return f"{title}: {', '.join([*kinds, *asked])}."
@@ -132,8 +136,8 @@ def level_section(record: Record) -> list[str]:
         ]
     meaning = curves.Meaning("", "Held-out loss against the noise level", "")
     predicted = str(record.config.get("prediction", {}).get("kind", "its target"))
-    return [html.paragraph(LEVELS.format(predicted)),
-            f'<div class="plots">{curves.plot(meaning, lines, across="t")}</div>']  # fmt: skip
+    told = [html.paragraph(text.format(predicted)) for text in LEVELS]
+    return [*told, f'<div class="plots">{curves.plot(meaning, lines, across="t")}</div>']
 
 
 def cost_section(record: Record) -> list[str]:
@@ -159,6 +163,8 @@ def cost(record: Record) -> dict[str, str]:
     seconds = [image / rate for image, (_, rate) in zip(images, rates, strict=True) if rate > 0]
     waits = [share for _, share in record.timing.series.get("data_wait", [])]
     told = {"steps": f"{rates[-1][0]:,}", "images": f"{sum(images):,}", "wall time": duration(sum(seconds))}
+    if samples := record.run.get("outlook", {}).get("samples"):
+        told["epochs"] = f"{sum(images) / samples:.1f} of {samples:,} samples"
     told["processor time"] = _processor_time(record.timing)
     told["speed"] = f"{sum(images) / max(1e-9, sum(seconds)):.3g} images/s"
     if len(waits) == len(seconds):
@@ -173,14 +179,6 @@ def _processor_time(timing: Log) -> str:
     points = timing.series.get("processor_seconds", [])
     known = len(points) == len(timing.series["images_per_second"])
     return duration(sum(value for _, value in points)) if known else "not told for all steps by this run's version"
-
-
-def duration(seconds: float) -> str:
-    """Hours and minutes, or seconds where it is short."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def remarks(record: Record) -> Iterator[str]:
@@ -218,7 +216,7 @@ def repetition(record: Record) -> list[str]:
     if not record.run:
         return [html.paragraph("The config that it was trained with:"), config]
     data_flag = "--data DATA" if record.stage == "autoencoder" else "--latents LATENTS"
-    script = f"python scripts/train_{record.stage}.py"
+    script = f"python -m training train-{record.stage}"
     given = [data_flag, *_frozen_parts(record)]
     again = " ".join([script, "--config RUN/config.json", *given, "--output NEW"])
     going_on = " ".join([script, "--config RUN/config.json", *given, "--output RUN --resume auto"])
@@ -226,7 +224,8 @@ def repetition(record: Record) -> list[str]:
         html.paragraph("The config holds everything but the places of files; the data of the hash above give the run "
                        "again, on a CPU to the bit:"),
         html.verbatim(again),
-        html.paragraph("Where it is not finished, or is to go on with more --max-steps:"),
+        html.paragraph("In a checkout the scripts/ are the same. Where the run is not finished, or is to take more "
+                       "--max-steps, it goes on:"),
         html.verbatim(going_on),
         config,
     ]  # fmt: skip

@@ -25,7 +25,7 @@ HEAD = 400  # bytes in which a page of ours says so
 
 
 def report(args: argparse.Namespace) -> int:
-    """The work of scripts/report.py: write the page and say where. Returns the exit code."""
+    """The work of `report`: write the page and say where. Returns the exit code."""
     folders = [Path(name) for name in args.run]
     if DEMO in args.run and not Path(DEMO).exists():
         what = f"{DEMO} is the model of the package, without the run that trained it"
@@ -50,7 +50,8 @@ def one(folder: Path, data: Path | None = None) -> bytes:
 def several(folders: Sequence[Path]) -> bytes:
     """The page of runs beside each other."""
     records = [read(folder, name) for folder, name in zip(folders, comparison.names(folders), strict=True)]
-    return _page(f"{len(records)} runs: {', '.join(record.name for record in records)}", comparison.sections(records))
+    title = f"{len(records)} runs: {', '.join(record.name for record in records)}"
+    return _page(title, comparison.sections(records), comparison.lead(records))
 
 
 def is_ours(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The table of docs/recipes.md: what is proposed for a laptop, one GPU and several, made by the proposals."""
+"""The table of docs/recipes.md: what is proposed for a laptop, one GPU and several, by the proposals."""
 
 from __future__ import annotations
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from training.commands import HIDDEN, hide_secrets
 from training.errors import UserError
 from training.guarding import make_folder
-
-HIDDEN = "HIDDEN"
-SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
 
 
 def redact(address: str) -> str:
@@ -34,15 +31,10 @@ def repeat_command(words: Iterable[str]) -> str:
     """A command line to repeat, quoted for a shell; where addresses in it hold secrets, HIDDEN stands for each, and a
     note says so."""
     told = list(words)
-    kept = [SECRET.sub(_hidden, word) for word in told]
+    kept = [hide_secrets(word) for word in told]
     note = f"\nnote: put user, password or query of the address back where {HIDDEN} stands; or give credentials in the"
     note += " environment, where no command repeats them (such as FSSPEC_S3_KEY and FSSPEC_S3_SECRET)"
     return shlex.join(kept) + (note if kept != told else "")
-
-
-def _hidden(found: re.Match[str]) -> str:
-    mark, user, rest, query = found.groups()
-    return mark + (f"{HIDDEN}@" if user else "") + rest + (f"?{HIDDEN}" if query else "")
 
 
 def cache_folder(given: str | Path | None) -> Path:

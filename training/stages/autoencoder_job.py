@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.identity import Identity
+from training.commands import door
 from training.data.images import Images
 from training.errors import as_user_error
 from training.guarding import make_folder
@@ -18,6 +19,7 @@ from training.models.folders import fill
 from training.models.lpips import load_perceptual
 from training.models.previews import keep_teacher, teacher_hash
 from training.models.vision import vision_hash, vision_of_flags
+from training.next_step import again, beside, encoding
 from training.shards.index import data_facts
 from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import open_address
@@ -38,12 +40,12 @@ class AutoencoderJob(Job):
     """Stage one: train, measure the latent normaliser, export."""
 
     stage: ClassVar[str] = "autoencoder"
-    title: ClassVar[str] = "Autoencoder"
     config: AutoencoderConfig
 
     def open_data(self) -> None:
         """Pictures, and the teacher or vision model that flags name."""
         args, train = self.args, self.config.train
+        self.given = str(args.data)  # as the user names it
         if isinstance(self.config.model, Identity):
             check_no_lessons(args)
         how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
@@ -114,6 +116,11 @@ class AutoencoderJob(Job):
         data = stream_facts(self.dataset) if self.args.stream else data_facts(self.args.data)
         return {"data": data, **parts}
 
+    def about(self) -> dict[str, Any]:
+        """Counts, and the size of the pictures, where they are of one."""
+        side = self.args.resolution or self.dataset.shards.summary.get("resolution")
+        return {**self.counts(), "resolution": side and [side, side], "channels": self.dataset.channels}
+
     def begin(self, final: Path) -> None:
         """Keep the record of the teacher beside the model."""
         keep_teacher(self.teacher, final)
@@ -126,3 +133,17 @@ class AutoencoderJob(Job):
         numbers = self.trained.evaluate(folder)
         facts |= {"hashes": autoencoder_hashes(self.trained.model), "validation": numbers}
         return self.trained.model.state_dict()
+
+    def next_steps(self, run: Path) -> list[str]:
+        """To encode the pictures; those of a stream are packed first. A preview is measured."""
+        args, data, commands = self.args, self.given, list[str]()
+        also = {"device": args.device, "cache-dir": args.cache_dir}
+        if args.stream:
+            if "://" in data or data.startswith("pipe:"):
+                return []  # only files are packed
+            data, tars = beside(run, "data"), data
+            like = {"resolution": args.resolution, "on-bad-data": args.on_bad_data, "channels": self.dataset.channels}
+            commands = [door("make_shards pack", tars, "--output", data, *again(like))]
+        if self.teacher is not None:
+            return [*commands, door("evaluate", "--model", run, "--data", data, *again(also))]
+        return [*commands, encoding(run, data, also)]

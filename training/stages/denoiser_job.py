@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ldm.text import Label
+from training.commands import door
 from training.data.latents import Latents
+from training.encoding.data_set import pictures_of
 from training.errors import as_user_error
 from training.models import assembly
 from training.models.captions_read import refuse_unread
+from training.next_step import again, beside, prompt
 from training.shards.index import data_facts, pictures_facts
 from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
@@ -26,12 +30,13 @@ if TYPE_CHECKING:
 
     from training.settings.decoding import DenoiserConfig
 
+CAPTIONS = 5  # that a model card shows
+
 
 class DenoiserJob(Job):
     """Stage two: train on encoded latents, export a self-contained model."""
 
     stage: ClassVar[str] = "denoiser"
-    title: ClassVar[str] = "Denoiser"
     config: DenoiserConfig
 
     def open_data(self) -> None:
@@ -88,6 +93,11 @@ class DenoiserJob(Job):
         data = data_facts(self.args.latents) | pictures_facts(self.args.latents)
         return {"data": data, "hashes": self.parts.hashes}
 
+    def about(self) -> dict[str, Any]:
+        """Counts, the size of the pictures, and captions of held-out ones."""
+        captions = list(dict.fromkeys(self.trained.grid_captions()))[:CAPTIONS]
+        return {**self.counts(), "resolution": self.dataset.shards.summary["latent"]["picture"], "captions": captions}
+
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
         assembly.store(self.parts, Path(self.args.latents), final)
@@ -96,3 +106,15 @@ class DenoiserJob(Job):
         """Store a text encoder that learned; the tensors of the backbone are returned."""
         assembly.export_learned(self.parts, run / "final")
         return self.parts.backbone.state_dict()
+
+    def next_steps(self, run: Path) -> list[str]:
+        """To draw, with a held-out caption as prompt (of labels, one that was trained on), and to measure."""
+        args, summary = self.args, self.dataset.shards.summary
+        shown = self.dataset if isinstance(self.config.text, Label) else self.held_out
+        captions = (caption for place in range(len(shown)) for caption in shown.captions(place)[:1])
+        also = again({"device": args.device, "text-encoder": args.text_encoder})
+        words = ["--model", run, *prompt(captions), "--output", beside(run, "pictures")]
+        commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
+        if data := pictures_of(Path(args.latents)):
+            commands.append(door("evaluate", "--model", run, "--data", data, *also))
+        return commands

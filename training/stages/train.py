@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.commands import again, assigned
 from training.errors import DISK, UserError
+from training.files import finite
 from training.messages import answer, say, tell
+from training.next_step import tell_next
 from training.settings import decoding
 from training.settings.upgrading import run_version
 from training.settings.without_use import without_use
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import argparse
 
     from accelerate import Accelerator
+    from torch import Tensor
 
     from training.loop.loop import Loop
     from training.loop.stage import Stage
@@ -97,7 +100,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     check_batch(job.dataset, job.config.train)
     run = None if args.dry_run else open_run(args, job.stage, job.config, accelerator, ending)
     if run and run.finished():
-        return report_complete(run)
+        return report_complete(job, run)
     stage = job.build(accelerator, run.folder / "final" if run else None)
     processes.announce(accelerator, job.description())
     outlook = tell_outlook(job, stage)
@@ -132,7 +135,8 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
         if isinstance(run, Run):
             with loop.ema.averaged_weights(), unwrapped(loop.stage):
                 tensors = job.export(run.folder, facts)
-                finish(run, tensors, job.title, close_books(loop, facts))
+                finish(run, tensors, job.about(), close_books(loop, facts))
+                tell_next(*job.next_steps(run.folder))
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
         code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything
@@ -215,24 +219,32 @@ def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**facts, "ledger": ledger.report()}
 
 
-def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
-    """Export final/ and close the books."""
-    from training.models.folders import card, export
+def finish(run: Run, tensors: Mapping[str, Tensor], data: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Export final/ and close the books; its card tells of the `data`."""
+    from training.models.cards import keep_samples, measured
+    from training.models.folders import export
+    from training.models.lineage import stored_ingredients
     from training.runs.checkpoint import refuse_non_finite
+    from training.runs.folder import versions
 
-    values = decoding.to_values(run.config)
+    final, steps = run.folder / "final", run.config.train.max_steps
     refuse_non_finite(tensors)
-    flat = {**facts.get("validation", {}), **facts["hashes"]}
-    identity = export(
-        run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values)
-    )
-    run.describe("finished", run.config.train.max_steps, {**facts, "model": identity})
-    tell(f"finished: {run.folder / 'final'}")
+    hashes = {**facts["hashes"], **stored_ingredients(final)}
+    numbers = facts.get("validation") or measured(run.folder, steps)
+    data = {**data, "index_sha256": facts["data"].get("index_sha256")}
+    about = {"steps": steps, "data": data, "numbers": finite(numbers), "hashes": hashes}
+    keep_samples(run.folder, steps, final)
+    identity = export(final, decoding.to_values(run.config), tensors, {**about, "versions": versions()})
+    run.describe("finished", steps, {**facts, "model": identity})
+    tell(f"finished: {final}")
 
 
-def report_complete(run: RunView) -> int:
+def report_complete(job: Job, run: RunView) -> int:
     """A finished run asked to go on is done."""
     from training.guarding import read_json
+    from training.runs.folder import Run
 
     tell(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}")
+    if isinstance(run, Run):
+        tell_next(*job.next_steps(run.folder))
     return 0

@@ -181,7 +181,7 @@ def results(made: Made) -> tuple[Any, ...]:
 
 def chosen(drawn: list[str], event: gr.SelectData) -> str:
     """The path of the drawn picture that was clicked on."""
-    return drawn[event.index]
+    return str(drawn[event.index])
 
 
 @contextmanager

@@ -230,7 +230,7 @@ def test_the_time_spent_waiting_for_pictures_is_told(
     words = encode(autoencoder, shapes, tmp_path / "latents", "--num-workers", 0)
     assert tiny.call("encode_latents", *words) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].endswith(f"samples of 8x8x8), waiting for data {share}")
+    assert said[-2].endswith(f"samples of 8x8x8), waiting for data {share}") and said[-1].startswith("next: ")
 
 
 def _summary(autoencoder: Path, data: Path, target: Path) -> dict[str, object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +82,22 @@ def test_load(folders: dict[str, Path], name: str) -> None:
     assert cond.context.shape == (2, 12, 16) and cond.mask.sum(1).tolist() == [5, 2]
     assert cond.pooled is not None and cond.pooled.shape == (2, 8 if name == "clip" else 16)
     assert not encoder.trainable and not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_no_bars_of_libraries_and_the_next_step_takes_the_encoder(
+    folders: dict[str, Path], autoencoder: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, where the bars of transformers would be."""
+    words = ["--autoencoder", autoencoder, "--data", shapes, "--output", tmp_path / "latents", "--device", "cpu"]
+    words += ["--text-encoder", folders["clip"], "--text-length", "12", "--text-lower"]
+    done = tiny.spawn(tiny.SCRIPTS / "encode_latents.py", *words)
+    assert done.returncode == 0 and not re.search(r"[\r\x1b]", done.stderr), done.stderr
+    *_, command = done.stderr.splitlines()
+    flags = shlex.split(command.removeprefix("next: "))[2:]
+    of_text = ["--text.length", "12", "--text.pooling", "auto", "--text.lower", "true"]
+    wanted = ["--text.kind", "huggingface", *of_text, "--text-encoder", str(folders["clip"])]
+    assert flags[flags.index("--text.kind") :] == wanted
+    assert tiny.call("train_denoiser", *flags, *tiny.DENOISER[:6], *tiny.SHORT, "--max-steps", "1") == 0
 
 
 def damaged(folder: Path, target: Path, file: str, data: bytes | None) -> Path:

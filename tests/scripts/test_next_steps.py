@@ -1,0 +1,177 @@
+"""The last line of each step is the command of the next one: from pictures to drawn ones by pasting alone."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+from packs import png, tar
+from PIL import Image
+
+from training.doors.make_shards import main as make_shards
+from training.next_step import SCRIPTED, again, beside, prompt, tell_next
+from training.next_step import encoding as encoding_of
+from training.shards.reading import ShardSet
+
+Said = pytest.CaptureFixture[str]
+QUICK = ["--max-steps", "2", "--batch-size", "8", "--train.validation_size", "4", "--config", "smoke"]
+HURRIED = {
+    "train_autoencoder": [*QUICK, "--model.channels", "8,8,8", "--model.groups", "4", "--discriminator.width", "4"],
+    "encode_latents": ["--num-workers", "0"],
+    "train_denoiser": [*QUICK, "--backbone.width", "16", "--backbone.depth", "1", "--sample.steps", "2"],
+    "generate": ["--steps", "2"],
+    "evaluate": ["--count", "4", "--steps", "2"],
+    "make_shards": ["--missing-caption", "empty"],
+}
+
+
+def told(said: str) -> list[list[str]]:
+    """The words of each `next:` line, which are the last ones."""
+    lines = said.splitlines()
+    commands = [line.removeprefix("next: ") for line in lines if line.startswith("next: ")]
+    assert commands and [f"next: {command}" for command in commands] == lines[-len(commands) :]
+    return [shlex.split(command) for command in commands]
+
+
+def paste(words: list[str], *more: object) -> None:
+    """Run a command that was told, in this process, with what makes it short."""
+    start = 4 if words[1:3] == ["-m", "training"] else 2  # or a script of this folder
+    name = Path(words[start - 1]).stem.replace("-", "_")
+    assert tiny.call(name, *words[start:], *HURRIED[name], *more) == 0
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_from_pictures_to_pictures_by_the_lines_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    """With a blank and a quote in the paths; what is proposed is never there yet."""
+    monkeypatch.chdir(tmp_path)
+    folder = "Anna's pictures"
+    pack = ["pack", "shapes", "--samples", "40", "--val-fraction", "0.2", "--output", f"{folder}/data"]
+    assert tiny.call("make_shards", *pack) == 0
+    [training] = told(capsys.readouterr().err)
+    assert value(training, "--data") == f"{folder}/data" and value(training, "--output") == f"{folder}/autoencoder"
+    paste(training, "--device", "cpu")
+    [encoding] = told(capsys.readouterr().err)
+    assert value(encoding, "--autoencoder") == f"{folder}/autoencoder" and value(encoding, "--device") == "cpu"
+    paste(encoding, "--flip")
+    [second] = told(capsys.readouterr().err)
+    assert value(second, "--latents") == f"{folder}/latents" and value(second, "--train.flip") == "true"
+    paste(second)
+    drawing, measuring = told(capsys.readouterr().err)
+    shards = ShardSet(Path(folder) / "data", "val")
+    assert value(drawing, "--prompt") in {shards.read(place)["txt"].decode() for place in range(len(shards))}
+    assert value(drawing, "--model") == value(measuring, "--model") == f"{folder}/denoiser"
+    assert value(measuring, "--data") == f"{folder}/data"
+    paste(drawing)
+    assert (Path(folder) / "pictures" / "00000.png").is_file()
+    capsys.readouterr()
+    paste(measuring)
+    assert "frechet_generated" in capsys.readouterr().out
+
+
+def grey(level: int) -> bytes:
+    """A picture of 32 x 32."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (level, level, level)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("path", "there", "proposed"), [
+    ("runs/ae", [], "runs/latents"), ("runs/ae/final", [], "runs/latents"), ("photos", [], "photos-latents"),
+    ("photos-data", ["photos-latents"], "photos-latents-2"), ("ae", ["latents", "latents-2"], "latents-3"),
+    ("s3://bucket/my-data/?token=secret", [], "my-latents"),
+])  # fmt: skip
+def test_a_free_name(
+    path: str, there: list[str], proposed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ["runs", *there]:
+        (tmp_path / name).mkdir()
+    assert beside(path, "latents") == proposed
+
+
+def test_the_working_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    assert beside(".", "autoencoder") == str(tmp_path / "photos-autoencoder")
+
+
+@pytest.mark.parametrize(("captions", "words"), [
+    (["a red circle"], ["--prompt", "a red circle"]),
+    (["", "two\nlines", "\x1b[2J", "x" * 201, "fine"], ["--prompt", "fine"]),
+    (["--quiet"], ["--prompt=--quiet"]), (["", " "], ["--prompt", ""]), ([], ["--prompt", ""]),
+    (["Anna's “dog”"], ["--prompt", "Anna's “dog”"]),
+])  # fmt: skip
+def test_a_prompt_that_can_be_pasted(captions: list[str], words: list[str]) -> None:
+    assert prompt(captions) == words
+
+
+def test_only_flags_that_say_something_are_given_again() -> None:
+    assert again({"device": "auto", "tile": 0, "cache-dir": None, "channels": 4}) == ["--channels", "4"]
+
+
+def test_no_secret_of_an_address_is_told(capsys: Said) -> None:
+    command = encoding_of("demo", "https://me:word@host/photos?token=abc", {"cache-dir": "my cache"})
+    tell_next(command)
+    said = capsys.readouterr().err
+    assert "--data 'https://HIDDEN@host/photos?HIDDEN' --output photos-latents --cache-dir 'my cache'" in said
+    assert said.splitlines()[1].startswith("note: put user, password or query of the address back")
+    assert "word" not in said.replace("password", "") and "abc" not in said
+
+
+def test_scripts_know_the_next_step_themselves(capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SCRIPTED, "1")
+    tell_next("a command")
+    assert capsys.readouterr().err == ""
+    assert f"export TOKENIZERS_PARALLELISM=false {SCRIPTED}=1" in (tiny.SCRIPTS / "environment.sh").read_text()
+
+
+def test_tars_that_are_indexed_where_they_lie(tmp_path: Path, capsys: Said) -> None:
+    """Without a word of their size; latents and what has nothing to train on get no line."""
+    tar(tmp_path / "a" / "00.tar", {"0.png": png(0), "0.txt": "noise"})
+    make_shards(["index", str(tmp_path / "a")])
+    [training] = told(capsys.readouterr().err)
+    assert value(training, "--data") == str(tmp_path / "a")
+    (tmp_path / "a" / "00.tar").rename(tmp_path / "a" / "val.tar")
+    make_shards(["index", str(tmp_path / "a")])
+    assert "next: " not in capsys.readouterr().err
+
+
+def test_a_stream_is_packed_before_it_is_encoded(tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for shard in "01":
+        tar(tmp_path / "in" / f"{shard}.tar", {f"{shard}{number:02d}.png": grey(10 * number) for number in range(24)})
+    words = ["--data", "in/{0..1}.tar", "--stream", "--resolution", "32", "--output", "runs/ae", "--device", "cpu"]
+    assert tiny.call("train_autoencoder", *HURRIED["train_autoencoder"], *words, "--shuffle-buffer", "4") == 0
+    packing, encoding = told(capsys.readouterr().err)
+    assert packing[4:6] == ["pack", "in/{0..1}.tar"] and value(packing, "--resolution") == "32"
+    assert value(packing, "--output") == value(encoding, "--data") == "runs/data"
+    paste(packing)
+    capsys.readouterr()
+    paste(encoding)
+    [second] = told(capsys.readouterr().err)
+    assert value(second, "--latents") == "runs/latents"
+
+
+def test_a_preview_is_measured(autoencoder: Path, shapes: Path, tmp_path: Path, capsys: Said) -> None:
+    words = ["--config", "tiny", "--model.width", "8", "--teacher", autoencoder, "--data", shapes, *tiny.SHORT]
+    assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "run", "--max-steps", "1") == 0
+    [measuring] = told(capsys.readouterr().err)
+    capsys.readouterr()
+    paste(measuring)
+    assert "psnr" in capsys.readouterr().out
+
+
+def test_a_measured_autoencoder_encodes(autoencoder: Path, shapes: Path, capsys: Said) -> None:
+    words = ["--model", autoencoder, "--data", shapes, "--count", "4", "--device", "cpu"]
+    assert tiny.call("evaluate", *words) == 0
+    [encoding] = told(capsys.readouterr().err)
+    assert (value(encoding, "--autoencoder"), value(encoding, "--data")) == (str(autoencoder), str(shapes))
+    assert not Path(value(encoding, "--output")).exists() and value(encoding, "--device") == "cpu"
