@@ -227,15 +227,15 @@ def test_a_run_knows_its_pictures(
 ) -> None:
     """From the door: the pictures its latents were encoded from, or others; the sheet, and every pair by its key."""
     monkeypatch.setattr("training.measuring.copies.LEAST", 19)  # as many as the data hold out
-    words = ("--model", denoiser, "--data", shapes, "--copies", "--count", 5, "--device", "cpu", "--grid")
+    words = ("--model", denoiser, "--data", shapes, "--copies", "--count", 10, "--device", "cpu", "--grid")
     output = ("--output", tmp_path / "out.json")
     assert tiny.call("evaluate", *words, tmp_path / "pairs.png", *output) == 0
     said = capsys.readouterr()
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["trained_on_data"] is True and "trained on" not in said.err
     assert numbers["verdict"] in said.out and (tmp_path / "pairs.png").is_file()
-    assert [numbers[n] for n in ("pictures", "training_pictures", "held_out_pictures")] == [5, 96, 19]
-    assert all(row["nearest"].startswith("train-") for row in numbers["pairs"]) and len(numbers["pairs"]) == 5
+    assert [numbers[n] for n in ("pictures", "training_pictures", "held_out_pictures")] == [10, 96, 19]
+    assert all(row["nearest"].startswith("train-") for row in numbers["pairs"]) and len(numbers["pairs"]) == 10
     ratios = [row["ratio"] for row in numbers["pairs"]]
     assert ratios == sorted(ratios)
     assert trained_on_data(Namespace(model=denoiser / "final", data=shapes)) is True
