@@ -35,7 +35,8 @@ def pixel_space(height: int, width: int) -> Space:
 
     def points(pixels: Tensor) -> Tensor:
         small = F.adaptive_avg_pool2d(as_rgb(pixels).float() / 255, size).flatten(1)
-        return small / small.shape[1] ** 0.5
+        scaled: Tensor = small / small.shape[1] ** 0.5
+        return scaled
 
     return points
 
