@@ -67,13 +67,10 @@ class Loop:
         rate: Callable[[int], float] | None = None,
         watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
-
-        `watchers` are called with the run folder in the main process, once a validation is written there.
-        """
-        self.watchers = watchers
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given; `watchers` are called
+        with the run folder in the main process, once a validation is written there."""
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
-        self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
+        self.watchers, self.rate = watchers, rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
