@@ -39,7 +39,7 @@ MEANINGS = (
     Meaning(
         "val/loss(_train)?", "Validation loss",
         "With averaged weights: of held-out samples, and as loss_train of as many training samples, measured alike. "
-        "These falling while held-out ones rise is over-fitting. The loss that is trained weighs noise levels otherwise.",
+        "These falling while held-out ones rise is over-fitting. The training loss weighs noise levels otherwise.",
     ),
     Meaning(
         "val/.*_gap", "Validation gap",
