@@ -102,7 +102,7 @@ def of_one(record: Record) -> list[str]:
         groups.setdefault(meaning_of(name).pattern, []).append(name)
     points = _points(len(series))
     return [
-        plot(meaning_of(names[0]), {name: thinned(series[name], points) for name in names}, smooth=_dense(names[0]))
+        plot(meaning_of(names[0]), {name: thinned(series[name], points) for name in names}, smooth=_noisy(names[0]))
         for names in groups.values()
     ]
 
@@ -117,7 +117,7 @@ def of_several(records: Sequence[Record]) -> list[str]:
         meaning = meaning_of(name)
         alone = sum(meaning_of(other) == meaning for other in names) == 1
         title = meaning.title if alone else f"{meaning.title}: {name}"
-        plots.append(plot(meaning, lines, title=title, smooth=_dense(name), runs=list(series)))
+        plots.append(plot(meaning, lines, title=title, smooth=_noisy(name), runs=list(series)))
     return plots
 
 
@@ -175,9 +175,9 @@ def last_numbers(record: Record) -> str:
     return html.table(("", "last", "at step", "lowest", "at step", "highest", "at step"), rows)
 
 
-def _dense(name: str) -> bool:
-    """Whether a name is measured at every step, so that smoothing it says more; validations are few."""
-    return not name.startswith("val/")
+def _noisy(name: str) -> bool:
+    """Whether smoothing says more of a name: validations are few, and a rate is no measurement."""
+    return not name.startswith("val/") and name != "lr"
 
 
 def _points(lines: int) -> int:

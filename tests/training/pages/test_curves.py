@@ -38,6 +38,7 @@ def test_the_numbers_of_a_run_are_in_its_plots(tmp_path: Path) -> None:
     assert [line["name"] for line in levels] == ["val/loss_t0.1", "val/loss_t0.5", "val/loss_t0.9"]
     assert [line["points"][0] for line in levels] == [[0, 1.1], [0, 1.5], [0, 1.9]]
     assert found["Training loss"]["smooth"] and not found["Validation loss"]["smooth"]
+    assert found["Gradient norms"]["smooth"] and not found["Learning rate"]["smooth"]
     assert len({line["colour"] for line in levels}) == 3
 
 
