@@ -22,7 +22,6 @@ from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
-from training.loop.overfitting import Overfitting
 from training.loop.pace import Pace
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
@@ -84,15 +83,13 @@ class Loop:
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
         books = Books(stage, self.watchdogs)
         self.state = TrainingState(
-            *(stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books),
-            Overfitting(),
+            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books
         )
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
         self.waits = self.watchdogs.skips or not fused or accelerator.device.type == "cpu"
-        undoable = self.watchdogs.skips
         self.signals, self.done, self.saving = Signals(), 0, False
-        asked = (undoable, self.signals.give_up)
+        asked = (self.watchdogs.skips, self.signals.give_up)
         self.passes = Passes(stage, train, accelerator, self.journal, micro, accumulation, *asked)
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
 
