@@ -37,14 +37,21 @@ MEANINGS = (
         log=True,
     ),
     Meaning(
-        "val/loss", "Validation loss",
-        "On held-out samples with averaged weights. It weighs noise levels otherwise than the training loss: compare "
-        "directions, not heights. Rising here while the training loss falls is overfitting.",
+        "val/loss(_train)?", "Validation loss",
+        "On held-out samples with averaged weights, and (_train) on as many training samples. It weighs noise levels "
+        "otherwise than the training loss: compare directions, not heights. Rising here while the training loss falls "
+        "is overfitting.",
+    ),
+    Meaning(
+        "val/(loss|psnr)_gap", "Gap of validation",
+        "How much better training samples score than held-out ones. Where it grows while held-out scores become worse, "
+        "the run over-fits: evaluate.py --copies tells whether it repeats its pictures.",
     ),
     Meaning(LEVEL.pattern, "Validation loss by noise level", UNEXPLAINED),
     Meaning(
-        "val/(teacher_)?psnr", "PSNR",
-        "Held-out reconstructions, more is better; 3 dB more is half the squared error.", "dB",
+        "val/(teacher_)?psnr(_train)?", "PSNR",
+        "Held-out reconstructions, and (_train) of training pictures: more is better; 3 dB is half the squared error.",
+        "dB",
     ),
     Meaning("val/(teacher_)?ssim", "SSIM", "Held-out reconstructions, local structure: 1 is the same picture."),
     Meaning(
