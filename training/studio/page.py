@@ -122,8 +122,8 @@ class Page:
                 flags = controls(self)
                 start, stop = self.buttons(button)
             with gr.Column(scale=3, min_width=380):
-                gallery = gr.Gallery(label="Pictures", columns=2, object_fit="contain", height=None,
-                                     elem_classes="pixelated", interactive=False, format="png")
+                gallery = gr.Gallery(label="Pictures", columns=2, object_fit="contain", height=None, format="png",
+                                     interactive=False, buttons=["download", "fullscreen"], elem_classes="pixelated")
                 told = gr.HTML()
                 command = self.command("The command that draws the same")
                 files, drawn = self.files(), gr.State([])
@@ -164,6 +164,10 @@ class Page:
         """To draw and to stop."""
         with gr.Row():
             return gr.Button(label, variant="primary", scale=3), gr.Button("Stop", variant="stop", min_width=90)
+
+    def left(self, request: gr.Request) -> None:
+        """A page that is closed wants no drawing."""
+        self.studio.stop(str(request.session_hash))
 
     def stopped(self, request: gr.Request) -> None:
         """End what this page has begun."""
