@@ -17,6 +17,15 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def parameters(module: object) -> str:
+    """Their number, in words: "4.9 M parameters"; none where it is no module."""
+    count = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
+    for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit} parameters"
+    return f"{count} parameters"
+
+
 class Autoencoder(nn.Module, ABC):
     """images in [-1, 1] (B, image_channels, H, W) <-> z (B, latent_channels, H/factor, W/factor).
 
@@ -29,6 +38,10 @@ class Autoencoder(nn.Module, ABC):
     norm: LatentNorm
     quantize: Codebook | None  # what z is replaced by inside `decode`
     encoder_parts: tuple[str, ...]  # prefixes of the state that decides the moments
+
+    def __repr__(self) -> str:
+        latents = f"{self.latent_channels} channels at 1/{self.factor} of the size"
+        return f"autoencoder {type(self).__name__}: {parameters(self)}, {self.image_channels} channels to {latents}"
 
     @abstractmethod
     def forward(

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from autoencoder.base import parameters
 from ldm.conditioning import Cond
 from ldm.diffusion import Denoised, Diffusion
 from ldm.schedules import NoiseSchedule, per_sample
@@ -62,7 +63,7 @@ class Bound:
         return self.call(x, t)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Denoiser(Conditional):
     """A backbone and the process it was trained on: (x (B, ...), t () or (B,), cond) -> both ends of x.
 
@@ -72,6 +73,10 @@ class Denoiser(Conditional):
 
     backbone: Network
     diffusion: Diffusion
+
+    def __repr__(self) -> str:
+        process = f"predicts {self.diffusion.prediction.kind} on the schedule {self.schedule.kind}"
+        return f"denoiser {type(self.backbone).__name__}: {parameters(self.backbone)}, {process}"
 
     @property
     def schedule(self) -> NoiseSchedule:

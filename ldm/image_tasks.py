@@ -20,6 +20,7 @@ from torch import Tensor
 
 from autoencoder.identity import IdentityAutoencoder
 from autoencoder.images import to_unit
+from ldm.arguments import Captions, Sampling, each_caption, one_each
 from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
@@ -28,7 +29,7 @@ from ldm.inverse.operators import Decoded, GivenMask, Operator
 from ldm.inverse.posterior import Posterior
 from ldm.inversion import edit_friendly
 from ldm.noise import Noise
-from ldm.pipeline import Captions, Pipeline, Sampling, each_caption, one_each
+from ldm.pipeline import Pipeline
 from ldm.samplers import DDIMInversion, sample
 from ldm.tasks import Reference, Task, Tasks, Watch, unheld
 

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import index
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from autoencoder.base import Autoencoder
+from autoencoder.base import Autoencoder, parameters
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
+from ldm.arguments import Also, Captions, Seeds, Words, each_caption, each_seed, each_weight, one_each, translated
+from ldm.arguments import Sampling as Sampling  # which others look for here
 from ldm.composition import beside
 from ldm.conditioning import Cond
 from ldm.coupling import Coupled, Coupling
 from ldm.denoiser import Conditional, Denoise, Denoiser
-from ldm.grids import Grid
-from ldm.guiding import Guidance, Helpers
+from ldm.guiding import Helpers, Scaled
 from ldm.noise import Noise
-from ldm.samplers import Sampler, sample
+from ldm.samplers import sample
 from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
 
-Captions = str | Sequence[str]  # one, or one per picture
-Also = Sequence[tuple[str, float]]  # further captions of every picture, each with its weight
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How pictures are made: solver, its steps and the times it visits, and what steers it."""
-
-    sampler: Sampler
-    grid: Grid
-    guidance: Guidance
-    steps: int = 25
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pipeline:
-    """A trained run, ready to draw: `pipeline(["a red circle"], seeds=[0])` gives PIL images.
+    """A trained run, ready to draw: `pipeline("a red circle", seed=0)` gives PIL images.
 
     A picture depends on its caption, its seed and the settings alone, not on its batch: the noise is keyed by the seed,
     bit for bit. `size`: pixels (height, width). `weak`: the poorer model of autoguidance. `judge`, for classifier
@@ -74,21 +60,37 @@ class Pipeline:
         """Pixels: what both sides of a picture are multiples of."""
         return self.autoencoder.factor * int(getattr(self.denoiser.backbone, "multiple", 1))
 
-    def __call__(self, captions: Captions, seeds: int | Sequence[int] = 0, **settings: Any) -> list[Any]:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n  " + ",\n  ".join(self._facts()) + "\n)"
+
+    def _facts(self) -> Iterator[str]:
+        plan, guidance = self.sampling, self.sampling.guidance
+        scale = f", scale {guidance.scale:g}" if isinstance(guidance, Scaled) else ""
+        yield from map(repr, (self.denoiser, self.autoencoder))
+        yield f"text encoder {type(self.text).__name__}: {parameters(self.text)}"
+        latents = "x".join(map(str, self.latent_shape(self.size)))
+        yield f"pictures of {_size(self.size)} pixels (height x width) from latents of {latents}"
+        yield f"{plan.steps} steps of {plan.sampler.kind} on the grid {plan.grid.kind}, guidance {guidance.kind}{scale}"
+
+    def __call__(self, captions: Captions | None = None, seeds: Seeds | None = None,
+                 **words: Unpack[Words]) -> list[Any]:
         """One PIL image per caption, grey, RGB or RGBA by the autoencoder's channels.
 
-        `seeds`: one each, or the first of a run; `settings`: as `pixels` takes them.
+        `seeds`: one each, or the first of a run; `words`: the settings of `pixels`, or what other programs call them
+        (prompt, negative_prompt, num_images_per_prompt, num_inference_steps, guidance_scale, height and width, seed):
+        `ldm.arguments.translated` says what each means, and what it raises.
         """
         from PIL import Image
 
-        parts = list(self.pixels(captions, seeds, **settings))
+        each, numbers, settings = translated(captions, seeds, words, self.sampling)
+        parts = list(self.pixels(each, numbers, **settings))
         if not parts:
             return []
         pixels = torch.cat(parts)
         grey = pixels.shape[1] == 1
         return [Image.fromarray(p[..., 0] if grey else p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    def pixels(self, captions: Captions, seeds: int | Sequence[int] = 0, *, negative: Captions = "", also: Also = (),
+    def pixels(self, captions: Captions, seeds: Seeds = 0, *, negative: Captions = "", also: Also = (),
                task: Tasks | None = None, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
                batch_size: int = 64, watch: Watch | None = None) -> Iterator[Tensor]:
         """uint8 (b,C,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
@@ -99,12 +101,12 @@ class Pipeline:
         drawn, for a size that does not fit, and where what is given per caption is more or fewer than the captions.
         """
         captions, negatives = each_caption(captions), each_caption(negative)
-        seeds = _numbers(seeds, len(captions))
+        seeds = each_seed(seeds, len(captions))
         negatives = negatives * len(captions) if isinstance(negative, str) else negatives
         for given, name in ((seeds, "seeds"), (negatives, "negative prompts")):
             if len(given) != len(captions):
                 raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
-        also = [_weighed(pair) for pair in also]
+        also = each_weight(also)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
@@ -196,37 +198,3 @@ def _size(size: Iterable[int]) -> str:
 def _without_references(watch: Watch) -> Watch:
     """Of the pairs of a reference and a picture, the pictures."""
     return lambda shot: watch(shot._replace(x=shot.x[1::2], x0=shot.x0[1::2]))
-
-
-def one_each(captions: Sequence[str], count: int) -> Sequence[str]:
-    """`count` captions, of which one stands for all."""
-    return list(captions) * count if len(captions) == 1 else captions
-
-
-def each_caption(captions: Captions) -> list[str]:
-    """One string is one caption, not one for each letter. Raises ValueError where one is no text."""
-    each = [captions] if isinstance(captions, str) else list(captions)
-    for caption in each:
-        if not isinstance(caption, str):
-            raise ValueError(f"captions and prompts are texts, got {caption!r}.")
-    return each
-
-
-def _numbers(seeds: int | Sequence[int], count: int) -> list[int]:
-    """A seed each; one whole number is the first of a run. Raises ValueError for what is no whole number."""
-    given: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    try:
-        if hasattr(given, "__len__"):
-            return [index(seed) for seed in given]
-        return list(range(index(given), index(given) + count))
-    except TypeError:
-        raise ValueError(f"seeds are whole numbers, got {seeds!r}.") from None
-
-
-def _weighed(pair: Sequence[Any]) -> tuple[str, float]:
-    """A further caption and its weight. Raises ValueError for anything else."""
-    if isinstance(pair, str) or len(pair) != 2:
-        raise ValueError("`also` takes pairs of a caption and its weight.")
-    if not isinstance(pair[0], str) or not math.isfinite(pair[1]):
-        raise ValueError(f"`also` takes pairs of a caption and a finite weight, got {tuple(pair)}.")
-    return pair[0], pair[1]

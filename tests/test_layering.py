@@ -26,6 +26,7 @@ PURE_IMPORTS = {
         "contextlib",
         "copy",
         "dataclasses",
+        "difflib",
         "enum",
         "fractions",
         "functools",
@@ -43,7 +44,7 @@ PURE_IMPORTS = {
 FLOORS = (
     {"messages", "ledger", "commands"},
     {"errors", "progress", "next_step"},
-    {"guarding"},
+    {"guarding", "shadows"},
     {"tensors"},
     {"files"},
     {"machine", "shapes"},

@@ -31,6 +31,7 @@ _HOMES = {"load_autoencoder": "training.models.autoencoders", "load_pipeline": "
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        import_module("training.shadows").refuse_shadows()
         return getattr(import_module(_HOMES[name]), name)
     if name == "__version__":
         try:

@@ -16,6 +16,7 @@ from training.errors import UserError
 from training.messages import answer
 from training.settings.families import suggestion
 from training.settings.flags import run_main
+from training.shadows import leave_working_folder
 
 DOORS = Path(__file__).parent / "doors"
 
@@ -66,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_working_folder()
     main()

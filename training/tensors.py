@@ -70,6 +70,15 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         raise UserError(reason, hint="use another checkpoint or download it again", code=CHECKPOINT) from None
 
 
+def stored_hash(path: Path) -> str:
+    """The content hash that `save_tensors` was told to write into a file; empty where it was not."""
+    from safetensors import safe_open
+
+    check_safetensors(path)
+    with safe_open(path, "pt") as file:
+        return str((file.metadata() or {}).get("hash", ""))
+
+
 def check_safetensors(path: Path) -> None:
     """Raises UserError where `path` is missing, a pickle, or does not begin as a safetensors file must."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from training.models.folders import card
+from training.files import write_json
+from training.models.cards import text
 from training.pictures import grids
 
 # Each would be found, were it written anywhere; a user's files and tokens are known by where they are kept.
@@ -62,13 +62,15 @@ def test_h6_prompts_name_no_file(denoiser: Path, tmp_path: Path) -> None:
     assert [grids.facts(tmp_path / "out" / name)["prompt"] for name in names] == PROMPTS
 
 
-def test_h5_a_model_card_shows_text_as_text() -> None:
-    outside = "<script>1</script> ![x](http://x) [a](http://b) | `c` *d* \n# e"
-    told = card("Denoiser", {"caption": outside}, {"text": {"name": f"\n```\n{outside}"}})
-    table, config = told.split("Config:")
-    (row,) = [line for line in table.splitlines() if line.startswith("| caption")]
-    assert not re.search(r"(?<!\\)[][<>`*]", row) and "# e" in row
-    assert row.count(" | ") == 1  # the bar within it is escaped: no cell of its own
-    fences = [line for line in config.splitlines() if line.startswith("```")]
-    assert fences == ["```json", "```"]  # and all in between is JSON, that alone
-    assert json.loads(config.partition("```json")[2].rpartition("```")[0])["text"]["name"].startswith("\n```")
+def test_h5_a_model_card_shows_text_as_text(tmp_path: Path) -> None:
+    outside = "<script>1</script> ![x](http://x) [a](http://b) | `c` *d* \n# e\n```\n---"
+    values = {"backbone": {"kind": outside}, "text": {"kind": "scratch", "length": 4}, "sample": {"size": [8, 8]}}
+    write_json(tmp_path / "config.json", values)
+    data = {"captions": [outside], "train": outside, "held_out": 1}
+    told = text(tmp_path, {"data": data, "hashes": {outside: outside}})
+    code = re.findall(r"^(`{3,})(?:bash|python)\n(.*?)\n\1$", told, re.M | re.S)
+    assert len(code) == 2 and all(block.count("<script>") == 1 for _, block in code)
+    plain = re.sub(r"^(`{3,})\w+\n.*?\n\1$", "", told, flags=re.M | re.S)
+    assert not re.search(r"(?<!\\)[<>`*]", plain.replace("*Pictures", ""))
+    assert not re.search(r"^(# e|```|---)$", plain.partition("---\n")[2].partition("---\n")[2], re.M)
+    assert all(row.count(" | ") == 1 for row in plain.splitlines() if row.startswith("| ") and "script" in row)

@@ -133,3 +133,17 @@ def test_the_weaker_model_and_the_judge_reach_the_guidance_that_asks_for_them() 
     for guidance in (Autoguidance(scale=3.0), ByClassifier()):
         with pytest.raises(ValueError, match="beside the denoiser"):
             drawn(guidance)
+
+
+def test_the_fields_words_draw_the_same_pictures_bit_for_bit() -> None:
+    drawn = pipeline()
+    plan = replace(PLAN, steps=3, guidance=replace(PLAN.guidance, scale=5.0))
+    ours = drawn(["a", "a", "bb", "bb"], [7, 8, 7, 8], negative="x", sampling=plan, size=(8, 16))
+    theirs = drawn(prompt=["a", "bb"], seed=7, negative_prompt="x", num_inference_steps=3, guidance_scale=5.0,
+                   height=8, width=16, num_images_per_prompt=2)  # fmt: skip
+    assert [picture.size for picture in theirs] == [(16, 8)] * 4
+    assert [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]
+    assert len({picture.tobytes() for picture in theirs}) == 4  # all of it has its effect
+    (alone,) = drawn("bb", seed=8, negative_prompt="x", num_inference_steps=3, guidance_scale=5.0, height=8, width=16)
+    assert alone.tobytes() == theirs[3].tobytes()
+    assert alone.tobytes() != drawn("bb", seed=8, height=8, width=16)[0].tobytes()

@@ -156,8 +156,10 @@ def test_what_a_run_holds(autoencoder: Path, denoiser: Path) -> None:
             "ingredients.json",
             "model.safetensors",
             "README.md",
+            "card.json",
+            "samples.png",
             "tokenizer/vocabulary.json",
             "text_encoder/model.safetensors",
         ),
-        *("autoencoder/config.json", "autoencoder/model.safetensors", "autoencoder/README.md"),
+        *("autoencoder/config.json", "autoencoder/model.safetensors", "autoencoder/README.md", "autoencoder/card.json"),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -11,8 +13,10 @@ import tomllib
 import venv
 from pathlib import Path
 
+import hints
 import pytest
 import tiny
+from PIL import Image
 
 PACKAGES = ("autoencoder", "configs", "ldm", "training")
 PROJECT = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -50,13 +54,22 @@ def call(bin: Path, command: str, folder: Path) -> subprocess.CompletedProcess[s
     return subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
+def test_the_wheel_holds_every_file_of_the_packages(bin: Path) -> None:
+    """Configs, the demo, what pages are made of: nothing is left in the checkout."""
+    (site_packages,) = bin.parent.glob("lib/python*/site-packages")
+    held, there = (
+        {path.relative_to(root).as_posix() for name in PACKAGES for path in (root / name).rglob("*")
+         if path.is_file() and "__pycache__" not in path.parts}
+        for root in (site_packages, tiny.ROOT)
+    )  # fmt: skip
+    assert there - held == set() and held <= there and {"training/py.typed", "ldm/py.typed"} <= held
+
+
 def test_every_command_is_installed_and_is_its_own(bin: Path, tmp_path: Path) -> None:
     assert set(TABLE) <= {path.name for path in bin.iterdir()}
     where = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {PACKAGES}))"
     files = call(bin, f'python -c "{where}"', tmp_path).stdout.split()
     assert len(files) == 4 and all(Path(file).is_relative_to(bin.parent) for file in files)
-    marked = [Path(file).parent / "py.typed" for file in files if "configs" not in file]
-    assert len(marked) == 3 and all(path.is_file() for path in marked)
 
 
 def test_the_list_the_version_and_a_mistake(bin: Path, tmp_path: Path) -> None:
@@ -85,3 +98,29 @@ def test_pack_and_train_by_a_packaged_config(bin: Path, tmp_path: Path) -> None:
     train = "latent-diffusion-train-autoencoder --config smoke --data data --output run --max-steps 2 --batch-size 8"
     done = call(bin, f"{pack} && {train} --device cpu", tmp_path)
     assert done.returncode == 0 and (tmp_path / "run" / "final" / "model.safetensors").is_file(), done.stderr
+
+
+PAGE = (tiny.ROOT / "docs" / "install.md").read_text("utf-8")
+
+
+def test_the_page_names_commands_and_flags_that_there_are() -> None:
+    blocks = re.findall("```bash\n(.*?)```", PAGE, re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    named = [(words[0], words[1:]) for words in lines if words[0].startswith("latent-diffusion-")]
+    launched = [words[words.index("training") + 1 :] for words in lines if "training" in words]
+    doors = [(name.removeprefix("latent-diffusion-"), rest) for name, rest in named] + [
+        (verb, rest) for verb, *rest in launched]  # fmt: skip
+    assert len(named) == 3 and len(launched) == 2
+    for verb, rest in doors:
+        assert f"latent-diffusion-{verb}" in TABLE
+        assert {word for word in rest if word.startswith("--")} <= hints.options(verb.replace("-", "_"))
+    extras = re.findall(r"\.\[([\w,]+)\]", PAGE)[0].split(",")
+    assert set(extras) <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_lines_of_python_on_the_page_draw() -> None:
+    said: dict[str, object] = {}
+    exec(re.findall("```python\n(.*?)```", PAGE, re.S)[0], said)
+    pictures = [said["picture"], *said["pictures"]]  # type: ignore[misc]
+    assert all(isinstance(picture, Image.Image) for picture in pictures)
+    assert [picture.size for picture in pictures] == [(32, 32)] + [(48, 32)] * 4

@@ -211,6 +211,10 @@ def no_val(place: Place) -> None:
     _indexed(place, train=_captioned(40))
 
 
+def few_held_out(place: Place) -> None:
+    _indexed(place, train=_captioned(40), val=_captioned(8))
+
+
 def no_train(place: Place) -> None:
     _indexed(place, val=_captioned(8))
 

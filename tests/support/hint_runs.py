@@ -148,3 +148,13 @@ def compilerless(place: Place) -> None:
 def uncounted(place: Place) -> None:
     """Latents of a time when captions were not counted."""
     (place.copy("latents", "data") / "captions.json").unlink()
+
+
+def before_its_end(place: Place) -> None:
+    """`run`, which has a checkpoint and has not exported it."""
+    (place.copy("denoiser", "run") / "final" / "model.safetensors").unlink()
+
+
+def older_model(place: Place) -> None:
+    """`model` as an earlier version exported it."""
+    shutil.copytree(place.made("denoiser") / "final", place.folder / "model", ignore=lambda *_: {"card.json"})

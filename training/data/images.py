@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,11 @@ class Images(Samples[np.ndarray]):
         if not self.extensions:
             what = f"the shards hold no pictures (fields: {', '.join(shards.fields)})"
             raise UserError(what, hint=f"make them: {door('make_shards pack SOURCE --output DIR')}", code=DATA)
+
+    @cached_property
+    def plain(self) -> Images:
+        """Without mirrored ones."""
+        return Images(self.shards, on_bad_data=self.on_bad_data, resolution=self.resolution)
 
     def picture(self, index: int) -> np.ndarray:
         """Sample `index` as uint8 (H,W,channels). Raises UserError(code 3) where it cannot be decoded."""

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,11 @@ class Latents(Samples[Latent]):
         if flip and not self.mirrored:
             hint = "encode again with --flip, or set --train.flip false"
             raise UserError("train.flip is on, but the latents hold no mirrored images", hint=hint, code=DATA)
+
+    @cached_property
+    def plain(self) -> Latents:
+        """Without mirrored ones."""
+        return Latents(self.shards, on_bad_data=self.on_bad_data)
 
     def moments(self, index: int, field: str = "moments.npy") -> np.ndarray:
         """Sample `index` as (2C,h,w)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +60,11 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @cached_property
+    @abstractmethod
+    def plain(self) -> Self:
+        """The same samples as validation reads them: none mirrored, of several captions the one that seed 0 gives."""
 
     @abstractmethod
     def load(self, slots: list[Slot]) -> list[Loaded | UserError]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from training.measuring.flags import FEATURES
 from training.settings.flags import Parser
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     add("--batch-size", metavar="N", type=int, default=32, help="pictures at once")
     add("--lpips", metavar="WEIGHTS", help="also LPIPS: standard, random, or a file of backbone weights")
     add("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg", help="backbone of LPIPS")
-    add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
+    add("--features", metavar="NET", default="random", help=FEATURES)
     add("--probe-steps", metavar="N", type=int, default=300, help="training steps of the probe; 0 = no probe")
     add("--probe-samples", metavar="N", type=int, default=256, help="pictures that the probe draws")
     parser.machine()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.pipeline import Sampling
+from ldm.arguments import Sampling, numbered
 from training.drawing.given import Given
 from training.errors import UserError
 from training.guarding import read_json
@@ -39,13 +38,9 @@ def ask_of(pairs: Iterable[tuple[str, Given | None]], copies: int, seed: int) ->
     """
     if copies < 1:
         raise UserError(f"--num-images: must be at least 1 (got {copies})")
-    copies_of: Counter[tuple[str, Given | None]] = Counter()
-    requests: list[Request] = []
-    for pair in pairs:
-        for _ in range(copies):
-            requests.append(Request(len(requests), pair[0], seed + copies_of[pair], pair[1]))
-            copies_of[pair] += 1
-    return requests
+    every = [pair for pair in pairs for _ in range(copies)]
+    numbers = numbered(every, seed)
+    return [Request(place, pair[0], next(numbers), pair[1]) for place, pair in enumerate(every)]
 
 
 def parse_also(pairs: Sequence[Sequence[str]]) -> list[tuple[str, float]]:

@@ -67,13 +67,10 @@ class Loop:
         rate: Callable[[int], float] | None = None,
         watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
-
-        `watchers` are called with the run folder in the main process, once a validation is written there.
-        """
-        self.watchers = watchers
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given; `watchers` are called
+        with the run folder in the main process, once a validation is written there."""
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
-        self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
+        self.watchers, self.rate = watchers, rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
@@ -91,9 +88,8 @@ class Loop:
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
         self.waits = self.watchdogs.skips or not fused or accelerator.device.type == "cpu"
-        undoable = self.watchdogs.skips
         self.signals, self.done, self.saving = Signals(), 0, False
-        asked = (undoable, self.signals.give_up)
+        asked = (self.watchdogs.skips, self.signals.give_up)
         self.passes = Passes(stage, train, accelerator, self.journal, micro, accumulation, *asked)
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
 
@@ -236,6 +232,7 @@ class Loop:
                 if target and rollback.may_return:
                     numbers = {**numbers, "returned_to": float(target.name.rpartition("-")[2])}
             self.journal.look(step, numbers, folder)
+            self.state.overfitting.watch(step, numbers, self.stage, self.checkpoints)
             for watcher in self.watchers:
                 watcher(self.run)
         meet()  # pictures may take longer than any limit of the process group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class Stage(ABC):
     wrapped: dict[str, Any]  # the networks as the processes share them, by the same names
     optimizers: dict[str, tuple[list[str], float]]  # name -> (networks it trains, learning-rate multiple)
     score: tuple[str, float]  # the validation number that names the best checkpoint, and its sign: lower is better
+    training_score: Callable[[], float | None] | None = None  # that number on training samples, to hold it beside
+    audit = ""  # what is added to the advice against over-fitting
     rollback: Rollback | None = None  # what brings a run back whose score has become worse
     tally: CaptionTally | None = None  # of captions, where there are some
     unused_gradients: bool = False  # whether a step may leave parameters without gradients: processes must look

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
+from training.loop.overfitting import Overfitting
 from training.loop.power_ema import PowerAverages
 from training.loop.stage import Stage
 from training.loop.watchdogs import Watchdogs
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Networks, averages, optimisers, loss scale, and the plain state of stage, journal, watchdogs and books."""
+    """Networks, averages, optimisers, loss scale; the plain state of stage, journal, watchdogs, books, validation."""
 
     stage: Stage
     ema: EMA
@@ -34,6 +35,7 @@ class TrainingState:
     journal: Journal
     watchdogs: Watchdogs
     books: Books
+    overfitting: Overfitting = field(default_factory=Overfitting)
 
     def snapshot(self, step: int, place: Mapping[str, Any]) -> Checkpoint:
         """All a run needs to go on from `step`: its tensors themselves, not copies; `place` is the loop's own part."""
@@ -47,6 +49,7 @@ class TrainingState:
             "journal": self.journal.state(),
             "watchdogs": self.watchdogs.state(),
             "books": self.books.state(),
+            "overfitting": self.overfitting.state(),
             **place,
         }
         averages = {**self.ema.shadow, **self.powers.tensors()}
@@ -65,6 +68,7 @@ class TrainingState:
         if "watchdogs" in state:  # not in checkpoints of earlier versions
             self.watchdogs.load(state["watchdogs"])
         self.books.load(state.get("books", {}))
+        self.overfitting.load(state.get("overfitting", {}))
 
     def _take_weights(self, tensors: Mapping[str, Tensor], source: Path) -> None:
         for name, network in self.stage.networks.items():

@@ -80,7 +80,8 @@ def _check_target(target: torch.device, mixed_precision: str) -> None:
 def _check_mps(mixed_precision: str) -> None:
     """Refuse what an Apple GPU is not used for here: scaled gradients, and several processes."""
     if mixed_precision == "fp16":
-        raise UserError("--mixed-precision fp16 needs a CUDA device", hint="use --mixed-precision bf16 or no", code=USAGE)
+        hint = "use --mixed-precision bf16 or no"
+        raise UserError("--mixed-precision fp16 needs a CUDA device", hint=hint, code=USAGE)
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         what = "--device mps: a machine has one such device, and several processes were started"
         raise UserError(what, hint="start one process, or use --device cpu", code=USAGE)
@@ -190,7 +191,7 @@ def resolve(device: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {device}: unknown device", hint=DEVICES) from None
     if target.type not in ("cpu", *there) or (target.type != "cuda" and target.index):
-        what = f"--device {device}: not supported, programs here compute on the CPU, on CUDA devices and on Apple's (mps)"
+        what = f"--device {device}: not supported; programs here compute on the CPU, CUDA devices and Apple's (mps)"
         raise UserError(what, hint="use --device auto")
     if target.type == "mps" and not there["mps"]:
         raise UserError(f"--device {device}: no Apple GPU (torch {torch.__version__})", hint="use --device cpu")

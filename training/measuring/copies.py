@@ -16,7 +16,7 @@ from training.drawing.requests import Request
 from training.errors import DATA, UserError
 from training.measuring.distances import share
 from training.measuring.features import load_features
-from training.measuring.held_out import chunks, held_out
+from training.measuring.held_out import check_count, chunks, held_out
 from training.measuring.nearest import Nearest, Space, nearest, pixel_space
 from training.measuring.obedience import draw_batches
 from training.messages import answer, note, warn
@@ -48,7 +48,7 @@ LATER = "see whether it grew with the steps: the same command with --model RUN/c
 BLIND = "held-out pictures lie as near to training pictures as copies do, or these features see too little"
 ADVICE = (
     "train on more pictures, or for fewer steps (the best checkpoint is kept); mirrored pictures help: "
-    "encode_latents.py --flip with --train.flip true"
+    "encode_latents --flip with --train.flip true"
 )
 
 
@@ -66,6 +66,7 @@ def copies(
     numbers: dict[str, Any] = {"trained_on_data": trained_on_data(args)}
     places, known = train.evenly(args.train_count), held.evenly(HELD_OUT)
     control = [places[i * len(places) // CONTROL] for i in range(CONTROL)] if len(places) > CONTROL else places
+    check_count(args.count or len(held))
     requests = half_and_half(train, held, args.count or len(held), args.seed)
     tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
     drawn: list[Tensor] = []
@@ -74,13 +75,15 @@ def copies(
         for pixels, _ in draw_batches(pipeline, sampling, requests, args.batch_size):
             drawn.append(pixels.cpu())
             yield pixels
-        for images, some in ((held, known), (train, control)):
-            yield from (reconstructed(pipeline.autoencoder, pixels) for pixels in chunks(images, some, device))
+        for images, some, what in ((held, known, "held-out"), (train, control, "training")):
+            shown = chunks(images, some, device, f"reconstructing {what} pictures")
+            yield from (reconstructed(pipeline.autoencoder, pixels) for pixels in shown)
 
     features = load_features(args.features, device)
     spaces: dict[str, Space] = {"features": features, "pixels": pixel_space(*train[0].data.shape[-2:])}
     found = nearest(spaces, queries(), train, places, device)
     numbers |= {"features": features.name, "pictures": len(requests), "training_pictures": len(places)}
+    numbers["network"] = features.about()
     numbers |= {"training_split": len(train), "held_out_pictures": len(known), "reconstructed_pictures": len(control)}
     numbers |= of_both(found, len(requests), len(known))
     near, pixels = (one.part(0, len(requests)) for one in found.values())
@@ -118,7 +121,8 @@ def of_both(found: Mapping[str, Nearest], drawn: int, known: int) -> dict[str, A
 def trained_on_data(args: argparse.Namespace) -> bool | None:
     """Whether the run was trained on the pictures of --data, said aloud where it was not, or does not say (None)."""
     home = find(args.model, "denoiser").home
-    told: dict[str, Any] = next((record(folder).get("data", {}) for folder in (home, home.parent) if record(folder)), {})
+    records = (record(folder) for folder in (home, home.parent))
+    told: dict[str, Any] = next((found.get("data", {}) for found in records if found), {})
     now = pictures_facts(args.data)
     if "pictures_sha256" not in told or not now:
         note(f"{args.model} does not say which pictures it was trained on: those of --data are taken for them")
@@ -148,7 +152,7 @@ def judged(drawn: Nearest, known: Nearest, control: Nearest) -> dict[str, Any]:
     ours = (len(drawn.distance) + 1) // 2
 
     def score(name: str, distance: Tensor) -> dict[str, Any]:
-        return share(name, (distance < below).tolist()) if len(distance) else {}
+        return share(name, (distance < below).tolist())
 
     return {
         **score("copy_score", drawn.distance),
@@ -194,9 +198,11 @@ def verdict(numbers: dict[str, Any]) -> str:
     """The numbers in a sentence, and what to do."""
     low, high = numbers["copy_score_95"]
     chance, z = numbers["copy_chance"], numbers["c_t"]
+    by_caption = [numbers[f"copy_score_{kind}_captions"] for kind in ("training", "held_out")]
     said = (
         f"{numbers['copy_score']:.1%} of the pictures ({low:.1%} to {high:.1%}) lie nearer to a training picture than "
-        f"{1 - chance:.1%} of held-out pictures do ({chance:.1%} would be chance); C_T {z:.1f}"
+        f"{1 - chance:.1%} of held-out pictures do ({chance:.1%} would be chance); of those of training captions "
+        f"{by_caption[0]:.1%}, of held-out captions {by_caption[1]:.1%}; C_T {z:.1f}"
     )
     if low > chance:
         return f"{said}: the model repeats training pictures. To do: {ADVICE}; {LATER}"

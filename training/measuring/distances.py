@@ -1,4 +1,4 @@
-"""Distances between sets of pictures in a feature space, each with the number of samples it rests on."""
+"""The Frechet distance between sets of pictures in a feature space; shares of pictures and their intervals."""
 
 from __future__ import annotations
 
@@ -9,59 +9,41 @@ import torch
 from torch import Tensor
 
 
-class Moments:
-    """Mean and covariance of features (N, D), gathered in float64; order and batch size change nothing."""
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6) of features (N, D), (M, D), in float64.
 
-    def __init__(self, dim: int) -> None:
-        self.count, self.total, self.outer = (
-            0,
-            torch.zeros(dim, dtype=torch.float64),
-            torch.zeros(dim, dim, dtype=torch.float64),
-        )
-
-    def add(self, features: Tensor) -> Moments:
-        """Count a batch (N, D)."""
-        f = features.detach().cpu().double()
-        self.count, self.total, self.outer = self.count + len(f), self.total + f.sum(0), self.outer + f.T @ f
-        return self
-
-    @property
-    def mean(self) -> Tensor:
-        """(D,)."""
-        return self.total / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """Unbiased, (D, D). Raises ValueError for fewer than two samples."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}.")
-        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6), float64.
-
-    tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2), which needs no root of a non-symmetric matrix.
+    A and B are the unbiased covariances. With A = R'R and B = S'S, tr (A B)^(1/2) is the sum of the singular values of
+    R S', which needs no root of a matrix and holds of singular ones: R and S are the centred pictures themselves, or
+    where there are many the triangles of their QR. ValueError for fewer than two of either.
     """
-    root = _root(a.covariance) @ _root(b.covariance)
-    cross = torch.linalg.svdvals(root).sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    if min(len(a), len(b)) < 2:
+        raise ValueError("a covariance needs at least 2 samples.")
+    many = _many(len(a), len(b), a.shape[1])
+    (mean_a, root_a), (mean_b, root_b) = _gaussian(a, many), _gaussian(b, many)
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
     return max(0.0, float(distance))
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD, cubic kernel (x.y / D + 1)^3 (Binkowski et al. 2018, KID), of features (N, D), (M, D)."""
-    a, b = a.double(), b.double()
-    n, m, dim = len(a), len(b), a.shape[1]
-    if min(n, m) < 2:
-        raise ValueError("a kernel distance needs at least 2 samples of each.")
+def frechet_cost(n: int, m: int, dim: int) -> float:
+    """Multiplications of `frechet_distance`, roughly: QR of either set, and singular values."""
+    many = _many(n, m, dim)
+    low, high = sorted(min(size, dim) if many else size for size in (n, m))
+    triangles = sum(2.0 * size * dim**2 for size in (n, m) if many and size > dim)
+    return triangles + low * high * dim + 8.0 * low**2 * high
 
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / dim + 1) ** 3
 
-    within_a = (kernel(a, a).sum() - (a.square().sum(1) / dim + 1).pow(3).sum()) / (n * (n - 1))
-    within_b = (kernel(b, b).sum() - (b.square().sum(1) / dim + 1).pow(3).sum()) / (m * (m - 1))
-    return float(within_a + within_b - 2 * kernel(a, b).mean())
+def _many(n: int, m: int, dim: int) -> bool:
+    """Whether a triangle is quicker than singular values of a matrix of all pictures: about from D / 2 of both on."""
+    return min(n, m) > dim // 2
+
+
+def _gaussian(rows: Tensor, many: bool) -> tuple[Tensor, Tensor]:
+    """The mean (D,), and R (N or D, D) with R'R the unbiased covariance."""
+    rows = rows.double()
+    mean = rows.mean(0)
+    root = (rows - mean) / (len(rows) - 1) ** 0.5
+    return mean, torch.linalg.qr(root, mode="r").R if many and len(rows) > rows.shape[1] else root
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -71,12 +53,6 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     p, zz = hits / count, z * z / count
     centre, half = (p + zz / 2) / (1 + zz), (z / (1 + zz)) * ((p * (1 - p) + zz / 4) / count) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    return root
 
 
 def share(name: str, verdicts: Sequence[bool]) -> dict[str, Any]:

@@ -12,38 +12,28 @@ import torch
 from torch import Tensor
 
 from training.commands import door
-from training.drawing.prompts import tell_reading
-from training.drawing.requests import ask, choose
+from training.drawing.requests import choose
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError
 from training.files import finite, write_json
 from training.guarding import check_free, make_folder
 from training.ledger import Ledger
 from training.machine import memory, processes
+from training.measuring import bootstrap, measures
 from training.measuring.classification import classification
 from training.measuring.copies import copies
-from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
 from training.measuring.editing import shapes_edits
 from training.measuring.features import load_features
-from training.measuring.held_out import (
-    check_count,
-    check_crop,
-    chunks,
-    even_captions,
-    even_indices,
-    gather,
-    held_out,
-    trained_on,
-    warn_of_few,
-)
+from training.measuring.generated import distances
+from training.measuring.held_out import LEAST, check_crop, chunks, held_out, warn_of_few
 from training.measuring.likelihood import likelihood
-from training.measuring.obedience import draw_batches, obeyed_by_classifier, sampling_errors, shapes_obedience
+from training.measuring.obedience import sampling_errors, shapes_obedience
+from training.measuring.protocol import card, protocol, protocol_hash
 from training.measuring.restoration import restoration
 from training.messages import answer, tell, warn
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
-from training.models.judge import load_classifier
 from training.models.lpips import load_distance
 from training.models.reconstructions import Fidelity, reconstructed
 from training.next_step import encoding, tell_next
@@ -51,13 +41,12 @@ from training.runs.folder import versions
 from training.settings import decoding
 from training.settings.flags import check_least
 from training.shards.index import data_facts
+from training.shards.reading import held_out_split
 from training.shards.remote import open_address
 from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import argparse
-
-KERNEL_SAMPLES = 2000  # the kernel distance compares all pairs
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -76,9 +65,9 @@ def evaluate(args: argparse.Namespace) -> int:
     numbers = of_autoencoder(args) if model.stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
-    for key, value in numbers.items():
-        if isinstance(value, int | float | str):
-            answer(f"{key:38} {value:.4f}" if isinstance(value, float) else f"{key:38} {value}")
+    stated = protocol(numbers, held_out_split(args.data) if args.data else None)
+    answer(*table(numbers), *card(stated))
+    numbers |= {"protocol_hash": protocol_hash(stated), "protocol": stated}
     if args.output:
         make_folder(Path(args.output).parent)
         write_json(Path(args.output), finite(numbers))
@@ -88,31 +77,52 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def table(numbers: dict[str, Any]) -> Iterator[str]:
+    """Every plain number or text, its 95 % interval beside it."""
+    for key, value in numbers.items():
+        if isinstance(value, int | float | str) and not key.endswith("_resamples"):
+            low, high = numbers.get(f"{key}_95") or (None, None)
+            interval = f"  ({low:.4f} to {high:.4f})" if low is not None and high is not None else ""
+            yield f"{key:38} {value:.4f}{interval}" if isinstance(value, float) else f"{key:38} {value}"
+
+
 def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
     """Stage one on held-out pictures: PSNR, SSIM, LPIPS where asked, Frechet distance of reconstructions."""
     device = processes.resolve(args.device)
     model = load_autoencoder(args.model, device)
     images, features = held_out(args), load_features(args.features, device)
     network, places = load_distance(args, images, device), images.evenly(args.count)
-    check_count(len(places))
     check_crop(args.crop, images)
-    few = warn_of_few(features.dim, len(places))
-    fidelity, real, ours = Fidelity(network), Moments(features.dim), Moments(features.dim)
+    if args.clip:
+        warn("--clip scores pictures drawn from captions; an autoencoder draws none")
+    fidelity = Fidelity(network)
+    real, ours = list[Tensor](), list[Tensor]()
     for pixels in chunks(images, places, device):
         made = reconstructed(model, pixels)
-        real.add(features(pixels))
-        ours.add(features(made))
+        real.append(features(pixels).cpu())
+        ours.append(features(made).cpu())
         fidelity.add(made, pixels, args.crop or 0)
-    return {
-        **fidelity.means(),
-        "frechet": frechet_distance(real, ours),
-        "images": real.count,
+    numbers: dict[str, Any] = fidelity.means() | intervals(fidelity)
+    if len(places) >= LEAST:
+        pair = measures.Pair(torch.cat(real), torch.cat(ours), args.seed, paired=True)
+        numbers |= measures.compare(features, pair, str) | warn_of_few(features.dim, len(places))
+    else:
+        warn(f"distances between sets of fewer than {LEAST} pictures say nothing and are left out (got {len(places)})")
+    return numbers | {
+        "images": len(places),
         "features": features.name,
+        "network": features.about(),
         "lpips_network": f"{args.lpips_net}, {_weights(args.lpips)} weights, {_short(network)}" if network else None,
         "crop": args.crop or 0,
         "hashes": autoencoder_hashes(model),
-        **few,
     }
+
+
+def intervals(fidelity: Fidelity) -> dict[str, list[float]]:
+    """The 95 % interval of each mean over pictures; of infinite ones (equal pictures) there is none."""
+    means = fidelity.means()
+    finite_ones = {name: values for name, values in fidelity.values().items() if values.isfinite().all()}
+    return {f"{name}_95": bootstrap.around(means[name], bootstrap.of_mean(v)) for name, v in finite_ones.items()}
 
 
 def _weights(lpips: str) -> str:
@@ -125,9 +135,8 @@ def _short(network: torch.nn.Module) -> str:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    measured = (args.data, args.likelihood, args.classify, args.restore, args.edits, args.obedience == "shapes")
-    measured += (args.copies,)
-    if not any(measured):
+    instead = (args.likelihood, args.classify, args.restore, args.copies)
+    if not any((*instead, args.data, args.edits, args.obedience == "shapes")):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
@@ -140,6 +149,8 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     for key in args.overrides:
         if key.partition(".")[0] in decoding.sections("editing").keys() - read:
             ledger.add("ignored", "keys that nothing of this measurement reads", f"--{key}")
+    if args.clip and (any(instead) or not args.data):
+        ledger.add("ignored", "flags that nothing of this measurement reads", "--clip")
     if args.obedience == "shapes" and not args.restore:
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.edits:
@@ -159,46 +170,3 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         warn(line)
     return numbers | {"ledger": ledger.report()}
 
-
-def distances(
-    pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device, ledger: Ledger
-) -> dict[str, Any]:
-    """Frechet and kernel distance of `count` generated pictures to the held-out ones, captions evenly from theirs."""
-    images, features = held_out(args), load_features(args.features, device)
-    train = trained_on(args.data)
-    judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
-    count = args.count or len(images)
-    smallest = min(count, len(images), len(train) if train else count)
-    check_count(smallest)
-    few = warn_of_few(features.dim, smallest)
-    requests = ask(even_captions(images, count), 1, args.seed)
-    tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
-    verdicts: list[bool] = []
-
-    def judged() -> Iterator[Tensor]:
-        for pixels, captions in draw_batches(pipeline, sampling, requests, args.batch_size):
-            verdicts.extend(obeyed_by_classifier(judge, pixels, captions) if judge else [])
-            yield pixels
-
-    held = chunks(images, even_indices(images, count), device, "reconstructing")
-    copies = (reconstructed(pipeline.autoencoder, pixels) for pixels in held)
-    real, real_rows = gather(features, chunks(images, range(len(images)), device))
-    sets = {
-        "generated": gather(features, judged()),
-        "reconstructed": gather(features, copies),
-    }
-    if train:
-        sets["training"] = gather(
-            features, chunks(train, even_indices(train, count), device, "measuring training pictures")
-        )
-    numbers: dict[str, Any] = {f"frechet_{name}": frechet_distance(real, found) for name, (found, _) in sets.items()}
-    numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
-    numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": real.count}
-    numbers |= {f"{name}_pictures": found.count for name, (found, _) in sets.items() if name != "generated"} | few
-    kernel = real_rows[:: max(1, len(images) // KERNEL_SAMPLES)], sets["generated"][1][:KERNEL_SAMPLES]
-    numbers |= {"kernel_distance": kernel_distance(*kernel)}
-    numbers |= {"kernel_real_pictures": len(kernel[0]), "kernel_pictures": len(kernel[1])}
-    if judge:
-        numbers |= {"obedience": sum(verdicts) / len(verdicts), "obedience_judge": f"classifier {_short(judge)}"}
-        numbers["obedience_95"] = list(wilson(sum(verdicts), len(verdicts)))
-    return numbers

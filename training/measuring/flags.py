@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from training.settings.flags import Parser
 
+FEATURES = (
+    "random, inception:FILE (that of FID), torchvision-inception:FILE, dinov2:DIR, clip:DIR, or a classifier's folder"
+)
+
 
 def add_flags(parser: Parser) -> None:
     """All of them."""
@@ -29,7 +33,9 @@ def what_is_measured(parser: Parser) -> None:
 def pictures(parser: Parser) -> None:
     """What judges reconstructions and generated pictures."""
     add = parser.add_argument_group("reconstructed and generated pictures").add_argument
-    add("--features", metavar="NET", default="random", help="random, inception:FILE, or the folder of a classifier")
+    add("--features", metavar="NET", default="random", help=FEATURES)
+    text = "also score drawn pictures and their captions by this CLIP, a folder with its tokenizer"
+    add("--clip", metavar="DIR", help=text)
     text = "shapes (the rule-based checker), or the folder of a classifier of captions"
     add("--obedience", metavar="JUDGE", help=text)
     text = "shapes: edit scenes of these, --count of each kind; --grid FILE is a sheet for each, FILE-inpainting ..."

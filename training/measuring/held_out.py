@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from training.data.images import Images
 from training.errors import UserError
-from training.measuring.distances import Moments
-from training.measuring.features import Features
+from training.measuring.networks.base import Features
 from training.messages import note, warn
 from training.models.judge import caption
 from training.shards.index import read_index
@@ -22,25 +22,28 @@ if TYPE_CHECKING:
 
 
 CHUNK = 100
-SETTLED = 100  # pictures from which on a distance that is not biased is told without a warning
+SETTLED = 100  # pictures from which on a measure of sets that is not biased is told without a warning
+LEAST = 10  # pictures of which sets are compared at all
 
 
 def check_count(pictures: int) -> None:
-    """Raises UserError for fewer pictures than have a covariance."""
-    if pictures < 2:
-        what = f"a distance between sets of pictures needs at least 2 in each (got {pictures})"
+    """Raises UserError for fewer pictures than are compared at all."""
+    if pictures < LEAST:
+        what = f"a distance between sets of pictures needs at least {LEAST} in each, better {SETTLED} (got {pictures})"
         raise UserError(what, hint="raise --count, or pack more pictures")
 
 
 def few_pictures(dim: int, fewest: int) -> list[str]:
-    """What to say of distances in `dim` features between sets of which the smallest has `fewest` pictures: a line for
-    each kind of number that is not to be relied on."""
+    """What to say of measures in `dim` features of sets of which the smallest has `fewest` pictures: a line for each
+    kind of number that is not to be relied on, with the count that mends it."""
     said = []
     if fewest <= dim:
         what = f"Frechet distances rest on {fewest} pictures in {dim} feature dimensions: up to {dim} the covariance is"
-        said.append(f"{what} singular, and the distance larger than that of many; compare it at equal counts alone")
+        mend = f"--count {dim + 1} and more, if there are as many; until then compare it at equal counts alone"
+        said.append(f"{what} singular, and the distance larger than that of many: {mend}")
     if fewest < SETTLED:
-        said.append(f"{fewest} pictures say little: a distance of fewer than {SETTLED} varies by as much as it is")
+        what = f"{fewest} pictures say little: a distance of fewer than {SETTLED} varies by as much as it is, and so do"
+        said.append(f"{what} precision, recall, density and coverage: --count {SETTLED} and more")
     return said
 
 
@@ -52,14 +55,9 @@ def warn_of_few(dim: int, fewest: int) -> dict[str, list[str]]:
     return {"warnings": said} if said else {}
 
 
-def gather(features: Features, batches: Iterable[Tensor]) -> tuple[Moments, Tensor]:
-    """Moments and features (N, D) of pictures given batch by batch."""
-    moments, rows = Moments(features.dim), []
-    for pixels in batches:
-        found = features(pixels)
-        moments.add(found)
-        rows.append(found.cpu())
-    return moments, torch.cat(rows)
+def gather(features: Features, batches: Iterable[Tensor]) -> Tensor:
+    """Features (N, D) of pictures given batch by batch, on the CPU."""
+    return torch.cat([features(pixels).cpu() for pixels in batches])
 
 
 def held_out(args: argparse.Namespace) -> Images:
@@ -93,8 +91,8 @@ def by_caption(images: Images) -> dict[str, list[int]]:
 
 
 def even_captions(images: Images, count: int) -> list[str]:
-    """`count` captions, the distinct ones equally often."""
-    names = sorted(by_caption(images))
+    """`count` captions, the distinct ones in turn, in `mixed` order."""
+    names = mixed(by_caption(images))
     return [names[i % len(names)] for i in range(count)]
 
 
@@ -104,12 +102,17 @@ def even_indices(images: Images, count: int) -> list[int]:
 
 
 def even_among(places: Mapping[str, Sequence[int]], count: int) -> list[int]:
-    """`count` of the places or all there are, each caption equally often where there are enough of it, the others in
-    turn where not; in the order in which they are stored, so that a shard from elsewhere is fetched once."""
-    each = -(-count // len(places))
-    turns = [(name, turn) for name in sorted(places) for turn in range(len(places[name]))]
-    turns.sort(key=lambda pair: max(pair[1] - each + 1, 0))  # stable: what is beyond `each` comes last, in turn
-    return sorted(places[name][turn] for name, turn in turns[:count])
+    """`count` of the places or all there are: one of each caption in `mixed` order, then a second of those that have
+    one, and so on; in the order in which they are stored, so that a shard from elsewhere is fetched once."""
+    names = mixed(places)
+    turns = sorted((turn, rank) for rank, name in enumerate(names) for turn in range(len(places[name])))
+    return sorted(places[names[rank]][turn] for turn, rank in turns[:count])
+
+
+def mixed(captions: Iterable[str]) -> list[str]:
+    """The captions in the order of their hashes: the first of them are no kind of their own, as those would be that
+    begin with the same word."""
+    return sorted(captions, key=lambda caption: hashlib.sha256(caption.encode()).digest())
 
 
 def check_crop(size: int | None, images: Images) -> None:

@@ -63,6 +63,7 @@ def shapes_obedience(
     tell_reading((text for texts in prompts.values() for text in texts), ledger, pipeline.text, aloud=False)
     samples: list[Any] = []
     captions: list[str] = []
+    marks: list[bool] = []
     for objects, captions_of in prompts.items():
         verdicts: list[dict[str, bool]] = []
         for pixels, texts in draw_batches(pipeline, sampling, ask(captions_of, 1, args.seed), args.batch_size):
@@ -70,14 +71,15 @@ def shapes_obedience(
             checks = [check(image, prompt) for image, prompt in zip(images, texts, strict=True)]
             if not verdicts:
                 samples += grids.to_pil(pixels[:16])
-                captions += [f"{'yes' if v['obeyed'] else 'NO'}: {p}" for v, p in zip(checks, texts, strict=True)][:16]
+                captions += texts[:16]
+                marks += [verdict["obeyed"] for verdict in checks[:16]]
             verdicts += checks
         numbers |= share(f"obedience_{objects}", [verdict["obeyed"] for verdict in verdicts])
         for key in sorted(set().union(*verdicts) - {"obeyed"}):
             answers = [v[key] for v in verdicts if key in v]
             numbers[f"obedience_{objects}_{key}"] = sum(answers) / len(answers)
     if args.grid:
-        grids.write(grids.grid(samples, 8, captions=captions), Path(args.grid))
+        grids.write(grids.grid(samples, 8, captions=captions, marks=marks), Path(args.grid))
         numbers["grid"] = Path(args.grid).name
     return numbers
 

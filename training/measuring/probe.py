@@ -42,9 +42,10 @@ from training.data.samples import Batch
 from training.loop.short_run import short_run
 from training.loop.stage import StatelessStage
 from training.machine import processes
-from training.measuring.distances import Moments, frechet_distance
-from training.measuring.features import Features
-from training.measuring.held_out import warn_of_few
+from training.measuring.distances import frechet_distance
+from training.measuring.held_out import gather, warn_of_few
+from training.measuring.networks.base import Features
+from training.models.reconstructions import reconstructed
 from training.progress import Progress
 from training.settings.sections import Optimizer
 
@@ -73,23 +74,20 @@ def probe(
     moments = encode_all(model, train, PICTURES, device)
     network = denoiser(moments, model)
     losses = fit(network, model, moments, encode_all(model, held_out, HELD_OUT, device), steps)
-    real = Moments(features.dim)
-    for images in batches(held_out, len(held_out), device):
-        real.add(features(to_uint8(images)))
-    sample_moments, reconstruction_moments = Moments(features.dim), Moments(features.dim)
-    for first in Progress("drawing", samples).each(range(0, samples, AT_ONCE), lambda first: AT_ONCE):
-        noise = Noise.from_seeds(range(first, min(samples, first + AT_ONCE)), device)
-        sample_moments.add(features(draw(network, model, noise, tuple(moments.shape[2:]))))
-    for images in batches(held_out, samples, device):
-        reconstruction_moments.add(features(to_uint8(model.decode(model.norm.mean_latents(model.encode(images))))))
+    firsts = Progress("drawing", samples).each(range(0, samples, AT_ONCE), lambda _: AT_ONCE)
+    size = tuple(moments.shape[2:])
+    noises = (Noise.from_seeds(range(first, min(samples, first + AT_ONCE)), device) for first in firsts)
+    real = gather(features, map(to_uint8, batches(held_out, len(held_out), device)))
+    drawn = gather(features, (draw(network, model, noise, size) for noise in noises))
+    copies = gather(features, (reconstructed(model, to_uint8(x)) for x in batches(held_out, samples, device)))
     return {
         "loss": sum(losses.values()) / len(losses),
         "loss_by_time": losses,
-        "frechet": frechet_distance(real, sample_moments),
-        "frechet_reconstructed": frechet_distance(real, reconstruction_moments),
+        "frechet": frechet_distance(real, drawn),
+        "frechet_reconstructed": frechet_distance(real, copies),
         "features": features.name,
-        "samples": sample_moments.count,
-        "real_pictures": real.count,
+        "samples": len(drawn),
+        "real_pictures": len(real),
         "steps": steps,
         "batch": BATCH,
         "training_pictures": len(moments),

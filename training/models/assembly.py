@@ -32,7 +32,7 @@ from training.shards.remote import NULL
 from training.tensors import content_hash, load_tensors, save_tensors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HashedPipeline(Pipeline):
     """A pipeline with the content hashes of what it is made of, each taken once, when it was loaded."""
 

@@ -21,7 +21,7 @@ from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import write_json
 from training.guarding import make_folder, read_record
 from training.messages import note, tell
-from training.models.autoencoders import load_autoencoder
+from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.diffusers_layouts import LAYOUTS
 from training.models.donor_weights import NAME, PART, WEIGHTS, folder_weights
 from training.models.folders import export, fill, find
@@ -89,8 +89,9 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
     if donor.assumed and not data and not scale_factor:
         text = f"{source} does not state the scale of its latents; scaling_factor {donor.assumed:g} is assumed"
         note(f"{text} (--data DIR measures it on packed pictures, --scale-factor X states it)")
-    card = f"# Autoencoder ({donor.model['kind']})\n\nTaken from another program's checkpoint; not trained here.\n"
-    return export(output, decoding.to_values(config), model.state_dict(), card)
+    origin = "Taken from another program's checkpoint; not trained here."
+    about = {"origin": origin, "hashes": autoencoder_hashes(model)}
+    return export(output, decoding.to_values(config), model.state_dict(), about)
 
 
 def check_unused(output: Path) -> None:

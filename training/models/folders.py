@@ -1,8 +1,7 @@
-"""Model folders {config.json, model.safetensors, README.md}: found in a run, read, filled in, written."""
+"""Model folders {config.json, model.safetensors, card.json, README.md}: found in a run, read, filled in, written."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.errors import CHECKPOINT, UserError
-from training.files import copy_file, write_bytes, write_json
+from training.files import copy_file, write_json
 from training.guarding import disk_error, make_folder, read_record, refuse_links, staged
 from training.machine.faults import fault
+from training.models.cards import stored_facts, write_card
 from training.runs.checkpoints import Checkpoints
 from training.settings import decoding
-from training.settings.embedded import WANTED, located
+from training.settings.embedded import HUB, WANTED, located
 from training.tensors import check_weights, content_hash, in_dtype, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def export(
     folder: Path,
     values: decoding.Values,
     tensors: Mapping[str, Tensor],
-    card: str,
+    about: Mapping[str, Any],
     stored: torch.dtype | None = None,
 ) -> str:
-    """Write a model folder {config.json, model.safetensors, README.md}, whole; returns the weights' content hash.
+    """Write a model folder, whole, its card of the facts `about`; returns the weights' content hash.
 
     `stored`: the precision of floating-point numbers in the file, where it is another; they must fit into it.
     """
@@ -44,7 +44,7 @@ def export(
     written = in_dtype(tensors, stored) if stored else tensors
     save_tensors(folder / "model.safetensors", written, {"hash": identity})
     write_json(folder / "config.json", values)
-    write_bytes(folder / "README.md", card.encode())
+    write_card(folder, {"parameters": sum(tensor.numel() for tensor in tensors.values()), **about})
     return identity
 
 
@@ -92,7 +92,7 @@ class Found(NamedTuple):
 
 
 def find(path: str | Path, stage: str | None = None) -> Found:
-    """The model of RUN, RUN/final or a checkpoint; RUN in training gives its newest checkpoint. `demo`: see `located`.
+    """The model of RUN, RUN/final or a checkpoint; RUN in training gives its newest checkpoint. Names: see `located`.
 
     Raises UserError where there is no such model, or one of another stage than `stage`.
     """
@@ -124,7 +124,9 @@ def find(path: str | Path, stage: str | None = None) -> Found:
 
 
 def name_of(path: str | Path) -> str:
-    """What a model is called: the name of its run's or exported folder, without what is above."""
+    """What a model is called: the name of its run's or exported folder, or repository, without what is above."""
+    if str(path).startswith(HUB):
+        return str(path).rpartition("/")[2]
     folder = Path(os.path.abspath(located(path)))
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent
@@ -155,19 +157,10 @@ def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path, *,
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copy a model folder (final/ of a run) whole."""
+    """Copy a model folder (final/ of a run) whole, but for the pictures of its card, which are of the data."""
     make_folder(target)
     for name in ("config.json", "model.safetensors", "README.md"):
         if (source / name).is_file():
             copy_file(source / name, target / name)
-
-
-def card(title: str, facts: Mapping[str, Any], values: decoding.Values) -> str:
-    """A model card: what it is, its numbers, and the config that repeats it. Text from outside is fenced or escaped."""
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items())
-    return f"# {title}\n\n| | |\n| --- | --- |\n{rows}\n\nConfig:\n\n```json\n{json.dumps(values, indent=1)}\n```\n"
-
-
-def _cell(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return "".join(f"\\{c}" if c in "|<>[]`*_\\" else c for c in text)
+    if facts := stored_facts(source):
+        write_card(target, facts)

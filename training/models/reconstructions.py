@@ -66,6 +66,13 @@ def reconstructed(model: Autoencoder, pixels: Tensor) -> Tensor:
     return to_uint8(model(to_unit(pixels), None)[0])
 
 
+def mean_psnr(model: Autoencoder, batches: Iterable[Tensor]) -> float:
+    """The PSNR that `measure` tells of uint8 batches, alone, on the model's device."""
+    device = next(model.parameters()).device
+    moved = (pixels.to(device) for pixels in batches)
+    return torch.cat([psnr(reconstructed(model, pixels), pixels) for pixels in moved]).mean().item()
+
+
 def measure(
     model: Autoencoder, perceptual: Perceptual | None, batches: Iterable[Tensor], folder: Path
 ) -> dict[str, float]:

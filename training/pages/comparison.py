@@ -42,6 +42,21 @@ def sections(records: Sequence[Record]) -> dict[str, list[str]]:
     }
 
 
+def lead(records: Sequence[Record]) -> str:
+    """What must be known before numbers are held against each other."""
+    denoisers = [record for record in records if record.stage == "denoiser"]
+    seen = {
+        "stages": [record.stage for record in records],
+        "data": [record.run.get("data", {}).get("index_sha256") for record in records],
+        "autoencoders": [record.run.get("hashes", {}).get("autoencoder") for record in denoisers],
+        "predictions": [record.config.get("prediction", {}).get("kind") for record in denoisers],
+    }
+    differing = [name for name, values in seen.items() if len(set(values)) > 1]
+    told = [f"These runs have different {name}: their losses are not comparable." for name in differing]
+    items = "".join(f"<li>{line}</li>" for line in told)
+    return f'<ul class="notice">{items}</ul>' if told else ""
+
+
 def standing(records: Sequence[Record]) -> dict[str, list[str]]:
     """State, kinds and cost of each."""
     costs = [cost(record) for record in records]

@@ -8,6 +8,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from training.messages import duration
 from training.pages import curves, data, shown
 from training.pages.record import GONE, Log, Record
 from training.pictures import html
@@ -15,10 +16,11 @@ from training.pictures import html
 LEVELS = (
     "t is the place on the way from the picture, t = 0, to noise, t = 1. Near 1 next to nothing of the picture is "
     "left, and the network settles what is where, by the caption; near 0 all but the finest detail is there, and it "
-    "settles texture and edges. The value is the mean squared error of what the network predicts ({}) on held-out "
-    "samples, always with the same noise, so that validations differ by the weights alone. None of them reaches 0: "
-    "what noise has hidden can only be guessed. A level that still falls still learns; one that rises while the "
-    "training loss falls is overfitted; one far above an earlier run's shows where this one is worse."
+    "settles texture and edges.",
+    "The value is the mean squared error of what the network predicts ({}) on held-out samples, always with the same "
+    "noise, so that validations differ by the weights alone. It reaches 0 nowhere: what noise has hidden can only be "
+    "guessed. A level that still falls still learns; one that rises while the training loss falls is overfitted; one "
+    "far above another run's, on the same latents and with the same prediction, shows where this one is worse.",
 )
 DRAWING = ("sampler", "grid", "guidance")  # of the pictures that are looked at, not of what is trained
 NO_PICTURES = "There are no pictures: samples/ holds no grid.png. They come with the validations, from step 0 on."
@@ -55,10 +57,17 @@ def what(record: Record) -> str:
     kinds = [f"{name} {part['kind']}" for name, part in parts.items() if "kind" in part]
     train = record.config.get("train", {})
     asked = [f"batch {train['batch_size']}", f"seed {train['seed']}"] if {"batch_size", "seed"} <= train.keys() else []
-    teacher = record.run.get("teacher", {}).get("autoencoder", "none")
-    asked += [f"distilled from the autoencoder {teacher[:12]}"] if teacher != "none" else []
+    weights = record.run.get("outlook", {}).get("parameters")
+    asked += [f"{weights:,} parameters"] if weights else []
+    asked += [f"distilled from the autoencoder {teacher(record)[:12]}"] if teacher(record) else []
     title = "Autoencoder (stage one)" if record.stage == "autoencoder" else "Denoiser of latents (stage two)"
     return f"{title}: {', '.join([*kinds, *asked])}."
+
+
+def teacher(record: Record) -> str:
+    """The hash of the autoencoder that a preview was distilled from; empty for a model without one."""
+    name = str(record.run.get("teacher", {}).get("autoencoder", "none"))
+    return "" if name == "none" else name
 
 
 def missing(record: Record) -> Iterator[str]:
@@ -106,12 +115,12 @@ def picture_section(record: Record, what: str) -> list[str]:
     """The grids of the validations, by a slider."""
     if not record.grids:
         return [html.paragraph(NO_PICTURES)]
-    about = (
-        "Held-out pictures, what the autoencoder makes of them, and the difference, twice as strong."
-        if record.stage == "autoencoder"
-        else "The same held-out captions and the same seeds each time, drawn with averaged weights."
-    )
-    parts = [html.paragraph(about), *shown.slider(record.grids, what)]
+    whose = ", what its teacher and what it" if teacher(record) else " and what the autoencoder"
+    about = {
+        "autoencoder": f"Held-out pictures{whose} makes of them, and the difference, twice as strong.",
+        "denoiser": "The same held-out captions and the same seeds each time, drawn with averaged weights.",
+    }
+    parts = [html.paragraph(about[record.stage]), *shown.slider(record.grids, what)]
     if captions := shown.captions(list(record.grids.values())[-1]):
         lines = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
         parts.append(html.folded("captions of these pictures, row by row", f"<ol>{lines}</ol>"))
@@ -132,8 +141,8 @@ def level_section(record: Record) -> list[str]:
         ]
     meaning = curves.Meaning("", "Held-out loss against the noise level", "")
     predicted = str(record.config.get("prediction", {}).get("kind", "its target"))
-    return [html.paragraph(LEVELS.format(predicted)),
-            f'<div class="plots">{curves.plot(meaning, lines, across="t")}</div>']  # fmt: skip
+    told = [html.paragraph(text.format(predicted)) for text in LEVELS]
+    return [*told, f'<div class="plots">{curves.plot(meaning, lines, across="t")}</div>']
 
 
 def cost_section(record: Record) -> list[str]:
@@ -159,6 +168,8 @@ def cost(record: Record) -> dict[str, str]:
     seconds = [image / rate for image, (_, rate) in zip(images, rates, strict=True) if rate > 0]
     waits = [share for _, share in record.timing.series.get("data_wait", [])]
     told = {"steps": f"{rates[-1][0]:,}", "images": f"{sum(images):,}", "wall time": duration(sum(seconds))}
+    if samples := record.run.get("outlook", {}).get("samples"):
+        told["epochs"] = f"{sum(images) / samples:.1f} of {samples:,} samples"
     told["processor time"] = _processor_time(record.timing)
     told["speed"] = f"{sum(images) / max(1e-9, sum(seconds)):.3g} images/s"
     if len(waits) == len(seconds):
@@ -175,19 +186,18 @@ def _processor_time(timing: Log) -> str:
     return duration(sum(value for _, value in points)) if known else "not told for all steps by this run's version"
 
 
-def duration(seconds: float) -> str:
-    """Hours and minutes, or seconds where it is short."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
 def remarks(record: Record) -> Iterator[str]:
     """The ledger of the run, and what its files tell of its way: steps skipped, returns, resumes elsewhere."""
-    unknown = "run.json tells of no ledger" + ("" if record.run else ", for it is not in this folder") + "."
     lines = data.ledger_lines(record.run.get("ledger"))
-    yield data.ledger(lines, "Everything was used as it was given." if "ledger" in record.run else unknown)
+    if not record.run:
+        yield html.paragraph("Unknown: run.json is not in this folder.")
+        return
+    if record.run["status"] == "training":  # what run.json holds by then is of the checkpoint it went on from
+        yield html.paragraph("This is written down where a training ends or stops." + (" So far:" if lines else ""))
+        yield data.ledger(lines, "")
+    else:
+        told = "Everything was used as it was given." if "ledger" in record.run else "run.json tells of no ledger."
+        yield data.ledger(lines, told)
     way = []
     if skipped := [step for step, _ in record.metrics.series.get("skipped", [])]:
         way.append(f"{len(skipped)} step(s) were skipped, the first at {skipped[0]:,}: their gradients moved nothing.")
@@ -195,7 +205,7 @@ def remarks(record: Record) -> Iterator[str]:
         way.append(f"At step {step:,} it returned to the weights of step {int(value):,}.")
     for resume in record.run.get("resumes", []):
         way.append(f"Resumed at step {resume.get('step', '?')} with {', '.join(map(str, resume.get('changed', [])))}.")
-    yield data.ledger(way, "No step was skipped, and no resume changed software or machine." if record.run else "")
+    yield data.ledger(way, "No step was skipped, and no resume changed software or machine.")
 
 
 def made_of(record: Record) -> list[str]:
@@ -208,8 +218,8 @@ def made_of(record: Record) -> list[str]:
     if not hashes and not versions:
         return [html.paragraph("Nothing here names hashes or versions: run.json is not in this folder.")]
     told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in hashes.items()}
-    return [html.paragraph("Hashes are sha256: of the data's index, and of what each part was loaded from."),
-            html.facts(told), html.folded("versions and machine", html.facts(versions))]  # fmt: skip
+    about = html.paragraph("Hashes are sha256: of the data's index, and of the tensors of each part.")
+    return [about, html.facts(told)] + ([html.folded("versions and machine", html.facts(versions))] if versions else [])
 
 
 def repetition(record: Record) -> list[str]:
@@ -218,7 +228,7 @@ def repetition(record: Record) -> list[str]:
     if not record.run:
         return [html.paragraph("The config that it was trained with:"), config]
     data_flag = "--data DATA" if record.stage == "autoencoder" else "--latents LATENTS"
-    script = f"python scripts/train_{record.stage}.py"
+    script = f"python -m training train-{record.stage}"
     given = [data_flag, *_frozen_parts(record)]
     again = " ".join([script, "--config RUN/config.json", *given, "--output NEW"])
     going_on = " ".join([script, "--config RUN/config.json", *given, "--output RUN --resume auto"])
@@ -226,7 +236,8 @@ def repetition(record: Record) -> list[str]:
         html.paragraph("The config holds everything but the places of files; the data of the hash above give the run "
                        "again, on a CPU to the bit:"),
         html.verbatim(again),
-        html.paragraph("Where it is not finished, or is to go on with more --max-steps:"),
+        html.paragraph("In a checkout the scripts/ are the same. Where the run is not finished, or is to take more "
+                       "--max-steps, it goes on:"),
         html.verbatim(going_on),
         config,
     ]  # fmt: skip
@@ -234,7 +245,7 @@ def repetition(record: Record) -> list[str]:
 
 def _frozen_parts(record: Record) -> Iterator[str]:
     """The flags that name other models, for a run that was made with some."""
-    if record.run.get("teacher", {}).get("autoencoder", "none") != "none":
+    if teacher(record):
         yield "--teacher TEACHER"
     if record.config.get("loss", {}).get("align", 0):
         yield "--align-with VISION"

@@ -15,7 +15,7 @@ from PIL import Image
 from training.pictures import grids, html
 
 FRAMES = 24  # pictures of a slider at most
-LARGEST = 200_000  # bytes of one
+LARGEST = 160_000  # bytes of one
 LONGEST = 400  # characters of a caption that are shown
 
 

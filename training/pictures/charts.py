@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from training.pictures.captions import plain_font
 
 SIDE = 300  # pixels of the unit square
 MARGIN = 40
@@ -14,7 +16,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # 
 def unit_square(curves: Mapping[str, Sequence[Sequence[float]]], across: str, up: str,
                 diagonal: bool = True) -> Image.Image:
     """Named curves of points (x, y) in [0, 1], the diagonal beneath them, and what both axes are."""
-    font = ImageFont.load_default(size=11)
+    font = plain_font()
     wide = max((int(font.getlength(name)) for name in curves), default=0)
     chart = Image.new("RGB", (SIDE + 2 * MARGIN + 30 + wide, SIDE + 2 * MARGIN), "white")
     draw = ImageDraw.Draw(chart)

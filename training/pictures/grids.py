@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 from training.files import atomic_write, finite
+from training.pictures.captions import LINE, caption, plain_font
 from training.pictures.parameters import CHUNK, parameters
 
 SMALLEST = 96  # pixels a cell is enlarged to, so that small pictures can be seen
+MARK = 10  # pixels that a mark takes of its caption's width
 SHEET = 64  # pictures on a contact sheet at most
 LARGEST = 1 << 20  # characters of the facts in a picture
 SEAL = "sha256"  # among the facts: over all others and the pixels
@@ -34,28 +35,37 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def grid(
-    pixels: Tensor | Sequence[Image.Image], columns: int, *, captions: Sequence[str] = (), rows: Sequence[str] = ()
+    pixels: Tensor | Sequence[Image.Image],
+    columns: int,
+    *,
+    captions: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    marks: Sequence[bool] = (),
 ) -> Image.Image:
-    """Pictures in reading order, a caption under each or a label beside each row; small ones enlarged evenly."""
+    """Pictures in reading order, a caption under each or a label beside each row; small ones enlarged evenly.
+
+    `marks`: whether each picture is as its caption says, a green dot before it or a red cross.
+    """
     images = list(pixels) if isinstance(pixels, Sequence) else to_pil(pixels)
     factor = max(1, -(-SMALLEST // max(images[0].size)))
     width, height = (side * factor for side in images[0].size)
-    font = ImageFont.load_default(size=11)
-    wrap = textwrap.TextWrapper(max(8, 2 * width // 13), max_lines=4, placeholder=" …").wrap
-    caption_lines = [wrap(_drawable(c)) for c in captions]
-    below = 4 + 13 * max(map(len, caption_lines), default=0) if captions else 0
-    margin = 12 + max((int(font.getlength(r)) for r in rows), default=-12)
+    indent = MARK if marks else 0
+    below = [caption(text, width - indent) for text in captions]
+    under = 4 + LINE * max((len(text.lines) for text in below), default=0) if captions else 0
+    margin = 12 + max((int(plain_font().getlength(r)) for r in rows), default=-12)
     lines = -(-len(images) // columns)
-    sheet = Image.new("RGB", (margin + columns * (width + 4), lines * (height + below + 4)), "white")
+    sheet = Image.new("RGB", (margin + columns * (width + 4), lines * (height + under + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = margin + i % columns * (width + 4), i // columns * (height + below + 4)
+        x, y = margin + i % columns * (width + 4), i // columns * (height + under + 4)
         cell = image.resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(cell, (x, y), cell if cell.mode == "RGBA" else None)  # transparent on the sheet's white
-        for n, line in enumerate(caption_lines[i] if captions else []):
-            draw.text((x, y + height + 2 + 13 * n), line, fill="black", font=font)
+        for n, line in enumerate(below[i].lines if captions else []):
+            draw.text((x + indent, y + height + 2 + LINE * n), line, fill="black", font=below[i].font)
+        if marks:
+            _mark(draw, x + 1, y + height + 5, marks[i])
         if rows and i % columns == 0:
-            draw.text((4, y + height // 2 - 6), rows[i // columns], fill="black", font=font)
+            draw.text((4, y + height // 2 - 6), rows[i // columns], fill="black", font=plain_font())
     return sheet
 
 
@@ -129,6 +139,10 @@ def changed(path: Path) -> bool | None:
         return None if SEAL not in found else found[SEAL] != seal(image, found)
 
 
-def _drawable(text: str) -> str:
-    """Control characters would break lines where none are wanted."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def _mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
+    """A green dot, or a red cross: apart by shape, too."""
+    if right:
+        draw.ellipse([x, y, x + 6, y + 6], fill="#228833")
+        return
+    for line in ([x, y, x + 6, y + 6], [x, y + 6, x + 6, y]):
+        draw.line(line, fill="#cc3311", width=2)

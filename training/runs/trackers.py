@@ -154,15 +154,15 @@ class Trackers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         identity = self._identity()
-        kind = LOGGER_TYPE_TO_CLASS[name]
+        kind: Any = LOGGER_TYPE_TO_CLASS[name]
         own = {"tensorboard": "tensorboard", "wandb": os.environ.get("WANDB_PROJECT", PROJECT)}  # there a folder's name
         folder = [str(self.run)] if kind.requires_logging_directory else []
-        tracker = kind(own.get(name, PROJECT), *folder, **HOW.get(name, lambda run: {})(identity))
+        tracker = kind(own.get(name, PROJECT), *folder, **(HOW[name](identity) if name in HOW else {}))
         tracker.start()
         self.working[name] = tracker
         if name not in identity.begun or name not in HOW:
             tracker.store_init_configuration(flat(self.values))
-        begun = {**identity.begun, name: OWN_NAMES.get(name, lambda tracker: "")(tracker)}
+        begun = {**identity.begun, name: OWN_NAMES[name](tracker) if name in OWN_NAMES else ""}
         write_json(self.run / RECORD, {"id": identity.id, "begun": begun})
 
     def _identity(self) -> Identity:

@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raises UserError (exit 2), where argparse would end the program itself."""
-        command = door(own_verb(), *self.prog.removeprefix(own_name()).split(), "--help")
+        command = door(self.prog.replace(own_name(), own_verb(), 1), "--help")
         raise UserError(message, hint=f"{command} lists the flags", code=USAGE)
 
     def machine(self, group: Any = None, device: str = "auto") -> None:

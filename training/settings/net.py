@@ -15,6 +15,7 @@ from typing import Any
 from training.errors import DATA, DISK, USAGE, UserError
 from training.guarding import disk_error
 from training.messages import open_streams, say, silence, speak_any_encoding
+from training.shadows import refuse_shadows
 
 PACKAGE = Path(__file__).parents[2]  # a checkout, or where packages are installed
 OURS = ("autoencoder", "ldm", "training", "scripts")
@@ -33,6 +34,7 @@ def run_main(function: Callable[[], object]) -> None:
     speak_any_encoding()
     code: Any = 0
     try:
+        refuse_shadows()
         function()
         sys.stdout.flush()  # here, where a full disk is told; python itself would say it later, without a code
     except SystemExit as end:

@@ -7,7 +7,6 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from training.errors import UserError
 from training.guarding import each_once
 from training.settings.families import suggestion
 
+CONFIGS = Path(__file__).parents[2] / "configs"  # by its place: many folders have that name
 LARGEST = 1 << 20  # bytes a config file may have
 MOST_DOTS = 200  # in a line: tomllib takes the square of a dotted key's parts
 Values = dict[str, dict[str, Any]]
@@ -22,9 +22,7 @@ Values = dict[str, dict[str, Any]]
 
 def names(stage: str) -> list[str]:
     """The configs that come with the package, as `--config NAME` takes them."""
-    return sorted(
-        p.name.removesuffix(".toml") for p in (resources.files("configs") / stage).iterdir() if p.name.endswith(".toml")
-    )
+    return sorted(path.stem for path in (CONFIGS / stage).iterdir() if path.suffix == ".toml")
 
 
 def read(stage: str, source: str) -> tuple[str, str]:
@@ -33,7 +31,7 @@ def read(stage: str, source: str) -> tuple[str, str]:
     if path.is_dir() and (path / "config.json").is_file():
         path = path / "config.json"
     if not path.is_file():
-        file = resources.files("configs") / stage / f"{source.removesuffix('.toml')}.toml"
+        file = CONFIGS / stage / f"{source.removesuffix('.toml')}.toml"
         if not file.is_file():
             raise UserError(
                 f"no config named '{source}'{suggestion(source, names(stage))}",

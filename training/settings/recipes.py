@@ -1,7 +1,7 @@
 """Recipes by what one has: pairs of configs that belong together, and how long each is trained on so many pictures.
 
 A proposal is a pure function of the situation: it is what a training without --config runs, and what docs/recipes.md
-lists. Seconds are measured, `scripts/recipes/laptop_speed.sh`; where there are none, FLOPs are counted.
+lists. Seconds are measured as that page says; for GPUs, where nothing is measured yet, FLOPs are counted.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from training.messages import roughly
 from training.settings.reading import parse, read
 
-StageName = Literal["autoencoder", "denoiser"]
 FEW = 2000  # pictures that teach no more than a small network
 LEARNT_BY_HEART = 1000  # pictures that a denoiser can repeat one by one, and a critic, too
 COPIED = 200  # pictures of which it draws copies
@@ -34,7 +33,7 @@ class Budget:
     most: int
     gflop: float
     seconds: float = 0.0  # on one core of the machine of docs/recipes.md; 0: not for a CPU
-    memory: float = 0.0  # GiB, measured at this batch; 0: not measured
+    memory: float = 0.0  # GB of the process at its peak, measured at this batch; 0: not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +45,20 @@ class Pair:
     autoencoder: Budget
     denoiser: Budget
 
-    def budget(self, stage: StageName) -> Budget:
+    def budget(self, stage: str) -> Budget:
         """That of a stage."""
         return self.autoencoder if stage == "autoencoder" else self.denoiser
 
 
-_U_NET = {"batch": 32, "epochs": 200, "least": 38_400, "most": 256_000, "gflop": 1.7, "seconds": 1 / 37, "memory": 1.1}
+_U_NET = {"batch": 32, "epochs": 200, "least": 38_400, "most": 256_000, "gflop": 1.7, "seconds": 0.027, "memory": 1.3}
 _DIT = {"batch": 256, "epochs": 200, "least": 2_000_000}
 SMALL = (
     Pair(name="laptop-64", resolution=64, denoiser=Budget(**_U_NET), autoencoder=Budget(
-        batch=8, epochs=100, least=11_200, most=80_000, gflop=2.1, seconds=1 / 23, memory=1.1)),
+        batch=8, epochs=100, least=11_200, most=80_000, gflop=2.1, seconds=0.043, memory=1.3)),
     Pair(name="laptop-128", resolution=128, denoiser=Budget(**_U_NET), autoencoder=Budget(
-        batch=8, epochs=100, least=11_200, most=48_000, gflop=8.7, seconds=1 / 7, memory=1.1)),
+        batch=8, epochs=100, least=11_200, most=48_000, gflop=8.7, seconds=0.15, memory=2.0)),
     Pair(name="laptop-256", resolution=256, denoiser=Budget(**_U_NET), autoencoder=Budget(
-        batch=8, epochs=100, least=11_200, most=32_000, gflop=34, seconds=1 / 2, memory=1.1)),
+        batch=8, epochs=100, least=11_200, most=32_000, gflop=34, seconds=0.6, memory=3.5)),
 )  # fmt: skip
 ONE_GPU = (
     Pair(name="gpu-64", resolution=64, denoiser=Budget(**_DIT, most=51_200_000, gflop=45), autoencoder=Budget(
@@ -83,9 +82,14 @@ class Situation:
 
     pictures: int | None
     resolution: int
-    gpu: bool = False
+    device: str = "cpu"  # or "cuda", or "mps"
     processes: int = 1
     unit: int = 1  # of which a batch is a multiple: processes times backward passes a step
+
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a GPU that trains large networks."""
+        return self.device == "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,7 @@ class Proposal:
     """A config by name, what is set over it, and what comes of that."""
 
     pair: Pair
-    stage: StageName
+    stage: str
     situation: Situation
     steps: int
     batch: int
@@ -109,7 +113,7 @@ class Proposal:
     def seconds(self) -> float | None:
         """As measured on one core, or as estimated for GPUs (ASSUMED); None for a small network on a GPU."""
         budget, seen = self.pair.budget(self.stage), self.steps * self.batch
-        if not self.situation.gpu:
+        if self.situation.device == "cpu":
             return seen * budget.seconds
         return None if budget.seconds else seen * budget.gflop * 1e9 / ASSUMED / self.situation.processes
 
@@ -120,7 +124,7 @@ class Proposal:
 
 
 def propose(
-    stage: StageName,
+    stage: str,
     situation: Situation,
     given: Mapping[str, str] | None = None,
     model: Mapping[str, Any] | None = None,
@@ -138,14 +142,12 @@ def propose(
     batch = _number(given, "train.batch_size") or max(unit, min(budget.batch, share) // unit * unit)
     seen = budget.most if pictures is None else min(budget.most, max(budget.least, budget.epochs * pictures))
     every, looks = _interval(seen / batch)
-    if steps := _number(given, "train.max_steps"):
-        every = min(every, steps)
-    else:
-        steps = every * looks
-    values: dict[str, float] = {"train.max_steps": steps, "train.batch_size": batch, "train.sample_every": every}
-    values |= {"train.save_every": every}
+    steps = _number(given, "train.max_steps") or every * looks
+    save = _number(given, "train.save_every") or _number(given, "train.sample_every") or min(every, steps)
+    look = _number(given, "train.sample_every") or max(save, min(every, steps) // save * save)
+    values = {"train.max_steps": steps, "train.batch_size": batch, "train.sample_every": look, "train.save_every": save}
     if stage == "autoencoder":
-        values |= _critic(steps, every, pictures)
+        values |= _critic(steps, look, pictures, given)
     overrides = {key: str(value) for key, value in values.items() if key not in given}
     return Proposal(pair=pair, stage=stage, situation=situation, steps=steps, batch=batch, overrides=overrides)
 
@@ -153,15 +155,15 @@ def propose(
 def reasons(proposal: Proposal) -> list[str]:
     """What is proposed, why, how long it may take and what may come of it, in lines."""
     situation, pair = proposal.situation, proposal.pair
-    machine = "a CPU" if not situation.gpu else f"{situation.processes} GPUs" if situation.processes > 1 else "a GPU"
-    count = situation.pictures
-    pictures = "a number of pictures that is not known" if count is None else f"{count:,} pictures"
+    machine = {"cpu": "a CPU", "mps": "an Apple GPU", "cuda": "a GPU"}[situation.device]
+    machine = f"{situation.processes} GPUs" if situation.cuda and situation.processes > 1 else machine
+    pictures = "pictures that nobody has counted" if situation.pictures is None else f"{situation.pictures:,} pictures"
     passes = "" if proposal.epochs is None else f" ({in_epochs(proposal.epochs)})"
     lines = [
         f"no --config was given: {pair.name}, for {pictures} of {situation.resolution} px on {machine}: "
         f"{proposal.steps:,} steps of {proposal.batch}{passes}, {how_long(proposal)}"
     ]
-    few = ["a small network, for so few pictures teach no larger one"] if situation.gpu and pair in SMALL else []
+    few = ["a small network, for so few pictures teach no larger one"] if situation.cuda and pair in SMALL else []
     drawn = [f"it will draw {expected(proposal)}"] if proposal.by_heart else []
     return [*lines, *filter(None, ["; ".join([*few, *drawn])])]
 
@@ -186,8 +188,8 @@ def in_epochs(passes: float) -> str:
 def how_long(proposal: Proposal) -> str:
     """The time of a proposal in words that say what it rests on."""
     if proposal.seconds is None:
-        return "less than the time measured on one core of a CPU"
-    if proposal.situation.gpu:
+        return "in a time not measured yet"
+    if proposal.situation.cuda:
         return f"{roughly(proposal.seconds)} by an estimate of {ASSUMED / 1e12:.0f} TFLOP/s for each GPU"
     return f"about {roughly(proposal.seconds)} on one slow core, as measured"
 
@@ -200,31 +202,33 @@ def _number(given: Mapping[str, str], key: str) -> int:
 
 def _pair_for(situation: Situation) -> Pair:
     few = situation.pictures is not None and situation.pictures < FEW
-    family = SMALL if few or not situation.gpu else SEVERAL_GPUS if situation.processes > 1 else ONE_GPU
+    family = SMALL if few or not situation.cuda else SEVERAL_GPUS if situation.processes > 1 else ONE_GPU
     return min(family, key=lambda pair: abs(math.log(pair.resolution / situation.resolution)))
 
 
 def _pair_of(model: Mapping[str, Any], situation: Situation) -> Pair | None:
     """The pair whose autoencoder has this [model], if the device can train its denoiser."""
-    for pair in PAIRS.values():
+    for pair in (_pair_for(situation), *PAIRS.values()):
         own = parse(*read("autoencoder", pair.name))["model"]
         same = model.get("kind", "kl") == "kl" and all(model.get(key) == value for key, value in own.items())
-        if same and (situation.gpu or pair.denoiser.seconds):
+        if same and (situation.cuda or pair.denoiser.seconds):
             return pair
     return None
 
 
 def _interval(steps: float) -> tuple[int, int]:
-    """(steps between looks, looks): no more than so many steps in all, the interval in two digits."""
+    """(steps between looks, looks): no more than so many steps in all, the interval round."""
     looks = 20 if steps > LONG else 4
     every = max(1, int(steps / looks))
     unit = 10 ** max(0, len(str(every)) - 2)
+    unit = max(1, unit // 2) if every < 20 * unit else unit
     return every // unit * unit, looks
 
 
-def _critic(steps: int, every: int, pictures: int | None) -> dict[str, Any]:
+def _critic(steps: int, look: int, pictures: int | None, given: Mapping[str, str]) -> dict[str, int]:
     """The critic's part of the steps: from their half on; none for pictures that it would know one by one."""
     if pictures is not None and pictures < LEARNT_BY_HEART:
         return {"loss.adversarial": 0}
-    start, counts, ramp = steps // 2, max(every, steps * 6 // 10), steps // 5
-    return {"loss.discriminator_start": start, "loss.adversarial_start": counts, "loss.adversarial_ramp": ramp}
+    start = _number(given, "loss.discriminator_start") or steps // 2
+    counts = max(look, start, steps * 6 // 10)
+    return {"loss.discriminator_start": start, "loss.adversarial_start": counts, "loss.adversarial_ramp": steps // 5}

@@ -142,8 +142,7 @@ class ShardSet:
 def held_out_shards(folder: str | Path | Remote, *, at_least: str = "train") -> ShardSet:
     """What is held out, by one rule wherever something is measured: the val split, else the test split, else, said
     aloud, the training split. Raises UserError where that is what is left and `at_least` is "test"."""
-    splits = {info.split for info in read_index(folder)[1]}
-    name = next((s for s in ("val", "test") if s in splits), "train")
+    name = held_out_split(folder)
     if name == "test":
         note("the data has no val split: its test split is what is held out")
     if name == "train" and at_least != "train":
@@ -151,6 +150,12 @@ def held_out_shards(folder: str | Path | Remote, *, at_least: str = "train") -> 
     if name == "train":
         warn("the data has no val split; validation uses training images (pack with --val-fraction)")
     return ShardSet(folder, name)
+
+
+def held_out_split(folder: str | Path | Remote) -> str:
+    """The name of the split that `held_out_shards` takes."""
+    splits = {info.split for info in read_index(folder)[1]}
+    return next((s for s in ("val", "test") if s in splits), "train")
 
 
 def lacking_hint(split: str) -> str:

@@ -25,8 +25,9 @@ from training.data.images import Images
 from training.data.samples import Batch
 from training.loop.rollback import Rollback
 from training.loop.stage import Stage
+from training.loop.validation import CHUNK, as_many
 from training.models.latent_scale import fit_norm
-from training.models.reconstructions import measure
+from training.models.reconstructions import mean_psnr, measure
 from training.settings.decoding import AutoencoderConfig
 from training.stages.adversary import Adversary
 from training.stages.checks import check_returns
@@ -64,8 +65,7 @@ class AutoencoderStage(Stage):
         if self.log_variance:
             self.networks["log_variance"] = self.log_variance
             self.optimizers["log_variance"] = (["log_variance"], 1.0)
-        self.vision = vision
-        self.frozen = [part for part in (perceptual, vision) if part is not None]
+        self.vision, self.frozen = vision, [part for part in (perceptual, vision) if part is not None]
         if not self.loss.adversarial:
             self.frozen.append(discriminator)
         if vision:
@@ -73,6 +73,7 @@ class AutoencoderStage(Stage):
             self.networks["alignment"] = Alignment(model.latent_channels, vision.width, *margins)
             self.optimizers["alignment"] = (["alignment"], 1.0)
         self.averaged, self.score = {"autoencoder": model}, ("psnr", -1.0)
+        self.training_score = self.psnr_of_training
         self.distance = of_kind(RECONSTRUCTIONS, self.loss.reconstruction)
         self.adversary = Adversary(self.loss, discriminator)
         self.balance = torch.zeros(())
@@ -87,8 +88,7 @@ class AutoencoderStage(Stage):
             margin, pause, limit = self.loss.return_margin, self.loss.return_pause, self.loss.return_limit
             self.rollback = Rollback(margin, pause, limit, self.ramp)
         self.codes = model.quantize if isinstance(model.quantize, Quantizer) and model.quantize.adapts else None
-        # Slots, z and its codes of this step, for a codebook that follows them.
-        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # slots, z, codes of this step, for a codebook to follow
         self.forward: Any = model
 
     def connect(self) -> None:
@@ -274,9 +274,15 @@ class AutoencoderStage(Stage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """PSNR, SSIM, LPIPS of held-out reconstructions (posterior mean, 8-bit); a grid of input, output, error."""
-        batches = self.held_out.chunks(self.held_out.evenly(self.config.train.validation_size), 64, "validating")
+        places = self.held_out.evenly(self.config.train.validation_size)
+        batches = self.held_out.chunks(places, CHUNK, "validating")
         pixels = (batch.data.to(self.accelerator.device) for batch in batches)
         return measure(self.model, self.perceptual, pixels, folder)
+
+    def psnr_of_training(self) -> float | None:
+        """The PSNR of as many training pictures."""
+        batches = as_many(self.dataset, self.held_out.evenly(self.config.train.validation_size))
+        return None if batches is None else mean_psnr(self.model, (batch.data for batch in batches))
 
     def normalise(self) -> None:
         """The last act: measure per-channel shift and scale of z with the weights in place, evenly over the data."""

@@ -40,7 +40,6 @@ class AutoencoderJob(Job):
     """Stage one: train, measure the latent normaliser, export."""
 
     stage: ClassVar[str] = "autoencoder"
-    title: ClassVar[str] = "Autoencoder"
     config: AutoencoderConfig
 
     def open_data(self) -> None:
@@ -116,6 +115,11 @@ class AutoencoderJob(Job):
         parts = {"teacher": teacher_hash(self.teacher), "vision": vision_hash(self.vision)}
         data = stream_facts(self.dataset) if self.args.stream else data_facts(self.args.data)
         return {"data": data, **parts}
+
+    def about(self) -> dict[str, Any]:
+        """Counts, and the size of the pictures, where they are of one."""
+        side = self.args.resolution or self.dataset.shards.summary.get("resolution")
+        return {**self.counts(), "resolution": side and [side, side], "channels": self.dataset.channels}
 
     def begin(self, final: Path) -> None:
         """Keep the record of the teacher beside the model."""

@@ -160,7 +160,7 @@ def checkpoint_bytes(stage: Stage, train: Train) -> int:
     averaged = averaged_parameters(stage.averaged).values()
     powers = len(train.ema_lengths) * sum(p.numel() for p in averaged if p.requires_grad)
     averages = 4 * (sum(p.numel() for p in averaged) + powers)
-    return sum(value.nbytes for value in [*states, *learning, *learning]) + averages
+    return sum(int(value.nbytes) for value in [*states, *learning, *learning]) + averages
 
 
 def check_room(loop: Loop) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ldm.uncertainty import Uncertainty, Weighed
 from training.data.latents import Latents
 from training.data.samples import Batch
 from training.loop.stage import Stage
+from training.loop.validation import CHUNK, as_many
 from training.machine.processes import announce
 from training.messages import warn
 from training.models.captions_read import CaptionTally
@@ -91,7 +92,8 @@ class DenoiserStage(Stage):
         self.network = Captioned(backbone, text, config.weighting.build(config.schedule))
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
-        self.score = ("loss", 1.0)
+        self.score, self.training_score = ("loss", 1.0), self.loss_of_training
+        self.audit = "; evaluate --copies tells whether it repeats them"
         diffusion = Diffusion(
             schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
         )
@@ -191,12 +193,30 @@ class DenoiserStage(Stage):
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
+        numbers = self.losses_of(self.held_out.chunks(self.looked_at(), CHUNK, "validating"))
+        captions = self.grid_captions()
+        with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
+            watch = told.by_steps(SHOWN, self.config.sample.steps)
+            images = self.pipeline(captions, seeds=0, batch_size=SHOWN, watch=watch)
+        grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
+        return numbers
+
+    def loss_of_training(self) -> float | None:
+        """The same loss of as many training samples, at the same levels and noise."""
+        batches = as_many(self.dataset, self.looked_at())
+        return None if batches is None else self.losses_of(batches)["loss"]
+
+    def looked_at(self) -> Sequence[int]:
+        """The held-out samples of a validation."""
+        return self.held_out.evenly(self.config.train.validation_size)
+
+    def losses_of(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The mean of the un-weighted losses at fixed noise levels, no caption dropped, and each of them."""
         # Noise goes by the sample's number and the level, with seeds far from training's: every validation of every run
         # on these data meets the same noise, so that numbers differ by the weights alone, and in float32 whatever the
         # training's precision. Only the main process is here, so nothing may call a process wrapper.
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
-        places = self.held_out.evenly(self.config.train.validation_size)
-        for batch in self.held_out.chunks(places, 64, "validating"):
+        for batch in batches:
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             latents, cond = (
                 self.sample(batch, noise),
@@ -207,11 +227,6 @@ class DenoiserStage(Stage):
                 losses[f"loss_t{t}"].append(
                     self.objective.at(self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t)))
                 )
-        captions = self.grid_captions()
-        with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
-            watch = told.by_steps(SHOWN, self.config.sample.steps)
-            images = self.pipeline(captions, seeds=0, batch_size=SHOWN, watch=watch)
-        grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 

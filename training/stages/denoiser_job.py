@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
     from training.settings.decoding import DenoiserConfig
 
+CAPTIONS = 5  # that a model card shows
+
 
 class DenoiserJob(Job):
     """Stage two: train on encoded latents, export a self-contained model."""
 
     stage: ClassVar[str] = "denoiser"
-    title: ClassVar[str] = "Denoiser"
     config: DenoiserConfig
 
     def open_data(self) -> None:
@@ -91,6 +92,11 @@ class DenoiserJob(Job):
         """Hashes of the data, of the pictures they were encoded from, and of every part that is not trained."""
         data = data_facts(self.args.latents) | pictures_facts(self.args.latents)
         return {"data": data, "hashes": self.parts.hashes}
+
+    def about(self) -> dict[str, Any]:
+        """Counts, the size of the pictures, and captions of held-out ones."""
+        captions = list(dict.fromkeys(self.trained.grid_captions()))[:CAPTIONS]
+        return {**self.counts(), "resolution": self.dataset.shards.summary["latent"]["picture"], "captions": captions}
 
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""

@@ -23,8 +23,8 @@ class Job(ABC):
     """One training. Raises UserError for what cannot be trained, as early as it can be known."""
 
     stage: ClassVar[str]  # the folder of configs/ and the name in run.json
-    title: ClassVar[str]  # of its model card
     dataset: Any  # what is trained on, once `open_data` has found it
+    held_out: Any  # and what is not
 
     def __init__(self, args: argparse.Namespace, config: Any) -> None:
         self.args, self.config = args, config
@@ -56,6 +56,14 @@ class Job(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What names data and frozen parts in run.json: a resume with others is refused."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What the model card tells of the data besides its hash."""
+
+    def counts(self) -> dict[str, Any]:
+        """The samples trained on, of which a stream has no number, and those held out."""
+        return {"train": None if self.args.stream else len(self.dataset), "held_out": len(self.held_out)}
 
     @abstractmethod
     def begin(self, final: Path) -> None:

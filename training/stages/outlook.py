@@ -108,6 +108,6 @@ def objections(outlook: Outlook, *, steps_proposed: bool) -> list[str]:
         again = door("make_shards pack SOURCE --output DIR", "--val-fraction", share)
         said.append(
             f"only {outlook.held_out} held-out pictures, fewer than {LEAST_HELD_OUT}: validation says little; "
-            f"more of them: {again}"
+            f"where more can be spared: {again}"
         )
     return said

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from training.commands import again
 from training.guarding import read_record
 from training.machine.launcher import first_process
 from training.messages import note
 from training.models.text_encoders import SETTINGS, stored_record
+from training.runs.folder import record
 from training.settings.flags import written_out
 from training.settings.recipes import Situation, propose, reasons
 from training.shards.addresses import repeat_command
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 UNSEEN = 64  # pixels a side where no data are named
 
 
-def settle_config(args: argparse.Namespace, stage: Literal["autoencoder", "denoiser"]) -> None:
+def settle_config(args: argparse.Namespace, stage: str) -> None:
     """Fill in `args.config`, and the overrides of a proposal under those given; `args.steps_proposed`: whether nobody
     asked for so many steps."""
     args.steps_proposed = "train.max_steps" not in args.overrides
     own = Path(args.output or "") / "config.json"
-    if args.resume and args.output and own.is_file():
+    if args.resume and args.output and own.is_file() and record(own.parent).get("stage", stage) == stage:
         args.config = str(own)
         if first_process():
             note(f"no --config was given: the run's own is used, {own}")
@@ -38,11 +39,14 @@ def settle_config(args: argparse.Namespace, stage: Literal["autoencoder", "denoi
     found = _of_latents(args, folder, summary) if stage == "denoiser" else {}
     model = _autoencoder(folder) if stage == "denoiser" else None
     proposal = propose(stage, situation, _batch_given(args, situation), model)
-    added = {key: text for key, text in (proposal.overrides | found).items() if key not in args.overrides}
+    added = {key: text for key, text in {**proposal.overrides, **found}.items() if key not in args.overrides}
     args.config, args.overrides = proposal.pair.name, {**added, **args.overrides}
     if first_process():
         words, _ = again(["--config", args.config, *written_out(added)])
-        note("\n      ".join([*reasons(proposal), f"the same as: {repeat_command(words)}"]))
+        command, *about = repeat_command(words).split("\nnote: ")
+        note("\n      ".join([*reasons(proposal), f"the same as: {command}"]))
+        for line in about:
+            note(line)
 
 
 def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, dict[str, Any], Situation]:
@@ -52,7 +56,7 @@ def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, 
     source = args.data if stage == "autoencoder" else args.latents
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     passes = getattr(args, "gradient_accumulation_steps", None) or 1
-    gpu = resolve(args.device).type == "cuda"
+    device = resolve(args.device).type
     folder, summary, pictures, resolution = None, {}, None, getattr(args, "resolution", None) or UNSEEN
     if source and not (args.stream and stage == "autoencoder"):
         folder = open_address(source, args.cache_dir, args.cache_size)
@@ -60,14 +64,15 @@ def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, 
         summary = {**index["summary"], "fields": index["fields"]}
         pictures = None if args.stream else sum(info.samples for info in infos if info.split == "train")
         resolution = _side(folder, summary)
-    return folder, summary, Situation(pictures=pictures, resolution=resolution, gpu=gpu, processes=processes,
-                                      unit=processes * passes)
+    return folder, summary, Situation(
+        pictures=pictures, resolution=resolution, device=device, processes=processes, unit=processes * passes
+    )
 
 
 def _side(folder: Path | Remote, summary: Mapping[str, Any]) -> int:
     """Pixels of the longer side; of tars indexed in place, by their first picture."""
     if latent := summary.get("latent"):
-        return max(latent["picture"])
+        return int(max(latent["picture"]))
     if isinstance(side := summary.get("resolution"), int):
         return side
     from training.data.images import Images
@@ -102,5 +107,5 @@ def _of_latents(args: argparse.Namespace, folder: Path | Remote | None, summary:
     if stored and isinstance(folder, Remote):
         folder.bring(["text_encoder/identity.json"])
     record = stored_record(Path(folder)) if stored and folder else {}
-    kept = {f"text.{key}": str(record[key]).lower() for key in SETTINGS if key in record}
-    return mirrored | {"text.kind": "huggingface"} | kept
+    settings = {f"text.{key}": str(record[key]).lower() for key in SETTINGS if key in record}
+    return mirrored | {"text.kind": "huggingface"} | settings

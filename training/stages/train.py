@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.commands import again, assigned
 from training.errors import DISK, UserError
+from training.files import finite
 from training.messages import answer, say, tell
 from training.next_step import tell_next
 from training.settings import decoding
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import argparse
 
     from accelerate import Accelerator
+    from torch import Tensor
 
     from training.loop.loop import Loop
     from training.loop.stage import Stage
@@ -133,7 +135,7 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
         if isinstance(run, Run):
             with loop.ema.averaged_weights(), unwrapped(loop.stage):
                 tensors = job.export(run.folder, facts)
-                finish(run, tensors, job.title, close_books(loop, facts))
+                finish(run, tensors, job.about(), close_books(loop, facts))
                 tell_next(*job.next_steps(run.folder))
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
@@ -217,19 +219,24 @@ def close_books(loop: Loop, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {**facts, "ledger": ledger.report()}
 
 
-def finish(run: Run, tensors: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> None:
-    """Export final/ and close the books."""
-    from training.models.folders import card, export
+def finish(run: Run, tensors: Mapping[str, Tensor], data: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Export final/ and close the books; its card tells of the `data`."""
+    from training.models.cards import keep_samples, measured
+    from training.models.folders import export
+    from training.models.lineage import stored_ingredients
     from training.runs.checkpoint import refuse_non_finite
+    from training.runs.folder import versions
 
-    values = decoding.to_values(run.config)
+    final, steps = run.folder / "final", run.config.train.max_steps
     refuse_non_finite(tensors)
-    flat = {**facts.get("validation", {}), **facts["hashes"]}
-    identity = export(
-        run.folder / "final", values, tensors, card(title, {"steps": run.config.train.max_steps, **flat}, values)
-    )
-    run.describe("finished", run.config.train.max_steps, {**facts, "model": identity})
-    tell(f"finished: {run.folder / 'final'}")
+    hashes = {**facts["hashes"], **stored_ingredients(final)}
+    numbers = facts.get("validation") or measured(run.folder, steps)
+    data = {**data, "index_sha256": facts["data"].get("index_sha256")}
+    about = {"steps": steps, "data": data, "numbers": finite(numbers), "hashes": hashes}
+    keep_samples(run.folder, steps, final)
+    identity = export(final, decoding.to_values(run.config), tensors, {**about, "versions": versions()})
+    run.describe("finished", steps, {**facts, "model": identity})
+    tell(f"finished: {final}")
 
 
 def report_complete(job: Job, run: RunView) -> int:

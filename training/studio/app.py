@@ -72,6 +72,7 @@ def page(studio: Studio) -> Any:
         for kind in TABS:
             with gr.Tab(kind.title):
                 kind().build(shared)
+        blocks.unload(shared.left)
     blocks.queue(default_concurrency_limit=4)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(FastAPI(openapi_url=None), blocks, path="", theme=theme, css=STYLE, footer_links=[],

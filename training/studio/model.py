@@ -141,7 +141,7 @@ class Studio:
 
     def read(self, words: Sequence[Word], folder: Path) -> argparse.Namespace:
         """The words as `generate` reads them."""
-        parser = Parser(prog="generate.py")
+        parser = Parser(prog="generate")
         add_flags(parser)
         own = [*self._model_words(), "--output", str(folder), "--device", self.device]
         return parser.read_with_keys([*map(str, words), *own])
@@ -214,7 +214,7 @@ def check(args: argparse.Namespace, pipeline: HashedPipeline) -> None:
         raise UserError(what, hint=f"ask for fewer or smaller ones; {_ELSEWHERE}")
 
 
-_ELSEWHERE = "scripts/generate.py has no such limit"
+_ELSEWHERE = "the command generate has no such limit"
 
 
 def asked(values: Mapping[str, Any]) -> list[Word]:

@@ -122,8 +122,8 @@ class Page:
                 flags = controls(self)
                 start, stop = self.buttons(button)
             with gr.Column(scale=3, min_width=380):
-                gallery = gr.Gallery(label="Pictures", columns=2, object_fit="contain", height=None,
-                                     elem_classes="pixelated", interactive=False, format="png")
+                gallery = gr.Gallery(label="Pictures", columns=2, object_fit="contain", height=None, format="png",
+                                     interactive=False, buttons=["download", "fullscreen"], elem_classes="pixelated")
                 told = gr.HTML()
                 command = self.command("The command that draws the same")
                 files, drawn = self.files(), gr.State([])
@@ -165,6 +165,10 @@ class Page:
         with gr.Row():
             return gr.Button(label, variant="primary", scale=3), gr.Button("Stop", variant="stop", min_width=90)
 
+    def left(self, request: gr.Request) -> None:
+        """A page that is closed wants no drawing."""
+        self.studio.stop(str(request.session_hash))
+
     def stopped(self, request: gr.Request) -> None:
         """End what this page has begun."""
         if not self.studio.stop(str(request.session_hash)):
@@ -181,7 +185,7 @@ def results(made: Made) -> tuple[Any, ...]:
 
 def chosen(drawn: list[str], event: gr.SelectData) -> str:
     """The path of the drawn picture that was clicked on."""
-    return drawn[event.index]
+    return str(drawn[event.index])
 
 
 @contextmanager

@@ -6,46 +6,54 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
+from training.measuring.distances import frechet_distance, wilson
+from training.measuring.kernels import kernel_distance
 
 
-def gaussian(count: int, dim: int, seed: int) -> torch.Tensor:
+def gaussian(count: int, dim: int, seed: int) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def exactly(mean: torch.Tensor, covariance: torch.Tensor) -> Moments:
-    """Moments whose mean and covariance are these, whatever the samples were."""
-    made = Moments(len(mean))
-    made.count = 2
-    made.total = 2 * mean
-    made.outer = covariance + 2 * torch.outer(mean, mean)
-    return made
+def exactly(mean: Tensor, root: Tensor) -> Tensor:
+    """Samples (2 D, D) whose mean is `mean` and whose unbiased covariance is root root'."""
+    dim = len(mean)
+    signs = torch.cat([torch.eye(dim, dtype=torch.float64), -torch.eye(dim, dtype=torch.float64)])
+    return mean + signs @ root.T * ((2 * dim - 1) / 2) ** 0.5
 
 
-def test_frechet_of_two_gaussians_is_the_closed_form() -> None:
-    """N(0, I) and N(m, 4 I): |m|^2 + d."""
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.mean(0), torch.cov(rows.T)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_frechet_of_two_gaussians_is_the_closed_form(scale: float) -> None:
+    """N(0, I) and N(m, s^2 I): |m|^2 + d (s - 1)^2; and of the same covariance, |m|^2 alone."""
     dim, mean = 7, torch.arange(7, dtype=torch.float64)
     eye = torch.eye(dim, dtype=torch.float64)
-    found = frechet_distance(exactly(torch.zeros(dim, dtype=torch.float64), eye), exactly(mean, 4 * eye))
-    assert found == pytest.approx(float(mean @ mean) + dim, rel=1e-12)
+    found = frechet_distance(exactly(0 * mean, eye), exactly(mean, scale * eye))
+    assert found == pytest.approx(float(mean @ mean) + dim * (scale - 1) ** 2, rel=1e-12)
 
 
-def test_frechet_agrees_with_the_matrix_square_root() -> None:
-    """Against tr (A B)^(1/2) from the eigenvalues of the product, which are real and positive."""
-    a, b = (Moments(5).add(gaussian(50, 5, seed) @ gaussian(5, 5, seed + 10)) for seed in (1, 2))
-    cross = torch.linalg.eigvals(a.covariance @ b.covariance).sqrt().sum().real
-    direct = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    assert frechet_distance(a, b) == pytest.approx(float(direct), rel=1e-9)
+@pytest.mark.parametrize(("n", "m", "dim"), [(50, 60, 5), (50, 4, 5), (4, 3, 9), (9, 30, 8)])
+def test_frechet_agrees_with_the_matrix_square_root(n: int, m: int, dim: int) -> None:
+    """Against tr (A B)^(1/2) from the eigenvalues of the product, also where A or B is singular; whichever set is
+    first; and in turned, shifted coordinates."""
+    a, b = gaussian(n, dim, 1) @ gaussian(dim, dim, 11), gaussian(m, dim, 2) @ gaussian(dim, dim, 12)
+    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    direct = float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    assert frechet_distance(a, b) == pytest.approx(direct, rel=1e-5)
+    assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+    turn = torch.linalg.qr(gaussian(dim, dim, 3)).Q
+    assert frechet_distance(a @ turn + 5, b @ turn + 5) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * frechet_distance(a, b), rel=1e-9)
 
 
-def test_frechet_of_a_set_with_itself_is_zero_however_it_was_gathered() -> None:
-    rows = gaussian(100, 6, 0)
-    whole, parts = Moments(6).add(rows), Moments(6)
-    for chunk in rows.flip(0).split(7):
-        parts.add(chunk)
-    assert frechet_distance(whole, parts) == pytest.approx(0, abs=1e-9)
-    assert torch.allclose(parts.covariance, torch.cov(rows.T), atol=1e-12)
+def test_frechet_of_a_set_with_itself_is_zero_in_whatever_order() -> None:
+    for rows in (gaussian(100, 6, 0), gaussian(5, 20, 0), 1e3 + 1e-3 * gaussian(100, 6, 0)):
+        assert frechet_distance(rows, rows.flip(0)) == pytest.approx(0, abs=1e-12 * float(rows.square().sum()))
 
 
 def test_kernel_distance_is_unbiased() -> None:
@@ -60,7 +68,7 @@ def test_kernel_distance_is_unbiased() -> None:
 def test_kernel_distance_is_the_sum_over_pairs() -> None:
     a, b = gaussian(3, 2, 0), gaussian(4, 2, 1)
 
-    def k(x: torch.Tensor, y: torch.Tensor) -> float:
+    def k(x: Tensor, y: Tensor) -> float:
         return float((x @ y / 2 + 1) ** 3)
 
     within_a = sum(k(a[i], a[j]) for i in range(3) for j in range(3) if i != j) / 6
@@ -71,7 +79,7 @@ def test_kernel_distance_is_the_sum_over_pairs() -> None:
 
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 samples"):
-        _ = Moments(2).add(torch.zeros(1, 2)).covariance
+        frechet_distance(torch.zeros(1, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="at least 2 samples"):
         kernel_distance(torch.zeros(1, 2), torch.zeros(3, 2))
 

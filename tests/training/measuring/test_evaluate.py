@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -16,7 +17,7 @@ from autoencoder.images import to_uint8, to_unit
 from training.data.images import Images
 from training.data.order import Slot
 from training.files import file_sha256
-from training.measuring.distances import Moments, frechet_distance
+from training.measuring.distances import frechet_distance
 from training.measuring.features import Features, load_features
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
@@ -27,7 +28,7 @@ from training.stages.classifier import augment
 from training.tensors import content_hash, save_tensors
 
 
-def report(tmp_path: Path, *words: object) -> dict[str, object]:
+def report(tmp_path: Path, *words: object) -> dict[str, Any]:
     assert tiny.call("evaluate", "--device", "cpu", "--overwrite", "--output", tmp_path / "out.json", *words) == 0
     return dict(json.loads((tmp_path / "out.json").read_text()))
 
@@ -39,7 +40,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     def means(pixels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(to_unit(pixels), 4).flatten(1)
 
-    monkeypatch.setattr("training.measuring.evaluate.load_features", lambda *asked: Features("means", 48, means))
+    for room in ("evaluate", "generated"):
+        monkeypatch.setattr(f"training.measuring.{room}.load_features", lambda *asked: Features("means", 48, means))
 
 
 def test_autoencoder_numbers(autoencoder: Path, shapes: Path, tmp_path: Path) -> None:
@@ -52,8 +54,10 @@ def test_autoencoder_numbers(autoencoder: Path, shapes: Path, tmp_path: Path) ->
     assert numbers["images"] == len(images)
     assert numbers["psnr"] == pytest.approx(psnr(made[inner], pixels[inner]).mean().item(), abs=0.05)
     assert numbers["ssim"] == pytest.approx(ssim(made[inner], pixels[inner]).mean().item(), abs=1e-3)
-    sets = [Moments(features.dim).add(features(p)) for p in (pixels, made)]
-    assert numbers["frechet"] == pytest.approx(frechet_distance(*sets), rel=0.02)
+    assert numbers["frechet"] == pytest.approx(frechet_distance(features(pixels), features(made)), rel=0.02)
+    for name in ("psnr", "ssim", "frechet", "kernel_distance", "precision", "recall", "density", "coverage"):
+        low, high = numbers[f"{name}_95"]
+        assert low <= numbers[name] <= high and (low < high or name == "density"), name
     assert "seed 0" in str(numbers["features"]) and numbers["lpips_network"] is None
     assert numbers["data"] == {"index_sha256": file_sha256(shapes / "index.json")}
 
@@ -89,9 +93,9 @@ def test_obedience_of_shapes_and_distances_together(
 ) -> None:
     """The rules are no classifier to load; and without --count, all of the val split."""
     words = ("--model", denoiser, "--data", shapes, "--count")
-    both = report(tmp_path, *words, 3, "--obedience", "shapes", "--batch-size", 2)
+    both = report(tmp_path, *words, 10, "--obedience", "shapes", "--batch-size", 2)
     assert both["obedience_1"] == 0 and float(str(both["frechet_generated"])) > 0 and "obedience" not in both
-    assert both["pictures"] == 3 and both["batch_size"] == 2
+    assert both["pictures"] == 10 and both["batch_size"] == 2
     everything = report(tmp_path, *words, 0)
     assert everything["pictures"] == everything["reconstructed_pictures"] == len(ShardSet(shapes, "val"))
 
@@ -133,7 +137,7 @@ def test_a_checkpoint_without_averaging_holds_what_was_trained(
     live, of_checkpoint = load_pipeline(run, "cpu"), load_pipeline(checkpoint, "cpu")
     for name, part in live.denoiser.backbone.state_dict().items():
         assert torch.equal(part, of_checkpoint.denoiser.backbone.state_dict()[name]), name
-    shown = [report(tmp_path, "--model", model, "--data", shapes, "--count", 4) for model in (run, checkpoint)]
+    shown = [report(tmp_path, "--model", model, "--data", shapes, "--count", 10) for model in (run, checkpoint)]
     assert shown[0]["hashes"] == shown[1]["hashes"] and shown[0]["frechet_generated"] == shown[1]["frechet_generated"]
 
 
@@ -150,25 +154,27 @@ def test_likelihood_of_a_velocity_of_zero_is_the_priors(denoiser: Path, shapes: 
     assert numbers["latent_dims"] == 256 and numbers["pictures"] == 6
 
 
-SHAPES, FILE = "--obedience shapes", "inception:{broken}"
+SHAPES, FILE, OTHER = "--obedience shapes", "torchvision-inception:{broken}", "torchvision-inception:{other}"
 MISTAKES = {  # (of which stage, flags, exit code, what is said)
     "nothing to measure": ("denoiser", "", 2, "nothing to measure"),
     "a classifier without data": ("denoiser", "--obedience {broken}", 2, "nothing to measure"),
     "likelihood without data": ("denoiser", "--likelihood 3", 2, "--data is missing"),
-    "one picture": ("denoiser", "--data {data} --count 1", 2, "needs at least 2 in each (got 1)"),
-    "one reconstruction": ("autoencoder", "--data {data} --count 1", 2, "needs at least 2 in each (got 1)"),
+    "nine pictures": ("denoiser", "--data {data} --count 9", 2, "needs at least 10 in each, better 100 (got 9)"),
     "fewer than none": ("autoencoder", "--data {data} --count -1", 2, "--count: must be at least 0 (got -1)"),
     "empty batches": ("denoiser", f"{SHAPES} --count 1 --batch-size 0", 2, "--batch-size: must be at least 1"),
     "a crop beyond the picture": ("autoencoder", "--data {data} --crop 33", 2, "--crop: must lie in 1 to 32"),
     "no shapes": ("denoiser", f"{SHAPES} --count 0", 2, "must be at least 1"),
     "more shapes than there are": ("denoiser", f"{SHAPES} --count 2377", 2, "2377 held-out captions of 1 objects"),
     "no steps": ("denoiser", f"{SHAPES} --count 1 --grid.kind given", 2, "given times"),
-    "no weak model": ("denoiser", "--data {data} --count 2 --guidance.kind autoguidance", 2, "weaker model"),
+    "no weak model": ("denoiser", "--data {data} --count 10 --guidance.kind autoguidance", 2, "weaker model"),
     "no steps of likelihood": ("denoiser", "--data {data} --likelihood 2 --grid.kind given", 2, "given times"),
     "no judge": ("denoiser", "--data {data} --obedience nowhere", 3, "nowhere holds no classifier"),
     "no inception": ("denoiser", "--data {data} --features inception:nowhere", 3, "no weights at 'nowhere'"),
     "a broken inception": ("denoiser", f"--data {{data}} --features {FILE}", 3, "refusing to load a pickle file"),
-    "another network": ("autoencoder", "--data {data} --features inception:{other}", 3, "not the weights of"),
+    "another network": ("autoencoder", f"--data {{data}} --features {OTHER}", 3, "not the weights of"),
+    "not FID's network": ("autoencoder", "--data {data} --features inception:{other}", 3, "in which FID is defined"),
+    "no DINOv2": ("denoiser", "--data {data} --features dinov2:./nowhere", 3, "./nowhere: no such folder of a DINOv2"),
+    "no CLIP": ("denoiser", "--data {data} --count 10 --clip ./nowhere", 3, "./nowhere: no such folder of a CLIP"),
     "no data": ("denoiser", "--data nowhere", 3, "nowhere is not a folder"),
 }
 

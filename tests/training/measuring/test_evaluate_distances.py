@@ -18,10 +18,11 @@ from autoencoder.images import to_uint8, to_unit
 from ldm.text import Reading
 from training.data.images import Images
 from training.ledger import Ledger
-from training.measuring.distances import Moments, frechet_distance, kernel_distance, wilson
-from training.measuring.evaluate import distances
+from training.measuring.distances import frechet_distance, wilson
 from training.measuring.features import Features
+from training.measuring.generated import distances
 from training.measuring.held_out import even_captions, even_indices
+from training.measuring.kernels import kernel_distance
 from training.measuring.obedience import shapes_obedience
 from training.models.judge import caption
 from training.pictures import grids
@@ -77,13 +78,13 @@ def test_each_distance_is_between_the_sets_it_names(shapes: Path, monkeypatch: p
     """All held-out pictures against drawn, reconstructed and training ones; a judge who misses two of twelve."""
     held_out, training = (Images(ShardSet(shapes, split)) for split in ("val", "train"))
     real, features = everything(held_out), Features("means", 12, means)
-    monkeypatch.setattr("training.measuring.evaluate.load_features", lambda spec, device: features)
+    monkeypatch.setattr("training.measuring.generated.load_features", lambda spec, device: features)
     painter = Painter({caption(held_out, i): picture for i, picture in enumerate(real)})
     captions = even_captions(held_out, 12)
     monkeypatch.setattr(
-        "training.measuring.evaluate.load_classifier", lambda folder, device: Knows(painter.known, captions[3:5])
+        "training.measuring.generated.load_classifier", lambda folder, device: Knows(painter.known, captions[3:5])
     )
-    args = Namespace(data=shapes, features="means", obedience="judge", count=12, seed=3, batch_size=5)
+    args = Namespace(data=shapes, features="means", obedience="judge", clip=None, count=12, seed=3, batch_size=5)
     numbers = distances(painter, "sampling", args, torch.device("cpu"), Ledger())
     assert [pair for part in painter.asked for pair in zip(*part, strict=True)] == [(c, 3) for c in captions]
     sets = {
@@ -91,9 +92,8 @@ def test_each_distance_is_between_the_sets_it_names(shapes: Path, monkeypatch: p
         "reconstructed": to_uint8(to_unit(real[even_indices(held_out, 12)]).clamp(-0.5, 0.5)),
         "training": everything(training)[even_indices(training, 12)],
     }
-    whole = Moments(features.dim).add(features(real))
     for name, pixels in sets.items():
-        wanted = frechet_distance(whole, Moments(features.dim).add(features(pixels)))
+        wanted = frechet_distance(features(real), features(pixels))
         assert numbers[f"frechet_{name}"] == pytest.approx(wanted, rel=1e-3), name
     assert numbers["frechet_ratio"] == pytest.approx(numbers["frechet_generated"] / numbers["frechet_reconstructed"])
     kernel = kernel_distance(features(real), features(sets["generated"]))
@@ -123,7 +123,6 @@ def test_a_grid_says_which_captions_are_obeyed(tmp_path: Path, monkeypatch: pyte
     assert [numbers[f"obedience_{n}_colour"] for n in (1, 2, 3)] == [0.25] * 3
     assert numbers["obedience_1_95"] == list(wilson(2, 4)) and numbers["grid"] == "grid.png"
     said = [c for own in prompts.values() for c in own[:3]]  # of the first batch of each
-    answers = ["yes", "NO", "yes", "yes", "yes", "yes", "yes", "NO", "yes"]
-    captions = [f"{answer}: {c}" for answer, c in zip(answers, said, strict=True)]
-    wanted = grids.grid(torch.stack([known[c] for c in said]) // 2, 8, captions=captions)
+    obeyed = [True, False, True, True, True, True, True, False, True]
+    wanted = grids.grid(torch.stack([known[c] for c in said]) // 2, 8, captions=said, marks=obeyed)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(wanted))

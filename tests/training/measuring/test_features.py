@@ -31,8 +31,9 @@ def test_inception_gives_the_pooled_features_of_a_files_weights(
     file = tmp_path / f"inception_v3.{suffix}"
     save_tensors(file, network.state_dict()) if suffix == "safetensors" else torch.save(network.state_dict(), file)
     monkeypatch.setitem(published.FILES, "inception", f"inception-{file_sha256(file)[:8]}.pth")
-    features = load_features(f"inception:{file}")
+    features = load_features(f"torchvision-inception:{file}")
     assert features.dim == 2048 and content_hash(network.state_dict())[:12] in features.name
+    assert "not FID" in features.name and not features.published
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     pooled: list[torch.Tensor] = []
     network.avgpool.register_forward_hook(lambda module, given, found: pooled.append(found.flatten(1)))

@@ -21,12 +21,13 @@ from training.shards.reading import ShardSet, held_out_shards
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features of three numbers: roots of their covariances take no time."""
+    """Features of twelve numbers: roots of their covariances take no time."""
 
     def means(pixels: torch.Tensor) -> torch.Tensor:
-        return to_unit(pixels).mean((2, 3))
+        return torch.nn.functional.adaptive_avg_pool2d(to_unit(pixels), 2).flatten(1)
 
-    monkeypatch.setattr("training.measuring.evaluate.load_features", lambda *asked: Features("means", 3, means))
+    for room in ("evaluate", "generated"):
+        monkeypatch.setattr(f"training.measuring.{room}.load_features", lambda *asked: Features("means", 12, means))
 
 
 def evaluate(tmp_path: Path, *words: object) -> dict[str, Any]:
@@ -41,15 +42,26 @@ def test_the_rule() -> None:
     assert [len(few_pictures(3, count)) for count in (3, 4, 99, 100)] == [2, 1, 1, 0]
 
 
-def test_three_pictures_are_no_measure(
+def test_a_dozen_pictures_are_hardly_a_measure(
     autoencoder: Path, denoiser: Path, shapes: Path, tmp_path: Path, narrow: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for model in (autoencoder, denoiser):
-        numbers = evaluate(tmp_path, "--model", model, "--data", shapes, "--count", 3)
+        numbers = evaluate(tmp_path, "--model", model, "--data", shapes, "--count", 12)
         said = capsys.readouterr().err
-        assert "warning: Frechet distances rest on 3 pictures in 3 feature dimensions" in said
-        assert "warning: 3 pictures say little" in said and len(numbers["warnings"]) == 2
-        assert len(evaluate(tmp_path, "--model", model, "--data", shapes, "--count", 4)["warnings"]) == 1
+        assert "warning: Frechet distances rest on 12 pictures in 12 feature dimensions" in said
+        assert "--count 13 and more" in said and "--count 100 and more" in said
+        assert "warning: 12 pictures say little" in said and len(numbers["warnings"]) == 2
+        assert len(evaluate(tmp_path, "--model", model, "--data", shapes, "--count", 13)["warnings"]) == 1
+
+
+def test_of_nine_pictures_nothing_is_said_of_the_set(
+    autoencoder: Path, shapes: Path, tmp_path: Path, narrow: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is measured of each picture by itself stays."""
+    numbers = evaluate(tmp_path, "--model", autoencoder, "--data", shapes, "--count", 9)
+    assert numbers["psnr"] > 0 and len(numbers["psnr_95"]) == 2 and numbers["images"] == 9
+    assert not [key for key in numbers if key.startswith(("frechet", "kernel_distance", "precision"))]
+    assert "of fewer than 10 pictures say nothing and are left out (got 9)" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -90,7 +102,7 @@ def test_only_a_test_split(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     folder = splits(train="", val="test")
-    numbers = evaluate(tmp_path, "--model", denoiser, "--data", folder, "--count", 4)
+    numbers = evaluate(tmp_path, "--model", denoiser, "--data", folder, "--count", 10)
     assert "frechet_training" not in numbers and numbers["real_pictures"] == len(ShardSet(folder, "test"))
     said = capsys.readouterr().err
     assert "its test split is what is held out" in said and "distances of training pictures are left out" in said
@@ -102,12 +114,12 @@ def test_only_a_test_split(
 def test_captions_that_are_not_read_are_counted(
     denoiser: Path, shapes: Path, tmp_path: Path, narrow: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--model", denoiser, "--data", shapes, "--count", 4)
+    words = ("--model", denoiser, "--data", shapes, "--count", 10)
     assert evaluate(tmp_path, *words)["ledger"] == {}
     config = json.loads((denoiser / "final" / "tokenizer" / "vocabulary.json").read_text())
     vocabulary = config["vocabulary"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.text.tokenizer.WordTokenizer.unknown", lambda self, caption: [vocabulary[-1]])
         ledger = evaluate(tmp_path, *words)["ledger"]
-    assert ledger["replaced"]["words that the vocabulary has not, read as unknown"]["count"] == 4
-    assert "warning: replaced 4: words that the vocabulary has not" in capsys.readouterr().err
+    assert ledger["replaced"]["words that the vocabulary has not, read as unknown"]["count"] == 10
+    assert "warning: replaced 10: words that the vocabulary has not" in capsys.readouterr().err

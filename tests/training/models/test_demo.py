@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from autoencoder.base import parameters
 from autoencoder.fidelity import psnr
 from autoencoder.images import to_uint8, to_unit
 from ldm.diffusion_classifier import DiffusionClassifier
@@ -124,6 +125,36 @@ def test_one_command_draws_what_it_is_told_and_the_same_again(tmp_path: Path) ->
     assert tiny.call(*words, tmp_path / "one") == 0 and tiny.call(*words, tmp_path / "two") == 0
     assert (tmp_path / "one/00000.png").read_bytes() == (tmp_path / "two/00000.png").read_bytes()
     assert check(np.asarray(Image.open(tmp_path / "one/00000.png")), RELATION)["obeyed"]
+
+
+def test_python_draws_what_the_command_draws_in_the_same_words(demo: HashedPipeline, tmp_path: Path) -> None:
+    """The k-th picture of each prompt has the seed and k, from Python as by `generate`."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    flags = ("--prompts", tmp_path / "prompts.txt", "--num-images", 2, "--seed", 7, "--negative-prompt", "a green star")
+    how = ("--steps", 3, "--guidance-scale", 5, "--size", "32x48", "--device", "cpu", "--output", tmp_path / "out")
+    assert tiny.call("generate", "--model", "demo", *flags, *how) == 0
+    drawn = demo(["a red circle", "a blue square"], seed=7, num_images_per_prompt=2, negative_prompt="a green star",
+                 num_inference_steps=3, guidance_scale=5, height=32, width=48)  # fmt: skip
+    files = [Image.open(tmp_path / "out" / f"{number:05d}.png") for number in range(4)]
+    assert [picture.size for picture in drawn] == [(48, 32)] * 4
+    assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in files]
+
+
+def test_it_tells_itself_in_a_few_lines(demo: HashedPipeline) -> None:
+    told = repr(demo).splitlines()
+    assert told == [
+        "HashedPipeline(",
+        "  denoiser CrossAttentionUNet: 4.6 M parameters, predicts velocity on the schedule flow,",
+        "  autoencoder KLAutoencoder: 681.9 k parameters, 3 channels to 4 channels at 1/4 of the size,",
+        "  text encoder ScratchTextEncoder: 424.2 k parameters,",
+        "  pictures of 32 pixels (height x width) from latents of 4x8x8,",
+        "  20 steps of dpmpp-2m on the grid uniform, guidance classifier-free, scale 3",
+        ")",
+    ]
+    assert repr(demo.denoiser) == told[1].strip(" ,") and "\n" not in repr(demo.autoencoder)
+    count = sum(p.numel() for p in demo.autoencoder.parameters())
+    assert parameters(demo.autoencoder) == f"{count / 1000:.1f} k parameters" and 680_000 < count < 684_000
+    assert parameters(torch.nn.Linear(9, 11)) == "110 parameters" and parameters(None) == "0 parameters"
 
 
 def test_it_draws_pairs_of_shape_and_colour_that_it_never_saw(demo: HashedPipeline) -> None:

@@ -47,7 +47,7 @@ def test_every_ingredient_is_named_and_the_same_export_is_the_same_files(denoise
     made, again = (export(denoiser, tmp_path / name) for name in ("made", "again"))
     names, expected = (sorted(path.relative_to(home) for path in home.rglob("*") if path.is_file())
                        for home in (made, denoiser / "final"))
-    assert names == expected and len(names) == 9
+    assert names == expected and len(names) == 12
     assert [(made / name).read_bytes() for name in names] == [(again / name).read_bytes() for name in names]
     hashes = load_pipeline(made, "cpu").hashes
     assert stored_ingredients(made) == hashes

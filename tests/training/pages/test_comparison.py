@@ -8,7 +8,7 @@ from pathlib import Path
 from run_folders import CONFIG, run_folder
 
 from training.pages import comparison
-from training.pages.record import read
+from training.pages.record import Record, read
 
 
 def rows(parts: list[str]) -> list[list[str]]:
@@ -41,6 +41,19 @@ def test_the_last_pictures_and_what_is_missing(tmp_path: Path) -> None:
     records = [read(first), read(second)]
     assert re.findall(r'alt="([^"]*)"', "".join(comparison.pictures(records))) == ["a, step 40"]
     assert "<li>b: no pictures.</li>" in comparison.absences(records)[0]
+
+
+def test_it_is_said_where_losses_are_not_comparable(tmp_path: Path) -> None:
+    def named(name: str, data: str, autoencoder: str, kind: str = "velocity") -> Record:
+        config = {**CONFIG, "prediction": {"kind": kind}}
+        facts = {"data": {"index_sha256": data}, "hashes": {"autoencoder": autoencoder}}
+        return read(run_folder(tmp_path / name, config=config, **facts))
+
+    same = [named("a", "1", "x"), named("b", "1", "x")]
+    assert comparison.lead(same) == ""
+    assert re.findall("different (.*?):", comparison.lead([*same, named("c", "1", "y")])) == ["autoencoders"]
+    told = comparison.lead([*same, named("d", "2", "x", "eps")])
+    assert re.findall("different (.*?):", told) == ["data", "predictions"]
 
 
 def test_names_tell_runs_apart_without_telling_whose_they_are() -> None:

@@ -29,15 +29,12 @@ def text(html: str) -> str:
 
 def test_cost_by_the_arithmetic(tmp_path: Path) -> None:
     """20 steps of 4 images at 8 a second are 10 s, half of them waiting; 20 at 2 a second 40 s: 50 s in all."""
-    found = run.cost(read(run_folder(tmp_path / "run")))
+    found = run.cost(read(run_folder(tmp_path / "run", outlook={"samples": 64})))
     assert found == {
-        "steps": "40", "images": "160", "wall time": "50.0 s", "processor time": "30.0 s", "speed": "3.2 images/s",
+        "steps": "40", "images": "160", "epochs": "2.5 of 64 samples",
+        "wall time": "50 s", "processor time": "30 s", "speed": "3.2 images/s",
         "waiting for data": "10.0%", "peak memory": "2.00 GiB",
     }  # fmt: skip
-
-
-def test_duration() -> None:
-    assert [run.duration(s) for s in (59.94, 60, 3599, 5000)] == ["59.9 s", "1 min", "1 h 00 min", "1 h 23 min"]
 
 
 def test_the_parts_of_a_finished_run(tmp_path: Path) -> None:
@@ -47,10 +44,10 @@ def test_the_parts_of_a_finished_run(tmp_path: Path) -> None:
     seen = text(found)
     assert "run: finished at step 40 of 40" in found
     assert "Denoiser of latents (stage two): backbone unet, prediction velocity, batch 4, seed 3." in seen
-    assert all(value in found for value in ("d" * 64, "e" * 64, "f" * 64, "2.14.1", "50.0 s"))
+    assert all(value in found for value in ("d" * 64, "e" * 64, "f" * 64, "2.14.1", "50 s"))
     assert "cut 3: caption longer than 8 words (cat, dog …)" in seen
     assert "what the network predicts (velocity)" in seen
-    assert "python scripts/train_denoiser.py --config RUN/config.json --latents LATENTS --output NEW" in seen
+    assert "python -m training train-denoiser --config RUN/config.json --latents LATENTS --output NEW" in seen
     assert f"no folder beside the run holds an index.json of the hash {'d' * 64}" in seen
     # The validation against the noise level: a line for the first, the middle and the last.
     plots = map(json.loads, re.findall(r'application/json">(.*?)</script>', found))
@@ -96,12 +93,20 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         assert told in seen, told
 
 
+def test_nobody_says_that_all_was_used_before_the_end(tmp_path: Path) -> None:
+    seen = {status: text(page(run_folder(tmp_path / status, status=status))) for status in ("training", "finished")}
+    assert "Everything was used as it was given" in seen["finished"]
+    assert "Everything" not in seen["training"] and "written down where a training ends" in seen["training"]
+    cut = {"cut": {"captions": {"count": 2, "first": []}}}
+    assert "So far: cut 2: captions" in text(page(run_folder(tmp_path / "on", status="training", ledger=cut)))
+
+
 def test_an_exported_model_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "ingredients.json").write_text(json.dumps({"denoiser": "a" * 64}))
     seen = text(page(tmp_path))
     assert "a model without the run that trained it" in seen and "nothing of its training" in seen
-    assert "There are no curves" in seen and "run.json tells of no ledger" in seen and "a" * 64 in seen
+    assert "There are no curves" in seen and "Unknown: run.json is not in this folder" in seen and "a" * 64 in seen
 
 
 def test_of_many_pictures_some_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -111,6 +116,21 @@ def test_of_many_pictures_some_are_left_out_and_counted(tmp_path: Path) -> None:
     assert shown.chosen(list(pictures)) == [f"step {i * 59 // 23}" for i in range(24)]
     told = text("".join(shown.slider(pictures, "samples")))
     assert "36 of 60 are left out here" in told and "samples, step 59: the picture cannot be read" in told
+
+
+def test_a_page_stays_small_however_many_and_large_its_pictures(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    noise = np.random.default_rng(0).integers(0, 256, (360, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    for step in range(30):
+        home = folder / "samples" / f"step-{step:08d}"
+        home.mkdir(exist_ok=True)
+        (home / "grid.png").write_bytes((tmp_path / "noise.png").read_bytes())
+    names = [f"loss_{n}" for n in range(40)]
+    write_lines(folder / "metrics.jsonl", [{"step": n, **dict.fromkeys(names, n + 0.123456)} for n in range(3000)])
+    found = one(folder)
+    assert 3_000_000 < len(found) < 8_000_000
+    assert "are left out here" in text(found.decode())
 
 
 def test_a_large_picture_is_made_to_fit_and_that_is_said(tmp_path: Path) -> None:

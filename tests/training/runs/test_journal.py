@@ -46,6 +46,7 @@ class Told(Trackers):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("training.runs.journal.time.perf_counter", clock.perf_counter)
+    monkeypatch.setattr("training.runs.journal.time.process_time", lambda: 2 * clock.now)  # two threads at work
     return clock
 
 
@@ -77,6 +78,7 @@ def test_images_a_second_and_the_share_of_waiting(journal: Journal, clock: Clock
     pass_steps(journal, clock, range(3, 5), 1.0, 0.75)
     first, second = told(tmp_path, "timing.jsonl")
     memory = first.pop("memory_bytes"), second.pop("memory_bytes")
+    assert (first.pop("processor_seconds"), second.pop("processor_seconds")) == (8.0, 4.0)
     assert first == {"step": 2, "images_per_second": pytest.approx(4.0), "data_wait": pytest.approx(0.25)}
     assert second == {"step": 4, "images_per_second": pytest.approx(8.0), "data_wait": pytest.approx(0.75)}
     assert 50 << 20 < memory[0] <= memory[1] < 1 << 40  # bytes: a process that holds torch
@@ -94,6 +96,7 @@ def test_looking_and_what_was_before_a_resume_are_no_training_time(
     pass_steps(journal, clock, range(3, 5), 2.0, 0.0)
     rows = told(tmp_path, "timing.jsonl")
     assert [(row["images_per_second"], row["data_wait"]) for row in rows] == [(4.0, 0.0), (4.0, 0.0)]
+    assert [row["processor_seconds"] for row in rows] == [8.0, 8.0]
     later = Journal(tmp_path, journal.train, journal.accelerator)
     later.resume(13, {"metrics_bytes": 0})
     pass_steps(later, clock, range(14, 15), 2.0, 0.0)  # one step until the next line

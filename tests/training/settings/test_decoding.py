@@ -220,7 +220,7 @@ def test_diff() -> None:
 
 
 def overrides(*argv: str) -> dict[str, str]:
-    parser = TrainParser("", "denoiser", "smoke")
+    parser = TrainParser("", "denoiser")
     return dict(parser.read_training(["--print-config", *argv]).overrides)
 
 

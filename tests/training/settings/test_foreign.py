@@ -97,14 +97,6 @@ def test_drawing_takes_keys_of_its_own_sections() -> None:
 
 
 def test_hyphens_in_a_key_are_underscores() -> None:
-    parser = TrainParser("", "denoiser", "smoke")
+    parser = TrainParser("", "denoiser")
     for word in ("--train.log-every", "--train.log_every"):
         assert parser.read_training(["--print-config", word, "5"]).overrides == {"train.log_every": "5"}
-
-
-def test_a_config_that_nobody_chose_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = TrainParser("", "denoiser", "smoke")
-    assert parser.read_training(["--print-config"]).config == "smoke"
-    assert "no --config was given: smoke" in (said := capsys.readouterr().err) and "quickstart" in said
-    assert parser.read_training(["--print-config", "--config", "smoke"]).config == "smoke"
-    assert not capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The networks that pictures are measured in, one kind a file."""
