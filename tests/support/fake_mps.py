@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,7 +134,7 @@ class Called(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (Tensor.to, Tensor.cpu):
             return moved(function, args, kwargs)
-        if function is torch._C._nn._parse_to:  # type: ignore[attr-defined]  # of a module's `to`, which asks each tensor
+        if function in (torch.device, torch._C._nn._parse_to):  # type: ignore[attr-defined]  # names; a module's `to`
             return function(*args, **kwargs)
         asked = any(map(names_it, (*args, *kwargs.values())))
         args = tuple(torch.device("cpu") if names_it(x) else x for x in args)
@@ -175,10 +176,14 @@ class Made(TorchDispatchMode):
 
 @contextmanager
 def fake_mps() -> Iterator[torch.device]:
-    """Inside, the machine has such a device."""
+    """Inside, the machine has such a device, for torch and for Accelerate."""
+    there = (patch.object(torch.backends.mps, "is_available", cache(lambda: True)),
+             patch("accelerate.state.is_mps_available", lambda *_: True))  # fmt: skip
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # parameters become shells
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        with patch.object(torch.backends.mps, "is_available", cache(lambda: True)), Called(), Made():
+        with there[0], there[1], Called(), Made():
             yield MPS
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
+        AcceleratorState._reset_state(reset_partial_state=True)
