@@ -80,7 +80,9 @@ class Colour(Augmentation):
     draws = 3
 
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
-        brightness, saturation, contrast = (u.view(-1, 1, 1, 1).to(images.dtype) for u in uniform.unbind(1))
+        brightness, saturation, contrast = (
+            u.view(-1, 1, 1, 1).to(images.device, images.dtype) for u in uniform.unbind(1)
+        )
         images = images + brightness - 0.5
         grey = images.mean(1, keepdim=True)
         images = grey + (images - grey) * 2 * saturation
@@ -99,7 +101,7 @@ class Translation(Augmentation):
         for axis, u in zip((2, 3), uniform.unbind(1), strict=True):
             side = images.shape[axis]
             reach = int(side / 8 + 0.5)
-            shift = (u * (2 * reach + 1)).long() - reach
+            shift = (u * (2 * reach + 1)).long().to(images.device) - reach
             source = torch.arange(side, device=images.device) - shift[:, None]  # (B, side)
             shape = [len(images), 1, 1, 1]
             shape[axis] = side
@@ -121,7 +123,7 @@ class Cutout(Augmentation):
         for axis, u in zip((2, 3), uniform.unbind(1), strict=True):
             side = images.shape[axis]
             size = int(side / 2 + 0.5)
-            first = (u * (side + 1 - size % 2)).long() - size // 2
+            first = (u * (side + 1 - size % 2)).long().to(images.device) - size // 2
             place = torch.arange(side, device=images.device) - first[:, None]
             masks.append((place >= 0) & (place < size))
         return images * ~(masks[0][:, None, :, None] & masks[1][:, None, None, :])

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from autoencoder.precision import double
+
 PEAK = 255.0
 
 
 def _eight_bit_scale(images: Tensor) -> Tensor:
     """uint8, or float in [-1, 1] (not rounded), to float64 on the scale 0..255."""
-    return images.double() if images.dtype == torch.uint8 else (images.double() + 1) * (PEAK / 2)
+    return double(images) if images.dtype == torch.uint8 else (double(images) + 1) * (PEAK / 2)
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """10 log10(255² / MSE) in dB per image, infinite for equal images: (B, C, H, W) uint8 or float in [-1, 1] -> (B,)
-    float64.
+    float64, on their `double_device`.
     """
     error = _eight_bit_scale(images) - _eight_bit_scale(reference)
     return 10 * torch.log10(PEAK**2 / error.square().flatten(1).mean(1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.posterior import Posterior
+from autoencoder.precision import double
 
 SMALLEST_SCALE = 1e-6
 
@@ -75,8 +76,9 @@ class LatentStatistics:
 
     def add(self, moments: Tensor) -> None:
         """Count moments (B, 2C, h, w) (or z (B, C, h, w) for an encoder without posterior)."""
-        posterior = Posterior.split(moments.double()) if self.norm.gaussian else None
-        mean = moments.double() if posterior is None else posterior.mean
+        moments = double(moments)
+        posterior = Posterior.split(moments) if self.norm.gaussian else None
+        mean = moments if posterior is None else posterior.mean
         var = torch.zeros_like(mean) if posterior is None else posterior.logvar.exp()
         sums = [term.sum((0, 2, 3)) for term in (torch.ones_like(mean), mean, mean.square(), var)]
         self.totals += torch.stack(sums).cpu()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoencoder.precision import double
+
 Reduce = Callable[[Tensor], Tensor]
 SCORES_AT_ONCE = 1 << 24  # elements of the (positions, codes) matrix held at a time: 64 MiB in float32
 FORGOTTEN = 1e-5  # average count below which a code stays where it is
@@ -213,10 +215,10 @@ def code_counts(indices: Tensor, codes: int, reduce: Reduce = identity) -> Tenso
 
 def usage(counts: Tensor) -> Tensor:
     """Share of the codes chosen at least once, in [0, 1]."""
-    return (counts > 0).double().mean()
+    return double(counts > 0).mean()
 
 
 def perplexity(counts: Tensor) -> Tensor:
     """exp(−Σ p log p) of code frequencies: `codes` when equally used, 1 when one is used, 0 without counts."""
-    p = counts.double() / counts.sum().clamp_min(1)
+    p = double(counts) / counts.sum().clamp_min(1)
     return torch.where(counts.sum() > 0, torch.special.entr(p).sum().exp(), 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.base import Autoencoder
+from autoencoder.precision import double_device
 
 
 def decode_tiled(model: Autoencoder, latents: Tensor, *, tile: int = 64, overlap: int = 16) -> Tensor:
@@ -39,14 +40,14 @@ def _tiled(call: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int,
     grain_in, grain_out = grain
     height, width = x.shape[2] // grain_in, x.shape[3] // grain_in
     output: Tensor | None = None
-    columns = list(_spans(width, tile, overlap, grain_out, x.device))
-    for top, bottom, down in _spans(height, tile, overlap, grain_out, x.device):
+    columns = list(_spans(width, tile, overlap, grain_out, double_device(x.device)))
+    for top, bottom, down in _spans(height, tile, overlap, grain_out, double_device(x.device)):
         for left, right, across in columns:
             part = call(x[:, :, top * grain_in : bottom * grain_in, left * grain_in : right * grain_in])
             if output is None:
                 output = part.new_zeros(*part.shape[:2], height * grain_out, width * grain_out)
             area = output[:, :, top * grain_out : bottom * grain_out, left * grain_out : right * grain_out]
-            area += part * (down[:, None] * across).to(part.dtype)
+            area += part * (down[:, None] * across).to(part.device, part.dtype)
     assert output is not None
     return output
 

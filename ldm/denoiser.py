@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from autoencoder.base import parameters
 from ldm.conditioning import Cond
 from ldm.diffusion import Denoised, Diffusion
-from ldm.schedules import NoiseSchedule
+from ldm.schedules import NoiseSchedule, per_sample
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
 
@@ -92,11 +91,4 @@ class Denoiser(Conditional):
             raise ValueError(f"a network is called on [t_min = {self.schedule.t_min:g}, 1], not at t = {t.item():g}; "
                              "t = 0 is only landed on")
         inputs, level = self.diffusion.condition(x, t)
-        return self.diffusion.recover(x, self.backbone(inputs, _per_sample(level, x), cond), t)
-
-
-def _per_sample(level: Tensor, x: Tensor) -> Tensor:
-    """The noise level as (B,) float64 on x's device; a CPU scalar goes there as a kernel argument, without waiting."""
-    if level.ndim == 0 and level.device != x.device:
-        return torch.full((len(x),), level.item(), dtype=level.dtype, device=x.device)
-    return level.to(x.device, non_blocking=True).expand(len(x))
+        return self.diffusion.recover(x, self.backbone(inputs, per_sample(level, x), cond), t)

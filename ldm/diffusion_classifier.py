@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from autoencoder.precision import double, double_device
 from ldm.conditioning import Cond
 from ldm.denoiser import Conditional
 from ldm.diffusion import Diffusion
@@ -85,7 +86,7 @@ class DiffusionClassifier:
     def __call__(self, sample: Callable[[Noise], Tensor], noise: Noise, cond: Cond) -> Tensor:
         """`sample` gives the data (B, ...) of a noise source, afresh for each draw; `cond` is the C conditions."""
         size = len(noise), len(cond.mask)
-        going = torch.ones(size, dtype=torch.bool, device=noise.seeds.device)
+        going = torch.ones(size, dtype=torch.bool, device=double_device(noise.seeds.device))
         totals = torch.zeros(len(self.weightings), *size, dtype=torch.float64, device=going.device)
         for number in range(self.draws):
             asked = question(sample, noise, number, self.diffusion)
@@ -105,7 +106,7 @@ class DiffusionClassifier:
             t = asked.t[row]
             ends = self.denoiser(x_t[row], t, cond.select(column))
             off = self.diffusion.target(ends.x0, ends.eps, t) - target[row]
-            errors[row, column] = off.double().square().flatten(1).sum(1)
+            errors[row, column] = double(off).square().flatten(1).sum(1)
         return errors
 
 

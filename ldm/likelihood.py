@@ -63,7 +63,7 @@ def _vectors(x: Tensor, probe: Noise | None, probes: int) -> list[Tensor]:
     """What the trace is taken along: every unit vector, or some of random signs."""
     if probe is not None:
         signs = torch.where(probe.uniform((probes, *x.shape[1:]), "rademacher") < 0.5, -1.0, 1.0)
-        return list(signs.to(x.dtype).unbind(1))
+        return list(signs.to(x.dtype).to(x.device).unbind(1))
     units = torch.eye(math.prod(x.shape[1:]), dtype=x.dtype, device=x.device)
     return [unit.view(1, *x.shape[1:]).expand_as(x) for unit in units]
 

@@ -13,6 +13,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from autoencoder.precision import double_device
+
 Words = TypeVar("Words", Tensor, int)
 _MASK = (1 << 64) - 1
 _GOLDEN, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -75,20 +77,22 @@ class Noise:
 
     def fold(self, *key: int | str) -> Noise:
         """An independent source for `key`: `fold(a).normal(shape, b)` and `fold(b).normal(shape, a)` are unrelated."""
-        return Noise(_mix(_mix(self.seeds + _signed(_GOLDEN)) ^ _hash_key(key)))
+        seeds = self.seeds.to(double_device(self.seeds.device))  # where whole numbers of 64 bits wrap around, too
+        return Noise(_mix(_mix(seeds + _signed(_GOLDEN)) ^ _hash_key(key)).to(self.seeds.device))
 
     def uniform(self, shape: Sequence[int], *key: int | str) -> Tensor:
-        """Uniform float64 numbers strictly inside (0, 1), shape (B, *shape)."""
-        counters = torch.arange(1, math.prod(shape) + 1, device=self.seeds.device) * _signed(_GOLDEN)
-        words = self.fold(*key).seeds[:, None] + counters
+        """Uniform float64 numbers strictly inside (0, 1), shape (B, *shape), on the `double_device` of the seeds."""
+        seeds = self.fold(*key).seeds.to(double_device(self.seeds.device))
+        words = seeds[:, None] + torch.arange(1, math.prod(shape) + 1, device=seeds.device) * _signed(_GOLDEN)
         # 52 bits and a half: one bit more and the largest number would round to 1.
         return ((_shift(_mix(words), 12).double() + 0.5) * 2.0**-52).view(len(self), *shape)
 
     def normal(self, shape: Sequence[int], *key: int | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers of shape (B, *shape), by Box-Muller in float64, cast to `dtype`."""
+        """Standard normal numbers of shape (B, *shape), by Box-Muller in float64, cast to `dtype`, where the seeds lie.
+        """
         size = math.prod(shape)
         half = (size + 1) // 2
         radius, angle = self.uniform((2, half), *key).unbind(1)
         radius, angle = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
         pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-        return pairs[:, :size].to(dtype).view(len(self), *shape)
+        return pairs[:, :size].to(dtype).to(self.seeds.device).view(len(self), *shape)

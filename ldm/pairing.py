@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from autoencoder.precision import double
 from ldm.conditioning import Cond
 
 
@@ -71,7 +72,7 @@ class MinibatchOT(Pairing):
 
     def __call__(self, x0: Tensor, eps: Tensor, cond: Cond | Sequence[str] | None = None) -> Tensor:
         same = [0] * len(x0) if cond is None else groups(cond, len(x0))
-        data, noise = (part.detach().flatten(1).to("cpu", torch.float64) for part in (x0, eps))
+        data, noise = (double(part.detach().flatten(1)).cpu() for part in (x0, eps))
         index = torch.arange(len(x0))
         for group in set(same):
             rows = torch.tensor([row for row, number in enumerate(same) if number == group])
@@ -88,7 +89,7 @@ def groups(cond: Cond | Sequence[str], batch: int) -> list[int]:
     whole = cond.expand(batch)
     parts = [whole.context.masked_fill(~whole.mask[..., None], 0), whole.mask, *whole.extras.values()]
     parts += [] if whole.pooled is None else [whole.pooled]
-    rows = torch.cat([part.detach().flatten(1).to("cpu", torch.float64) for part in parts], dim=1)
+    rows = torch.cat([double(part.detach().flatten(1)).cpu() for part in parts], dim=1)
     numbers: list[int] = torch.unique(rows, dim=0, return_inverse=True)[1].tolist()
     return numbers
 

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from autoencoder.precision import double, double_device
 from ldm.checks import Checked
 from ldm.schedules import NoiseSchedule
 
@@ -61,7 +62,7 @@ class Places(NamedTuple):
 
     def stratify(self, u: Tensor) -> Tensor:
         """(position + u) / places: still uniform over a batch, with one number in each of as many equal shares."""
-        return (self.position + u) / self.places
+        return (self.position.to(u.device) + u) / self.places
 
 
 def shifted(t: Tensor, shift: float, schedule: NoiseSchedule) -> Tensor:
@@ -136,7 +137,7 @@ class LossAware(TimeSampling):
     limits: ClassVar = {"bins": "[1, inf)", "memory": "[0, 1)", "floor": "(0, 1]"}
 
     def start(self, device: torch.device | str = "cpu") -> Tensor:
-        return torch.zeros(self.bins, dtype=torch.float64, device=device)
+        return torch.zeros(self.bins, dtype=torch.float64, device=double_device(device))
 
     def probabilities(self, seen: Tensor) -> Tensor:
         """Of each bin, (bins,), without a synchronisation."""
@@ -160,7 +161,7 @@ class LossAware(TimeSampling):
         # Entry i of a table of T is trained for t in (i / T, (i + 1) / T], so a bin holds its upper end.
         bin_ = (t * self.bins - 1e-9).floor().long().clamp(0, self.bins - 1)
         sums = torch.zeros(2, self.bins, dtype=torch.float64, device=t.device)
-        sums[0].index_add_(0, bin_, loss.detach().double() ** 2)
+        sums[0].index_add_(0, bin_, double(loss.detach()) ** 2)
         sums[1].index_add_(0, bin_, torch.ones_like(t))
         total, count = reduce(sums)
         mean = total / count.clamp(min=1)

@@ -38,9 +38,10 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """Every command of a door in the fenced blocks: the door and its words. `$NAME` stands for what NAME="…" said."""
+    """Every command of a door in fenced blocks and in code within a line: the door and its words. `$NAME` stands for
+    what NAME="…" said."""
     found = []
-    for block in blocks(path, "bash"):
+    for block in [*blocks(path, "bash"), *re.findall(r"`(python scripts/[^`\n]*)`", path.read_text("utf-8"))]:
         named = dict(re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE))
         for line in re.sub(r"\\\n", " ", block).splitlines():
             for name, text in named.items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("fcntl") is None or find_spec("resource") is None:  # locks of files, measures of memory: not on Windows
     from training.messages import tell
 
-    tell("error: these programs run on Linux, and on macOS on the CPU; on Windows within WSL")
+    tell("error: these programs run on Linux and macOS; on Windows within WSL")
     raise SystemExit(2)
 if TYPE_CHECKING:
     from training.models.assembly import load_pipeline as load_pipeline

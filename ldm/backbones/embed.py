@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.precision import double_device
+
 
 def sinusoid(level: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Noise levels (B,) -> (B, dim) float32: cos(level f_i) then sin(level f_i), f_i = max_period^(-2i/dim).
@@ -44,7 +46,7 @@ def _axes(of_rows: Tensor, of_columns: Tensor) -> Tensor:
 
 def _phases(dim: int, count: int, base: float, device: torch.device) -> Tensor:
     """(count, dim) float64: token i of `count` sits at i·base/count, so any size covers the extent of `base` tokens."""
-    order, place = (torch.arange(n, device=device, dtype=torch.float64) for n in (dim, count))
+    order, place = (torch.arange(n, device=double_device(device), dtype=torch.float64) for n in (dim, count))
     return (place * (base / count))[:, None] * 10_000.0 ** (-order / dim)
 
 
@@ -54,7 +56,8 @@ def sincos_table(dim: int, height: int, width: int, base: float, device: torch.d
     dim must be divisible by 4. (DiT, Peebles & Xie 2023; the scaling is PixArt-alpha's, sec. 2.4.)
     """
     rows, columns = (_phases(dim // 4, count, base, device) for count in (height, width))
-    return _axes(torch.cat([rows.sin(), rows.cos()], 1), torch.cat([columns.sin(), columns.cos()], 1)).float()
+    table = _axes(torch.cat([rows.sin(), rows.cos()], 1), torch.cat([columns.sin(), columns.cos()], 1))
+    return table.float().to(device)
 
 
 def rope_table(head_dim: int, height: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,7 +66,7 @@ def rope_table(head_dim: int, height: int, width: int, base: float, device: torc
     """
     rows, columns = (_phases(head_dim // 4, count, base, device) for count in (height, width))
     angle = _axes(rows, columns).repeat(1, 2)
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.objectives.base import Draw, Losses, Objective, ObjectiveConfig, Trained
 from ldm.pairing import Independent, Pairing
+from ldm.schedules import match, per_sample
 from ldm.times import Places, TimeSampling
 from ldm.uncertainty import Weighed
 from ldm.variational import bound_at
@@ -55,14 +56,14 @@ class Denoising(Objective):
 
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
         error, y, log_var, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
-        loss = self.weighting(self.diffusion, draw.t).float() * error
+        loss = match(self.weighting(self.diffusion, draw.t), error) * error
         if log_var is not None:
             loss = loss * (-log_var).exp() + log_var
         if self.diffusion.learned_variance:
             schedule, (mean, v) = self.diffusion.schedule, y.chunk(2, dim=1)
             ends = self.diffusion.recover(x_t, torch.cat([mean.detach(), v], dim=1), draw.t)
             loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (schedule.steps / 1000)
-        return Losses(draw.factor.float() * loss, loss)
+        return Losses(match(draw.factor, loss) * loss, loss)
 
     def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
         return self._compared(backbone, x0, cond, t, eps)[0]
@@ -71,7 +72,8 @@ class Denoising(Objective):
                   eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """The error, the prediction and its expected loss where there is one, and x_t."""
         x_t = self.diffusion.perturb(x0, eps, t)
-        answer = backbone(*self.diffusion.condition(x_t, t), cond)
+        inputs, level = self.diffusion.condition(x_t, t)
+        answer = backbone(inputs, per_sample(level, x_t), cond)
         y, log_var = answer if isinstance(answer, Weighed) else (answer, None)
         told = y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y
         error = told.float() - self.diffusion.target(x0, eps, t).float()

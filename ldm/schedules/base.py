@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from autoencoder.precision import double_device
 from ldm.checks import Checked
 
 
@@ -26,6 +27,15 @@ def match(coefficient: Tensor, x: Tensor) -> Tensor:
     if coefficient.ndim == 0:
         return coefficient
     return coefficient.to(x.device, x.dtype, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+
+
+def per_sample(level: Tensor, x: Tensor) -> Tensor:
+    """A noise level as the network is told it with x (B, ...): (B,) on x's device, float64 where that has such numbers,
+    else float32. A CPU scalar goes there as a kernel argument, without waiting."""
+    dtype = torch.float32 if x.device != double_device(x.device) else level.dtype
+    if level.ndim == 0 and level.device != x.device:
+        return torch.full((len(x),), level.item(), dtype=dtype, device=x.device)
+    return level.to(x.device, dtype, non_blocking=True).expand(len(x))
 
 
 class NoiseSchedule(Checked, ABC):

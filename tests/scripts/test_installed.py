@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -11,8 +13,10 @@ import tomllib
 import venv
 from pathlib import Path
 
+import hints
 import pytest
 import tiny
+from PIL import Image
 
 PACKAGES = ("autoencoder", "configs", "ldm", "training")
 PROJECT = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -94,3 +98,29 @@ def test_pack_and_train_by_a_packaged_config(bin: Path, tmp_path: Path) -> None:
     train = "latent-diffusion-train-autoencoder --config smoke --data data --output run --max-steps 2 --batch-size 8"
     done = call(bin, f"{pack} && {train} --device cpu", tmp_path)
     assert done.returncode == 0 and (tmp_path / "run" / "final" / "model.safetensors").is_file(), done.stderr
+
+
+PAGE = (tiny.ROOT / "docs" / "install.md").read_text("utf-8")
+
+
+def test_the_page_names_commands_and_flags_that_there_are() -> None:
+    blocks = re.findall("```bash\n(.*?)```", PAGE, re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    named = [(words[0], words[1:]) for words in lines if words[0].startswith("latent-diffusion-")]
+    launched = [words[words.index("training") + 1 :] for words in lines if "training" in words]
+    doors = [(name.removeprefix("latent-diffusion-"), rest) for name, rest in named] + [
+        (verb, rest) for verb, *rest in launched]  # fmt: skip
+    assert len(named) == 3 and len(launched) == 2
+    for verb, rest in doors:
+        assert f"latent-diffusion-{verb}" in TABLE
+        assert {word for word in rest if word.startswith("--")} <= hints.options(verb.replace("-", "_"))
+    extras = re.findall(r"\.\[([\w,]+)\]", PAGE)[0].split(",")
+    assert set(extras) <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_lines_of_python_on_the_page_draw() -> None:
+    said: dict[str, object] = {}
+    exec(re.findall("```python\n(.*?)```", PAGE, re.S)[0], said)
+    pictures = [said["picture"], *said["pictures"]]  # type: ignore[misc]
+    assert all(isinstance(picture, Image.Image) for picture in pictures)
+    assert [picture.size for picture in pictures] == [(32, 32)] + [(48, 32)] * 4

@@ -86,5 +86,5 @@ def stored(home: Path, model: dict[str, Any], shift: float = 0.7, spread: float 
         torch.nn.init.normal_(parameter, std=0.2)
     count = network.norm.shift.numel()
     network.norm.set_(torch.linspace(-shift, shift, count), torch.linspace(0.5, spread, count))
-    export(home, decoding.to_values(config), used(network).state_dict(), "")
+    export(home, decoding.to_values(config), used(network).state_dict(), {})
     return home, network.eval()

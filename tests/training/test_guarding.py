@@ -51,7 +51,7 @@ def test_what_is_written_follows_the_umask(umask: int, tmp_path: Path) -> None:
     from PIL import Image
 
     home = tmp_path / "new"
-    export(home / "model", {"a": 1}, {"w": torch.ones(2)}, "card")
+    export(home / "model", {"model": {"kind": "kl"}}, {"w": torch.ones(2)}, {})
     save_tensors(home / "w.safetensors", {"w": torch.ones(2)})
     save_tensors(home / "w.safetensors", {"w": torch.ones(2)})  # over one that is there
     write_json(home / "x.json", {})
@@ -246,7 +246,7 @@ def test_a_read_only_disk_is_told_and_its_cleaning_up_hides_nothing(
     writers: dict[str, Callable[[], object]] = {
         "staged": staged,
         "weights": lambda: save_tensors(tmp_path / "x.safetensors", {"w": torch.ones(1)}),
-        "export": lambda: export(tmp_path / "model", {}, {"w": torch.ones(1)}, ""),
+        "export": lambda: export(tmp_path / "model", {}, {"w": torch.ones(1)}, {}),
         "copy": lambda: copy_file(tmp_path / "given", tmp_path / "x"),
     }
     (tmp_path / "given").write_text("x")

@@ -22,7 +22,6 @@ from training.loop import optim
 from training.loop.books import Books
 from training.loop.ema import EMA
 from training.loop.optim import learning
-from training.loop.overfitting import Overfitting
 from training.loop.pace import Pace
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
@@ -68,13 +67,10 @@ class Loop:
         rate: Callable[[int], float] | None = None,
         watchers: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given.
-
-        `watchers` are called with the run folder in the main process, once a validation is written there.
-        """
-        self.watchers = watchers
+        """`rate` of a 0-based step stands in for the schedule of `optimizer`, where one is given; `watchers` are called
+        with the run folder in the main process, once a validation is written there."""
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
-        self.rate = rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
+        self.watchers, self.rate = watchers, rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile)
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
@@ -87,15 +83,13 @@ class Loop:
         self.journal, self.watchdogs = Journal(run, train, accelerator), Watchdogs(run, train, accelerator)
         books = Books(stage, self.watchdogs)
         self.state = TrainingState(
-            *(stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books),
-            Overfitting(),
+            stage, self.ema, self.powers, self.optimizers, accelerator.scaler, self.journal, self.watchdogs, books
         )
         # On a CPU there is nothing to wait for; only the fused kernel can be held back on the device.
         fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers.values())
         self.waits = self.watchdogs.skips or not fused or accelerator.device.type == "cpu"
-        undoable = self.watchdogs.skips
         self.signals, self.done, self.saving = Signals(), 0, False
-        asked = (undoable, self.signals.give_up)
+        asked = (self.watchdogs.skips, self.signals.give_up)
         self.passes = Passes(stage, train, accelerator, self.journal, micro, accumulation, *asked)
         self.scored: tuple[int, float] | None = None  # step and score of the last validation
 

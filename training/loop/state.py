@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class TrainingState:
     journal: Journal
     watchdogs: Watchdogs
     books: Books
-    overfitting: Overfitting
+    overfitting: Overfitting = field(default_factory=Overfitting)
 
     def snapshot(self, step: int, place: Mapping[str, Any]) -> Checkpoint:
         """All a run needs to go on from `step`: its tensors themselves, not copies; `place` is the loop's own part."""

@@ -21,7 +21,7 @@ from training.messages import tell
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DEVICES = "use auto, cpu, cuda or cuda:N"
+DEVICES = "use auto, cpu, cuda, cuda:N or mps"
 PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|socket|failed to recv", re.IGNORECASE)
 
 
@@ -42,7 +42,7 @@ def start(
     _check_target(target, mixed_precision or "no")
     if compiles:
         check_compiler(target)
-    if target.index is not None:
+    if target.type == "cuda" and target.index is not None:
         torch.cuda.set_device(target)
     accelerator = _accelerator(mixed_precision or "no", on_cpu=target.type == "cpu")
     launcher.tell_unused(*([] if mixed_precision or autocasts else [launcher.PRECISION]))
@@ -64,6 +64,8 @@ def _check_target(target: torch.device, mixed_precision: str) -> None:
         if mixed_precision == "fp16":
             raise UserError("--mixed-precision fp16 needs a GPU", hint="use --mixed-precision no on a CPU", code=USAGE)
         return
+    if target.type == "mps":
+        return _check_mps(mixed_precision)
     if mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError("this GPU does not support bf16", hint="use --mixed-precision fp16 or no", code=USAGE)
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -73,6 +75,16 @@ def _check_target(target: torch.device, mixed_precision: str) -> None:
     if processes > gpus:
         hint = f"start {gpus} a machine, or use --device cpu"
         raise UserError(f"{processes} processes were started for {gpus} GPU(s)", hint=hint, code=USAGE)
+
+
+def _check_mps(mixed_precision: str) -> None:
+    """Refuse what an Apple GPU is not used for here: scaled gradients, and several processes."""
+    if mixed_precision == "fp16":
+        hint = "use --mixed-precision bf16 or no"
+        raise UserError("--mixed-precision fp16 needs a CUDA device", hint=hint, code=USAGE)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        what = "--device mps: a machine has one such device, and several processes were started"
+        raise UserError(what, hint="start one process, or use --device cpu", code=USAGE)
 
 
 def _accelerator(mixed_precision: str, *, on_cpu: bool) -> Accelerator:
@@ -166,22 +178,29 @@ def _claim(record: str) -> str:
 
 
 def resolve(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` as a torch device. Raises UserError for one that is absent or not supported."""
+    """`auto` (a CUDA device, else Apple's, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps` as a torch device.
+
+    Raises UserError for one that is absent or not supported.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and not launcher.asks_cpu() else "cpu")
+        found = [name for name, is_there in there.items() if is_there and not launcher.asks_cpu()]
+        return torch.device(found[0] if found else "cpu")
     try:
         target = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: unknown device", hint=DEVICES) from None
-    if target.type not in ("cpu", "cuda") or (target.type == "cpu" and target.index):
-        what = f"--device {device}: not supported, programs here compute on the CPU and on CUDA devices"
+    if target.type not in ("cpu", *there) or (target.type != "cuda" and target.index):
+        what = f"--device {device}: not supported; programs here compute on the CPU, CUDA devices and Apple's (mps)"
         raise UserError(what, hint="use --device auto")
-    if target.type == "cuda" and not (torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count()):
+    if target.type == "mps" and not there["mps"]:
+        raise UserError(f"--device {device}: no Apple GPU (torch {torch.__version__})", hint="use --device cpu")
+    if target.type == "cuda" and not (there["cuda"] and (target.index or 0) < torch.cuda.device_count()):
         raise UserError(f"--device {device}: no CUDA device (torch {torch.__version__})", hint="use --device cpu")
-    if target.type == "cuda" and launcher.asks_cpu():
+    if target.type != "cpu" and launcher.asks_cpu():
         what = f"--device {device} is asked for here, a CPU by ACCELERATE_USE_CPU"
         raise UserError(what, hint="use --device cpu, or take the variable out of the environment")
-    return torch.device("cpu") if target.type == "cpu" else target
+    return target if target.type == "cuda" else torch.device(target.type)
 
 
 def announce(accelerator: Accelerator, text: str, speak: Callable[[object], None] = tell) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoencoder.precision import double
+
 LEVELS = tuple(number / 10 for number in range(1, 10))  # of the reliability curve
 TOLD = (0.5, 0.9)  # of the levels, in tables
 EXACT = 19  # draws from which on no interval of these levels is wider than the draws: (EXACT + 1) (1 - 0.9) = 2
@@ -24,8 +26,8 @@ def coverage(truth: Tensor, draws: Tensor, levels: Sequence[float]) -> Tensor:
     0 or 1: whether the truth lies between two of the draws; of fewer draws a truth beyond all counts in part (`floor`).
     """
     count = draws.shape[1] + 1
-    low = (draws < truth[:, None]).sum(1).double() / count
-    width = ((draws == truth[:, None]).sum(1).double() + 1) / count
+    low = double((draws < truth[:, None]).sum(1)) / count
+    width = (double((draws == truth[:, None]).sum(1)) + 1) / count
     inside = [(low + width).clamp(max=(1 + level) / 2) - low.clamp(min=(1 - level) / 2) for level in levels]
     return torch.stack(inside).clamp(min=0) / width
 
@@ -48,9 +50,9 @@ class Calibration:
 
     def add(self, truth: Tensor, draws: Tensor) -> None:
         """uint8 (B, C, H, W) and (B, N, C, H, W)."""
-        open_ = torch.cat([truth[:, None], draws], dim=1).double().std(1) > GREY_LEVEL
+        open_ = double(torch.cat([truth[:, None], draws], dim=1)).std(1) > GREY_LEVEL
         held = coverage(truth, draws, LEVELS)
-        weights = torch.stack([torch.ones_like(open_), open_]).double()  # (2, B, ...)
+        weights = double(torch.stack([torch.ones_like(open_), open_]))  # (2, B, ...)
         sums = [weights, *(weights * one for one in held)]
         self.rows.append(torch.stack([part.flatten(2).sum(2) for part in sums], dim=-1).movedim(0, 1).cpu())
 

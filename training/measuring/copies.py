@@ -16,7 +16,7 @@ from training.drawing.requests import Request
 from training.errors import DATA, UserError
 from training.measuring.distances import share
 from training.measuring.features import load_features
-from training.measuring.held_out import chunks, held_out
+from training.measuring.held_out import check_count, chunks, held_out
 from training.measuring.nearest import Nearest, Space, nearest, pixel_space
 from training.measuring.obedience import draw_batches
 from training.messages import answer, note, warn
@@ -66,6 +66,7 @@ def copies(
     numbers: dict[str, Any] = {"trained_on_data": trained_on_data(args)}
     places, known = train.evenly(args.train_count), held.evenly(HELD_OUT)
     control = [places[i * len(places) // CONTROL] for i in range(CONTROL)] if len(places) > CONTROL else places
+    check_count(args.count or len(held))
     requests = half_and_half(train, held, args.count or len(held), args.seed)
     tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
     drawn: list[Tensor] = []
@@ -74,8 +75,9 @@ def copies(
         for pixels, _ in draw_batches(pipeline, sampling, requests, args.batch_size):
             drawn.append(pixels.cpu())
             yield pixels
-        for images, some in ((held, known), (train, control)):
-            yield from (reconstructed(pipeline.autoencoder, pixels) for pixels in chunks(images, some, device))
+        for images, some, what in ((held, known, "held-out"), (train, control, "training")):
+            shown = chunks(images, some, device, f"reconstructing {what} pictures")
+            yield from (reconstructed(pipeline.autoencoder, pixels) for pixels in shown)
 
     features = load_features(args.features, device)
     spaces: dict[str, Space] = {"features": features, "pixels": pixel_space(*train[0].data.shape[-2:])}
@@ -150,7 +152,7 @@ def judged(drawn: Nearest, known: Nearest, control: Nearest) -> dict[str, Any]:
     ours = (len(drawn.distance) + 1) // 2
 
     def score(name: str, distance: Tensor) -> dict[str, Any]:
-        return share(name, (distance < below).tolist()) if len(distance) else {}
+        return share(name, (distance < below).tolist())
 
     return {
         **score("copy_score", drawn.distance),
@@ -196,9 +198,11 @@ def verdict(numbers: dict[str, Any]) -> str:
     """The numbers in a sentence, and what to do."""
     low, high = numbers["copy_score_95"]
     chance, z = numbers["copy_chance"], numbers["c_t"]
+    by_caption = [numbers[f"copy_score_{kind}_captions"] for kind in ("training", "held_out")]
     said = (
         f"{numbers['copy_score']:.1%} of the pictures ({low:.1%} to {high:.1%}) lie nearer to a training picture than "
-        f"{1 - chance:.1%} of held-out pictures do ({chance:.1%} would be chance); C_T {z:.1f}"
+        f"{1 - chance:.1%} of held-out pictures do ({chance:.1%} would be chance); of those of training captions "
+        f"{by_caption[0]:.1%}, of held-out captions {by_caption[1]:.1%}; C_T {z:.1f}"
     )
     if low > chance:
         return f"{said}: the model repeats training pictures. To do: {ADVICE}; {LATER}"

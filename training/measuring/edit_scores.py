@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoencoder.precision import double
 from training.shapes.checker import check, overlap, read, silhouette
 from training.shapes.edits import Edit
 
@@ -41,7 +42,7 @@ def mean(values: Sequence[float]) -> float:
 def seam(picture: Tensor, column: int) -> tuple[float, float]:
     """How much a picture (C, H, W) changes between columns `column` - 1 and `column`, and the 95th percentile of that
     between all other neighbours: means of |difference| over rows and channels, in grey levels."""
-    steps = picture.double().diff(dim=-1).abs().mean(dim=(0, 1))
+    steps = double(picture).diff(dim=-1).abs().mean(dim=(0, 1))
     others = torch.cat([steps[: column - 1], steps[column:]])
     return steps[column - 1].item(), others.quantile(0.95).item()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,8 @@ def by_caption(images: Images) -> dict[str, list[int]]:
 
 
 def even_captions(images: Images, count: int) -> list[str]:
-    """`count` captions, the distinct ones equally often."""
-    names = sorted(by_caption(images))
+    """`count` captions, the distinct ones in turn, in `mixed` order."""
+    names = mixed(by_caption(images))
     return [names[i % len(names)] for i in range(count)]
 
 
@@ -101,12 +102,17 @@ def even_indices(images: Images, count: int) -> list[int]:
 
 
 def even_among(places: Mapping[str, Sequence[int]], count: int) -> list[int]:
-    """`count` of the places or all there are, each caption equally often where there are enough of it, the others in
-    turn where not; in the order in which they are stored, so that a shard from elsewhere is fetched once."""
-    each = -(-count // len(places))
-    turns = [(name, turn) for name in sorted(places) for turn in range(len(places[name]))]
-    turns.sort(key=lambda pair: max(pair[1] - each + 1, 0))  # stable: what is beyond `each` comes last, in turn
-    return sorted(places[name][turn] for name, turn in turns[:count])
+    """`count` of the places or all there are: one of each caption in `mixed` order, then a second of those that have
+    one, and so on; in the order in which they are stored, so that a shard from elsewhere is fetched once."""
+    names = mixed(places)
+    turns = sorted((turn, rank) for rank, name in enumerate(names) for turn in range(len(places[name])))
+    return sorted(places[names[rank]][turn] for turn, rank in turns[:count])
+
+
+def mixed(captions: Iterable[str]) -> list[str]:
+    """The captions in the order of their hashes: the first of them are no kind of their own, as those would be that
+    begin with the same word."""
+    return sorted(captions, key=lambda caption: hashlib.sha256(caption.encode()).digest())
 
 
 def check_crop(size: int | None, images: Images) -> None:

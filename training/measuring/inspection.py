@@ -16,6 +16,7 @@ from autoencoder.fidelity import psnr
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.perceptual import Perceptual
 from autoencoder.posterior import Posterior
+from autoencoder.precision import double
 from autoencoder.quantizer import code_counts, perplexity, usage
 from autoencoder.regularisers import Move, equivariance_error, log_spectrum
 from ldm.noise import Noise
@@ -113,14 +114,14 @@ class Study:
     def statistics(self, moments: Tensor, noise: Noise) -> None:
         """Power sums of normalised latents and of their means per channel, and the posterior's KL."""
         norm = self.model.norm
-        mean = norm.mean_latents(moments).double()
-        latents = norm.latents(moments, noise.normal(mean.shape[1:], "posterior")).double()
+        mean = double(norm.mean_latents(moments))
+        latents = double(norm.latents(moments, noise.normal(mean.shape[1:], "posterior")))
         powers = torch.stack([latents.pow(k).sum((0, 2, 3)) for k in (1, 2, 3, 4)]).cpu()
         means = torch.stack([mean.pow(k).sum((0, 2, 3)) for k in (1, 2)]).cpu()
         self.powers, self.means = (powers, means) if not self.seen else (self.powers + powers, self.means + means)
         self.cells = mean[0, 0].numel()
         if norm.gaussian:  # `kl` sums all but the first axis, which here is the channel
-            logvar = Posterior.split(moments).logvar.double() - 2 * norm.scale.double().log()
+            logvar = double(Posterior.split(moments).logvar) - 2 * double(norm.scale).log()
             rates = Posterior(mean.transpose(0, 1), logvar.transpose(0, 1)).kl().cpu()
             self.rates = self.rates + rates if self.seen else rates
 
@@ -141,7 +142,7 @@ class Study:
 
     def note(self, name: str, values: Tensor) -> None:
         """Keep one number per picture (B,) under a row's name."""
-        self.rows.setdefault(name, []).append(values.double().cpu())
+        self.rows.setdefault(name, []).append(double(values).cpu())
 
     def numbers(self) -> dict[str, Any]:
         """Everything gathered."""
@@ -149,7 +150,7 @@ class Study:
         rows = self.channels()
         return {
             "pictures": self.seen,
-            "reconstruction": {n: interval(v.double().cpu()) for n, v in self.fidelity.values().items()},
+            "reconstruction": {n: interval(double(v).cpu()) for n, v in self.fidelity.values().items()},
             "channels": rows,
             "dead_channels": [row["channel"] for row in rows if row["dead"]],
             "kl": sum(row["kl"] for row in rows) if self.model.norm.gaussian else None,
@@ -191,7 +192,7 @@ class Study:
     @torch.no_grad()
     def worst(self, images: Images) -> Any:
         """The pictures of lowest PSNR, their reconstructions, and the difference."""
-        chosen = self.fidelity.values()["psnr"].double().cpu().argsort()[:WORST].tolist()
+        chosen = self.fidelity.values()["psnr"].cpu().argsort()[:WORST].tolist()
         pixels = next(images.chunks(chosen, WORST, "")).data
         given = to_unit(pixels.to(self.model.norm.scale.device))
         ours = to_uint8(self.model(given, None)[0]).cpu()

@@ -12,11 +12,9 @@ from torch.nn import functional as F
 from autoencoder.images import as_rgb
 from training.data.images import Images
 from training.measuring.held_out import CHUNK, chunks
-from training.messages import tell
 
 Space = Callable[[Tensor], Tensor]  # uint8 pictures (B, C, H, W) -> points (B, D) float32
 PIXELS_SIDE = 16  # pictures are averaged to so many pixels a side at most before pixels are compared
-TOLD_EVERY = 10_000  # training pictures searched
 
 
 class Nearest(NamedTuple):
@@ -37,7 +35,8 @@ def pixel_space(height: int, width: int) -> Space:
 
     def points(pixels: Tensor) -> Tensor:
         small = F.adaptive_avg_pool2d(as_rgb(pixels).float() / 255, size).flatten(1)
-        return small / small.shape[1] ** 0.5
+        scaled: Tensor = small / small.shape[1] ** 0.5
+        return scaled
 
     return points
 
@@ -83,12 +82,10 @@ def nearest(
             for side, shown in zip(rows[name], (pixels, pixels.flip(-1)), strict=True):
                 side.append(space(shown).float())
     searches = {name: Search(torch.cat([*plain, *mirrored])) for name, (plain, mirrored) in rows.items()}
-    for start, pixels in enumerate(chunks(training, places, device)):
+    for start, pixels in enumerate(chunks(training, places, device, "searching training pictures")):
         at = torch.tensor(places[start * CHUNK : start * CHUNK + len(pixels)], device=device)
         for name, space in spaces.items():
             searches[name].look(space(pixels).float(), at)
-        if (done := start * CHUNK + len(pixels)) % TOLD_EVERY == 0:
-            tell(f"searched {done:,} of {len(places):,} training pictures")
     return {name: _either(search) for name, search in searches.items()}
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from autoencoder.images import to_uint8, to_unit
+from autoencoder.precision import double_device
 from ldm.backbones.dit import DiT
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
@@ -207,7 +208,8 @@ def held_out_loss(network: Any, model: Autoencoder, moments: Tensor) -> dict[str
         for first in range(0, len(moments), BATCH):
             part = moments[first : first + BATCH]
             noise = Noise.from_seeds(range(first, first + len(part)), device).fold("held out", str(t))
-            x0, at = latents(model, part, noise), torch.full((len(part),), t, dtype=torch.float64, device=device)
+            x0 = latents(model, part, noise)
+            at = torch.full((len(part),), t, dtype=torch.float64, device=double_device(device))
             eps = noise.normal(x0.shape[1:], "eps")
             rows.append(OBJECTIVE.at(network, x0, nothing(len(part), device), at, eps))
         losses[str(t)] = torch.cat(rows).mean().item()

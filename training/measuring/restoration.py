@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.perceptual import Perceptual
+from autoencoder.precision import double
 from ldm import image_tasks
 from ldm.inverse.operators import LinearOperator, Operator, measure, residual
 from ldm.noise import Noise
@@ -115,7 +116,7 @@ class Score:
             self.singles.add(made[-1], truth[part])
             since = time.perf_counter()
         draws = torch.cat(made).view(len(pixels), bench.samples, *made[0].shape[1:])
-        mean = draws.double().mean(1).round().to(torch.uint8)
+        mean = double(draws).mean(1).round().to(torch.uint8).to(draws.device)
         self.means.add(mean, pixels)
         for k in range(bench.samples if bench.judge else 0):
             self.verdicts += bench.judge(draws[:, k], own)  # type: ignore[misc]

@@ -101,7 +101,7 @@ class Bench:
             for first in range(0, seeds, 16):
                 noise = Noise.from_seeds(range(first, min(first + 16, seeds)), self.pipeline.device)
                 denoise = self.pipeline.guided([self.caption] * len(noise), plan=plan)
-                parts.append(self.pipeline.latents(denoise, noise, shape, plan).double().cpu())
+                parts.append(self.pipeline.latents(denoise, noise, shape, plan).cpu().double())
         return torch.cat(parts)
 
     def _moments(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from training.machine.faults import fault
 from training.models.cards import stored_facts, write_card
 from training.runs.checkpoints import Checkpoints
 from training.settings import decoding
-from training.settings.embedded import WANTED, located
+from training.settings.embedded import HUB, WANTED, located
 from training.tensors import check_weights, content_hash, in_dtype, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Found(NamedTuple):
 
 
 def find(path: str | Path, stage: str | None = None) -> Found:
-    """The model of RUN, RUN/final or a checkpoint; RUN in training gives its newest checkpoint. `demo`: see `located`.
+    """The model of RUN, RUN/final or a checkpoint; RUN in training gives its newest checkpoint. Names: see `located`.
 
     Raises UserError where there is no such model, or one of another stage than `stage`.
     """
@@ -124,7 +124,9 @@ def find(path: str | Path, stage: str | None = None) -> Found:
 
 
 def name_of(path: str | Path) -> str:
-    """What a model is called: the name of its run's or exported folder, without what is above."""
+    """What a model is called: the name of its run's or exported folder, or repository, without what is above."""
+    if str(path).startswith(HUB):
+        return str(path).rpartition("/")[2]
     folder = Path(os.path.abspath(located(path)))
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent

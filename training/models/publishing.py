@@ -11,8 +11,10 @@ from training.errors import CHECKPOINT, UserError
 from training.messages import answer, note, tell
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
-from training.models.cards import FACTS, PACKAGE, SAMPLES
+from training.models.cards import FACTS, PACKAGE, SAMPLES, stored_facts
 from training.models.folders import Found, find, name_of
+from training.next_step import again, beside, prompt, tell_next
+from training.settings.embedded import HUB
 from training.tensors import content_hash, stored_hash
 
 if TYPE_CHECKING:
@@ -59,6 +61,10 @@ def publish(args: argparse.Namespace) -> None:
         return
     check_reachable()
     answer(f"published: {send(args, found.home, paths)}")
+    if found.stage == "denoiser" and not args.revision:
+        captions = stored_facts(found.home).get("data", {}).get("captions", ["a caption"])
+        where = ["--output", beside(args.model, "pictures"), *again({"text-encoder": args.text_encoder})]
+        tell_next(door("generate", "--model", f"{HUB}{args.repo}", *prompt(captions), *where))
 
 
 def check_name(repo: str) -> None:

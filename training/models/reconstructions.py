@@ -67,8 +67,10 @@ def reconstructed(model: Autoencoder, pixels: Tensor) -> Tensor:
 
 
 def mean_psnr(model: Autoencoder, batches: Iterable[Tensor]) -> float:
-    """The PSNR that `measure` tells of uint8 batches, alone."""
-    return torch.cat([psnr(reconstructed(model, pixels), pixels) for pixels in batches]).mean().item()
+    """The PSNR that `measure` tells of uint8 batches, alone, on the model's device."""
+    device = next(model.parameters()).device
+    moved = (pixels.to(device) for pixels in batches)
+    return torch.cat([psnr(reconstructed(model, pixels), pixels) for pixels in moved]).mean().item()
 
 
 def measure(

@@ -41,16 +41,23 @@ def data_of(record: Record, given: Path | None = None) -> Data | None:
     return None
 
 
-def pictures_of(latents: Data, record: Record) -> Data | None:
-    """The packed pictures that latents were encoded from, where they lie beside them or the run."""
+def pictures_of(latents: Data, record: Record, given: Path | None = None) -> Data | None:
+    """The packed pictures that latents were encoded from: `given`, or beside them or the run."""
     with suppress(UserError):
         wanted = read_json(latents.folder / ENCODING).get("data")
-        for folder in (*_candidates(latents.folder, None), *_candidates(record.folder, None)):
+        for folder in (*_candidates(latents.folder, given), *_candidates(record.folder, None)):
             with suppress(OSError, UserError):
                 found = _opened(folder)
                 if {shard.name: shard.sha256 for shard in found.shards} == wanted:
                     return found
     return None
+
+
+def is_of(record: Record, given: Path) -> bool:
+    """Whether a folder is the data of a run, or the pictures that these were encoded from."""
+    data = data_of(record, given)
+    pictures = pictures_of(data, record, given) if data else None
+    return any(found and found.folder.samefile(given) for found in (data, pictures))
 
 
 def section(record: Record, given: Path | None = None) -> list[str]:
@@ -65,7 +72,7 @@ def section(record: Record, given: Path | None = None) -> list[str]:
         return [html.paragraph(f"The data themselves were not found: {where}.")]
     parts = _described(data)
     if data.index["kind"] == "latents":
-        pictures = pictures_of(data, record)
+        pictures = pictures_of(data, record, given)
         if pictures is None:
             return [*parts, html.paragraph("The pictures that these latents were encoded from do not lie beside them.")]
         return [*parts, "<h3>The pictures they were encoded from</h3>", *_described(pictures)]
@@ -122,9 +129,9 @@ def ledger_lines(report: Any) -> list[str]:
 
 
 def ledger(lines: list[str], empty: str) -> str:
-    """A list of a ledger's lines, or a sentence where there are none."""
+    """A list of a ledger's lines, or a sentence, if any, where there are none."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if lines else html.paragraph(empty)
+    return f"<ul>{items}</ul>" if lines else html.paragraph(empty) if empty else ""
 
 
 def _text(value: Any) -> str:

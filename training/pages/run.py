@@ -57,12 +57,17 @@ def what(record: Record) -> str:
     kinds = [f"{name} {part['kind']}" for name, part in parts.items() if "kind" in part]
     train = record.config.get("train", {})
     asked = [f"batch {train['batch_size']}", f"seed {train['seed']}"] if {"batch_size", "seed"} <= train.keys() else []
-    teacher = record.run.get("teacher", {}).get("autoencoder", "none")
     weights = record.run.get("outlook", {}).get("parameters")
     asked += [f"{weights:,} parameters"] if weights else []
-    asked += [f"distilled from the autoencoder {teacher[:12]}"] if teacher != "none" else []
+    asked += [f"distilled from the autoencoder {teacher(record)[:12]}"] if teacher(record) else []
     title = "Autoencoder (stage one)" if record.stage == "autoencoder" else "Denoiser of latents (stage two)"
     return f"{title}: {', '.join([*kinds, *asked])}."
+
+
+def teacher(record: Record) -> str:
+    """The hash of the autoencoder that a preview was distilled from; empty for a model without one."""
+    name = str(record.run.get("teacher", {}).get("autoencoder", "none"))
+    return "" if name == "none" else name
 
 
 def missing(record: Record) -> Iterator[str]:
@@ -100,7 +105,7 @@ def tools(records: Sequence[Record]) -> list[str]:
         SCRIPT_NEEDED,
         html.paragraph(
             f"{curves.grouping(records)} The thick line is the debiased moving average, the thin one what was measured;"
-            " validations are not smoothed. Point at a curve for its values."
+            " validations and the rate are not smoothed. Point at a curve for its values."
         ),
         f'<label class="tools">smoothing {slider}<output>0.6</output></label>',
     ]
@@ -110,12 +115,12 @@ def picture_section(record: Record, what: str) -> list[str]:
     """The grids of the validations, by a slider."""
     if not record.grids:
         return [html.paragraph(NO_PICTURES)]
-    about = (
-        "Held-out pictures, what the autoencoder makes of them, and the difference, twice as strong."
-        if record.stage == "autoencoder"
-        else "The same held-out captions and the same seeds each time, drawn with averaged weights."
-    )
-    parts = [html.paragraph(about), *shown.slider(record.grids, what)]
+    whose = ", what its teacher and what it" if teacher(record) else " and what the autoencoder"
+    about = {
+        "autoencoder": f"Held-out pictures{whose} makes of them, and the difference, twice as strong.",
+        "denoiser": "The same held-out captions and the same seeds each time, drawn with averaged weights.",
+    }
+    parts = [html.paragraph(about[record.stage]), *shown.slider(record.grids, what)]
     if captions := shown.captions(list(record.grids.values())[-1]):
         lines = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
         parts.append(html.folded("captions of these pictures, row by row", f"<ol>{lines}</ol>"))
@@ -183,9 +188,16 @@ def _processor_time(timing: Log) -> str:
 
 def remarks(record: Record) -> Iterator[str]:
     """The ledger of the run, and what its files tell of its way: steps skipped, returns, resumes elsewhere."""
-    unknown = "run.json tells of no ledger" + ("" if record.run else ", for it is not in this folder") + "."
     lines = data.ledger_lines(record.run.get("ledger"))
-    yield data.ledger(lines, "Everything was used as it was given." if "ledger" in record.run else unknown)
+    if not record.run:
+        yield html.paragraph("Unknown: run.json is not in this folder.")
+        return
+    if record.run["status"] == "training":  # what run.json holds by then is of the checkpoint it went on from
+        yield html.paragraph("This is written down where a training ends or stops." + (" So far:" if lines else ""))
+        yield data.ledger(lines, "")
+    else:
+        told = "Everything was used as it was given." if "ledger" in record.run else "run.json tells of no ledger."
+        yield data.ledger(lines, told)
     way = []
     if skipped := [step for step, _ in record.metrics.series.get("skipped", [])]:
         way.append(f"{len(skipped)} step(s) were skipped, the first at {skipped[0]:,}: their gradients moved nothing.")
@@ -193,7 +205,7 @@ def remarks(record: Record) -> Iterator[str]:
         way.append(f"At step {step:,} it returned to the weights of step {int(value):,}.")
     for resume in record.run.get("resumes", []):
         way.append(f"Resumed at step {resume.get('step', '?')} with {', '.join(map(str, resume.get('changed', [])))}.")
-    yield data.ledger(way, "No step was skipped, and no resume changed software or machine." if record.run else "")
+    yield data.ledger(way, "No step was skipped, and no resume changed software or machine.")
 
 
 def made_of(record: Record) -> list[str]:
@@ -206,8 +218,8 @@ def made_of(record: Record) -> list[str]:
     if not hashes and not versions:
         return [html.paragraph("Nothing here names hashes or versions: run.json is not in this folder.")]
     told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in hashes.items()}
-    return [html.paragraph("Hashes are sha256: of the data's index, and of what each part was loaded from."),
-            html.facts(told), html.folded("versions and machine", html.facts(versions))]  # fmt: skip
+    about = html.paragraph("Hashes are sha256: of the data's index, and of the tensors of each part.")
+    return [about, html.facts(told)] + ([html.folded("versions and machine", html.facts(versions))] if versions else [])
 
 
 def repetition(record: Record) -> list[str]:
@@ -233,7 +245,7 @@ def repetition(record: Record) -> list[str]:
 
 def _frozen_parts(record: Record) -> Iterator[str]:
     """The flags that name other models, for a run that was made with some."""
-    if record.run.get("teacher", {}).get("autoencoder", "none") != "none":
+    if teacher(record):
         yield "--teacher TEACHER"
     if record.config.get("loss", {}).get("align", 0):
         yield "--align-with VISION"

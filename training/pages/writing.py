@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from training.errors import CHECKPOINT, USAGE, UserError
 from training.files import write_bytes
 from training.guarding import check_free, gigabytes, read_plain
-from training.messages import answer, warn
+from training.messages import answer, note, tell, warn
 from training.pages import comparison, run
+from training.pages.data import is_of
 from training.pages.record import read
 from training.pictures import html
 from training.settings.embedded import DEMO
@@ -33,7 +34,12 @@ def report(args: argparse.Namespace) -> int:
     if len(folders) > 1 and not args.output:
         raise UserError("a page of several runs belongs to none of them", hint="say where: --output FILE", code=USAGE)
     output = Path(args.output or folders[0] / PAGE)
-    page = several(folders) if len(folders) > 1 else one(folders[0], Path(args.data) if args.data else None)
+    data = Path(args.data) if args.data else None
+    if data and len(folders) > 1:
+        note(f"{data} is not used: a page of several runs does not describe their data")
+    elif data and not is_of(read(folders[0]), data):
+        warn(f"{data} is not what {folders[0]} was trained on: its index.json has another hash")
+    page = several(folders) if len(folders) > 1 else one(folders[0], data)
     if args.output or not is_ours(output):
         check_free(output, args.overwrite)
     write_bytes(output, page)
@@ -74,7 +80,7 @@ class Renewed:
 
     def __init__(self, data: str | Path | None) -> None:
         """`data` is the folder that the run is trained on, where there is one."""
-        self.data, self.working = Path(data) if data else None, True
+        self.data, self.working, self.told = Path(data) if data else None, True, False
 
     def __call__(self, folder: Path) -> None:
         if not self.working:
@@ -83,6 +89,9 @@ class Renewed:
             if (folder / PAGE).exists() and not is_ours(folder / PAGE):
                 raise UserError(f"{folder / PAGE} is another program's")
             write_bytes(folder / PAGE, one(folder, self.data))
+            if not self.told:
+                tell(f"to look at in a browser: {folder / PAGE}, renewed at every validation")
+            self.told = True
         except Exception as failure:
             self.working = False
             warn(f"no more {PAGE} from here on ({failure}); the training goes on")

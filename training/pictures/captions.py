@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from PIL import ImageFont
+from PIL.ImageFont import FreeTypeFont
 
 from training.messages import note
 
@@ -18,18 +19,16 @@ MOST = 4  # lines of a caption
 OTHERS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "Arial Unicode.ttf", "msyh.ttc")
 NO_CHARACTER = "\uffff"  # drawn as every character is that a font lacks
 
-Font = ImageFont.FreeTypeFont
-
 
 @dataclass(frozen=True)
 class Caption:
     """What is drawn: lines, and their font."""
 
     lines: list[str]
-    font: Font
+    font: FreeTypeFont
 
 
-def plain_font() -> Font:
+def plain_font() -> FreeTypeFont:
     """Pillow's own font, the same on every machine."""
     font = _font("")
     assert font is not None
@@ -58,7 +57,7 @@ def caption(text: str, width: int) -> Caption:
     return Caption(lines, font)
 
 
-def _fitting(text: str, width: int, font: Font, ending: str) -> int:
+def _fitting(text: str, width: int, font: FreeTypeFont, ending: str) -> int:
     """How many characters of `text` fit, one at least: all of them, or as many as do with `ending` after them; no
     accent is parted from its letter."""
     if font.getlength(text) <= width:
@@ -90,13 +89,13 @@ def _tell(lacking: str) -> None:
 
 
 @cache
-def _font(name: str) -> Font | None:
+def _font(name: str) -> FreeTypeFont | None:
     """A font by file name, looked for where the system keeps its fonts; None where it is not there."""
     try:
         font = ImageFont.truetype(name, SIZE) if name else ImageFont.load_default(size=SIZE)
     except OSError:
         return None
-    return font if isinstance(font, Font) else None
+    return font if isinstance(font, FreeTypeFont) else None
 
 
 @cache

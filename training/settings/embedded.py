@@ -1,7 +1,9 @@
-"""The model that comes with the package, found by its name. Free of torch."""
+"""Models that go by a name: `demo`, which comes with the package, and `hf:ORG/NAME` of the Hugging Face hub. Free of
+torch."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -9,19 +11,34 @@ from training.errors import CHECKPOINT, UserError
 from training.messages import note
 
 DEMO = "demo"
+HUB = "hf:"  # before the name of a repository
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "README.md")  # what a model folder holds, and no more of it
 WANTED = f"give a run folder, its final/ or one of its checkpoints; {DEMO} is a small model that comes with the package"
 
 
 def located(model: str | Path, stage: str | None = None) -> Path:
-    """The folder of a model as it is named: `demo` is the one of the package, all else is a path.
+    """The folder of a model: `demo` is the one of the package, `hf:ORG/NAME` is downloaded, all else is a path.
 
-    Where an autoencoder is asked for, by `stage`, `demo` is the one in it. A folder of that name is `./demo`; a `Path`
-    is never a name.
+    Where an autoencoder is asked for, by `stage`, a name means the one in it. A folder of that name is `./demo`; a
+    `Path` is never a name. Raises UserError where the hub has no such model, or is not there.
     """
-    if model != DEMO:
+    if isinstance(model, Path) or not (model == DEMO or model.startswith(HUB)):
         return Path(model)
-    home = Path(str(resources.files("training"))) / "models" / DEMO
-    return home / "autoencoder" if stage == "autoencoder" else home
+    home = Path(str(resources.files("training"))) / "models" / DEMO if model == DEMO else _downloaded(model)
+    inner = home / "autoencoder"
+    return inner if stage == "autoencoder" and inner.is_dir() else home
+
+
+@cache
+def _downloaded(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.removeprefix(HUB), allow_patterns=list(FILES)))
+    except Exception as failure:  # offline, missing, gated, no name: the hub has a class of its own for each
+        what = f"{model} could not be had from the Hugging Face hub ({type(failure).__name__})"
+        hint = "look up its name; or download it elsewhere, and give its folder"
+        raise UserError(what, hint=hint, code=CHECKPOINT) from None
 
 
 def check_model(model: str) -> None:

@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         """Where a door computes (`device` unless told; "": nowhere of its own), and what it shows of its work."""
         add = (group or self).add_argument
         if device:
-            add("--device", default=device, help="auto, cpu, cuda or cuda:N")
+            add("--device", default=device, help="auto, cpu, cuda, cuda:N or mps")
         add("--quiet", action="store_true", help="say nothing but warnings, errors and what is asked for")
         add("--debug", action="store_true", help="show tracebacks")
 

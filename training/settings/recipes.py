@@ -82,9 +82,14 @@ class Situation:
 
     pictures: int | None
     resolution: int
-    gpu: bool = False
+    device: str = "cpu"  # or "cuda", or "mps"
     processes: int = 1
     unit: int = 1  # of which a batch is a multiple: processes times backward passes a step
+
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a GPU that trains large networks."""
+        return self.device == "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,7 @@ class Proposal:
     def seconds(self) -> float | None:
         """As measured on one core, or as estimated for GPUs (ASSUMED); None for a small network on a GPU."""
         budget, seen = self.pair.budget(self.stage), self.steps * self.batch
-        if not self.situation.gpu:
+        if self.situation.device == "cpu":
             return seen * budget.seconds
         return None if budget.seconds else seen * budget.gflop * 1e9 / ASSUMED / self.situation.processes
 
@@ -150,14 +155,15 @@ def propose(
 def reasons(proposal: Proposal) -> list[str]:
     """What is proposed, why, how long it may take and what may come of it, in lines."""
     situation, pair = proposal.situation, proposal.pair
-    machine = "a CPU" if not situation.gpu else f"{situation.processes} GPUs" if situation.processes > 1 else "a GPU"
+    machine = {"cpu": "a CPU", "mps": "an Apple GPU", "cuda": "a GPU"}[situation.device]
+    machine = f"{situation.processes} GPUs" if situation.cuda and situation.processes > 1 else machine
     pictures = "pictures that nobody has counted" if situation.pictures is None else f"{situation.pictures:,} pictures"
     passes = "" if proposal.epochs is None else f" ({in_epochs(proposal.epochs)})"
     lines = [
         f"no --config was given: {pair.name}, for {pictures} of {situation.resolution} px on {machine}: "
         f"{proposal.steps:,} steps of {proposal.batch}{passes}, {how_long(proposal)}"
     ]
-    few = ["a small network, for so few pictures teach no larger one"] if situation.gpu and pair in SMALL else []
+    few = ["a small network, for so few pictures teach no larger one"] if situation.cuda and pair in SMALL else []
     drawn = [f"it will draw {expected(proposal)}"] if proposal.by_heart else []
     return [*lines, *filter(None, ["; ".join([*few, *drawn])])]
 
@@ -182,8 +188,8 @@ def in_epochs(passes: float) -> str:
 def how_long(proposal: Proposal) -> str:
     """The time of a proposal in words that say what it rests on."""
     if proposal.seconds is None:
-        return "less than the time measured on one core of a CPU"
-    if proposal.situation.gpu:
+        return "in a time not measured yet"
+    if proposal.situation.cuda:
         return f"{roughly(proposal.seconds)} by an estimate of {ASSUMED / 1e12:.0f} TFLOP/s for each GPU"
     return f"about {roughly(proposal.seconds)} on one slow core, as measured"
 
@@ -196,7 +202,7 @@ def _number(given: Mapping[str, str], key: str) -> int:
 
 def _pair_for(situation: Situation) -> Pair:
     few = situation.pictures is not None and situation.pictures < FEW
-    family = SMALL if few or not situation.gpu else SEVERAL_GPUS if situation.processes > 1 else ONE_GPU
+    family = SMALL if few or not situation.cuda else SEVERAL_GPUS if situation.processes > 1 else ONE_GPU
     return min(family, key=lambda pair: abs(math.log(pair.resolution / situation.resolution)))
 
 
@@ -205,7 +211,7 @@ def _pair_of(model: Mapping[str, Any], situation: Situation) -> Pair | None:
     for pair in (_pair_for(situation), *PAIRS.values()):
         own = parse(*read("autoencoder", pair.name))["model"]
         same = model.get("kind", "kl") == "kl" and all(model.get(key) == value for key, value in own.items())
-        if same and (situation.gpu or pair.denoiser.seconds):
+        if same and (situation.cuda or pair.denoiser.seconds):
             return pair
     return None
 

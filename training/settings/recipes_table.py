@@ -7,7 +7,7 @@ import re
 from training.messages import roughly
 from training.settings.recipes import SMALL, Proposal, Situation, expected, in_epochs, propose
 
-MACHINES = {"a laptop": (False, 1), "one GPU": (True, 1), "four GPUs": (True, 4)}
+MACHINES = {"a laptop": ("cpu", 1), "one GPU": ("cuda", 1), "four GPUs": ("cuda", 4)}
 PICTURES, SIDES = (60, 500, 10_000, 1_000_000), (64, 128, 256)
 HEAD = (
     "| with | pictures | px | pair | stage one: steps x batch | time | stage two: steps x batch | time | memory "
@@ -18,8 +18,8 @@ HEAD = (
 def table() -> str:
     """A row for each machine, number of pictures and size."""
     return HEAD + "".join(
-        _row(machine, Situation(pictures=pictures, resolution=side, gpu=gpu, processes=count, unit=count))
-        for machine, (gpu, count) in MACHINES.items()
+        _row(machine, Situation(pictures=pictures, resolution=side, device=device, processes=count, unit=count))
+        for machine, (device, count) in MACHINES.items()
         for pictures in PICTURES
         for side in SIDES
     )
@@ -34,7 +34,7 @@ def _row(machine: str, situation: Situation) -> str:
     first, second = propose("autoencoder", situation), propose("denoiser", situation)
     parts = [f"{p.steps:,} x {p.batch} ({in_epochs(p.epochs or 0)}) | {_time(p)}" for p in (first, second)]
     memory = max(first.pair.autoencoder.memory, second.pair.denoiser.memory)
-    told = f"{memory:.1f} GB" if memory and not situation.gpu else "not yet measured"
+    told = f"{memory:.1f} GB" if memory and not situation.cuda else "not yet measured"
     what = f"{machine} | {situation.pictures:,} | {situation.resolution} | `{first.pair.name}`"
     return f"| {what} | {' | '.join(parts)} | {told} | {expected(second)} |\n"
 

@@ -80,7 +80,7 @@ class Train:
     keep_best: bool = True  # keep the checkpoint of the best validation, too
     spike_factor: float = 0.0  # skip a step whose gradient norm is this many times the running median; 0 = never
     sample_every: int = 1000  # pictures and validation
-    validation_size: int = 512  # held-out images looked at each time, evenly over them
+    validation_size: int = 512  # held-out images looked at each time, evenly over them; training ones as well
 
     def __post_init__(self) -> None:
         positive("", max_steps=self.max_steps, batch_size=self.batch_size, log_every=self.log_every)

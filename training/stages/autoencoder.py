@@ -282,7 +282,7 @@ class AutoencoderStage(Stage):
     def psnr_of_training(self) -> float | None:
         """The PSNR of as many training pictures."""
         batches = as_many(self.dataset, self.held_out.evenly(self.config.train.validation_size))
-        return batches and mean_psnr(self.model, (batch.data.to(self.accelerator.device) for batch in batches))
+        return None if batches is None else mean_psnr(self.model, (batch.data for batch in batches))
 
     def normalise(self) -> None:
         """The last act: measure per-channel shift and scale of z with the weights in place, evenly over the data."""

@@ -110,14 +110,15 @@ def fit(stage: ClassifierStage, run: Path, steps: int, batch_size: int, device: 
 
 def augment(pixels: Tensor, noise: Noise) -> Tensor:
     """Shifts of up to two pixels and mirror images, keyed by slot."""
-    u = noise.uniform((3,), "augment").to(pixels.device)
+    u = noise.uniform((3,), "augment")
     height, width = pixels.shape[-2:]
     down, right = (u[:, :1] * 5 - 2).floor().long(), (u[:, 1:2] * 5 - 2).floor().long()
     rows = (down + torch.arange(height, device=u.device)).clamp(0, height - 1)
     columns = (right + torch.arange(width, device=u.device)).clamp(0, width - 1)
     columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
     batch = torch.arange(len(pixels), device=u.device)[:, None, None]
-    return pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    places = (place.to(pixels.device) for place in (batch, rows[:, :, None], columns[:, None, :]))
+    return pixels.permute(0, 2, 3, 1)[*places].permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from autoencoder.precision import double_device
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
@@ -92,7 +93,7 @@ class DenoiserStage(Stage):
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
-        self.audit = "; evaluate.py --copies tells whether it repeats them"
+        self.audit = "; evaluate --copies tells whether it repeats them"
         diffusion = Diffusion(
             schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
         )
@@ -110,7 +111,7 @@ class DenoiserStage(Stage):
         """Every training call goes through the process wrapper; loss-aware times lie where the losses do."""
         self.forward, device = self.wrapped["denoiser"], self.accelerator.device
         self.network.to(device)  # the learned weighting, which no one else has moved
-        self.seen = None if self.seen is None else self.seen.to(device)
+        self.seen = None if self.seen is None else self.seen.to(double_device(device))
         self.null = self.null and self.null.to(device)
 
     def compiled_parts(self) -> list[nn.Module]:
@@ -167,7 +168,8 @@ class DenoiserStage(Stage):
         if self.config.pairing.kind == "minibatch-ot" and "paired_within" not in state:
             announce(self.accelerator, OTHER_PAIRS)
         if self.seen is not None:
-            self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=self.accelerator.device)
+            device = double_device(self.accelerator.device)
+            self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=device)
 
     def sample(self, batch: Batch, noise: Noise) -> Tensor:
         """Normalised latents of a fresh posterior draw."""
@@ -221,7 +223,7 @@ class DenoiserStage(Stage):
                 self.condition(batch, torch.ones(len(batch.slots), dtype=torch.bool)),
             )
             for t in LEVELS:
-                at = torch.full((len(latents),), t, dtype=torch.float64, device=latents.device)
+                at = torch.full((len(latents),), t, dtype=torch.float64, device=double_device(latents.device))
                 losses[f"loss_t{t}"].append(
                     self.objective.at(self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t)))
                 )

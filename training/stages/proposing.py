@@ -43,7 +43,10 @@ def settle_config(args: argparse.Namespace, stage: str) -> None:
     args.config, args.overrides = proposal.pair.name, {**added, **args.overrides}
     if first_process():
         words, _ = again(["--config", args.config, *written_out(added)])
-        note("\n      ".join([*reasons(proposal), f"the same as: {repeat_command(words)}"]))
+        command, *about = repeat_command(words).split("\nnote: ")
+        note("\n      ".join([*reasons(proposal), f"the same as: {command}"]))
+        for line in about:
+            note(line)
 
 
 def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, dict[str, Any], Situation]:
@@ -53,7 +56,7 @@ def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, 
     source = args.data if stage == "autoencoder" else args.latents
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     passes = getattr(args, "gradient_accumulation_steps", None) or 1
-    gpu = resolve(args.device).type == "cuda"
+    device = resolve(args.device).type
     folder, summary, pictures, resolution = None, {}, None, getattr(args, "resolution", None) or UNSEEN
     if source and not (args.stream and stage == "autoencoder"):
         folder = open_address(source, args.cache_dir, args.cache_size)
@@ -61,8 +64,9 @@ def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, 
         summary = {**index["summary"], "fields": index["fields"]}
         pictures = None if args.stream else sum(info.samples for info in infos if info.split == "train")
         resolution = _side(folder, summary)
-    return folder, summary, Situation(pictures=pictures, resolution=resolution, gpu=gpu, processes=processes,
-                                      unit=processes * passes)
+    return folder, summary, Situation(
+        pictures=pictures, resolution=resolution, device=device, processes=processes, unit=processes * passes
+    )
 
 
 def _side(folder: Path | Remote, summary: Mapping[str, Any]) -> int:

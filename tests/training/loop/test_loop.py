@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,20 @@ def moments(loop: Loop, name: str) -> list[float]:
     """Adam's average of an optimiser's gradients, undone for one step: the gradient that it was given."""
     (state,) = loop.optimizers[name].state.values()
     return [float(value) for value in state["exp_avg"][0] / 0.1]
+
+
+def test_watchers_see_a_validation_that_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the run folder, once a validation, its numbers in metrics.jsonl by then."""
+    seen: list[tuple[str, Path, list[str]]] = []
+
+    def watcher(name: str) -> Callable[[Path], None]:
+        return lambda run: seen.append((name, run, (run / "metrics.jsonl").read_text().splitlines()))
+
+    loop = looped(tmp_path)
+    loop.watchers = [watcher("a"), watcher("b")]
+    monkeypatch.setattr("training.loop.loop.validate", lambda stage, ema, folder: ({"loss": 0.5}, 0.5))
+    loop.validate(4)
+    assert seen == [(name, tmp_path, ['{"step": 4, "val/loss": 0.5}']) for name in "ab"]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_training_writes_both_and_warns(
     words = ("--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, "--sample-every", 1, "--save-every", 2)
     assert tiny.call("train_denoiser", *words, "--max-steps", 4) == 0
     said = capsys.readouterr().err
-    assert said.count("warning: over-fitting") == 1 and "evaluate.py --copies tells" in said
+    assert said.count("warning: over-fitting") == 1 and "evaluate --copies tells" in said
     assert f"--model {tmp_path}/run/checkpoints/step-00000002" in said
     rows = [row for row in tiny.rows(tmp_path / "run") if "val/loss" in row]
     assert [row["val/loss_train"] for row in rows] == [0.9, 0.8, 0.7, 0.6, 0.5]

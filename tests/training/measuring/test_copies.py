@@ -46,7 +46,7 @@ class Pictures:
             return range(len(self))
         return [i * len(self) // count for i in range(count)]
 
-    def chunks(self, places: Sequence[int], size: int) -> Iterator[Batch]:
+    def chunks(self, places: Sequence[int], size: int, doing: str = "") -> Iterator[Batch]:
         for start in range(0, len(places), size):
             part = list(places[start : start + size])
             yield Batch(self.data[part], torch.tensor(part), [""] * len(part))
@@ -203,10 +203,12 @@ def test_distances_in_pixels_are_root_mean_squares() -> None:
 
 def test_the_verdict_is_in_plain_words() -> None:
     clear = {"copy_chance": 0.05, "copy_score_reconstructed": 1.0, "c_t": 0.3}
+    clear |= {"copy_score_training_captions": 0.2, "copy_score_held_out_captions": 0.04}
     said = verdict(clear | {"copy_score": 0.12, "copy_score_95": [0.08, 0.17]})
     assert said.startswith(
         "12.0% of the pictures (8.0% to 17.0%) lie nearer to a training picture than 95.0% of held-out pictures do "
-        "(5.0% would be chance); C_T 0.3: the model repeats training pictures."
+        "(5.0% would be chance); of those of training captions 20.0%, of held-out captions 4.0%; C_T 0.3: "
+        "the model repeats training pictures."
     )
     few = {"copy_score": 0.06, "copy_score_95": [0.03, 0.1]}
     assert verdict(clear | few).endswith("no sign of copies")
@@ -225,15 +227,15 @@ def test_a_run_knows_its_pictures(
 ) -> None:
     """From the door: the pictures its latents were encoded from, or others; the sheet, and every pair by its key."""
     monkeypatch.setattr("training.measuring.copies.LEAST", 19)  # as many as the data hold out
-    words = ("--model", denoiser, "--data", shapes, "--copies", "--count", 5, "--device", "cpu", "--grid")
+    words = ("--model", denoiser, "--data", shapes, "--copies", "--count", 10, "--device", "cpu", "--grid")
     output = ("--output", tmp_path / "out.json")
     assert tiny.call("evaluate", *words, tmp_path / "pairs.png", *output) == 0
     said = capsys.readouterr()
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["trained_on_data"] is True and "trained on" not in said.err
     assert numbers["verdict"] in said.out and (tmp_path / "pairs.png").is_file()
-    assert [numbers[n] for n in ("pictures", "training_pictures", "held_out_pictures")] == [5, 96, 19]
-    assert all(row["nearest"].startswith("train-") for row in numbers["pairs"]) and len(numbers["pairs"]) == 5
+    assert [numbers[n] for n in ("pictures", "training_pictures", "held_out_pictures")] == [10, 96, 19]
+    assert all(row["nearest"].startswith("train-") for row in numbers["pairs"]) and len(numbers["pairs"]) == 10
     ratios = [row["ratio"] for row in numbers["pairs"]]
     assert ratios == sorted(ratios)
     assert trained_on_data(Namespace(model=denoiser / "final", data=shapes)) is True

@@ -5,22 +5,27 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Iterator
+from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
-from training import load_pipeline
-from training.tensors import load_tensors, save_tensors
+from training import load_autoencoder, load_pipeline
+from training.settings import embedded
+from training.tensors import content_hash, load_tensors, save_tensors
 
 TOKEN = "hf_" + "t" * 34
-REPO = "me/shapes"
+REPO, COMMIT = "me/shapes", "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
@@ -32,6 +37,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, Any]] = {}
         self.files: dict[str, bytes] = {}
         self.commit: dict[str, Any] = {}
+        self.fetched: list[str] = []
         self.refuses = 0
 
     @property
@@ -52,9 +58,18 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
+    def do_HEAD(self) -> None:
+        self._file(self.path.partition(f"/{REPO}/resolve/")[2].partition("/")[2], body=False)
+
     def do_GET(self) -> None:
-        self._answer({"id": REPO, "private": self.server.repos.get(REPO, {}).get("visibility") == "private",
-                      "siblings": [], "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
+        if name := self.path.partition(f"/{REPO}/resolve/")[2].partition("/")[2]:
+            return self._file(name)
+        if "/tree/" in self.path:
+            files = self.server.files.items()
+            return self._answer([{"type": "file", "path": name, "size": len(data), "oid": sha1(data).hexdigest()}
+                                 for name, data in files])  # fmt: skip
+        private = self.server.repos.get(REPO, {}).get("visibility") == "private"
+        self._answer({"id": REPO, "sha": COMMIT, "private": private, "siblings": [], "tags": []})
 
     def do_POST(self) -> None:
         body, hub = self._body(), self.server
@@ -78,31 +93,42 @@ class Handler(BaseHTTPRequestHandler):
                     hub.commit = line["value"]
                 else:
                     hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            oid = "0" * 40
-            url = f"{hub.address}/{REPO}/commit/{oid}"
-            self._answer({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+            url = f"{hub.address}/{REPO}/commit/{COMMIT}"
+            self._answer({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
         else:
             self._answer({})
 
-    def _answer(self, value: dict[str, Any], code: int = 200) -> None:
-        data = json.dumps(value).encode()
+    def _file(self, name: str, *, body: bool = True) -> None:
+        self.server.fetched.append(name)
+        self._send(self.server.files[name], 200, {"ETag": sha1(self.server.files[name]).hexdigest(),
+                                                  "X-Repo-Commit": COMMIT}, body=body)  # fmt: skip
+
+    def _answer(self, value: Any, code: int = 200) -> None:
+        self._send(json.dumps(value).encode(), code, {"Content-Type": "application/json"})
+
+    def _send(self, data: bytes, code: int, headers: dict[str, str], *, body: bool = True) -> None:
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        if body:
+            self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    template = f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    embedded._downloaded.cache_clear()
     yield server
     server.shutdown()
     server.server_close()
@@ -131,7 +157,7 @@ def test_what_is_sent_is_the_model(
     assert f"/api/models/{REPO}/branch/trial" in called and f"/api/models/{REPO}/commit/trial" in called
     assert all(token == f"Bearer {TOKEN}" for _, token in hub.asked)
     out, err = capfd.readouterr()
-    assert f"published: {hub.address}/{REPO}/commit/{'0' * 40}" in out and TOKEN not in out + err
+    assert f"published: {hub.address}/{REPO}/commit/{COMMIT}" in out and TOKEN not in out + err
     for name, content in own.items():
         assert f"{len(content):>14,}  {name}\n" in out
     for name, content in hub.files.items():
@@ -229,3 +255,36 @@ def test_a_hub_that_is_not_there(denoiser: Path, hub: Hub, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     problem = tiny.refused("publish", denoiser, "--repo", REPO)
     assert "is the hub reachable from here?" in problem.what and "--dry-run" in problem.hint
+
+
+def test_what_was_published_is_drawn_with_by_its_name(
+    hub: Hub, final: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """hf:ORG/NAME, for either stage; of a repository nothing is fetched but what a model folder holds."""
+    assert publish(final) == 0
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert told.startswith("next: ") and f" --model hf:{REPO} --prompt " in told
+    words = shlex.split(told)[3:]
+    drawn = tmp_path / "drawn"
+    words[words.index("--output") + 1] = str(drawn)
+    assert tiny.call("generate", *words, "--steps", 2, "--device", "cpu") == 0 and (drawn / "00000.png").is_file()
+    hub.files |= {"code.py": b"print()", "weights.bin": b"PK"}
+    words = ("--prompt", "a red circle", "--steps", 2, "--device", "cpu", "--output")
+    for model, output in ((f"hf:{REPO}", "theirs"), (final, "ours")):
+        assert tiny.call("generate", "--model", model, *words, tmp_path / output) == 0
+    ours, theirs = (Image.open(tmp_path / name / "00000.png") for name in ("ours", "theirs"))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert "Model: shapes," in theirs.text["parameters"]  # type: ignore[attr-defined]
+    model, own = load_autoencoder(f"hf:{REPO}"), load_autoencoder(final / "autoencoder")
+    assert content_hash(model.state_dict()) == content_hash(own.state_dict())
+    assert "model.safetensors" in hub.fetched and not {"code.py", "weights.bin"} & set(hub.fetched)
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    embedded._downloaded.cache_clear()
+    for name in ("hf:me/none", "hf:no name"):
+        problem = tiny.refused("generate", "--model", name, "--prompt", "a", "--output", tmp_path / "out")
+        assert problem.code == 4 and problem.what.startswith(f"{name} could not be had from the Hugging Face hub (")
+    assert not (tmp_path / "out").exists()

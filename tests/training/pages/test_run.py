@@ -93,12 +93,20 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         assert told in seen, told
 
 
+def test_nobody_says_that_all_was_used_before_the_end(tmp_path: Path) -> None:
+    seen = {status: text(page(run_folder(tmp_path / status, status=status))) for status in ("training", "finished")}
+    assert "Everything was used as it was given" in seen["finished"]
+    assert "Everything" not in seen["training"] and "written down where a training ends" in seen["training"]
+    cut = {"cut": {"captions": {"count": 2, "first": []}}}
+    assert "So far: cut 2: captions" in text(page(run_folder(tmp_path / "on", status="training", ledger=cut)))
+
+
 def test_an_exported_model_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "ingredients.json").write_text(json.dumps({"denoiser": "a" * 64}))
     seen = text(page(tmp_path))
     assert "a model without the run that trained it" in seen and "nothing of its training" in seen
-    assert "There are no curves" in seen and "run.json tells of no ledger" in seen and "a" * 64 in seen
+    assert "There are no curves" in seen and "Unknown: run.json is not in this folder" in seen and "a" * 64 in seen
 
 
 def test_of_many_pictures_some_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -71,6 +71,25 @@ def test_the_data_are_told_of_although_they_lie_elsewhere(denoiser: Path, autoen
     (autoencoder / "other.html").unlink()
 
 
+def test_data_that_are_not_the_run_s_are_said_to_be_so(
+    denoiser: Path, shapes: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for data, theirs in ((shapes, False), (latents, True)):
+        assert tiny.call("report", denoiser, "--data", data, "--output", tmp_path / "page.html", "--overwrite") == 0
+        assert (f"warning: {data} is not what" in capsys.readouterr().err) is not theirs
+        assert ("<td>latent shape</td>" in (tmp_path / "page.html").read_text()) is theirs
+    assert tiny.call("report", denoiser, denoiser, "--data", latents, "--output", tmp_path / "both.html") == 0
+    assert f"note: {latents} is not used" in capsys.readouterr().err
+
+
+def test_a_training_says_once_where_its_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, renewed = run_folder(tmp_path / "run"), Renewed(None)
+    for _ in range(2):
+        renewed(folder)
+    page = folder / "report.html"
+    assert capsys.readouterr().err == f"to look at in a browser: {page}, renewed at every validation\n"
+
+
 def test_a_page_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder(tmp_path / "run")
     (folder / "report.html").write_text("mine")

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.conditioning import Cond
 from training.settings import decoding, recipes_table
 from training.settings.reading import names
 from training.settings.recipes import (
@@ -24,8 +27,8 @@ from training.settings.recipes import (
 
 PAGE = tiny.ROOT / "docs" / "recipes.md"
 CELLS = [
-    Situation(pictures=pictures, resolution=side, gpu=gpu, processes=count, unit=count)
-    for (gpu, count), pictures, side in product(
+    Situation(pictures=pictures, resolution=side, device=device, processes=count, unit=count)
+    for (device, count), pictures, side in product(
         recipes_table.MACHINES.values(), (*recipes_table.PICTURES, None), recipes_table.SIDES
     )
 ]
@@ -53,6 +56,25 @@ def test_the_configs_of_a_pair_fit_each_other(pair: Any) -> None:
         assert train.mixed_precision == ("no" if pair in SMALL else "bf16")
 
 
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=lambda pair: pair.name)
+def test_the_operations_of_a_picture_are_counted(pair: Any) -> None:
+    """Three forward passes: one, and twice as much backward. Stage one's losses and critic come on top."""
+    first, second = decoding.load("autoencoder", pair.name), decoding.load("denoiser", pair.name)
+    assert isinstance(first, decoding.AutoencoderConfig) and isinstance(second, decoding.DenoiserConfig)
+    with torch.device("meta"):
+        model, width = first.model.build(), second.text.width
+        side = pair.resolution // model.factor
+        latent = torch.empty(1, model.latent_channels, side, side)
+        backbone = second.backbone.build(channels=model.latent_channels, context_dim=width, pooled_dim=width)
+        cond = Cond(torch.empty(1, second.text.length, width), None, torch.empty(1, width))
+        with FlopCounterMode(display=False) as denoising:
+            backbone(latent, torch.empty(1), cond)
+        with FlopCounterMode(display=False) as reconstructing:
+            model(torch.empty(1, 3, pair.resolution, pair.resolution), latent)
+    assert pair.denoiser.gflop * 1e9 == pytest.approx(3 * denoising.get_total_flops(), rel=0.06)
+    assert 1 < pair.autoencoder.gflop * 1e9 / (3 * reconstructing.get_total_flops()) < 1.3
+
+
 @pytest.mark.parametrize("situation", CELLS, ids=str)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_proposal_is_a_config_that_decodes(stage: str, situation: Situation) -> None:
@@ -67,7 +89,7 @@ def test_a_proposal_is_a_config_that_decodes(stage: str, situation: Situation) -
         assert train.sample_every <= config.loss.adversarial_start < train.max_steps
 
 
-@pytest.mark.parametrize("situation", [cell for cell in CELLS if not cell.gpu], ids=str)
+@pytest.mark.parametrize("situation", [cell for cell in CELLS if not cell.cuda], ids=str)
 def test_a_laptop_is_never_asked_for_days(situation: Situation) -> None:
     for stage in STAGES:
         proposal = propose(stage, situation)
@@ -79,7 +101,8 @@ def test_a_laptop_is_never_asked_for_days(situation: Situation) -> None:
 
 def test_the_network_grows_with_pictures_and_devices() -> None:
     def name(pictures: int, side: int, gpus: int) -> str:
-        situation = Situation(pictures=pictures, resolution=side, gpu=bool(gpus), processes=max(1, gpus))
+        device = "cuda" if gpus else "cpu"
+        situation = Situation(pictures=pictures, resolution=side, device=device, processes=max(1, gpus))
         return propose("denoiser", situation).pair.name
 
     assert [name(10_000, side, 0) for side in (32, 64, 96, 128, 200, 256, 512)] == [
@@ -118,11 +141,13 @@ def test_what_is_said_of_sixty_pictures() -> None:
 
 
 def test_what_is_said_where_nothing_is_measured() -> None:
-    big = Situation(pictures=10**6, resolution=256, gpu=True, processes=4, unit=4)
+    big = Situation(pictures=10**6, resolution=256, device="cuda", processes=4, unit=4)
     (line,) = reasons(propose("denoiser", big))
     assert "on 4 GPUs" in line and "2.9 days by an estimate of 60 TFLOP/s for each GPU" in line
-    few = reasons(propose("autoencoder", Situation(pictures=57, resolution=64, gpu=True)))
-    assert "less than the time measured on one core" in few[0] and few[1].startswith("a small network")
+    few = reasons(propose("autoencoder", Situation(pictures=57, resolution=64, device="cuda")))
+    assert "in a time not measured yet" in few[0] and few[1].startswith("a small network")
+    (apple,) = reasons(propose("autoencoder", Situation(pictures=10**6, resolution=64, device="mps")))
+    assert apple.startswith("no --config was given: laptop-64, ") and "on an Apple GPU" in apple
     stream = reasons(propose("autoencoder", Situation(pictures=None, resolution=64)))
     assert "pictures that nobody has counted" in stream[0] and "epochs" not in stream[0]
 
@@ -150,7 +175,7 @@ def test_what_is_given_stands_and_all_else_follows() -> None:
 
 def test_the_pair_of_the_autoencoder_is_taken() -> None:
     model = decoding.to_values(decoding.load("autoencoder", "gpu-128", {"model.image_channels": "1"}))["model"]
-    gpu, cpu = Situation(pictures=10_000, resolution=64, gpu=True), Situation(pictures=10_000, resolution=64)
+    gpu, cpu = Situation(pictures=10_000, resolution=64, device="cuda"), Situation(pictures=10_000, resolution=64)
     assert propose("denoiser", gpu, model=model).pair.name == "gpu-128"
     assert propose("denoiser", cpu, model=model).pair.name == "laptop-64"  # a CPU would need days for the other
     assert propose("denoiser", gpu, model={**model, "latent_channels": 5}).pair is ONE_GPU[0]
@@ -158,11 +183,11 @@ def test_the_pair_of_the_autoencoder_is_taken() -> None:
     small = decoding.to_values(decoding.load("autoencoder", "laptop-64"))["model"]
     assert propose("denoiser", gpu, model=small).pair.name == "laptop-64"
     kl_f8 = decoding.to_values(decoding.load("autoencoder", "kl-f8"))["model"]
-    several = Situation(pictures=10_000, resolution=64, gpu=True, processes=2, unit=2)
+    several = Situation(pictures=10_000, resolution=64, device="cuda", processes=2, unit=2)
     assert propose("denoiser", gpu, model=kl_f8).pair.name == "gpu-256"
-    assert propose("denoiser", Situation(pictures=10**6, resolution=256, gpu=True, processes=2, unit=2), model=kl_f8
-                   ).pair.name == "gpus-256"
     assert propose("denoiser", several, model=kl_f8).pair.name == "gpu-256"
+    large = Situation(pictures=10**6, resolution=256, device="cuda", processes=2, unit=2)
+    assert propose("denoiser", large, model=kl_f8).pair.name == "gpus-256"
 
 
 def test_the_page_lists_what_is_proposed(tmp_path: Any) -> None:
