@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
 from packs import png, tar
 from PIL import Image
 
+from training.data.latents import Latents
 from training.doors.make_shards import main as make_shards
 from training.next_step import SCRIPTED, again, beside, prompt, tell_next
 from training.next_step import encoding as encoding_of
 from training.shards.reading import ShardSet
+from training.stages.denoiser_job import DenoiserJob
 
 Said = pytest.CaptureFixture[str]
 QUICK = ["--max-steps", "2", "--batch-size", "8", "--train.validation_size", "4", "--config", "smoke"]
@@ -23,7 +27,7 @@ HURRIED = {
     "encode_latents": ["--num-workers", "0"],
     "train_denoiser": [*QUICK, "--backbone.width", "16", "--backbone.depth", "1", "--sample.steps", "2"],
     "generate": ["--steps", "2"],
-    "evaluate": ["--count", "4", "--steps", "2"],
+    "evaluate": ["--count", "10", "--steps", "2"],
     "make_shards": ["--missing-caption", "empty"],
 }
 
@@ -53,7 +57,7 @@ def test_from_pictures_to_pictures_by_the_lines_alone(
     """With a blank and a quote in the paths; what is proposed is never there yet."""
     monkeypatch.chdir(tmp_path)
     folder = "Anna's pictures"
-    pack = ["pack", "shapes", "--samples", "40", "--val-fraction", "0.2", "--output", f"{folder}/data"]
+    pack = ["pack", "shapes", "--samples", "60", "--val-fraction", "0.2", "--output", f"{folder}/data"]
     assert tiny.call("make_shards", *pack) == 0
     [training] = told(capsys.readouterr().err)
     assert value(training, "--data") == f"{folder}/data" and value(training, "--output") == f"{folder}/autoencoder"
@@ -74,6 +78,22 @@ def test_from_pictures_to_pictures_by_the_lines_alone(
     capsys.readouterr()
     paste(measuring)
     assert "frechet_generated" in capsys.readouterr().out
+
+
+def test_too_few_held_out_pictures_are_not_to_be_measured(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fewer than are compared as a set; or training pictures, where none are held out."""
+
+    def verbs(split: str, least: int) -> list[str]:
+        monkeypatch.setattr("training.stages.denoiser_job.COMPARED", least)
+        given: Any = {"latents": str(latents), "device": "cpu", "text_encoder": None}
+        data = Latents(ShardSet(latents, split))
+        config = SimpleNamespace(text=None)
+        job: Any = SimpleNamespace(args=SimpleNamespace(**given), config=config, dataset=data, held_out=data)
+        return [shlex.split(line)[1].rpartition("/")[2] for line in DenoiserJob.next_steps(job, Path("run"))]
+
+    held = len(ShardSet(latents, "val"))
+    assert verbs("val", held) == ["generate.py", "evaluate.py"]
+    assert verbs("val", held + 1) == verbs("train", 1) == ["generate.py"]
 
 
 def grey(level: int) -> bytes:
