@@ -244,5 +244,5 @@ def no_index(folder: Path, *, latents: bool = False) -> UserError:
         pack, index = door("make_shards pack SOURCE --output", folder), door("make_shards index", folder)
         hint = f"pack pictures: {pack}; or index the tars that lie there: {index}"
     else:
-        hint = f"pack the pictures that lie there: {door('make_shards pack', folder, '--output DIR')}"
+        hint = f"pack the pictures that lie there: {door('make_shards pack', folder, '--output', 'DIR')}"
     return UserError(f"{folder} holds no index.json", hint=hint, code=DATA)

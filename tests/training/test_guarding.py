@@ -225,8 +225,8 @@ def test_what_is_no_folder_of_shards_says_how_to_make_one(tmp_path: Path) -> Non
     there.unlink()
     there.mkdir()
     (there / "cat.jpg").touch()
-    told = no_index(there)
-    assert told.what == f"{there} holds no index.json" and told.hint.endswith(f"make_shards.py pack {there} --output DIR")
+    told, packing = no_index(there), f"make_shards.py pack {there} --output DIR"
+    assert told.what == f"{there} holds no index.json" and told.hint.endswith(packing)
     for name in ("packing.json", "cats.tar"):
         (there / name).touch()
         assert f"pack SOURCE --output {there}; or index the tars" in no_index(there).hint

@@ -107,7 +107,8 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
         pair = measures.Pair(torch.cat(real), torch.cat(ours), args.seed, paired=True)
         numbers |= measures.compare(features, pair, str) | warn_of_few(features.dim, len(places))
     else:
-        warn(f"distances between sets of fewer than {COMPARED} pictures say nothing and are left out (got {len(places)})")
+        few = f"sets of fewer than {COMPARED} pictures"
+        warn(f"distances between {few} say nothing and are left out (got {len(places)})")
     return numbers | {
         "images": len(places),
         "features": features.name,

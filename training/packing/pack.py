@@ -55,7 +55,8 @@ class Problems:
 
     def refuse(self) -> None:
         """Raises UserError(code 3) where there are any."""
-        hint = "; or ".join([*self.hints, "--on-bad-data skip leaves such samples out and counts them"])
+        others = "".join(f"{hint}; or " for hint in self.hints)
+        hint = f"{others}--on-bad-data skip leaves such samples out and counts them"
         if len(self.found) == 1:
             raise UserError(self.found[0], hint=hint, code=DATA)
         if self.found:
