@@ -113,6 +113,10 @@ def a_file(place: Place) -> None:
     (place.folder / "out").write_text("mine")
 
 
+def a_config(place: Place) -> None:
+    (place.folder / "other.toml").write_text("[unet]\nwidth = 3\n")
+
+
 def a_table(place: Place) -> None:
     for path in pictures(place).glob("*.txt"):
         path.unlink()

@@ -81,7 +81,7 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
                 f"--{key}: generate takes keys of {', '.join(values)}", hint="other keys are settled by training"
             )
     merged = decoding.lay_over("denoiser", {**run_values, **values}, changes, "the model's own settings")
-    config = decoding.decode_stored("denoiser", merged, dict.fromkeys(changes, "command line"))
+    config = decoding.decode_stored("denoiser", merged, dict.fromkeys(changes, decoding.ASKED))
     assert isinstance(config, decoding.DenoiserConfig)
     plain = decoding.to_values(config)
     return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ldm.schedules import NoiseSchedule
 
 DRAWING = ("sampler", "grid", "guidance")
+ASKED = "command line"  # where a value of a flag stands
+ASKED_HINT = "--help names what can be given; of a training --print-config shows every key"
 MOST_TOLD = 20  # mistakes named at once; of more only the number is told
 
 
@@ -93,7 +95,7 @@ def load(stage: str, source: str, overrides: Mapping[str, str] | None = None, as
         note(f"{where} has no [format] version and is read as version 1")
     values = lay_over(stage, upgrade(own, sections(stage), as_of or version(own)), overrides or {}, where)
     lines = {key: f"{where}:{line}" for key, line in reading.lines(text)}
-    lines |= dict.fromkeys(overrides or {}, "command line")
+    lines |= dict.fromkeys(overrides or {}, ASKED)
     return decode(stage, values, lines)
 
 
@@ -157,10 +159,9 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
         told = [problem[:2000] for problem in sorted(problems)[:MOST_TOLD]]
         more = [f"{len(unknown)} unknown sections in all"] if unknown[MOST_TOLD:] else []
         more += [f"and {len(problems) - MOST_TOLD} more mistakes"] if problems[MOST_TOLD:] else []
-        raise UserError(
-            "\n       ".join(told + more),
-            hint=f"see the keys with --print-config, or start from: {', '.join(names(stage))}",
-        )
+        asked = all(problem.startswith(ASKED) for problem in problems)
+        hint = f"see the keys with --print-config, or start from: {', '.join(names(stage))}"
+        raise UserError("\n       ".join(told + more), hint=ASKED_HINT if asked else hint)
     config: Config = STAGES[stage](**parts)
     if isinstance(config, DenoiserConfig):
         try:
@@ -177,7 +178,7 @@ def chosen(section: str, overrides: Mapping[str, str]) -> Any:
     members = sections("editing")[section]
     part, wrong = _section(section, members, {name: reading.literal(text) for name, text in keys.items()})
     if wrong:
-        raise UserError("\n       ".join(f"command line: {message}" for _, message in wrong),
+        raise UserError("\n       ".join(f"{ASKED}: {message}" for _, message in wrong),
                         hint=f"--{section}.kind is one of {', '.join(kinds(members))}")
     return part
 
