@@ -3,7 +3,7 @@
 An autoencoder: PSNR, SSIM, LPIPS of reconstructions, and their distances as a set, on the val split of --data.
 A denoiser: Frechet and kernel distance of generated to held-out pictures, precision, recall, density, coverage, CLIP
 score, and how far captions are obeyed; or the likelihood of held-out pictures, or which of several captions each of
-them shows, or whether drawn pictures repeat training pictures.
+them shows, or how well they are restored, or whether drawn pictures repeat training pictures.
 """
 
 from __future__ import annotations

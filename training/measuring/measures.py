@@ -130,7 +130,7 @@ def compare(features: Features, pair: Pair, name: Callable[[str], str]) -> dict[
     """Every number of the two sets, `name`d, its interval beside it as NAME_95, the resamples of it as NAME_resamples;
     and again under the name by which this measure in this network is known."""
     numbers: dict[str, Any] = {}
-    fewer = Pair(_some(pair.real, pair.seed), _some(pair.other, pair.seed), pair.seed)
+    fewer = Pair(_some(pair.real, pair.seed), _some(pair.other, pair.seed), pair.seed, pair.paired)
     for measure in applying(features):
         for found in measure.compute(fewer if measure.in_pairs else pair):
             for key in (found.name, *_published(features, found.name)):
@@ -166,7 +166,8 @@ def _resampled(name: str, kernel: kernels.Kernel, statistic: Any, pair: Pair, sc
     """The statistic of the sets as they are (the first row of the weights), and of resamples."""
     count, weights = bootstrap.REPLICATES, []
     for place, rows in enumerate(pair[:2]):
-        drawn = bootstrap.multiplicities(bootstrap.resamples(len(rows), count, pair.seed + place))
+        seed = pair.seed if pair.paired else pair.seed + place
+        drawn = bootstrap.multiplicities(bootstrap.resamples(len(rows), count, seed))
         weights.append(torch.cat([torch.ones(1, len(rows), dtype=torch.float64), drawn]))
     values = scale * statistic(kernels.sums(kernel, pair.real, pair.other, *weights), *weights)
     value = values[0].item()

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands import door
-from training.errors import CHECKPOINT, UserError
+from training.errors import CHECKPOINT, PACKAGE, UserError
 from training.messages import answer, note, tell
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
-from training.models.cards import FACTS, PACKAGE, SAMPLES, stored_facts
+from training.models.cards import FACTS, SAMPLES, stored_facts
 from training.models.folders import Found, find, name_of
 from training.next_step import again, beside, prompt, tell_next
 from training.settings.embedded import HUB

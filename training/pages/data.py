@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +129,7 @@ def ledger_lines(report: Any) -> list[str]:
 
 def ledger(lines: list[str], empty: str) -> str:
     """A list of a ledger's lines, or a sentence, if any, where there are none."""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if lines else html.paragraph(empty) if empty else ""
+    return html.items(lines) or (html.paragraph(empty) if empty else "")
 
 
 def _text(value: Any) -> str:

@@ -43,6 +43,17 @@ def test_pictures_of_one_pair_are_drawn_together() -> None:
         assert (deviation < 1e-9) is exact
 
 
+def test_kernel_distances_draw_pairs_together_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a set and itself, whole or cut to so many pictures, CMMD is 0 in every resample; drawn apart it is not."""
+    features = measures.Features("CLIP", 4, lambda pixels: pixels)
+    rows = gaussian(60, 4, 0)
+    for most in (60, 25):
+        monkeypatch.setattr(measures, "PAIRS", most)
+        for paired in (True, False):
+            low, high = measures.compare(features, Pair(rows, rows, paired=paired), str)["clip_mmd_95"]
+            assert (high - low < 1e-9) is paired
+
+
 def test_a_mean_has_the_deviation_of_many_resamples() -> None:
     values = gaussian(40, 1, 0)[:, 0] ** 2
     means = values[bootstrap.resamples(40, 20000, 0)].mean(1)
