@@ -217,12 +217,18 @@ def test_mistakes_are_one_sentence(page: Any, tmp_path: Path) -> None:
     assert page.locator("img[src='x']").count() == 0 and "Traceback" not in page.content()
 
 
-def test_a_long_drawing_is_stopped(page: Any) -> None:
+def begin_long(page: Any) -> Any:
+    """Begins a drawing of minutes in the tab Draw, which it gives."""
     panel = tab(page, "Draw")
     panel.get_by_label("number input for Pictures").fill("64")
     few_steps(panel, 200)
     panel.get_by_role("button", name="Draw", exact=True).click()
     panel.get_by_text(re.compile("step [1-9]")).first.wait_for()
+    return panel
+
+
+def test_a_long_drawing_is_stopped(page: Any) -> None:
+    panel = begin_long(page)
     panel.get_by_role("button", name="Stop").click()
     page.get_by_text("stopped; nothing of it was kept").wait_for()
     assert panel.locator(".grid-wrap img").count() == 0
@@ -231,13 +237,22 @@ def test_a_long_drawing_is_stopped(page: Any) -> None:
 def test_a_page_that_is_closed_stops_its_drawing(page: Any, browser: Any, address: str) -> None:
     other = browser.new_page()
     other.goto(address)
-    panel = tab(other, "Draw")
-    panel.get_by_label("number input for Pictures").fill("64")
-    few_steps(panel, 200)  # minutes
-    panel.get_by_role("button", name="Draw", exact=True).click()
-    panel.get_by_text(re.compile("step [1-9]")).first.wait_for()
+    begin_long(other)
     other.close()
     draw(page)
+
+
+def test_a_drawing_that_waits_for_another_page_is_stopped(page: Any, browser: Any, address: str) -> None:
+    other = browser.new_page()
+    other.goto(address)
+    begin_long(other)
+    panel = tab(page, "Draw")
+    panel.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_timeout(2000)  # until it waits
+    panel.get_by_role("button", name="Stop").click()
+    other.close()
+    page.get_by_text("stopped before it began").wait_for()
+    assert panel.locator(".grid-wrap img").count() == 0
 
 
 def test_at_800_pixels_nothing_is_cut_off(page: Any) -> None:
