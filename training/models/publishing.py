@@ -91,7 +91,7 @@ def contents(folder: Path) -> list[Path]:
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder} has no README.md", hint="use another copy", code=CHECKPOINT)
     private = f"{Path.home()}/"
-    for path in paths:
+    for path in paths if Path.home() != Path("/") else ():  # in a container it may be; then it tells nothing
         if path.suffix in TEXTS and private in path.read_text("utf-8", "replace"):
             raise UserError(f"{path} names a folder of yours, {private}", hint="take it out of the file")
     return paths

@@ -67,7 +67,7 @@ def section(record: Record, given: Path | None = None) -> list[str]:
         name = told.get("index_sha256", "")
         where = f"no folder beside the run holds an index.json of the hash {name}" if name else "its hash is not known"
         if stream := told.get("stream"):
-            where = f"it was a stream: {', '.join(map(str, stream[:8]))}{' …' if stream[8:] else ''}"
+            where = f"it was a stream: {', '.join(map(_tar, stream[:8]))}{' …' if stream[8:] else ''}"
         return [html.paragraph(f"The data themselves were not found: {where}.")]
     parts = _described(data)
     if data.index["kind"] == "latents":
@@ -130,6 +130,12 @@ def ledger_lines(report: Any) -> list[str]:
 def ledger(lines: list[str], empty: str) -> str:
     """A list of a ledger's lines, or a sentence, if any, where there are none."""
     return html.items(lines) or (html.paragraph(empty) if empty else "")
+
+
+def _tar(name: Any) -> str:
+    """A tar of a stream; of a command its first word, for there may be secrets among the others."""
+    command, more, _ = str(name).partition(" ")
+    return f"{command} …" if more and command.startswith("pipe:") else str(name)
 
 
 def _text(value: Any) -> str:

@@ -18,7 +18,7 @@ def gaussian(count: int, dim: int, seed: int) -> Tensor:
 def test_the_interval_of_frechet_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """N(0, I) and N(m, 4 I) in three dimensions: |m|^2 + 3, of so many pictures that the bias is small."""
     monkeypatch.setattr(bootstrap, "REPLICATES", 60)
-    mean, hits, repetitions = torch.tensor([1.0, 0.5, 0.0]).double(), 0, 150
+    mean, hits, repetitions = torch.tensor([1.0, 0.5, 0.0]).double(), 0, 100
     for seed in range(repetitions):
         (found,) = frechet(Pair(gaussian(400, 3, 2 * seed), 2 * gaussian(300, 3, 2 * seed + 1) + mean, seed))
         assert found.interval and found.resamples == 60
