@@ -36,7 +36,8 @@ def test_the_simulation_refuses_what_the_device_refuses() -> None:
         assert torch.equal((x * torch.tensor(2.0, dtype=torch.float64)).cpu(), torch.full((3,), 2.0))
         mistakes: list[Callable[[], Any]] = [
             lambda: x.double(), lambda: x + torch.ones(3), lambda: x.to("cpu", torch.float64),
-            lambda: torch.ones(3, dtype=torch.float64).to(device), lambda: torch.zeros(3, dtype=float, device="mps"),
+            lambda: torch.ones(3, dtype=torch.float64).to(device),
+            lambda: torch.zeros(3, dtype=torch.float64, device="mps"),
         ]  # fmt: skip
         for mistake in mistakes:
             with pytest.raises(TypeError):
