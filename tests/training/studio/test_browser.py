@@ -257,3 +257,5 @@ def test_other_files_are_not_served(page: Any, address: str) -> None:
     for path in ("/etc/passwd", str(tiny.ROOT / "pyproject.toml"), "http://127.0.0.1:1/"):
         assert page.request.get(f"{address}/gradio_api/file={path}").status == 403
     assert page.request.get(address, headers={"Host": "evil.example"}).status == 403
+    large = {"name": "large.png", "mimeType": "image/png", "buffer": bytes((64 << 20) + 1)}
+    assert page.request.post(f"{address}/gradio_api/upload", multipart={"files": large}).status == 413
