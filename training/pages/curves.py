@@ -37,14 +37,20 @@ MEANINGS = (
         log=True,
     ),
     Meaning(
-        "val/loss", "Validation loss",
-        "On held-out samples with averaged weights. It weighs noise levels otherwise than the training loss: compare "
-        "directions, not heights. Rising here while the training loss falls is overfitting.",
+        "val/loss(_train)?", "Validation loss",
+        "With averaged weights: of held-out samples, and as loss_train of as many training samples, measured alike. "
+        "These falling while held-out ones rise is over-fitting. The training loss weighs noise levels otherwise.",
+    ),
+    Meaning(
+        "val/.*_gap", "Validation gap",
+        "How much better training samples are than held-out ones. It opens slowly; growing while held-out ones become "
+        "worse, it tells of over-fitting.",
     ),
     Meaning(LEVEL.pattern, "Validation loss by noise level", UNEXPLAINED),
     Meaning(
-        "val/(teacher_)?psnr", "PSNR",
-        "Held-out reconstructions, more is better; 3 dB more is half the squared error.", "dB",
+        "val/(teacher_)?psnr(_train)?", "PSNR",
+        "Of reconstructions of held-out pictures, as psnr_train of training ones: 3 dB more is half the squared error.",
+        "dB",
     ),
     Meaning("val/(teacher_)?ssim", "SSIM", "Held-out reconstructions, local structure: 1 is the same picture."),
     Meaning(
@@ -96,7 +102,7 @@ def of_one(record: Record) -> list[str]:
         groups.setdefault(meaning_of(name).pattern, []).append(name)
     points = _points(len(series))
     return [
-        plot(meaning_of(names[0]), {name: thinned(series[name], points) for name in names}, smooth=_dense(names[0]))
+        plot(meaning_of(names[0]), {name: thinned(series[name], points) for name in names}, smooth=_noisy(names[0]))
         for names in groups.values()
     ]
 
@@ -109,8 +115,9 @@ def of_several(records: Sequence[Record]) -> list[str]:
     for name in names:
         lines = {run: thinned(found[name], points) for run, found in series.items() if name in found}
         meaning = meaning_of(name)
-        title = meaning.title if meaning.pattern == re.escape(name) or meaning.pattern == name else name
-        plots.append(plot(meaning, lines, title=title, smooth=_dense(name), runs=list(series)))
+        alone = sum(meaning_of(other) == meaning for other in names) == 1
+        title = meaning.title if alone else f"{meaning.title}: {name}"
+        plots.append(plot(meaning, lines, title=title, smooth=_noisy(name), runs=list(series)))
     return plots
 
 
@@ -168,9 +175,9 @@ def last_numbers(record: Record) -> str:
     return html.table(("", "last", "at step", "lowest", "at step", "highest", "at step"), rows)
 
 
-def _dense(name: str) -> bool:
-    """Whether a name is measured at every step, so that smoothing it says more; validations are few."""
-    return not name.startswith("val/")
+def _noisy(name: str) -> bool:
+    """Whether smoothing says more of a name: validations are few, and a rate is no measurement."""
+    return not name.startswith("val/") and name != "lr"
 
 
 def _points(lines: int) -> int:

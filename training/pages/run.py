@@ -105,7 +105,7 @@ def tools(records: Sequence[Record]) -> list[str]:
         SCRIPT_NEEDED,
         html.paragraph(
             f"{curves.grouping(records)} The thick line is the debiased moving average, the thin one what was measured;"
-            " validations are not smoothed. Point at a curve for its values."
+            " validations and the rate are not smoothed. Point at a curve for its values."
         ),
         f'<label class="tools">smoothing {slider}<output>0.6</output></label>',
     ]

@@ -38,6 +38,7 @@ def test_the_numbers_of_a_run_are_in_its_plots(tmp_path: Path) -> None:
     assert [line["name"] for line in levels] == ["val/loss_t0.1", "val/loss_t0.5", "val/loss_t0.9"]
     assert [line["points"][0] for line in levels] == [[0, 1.1], [0, 1.5], [0, 1.9]]
     assert found["Training loss"]["smooth"] and not found["Validation loss"]["smooth"]
+    assert found["Gradient norms"]["smooth"] and not found["Learning rate"]["smooth"]
     assert len({line["colour"] for line in levels}) == 3
 
 
@@ -58,7 +59,19 @@ def test_runs_share_axes_and_keep_their_colours(tmp_path: Path) -> None:
     colours = [line["colour"] for line in found["Training loss"]["lines"]]
     (alone,) = found["Speed"]["lines"]
     assert (alone["name"], alone["colour"]) == ("b", colours[1])
-    assert {"val/loss_t0.1", "val/loss_t0.5", "val/loss_t0.9", "grad_norm/denoiser"} <= set(found)
+    levels = {f"Validation loss by noise level: val/loss_t{t}" for t in (0.1, 0.5, 0.9)}
+    assert levels | {"Gradient norms", "Learning rate"} <= set(found)
+
+
+def test_training_samples_stand_beside_held_out_ones(tmp_path: Path) -> None:
+    """What shows over-fitting shares its axes: the same measure of both, the gap by itself."""
+    folder = run_folder(tmp_path / "run")
+    rows = [{"step": n, "val/loss": 1.0 + n, "val/loss_train": 1.0 - n, "val/loss_gap": 2.0 * n} for n in (0, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = plots(curves.of_one(read(folder)))
+    both = {line["name"]: line["points"] for line in found["Validation loss"]["lines"]}
+    assert both == {"val/loss": [[0, 1], [1, 2]], "val/loss_train": [[0, 1], [1, 0]]}
+    assert [line["name"] for line in found["Validation gap"]["lines"]] == ["val/loss_gap"]
 
 
 def test_a_page_has_a_bounded_number_of_points(tmp_path: Path) -> None:
