@@ -50,7 +50,7 @@ class Pair:
         return self.autoencoder if stage == "autoencoder" else self.denoiser
 
 
-_U_NET = {"batch": 32, "epochs": 200, "least": 38_400, "most": 256_000, "gflop": 1.7, "seconds": 0.027, "memory": 1.3}
+_U_NET = {"batch": 32, "epochs": 200, "least": 24_000, "most": 256_000, "gflop": 1.7, "seconds": 0.027, "memory": 1.3}
 _DIT = {"batch": 256, "epochs": 200, "least": 2_000_000}
 SMALL = (
     Pair(name="laptop-64", resolution=64, denoiser=Budget(**_U_NET), autoencoder=Budget(
