@@ -59,7 +59,7 @@ def test_what_is_written_follows_the_umask(umask: int, tmp_path: Path) -> None:
     hold(home).close()
     grids.write(Image.new("RGB", (2, 2)), home / "x.png")
     found = modes(tmp_path)
-    assert len(found) == 10
+    assert len(found) == 11
     for name, mode in found.items():
         assert mode == (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask, name
 

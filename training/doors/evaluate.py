@@ -1,9 +1,9 @@
 """Measure a run.
 
-An autoencoder: PSNR, SSIM, LPIPS, Frechet distance of reconstructions, on the val split of --data.
-A denoiser: Frechet and kernel distance of generated to held-out pictures, and how far captions are obeyed;
-or the likelihood of held-out pictures, or which of several captions each of them shows, or whether drawn pictures
-repeat training pictures.
+An autoencoder: PSNR, SSIM, LPIPS of reconstructions, and their distances as a set, on the val split of --data.
+A denoiser: Frechet and kernel distance of generated to held-out pictures, precision, recall, density, coverage, CLIP
+score, and how far captions are obeyed; or the likelihood of held-out pictures, or which of several captions each of
+them shows, or whether drawn pictures repeat training pictures.
 """
 
 from __future__ import annotations

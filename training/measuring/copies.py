@@ -104,6 +104,8 @@ def splits(args: argparse.Namespace) -> tuple[Images, Images]:
     if 0 < args.train_count < len(train):
         some = f"{args.train_count:,} of {len(train):,} training pictures"
         warn(f"{some} are searched: copies of the others are not found")
+    if len(held) > HELD_OUT:
+        note(f"{HELD_OUT:,} of {len(held):,} held-out pictures calibrate the score")
     return held, train
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CHUNK = 100
 SETTLED = 100  # pictures from which on a measure of sets that is not biased is told without a warning
 LEAST = 10  # pictures of which sets are compared at all
+CHOSEN = "for an autoencoder every n-th; else one of each caption, then a second, captions in the order of their hashes"
 
 
 def check_count(pictures: int) -> None:

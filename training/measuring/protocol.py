@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
+from training.measuring.held_out import CHOSEN
 from training.measuring.measures import INTERVALS, MEASURES
 
 WIDTH = 118  # characters of a line of the card
@@ -48,7 +49,7 @@ def protocol(numbers: Mapping[str, Any], split: str | None) -> dict[str, Any]:
     keys = [f"{key}_" for key, value in numbers.items() if not isinstance(value, str | None)]
     measured = [name for name in DEFINITIONS if any(key.startswith(f"{name}_") for key in keys)]
     comparable: dict[str, Any] = {"measures": {name: DEFINITIONS[name] for name in measured}}
-    comparable |= {"data": numbers.get("data"), "split": split}
+    comparable |= {"data": numbers.get("data"), "split": split, "chosen": CHOSEN if split else None}
     comparable |= {key: numbers[key] for key in ("network", "clip", *DECIDES) if numbers.get(key) is not None}
     stated = {key: numbers[key] for key in STATED if key in numbers}
     stated |= {"interval": INTERVALS, "versions": _versions(numbers)}
@@ -68,7 +69,8 @@ def card(stated: Mapping[str, Any]) -> Iterator[str]:
     counts = {key: value for key, value in same.items() if key in DECIDES}
     yield f"protocol {protocol_hash(stated)}: numbers of another protocol are not to be compared with these"
     if same["data"]:
-        yield from _lines("pictures", f"{same['split']} split, data {same['data']['index_sha256'][:12]}")
+        data = f"{same['split']} split, data {same['data']['index_sha256'][:12]}"
+        yield from _lines("pictures", f"{data}; {same['chosen']}")
     for name in ("network", "clip"):
         if name in same:
             facts = {key: value[:12] if key == "weights" else value for key, value in same[name].items()}

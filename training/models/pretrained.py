@@ -48,7 +48,7 @@ def loading(what: str, name: str, hint: str) -> Iterator[dict[str, Any]]:
 
 def tell_download(what: str, name: str) -> None:
     """Say that `name` may now be downloaded; the hub's own bars are for terminals alone."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     tell(f"{what} {name}: downloaded, as far as it is not on this machine")
     if not rewrites():

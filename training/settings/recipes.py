@@ -50,8 +50,10 @@ class Pair:
         return self.autoencoder if stage == "autoencoder" else self.denoiser
 
 
-_U_NET = {"batch": 32, "epochs": 200, "least": 24_000, "most": 256_000, "gflop": 1.7, "seconds": 0.027, "memory": 1.3}
-_DIT = {"batch": 256, "epochs": 200, "least": 2_000_000}
+_U_NET: dict[str, Any] = {
+    "batch": 32, "epochs": 200, "least": 24_000, "most": 256_000, "gflop": 1.7, "seconds": 0.027, "memory": 1.3,
+}  # fmt: skip
+_DIT: dict[str, Any] = {"batch": 256, "epochs": 200, "least": 2_000_000}
 SMALL = (
     Pair(name="laptop-64", resolution=64, denoiser=Budget(**_U_NET), autoencoder=Budget(
         batch=8, epochs=100, least=11_200, most=80_000, gflop=2.1, seconds=0.043, memory=1.3)),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,19 +41,24 @@ def serve(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise missing_extra("gradio", "studio", "the studio's page")
     loopback = guard.is_loopback(args.host)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else the temporary folder would outlive the process
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda given, frame: sys.exit(128 + given))
     keep = Path(args.output).absolute() if args.output else None
     with TemporaryDirectory(prefix="studio-") as scratch, guard.listening(args.host, args.port) as place:
         if keep:
             make_folder(keep)
         offline(Path(scratch, "uploads"))
         studio = Studio.opened(args.model, Path(scratch, "drawn"), keep, args.device, args.text_encoder)
-        host, port = place.getsockname()[:2]
         if not loopback:
             warn(f"--host {args.host}: whoever reaches this address can draw here and see what others drew")
         names = frozenset({*guard.LOCAL, args.host.lower()}) if loopback else None
-        answer(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        tell("Ctrl-C closes the studio" + ("" if keep else "; what was drawn is removed then (--output keeps it)"))
-        run(guard.Guard(page(studio), names), place)
+        guarded = guard.Guard(page(studio), names)
+        with closing(studio), suppress(KeyboardInterrupt):
+            host, port = place.getsockname()[:2]
+            answer(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            tell("Ctrl-C closes the studio" + ("" if keep else "; what was drawn is removed then (--output keeps it)"))
+            run(guarded, place)
 
 
 def offline(uploads: Path) -> None:
@@ -90,7 +98,7 @@ def described(studio: Studio) -> str:
 
 
 def run(app: Any, place: Any) -> None:
-    """Serve until a signal."""
+    """Serve until Ctrl-C, or another signal that ends the program."""
     import uvicorn
 
     config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)

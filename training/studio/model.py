@@ -139,6 +139,13 @@ class Studio:
             turn.stop.set()
         return bool(turns)
 
+    def close(self) -> None:
+        """End all turns, and wait until nothing is drawn."""
+        for who in list(self._turns):
+            self.stop(who)
+        with self._lock:
+            pass
+
     def read(self, words: Sequence[Word], folder: Path) -> argparse.Namespace:
         """The words as `generate` reads them."""
         parser = Parser(prog="generate")

@@ -11,8 +11,8 @@ import torch
 from training.errors import UserError
 from training.machine import processes
 
-OTHERS = ["mps", "xpu", "meta", "npu", "hpu", "xla", "mps:0", "cpu:1"]
-ABSENT = ["cuda:99", *([] if torch.cuda.is_available() else ["cuda", "cuda:0"])]
+OTHERS = ["xpu", "meta", "npu", "hpu", "xla", "mps:1", "cpu:1"]
+ABSENT = ["cuda:99", "mps", "mps:0", *([] if torch.cuda.is_available() else ["cuda", "cuda:0"])]
 
 
 @pytest.mark.parametrize("device", [*OTHERS, *ABSENT, "gpu", "", "cuda:-1", "cuda:x", "CUDA"])

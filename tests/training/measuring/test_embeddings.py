@@ -165,35 +165,25 @@ def test_evaluate_scores_captions_beside_those_of_real_pictures(
     assert "cmmd" not in numbers and "clip_score" in same["measures"] and "clip_mmd" in same["measures"]
 
 
-@pytest.fixture
-def fid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
-    """torch-fidelity's Inception of random weights, as if its file were the published one."""
+@pytest.fixture(scope="module")
+def fid_network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """torch-fidelity's Inception as it is before it reads weights, and these in a file."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *asked, **more: initial(module))
     torch.manual_seed(0)
-    network = module.FeatureExtractorInceptionV3("random", ["2048"])
-    torch.save(network.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setattr(inception, "FID_SHA256", file_sha256(tmp_path / "weights.pth"))
-    return tmp_path / "weights.pth", network
-
-
-def initial(module: Any) -> dict[str, Tensor]:
-    """What the network has before it asks for weights."""
-    parts: dict[str, Tensor] = {}
-
-    class Stop(Exception):
-        pass
-
-    def keep(self: torch.nn.Module, weights: object) -> None:
-        parts.update({key: value.clone() for key, value in self.state_dict().items()})
-        raise Stop
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_state_dict_from_url", lambda *asked, **more: {})
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", keep)
-        with pytest.raises(Stop):
-            module.FeatureExtractorInceptionV3("random", ["2048"])
-    return parts
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, weights: None)
+        network = module.FeatureExtractorInceptionV3("random", ["2048"])
+    file = tmp_path_factory.mktemp("fid") / "weights.pth"
+    torch.save(network.state_dict(), file)
+    return file, network
+
+
+@pytest.fixture
+def fid_file(fid_network: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
+    """As if that file were the published one."""
+    monkeypatch.setattr(inception, "FID_SHA256", file_sha256(fid_network[0]))
+    return fid_network
 
 
 def test_fid_is_named_so_in_its_own_network_alone(fid_file: tuple[Path, Any]) -> None:
@@ -207,7 +197,7 @@ def test_fid_is_named_so_in_its_own_network_alone(fid_file: tuple[Path, Any]) ->
 
 def test_another_file_is_not_fids_network(fid_file: tuple[Path, Any], tmp_path: Path) -> None:
     """One weight differs: same keys, same shapes, another network."""
-    state = fid_file[1].state_dict()
+    state = dict(fid_file[1].state_dict())
     state["fc.bias"] = state["fc.bias"] + 1
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(UserError, match="not the weights in which FID is defined") as caught:

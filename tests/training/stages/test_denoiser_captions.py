@@ -150,7 +150,7 @@ def test_validation_by_hand(make: Make, tmp_path: Path) -> None:
     shaken(stage)
     asked: list[tuple[list[str], dict[str, Any]]] = []
     images = [Image.new("RGB", (32, 32), (10 * n, 0, 255 - 10 * n)) for n in range(SHOWN)]
-    stage.pipeline = lambda captions, **how: asked.append((captions, how)) or images  # type: ignore[assignment]
+    stage.pipeline = lambda captions, watch, **how: asked.append((captions, how)) or images  # type: ignore[assignment]
     with torch.no_grad():
         numbers = stage.evaluate(tmp_path)
         errors = {t: [by_hand(stage, index, t) for index in stage.held_out.evenly(12)] for t in LEVELS}

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import chromium
 import numpy as np
@@ -24,23 +26,34 @@ pytestmark = pytest.mark.browser
 CAPTION = "a red circle above a blue square"
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a studio of the demo is served, by a process of its own in an empty folder."""
-    home = tmp_path_factory.mktemp("home")
+@contextmanager
+def served(home: Path, ended_by: signal.Signals, code: int) -> Iterator[str]:
+    """The address of a studio of the demo, a process of its own, whose end by a signal leaves nothing behind."""
+    folders = [home / name for name in ("work", "scratch")]
+    for folder in folders:
+        folder.mkdir()
     command = [sys.executable, str(tiny.SCRIPTS / "studio.py"), "--model", "demo", "--port", "0", "--device", "cpu"]
-    environment = tiny.ENVIRONMENT | {"PYTHONPATH": str(tiny.ROOT), "TMPDIR": str(tmp_path_factory.mktemp("scratch"))}
-    with (home / "../log").open("w") as log, subprocess.Popen(
-            command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+    environment = tiny.ENVIRONMENT | {"PYTHONPATH": str(tiny.ROOT), "TMPDIR": str(folders[1])}
+    with (home / "log").open("w") as log, subprocess.Popen(
+            command, cwd=folders[0], env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         assert process.stdout
         if not (url := process.stdout.readline().strip()):
-            pytest.fail((home / "../log").read_text())
-        yield url
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-    said = (home / "../log").read_text()
+            pytest.fail((home / "log").read_text())
+        try:
+            yield url
+            process.send_signal(ended_by)
+            assert process.wait(60) == code
+        finally:
+            process.kill()
+    said = (home / "log").read_text()
     assert "Traceback" not in said and "error" not in said, said
-    assert not list(home.iterdir()) and not list(Path(environment["TMPDIR"]).glob("studio-*"))
+    assert not list(folders[0].iterdir()) and not list(folders[1].glob("studio-*"))
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(tmp_path_factory.mktemp("studio"), signal.SIGTERM, 143) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     """The studio's page. At the end: everything it asked for was asked of this machine, and no script failed."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
     page, asked, failed = context.new_page(), list[str](), list[str]()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(60_000)
     page.on("request", lambda request: asked.append(request.url))
     page.on("websocket", lambda socket: asked.append(socket.url))
     page.on("pageerror", lambda error: failed.append(str(error)))
@@ -119,11 +132,13 @@ def test_draw(page: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_edit_the_picture_that_was_clicked_on(page: Any, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
     draw(page).locator(".grid-wrap img").nth(3).click()
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(2000)  # what was clicked on is told to the studio, and shows nowhere
     panel = tab(page, "Edit")
     take_last(panel)
-    assert panel.get_by_label("Caption").first.input_value() == CAPTION
+    expect(panel.get_by_label("Caption").first).to_have_value(CAPTION, timeout=30_000)
     few_steps(panel)
     panel.get_by_role("button", name="Draw it again").click()
     panel.get_by_text("network calls").wait_for()
@@ -237,6 +252,11 @@ def test_at_800_pixels_nothing_is_cut_off(page: Any) -> None:
         tab(page, name)
         time.sleep(0.2)
         assert page.evaluate("document.documentElement.scrollWidth") <= 800, name
+
+
+def test_an_interrupt_closes_it(tmp_path: Path) -> None:
+    with served(tmp_path, signal.SIGINT, 0) as url:
+        assert urlopen(url, timeout=60).status == 200  # else a shell that ignores interrupts has it ignore this one
 
 
 def test_other_files_are_not_served(page: Any, address: str) -> None:

@@ -157,6 +157,22 @@ def test_one_drawing_at_a_time_and_a_stop_ends_those_of_its_page(studio: Studio)
     assert studio._turns == {} and not studio.stop("a")
 
 
+def test_closing_ends_what_is_drawn(studio: Studio) -> None:
+    began, ends = Event(), list[str]()
+
+    def long() -> None:
+        with pytest.raises(Stopped) as stopped, studio.turn("a", lambda share, words: began.set()) as turn:
+            turn.draw(asked({**FEW, "--steps": 1000}))
+        ends.append(stopped.value.what)
+
+    thread = Thread(target=long)
+    thread.start()
+    assert began.wait(20)
+    studio.close()
+    thread.join(20)
+    assert ends == ["stopped; nothing of it was kept"]
+
+
 def test_copies_stay_where_that_is_asked(studio: Studio, tmp_path: Path) -> None:
     (tmp_path / "kept" / "0001").mkdir(parents=True)  # of an earlier studio
     keeping = Studio("demo", studio.pipeline, tmp_path / "drawn", tmp_path / "kept", "cpu")
