@@ -87,7 +87,8 @@ async def _body(scope: dict[str, Any], receive: Any) -> bytes:
 
 
 def _header(scope: dict[str, Any], name: bytes) -> str:
-    return dict(scope["headers"]).get(name, b"").decode("latin-1")
+    given: bytes = dict(scope["headers"]).get(name, b"")
+    return given.decode("latin-1")
 
 
 def _with_headers(message: dict[str, Any]) -> dict[str, Any]:
