@@ -11,12 +11,13 @@ from __future__ import annotations
 import sys
 
 from training.measuring.flags import add_flags
+from training.settings.families import RESTORING, SAMPLING, listing
 from training.settings.flags import Parser
 
 
 def main() -> None:
     """Read the flags and measure."""
-    parser = Parser(__doc__ or "")
+    parser = Parser(__doc__ or "", epilog=listing(SAMPLING, RESTORING))
     add_flags(parser)
     args = parser.read_with_keys()
     from training.measuring.evaluate import evaluate

@@ -39,12 +39,10 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """One line of the table. `sensible`: pictures in each set below which its numbers say little. `kind`: the word that
-    the name of a feature network must begin with."""
+    """One line of the table. `kind`: the word that the name of a feature network must begin with."""
 
     names: tuple[str, ...]
     definition: str
-    sensible: int
     compute: Callable[[Pair], Iterator[Found]]
     in_pairs: bool = True
     kind: str = ""
@@ -86,26 +84,22 @@ MEASURES = (
     Measure(
         ("frechet",),
         "Frechet distance of Gaussians, |mu - mu'|^2 + tr(A + B - 2 (A B)^(1/2)), unbiased covariances, float64",
-        100,
         frechet,
         in_pairs=False,
     ),
     Measure(
         ("kernel_distance", "kernel_distance_subset_std"),
         f"unbiased squared MMD, kernel (x.y / D + 1)^3, all pairs; std of {SUBSETS} subsets of {SUBSET}",
-        100,
         kernel_distance,
     ),
     Measure(
         ("precision", "recall", "coverage", "density"),
         f"improved precision and recall, k = {K}, closed balls; density and coverage, k = {K_DENSITY}, open balls",
-        100,
         precision_recall,
     ),
     Measure(
         ("clip_mmd",),
         "1000 times the biased squared MMD, kernel exp(-|x - y|^2 / 200), embeddings of length 1",
-        100,
         clip_mmd,
         kind="CLIP",
     ),

@@ -77,5 +77,6 @@ def test_what_was_left_out_of_the_data_is_told(tmp_path: Path) -> None:
 
 
 def test_a_stream_has_no_folder(tmp_path: Path) -> None:
-    record = read(run_folder(tmp_path / "run", data={"stream": ["/home/ann/a b.tar", "s3://b/c.tar", "pipe:curl -H 'Key: secret'"]}))
+    tars = ["/home/ann/a b.tar", "s3://b/c.tar", "pipe:curl -H 'Key: secret'"]
+    record = read(run_folder(tmp_path / "run", data={"stream": tars}))
     assert "it was a stream: a b.tar, s3://b/c.tar, pipe:curl …." in data.section(record)[0]
