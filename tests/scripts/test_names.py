@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from training.drawing.flags import add_flags
 from training.settings import decoding
 from training.settings.families import (
     COUPLING,
@@ -20,6 +21,7 @@ from training.settings.families import (
     kinds,
     listing,
 )
+from training.settings.flags import Parser
 from training.settings.kinds_table import HEAD, table
 
 EDITING = RESTORING.sections + COUPLING.sections
@@ -83,3 +85,10 @@ def test_help_lists_them(script: str, parts: list[Part]) -> None:
     assert text in shown
     for flags in (flags for part in parts for flags in part.methods.values()):
         assert flags in " ".join(text.split())
+
+
+def test_help_names_the_method_that_restores_where_none_is_named() -> None:
+    parser = Parser(prog="generate")
+    add_flags(parser)
+    shown = " ".join(parser.format_help().split())
+    assert f"or of --posterior.kind (default: {decoding.chosen('measurement', {}).kind});" in shown
