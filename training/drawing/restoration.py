@@ -57,8 +57,9 @@ class Restoration(Start):
         add("--restore", metavar="OPERATOR", help=text)
         text = "what was measured: a picture, safetensors with y, or a folder of such; without it, --image is measured"
         add("--measurement", metavar="FILE|DIR", help=text)
-        text = "how: a kind of --measurement.kind, with any sampler, or of --posterior.kind (default: "
-        text += f"{kinds('measurement')[0]}); the latter, such as repaint, fill the hole of --mask too, without --restore"
+        own = kinds("measurement")[0]
+        text = f"how: a kind of --measurement.kind, with any sampler, or of --posterior.kind (default: {own}); "
+        text += "the latter, such as repaint, fill the hole of --mask too, without --restore"
         add("--method", metavar="NAME", help=text)
         text = f"standard deviation of the measurement's noise, of values in [-1, 1] (default: {SIGMA_Y})"
         add("--sigma-y", metavar="S", type=float, help=text)
