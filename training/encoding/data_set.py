@@ -147,10 +147,12 @@ def _write(
 ) -> None:
     """Encode the shards that are not there yet."""
     waiting = {info.name: info for info in shards if not _sound(target, info)}
-    told = Progress("encoding", sum(info.samples for info in shards), aloud=aloud)
+    share = sum(info.samples for info in shards)
+    where = "" if share == worker.total else " in the first process"  # which alone speaks, and knows its own shards
+    told = Progress(f"encoding{where}", share, aloud=aloud)
     told.skip(sum(info.samples for info in shards if info.name not in waiting))
     if aloud and len(shards) > len(waiting):
-        tell(f"kept: {len(shards) - len(waiting)} of {len(shards)} shards, which are there")
+        tell(f"kept{where}: {len(shards) - len(waiting)} of {len(shards)} shards, which are there")
     splits = {split: _images(source, split, args) for split in {info.split for info in waiting.values()}}
     pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
     for info in waiting.values():
