@@ -12,9 +12,11 @@ from packs import png, tar
 from PIL import Image
 
 from training.doors.make_shards import main as make_shards
+from training.errors import Unreachable
 from training.next_step import SCRIPTED, again, beside, prompt, tell_next
 from training.next_step import encoding as encoding_of
 from training.shards.reading import ShardSet
+from training.stages.denoiser_job import DenoiserJob
 
 Said = pytest.CaptureFixture[str]
 QUICK = ["--max-steps", "2", "--batch-size", "8", "--train.validation_size", "4", "--config", "smoke"]
@@ -167,6 +169,21 @@ def test_a_preview_is_measured(autoencoder: Path, shapes: Path, tmp_path: Path, 
     capsys.readouterr()
     paste(measuring)
     assert "psnr" in capsys.readouterr().out
+
+
+def test_a_finished_run_needs_no_next_step(
+    latents: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No caption for it can be read any more, as where an address is gone: the run ended well all the same."""
+
+    def gone(job: DenoiserJob, run: Path) -> list[str]:
+        raise Unreachable("the address does not answer", hint="try again")
+
+    monkeypatch.setattr(DenoiserJob, "next_steps", gone)
+    words = ["train_denoiser", "--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, "--max-steps", 1]
+    for said in (f"finished: {tmp_path / 'run' / 'final'}", f"{tmp_path / 'run'}: already complete at step 1"):
+        assert tiny.call(*words, "--resume", "auto") == 0
+        assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 def test_a_measured_autoencoder_encodes(autoencoder: Path, shapes: Path, capsys: Said) -> None:

@@ -144,7 +144,7 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
             with loop.ema.averaged_weights(), unwrapped(loop.stage):
                 tensors = job.export(run.folder, facts)
                 finish(run, tensors, job.about(), close_books(loop, facts))
-                tell_next(*job.next_steps(run.folder))
+                tell_next_steps(job, run)
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
         code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything
@@ -254,5 +254,12 @@ def report_complete(job: Job, run: RunView) -> int:
 
     tell(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}")
     if isinstance(run, Run):
-        tell_next(*job.next_steps(run.folder))
+        tell_next_steps(job, run)
     return 0
+
+
+def tell_next_steps(job: Job, run: Run) -> None:
+    """The commands that go on from a finished run: none where a caption for them cannot be read, as of shards that lie
+    elsewhere and have left the cache. The run is finished all the same."""
+    with suppress(UserError, OSError):
+        tell_next(*job.next_steps(run.folder))
