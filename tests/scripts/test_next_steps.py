@@ -25,7 +25,7 @@ HURRIED = {
     "encode_latents": ["--num-workers", "0"],
     "train_denoiser": [*QUICK, "--backbone.width", "16", "--backbone.depth", "1", "--sample.steps", "2"],
     "generate": ["--steps", "2"],
-    "evaluate": ["--count", "4", "--steps", "2"],
+    "evaluate": ["--count", "10", "--steps", "2"],
     "make_shards": ["--missing-caption", "empty"],
 }
 
@@ -55,7 +55,7 @@ def test_from_pictures_to_pictures_by_the_lines_alone(
     """With a blank and a quote in the paths; what is proposed is never there yet."""
     monkeypatch.chdir(tmp_path)
     folder = "Anna's pictures"
-    pack = ["pack", "shapes", "--samples", "40", "--val-fraction", "0.2", "--output", f"{folder}/data"]
+    pack = ["pack", "shapes", "--samples", "60", "--val-fraction", "0.2", "--output", f"{folder}/data"]
     assert tiny.call("make_shards", *pack) == 0
     [training] = told(capsys.readouterr().err)
     assert value(training, "--data") == f"{folder}/data" and value(training, "--output") == f"{folder}/autoencoder"
@@ -187,7 +187,7 @@ def test_a_finished_run_needs_no_next_step(
 
 
 def test_a_measured_autoencoder_encodes(autoencoder: Path, shapes: Path, capsys: Said) -> None:
-    words = ["--model", autoencoder, "--data", shapes, "--count", "4", "--device", "cpu"]
+    words = ["--model", autoencoder, "--data", shapes, "--count", "10", "--device", "cpu"]
     assert tiny.call("evaluate", *words) == 0
     [encoding] = told(capsys.readouterr().err)
     assert (value(encoding, "--autoencoder"), value(encoding, "--data")) == (str(autoencoder), str(shapes))

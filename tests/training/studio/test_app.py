@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ from training.studio import app, guard
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Studios whose pages would have been served; the environment as it was."""
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Studios whose pages would have been served; the environment and the answers to signals as they were."""
     seen: list[Any] = []
+    kept = signal.getsignal(signal.SIGHUP)
     monkeypatch.setattr(app, "find_spec", lambda name: True)
     monkeypatch.setattr(app.os, "environ", dict(os.environ))
     monkeypatch.setattr(app, "page", lambda studio: seen.append(studio))
     monkeypatch.setattr(app, "run", lambda guarded, place: seen.extend([guarded, Path(os.environ["GRADIO_TEMP_DIR"])]))
-    return seen
+    yield seen
+    signal.signal(signal.SIGHUP, kept)
 
 
 def test_without_gradio_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
