@@ -19,7 +19,7 @@ from training.models import assembly
 from training.models.captions_read import refuse_unread
 from training.next_step import again, beside, prompt
 from training.shards.index import data_facts, pictures_facts
-from training.shards.reading import ShardSet, held_out_shards
+from training.shards.reading import LEAST, ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
 from training.stages.job import Job, parameters
@@ -115,6 +115,6 @@ class DenoiserJob(Job):
         also = again({"device": args.device, "text-encoder": args.text_encoder})
         words = ["--model", run, *prompt(captions), "--output", beside(run, "pictures")]
         commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
-        if data := pictures_of(Path(args.latents)):
+        if self.holds_out(LEAST) and (data := pictures_of(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))
         return commands
