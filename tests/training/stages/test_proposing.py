@@ -49,7 +49,7 @@ def test_the_command_that_is_told_is_the_same(stage: str, source: Path, capsys: 
     config = json.loads(out)
     assert config["optimizer"]["lr"] == 0.0005
     train = config["train"]
-    assert {"autoencoder": (1400, 8, 350), "denoiser": (1200, 32, 300)}[stage] == (
+    assert {"autoencoder": (1400, 8, 350), "denoiser": (740, 32, 185)}[stage] == (
         train["max_steps"], train["batch_size"], train["sample_every"],
     )  # fmt: skip
     assert train["flip"] is True  # the fixture's latents are mirrored
