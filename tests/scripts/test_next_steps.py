@@ -181,7 +181,7 @@ def test_what_evaluate_would_refuse_is_not_proposed(
 ) -> None:
     """Fewer held-out pictures than are compared, or none, so that training ones stand in for them."""
     held_out = {"__len__.return_value": count, "shards.split": split, "captions.return_value": ["a cat"]}
-    monkeypatch.setattr("training.stages.denoiser_job.pictures_of", lambda folder: "data")
+    monkeypatch.setattr("training.stages.denoiser_job.noted_pictures", lambda folder: "data")
     job = object.__new__(DenoiserJob)
     job.args, job.config = Namespace(latents=latents, device="cpu", text_encoder=None), SimpleNamespace(text=None)
     job.dataset, job.held_out = Latents(ShardSet(latents)), MagicMock(**held_out)

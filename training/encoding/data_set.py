@@ -34,7 +34,7 @@ from training.models.vocabulary import count_captions
 from training.next_step import again, beside, tell_next
 from training.progress import Progress
 from training.shards.claims import LOCK, claimed
-from training.shards.index import ENCODING, INDEX, ShardInfo, is_mixed, read_index, write_index
+from training.shards.index import ENCODING, ShardInfo, is_mixed, read_index, write_index
 from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import NULL, Remote, open_address
@@ -104,18 +104,6 @@ def _training(args: argparse.Namespace, target: Path) -> str:
         words += ["--text.kind", "huggingface", "--text.length", args.text_length, "--text.pooling", args.text_pooling]
         words += again({"text.lower": "true" if args.text_lower else "", "text-encoder": args.text_encoder})
     return door("train_denoiser", *words)
-
-
-def pictures_of(latents: Path) -> str:
-    """The pictures that latents were encoded from, by path or address, where that is known and they are there; else
-    ""."""
-    with suppress(UserError):
-        found = str(read_record(latents / ENCODING, {}).get("pictures", ""))
-        if found and "://" not in found:
-            found = os.path.normpath(latents / found)
-            return found if (Path(found) / INDEX).is_file() else ""
-        return found
-    return ""
 
 
 def _from(source: Path | Remote, target: Path) -> str:
