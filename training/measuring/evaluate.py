@@ -25,7 +25,7 @@ from training.measuring.copies import copies
 from training.measuring.editing import shapes_edits
 from training.measuring.features import load_features
 from training.measuring.generated import distances
-from training.measuring.held_out import LEAST, check_crop, chunks, held_out, warn_of_few
+from training.measuring.held_out import check_crop, chunks, held_out, warn_of_few
 from training.measuring.likelihood import likelihood
 from training.measuring.obedience import sampling_errors, shapes_obedience
 from training.measuring.protocol import card, protocol, protocol_hash
@@ -41,7 +41,7 @@ from training.runs.folder import versions
 from training.settings import decoding
 from training.settings.flags import check_least
 from training.shards.index import data_facts
-from training.shards.reading import held_out_split
+from training.shards.reading import LEAST, held_out_split
 from training.shards.remote import open_address
 from training.tensors import content_hash
 

@@ -15,7 +15,7 @@ from training.measuring.networks.base import Features
 from training.messages import note, warn
 from training.models.judge import caption
 from training.shards.index import read_index
-from training.shards.reading import ShardSet, held_out_shards
+from training.shards.reading import LEAST, ShardSet, held_out_shards
 
 if TYPE_CHECKING:
     import argparse
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 CHUNK = 100
 SETTLED = 100  # pictures from which on a measure of sets that is not biased is told without a warning
-LEAST = 10  # pictures of which sets are compared at all
 CHOSEN = (
     "every n-th for an autoencoder, a likelihood or copies; else one of each caption, then a second, captions in the "
     "order of their hashes"

@@ -28,6 +28,8 @@ MEANINGS = {
     "ssim": "structural similarity of the same; 1 is equal",
     "lpips": "perceptual distance of the same; 0 is equal",
     "loss": "mean of those below; not comparable with other data, predictions or autoencoders",
+    "loss_train": "the same mean on as many training pictures",
+    "loss_gap": "by how much it is lower on training pictures: the larger, the more they are learnt by heart",
     "loss_t": "the objective at this noise level; lower is better",
 }
 

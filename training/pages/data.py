@@ -15,7 +15,7 @@ from training.ledger import Ledger
 from training.pages.record import Record, shareable
 from training.pages.shown import image
 from training.pictures import html
-from training.shards.index import ENCODING, INDEX, ShardInfo, read_index
+from training.shards.index import ENCODING, INDEX, ShardInfo, noted_pictures, read_index
 
 SHEET = "contact-sheet.png"
 APART = ("counts", "ledger", "ledgers", "settings", "latent")  # of an index's summary: told by themselves
@@ -41,10 +41,12 @@ def data_of(record: Record, given: Path | None = None) -> Data | None:
 
 
 def pictures_of(latents: Data, record: Record, given: Path | None = None) -> Data | None:
-    """The packed pictures that latents were encoded from: `given`, or beside them or the run."""
+    """The packed pictures that latents were encoded from: `given`, beside them or the run, or where they say."""
+    noted = noted_pictures(latents.folder)
     with suppress(UserError):
         wanted = read_json(latents.folder / ENCODING).get("data")
-        for folder in (*_candidates(latents.folder, given), *_candidates(record.folder, None)):
+        beside = (*_candidates(latents.folder, given), *_candidates(record.folder, None))
+        for folder in (*beside, *([Path(noted)] if noted else [])):
             with suppress(OSError, UserError):
                 found = _opened(folder)
                 if {shard.name: shard.sha256 for shard in found.shards} == wanted:

@@ -28,6 +28,7 @@ from training.shards.offset_index import Descriptors, Layout, Place, index_path,
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
 
+LEAST = 10  # pictures of which sets are compared at all
 OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
 
 

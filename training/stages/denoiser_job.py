@@ -13,13 +13,12 @@ from torch import Tensor
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
-from training.encoding.data_set import pictures_of
 from training.errors import as_user_error
 from training.models import assembly
 from training.models.captions_read import refuse_unread
 from training.next_step import again, beside, prompt
-from training.shards.index import data_facts, pictures_facts
-from training.shards.reading import ShardSet, held_out_shards
+from training.shards.index import data_facts, noted_pictures, pictures_facts
+from training.shards.reading import LEAST, ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
 from training.stages.job import Job, parameters
@@ -115,6 +114,6 @@ class DenoiserJob(Job):
         also = again({"device": args.device, "text-encoder": args.text_encoder})
         words = ["--model", run, *prompt(captions), "--output", beside(run, "pictures")]
         commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
-        if data := pictures_of(Path(args.latents)):
+        if self.holds_out(LEAST) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))
         return commands

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.norm import LatentNorm, LatentStatistics
+from autoencoder.quantizer import perplexity
 from autoencoder.tiles import decode_tiled
 from ldm.backbones.embed import rope_table, sincos_table
 from ldm.diffusion_classifier import DiffusionClassifier
@@ -95,6 +96,7 @@ COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
     "optimal transport": lambda x: MinibatchOT()(x, x.roll(1, 0)),
     "positions": lambda x: sincos_table(8, 3, 4, 4.0, x.device) + 0 * x[0, 0, 0, 0],
     "rotary positions": lambda x: torch.stack(rope_table(8, 3, 4, 4.0, x.device)) + 0 * x[0, 0, 0, 0],
+    "perplexity": lambda x: perplexity(torch.bincount(x.flatten().abs().long())),
     "augmentation": lambda x: augment((x.sigmoid() * 255).to(torch.uint8), noise(x)),
 }
 

@@ -48,6 +48,7 @@ def test_a_denoiser_says_what_it_was_trained_on_and_measured(denoiser: Path) -> 
     last = tiny.rows(denoiser)[-1]
     assert f"| loss | {last['val/loss']:.4g} | mean of those below" in card
     assert f"| loss\\_t0.9 | {last['val/loss_t0.9']:.4g} | the objective at this noise level" in card
+    assert f"| loss\\_train | {last['val/loss_train']:.4g} | the same mean on as many training pictures |" in card
     captions = stored_facts(final)["data"]["captions"]
     assert len(captions) == 5 and all(f"- “{caption}”" in card for caption in captions)
     words = len(json.loads((final / "tokenizer" / "vocabulary.json").read_text())["vocabulary"])

@@ -65,6 +65,9 @@ def test_latents_tell_of_the_pictures_they_were_made_from(tmp_path: Path) -> Non
     parts = data.section(record)
     assert facts(parts)["latent shape"] == "8 x 4 x 4" and "data: cut 2: x" in "".join(parts)
     assert "do not lie beside them" in parts[-1]
+    packed(tmp_path / "far" / "away" / "pictures")
+    (latents / "encoding.json").write_text(json.dumps({**made_of, "pictures": "../far/away/pictures"}))
+    assert facts(data.section(record)[2:])["folder"] == "pictures"
     packed(tmp_path / "data")
     parts = data.section(record)
     assert "<h3>The pictures they were encoded from</h3>" in parts and "no contact-sheet.png" in parts[-1]

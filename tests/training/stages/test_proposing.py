@@ -100,6 +100,15 @@ def test_stored_text_embeddings_are_used(latents: Path, tmp_path: Path, capsys: 
     assert text | {"kind": "huggingface", "length": 32, "pooling": "mean", "lower": True} == text
 
 
+def test_a_batch_is_a_multiple_of_the_launchers_accumulation(
+    shapes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    out, err = printed(capsys, "train_autoencoder", "--data", shapes, "--device", "cpu")
+    assert json.loads(out)["train"]["batch_size"] == 6
+    assert err.count("note: --gradient-accumulation-steps 3, as ACCELERATE_GRADIENT_ACCUMULATION_STEPS asks") == 1
+
+
 @pytest.mark.parametrize("stage", DOORS)
 def test_a_resumed_run_keeps_its_config(
     stage: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
