@@ -21,6 +21,7 @@ from typing import IO, Any
 from training.commands import door
 from training.errors import CHECKPOINT, DATA, DISK, USAGE, UserError
 
+PACKED = ("*.tar", "packing.json")  # what lies in a folder of shards, finished or not
 PARTIAL = ".partial"  # how the names of staged files end
 LARGEST_JSON = 16 << 20  # bytes of a file of JSON or text that is read whole; ours are far smaller
 KEPT_ELSEWHERE = re.compile(r"(.*/)?checkpoints/step-\d{8,}")
@@ -233,9 +234,15 @@ def make_folder(folder: Path) -> None:
         raise disk_error(folder, failure) from None
 
 
-def no_index(folder: Path) -> UserError:
-    """What is wrong with a folder of shards that has no index.json."""
-    why = "holds no index.json" if folder.is_dir() else "is not a folder"
-    pack, index = door("make_shards pack SOURCE --output", folder), door("make_shards index", folder)
-    hint = f"pack pictures: {pack}; or index the tars that lie there: {index}"
-    return UserError(f"{folder} {why}", hint=hint, code=DATA)
+def no_index(folder: Path, *, latents: bool = False) -> UserError:
+    """What is wrong with a folder of shards, of pictures or `latents`, that has no index.json."""
+    if not folder.is_dir():
+        why = "is not a folder" if folder.exists() else "no such folder"
+        made = "encode_latents --autoencoder RUN --data PICTURES" if latents else "make_shards pack SOURCE"
+        return UserError(f"{folder}: {why}", hint=f"make it: {door(made + ' --output', folder)}", code=DATA)
+    if any(path for shape in PACKED for path in folder.glob(shape)):
+        pack, index = door("make_shards pack SOURCE --output", folder), door("make_shards index", folder)
+        hint = f"pack pictures: {pack}; or index the tars that lie there: {index}"
+    else:
+        hint = f"pack the pictures that lie there: {door('make_shards pack', folder, '--output', 'DIR')}"
+    return UserError(f"{folder} holds no index.json", hint=hint, code=DATA)

@@ -222,7 +222,7 @@ def test_e6_sizes(tmp_path: Path) -> None:
     assert pixels(ShardSet(tmp_path / "out").read_field(0, "png")).shape == (64, 64, 3)
     assert skipped(source, tmp_path / "up", "--upscale") == {"too narrow": 2}
     error = refused(folder(tmp_path / "one", {"a.png": files["small.png"]}), tmp_path / "x")
-    assert "too small (48x48 < 64)" in error.what and error.hint.startswith("--upscale takes it")
+    assert "too small (48x48 < 64)" in error.what and error.hint.startswith("--upscale enlarges it")
     writer = ShardWriter(tmp_path, "train")
     for i, name in enumerate(("small.png", "odd.png")):
         writer.add(str(i), {"png": files[name]})

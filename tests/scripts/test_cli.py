@@ -70,8 +70,8 @@ MISTAKES = {
     "no latents flag": ("train_denoiser", ["--output", "x"], 2, "--latents is missing"),
     "no output flag": ("train_denoiser", ["--latents", "x"], 2, "--output is missing"),
     "unknown config": ("train_denoiser", ["--config", "smok"], 2, "did you mean 'smoke'?"),
-    "missing data": ("train_autoencoder", ["--data", "nowhere", "--output", "x"], 3, "nowhere is not a folder"),
-    "missing latents": ("train_denoiser", ["--latents", "nowhere", "--output", "x"], 3, "nowhere is not a folder"),
+    "missing data": ("train_autoencoder", ["--data", "nowhere", "--output", "x"], 3, "nowhere: no such folder"),
+    "missing latents": ("train_denoiser", ["--latents", "nowhere", "--output", "x"], 3, "nowhere: no such folder"),
     "empty data": ("train_autoencoder", ["--data", ".", "--output", "x"], 3, "holds no index.json"),
     "unknown kind": ("train_denoiser", ["--schedule.kind", "flwo"], 2, "unknown kind \"flwo\"; did you mean 'flow'?"),
     "unknown sampler": (

@@ -22,7 +22,16 @@ from rights import deny
 from ldm.text import Label
 from training.errors import UserError
 from training.files import atomic_write, copy_file, hold, write_json
-from training.guarding import LARGEST_JSON, check_free, leads_out, read_json, read_record, read_whole, refuse_links
+from training.guarding import (
+    LARGEST_JSON,
+    check_free,
+    leads_out,
+    no_index,
+    read_json,
+    read_record,
+    read_whole,
+    refuse_links,
+)
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.models.folders import export, find
@@ -203,6 +212,25 @@ def test_one_file_is_replaced_only_where_asked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder") as caught:
         check_free(tmp_path / "file" / "x.json", True, "--grid")
     assert caught.value.code == 6 and "--grid" in caught.value.hint
+
+
+def test_what_is_no_folder_of_shards_says_how_to_make_one(tmp_path: Path) -> None:
+    """Not there, a file, the pictures themselves, a packing that was not finished, tars of others."""
+    there = tmp_path / "there"
+    told = no_index(there)
+    assert told.what == f"{there}: no such folder" and told.hint.endswith(f"pack SOURCE --output {there}")
+    assert f"--data PICTURES --output {there}" in no_index(there, latents=True).hint
+    there.touch()
+    assert no_index(there).what == f"{there}: is not a folder"
+    there.unlink()
+    there.mkdir()
+    (there / "cat.jpg").touch()
+    told, packing = no_index(there), f"make_shards.py pack {there} --output DIR"
+    assert told.what == f"{there} holds no index.json" and told.hint.endswith(packing)
+    for name in ("packing.json", "cats.tar"):
+        (there / name).touch()
+        assert f"pack SOURCE --output {there}; or index the tars" in no_index(there).hint
+        (there / name).unlink()
 
 
 TAKEN: dict[str, tuple[str, str, str]] = {

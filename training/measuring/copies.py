@@ -27,7 +27,7 @@ from training.pictures import grids
 from training.runs.folder import record
 from training.runs.ingredients import difference
 from training.shards.index import pictures_facts
-from training.shards.reading import ShardSet, lacking_hint
+from training.shards.reading import ShardSet, holding_out
 
 if TYPE_CHECKING:
     import argparse
@@ -99,7 +99,7 @@ def splits(args: argparse.Namespace) -> tuple[Images, Images]:
     held, train = held_out(args), Images(ShardSet(args.data, "train"))
     if len(held) < LEAST:
         what = f"copies are told by {LEAST} held-out pictures or more, the data hold out {len(held)}"
-        raise UserError(what, hint=lacking_hint("val"), code=DATA)
+        raise UserError(what, hint=f"hold more of them out: {holding_out(LEAST, len(held) + len(train))}", code=DATA)
     if 0 < args.train_count < len(train):
         some = f"{args.train_count:,} of {len(train):,} training pictures"
         warn(f"{some} are searched: copies of the others are not found")

@@ -41,7 +41,7 @@ from training.runs.folder import versions
 from training.settings import decoding
 from training.settings.flags import check_least
 from training.shards.index import data_facts
-from training.shards.reading import LEAST, held_out_split
+from training.shards.reading import COMPARED, held_out_split
 from training.shards.remote import open_address
 from training.tensors import content_hash
 
@@ -103,11 +103,12 @@ def of_autoencoder(args: argparse.Namespace) -> dict[str, Any]:
         ours.append(features(made).cpu())
         fidelity.add(made, pixels, args.crop or 0)
     numbers: dict[str, Any] = fidelity.means() | intervals(fidelity)
-    if len(places) >= LEAST:
+    if len(places) >= COMPARED:
         pair = measures.Pair(torch.cat(real), torch.cat(ours), args.seed, paired=True)
         numbers |= measures.compare(features, pair, str) | warn_of_few(features.dim, len(places))
     else:
-        warn(f"distances between sets of fewer than {LEAST} pictures say nothing and are left out (got {len(places)})")
+        few = f"sets of fewer than {COMPARED} pictures"
+        warn(f"distances between {few} say nothing and are left out (got {len(places)})")
     return numbers | {
         "images": len(places),
         "features": features.name,

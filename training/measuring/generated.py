@@ -19,6 +19,7 @@ from training.measuring.features import load_features
 from training.measuring.held_out import (
     CHUNK,
     check_count,
+    check_held_out,
     chunks,
     even_captions,
     even_indices,
@@ -78,6 +79,7 @@ def distances(
     """The `MEASURES` between `count` generated pictures and the held-out ones, captions evenly from theirs."""
     images, features = held_out(args), load_features(args.features, device)
     train = trained_on(args.data)
+    check_held_out(len(images), len(train or ()))
     judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
     witness = Witness(judge, load_clip_score(args.clip, device) if args.clip else None)
     count = args.count or len(images)

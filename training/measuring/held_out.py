@@ -15,7 +15,7 @@ from training.measuring.networks.base import Features
 from training.messages import note, warn
 from training.models.judge import caption
 from training.shards.index import read_index
-from training.shards.reading import LEAST, ShardSet, held_out_shards
+from training.shards.reading import COMPARED, ShardSet, held_out_shards, holding_out
 
 if TYPE_CHECKING:
     import argparse
@@ -29,11 +29,16 @@ CHOSEN = (
 )
 
 
-def check_count(pictures: int) -> None:
+def check_held_out(held: int, train: int) -> None:
+    """Raises UserError where fewer pictures are held out than are compared at all."""
+    check_count(held, f"hold more of them out: {holding_out(COMPARED, held + train)}")
+
+
+def check_count(pictures: int, hint: str = "raise --count, or pack more pictures") -> None:
     """Raises UserError for fewer pictures than are compared at all."""
-    if pictures < LEAST:
-        what = f"a distance between sets of pictures needs at least {LEAST} in each, better {SETTLED} (got {pictures})"
-        raise UserError(what, hint="raise --count, or pack more pictures")
+    if pictures < COMPARED:
+        least = f"at least {COMPARED} in each, better {SETTLED}"
+        raise UserError(f"a distance between sets of pictures needs {least} (got {pictures})", hint=hint)
 
 
 def few_pictures(dim: int, fewest: int) -> list[str]:

@@ -41,12 +41,11 @@ class Problems:
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        self.hint, self.looked = "", 0
+        self.hints, self.looked = dict[str, None](), 0  # each once, in the order of their samples
 
     def add(self, name: str, reason: str, hint: str) -> None:
-        """One more; the hint is that of the first."""
-        if not self.found:
-            self.hint = f"{hint}; or " * bool(hint) + "--on-bad-data skip leaves such samples out and counts them"
+        """One more."""
+        self.hints |= {hint: None} if hint else {}
         self.found.append(f"{name}: {reason}")
 
     def enough(self) -> bool:
@@ -56,12 +55,14 @@ class Problems:
 
     def refuse(self) -> None:
         """Raises UserError(code 3) where there are any."""
+        others = "".join(f"{hint}; or " for hint in self.hints)
+        hint = f"{others}--on-bad-data skip leaves such samples out and counts them"
         if len(self.found) == 1:
-            raise UserError(self.found[0], hint=self.hint, code=DATA)
+            raise UserError(self.found[0], hint=hint, code=DATA)
         if self.found:
             least = "at least " if len(self.found) >= MOST_PROBLEMS or self.looked > LOOKED_ON else ""
             shown = "\n  ".join(self.found)
-            raise UserError(f"{least}{len(self.found)} samples cannot be used:\n  {shown}", hint=self.hint, code=DATA)
+            raise UserError(f"{least}{len(self.found)} samples cannot be used:\n  {shown}", hint=hint, code=DATA)
 
 
 class Packer:

@@ -246,7 +246,7 @@ def fit(
         return image
     shorter = min(image.size)
     if shorter < resolution and not upscale:
-        raise refuse(f"too small ({image.width}x{image.height} < {resolution})", "--upscale takes it")
+        raise refuse(f"too small ({image.width}x{image.height} < {resolution})", "--upscale enlarges it")
     if max(image.size) > 20 * shorter:
         raise refuse(f"too narrow ({image.width}x{image.height}; at most 20 to 1)", "cut it into several pictures")
     spare_x, spare_y = image.width - shorter, image.height - shorter

@@ -212,14 +212,15 @@ def check_inputs(args: argparse.Namespace) -> None:
     for run in (getattr(args, name, None) for name in ("model", "autoencoder")):
         if run is not None:
             check_model(run)
-    for folder in (getattr(args, name, None) for name in ("data", "latents")):
+    for kind in ("data", "latents"):
+        folder = getattr(args, kind, None)
         if getattr(args, "stream", False) and folder == getattr(args, "data", None):
             continue  # it names tars, no folder
         if folder and ":" not in str(folder):  # an address is read, or refused, by those who know its kind
             from training.guarding import no_index
 
             if not (Path(folder) / "index.json").is_file():
-                raise no_index(Path(folder))
+                raise no_index(Path(folder), latents=kind == "latents")
 
 
 class TrainParser(Parser):

@@ -11,6 +11,7 @@ own; one then writes the index.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Container
 from functools import partial
@@ -28,7 +29,7 @@ from training.shards.offset_index import Descriptors, Layout, Place, index_path,
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
 
-LEAST = 10  # pictures of which sets are compared at all
+COMPARED = 10  # held-out pictures from which on they are compared as a set
 OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
 
 
@@ -157,6 +158,15 @@ def held_out_split(folder: str | Path | Remote) -> str:
     """The name of the split that `held_out_shards` takes."""
     splits = {info.split for info in read_index(folder)[1]}
     return next((s for s in ("val", "test") if s in splits), "train")
+
+
+def holding_out(least: int, pictures: int) -> str:
+    """The command that packs so many pictures anew with `least` of them held out, or half of all where that is fewer.
+
+    Who is held out is drawn for each picture: two standard deviations above `least` are asked for.
+    """
+    share = min(0.5, math.ceil(100 * (least + 2 * math.sqrt(least)) / pictures) / 100)
+    return door("make_shards pack SOURCE --output DIR", "--val-fraction", share)
 
 
 def lacking_hint(split: str) -> str:

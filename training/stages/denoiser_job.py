@@ -18,7 +18,7 @@ from training.models import assembly
 from training.models.captions_read import refuse_unread
 from training.next_step import again, beside, prompt
 from training.shards.index import data_facts, noted_pictures, pictures_facts
-from training.shards.reading import LEAST, ShardSet, held_out_shards
+from training.shards.reading import COMPARED, ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
 from training.stages.job import Job, parameters
@@ -107,13 +107,13 @@ class DenoiserJob(Job):
         return self.parts.backbone.state_dict()
 
     def next_steps(self, run: Path) -> list[str]:
-        """To draw, with a held-out caption as prompt (of labels, one that was trained on), and to measure."""
+        """To draw, with a held-out caption as prompt (of labels, one that was trained on), and to measure on enough."""
         args, summary = self.args, self.dataset.shards.summary
         shown = self.dataset if isinstance(self.config.text, Label) else self.held_out
         captions = (caption for place in range(len(shown)) for caption in shown.captions(place)[:1])
         also = again({"device": args.device, "text-encoder": args.text_encoder})
         words = ["--model", run, *prompt(captions), "--output", beside(run, "pictures")]
         commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
-        if self.holds_out(LEAST) and (data := noted_pictures(Path(args.latents))):
+        if self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))
         return commands

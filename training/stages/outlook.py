@@ -6,12 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from training.commands import door
 from training.guarding import gigabytes
 from training.loop.ema import averaged_parameters
 from training.machine.launcher import first_process
 from training.messages import tell, warn
 from training.settings.recipes import MANY_EPOCHS, in_epochs
+from training.shards.reading import holding_out
 from training.stages.checks import checkpoint_bytes
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def objections(outlook: Outlook, *, steps_proposed: bool) -> list[str]:
             f"what they have in common; give --max-steps {steps}, or pack more pictures"
         )
     if outlook.held_out is not None and outlook.held_out < LEAST_HELD_OUT:
-        share = min(0.5, math.ceil(100 * LEAST_HELD_OUT / ((outlook.samples or 0) + outlook.held_out)) / 100)
-        again = door("make_shards pack SOURCE --output DIR", "--val-fraction", share)
+        again = holding_out(LEAST_HELD_OUT, (outlook.samples or 0) + outlook.held_out)
         said.append(
             f"only {outlook.held_out} held-out pictures, fewer than {LEAST_HELD_OUT}: validation says little; "
             f"where more can be spared: {again}"

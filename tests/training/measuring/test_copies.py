@@ -148,7 +148,7 @@ def test_a_part_of_the_training_pictures_is_told(audit: Any, capsys: pytest.Capt
 def test_too_few_held_out_pictures_are_refused(audit: Any) -> None:
     with pytest.raises(UserError, match="20 held-out pictures or more, the data hold out 19") as caught:
         audit(law(4, 0), law(30, 1), law(19, 2))
-    assert "--val-fraction" in caught.value.hint
+    assert caught.value.hint.startswith("hold more of them out: ") and "--val-fraction 0.5" in caught.value.hint
 
 
 def test_the_threshold_is_an_order_statistic() -> None:

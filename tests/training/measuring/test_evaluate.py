@@ -175,7 +175,7 @@ MISTAKES = {  # (of which stage, flags, exit code, what is said)
     "not FID's network": ("autoencoder", "--data {data} --features inception:{other}", 3, "in which FID is defined"),
     "no DINOv2": ("denoiser", "--data {data} --features dinov2:./nowhere", 3, "./nowhere: no such folder of a DINOv2"),
     "no CLIP": ("denoiser", "--data {data} --count 10 --clip ./nowhere", 3, "./nowhere: no such folder of a CLIP"),
-    "no data": ("denoiser", "--data nowhere", 3, "nowhere is not a folder"),
+    "no data": ("denoiser", "--data nowhere", 3, "nowhere: no such folder"),
 }
 
 

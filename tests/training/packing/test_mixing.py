@@ -236,6 +236,16 @@ def test_problems_are_looked_for_within_bounds() -> None:
         many.refuse()
 
 
+def test_problems_of_several_kinds_are_told_with_the_hint_of_each() -> None:
+    problems = Problems()
+    for name, hint in {"a": "--upscale enlarges it", "b": "", "c": "--upscale enlarges it", "d": "cut it"}.items():
+        problems.add(name, "bad", hint)
+    with pytest.raises(UserError) as caught:
+        problems.refuse()
+    skip = "--on-bad-data skip leaves such samples out and counts them"
+    assert caught.value.hint == f"--upscale enlarges it; or cut it; or {skip}"
+
+
 def test_only_a_test_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], classes: Path) -> None:
     main(words(classes, tmp_path / "out"))
     (tmp_path / "tars").mkdir()

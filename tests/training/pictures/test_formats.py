@@ -125,7 +125,7 @@ def test_too_small_and_too_narrow_say_what_helps(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", {"a.png": saved(NOISE, "PNG")})
     with pytest.raises(UserError, match="too small .64x48 < 64.") as caught:
         pack(source, tmp_path / "out", "--resolution", "64")
-    flag = caught.value.hint.split(" takes it")[0]
+    flag = caught.value.hint.split(" enlarges it")[0]
     assert flag == "--upscale" and len(pack(source, tmp_path / "out", "--resolution", "64", flag)) == 1
     with pytest.raises(UserError, match="too narrow") as caught:
         pack(folder(tmp_path / "thin", {"a.png": saved(Image.new("L", (5000, 100)), "PNG")}), tmp_path / "x")

@@ -99,7 +99,7 @@ def test_many_epochs_are_warned_of() -> None:
 
 def test_few_held_out_pictures_are_warned_of() -> None:
     (why,) = objections(look(held_out=19), steps_proposed=True)
-    assert why.startswith("only 19 held-out pictures, fewer than 20") and why.endswith("--val-fraction 0.05")
+    assert why.startswith("only 19 held-out pictures, fewer than 20") and why.endswith("--val-fraction 0.07")
     assert objections(look(held_out=None), steps_proposed=False) == []  # a stream, or the training pictures themselves
     (why,) = objections(look(samples=10, held_out=1, steps=1), steps_proposed=False)
     assert why.endswith("--val-fraction 0.5")
