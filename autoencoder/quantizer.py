@@ -220,5 +220,6 @@ def usage(counts: Tensor) -> Tensor:
 
 def perplexity(counts: Tensor) -> Tensor:
     """exp(−Σ p log p) of code frequencies: `codes` when equally used, 1 when one is used, 0 without counts."""
-    p = double(counts) / counts.sum().clamp_min(1)
+    counts = double(counts)
+    p = counts / counts.sum().clamp_min(1)
     return torch.where(counts.sum() > 0, torch.special.entr(p).sum().exp(), 0.0)

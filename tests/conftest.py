@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode alo
 import tiny
 
 from training.messages import hush
+from training.next_step import SCRIPTED
+
+os.environ.pop(SCRIPTED, None)  # scripts/test.sh sets it as all scripts do: tests look at the next step, too
 
 
 def pytest_collection_finish() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from training.settings.decoding import STAGES, sections
 from training.settings.flags import canonical_word
+from training.settings.reading import names
 
 PAGES = [tiny.ROOT / "README.md", tiny.ROOT / "CONTRIBUTING.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
 KEYS = {
@@ -130,3 +131,10 @@ def test_the_reference_is_built(tmp_path: Path) -> None:
         text = (tmp_path / page.with_suffix(".html")).read_text("utf-8")
         assert [name for name in re.findall(r'"(\w+)"', offered) if f'id="{name}"' not in text] == [], page
     assert "load_pipeline" in (tmp_path / "training" / "models" / "assembly.html").read_text("utf-8")
+
+
+def test_the_readme_is_a_page_or_two_and_its_pairs_are_there() -> None:
+    text = PAGES[0].read_text("utf-8")
+    assert len(text.splitlines()) <= 200
+    pairs = set(re.findall(r"`((?:laptop|gpus?)-\d+)`", text))
+    assert len(pairs) == 7 and pairs <= set(names("autoencoder")) & set(names("denoiser"))

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ if find_spec("fcntl") is None or find_spec("resource") is None:  # locks of file
 
     tell("error: these programs run on Linux and macOS; on Windows within WSL")
     raise SystemExit(2)
+if sys.platform == "darwin":  # read when torch is loaded: what Apple's kernels lack is done on the CPU, aloud
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 if TYPE_CHECKING:
     from training.models.assembly import load_pipeline as load_pipeline
     from training.models.autoencoders import load_autoencoder as load_autoencoder

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from training.messages import printable
 
+PACKAGE = "latent-diffusion-from-scratch"
 LOST, USAGE, DATA, CHECKPOINT, NUMERICAL, DISK = 1, 2, 3, 4, 5, 6
 
 
@@ -34,7 +35,7 @@ class Unreachable(UserError):
 
 def missing_extra(package: str, extra: str, what_for: str) -> UserError:
     """What to say where an optional package is not installed."""
-    hint = f"pip install 'latent-diffusion-from-scratch[{extra}]'"
+    hint = f"pip install '{PACKAGE}[{extra}]'"
     return UserError(f"{what_for} needs {package}, which is not installed", hint=hint)
 
 

@@ -47,7 +47,7 @@ def test_sigterm(
     monkeypatch.setenv("LDM_FAULT", fault)
     assert tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER, *words) == 143
     said = capsys.readouterr().err
-    assert f"stopped by SIGTERM: saved step {step}; resume with: " in said and " train_denoiser --latents" in said
+    assert f"stopped by SIGTERM: saved step {step}; resume with: " in said and "train_denoiser.py --latents" in said
     assert said.rstrip().endswith("--resume auto")
     assert Checkpoints(run).newest() == run / "checkpoints" / f"step-{step:08d}"
     record = json.loads((run / "run.json").read_text())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import hints
 import pytest
 import tiny
 
@@ -41,6 +43,14 @@ def test_help_is_quick_and_light(script: str) -> None:
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime
     assert done.returncode == 0 and done.stdout.startswith("usage:") and done.stderr.strip() == "[]"
     assert used < 2
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "mutation_drill"])
+def test_every_door_can_be_quiet(script: str) -> None:
+    verbs = [action for action in hints.parser(script)._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = [parser for action in verbs for parser in action.choices.values()] or [hints.parser(script)]
+    for parser in parsers:
+        assert {"--quiet", "--debug"} <= set(parser._option_string_actions), (script, parser.prog)
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script.startswith("train_")])

@@ -8,16 +8,30 @@ from pathlib import Path
 import pytest
 import tiny
 
+from training.drawing.flags import add_flags
 from training.settings import decoding
-from training.settings.families import EDITING, FAMILIES, SAMPLING, TRAINING, Part, families, kinds, listing
+from training.settings.families import (
+    COUPLING,
+    FAMILIES,
+    RESTORING,
+    SAMPLING,
+    TRAINING,
+    Part,
+    families,
+    kinds,
+    listing,
+)
+from training.settings.flags import Parser
 from training.settings.kinds_table import HEAD, table
+
+EDITING = RESTORING.sections + COUPLING.sections
 
 
 @pytest.mark.parametrize("section", FAMILIES)
 def test_the_listed_kinds_are_the_families_members(section: str) -> None:
-    stage = "editing" if section in EDITING.sections else "denoiser"
+    stage = "editing" if section in EDITING else "denoiser"
     assert kinds(section) == decoding.kinds(decoding.sections(stage)[section])
-    assert section in TRAINING.sections + SAMPLING.sections + EDITING.sections
+    assert section in TRAINING.sections + SAMPLING.sections + EDITING
 
 
 def test_the_guide_lists_them_too() -> None:
@@ -51,14 +65,18 @@ def test_a_method_that_is_a_key_is_one_the_config_takes(flags: str) -> None:
         assert (tiny.SCRIPTS / "posthoc_ema.py").is_file()
 
 
-@pytest.mark.parametrize("flags", EDITING.methods.values())
+@pytest.mark.parametrize("flags", [*RESTORING.methods.values(), *COUPLING.methods.values()])
 def test_an_edit_that_is_a_key_is_one_its_family_takes(flags: str) -> None:
     given = dict(re.findall(r"--(\w+\.\w+) (\S+)", flags))
     for section in {key.partition(".")[0] for key in given}:
         assert decoding.chosen(section, given).kind == given[f"{section}.kind"]
 
 
-HELP = [("generate", [SAMPLING, EDITING]), ("train_denoiser", [TRAINING, SAMPLING])]
+HELP = [
+    ("generate", [SAMPLING, RESTORING, COUPLING]),
+    ("evaluate", [SAMPLING, RESTORING]),
+    ("train_denoiser", [TRAINING, SAMPLING]),
+]
 
 
 @pytest.mark.parametrize(("script", "parts"), HELP)
@@ -67,3 +85,10 @@ def test_help_lists_them(script: str, parts: list[Part]) -> None:
     assert text in shown
     for flags in (flags for part in parts for flags in part.methods.values()):
         assert flags in " ".join(text.split())
+
+
+def test_help_names_the_method_that_restores_where_none_is_named() -> None:
+    parser = Parser(prog="generate")
+    add_flags(parser)
+    shown = " ".join(parser.format_help().split())
+    assert f"or of --posterior.kind (default: {decoding.chosen('measurement', {}).kind});" in shown

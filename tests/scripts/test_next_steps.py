@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import shlex
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -15,6 +17,7 @@ from PIL import Image
 
 from training.data.latents import Latents
 from training.doors.make_shards import main as make_shards
+from training.errors import Unreachable
 from training.next_step import SCRIPTED, again, beside, prompt, tell_next
 from training.next_step import encoding as encoding_of
 from training.shards.reading import ShardSet
@@ -189,8 +192,37 @@ def test_a_preview_is_measured(autoencoder: Path, shapes: Path, tmp_path: Path, 
     assert "psnr" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("count", "split", "measured"), [(10, "val", True), (9, "val", False), (90, "train", False)])
+def test_what_evaluate_would_refuse_is_not_proposed(
+    count: int, split: str, measured: bool, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer held-out pictures than are compared, or none, so that training ones stand in for them."""
+    held_out = {"__len__.return_value": count, "shards.split": split, "captions.return_value": ["a cat"]}
+    monkeypatch.setattr("training.stages.denoiser_job.noted_pictures", lambda folder: "data")
+    job = object.__new__(DenoiserJob)
+    job.args, job.config = Namespace(latents=latents, device="cpu", text_encoder=None), SimpleNamespace(text=None)
+    job.dataset, job.held_out = Latents(ShardSet(latents)), MagicMock(**held_out)
+    verbs = [shlex.split(command)[1] for command in job.next_steps(tmp_path / "run")]
+    assert [Path(verb).stem for verb in verbs] == ["generate", "evaluate"][: 1 + measured]
+
+
+def test_a_finished_run_needs_no_next_step(
+    latents: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No caption for it can be read any more, as where an address is gone: the run ended well all the same."""
+
+    def gone(job: DenoiserJob, run: Path) -> list[str]:
+        raise Unreachable("the address does not answer", hint="try again")
+
+    monkeypatch.setattr(DenoiserJob, "next_steps", gone)
+    words = ["train_denoiser", "--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, "--max-steps", 1]
+    for said in (f"finished: {tmp_path / 'run' / 'final'}", f"{tmp_path / 'run'}: already complete at step 1"):
+        assert tiny.call(*words, "--resume", "auto") == 0
+        assert capsys.readouterr().err.splitlines()[-1] == said
+
+
 def test_a_measured_autoencoder_encodes(autoencoder: Path, shapes: Path, capsys: Said) -> None:
-    words = ["--model", autoencoder, "--data", shapes, "--count", "4", "--device", "cpu"]
+    words = ["--model", autoencoder, "--data", shapes, "--count", "10", "--device", "cpu"]
     assert tiny.call("evaluate", *words) == 0
     [encoding] = told(capsys.readouterr().err)
     assert (value(encoding, "--autoencoder"), value(encoding, "--data")) == (str(autoencoder), str(shapes))

@@ -37,33 +37,33 @@ class Refused(TypeError):
 
 
 class Shell(Tensor):
-    """A tensor of the device, the CPU tensor `inner` in it. To torch's own code it is one of the CPU."""
+    """A tensor of the device, the CPU tensor `held` in it. To torch's own code it is one of the CPU."""
 
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Shell:
-        if inner.dtype in LACKING:
-            what = f"Cannot convert a MPS Tensor to {str(inner.dtype).removeprefix('torch.')} dtype"
+    def __new__(cls, held: Tensor) -> Shell:
+        if held.dtype in LACKING:
+            what = f"Cannot convert a MPS Tensor to {str(held.dtype).removeprefix('torch.')} dtype"
             raise Refused(f"{what} as the MPS framework doesn't support it. Please use float32 instead.")
-        about: dict[str, Any] = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
-        shell: Shell = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, **about)  # type: ignore[attr-defined]
-        shell.inner = inner
+        about: dict[str, Any] = {"strides": held.stride(), "storage_offset": held.storage_offset()}
+        shell: Shell = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, **about)
+        shell.held = held
         return shell
 
-    device = property(lambda self: MPS)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
-    is_mps = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: MPS)
+    is_cpu = property(lambda self: False)
+    is_mps = property(lambda self: True)
 
-    def __repr__(self, **_: Any) -> str:
-        return f"Shell({self.inner!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Shell({self.held!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(function, args, kwargs or {})
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.held.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise Refused("can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() first.")
@@ -71,20 +71,20 @@ class Shell(Tensor):
     __array__ = numpy
 
     def __deepcopy__(self, memo: Any) -> Any:
-        copied = Shell(self.inner.clone())
+        copied = Shell(self.held.clone())
         return torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
 
 
 def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on the inner tensors; its results lie where torch would have them."""
+    """An operation on the held tensors; its results lie where torch would have them."""
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     shells = [x for x in tensors if isinstance(x, Shell)]
     if shells:
         check(function, tensors, kwargs)
     to_device = going[-1] == "mps" or (bool(shells) and going[-1] != "cpu")
-    args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Shell) else x, (args, kwargs))
+    args, kwargs = tree_map(lambda x: x.held if isinstance(x, Shell) else x, (args, kwargs))
     found = function(*args, **kwargs)
-    known = {id(x.inner) if isinstance(x, Shell) else id(x): x for x in tensors}
+    known = {id(x.held) if isinstance(x, Shell) else id(x): x for x in tensors}
 
     def outer(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -134,7 +134,7 @@ class Called(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (Tensor.to, Tensor.cpu):
             return moved(function, args, kwargs)
-        if function in (torch.device, torch._C._nn._parse_to):  # type: ignore[attr-defined]  # names; a module's `to`
+        if function in (torch.device, torch._C._nn._parse_to):  # names; a module's `to`
             return function(*args, **kwargs)
         asked = any(map(names_it, (*args, *kwargs.values())))
         args = tuple(torch.device("cpu") if names_it(x) else x for x in args)
@@ -167,7 +167,7 @@ def moved(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         return COPY(x, dtype=dtype, memory_format=form)  # type: ignore[no-any-return]
 
 
-class Made(TorchDispatchMode):
+class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Takes over what is made for the device from nothing of it."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,7 +182,7 @@ def fake_mps() -> Iterator[torch.device]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # parameters become shells
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        with there[0], there[1], Called(), Made():
+        with there[0], there[1], Called(), Made():  # type: ignore[no-untyped-call]
             yield MPS
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)

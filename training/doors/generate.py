@@ -6,13 +6,13 @@ Samplers, grids and guidances are chosen by name; their own settings as --sample
 from __future__ import annotations
 
 from training.drawing.flags import add_flags
-from training.settings.families import EDITING, SAMPLING, listing
+from training.settings.families import COUPLING, RESTORING, SAMPLING, listing
 from training.settings.flags import Parser
 
 
 def main() -> None:
     """Read the flags and draw."""
-    parser = Parser(__doc__ or "", epilog=listing(SAMPLING, EDITING))
+    parser = Parser(__doc__ or "", epilog=listing(SAMPLING, RESTORING, COUPLING))
     add_flags(parser)
     args = parser.read_with_keys()
     from training.drawing.generate import generate

@@ -14,7 +14,7 @@ from training.drawing.start import Group, Start, source_of
 from training.errors import DATA, UserError, as_user_error
 from training.ledger import Ledger
 from training.settings import decoding
-from training.settings.families import all_kinds, suggestion
+from training.settings.families import all_kinds, kinds, suggestion
 
 if TYPE_CHECKING:
     import argparse
@@ -57,7 +57,8 @@ class Restoration(Start):
         add("--restore", metavar="OPERATOR", help=text)
         text = "what was measured: a picture, safetensors with y, or a folder of such; without it, --image is measured"
         add("--measurement", metavar="FILE|DIR", help=text)
-        text = "how: a kind of --measurement.kind, with any sampler, or of --posterior.kind (default: ddnm); "
+        own = kinds("measurement")[0]
+        text = f"how: a kind of --measurement.kind, with any sampler, or of --posterior.kind (default: {own}); "
         text += "the latter, such as repaint, fill the hole of --mask too, without --restore"
         add("--method", metavar="NAME", help=text)
         text = f"standard deviation of the measurement's noise, of values in [-1, 1] (default: {SIGMA_Y})"
@@ -88,8 +89,8 @@ class Restoration(Start):
         key = "sha256" if source.flag == "--measurement" else "image_sha256"
         facts = {key: source.sha256, "name": source.name, "sigma_y": self.sigma_y, "windows": self.windows}
         facts |= {"mask_sha256": self.masks(source).sha256, "invert_mask": self.invert_mask} if self.masks else {}
-        kinds = {family_of(self.method.kind): self.method, "operator": self.operator}
-        return facts | {"kinds": {name: decoding.values_of(member) for name, member in kinds.items()}}
+        members = {family_of(self.method.kind): self.method, "operator": self.operator}
+        return facts | {"kinds": {name: decoding.values_of(member) for name, member in members.items()}}
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:

@@ -34,7 +34,7 @@ from training.models.vocabulary import count_captions
 from training.next_step import again, beside, tell_next
 from training.progress import Progress
 from training.shards.claims import LOCK, claimed
-from training.shards.index import ENCODING, INDEX, ShardInfo, is_mixed, read_index, write_index
+from training.shards.index import ENCODING, ShardInfo, is_mixed, read_index, write_index
 from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import NULL, Remote, open_address
@@ -106,18 +106,6 @@ def _training(args: argparse.Namespace, target: Path) -> str:
     return door("train_denoiser", *words)
 
 
-def pictures_of(latents: Path) -> str:
-    """The pictures that latents were encoded from, by path or address, where that is known and they are there; else
-    ""."""
-    with suppress(UserError):
-        found = str(read_record(latents / ENCODING, {}).get("pictures", ""))
-        if found and "://" not in found:
-            found = os.path.normpath(latents / found)
-            return found if (Path(found) / INDEX).is_file() else ""
-        return found
-    return ""
-
-
 def _from(source: Path | Remote, target: Path) -> str:
     """Where the pictures lie, as the folder of latents may say it to whom it is given: an address, without what may be
     secret, or a path from this folder on; "" for one that names the user's home."""
@@ -147,10 +135,12 @@ def _write(
 ) -> None:
     """Encode the shards that are not there yet."""
     waiting = {info.name: info for info in shards if not _sound(target, info)}
-    told = Progress("encoding", sum(info.samples for info in shards), aloud=aloud)
+    share = sum(info.samples for info in shards)
+    where = "" if share == worker.total else " in the first process"  # which alone speaks, and knows its own shards
+    told = Progress(f"encoding{where}", share, aloud=aloud)
     told.skip(sum(info.samples for info in shards if info.name not in waiting))
     if aloud and len(shards) > len(waiting):
-        tell(f"kept: {len(shards) - len(waiting)} of {len(shards)} shards, which are there")
+        tell(f"kept{where}: {len(shards) - len(waiting)} of {len(shards)} shards, which are there")
     splits = {split: _images(source, split, args) for split in {info.split for info in waiting.values()}}
     pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
     for info in waiting.values():

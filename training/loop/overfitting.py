@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,9 @@ class Overfitting:
         `RISES` held-out scores rose, the training score fell meanwhile, and the gap is over `MARGIN` of the held-out
         score.
         """
+        if not (math.isfinite(held_out) and math.isfinite(training)):  # nothing rises from or to it; no JSON keeps it
+            self.recent = []
+            return False
         self.recent = [*self.recent, (step, held_out, training)][-RISES - 1 :]
         _, held, seen = zip(*self.recent, strict=True)
         rises = len(held) > RISES and all(a < b for a, b in pairwise(held))
@@ -67,4 +72,4 @@ def _use(best: Path | None) -> str:
     """What to take instead of the last weights."""
     if best is None:
         return "train for fewer steps (no checkpoint has a score: save at steps of a validation)"
-    return f"use the best checkpoint, --model {best}"
+    return f"use the best checkpoint, --model {shlex.quote(str(best))}"

@@ -19,7 +19,7 @@ from training.measuring.features import load_features
 from training.measuring.held_out import check_count, chunks, held_out
 from training.measuring.nearest import Nearest, Space, nearest, pixel_space
 from training.measuring.obedience import draw_batches
-from training.messages import answer, note, warn
+from training.messages import note, warn
 from training.models.folders import find
 from training.models.judge import caption
 from training.models.reconstructions import reconstructed
@@ -91,7 +91,6 @@ def copies(
     if args.grid:
         grids.write(sheet(pairs, torch.cat(drawn), train), Path(args.grid))
         numbers["grid"] = Path(args.grid).name
-    answer(numbers["verdict"])
     return numbers | {"pairs": pairs}
 
 

@@ -71,7 +71,7 @@ def restored(parser: Parser) -> None:
     """How pictures are measured and drawn again."""
     add = parser.add_argument_group("pictures of --restore").add_argument
     text = "how: kinds of --measurement.kind, with any sampler, or of --posterior.kind; several, with commas between"
-    add("--method", metavar="NAMES", default="ddnm", help=text)
+    add("--method", metavar="NAMES", default="pigdm", help=text)
     text = "standard deviation of the measurement's noise, of values in [-1, 1]"
     add("--sigma-y", metavar="S", type=float, default=0.05, help=text)
     text = "draws of each picture, by whose spread methods are judged; of 19 and more, intervals of 90 %% are exact"

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 CHUNK = 100
 SETTLED = 100  # pictures from which on a measure of sets that is not biased is told without a warning
-CHOSEN = "for an autoencoder every n-th; else one of each caption, then a second, captions in the order of their hashes"
+CHOSEN = (
+    "every n-th for an autoencoder, a likelihood or copies; else one of each caption, then a second, captions in the "
+    "order of their hashes"
+)
 
 
 def check_held_out(held: int, train: int) -> None:

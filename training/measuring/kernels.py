@@ -90,20 +90,3 @@ def biased(found: Sums, weights_a: Tensor, weights_b: Tensor) -> Tensor:
     """The V-statistic (B,), with the pairs of a picture and itself: never below 0, and larger for fewer pictures."""
     a, b = weights_a.sum(1), weights_b.sum(1)
     return found.aa / a.square() + found.bb / b.square() - 2 * found.ab / (a * b)
-
-
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """KID of features (N, D), (M, D): the unbiased squared MMD of the cubic kernel, over all pairs."""
-    return float(unbiased(*_all(Cubic(), a, b))[0])
-
-
-def clip_mmd(a: Tensor, b: Tensor) -> float:
-    """1000 times the biased squared MMD of the Gaussian kernel, as CMMD is published."""
-    return 1000 * float(biased(*_all(Gaussian(), a, b))[0])
-
-
-def _all(kernel: Kernel, a: Tensor, b: Tensor) -> tuple[Sums, Tensor, Tensor]:
-    if min(len(a), len(b)) < 2:
-        raise ValueError("a kernel distance needs at least 2 samples of each.")
-    ones = torch.ones(1, len(a), dtype=torch.float64), torch.ones(1, len(b), dtype=torch.float64)
-    return sums(kernel, a, b, *ones), *ones

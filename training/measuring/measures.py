@@ -39,12 +39,10 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """One line of the table. `sensible`: pictures in each set below which its numbers say little. `kind`: the word that
-    the name of a feature network must begin with."""
+    """One line of the table. `kind`: the word that the name of a feature network must begin with."""
 
     names: tuple[str, ...]
     definition: str
-    sensible: int
     compute: Callable[[Pair], Iterator[Found]]
     in_pairs: bool = True
     kind: str = ""
@@ -86,26 +84,22 @@ MEASURES = (
     Measure(
         ("frechet",),
         "Frechet distance of Gaussians, |mu - mu'|^2 + tr(A + B - 2 (A B)^(1/2)), unbiased covariances, float64",
-        100,
         frechet,
         in_pairs=False,
     ),
     Measure(
         ("kernel_distance", "kernel_distance_subset_std"),
         f"unbiased squared MMD, kernel (x.y / D + 1)^3, all pairs; std of {SUBSETS} subsets of {SUBSET}",
-        100,
         kernel_distance,
     ),
     Measure(
         ("precision", "recall", "coverage", "density"),
         f"improved precision and recall, k = {K}, closed balls; density and coverage, k = {K_DENSITY}, open balls",
-        100,
         precision_recall,
     ),
     Measure(
         ("clip_mmd",),
         "1000 times the biased squared MMD, kernel exp(-|x - y|^2 / 200), embeddings of length 1",
-        100,
         clip_mmd,
         kind="CLIP",
     ),
@@ -130,7 +124,7 @@ def compare(features: Features, pair: Pair, name: Callable[[str], str]) -> dict[
     """Every number of the two sets, `name`d, its interval beside it as NAME_95, the resamples of it as NAME_resamples;
     and again under the name by which this measure in this network is known."""
     numbers: dict[str, Any] = {}
-    fewer = Pair(_some(pair.real, pair.seed), _some(pair.other, pair.seed), pair.seed)
+    fewer = Pair(_some(pair.real, pair.seed), _some(pair.other, pair.seed), pair.seed, pair.paired)
     for measure in applying(features):
         for found in measure.compute(fewer if measure.in_pairs else pair):
             for key in (found.name, *_published(features, found.name)):
@@ -166,7 +160,8 @@ def _resampled(name: str, kernel: kernels.Kernel, statistic: Any, pair: Pair, sc
     """The statistic of the sets as they are (the first row of the weights), and of resamples."""
     count, weights = bootstrap.REPLICATES, []
     for place, rows in enumerate(pair[:2]):
-        drawn = bootstrap.multiplicities(bootstrap.resamples(len(rows), count, pair.seed + place))
+        seed = pair.seed if pair.paired else pair.seed + place
+        drawn = bootstrap.multiplicities(bootstrap.resamples(len(rows), count, seed))
         weights.append(torch.cat([torch.ones(1, len(rows), dtype=torch.float64), drawn]))
     values = scale * statistic(kernels.sums(kernel, pair.real, pair.other, *weights), *weights)
     value = values[0].item()

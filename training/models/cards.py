@@ -15,18 +15,21 @@ from typing import Any
 
 from PIL import Image
 
+from training.errors import PACKAGE
 from training.files import write_bytes, write_json
 from training.guarding import make_folder, read_record
 from training.pictures import grids
+from training.runs.folder import logged
 
 FACTS, SAMPLES, VOCABULARY = "card.json", "samples.png", "tokenizer/vocabulary.json"
 LONGEST_SIDE = 1024  # pixels of `SAMPLES`
-PACKAGE = "latent-diffusion-from-scratch"
 MEANINGS = {
     "psnr": "dB, reconstructions against held-out pictures; higher is nearer",
     "ssim": "structural similarity of the same; 1 is equal",
     "lpips": "perceptual distance of the same; 0 is equal",
     "loss": "mean of those below; not comparable with other data, predictions or autoencoders",
+    "loss_train": "the same mean on as many training pictures",
+    "loss_gap": "by how much it is lower on training pictures: the larger, the more they are learnt by heart",
     "loss_t": "the objective at this noise level; lower is better",
 }
 
@@ -59,8 +62,8 @@ def keep_samples(run: Path, step: int, folder: Path) -> None:
 def measured(run: Path, step: int) -> dict[str, Any]:
     """The numbers of a run's last validation up to `step`, by name: of metrics.jsonl, so that a resume has the same."""
     path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
-    looks = [row for row in rows if row["step"] <= step and any(name.startswith("val/") for name in row)]
+    rows = map(logged, path.read_bytes().splitlines()) if path.is_file() else ()
+    looks = [row for row in rows if row and row["step"] <= step and any(name.startswith("val/") for name in row)]
     return {name.removeprefix("val/"): value for name, value in (looks[-1] if looks else {}).items() if "val/" in name}
 
 
@@ -124,7 +127,7 @@ def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool) -
         body = f"A denoiser ({kind}{count}) that draws pictures from captions in the latents of autoencoder/."
         return f"# Text to image{f', {size}' if size else ''}\n\n{body}"
     body = f"Stage one of latent diffusion ({kind}{count}): pictures to latents and back"
-    origin = f" {facts['origin']}" if "origin" in facts else ""
+    origin = f" {escaped(facts['origin'])}" if "origin" in facts else ""
     return f"# Autoencoder{f', {size}' if size else ''}\n\n{body}.{origin}"
 
 
@@ -185,7 +188,8 @@ def _numbers(facts: Mapping[str, Any]) -> str:
     lines = ["| on held-out data | value | what it means |", "| --- | --- | --- |"]
     for name, value in shown.items():
         meaning = MEANINGS.get(name) or MEANINGS.get("loss_t" if name.startswith("loss_t") else "", "")
-        lines.append(f"| {escaped(name)} | {value if isinstance(value, str) else format(value, '.4g')} | {meaning} |")
+        told = escaped(value if isinstance(value, str) else format(value, ".4g"))
+        lines.append(f"| {escaped(name)} | {told} | {meaning} |")
     rounded = facts.get("weights", "float32") != "float32"
     remark = f"\n\nMeasured in float32, before the weights were rounded to {facts['weights']}." if rounded else ""
     return "## Measured\n\n" + "\n".join(lines) + remark

@@ -52,9 +52,8 @@ def lead(records: Sequence[Record]) -> str:
         "predictions": [record.config.get("prediction", {}).get("kind") for record in denoisers],
     }
     differing = [name for name, values in seen.items() if len(set(values)) > 1]
-    told = [f"These runs have different {name}: their losses are not comparable." for name in differing]
-    items = "".join(f"<li>{line}</li>" for line in told)
-    return f'<ul class="notice">{items}</ul>' if told else ""
+    told = (f"These runs have different {name}: their losses are not comparable." for name in differing)
+    return html.items(told, "notice")
 
 
 def standing(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -119,8 +118,7 @@ def absences(records: Sequence[Record]) -> list[str]:
     told = [f"{record.name}: {notice}" for record in records for notice in missing(record)]
     told += [f"{r.name}: no metrics.jsonl." for r in records if r.run and not r.metrics.found]
     told += [f"{record.name}: no pictures." for record in records if not record.grids]
-    items = "".join(f"<li>{escape(line)}</li>" for line in told)
-    return [f"<ul>{items}</ul>"] if told else [html.paragraph("Nothing: every run has metrics, pictures and a model.")]
+    return [html.items(told) or html.paragraph("Nothing: every run has metrics, pictures and a model.")]
 
 
 def _table(head: Sequence[str], rows: dict[str, list[Any]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from training.ledger import Ledger
 from training.pages.record import Record, shareable
 from training.pages.shown import image
 from training.pictures import html
-from training.shards.index import ENCODING, INDEX, ShardInfo, read_index
+from training.shards.index import ENCODING, INDEX, ShardInfo, noted_pictures, read_index
 
 SHEET = "contact-sheet.png"
 APART = ("counts", "ledger", "ledgers", "settings", "latent")  # of an index's summary: told by themselves
@@ -42,10 +41,12 @@ def data_of(record: Record, given: Path | None = None) -> Data | None:
 
 
 def pictures_of(latents: Data, record: Record, given: Path | None = None) -> Data | None:
-    """The packed pictures that latents were encoded from: `given`, or beside them or the run."""
+    """The packed pictures that latents were encoded from: `given`, beside them or the run, or where they say."""
+    noted = noted_pictures(latents.folder)
     with suppress(UserError):
         wanted = read_json(latents.folder / ENCODING).get("data")
-        for folder in (*_candidates(latents.folder, given), *_candidates(record.folder, None)):
+        beside = (*_candidates(latents.folder, given), *_candidates(record.folder, None))
+        for folder in (*beside, *([Path(noted)] if noted else [])):
             with suppress(OSError, UserError):
                 found = _opened(folder)
                 if {shard.name: shard.sha256 for shard in found.shards} == wanted:
@@ -68,7 +69,7 @@ def section(record: Record, given: Path | None = None) -> list[str]:
         name = told.get("index_sha256", "")
         where = f"no folder beside the run holds an index.json of the hash {name}" if name else "its hash is not known"
         if stream := told.get("stream"):
-            where = f"it was a stream: {', '.join(map(str, stream[:8]))}{' …' if stream[8:] else ''}"
+            where = f"it was a stream: {', '.join(map(_tar, stream[:8]))}{' …' if stream[8:] else ''}"
         return [html.paragraph(f"The data themselves were not found: {where}.")]
     parts = _described(data)
     if data.index["kind"] == "latents":
@@ -130,8 +131,13 @@ def ledger_lines(report: Any) -> list[str]:
 
 def ledger(lines: list[str], empty: str) -> str:
     """A list of a ledger's lines, or a sentence, if any, where there are none."""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if lines else html.paragraph(empty) if empty else ""
+    return html.items(lines) or (html.paragraph(empty) if empty else "")
+
+
+def _tar(name: Any) -> str:
+    """A tar of a stream; of a command its first word, for there may be secrets among the others."""
+    command, more, _ = str(name).partition(" ")
+    return f"{command} …" if more and command.startswith("pipe:") else str(name)
 
 
 def _text(value: Any) -> str:

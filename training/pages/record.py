@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +101,17 @@ def read_log(path: Path) -> Log:
         for number, line in enumerate(file):
             if number % every and b'"val/' not in line:
                 continue
-            try:
-                row = json.loads(line)
-                step = row.pop("step")
-                if type(step) is not int:
-                    raise TypeError
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if (row := runs.logged(line)) is None:
                 damaged += 1
                 continue
+            step = row.pop("step")
             for name, value in row.items():
-                if isinstance(value, int | float):
-                    series.setdefault(name, []).append((step, float(value)))
-                elif value is None:
+                if value is None:
                     odd.setdefault(name, []).append((step, str(row.get(f"{name}_is", "no number"))))
+                elif isinstance(value, int | float) and isfinite(value):
+                    series.setdefault(name, []).append((step, float(value)))
+                elif isinstance(value, float):
+                    odd.setdefault(name, []).append((step, str(value)))
     return Log(found=True, series=series, odd=odd, damaged=damaged, every=every)
 
 

@@ -45,10 +45,7 @@ def sections(record: Record, given: Path | None = None) -> dict[str, list[str]]:
 
 def lead(record: Record) -> str:
     """What the run is, in a line, and where it stands, as far as one must know it to read on."""
-    line = f'<p class="lead">{escape(what(record))}</p>'
-    notices = list(missing(record))
-    told = "".join(f"<li>{escape(notice)}</li>" for notice in notices)
-    return line + (f'<ul class="notice">{told}</ul>' if notices else "")
+    return f'<p class="lead">{escape(what(record))}</p>{html.items(missing(record), "notice")}'
 
 
 def what(record: Record) -> str:

@@ -63,7 +63,7 @@ def several(folders: Sequence[Path]) -> bytes:
 def is_ours(path: Path) -> bool:
     """Whether a page of this program lies at `path`, which it may renew."""
     try:
-        return f'content="{html.GENERATOR}"'.encode() in read_plain(path, 1 << 30)[:HEAD]
+        return html.GENERATOR.encode() in read_plain(path, 1 << 30)[:HEAD]
     except (OSError, ValueError):
         return False
 

@@ -7,13 +7,15 @@ import io
 import json
 import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from PIL import Image
 
-GENERATOR = "latent-diffusion-from-scratch"  # by which pages of ours are known
+from training.errors import PACKAGE
+
+GENERATOR = f'<meta name="generator" content="{PACKAGE}">'  # by which pages of ours are known
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser holds the page to the docstring
 STYLE = (
     "body{font:15px/1.45 sans-serif;max-width:66em;margin:2em auto;padding:0 1em;color:#222}"
@@ -34,7 +36,7 @@ def page(
     links = "".join(f'<a href="#{place}">{escape(name)}</a>' for name, place in names.items())
     policy = f"{POLICY}; script-src 'sha256-{_sha256(script)}'" if script else POLICY
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{GENERATOR}">'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
         f"<style>{style}</style></head><body><h1>{escape(title)}</h1>{lead}<nav>{links}</nav>{''.join(parts)}"
@@ -56,6 +58,13 @@ def embedded(value: Any) -> str:
 def paragraph(text: str) -> str:
     """One paragraph of plain text."""
     return f"<p>{escape(text)}</p>"
+
+
+def items(lines: Iterable[str], kind: str = "") -> str:
+    """A list of plain texts, of the class `kind`; nothing where there are none."""
+    told = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    of_kind = f' class="{kind}"' if kind else ""
+    return f"<ul{of_kind}>{told}</ul>" if told else ""
 
 
 def facts(rows: Mapping[str, Any]) -> str:

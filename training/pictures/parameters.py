@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from training.errors import PACKAGE
+
 CHUNK = "parameters"
-PACKAGE = "latent-diffusion-from-scratch"
 # Their names of what is the same there; all else goes by its kind.
 SAMPLERS = {
     "euler": "Euler", "heun": "Heun", "lms": "LMS", "ddim": "DDIM", "pndm": "PLMS", "unipc": "UniPC",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import shutil
@@ -206,6 +207,15 @@ def record(folder: Path) -> dict[str, Any]:
         if all(isinstance(old.get(key), kind) for key, kind in kinds.items()):
             return old
     raise UserError(f"{path}: is not the record of a run", hint="use another --output", code=CHECKPOINT)
+
+
+def logged(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl or timing.jsonl; None for what is no JSON object with a step, as a line cut off."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _saved(folder: Path, old: Mapping[str, Any]) -> bool:

@@ -93,7 +93,7 @@ class Journal:
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Cut metrics.jsonl and timing.jsonl back to the checkpoint: no step is told twice."""
         self.first = step
-        self.progress.skip(max(0, step))
+        self.progress.skip(max(0, step) - int(self.progress.done))  # a rollback goes on from the step it is at
         path, expected = self.run / "metrics.jsonl", int(state["metrics_bytes"])
         if not self.accelerator.is_main_process:
             return

@@ -122,7 +122,7 @@ class Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, tracker in self._all():
+        for name, tracker in list(self.working.items()):  # one that was told nothing is not begun to be ended
             with self._left_out_where_it_fails(name):
                 tracker.finish()
         self.working = {}

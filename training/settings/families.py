@@ -63,13 +63,16 @@ SAMPLING = Part(
         "guidance rescale": "--guidance.kind classifier-free --guidance.rescale 0.7",
     },
 )
-EDITING = Part(
-    ("operator", "measurement", "posterior", "coupling"),
+RESTORING = Part(
+    ("operator", "measurement", "posterior"),
     {
         "four times fewer pixels": "--operator.kind box --operator.factor 4",
         "posterior samples that are calibrated": "--posterior.kind split-gibbs",
-        "a word swapped, all else kept": "--coupling.kind prompt-to-prompt --coupling.self_until 0.6",
     },
+)
+COUPLING = Part(
+    ("coupling",),
+    {"a word swapped, all else kept": "--coupling.kind prompt-to-prompt --coupling.self_until 0.6"},
 )
 
 

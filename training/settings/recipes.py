@@ -51,7 +51,7 @@ class Pair:
 
 
 _U_NET: dict[str, Any] = {
-    "batch": 32, "epochs": 200, "least": 38_400, "most": 256_000, "gflop": 1.7, "seconds": 0.027, "memory": 1.3,
+    "batch": 32, "epochs": 200, "least": 24_000, "most": 256_000, "gflop": 1.7, "seconds": 0.027, "memory": 1.3,
 }  # fmt: skip
 _DIT: dict[str, Any] = {"batch": 256, "epochs": 200, "least": 2_000_000}
 SMALL = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -105,6 +106,18 @@ def pictures_facts(folder: str | Path) -> dict[str, Any]:
     if plan.is_file():
         shards = read_record(plan, {"data": dict})["data"]
     return {"pictures_sha256": sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()} if shards else {}
+
+
+def noted_pictures(latents: Path) -> str:
+    """The pictures that latents were encoded from, by path or address, where that is known and they are there; else
+    ""."""
+    with suppress(UserError):
+        found = str(read_record(latents / ENCODING, {}).get("pictures", ""))
+        if found and "://" not in found:
+            found = os.path.normpath(latents / found)
+            return found if (Path(found) / INDEX).is_file() else ""
+        return found
+    return ""
 
 
 def data_facts(folder: str | Path) -> dict[str, Any]:

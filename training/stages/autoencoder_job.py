@@ -145,5 +145,6 @@ class AutoencoderJob(Job):
             like = {"resolution": args.resolution, "on-bad-data": args.on_bad_data, "channels": self.dataset.channels}
             commands = [door("make_shards pack", tars, "--output", data, *again(like))]
         if self.teacher is not None:
-            return [*commands, door("evaluate", "--model", run, "--data", data, *again(also))]
+            measuring = [door("evaluate", "--model", run, "--data", data, *again(also))]
+            return [*commands, *(measuring if self.holds_out() else [])]
         return [*commands, encoding(run, data, also)]

@@ -13,12 +13,11 @@ from torch import Tensor
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
-from training.encoding.data_set import pictures_of
 from training.errors import as_user_error
 from training.models import assembly
 from training.models.captions_read import refuse_unread
 from training.next_step import again, beside, prompt
-from training.shards.index import data_facts, pictures_facts
+from training.shards.index import data_facts, noted_pictures, pictures_facts
 from training.shards.reading import COMPARED, ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
@@ -115,7 +114,6 @@ class DenoiserJob(Job):
         also = again({"device": args.device, "text-encoder": args.text_encoder})
         words = ["--model", run, *prompt(captions), "--output", beside(run, "pictures")]
         commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
-        data = pictures_of(Path(args.latents))
-        if data and self.held_out.shards.split != "train" and len(self.held_out) >= COMPARED:
+        if self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))
         return commands

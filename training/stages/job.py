@@ -65,6 +65,10 @@ class Job(ABC):
         """The samples trained on, of which a stream has no number, and those held out."""
         return {"train": None if self.args.stream else len(self.dataset), "held_out": len(self.held_out)}
 
+    def holds_out(self, least: int = 1) -> bool:
+        """Whether so many samples are held out: `evaluate` measures on no other."""
+        return len(self.held_out) >= least and self.held_out.shards.split != "train"
+
     @abstractmethod
     def begin(self, final: Path) -> None:
         """Write what `final` holds from the first step. In the main process."""

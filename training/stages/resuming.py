@@ -104,5 +104,5 @@ def resume(args: argparse.Namespace, loop: Loop, path: Path | None, accelerator:
         loop.checkpoints.prune(path)  # the future that this run gives up: `auto` must not go back to it
     announce(accelerator, f"resumed from step {checkpoint.step}")
     if accelerator.is_main_process:
-        tell_left(loop.run, args.report_to.split(","))
+        tell_left(loop.run, args.report_to)
     return checkpoint.step

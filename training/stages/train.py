@@ -39,12 +39,13 @@ JOBS = {
 
 def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
+    _take_accumulation(args)
     args.steps_proposed = False
     if args.config is None:
         from training.stages.proposing import settle_config
 
         settle_config(args, stage)
-    _take_from_launcher(args, stage)
+    _take_precision(args, stage)
     config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
     if args.print_config:
         answer(*json.dumps(decoding.to_values(config), indent=1).splitlines())
@@ -56,8 +57,18 @@ def train(args: argparse.Namespace, stage: str) -> int:
         return _train(job_of(stage)(args, config), ending)
 
 
-def _take_from_launcher(args: argparse.Namespace, stage: str) -> None:
-    """Precision and accumulation that `accelerate launch` asks for, where neither a flag nor the config says them."""
+def _take_accumulation(args: argparse.Namespace) -> None:
+    """The accumulation that `accelerate launch` asks for, where no flag says it: a proposed batch is a multiple of it.
+    """
+    from training.machine import launcher
+
+    accumulation = launcher.accumulation(getattr(args, "gradient_accumulation_steps", None))
+    if accumulation is not None:
+        args.gradient_accumulation_steps = accumulation
+
+
+def _take_precision(args: argparse.Namespace, stage: str) -> None:
+    """The precision that `accelerate launch` asks for, where neither a flag nor the config says it."""
     from training.machine import launcher
 
     key = "train.mixed_precision"
@@ -65,9 +76,6 @@ def _take_from_launcher(args: argparse.Namespace, stage: str) -> None:
     taken = launcher.precision(given)
     if given is None and taken != "no":
         args.overrides = {**args.overrides, key: taken}
-    accumulation = launcher.accumulation(getattr(args, "gradient_accumulation_steps", None))
-    if accumulation is not None:
-        args.gradient_accumulation_steps = accumulation
 
 
 def job_of(stage: str) -> type[Job]:
@@ -89,7 +97,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     from training.stages.resuming import begin, open_run
 
     args, settings = job.args, job.config.train
-    choose(args.report_to)
+    args.report_to = choose(args.report_to)
     job.open_data()
     accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
     processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
@@ -136,7 +144,7 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
             with loop.ema.averaged_weights(), unwrapped(loop.stage):
                 tensors = job.export(run.folder, facts)
                 finish(run, tensors, job.about(), close_books(loop, facts))
-                tell_next(*job.next_steps(run.folder))
+                tell_next_steps(job, run)
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
         code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything
@@ -163,7 +171,7 @@ def fit(
     from training.loop.loop import Loop
     from training.machine.signals import GIVE_UP
     from training.runs.folder import Run
-    from training.runs.trackers import Trackers, choose
+    from training.runs.trackers import Trackers
     from training.stages.checks import check_room
     from training.stages.resuming import resume
 
@@ -176,7 +184,7 @@ def fit(
     start = resume(args, loop, path, accelerator)
     if path and isinstance(run, Run):  # the checkpoint's books, not those of a later end
         run.describe("training", start, {**facts, "ledger": loop.state.books.ledger().report()})
-    names = choose(args.report_to) if accelerator.is_main_process else []
+    names = args.report_to if accelerator.is_main_process else []
     try:
         with Trackers(names, run.folder, decoding.to_values(config), start) as loop.journal.trackers:
             number = loop.fit(start) if stage.networks else 0
@@ -246,5 +254,12 @@ def report_complete(job: Job, run: RunView) -> int:
 
     tell(f"{run.folder}: already complete at step {read_json(run.folder / 'run.json')['step']}")
     if isinstance(run, Run):
-        tell_next(*job.next_steps(run.folder))
+        tell_next_steps(job, run)
     return 0
+
+
+def tell_next_steps(job: Job, run: Run) -> None:
+    """The commands that go on from a finished run: none where a caption for them cannot be read, as of shards that lie
+    elsewhere and have left the cache. The run is finished all the same."""
+    with suppress(UserError, OSError):
+        tell_next(*job.next_steps(run.folder))

@@ -42,7 +42,8 @@ def serve(args: argparse.Namespace) -> None:
         raise missing_extra("gradio", "studio", "the studio's page")
     loopback = guard.is_loopback(args.host)
     for number in (signal.SIGTERM, signal.SIGHUP):  # else the temporary folder would outlive the process
-        signal.signal(number, lambda given, frame: sys.exit(128 + given))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda given, frame: sys.exit(128 + given))
     keep = Path(args.output).absolute() if args.output else None
     with TemporaryDirectory(prefix="studio-") as scratch, guard.listening(args.host, args.port) as place:
         if keep:

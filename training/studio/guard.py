@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -16,6 +18,7 @@ POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect
 HEADERS = {"content-security-policy": POLICY, "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
 # Routes of Gradio that fetch an address for whoever asks.
 FETCHING = re.compile(r"/(file=|proxy=|proxy/)[^/]*https?:", re.IGNORECASE)
+ADDRESS = re.compile(r"\s*https?:", re.IGNORECASE)
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -50,16 +53,42 @@ class Guard:
         """Answer one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif self._refused(scope):
+        elif self._refused(scope) or names_address(given := await _body(scope, receive)):
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"refused"})
         else:
-            await self.app(scope, receive, lambda message: send(_with_headers(message)))
+            read = [{"type": "http.request", "body": given}] if given else []
+
+            async def again() -> Any:
+                return read.pop() if read else await receive()
+
+            await self.app(scope, again, lambda message: send(_with_headers(message)))
 
     def _refused(self, scope: dict[str, Any]) -> bool:
-        given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        name = re.sub(r":\d*$", "", given).strip("[]").lower()
+        name = re.sub(r":\d*$", "", _header(scope, b"host")).strip("[]").lower()
         return (self.hosts is not None and name not in self.hosts) or bool(FETCHING.search(scope["path"]))
+
+
+def names_address(body: bytes) -> bool:
+    """Whether JSON names a file by an address, which Gradio would fetch."""
+    paths: list[str] = []
+    with suppress(ValueError, RecursionError):  # what is no JSON, Gradio refuses itself
+        json.loads(body, object_hook=lambda part: paths.append(str(part.get("path"))))
+    return any(map(ADDRESS.match, paths))
+
+
+async def _body(scope: dict[str, Any], receive: Any) -> bytes:
+    """All that is sent with a request; empty for an upload, which names nothing."""
+    body, more = b"", scope["method"] == "POST" and not _header(scope, b"content-type").startswith("multipart/")
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
+def _header(scope: dict[str, Any], name: bytes) -> str:
+    given: bytes = dict(scope["headers"]).get(name, b"")
+    return given.decode("latin-1")
 
 
 def _with_headers(message: dict[str, Any]) -> dict[str, Any]:

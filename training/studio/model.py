@@ -59,17 +59,20 @@ class Made:
         return grids.facts(self.pictures[0])
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
-    """One click: drawings one after another, which a stop ends. `share` is how much of the turn a drawing is."""
+    """One click of the session `who`: drawings one after another, which a stop ends."""
 
     studio: Studio
+    who: str
     progress: Progress
     stop: Event = field(default_factory=Event)
 
     def draw(self, words: Sequence[Word], done: float = 0.0, share: float = 1.0) -> Made:
-        """What `generate` draws by these flags. Raises UserError as it does, for more than a page should ask for, and
-        Stopped."""
+        """What `generate` draws by these flags; `share` is how much of the turn it is, `done` what was before it.
+
+        Raises UserError as `generate` does, for more than a page should ask for, and Stopped.
+        """
         folder = self.studio.free_folder()
         try:
             made = self._drawn(words, folder, done, share)
@@ -110,7 +113,7 @@ class Studio:
     device: str = "auto"
     text_encoder: str | None = None
     _lock: Lock = field(default_factory=Lock)
-    _turns: dict[str, list[Turn]] = field(default_factory=dict)
+    _turns: list[Turn] = field(default_factory=list)  # drawn or waiting
 
     @classmethod
     def opened(cls, model: str, output: Path, keep: Path | None, device: str, text_encoder: str | None) -> Studio:
@@ -120,29 +123,27 @@ class Studio:
     @contextmanager
     def turn(self, who: str = "", progress: Progress = lambda share, words: None) -> Iterator[Turn]:
         """A turn of the session `who`, which waits for those before it."""
-        turn, turns = Turn(self, progress), self._turns.setdefault(who, [])
-        turns.append(turn)
+        turn = Turn(self, who, progress)
+        self._turns.append(turn)
         try:
             with self._lock:
                 if turn.stop.is_set():
                     raise Stopped("stopped before it began")
                 yield turn
         finally:
-            turns.remove(turn)
-            if not turns:
-                del self._turns[who]
+            self._turns.remove(turn)
 
     def stop(self, who: str = "") -> bool:
         """End the turns of a session, those that wait too; whether there was one."""
-        turns = list(self._turns.get(who, []))
+        turns = [turn for turn in list(self._turns) if turn.who == who]
         for turn in turns:
             turn.stop.set()
         return bool(turns)
 
     def close(self) -> None:
         """End all turns, and wait until nothing is drawn."""
-        for who in list(self._turns):
-            self.stop(who)
+        for turn in list(self._turns):
+            turn.stop.set()
         with self._lock:
             pass
 

@@ -19,7 +19,7 @@ from training.studio import shown
 from training.studio.model import MOST_PICTURES, Made, Stopped, Studio, Turn, Word
 
 SLIDER = 200  # steps at the end of the slider
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "drawing"}
+WAITING = 16  # clicks that wait for their turn in the studio, where a stop reaches them; more wait in Gradio's queue
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # the page calls it, and no program by name
 # What a message calls a flag that the page shows under another name.
 NAMES = {
@@ -142,7 +142,7 @@ class Page:
             with sentences(), self.studio.turn(str(request.session_hash), lambda s, w: progress(s, w)) as turn:
                 return work(turn, values)
 
-        start.click(run, set(inputs), outputs, **ONE_AT_A_TIME, **PRIVATE)
+        start.click(run, set(inputs), outputs, concurrency_limit=WAITING, concurrency_id="drawing", **PRIVATE)
         stop.click(self.stopped, **PRIVATE)
 
     def command(self, label: str) -> Any:

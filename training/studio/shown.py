@@ -30,15 +30,14 @@ def made(result: Made) -> str:
 
 def notes(lines: Sequence[str]) -> str:
     """A list under the word that these things were not used as given; nothing where there are none."""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="told"><b>{TOLD}</b><ul>{items}</ul></div>' if lines else ""
+    return f'<div class="told"><b>{TOLD}</b>{html.items(lines)}</div>' if lines else ""
 
 
 def facts(said: Mapping[str, Any]) -> str:
     """The most asked of what a picture says as a table, and all of it folded."""
-    every = escape(json.dumps(said, ensure_ascii=False, indent=1, sort_keys=True))
-    table = html.table(("the picture says", ""), list(_rows(said)))
-    return f"{table}<details><summary>everything that the PNG says</summary><pre>{every}</pre></details>"
+    every = html.verbatim(json.dumps(said, ensure_ascii=False, indent=1, sort_keys=True))
+    table = html.table(("the picture says", ""), _rows(said))
+    return table + html.folded("everything that the PNG says", every)
 
 
 def _rows(said: Mapping[str, Any]) -> list[tuple[str, Any]]:

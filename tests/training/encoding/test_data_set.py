@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from autoencoder.tiles import encode_tiled
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.order import Slot
+from training.encoding import data_set
 from training.models.autoencoders import load_autoencoder
 from training.shards.index import ShardInfo, read_index, write_index
 from training.shards.reading import ShardSet
@@ -231,6 +233,21 @@ def test_the_time_spent_waiting_for_pictures_is_told(
     assert tiny.call("encode_latents", *words) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[-2].endswith(f"samples of 8x8x8), waiting for data {share}") and said[-1].startswith("next: ")
+
+
+def test_of_several_processes_the_first_tells_its_share(
+    shapes: Path, latents: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = Namespace(num_workers=0, batch_size=8, on_bad_data=None)
+    shards = read_index(shapes)[1]
+    worker: Any = SimpleNamespace(total=sum(info.samples for info in shards))
+    for own in (shards, shards[::2]):
+        data_set._write(worker, shapes, latents, own, args, aloud=True)
+    count, share = len(shards), len(shards[::2])
+    assert capsys.readouterr().err.splitlines() == [
+        f"kept: {count} of {count} shards, which are there",
+        f"kept in the first process: {share} of {share} shards, which are there",
+    ]
 
 
 def _summary(autoencoder: Path, data: Path, target: Path) -> dict[str, object]:

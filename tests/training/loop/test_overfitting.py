@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from training.data.images import Images
 from training.data.latents import Latents
+from training.files import finite
 from training.loop.loop import Loop
 from training.loop.overfitting import Overfitting
 from training.loop.validation import validate
@@ -71,6 +73,16 @@ def test_a_resumed_run_says_the_same(stop: int) -> None:
     second.load(json.loads(json.dumps(first.state())))
     after = [stop + step for step in told(rising[stop:], second)]
     assert before + after == [3] and second.told and len(second.recent) == 4
+
+
+@pytest.mark.parametrize("pair", [(math.nan, 0.8), (math.inf, 0.8), (1.1, math.nan), (-math.inf, -math.inf)])
+def test_a_score_that_is_no_number_begins_anew(pair: tuple[float, float]) -> None:
+    """No checkpoint keeps such a number: a resumed run would meet null in its place."""
+    watch = Overfitting()
+    assert told([*RISING[:3], pair, RISING[3]], watch) == [] and watch.recent == [(4, *RISING[3])]
+    again = Overfitting()
+    again.load(json.loads(json.dumps(finite(watch.state()))))
+    assert told([(1.4, 0.5), (1.5, 0.4), (1.6, 0.3)], again) == [2]
 
 
 def test_the_sentence_names_the_best_checkpoint(tmp_path: Path) -> None:

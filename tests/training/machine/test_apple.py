@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoencoder.fidelity import psnr, ssim
 from autoencoder.norm import LatentNorm, LatentStatistics
+from autoencoder.quantizer import perplexity
 from autoencoder.tiles import decode_tiled
 from ldm.backbones.embed import rope_table, sincos_table
 from ldm.diffusion_classifier import DiffusionClassifier
@@ -24,7 +25,6 @@ from ldm.times import LossAware
 from training.errors import UserError
 from training.machine import processes
 from training.measuring.calibration import Calibration
-from training.measuring.distances import Moments
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.stages.classifier import augment
@@ -37,7 +37,8 @@ def test_the_simulation_refuses_what_the_device_refuses() -> None:
         assert torch.equal((x * torch.tensor(2.0, dtype=torch.float64)).cpu(), torch.full((3,), 2.0))
         mistakes: list[Callable[[], Any]] = [
             lambda: x.double(), lambda: x + torch.ones(3), lambda: x.to("cpu", torch.float64),
-            lambda: torch.ones(3, dtype=torch.float64).to(device), lambda: torch.zeros(3, dtype=float, device="mps"),
+            lambda: torch.ones(3, dtype=torch.float64).to(device),
+            lambda: torch.zeros(3, dtype=torch.float64, device="mps"),
         ]  # fmt: skip
         for mistake in mistakes:
             with pytest.raises(TypeError):
@@ -90,12 +91,12 @@ COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
     "psnr": lambda x: psnr(x.tanh(), x.roll(1, 0).tanh()),
     "ssim": lambda x: ssim(x.tanh(), x.roll(1, 0).tanh()),
     "normaliser": statistics,
-    "moments": lambda x: Moments(256).add(x.flatten(1)).covariance,
     "calibration": calibrated,
     "loss-aware times": loss_aware,
     "optimal transport": lambda x: MinibatchOT()(x, x.roll(1, 0)),
     "positions": lambda x: sincos_table(8, 3, 4, 4.0, x.device) + 0 * x[0, 0, 0, 0],
     "rotary positions": lambda x: torch.stack(rope_table(8, 3, 4, 4.0, x.device)) + 0 * x[0, 0, 0, 0],
+    "perplexity": lambda x: perplexity(torch.bincount(x.flatten().abs().long())),
     "augmentation": lambda x: augment((x.sigmoid() * 255).to(torch.uint8), noise(x)),
 }
 
@@ -161,7 +162,7 @@ def test_encoding_and_measuring(autoencoder: Path, shapes: Path, tmp_path: Path)
         assert load_autoencoder(autoencoder, device).norm.scale.device.type == "mps"
         words = ["--autoencoder", autoencoder, "--data", shapes, "--output", tmp_path / "latents"]
         assert tiny.call("encode_latents", *words, "--num-workers", "0", "--device", "mps") == 0
-        measure = ["--model", autoencoder, "--data", shapes, "--count", "8", "--device", "auto"]
+        measure = ["--model", autoencoder, "--data", shapes, "--count", "10", "--device", "auto"]
         assert tiny.call("evaluate", *measure, "--output", tmp_path / "there.json") == 0
     assert tiny.call("evaluate", *measure[:-1], "cpu", "--output", tmp_path / "here.json") == 0
     there, here = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("there", "here"))

@@ -18,7 +18,7 @@ def gaussian(count: int, dim: int, seed: int) -> Tensor:
 def test_the_interval_of_frechet_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """N(0, I) and N(m, 4 I) in three dimensions: |m|^2 + 3, of so many pictures that the bias is small."""
     monkeypatch.setattr(bootstrap, "REPLICATES", 60)
-    mean, hits, repetitions = torch.tensor([1.0, 0.5, 0.0]).double(), 0, 150
+    mean, hits, repetitions = torch.tensor([1.0, 0.5, 0.0]).double(), 0, 100
     for seed in range(repetitions):
         (found,) = frechet(Pair(gaussian(400, 3, 2 * seed), 2 * gaussian(300, 3, 2 * seed + 1) + mean, seed))
         assert found.interval and found.resamples == 60
@@ -41,6 +41,17 @@ def test_pictures_of_one_pair_are_drawn_together() -> None:
     for paired, exact in ((True, True), (False, False)):
         deviation = bootstrap.of_sets(frechet_distance, rows, rows + 1, 20, 0, paired)
         assert (deviation < 1e-9) is exact
+
+
+def test_kernel_distances_draw_pairs_together_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a set and itself, whole or cut to so many pictures, CMMD is 0 in every resample; drawn apart it is not."""
+    features = measures.Features("CLIP", 4, lambda pixels: pixels)
+    rows = gaussian(60, 4, 0)
+    for most in (60, 25):
+        monkeypatch.setattr(measures, "PAIRS", most)
+        for paired in (True, False):
+            low, high = measures.compare(features, Pair(rows, rows, paired=paired), str)["clip_mmd_95"]
+            assert (high - low < 1e-9) is paired
 
 
 def test_a_mean_has_the_deviation_of_many_resamples() -> None:

@@ -188,7 +188,7 @@ def fid_file(fid_network: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_fid_is_named_so_in_its_own_network_alone(fid_file: tuple[Path, Any]) -> None:
     file, network = fid_file
-    features, shown = load_features(f"inception:{file}"), pictures(2)
+    features, shown = load_features(f"inception:{file}"), pictures(1)
     torch.testing.assert_close(features(shown), network(shown)[0])
     assert features.dim == 2048 and features.published == {"frechet": "fid", "kernel_distance": "kid"}
     assert "TensorFlow 1" in features.facts["preprocessing"]

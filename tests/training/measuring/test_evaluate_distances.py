@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmd import kernel_distance
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from training.measuring.distances import frechet_distance, wilson
 from training.measuring.features import Features
 from training.measuring.generated import distances
 from training.measuring.held_out import even_captions, even_indices
-from training.measuring.kernels import kernel_distance
 from training.measuring.obedience import shapes_obedience
 from training.models.judge import caption
 from training.pictures import grids

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from mmd import clip_mmd, kernel_distance
 from torch import Tensor
 
 from training.measuring import bootstrap, kernels, measures
-from training.measuring.kernels import Cubic, Gaussian, biased, clip_mmd, kernel_distance, sums, unbiased
+from training.measuring.kernels import Cubic, Gaussian, biased, sums, unbiased
 from training.measuring.measures import SUBSETS, Pair, _subsets
 from training.measuring.measures import kernel_distance as measured
 

@@ -36,6 +36,7 @@ from training.measuring.calibration import EXACT, LEVELS, Calibration, coverage,
 from training.measuring.restoration import Bench, Score, sheet, table
 from training.models.reconstructions import Fidelity
 from training.pictures import charts
+from training.progress import Progress
 
 STD = 0.25  # of the pictures below
 
@@ -123,7 +124,7 @@ def bench() -> Bench:
     denoiser = Denoiser(Backbone(), Diffusion(schedule=Flow(), prediction=X0()))
     pipeline = Pipeline(Identity(image_channels=1).build(), denoiser, told, sampling, (8, 8))  # type: ignore[arg-type]
     return Bench(pipeline=pipeline, sampling=sampling, operator=Mask(share=1.0), sigma_y=STD / 2, samples=EXACT,
-                 batch_size=100)
+                 batch_size=100, told=Progress("restoring", thing="draw"))
 
 
 def scored(bench: Bench, method: Any, pictures: int = 12) -> Score:

@@ -48,6 +48,7 @@ def test_a_denoiser_says_what_it_was_trained_on_and_measured(denoiser: Path) -> 
     last = tiny.rows(denoiser)[-1]
     assert f"| loss | {last['val/loss']:.4g} | mean of those below" in card
     assert f"| loss\\_t0.9 | {last['val/loss_t0.9']:.4g} | the objective at this noise level" in card
+    assert f"| loss\\_train | {last['val/loss_train']:.4g} | the same mean on as many training pictures |" in card
     captions = stored_facts(final)["data"]["captions"]
     assert len(captions) == 5 and all(f"- “{caption}”" in card for caption in captions)
     words = len(json.loads((final / "tokenizer" / "vocabulary.json").read_text())["vocabulary"])
@@ -132,8 +133,10 @@ def test_a_checkpoint_says_what_was_true_by_then(latents: Path, tmp_path: Path) 
     run, words = tmp_path / "run", ("--latents", latents, *tiny.DENOISER, "--save-every", 4, "--max-steps", 8)
     assert tiny.call("train_denoiser", "--output", run, *words) == 0
     checkpoint = run / "checkpoints" / "step-00000004"
-    assert tiny.call("export_model", checkpoint, "--output", tmp_path / "made") == 0
     look = next(row for row in tiny.rows(run) if row["step"] == 4 and "val/loss" in row)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # as of a run that was killed
+    assert tiny.call("export_model", checkpoint, "--output", tmp_path / "made") == 0
     facts = stored_facts(tmp_path / "made")
     assert facts["steps"] == 4 and facts["numbers"] == {n[4:]: v for n, v in look.items() if n != "step"}
     shown, drawn = (np.asarray(Image.open(path)) for path in

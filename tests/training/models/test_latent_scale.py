@@ -23,7 +23,7 @@ class Rising:
     def __len__(self) -> int:
         return self.count
 
-    def chunks(self, places: Sequence[int], size: int) -> Iterator[Any]:
+    def chunks(self, places: Sequence[int], size: int, doing: str = "") -> Iterator[Any]:
         for start in range(0, len(places), size):
             part = list(places[start : start + size])
             self.asked += part

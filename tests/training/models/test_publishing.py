@@ -190,7 +190,8 @@ def test_nothing_else_is_sent(name: str, final: Path, hub: Hub) -> None:
     assert hub.asked == []
 
 
-def test_a_damaged_model_is_not_sent(final: Path, autoencoder: Path, tmp_path: Path, hub: Hub) -> None:
+def test_a_damaged_model_is_not_sent(final: Path, autoencoder: Path, tmp_path: Path, hub: Hub,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Weights of another, a part that is gone, a path of this machine in a text."""
     for folder in (final, Path(shutil.copytree(autoencoder / "final", tmp_path / "ae"))):
         file = folder / "model.safetensors"
@@ -205,6 +206,10 @@ def test_a_damaged_model_is_not_sent(final: Path, autoencoder: Path, tmp_path: P
     card = (final / "README.md").read_text()
     (final / "README.md").write_text(f"{card}\nsee {Path.home()}/notes")
     assert "README.md names a folder of yours" in tiny.refused("publish", final, "--repo", REPO).what
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", "/")
+        (final / "README.md").write_text(f"{card}\nsee https://a.b//c")
+        assert publish(final, "--dry-run") == 0
     (final / "README.md").unlink()
     assert "has no README.md" in tiny.refused("publish", final, "--repo", REPO).what
     (final / "README.md").write_text(card)

@@ -65,6 +65,9 @@ def test_latents_tell_of_the_pictures_they_were_made_from(tmp_path: Path) -> Non
     parts = data.section(record)
     assert facts(parts)["latent shape"] == "8 x 4 x 4" and "data: cut 2: x" in "".join(parts)
     assert "do not lie beside them" in parts[-1]
+    packed(tmp_path / "far" / "away" / "pictures")
+    (latents / "encoding.json").write_text(json.dumps({**made_of, "pictures": "../far/away/pictures"}))
+    assert facts(data.section(record)[2:])["folder"] == "pictures"
     packed(tmp_path / "data")
     parts = data.section(record)
     assert "<h3>The pictures they were encoded from</h3>" in parts and "no contact-sheet.png" in parts[-1]
@@ -77,5 +80,6 @@ def test_what_was_left_out_of_the_data_is_told(tmp_path: Path) -> None:
 
 
 def test_a_stream_has_no_folder(tmp_path: Path) -> None:
-    record = read(run_folder(tmp_path / "run", data={"stream": ["/home/ann/a.tar", "s3://b/c.tar"]}))
-    assert "it was a stream: a.tar, s3://b/c.tar." in data.section(record)[0]
+    tars = ["/home/ann/a b.tar", "s3://b/c.tar", "pipe:curl -H 'Key: secret'"]
+    record = read(run_folder(tmp_path / "run", data={"stream": tars}))
+    assert "it was a stream: a b.tar, s3://b/c.tar, pipe:curl …." in data.section(record)[0]

@@ -37,10 +37,11 @@ def test_a_run_is_running_while_a_process_holds_it(tmp_path: Path) -> None:
 def test_damage_is_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = ['{"step": 1, "loss": 2.0}', "nonsense", '{"loss": 1.0}', "[1]", '{"step": "2", "loss": 3.0}']
-    path.write_text("\n".join([*rows, '{"step": 3, "loss": null, "loss_is": "nan"}', '{"step": 4, "lo']))
+    odd = ['{"step": 3, "loss": null, "loss_is": "nan"}', '{"step": 4, "loss": NaN}', '{"step": 5, "loss": -1e999}']
+    path.write_text("\n".join([*rows, *odd, '{"step": 6, "lo']))
     found = read_log(path)
     assert found.series == {"loss": [(1, 2.0)]} and found.damaged == 5
-    assert found.odd == {"loss": [(3, "nan")]}
+    assert found.odd == {"loss": [(3, "nan"), (4, "nan"), (5, "-inf")]}
 
 
 def test_of_a_very_long_log_every_nth_step_and_all_validations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,15 @@ def test_a_resume_takes_back_what_it_gives_up(clock: Clock, tmp_path: Path) -> N
     assert told(tmp_path, "timing.jsonl") == []
 
 
+def test_a_return_to_better_weights_counts_no_step_twice(journal: Journal) -> None:
+    """A rollback takes the journal back to the step it is at, a resume to the step it begins with."""
+    journal.resume(5, {"metrics_bytes": 0})
+    assert (journal.progress.done, journal.progress.free) == (5, 5)
+    journal.progress.at(8)
+    journal.resume(8, {"metrics_bytes": 0})
+    assert (journal.progress.done, journal.progress.free) == (8, 5)
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_the_columns_of_a_run(stage: str, autoencoder: Path, denoiser: Path) -> None:
     """metrics.jsonl has a row for each step and each look, timing.jsonl one for each time that it is told."""

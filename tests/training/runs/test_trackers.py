@@ -135,6 +135,13 @@ def test_a_tracker_that_fails_is_left_out_and_said_once(
     assert len(kept.all) == 1 and kept.all[0].ended == (method == "finish")
 
 
+def test_a_tracker_that_was_told_nothing_is_not_begun(tmp_path: Path, kept: type[Kept]) -> None:
+    """As of a training that ends before its first line: it has no run among those of the tracker."""
+    with Trackers(["kept"], tmp_path):
+        pass
+    assert kept.all == [] and list(tmp_path.iterdir()) == []
+
+
 def test_a_log_of_earlier_versions_is_named_and_can_be_gone_on_with(
     denoiser: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +151,7 @@ def test_a_log_of_earlier_versions_is_named_and_can_be_gone_on_with(
     assert train(latents, run, "--max-steps", 4, *words) == 0
     note = f"note: {run / 'tensorboard'} is not gone on with; --report-to tensorboard does that"
     assert note in capsys.readouterr().err.splitlines()
-    assert train(latents, run, "--report-to", "tensorboard", *words) == 0
+    assert train(latents, run, "--report-to", "tensorboard, tensorboard", *words) == 0
     assert note not in capsys.readouterr().err.splitlines()
     assert [e.step for e in board(run).Scalars("train/loss")] == [1, 2, 5, 6]
 

@@ -134,8 +134,8 @@ def test_what_is_said_of_sixty_pictures() -> None:
         "loss.adversarial": "0",
     }  # fmt: skip
     assert reasons(second) == [
-        "no --config was given: laptop-64, for 57 pictures of 64 px on a CPU: 2,400 steps of 16 (674 epochs), "
-        "about 17 min on one slow core, as measured",
+        "no --config was given: laptop-64, for 57 pictures of 64 px on a CPU: 1,480 steps of 16 (415 epochs), "
+        "about 11 min on one slow core, as measured",
         "it will draw copies of its pictures: so few are learnt by heart",
     ]
 

@@ -60,7 +60,7 @@ class Greys:
     def __len__(self) -> int:
         return len(self.values)
 
-    def chunks(self, places: Any, size: int) -> Any:
+    def chunks(self, places: Any, size: int, doing: str = "") -> Any:
         data = torch.tensor([self.values[i] for i in places], dtype=torch.uint8)[:, None, None, None]
         yield SimpleNamespace(data=data.expand(-1, 3, 4, 4), slots=torch.tensor(list(places)))
 

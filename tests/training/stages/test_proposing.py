@@ -49,7 +49,7 @@ def test_the_command_that_is_told_is_the_same(stage: str, source: Path, capsys: 
     config = json.loads(out)
     assert config["optimizer"]["lr"] == 0.0005
     train = config["train"]
-    assert {"autoencoder": (1400, 8, 350), "denoiser": (1200, 32, 300)}[stage] == (
+    assert {"autoencoder": (1400, 8, 350), "denoiser": (740, 32, 185)}[stage] == (
         train["max_steps"], train["batch_size"], train["sample_every"],
     )  # fmt: skip
     assert train["flip"] is True  # the fixture's latents are mirrored
@@ -98,6 +98,15 @@ def test_stored_text_embeddings_are_used(latents: Path, tmp_path: Path, capsys: 
     (tmp_path / "text_encoder" / "identity.json").write_text(json.dumps(record))
     text = json.loads(printed(capsys, "train_denoiser", "--latents", tmp_path, "--device", "cpu")[0])["text"]
     assert text | {"kind": "huggingface", "length": 32, "pooling": "mean", "lower": True} == text
+
+
+def test_a_batch_is_a_multiple_of_the_launchers_accumulation(
+    shapes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    out, err = printed(capsys, "train_autoencoder", "--data", shapes, "--device", "cpu")
+    assert json.loads(out)["train"]["batch_size"] == 6
+    assert err.count("note: --gradient-accumulation-steps 3, as ACCELERATE_GRADIENT_ACCUMULATION_STEPS asks") == 1
 
 
 @pytest.mark.parametrize("stage", DOORS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ from training.studio import app, guard
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Studios whose pages would have been served; the environment as it was."""
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Studios whose pages would have been served; the environment and the answers to signals as they were."""
     seen: list[Any] = []
+    kept = signal.getsignal(signal.SIGHUP)
     monkeypatch.setattr(app, "find_spec", lambda name: True)
     monkeypatch.setattr(app.os, "environ", dict(os.environ))
     monkeypatch.setattr(app, "page", lambda studio: seen.append(studio))
     monkeypatch.setattr(app, "run", lambda guarded, place: seen.extend([guarded, Path(os.environ["GRADIO_TEMP_DIR"])]))
-    return seen
+    yield seen
+    signal.signal(signal.SIGHUP, kept)
 
 
 def test_without_gradio_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,18 +72,30 @@ def test_what_is_this_machine_alone() -> None:
     assert not any(map(guard.is_loopback, ("0.0.0.0", "::", "192.168.1.5", "a.b", "")))
 
 
-def answered(path: str, host: str, hosts: frozenset[str] | None = frozenset(guard.LOCAL)) -> tuple[int, dict[str, str]]:
-    """Status and headers of a guarded application that answers all with 200."""
+def answered(
+    path: str, host: str, hosts: frozenset[str] | None = frozenset(guard.LOCAL), body: bytes = b"", kind: bytes = b""
+) -> tuple[int, dict[str, str]]:
+    """Status and headers of a guarded application that answers all with 200, having read the `body`."""
     sent: list[dict[str, Any]] = []
+    parts = [{"type": "http.request", "body": body[a : a + 10], "more_body": a + 10 < len(body)}
+             for a in range(0, len(body), 10)]  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop(0)
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
+        read = b""
+        while len(read) < len(body):
+            read += (await receive())["body"]
+        assert read == body
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "headers": [(b"host", host.encode())]}
-    asyncio.run(guard.Guard(inner, hosts)(scope, None, send))
+    headers = [(b"host", host.encode()), (b"content-type", kind)]
+    scope = {"type": "http", "method": "POST" if body else "GET", "path": path, "headers": headers}
+    asyncio.run(guard.Guard(inner, hosts)(scope, receive, send))
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
@@ -94,3 +110,13 @@ def test_other_names_and_addresses_to_fetch_are_refused() -> None:
     assert answered("/gradio_api/file=/tmp/x.png", "localhost")[0] == 200
     policy = answered("/", "localhost")[1]["content-security-policy"]
     assert "default-src 'self'" in policy and "connect-src 'self'" in policy and "http" not in policy
+
+
+def test_a_file_named_by_an_address_is_refused() -> None:
+    """Gradio would fetch it; however the address is spelled. A caption may hold one, and so may an upload."""
+    for path in ("http://a.b/x.png", "HTTPS://a.b", " https://a.b", "\\u0068ttp://a.b"):
+        body = f'{{"data": [[{{"path": "{path}", "meta": {{"_type": "gradio.FileData"}}}}]]}}'.encode()
+        assert answered("/gradio_api/queue/join", "localhost", body=body)[0] == 403
+        assert answered("/gradio_api/upload", "localhost", body=body, kind=b"multipart/form-data; boundary=x")[0] == 200
+    for body in (b'{"data": ["see http://a.b", {"path": "/tmp/x.png"}]}', b"no JSON: http://a.b"):
+        assert answered("/gradio_api/queue/join", "localhost", body=body)[0] == 200
