@@ -16,6 +16,7 @@ from training.drawing.inversions import Inversion, Styled
 from training.drawing.restoration import Restoration
 from training.drawing.start import Group, Start
 from training.ledger import Ledger
+from training.messages import note
 
 if TYPE_CHECKING:
     import argparse
@@ -53,6 +54,10 @@ class OwnNoise(Start):
         from ldm.image_tasks import windowed
         from ldm.tasks import Task
 
+        if size and size != pipeline.size and not self.windows:
+            asked, trained = ("x".join(map(str, sides)) for sides in (size, pipeline.size))
+            repeats = f"drawn at {asked}, while the model was trained at {trained}: things may be repeated or torn"
+            note(f"{repeats}; --windows N draws a larger picture in windows of the trained size")
         held = Task(hold=windowed(pipeline, self.windows))
         return lambda requests: iter([(requests, lambda part: held)])
 

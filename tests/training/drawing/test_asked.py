@@ -92,6 +92,19 @@ def test_the_sizes_proposed_are_drawn(denoiser: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "key" / PICTURE).size == (16, 24)
 
 
+def test_another_size_than_the_trained_one_is_told(
+    denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As height x width; not of the trained size itself, nor of windows of it."""
+
+    def told(*flags: str) -> bool:
+        assert tiny.call("generate", *words(denoiser, tmp_path / "-".join(flags), "--prompt", "x", *flags)) == 0
+        return "drawn at 16x48, while the model was trained at 32x32" in capsys.readouterr().err
+
+    assert told("--size", "16x48") and not told("--size", "32")
+    assert not told("--size", "32x64", "--windows", "4")
+
+
 def test_what_the_encoder_does_not_read_is_told(
     denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
