@@ -7,7 +7,6 @@ import shlex
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -81,22 +80,6 @@ def test_from_pictures_to_pictures_by_the_lines_alone(
     capsys.readouterr()
     paste(measuring)
     assert "frechet_generated" in capsys.readouterr().out
-
-
-def test_too_few_held_out_pictures_are_not_to_be_measured(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One fewer than are compared as a set; or training pictures, where none are held out."""
-
-    def verbs(split: str, least: int) -> list[str]:
-        monkeypatch.setattr("training.stages.denoiser_job.COMPARED", least)
-        given: Any = {"latents": str(latents), "device": "cpu", "text_encoder": None}
-        data = Latents(ShardSet(latents, split))
-        config = SimpleNamespace(text=None)
-        job: Any = SimpleNamespace(args=SimpleNamespace(**given), config=config, dataset=data, held_out=data)
-        return [shlex.split(line)[1].rpartition("/")[2] for line in DenoiserJob.next_steps(job, Path("run"))]
-
-    held = len(ShardSet(latents, "val"))
-    assert verbs("val", held) == ["generate.py", "evaluate.py"]
-    assert verbs("val", held + 1) == verbs("train", 1) == ["generate.py"]
 
 
 def grey(level: int) -> bytes:

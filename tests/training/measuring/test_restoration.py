@@ -199,7 +199,7 @@ def test_in_latents_the_autoencoder_is_a_row_of_its_own(
 ) -> None:
     found = report(denoiser, shapes, "--restore", "gaussian-blur", "--guidance-scale", 3)
     assert list(found["beside"]) == ["truth", "autoencoder", "pseudo-inverse"]
-    assert found["beside"]["autoencoder"]["psnr"] < 60 and list(found["restored"]) == ["ddnm"]
+    assert found["beside"]["autoencoder"]["psnr"] < 60 and list(found["restored"]) == ["pigdm"]
     assert "guidance of scale 3" in capsys.readouterr().err
 
 
