@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,30 +60,6 @@ def test_published_networks_have_their_published_size(name: str) -> None:
         else:
             parts = [config.backbone.build(channels=4, context_dim=context)]
     assert sum(p.numel() for part in parts for p in part.parameters()) == count
-
-
-def test_an_installed_wheel_finds_its_configs_from_any_directory_and_holds_the_demo(tmp_path: Path) -> None:
-    """Built from a copy, unpacked, and asked from elsewhere with nothing of this checkout on the path."""
-    pytest.importorskip("setuptools", "77")
-    copy, site = tmp_path / "copy", tmp_path / "site"
-    leave = shutil.ignore_patterns("__pycache__")
-    for name in ("autoencoder", "ldm", "training", "configs"):
-        shutil.copytree(tiny.ROOT / name, copy / name, ignore=leave)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(tiny.ROOT / name, copy / name)
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
-    run = partial(subprocess.run, capture_output=True, text=True, timeout=240)
-    built = run([sys.executable, "-c", build], cwd=copy)
-    assert built.returncode == 0, built.stderr[-2000:]
-    shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
-    sources = [path.relative_to(copy) for path in copy.glob("*/**/*.py") if "build" not in path.parts]
-    demo = [path.relative_to(copy) for path in (copy / "training/models/demo").rglob("*") if path.is_file()]
-    assert len(sources) > 100 and len(demo) == 9
-    assert not [path for path in sources + demo if not (site / path).is_file()]
-    ask = "from training.settings import decoding as d; print({s: d.names(s) for s in d.STAGES}, d.__file__)"
-    told = run([sys.executable, "-S", "-c", ask], cwd=tmp_path, env={"PYTHONPATH": str(site)})
-    expected = {stage: decoding.names(stage) for stage in decoding.STAGES}
-    assert told.stdout.strip() == f"{expected} {site / 'training' / 'settings' / 'decoding.py'}", told.stderr
 
 
 def told(stage: str, source: object, overrides: dict[str, str] | None = None) -> UserError:
