@@ -205,12 +205,15 @@ def verdict(numbers: dict[str, Any]) -> str:
         f"{1 - chance:.1%} of held-out pictures do ({chance:.1%} would be chance); of those of training captions "
         f"{by_caption[0]:.1%}, of held-out captions {by_caption[1]:.1%}; C_T {z:.1f}"
     )
+    seen = numbers["copy_score_reconstructed"]
+    through = f"of training pictures that went through the autoencoder only {seen:.0%} do"
+    if low > chance and seen < SEEN:
+        return f"{said}: copies, or pictures so blurred that they lie near many, for {through}. {LATER}"
     if low > chance:
         return f"{said}: the model repeats training pictures. To do: {ADVICE}; {LATER}"
     if z < -3:
         return f"{said}: no single picture stands out, but as a whole they lie nearer than held-out ones. {LATER}"
-    if (seen := numbers["copy_score_reconstructed"]) < SEEN:
-        through = f"of training pictures that went through the autoencoder only {seen:.0%} do"
+    if seen < SEEN:
         return f"{said}: that says little, for {through}: {BLIND}"
     return f"{said}: no sign of copies"
 

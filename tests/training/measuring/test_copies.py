@@ -213,6 +213,8 @@ def test_the_verdict_is_in_plain_words() -> None:
     few = {"copy_score": 0.06, "copy_score_95": [0.03, 0.1]}
     assert verdict(clear | few).endswith("no sign of copies")
     assert "as a whole they lie nearer" in verdict(clear | few | {"c_t": -3.5})
+    blurred = verdict(clear | {"copy_score": 0.12, "copy_score_95": [0.08, 0.17], "copy_score_reconstructed": 0.4})
+    assert "copies, or pictures so blurred" in blurred and "repeats training pictures" not in blurred
     blind = verdict(clear | few | {"copy_score_reconstructed": 0.4})
     assert "says little, for of training pictures that went through the autoencoder only 40% do" in blind
 
