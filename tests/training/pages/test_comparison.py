@@ -60,7 +60,7 @@ def test_names_tell_runs_apart_without_telling_whose_they_are() -> None:
     def names(*folders: str) -> list[str]:
         return comparison.names([Path(folder) for folder in folders])
 
-    assert names("/work/runs/a", "/work/runs/b") == ["a", "b"]
-    assert names("/work/runs/shapes/dit", "/work/runs/fashion/dit") == ["shapes/dit", "fashion/dit"]
+    assert names("/x/runs/a", "/x/runs/b") == ["a", "b"]
+    assert names("/x/runs/shapes/dit", "/x/runs/fashion/dit") == ["shapes/dit", "fashion/dit"]
     assert names("/home/ann/dit", "/home/bob/dit") == ["dit (1)", "dit (2)"]
-    assert names("/work/runs/a", "/work/runs/a") == ["a (1)", "a (2)"]
+    assert names("/x/runs/a", "/x/runs/a") == ["a (1)", "a (2)"]
