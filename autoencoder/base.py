@@ -17,7 +17,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def parameters(module: object) -> str:
+def size_in_words(module: object) -> str:
     """Their number, in words: "4.9 M parameters"; none where it is no module."""
     count = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
     for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
@@ -41,7 +41,7 @@ class Autoencoder(nn.Module, ABC):
 
     def __repr__(self) -> str:
         latents = f"{self.latent_channels} channels at 1/{self.factor} of the size"
-        return f"autoencoder {type(self).__name__}: {parameters(self)}, {self.image_channels} channels to {latents}"
+        return f"autoencoder {type(self).__name__}: {size_in_words(self)}, {self.image_channels} channels to {latents}"
 
     @abstractmethod
     def forward(

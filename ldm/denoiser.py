@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from autoencoder.base import parameters
+from autoencoder.base import size_in_words
 from ldm.conditioning import Cond
 from ldm.diffusion import Denoised, Diffusion
 from ldm.schedules import NoiseSchedule, per_sample
@@ -76,7 +76,7 @@ class Denoiser(Conditional):
 
     def __repr__(self) -> str:
         process = f"predicts {self.diffusion.prediction.kind} on the schedule {self.schedule.kind}"
-        return f"denoiser {type(self.backbone).__name__}: {parameters(self.backbone)}, {process}"
+        return f"denoiser {type(self.backbone).__name__}: {size_in_words(self.backbone)}, {process}"
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from autoencoder.base import Autoencoder, parameters
+from autoencoder.base import Autoencoder, size_in_words
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.arguments import Also, Captions, Seeds, Words, each_caption, each_seed, each_weight, one_each, translated
@@ -67,7 +67,7 @@ class Pipeline:
         plan, guidance = self.sampling, self.sampling.guidance
         scale = f", scale {guidance.scale:g}" if isinstance(guidance, Scaled) else ""
         yield from map(repr, (self.denoiser, self.autoencoder))
-        yield f"text encoder {type(self.text).__name__}: {parameters(self.text)}"
+        yield f"text encoder {type(self.text).__name__}: {size_in_words(self.text)}"
         latents = "x".join(map(str, self.latent_shape(self.size)))
         yield f"pictures of {_size(self.size)} pixels (height x width) from latents of {latents}"
         yield f"{plan.steps} steps of {plan.sampler.kind} on the grid {plan.grid.kind}, guidance {guidance.kind}{scale}"

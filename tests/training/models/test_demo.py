@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoencoder.base import parameters
+from autoencoder.base import size_in_words
 from autoencoder.fidelity import psnr
 from autoencoder.images import to_uint8, to_unit
 from ldm.diffusion_classifier import DiffusionClassifier
@@ -153,8 +153,8 @@ def test_it_tells_itself_in_a_few_lines(demo: HashedPipeline) -> None:
     ]
     assert repr(demo.denoiser) == told[1].strip(" ,") and "\n" not in repr(demo.autoencoder)
     count = sum(p.numel() for p in demo.autoencoder.parameters())
-    assert parameters(demo.autoencoder) == f"{count / 1000:.1f} k parameters" and 680_000 < count < 684_000
-    assert parameters(torch.nn.Linear(9, 11)) == "110 parameters" and parameters(None) == "0 parameters"
+    assert size_in_words(demo.autoencoder) == f"{count / 1000:.1f} k parameters" and 680_000 < count < 684_000
+    assert size_in_words(torch.nn.Linear(9, 11)) == "110 parameters" and size_in_words(None) == "0 parameters"
 
 
 def test_it_draws_pairs_of_shape_and_colour_that_it_never_saw(demo: HashedPipeline) -> None:
