@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from training.commands import HIDDEN, door
@@ -46,11 +46,13 @@ def beside(path: str | Path, role: str) -> str:
     return str(place)
 
 
-def prompt(captions: Iterable[str]) -> list[str]:
-    """The first of some captions that can be pasted as one line, as words of a command."""
+def prompt(captions: Iterable[str], known: Callable[[str], bool] = bool) -> list[str]:
+    """The first of some captions that can be pasted as one line, as words of a command; of those `known` to the model
+    if there are any."""
     looked_at = [caption for caption, _ in zip(captions, range(LOOKED_AT), strict=False)]
-    sound = (text for text in looked_at if text.strip() and "\n" not in text and printable(text) == text)
-    text = next((text for text in sound if len(text) <= LONGEST), "")
+    one_line = (text for text in looked_at if text.strip() and "\n" not in text and printable(text) == text)
+    sound = [text for text in one_line if len(text) <= LONGEST]
+    text = next((text for text in sound if known(text)), (sound or [""])[0])
     return [f"--prompt={text}"] if text.startswith("-") else ["--prompt", text]
 
 

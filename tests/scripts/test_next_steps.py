@@ -14,9 +14,11 @@ import tiny
 from packs import png, tar
 from PIL import Image
 
+from ldm.text.tokenizer import WordTokenizer
 from training.data.latents import Latents
 from training.doors.make_shards import main as make_shards
 from training.errors import Unreachable
+from training.models.text_encoders import keep_vocabulary, known_words
 from training.next_step import SCRIPTED, again, beside, prompt, tell_next
 from training.next_step import encoding as encoding_of
 from training.shards.reading import ShardSet
@@ -119,6 +121,23 @@ def test_a_prompt_that_can_be_pasted(captions: list[str], words: list[str]) -> N
     assert prompt(captions) == words
 
 
+def test_a_prompt_of_known_words() -> None:
+    """Those after the first caption that the model does not know; the first, where it knows none."""
+    captions = ["", "a broken heart", "a red heart", "a blue heart"]
+    assert prompt(captions, lambda caption: "broken" not in caption) == ["--prompt", "a red heart"]
+    assert prompt(captions, lambda caption: False) == ["--prompt", "a broken heart"]
+
+
+def test_words_that_a_model_knows(tmp_path: Path) -> None:
+    """By its vocabulary; every caption without one, or with labels."""
+    assert known_words(tmp_path)("a dog")
+    keep_vocabulary('{"classes": ["", "a cat"]}', tmp_path)
+    assert known_words(tmp_path)("a dog")
+    keep_vocabulary(WordTokenizer.build(["a cat", "classes"], 8, 100).to_json(), tmp_path)
+    assert [known_words(tmp_path)(caption) for caption in ("a cat", "a dog")] == [True, False]
+    assert known_words(tmp_path)("A cat classes")
+
+
 def test_only_flags_that_say_something_are_given_again() -> None:
     assert again({"device": "auto", "tile": 0, "cache-dir": None, "channels": 4}) == ["--channels", "4"]
 
@@ -179,13 +198,18 @@ def test_a_preview_is_measured(autoencoder: Path, shapes: Path, tmp_path: Path, 
 def test_what_evaluate_would_refuse_is_not_proposed(
     count: int, split: str, measured: bool, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer held-out pictures than are compared, or none, so that training ones stand in for them."""
-    held_out = {"__len__.return_value": count, "shards.split": split, "captions.return_value": ["a cat"]}
+    """Fewer held-out pictures than are compared, or none, so that training ones stand in for them; the prompt has
+    words that the model knows."""
+    captions = {"captions.side_effect": lambda place: ["a cat" if place else "a dog"]}
+    held_out = {"__len__.return_value": count, "shards.split": split, **captions}
     monkeypatch.setattr("training.stages.denoiser_job.noted_pictures", lambda folder: "data")
     job = object.__new__(DenoiserJob)
     job.args, job.config = Namespace(latents=latents, device="cpu", text_encoder=None), SimpleNamespace(text=None)
     job.dataset, job.held_out = Latents(ShardSet(latents)), MagicMock(**held_out)
-    verbs = [shlex.split(command)[1] for command in job.next_steps(tmp_path / "run")]
+    keep_vocabulary(WordTokenizer.build(["a cat"], 8, 100).to_json(), tmp_path / "run" / "final")
+    drawing, *others = map(shlex.split, job.next_steps(tmp_path / "run"))
+    assert value(drawing, "--prompt") == "a cat"
+    verbs = [drawing[1], *(words[1] for words in others)]
     assert [Path(verb).stem for verb in verbs] == ["generate", "evaluate"][: 1 + measured]
 
 

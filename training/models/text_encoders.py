@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from ldm.conditioning import Cond
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
+from ldm.text.tokenizer import WordTokenizer
 from training.errors import CHECKPOINT, UserError
 from training.files import write_bytes, write_json
 from training.guarding import disk_error, make_folder, read_record, read_whole
@@ -224,3 +225,12 @@ def stored_vocabulary(folder: Path) -> str:
     if "vocabulary" in found and not (type(found.get("length")) is int and type(found.get("rule", 1)) is int):
         raise UserError(f"{path}: length must be a whole number", hint="use another copy of it", code=CHECKPOINT)
     return read_whole(path).decode("utf-8")
+
+
+def known_words(folder: Path) -> Callable[[str], bool]:
+    """Whether a caption has only words of the vocabulary stored there; where none is, every caption has."""
+    stored = stored_vocabulary(folder) if holds_vocabulary(folder) else "{}"
+    if "vocabulary" not in json.loads(stored):
+        return bool
+    tokenizer = WordTokenizer.from_json(stored)
+    return lambda caption: not tokenizer.unknown(caption)

@@ -16,6 +16,7 @@ from training.data.latents import Latents
 from training.errors import as_user_error
 from training.models import assembly
 from training.models.captions_read import refuse_unread
+from training.models.text_encoders import known_words
 from training.next_step import again, beside, prompt
 from training.shards.index import data_facts, noted_pictures, pictures_facts
 from training.shards.reading import COMPARED, ShardSet, held_out_shards
@@ -107,12 +108,13 @@ class DenoiserJob(Job):
         return self.parts.backbone.state_dict()
 
     def next_steps(self, run: Path) -> list[str]:
-        """To draw, with a held-out caption as prompt (of labels, one that was trained on), and to measure on enough."""
+        """To draw, with a held-out caption of known words as prompt (of labels, a trained one), and to measure on
+        enough."""
         args, summary = self.args, self.dataset.shards.summary
         shown = self.dataset if isinstance(self.config.text, Label) else self.held_out
         captions = (caption for place in range(len(shown)) for caption in shown.captions(place)[:1])
         also = again({"device": args.device, "text-encoder": args.text_encoder})
-        words = ["--model", run, *prompt(captions), "--output", beside(run, "pictures")]
+        words = ["--model", run, *prompt(captions, known_words(run / "final")), "--output", beside(run, "pictures")]
         commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
         if self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))
