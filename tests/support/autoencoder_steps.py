@@ -88,12 +88,5 @@ def gradients(module: torch.nn.Module) -> Tensor:
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in module.parameters()])
 
 
-def assert_same_gradient(found: Tensor, wanted: Tensor, within: float = 1e-4) -> None:
-    """Equal but for a share of the norm. Rounding is 1e-6 to 5e-6 of it, and of a small element far more: that depends
-    on the processor."""
-    error, norm = (found - wanted).norm(), wanted.norm()
-    assert error <= within * norm, f"gradients of norm {norm:.1e} differ by {error:.1e}"
-
-
 def weights(module: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])

@@ -12,7 +12,7 @@ from typing import Any
 import autoencoder_steps
 import pytest
 import torch
-from autoencoder_steps import DEEP, NETWORK, assert_same_gradient, gradients, pictures, step, weights
+from autoencoder_steps import DEEP, NETWORK, gradients, pictures, step, weights
 
 from autoencoder.images import to_unit
 from autoencoder.posterior import Posterior
@@ -122,7 +122,9 @@ def test_compiled(make: Callable[..., tuple[AutoencoderStage, Loop]], monkeypatc
     for number in (2, 4):  # without and with the adversary
         step(stage, loop, number), step(plain, plain_loop, number)
         for ours, theirs in ((stage.model, plain.model), (stage.discriminator, plain.discriminator)):
-            assert_same_gradient(gradients(ours), gradients(theirs))
+            found, wanted = gradients(ours), gradients(theirs)
+            rounding = 1e-5 * wanted.abs().max().item()  # of sums of large elements, whose order is the processor's
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=rounding)
         loop.step(number, 1e-5), plain_loop.step(number, 1e-5)
 
 
@@ -201,7 +203,7 @@ def test_extras_do_not_depend_on_the_split_and_survive_a_resume(
         step(split, split_loop, number, 2)
         if name != "lfq":  # its batch entropy is that of a micro-batch
             for ours, theirs in ((whole.model, split.model), (whole.discriminator, split.discriminator)):
-                assert_same_gradient(gradients(theirs), gradients(ours), within=2e-3)
+                assert (gradients(ours) - gradients(theirs)).norm() <= 2e-3 * gradients(ours).norm(), number
         whole_loop.step(number, 1e-5), split_loop.step(number, 1e-5)
         if number >= 3:
             step(later, later_loop, number), later_loop.step(number, 1e-5)
@@ -224,7 +226,7 @@ def test_learned_log_variance(make: Callable[..., tuple[AutoencoderStage, Loop]]
     assert values["loss"].item() == pytest.approx(loss * scale + 0.7, rel=1e-5)
     assert spread.value.grad is not None
     assert spread.value.grad.item() == pytest.approx(1 - loss * scale, rel=1e-5)
-    assert_same_gradient(gradients(stage.model), scale * gradients(plain.model))
+    torch.testing.assert_close(gradients(stage.model), scale * gradients(plain.model), rtol=1e-3, atol=1e-6)
     loop.step(0, 1e-2)
     towards = 1 if math.log(loss) > 0.7 else -1  # its best value is log loss
     assert spread.value.item() == pytest.approx(0.7 + towards * 1e-2, abs=1e-4)  # Adam's first step
