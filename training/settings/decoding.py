@@ -50,7 +50,9 @@ class DenoiserConfig:
 
     backbone: Any
     text: Any
+    adapter: Any
     conditioning: Conditioning
+    image: Any
     schedule: NoiseSchedule
     prediction: Any
     times: Any

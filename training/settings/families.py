@@ -25,6 +25,8 @@ FAMILIES = {  # section: a module or package of ldm, and the tuple there that li
     "measurement": ("inverse/measurement", "MEASUREMENTS"),
     "posterior": ("inverse/posterior", "POSTERIORS"),
     "coupling": ("coupling", "COUPLINGS"),
+    "adapter": ("adapters", "ADAPTERS"),
+    "image": ("image_conditions", "IMAGE_CONDITIONS"),
 }
 
 
@@ -95,9 +97,11 @@ def families(stage: str) -> Families:
 
         losses = {"loss": (Loss,), "latent": LATENT_REGULARISERS, "discriminator": DISCRIMINATORS}
         return {"model": AUTOENCODERS, **losses, **common}
+    from ldm.adapters import ADAPTERS
     from ldm.backbones import BACKBONES
     from ldm.grids import GRIDS
     from ldm.guidance import GUIDANCES
+    from ldm.image_conditions import IMAGE_CONDITIONS
     from ldm.objectives import OBJECTIVES
     from ldm.pairing import PAIRINGS
     from ldm.predictions import PREDICTIONS
@@ -109,9 +113,10 @@ def families(stage: str) -> Families:
 
     process: Families = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "times": TIMES, "weighting": WEIGHTINGS}
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
-    networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "conditioning": (Conditioning,)}
+    networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "adapter": ADAPTERS}
+    conditions: Families = {"conditioning": (Conditioning,), "image": IMAGE_CONDITIONS}
     learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES}
-    return {**networks, **process, **learning, **common, **sampling, "format": (Format,)}
+    return {**networks, **conditions, **process, **learning, **common, **sampling, "format": (Format,)}
 
 
 def kinds(section: str) -> list[str]:

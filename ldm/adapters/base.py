@@ -1,0 +1,53 @@
+"""What every adapter is: parameters learned upon a frozen base, and the way they are put to work in it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ldm.backbones.base import Backbone
+from ldm.checks import Checked
+from ldm.text import TextEncoder
+
+
+class Adapter(nn.Module, ABC):
+    """What is learned upon a frozen base, and nothing of the base: its parameters are all that a run stores.
+
+    `strength` multiplies what it does; at 0 the base answers as it does alone, bit for bit. `hint`: the extra of `Cond`
+    that it reads, "" for none.
+    """
+
+    def __init__(self, hint: str = "") -> None:
+        super().__init__()
+        self.strength, self.hint = 1.0, hint
+
+    @abstractmethod
+    def attach(self, backbone: Backbone, text: TextEncoder) -> tuple[Backbone, TextEncoder]:
+        """Backbone and text encoder with this adapter at work in them: the same modules changed in place, or others
+        around them. Several adapters are attached one after the other; the parameters of the base stay as they are."""
+
+
+class AdapterConfig(Checked, ABC):
+    """The config of an adapter: a frozen dataclass with a `kind`."""
+
+    @abstractmethod
+    def build(self, backbone: Backbone, text: TextEncoder) -> Adapter:
+        """A freshly initialised adapter for this base, not yet attached. Raises ValueError where the base has nothing
+        that it could be put on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAdapter(AdapterConfig):
+    """Config of a denoiser that is itself trained."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self, backbone: Backbone, text: TextEncoder) -> Adapter:
+        """Raises ValueError: there is nothing to build."""
+        raise ValueError("adapter.kind is none: there is nothing to be learned upon the base")
+
+
+ADAPTERS = (NoAdapter,)
