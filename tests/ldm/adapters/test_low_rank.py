@@ -254,8 +254,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
 def test_autocast_adds_in_float32_and_everything_learns() -> None:
     backbone, (x, level, cond) = build(SMALL["unet"]).float().requires_grad_(False), inputs()
     adapter = attached(LoRA(rank=2), backbone)
-    layer: Any = backbone.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
-    plain = layer.weight
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer: Any = backbone.get_submodule(name)
+    delta = adapter.get_submodule(f"backbone.{name}")
+    plain = plain_state(backbone)[f"{name}.weight"] + delta.scale * (delta.B @ delta.A)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.weight, plain)
         y = backbone(x.float(), level, cond.to("cpu", torch.float32))
