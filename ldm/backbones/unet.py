@@ -144,12 +144,12 @@ class WayDown(nn.Module):
     """The first half of a U-Net, whose `PARTS` are its modules: the features at full size, all levels, the middle."""
 
     PARTS: ClassVar = ("conv_in", "time_embedding", "class_embedding", "down_blocks", "mid_block")
-    config: UNet
     conv_in: nn.Conv2d
     time_embedding: Projection
     class_embedding: Projection | None
     down_blocks: nn.ModuleList
     mid_block: MiddleBlock
+    position: bool
 
     def down(self, x: Tensor, noise_level: Tensor, cond: Cond, first: Tensor | None = None,
              residuals: Sequence[Tensor | None] = ()) -> tuple[list[Tensor], Given]:
@@ -157,12 +157,12 @@ class WayDown(nn.Module):
 
         `first` is added to the first features, `residuals` to what each level gives, before its size is halved.
         """
-        time = self.time_embedding(sinusoid(noise_level, self.config.channels[0]))
+        time = self.time_embedding(sinusoid(noise_level, self.conv_in.out_channels))
         if self.class_embedding is not None and cond.pooled is not None:
             time = time + self.class_embedding(cond.pooled)
         given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask), cond.share)
         x = self.conv_in(x)
-        if self.config.position:
+        if self.position:
             table = sincos_table(x.shape[1], x.shape[2], x.shape[3], EXTENT, x.device)
             x = x + table.T.reshape(x.shape[1:]).to(x.dtype)
         kept = [x if first is None else x + first]
@@ -183,7 +183,7 @@ class CrossAttentionUNet(Backbone, WayDown):
         out_channels = channels * (2 if config.learned_variance else 1)
         widths = config.channels
         super().__init__(channels=channels, out_channels=out_channels, multiple=2 ** (len(widths) - 1))
-        self.config, time_dim = config, 4 * widths[0]
+        self.config, self.position, time_dim = config, config.position, 4 * widths[0]
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.time_embedding = Projection(widths[0], time_dim)
         self.class_embedding = Projection(pooled_dim, time_dim) if config.pooled else None
