@@ -16,8 +16,8 @@ from training.ledger import Effect, Ledger
 from training.packing.settings import Settings
 from training.packing.sources import safe_key
 from training.packing.trees import Directory
-from training.pictures.decoding import LARGEST_FILE, SUFFIXES, Crop, fit, load_image, square
-from training.pictures.hints import BLANK, BY_BACKGROUND, Bytes, Hint, hint_of, refuse
+from training.pictures.decoding import LARGEST_FILE, SUFFIXES, Crop, fit, load_image, refuse, square
+from training.pictures.hints import BLANK, BY_BACKGROUND, Bytes, Hint, hint_of
 
 UNUSED = "hint of no picture that was packed"
 File = tuple[bytes, str]  # a file's bytes and suffix

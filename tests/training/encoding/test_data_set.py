@@ -32,10 +32,10 @@ from training.encoding import data_set
 from training.errors import UserError
 from training.models.autoencoders import load_autoencoder
 from training.shards.index import ShardInfo, read_index, write_index
+from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
 from training.shards.remote import Remote
 from training.shards.verifying import verify
-from training.shards.indexing import index_folder
 from training.shards.writing import ShardWriter, write_shard
 
 SLOTS = [Slot(i, 0, i) for i in range(12)]
