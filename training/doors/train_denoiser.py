@@ -16,6 +16,8 @@ def main() -> None:
     parser.data.add_argument(
         "--text-encoder", metavar="NAME|DIR", help="frozen Hugging Face text encoder, for --text.kind huggingface"
     )
+    text = "with --init-from: words or labels that the run does not know get rows of their own, after its rows"
+    parser.data.add_argument("--new-words", action="store_true", help=text)
     args = parser.read_training()
     from training.stages.train import train
 
