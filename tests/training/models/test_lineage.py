@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.text import HuggingFace, Scratch
 from ldm.text.tokenizer import split
 from training.errors import UserError
 from training.loop.loop import Loop
 from training.models import assembly, autoencoders
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
+from training.models.init_from import refuse_new_words
 from training.models.lineage import INGREDIENTS
 from training.models.text_encoders import vocabulary_hash
 from training.pictures import grids
@@ -184,6 +187,14 @@ def test_new_words_get_rows_after_those_of_the_donor(
     assert run.hashes["vocabulary"] == record
     again = begun("train_denoiser", *words[:-2], tmp_path / "run", "--output", tmp_path / "third", "--new-words")
     assert again["denoiser.text.words.weight"].shape == rows.shape  # nothing is left to be added
+
+
+def test_a_frozen_text_encoder_takes_no_new_words() -> None:
+    for given, config in ((True, Scratch()), (False, HuggingFace())):
+        refuse_new_words(Namespace(new_words=given, init_from="RUN"), config)
+    with pytest.raises(UserError, match="--new-words: a frozen text encoder learns no words") as refused:
+        refuse_new_words(Namespace(new_words=True, init_from="RUN"), HuggingFace())
+    assert refused.value.code == 2 and refused.value.hint.startswith("leave --new-words out")
 
 
 def test_new_words_need_a_run_whose_words_they_are_added_to(latents: Path, denoiser: Path, tmp_path: Path) -> None:
