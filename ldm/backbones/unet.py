@@ -158,10 +158,9 @@ class SpatialTransformer(nn.Module):
         return x + _pointwise(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
 
 
-def _pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
+def _pointwise(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
     """A linear layer, or the same thing stored as a 1x1 convolution, on tokens (B, N, D)."""
-    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-    return F.linear(tokens, weight.flatten(1), bias)
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Resample(nn.Module):
