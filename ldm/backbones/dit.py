@@ -27,7 +27,8 @@ class DiT(BackboneConfig):
     encoder's pooled vector to the time embedding: through a learned projection, or as it comes with
     `pooled_projection = False` (the published class embedding; pooled_dim must equal width). `cross_norm = False`:
     cross-attention reads un-normalised tokens, as PixArt's does. `mlp = "gelu-tanh"` is what was published; exact GELU
-    is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width.
+    is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width. `frequency_shift`: the
+    frequencies of the noise level are 10000^(-i / (half - shift)); diffusers' class-conditional DiT has 1.
     """
 
     small: ClassVar[Mapping[str, Any]] = {"width": 32, "depth": 2, "heads": 2, "base_size": 8}
@@ -47,10 +48,12 @@ class DiT(BackboneConfig):
     norm: Literal["layer", "rms"] = "layer"
     position: Literal["sincos", "rope"] = "sincos"
     base_size: int = 32
+    frequency_shift: float = 0.0
     learned_variance: bool = False
     gradient_checkpointing: bool = False
 
-    limits: ClassVar = dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)")
+    limits: ClassVar = {**dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)"),
+                        "frequency_shift": f"[0, {LEVEL_FEATURES // 2})"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +176,7 @@ class DiffusionTransformer(Backbone):
         # Patches as they are published: C·p·p features of each go in, p·p·C come out.
         grid = x.reshape(*x.shape[:2], rows, patch, columns, patch)
         tokens = self.patch_embedding(grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
-        embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES))
+        embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES, shift=self.config.frequency_shift))
         if self.pooled_projection is not None and cond.pooled is not None:
             embedding = embedding + self.pooled_projection(cond.pooled)
         active = F.silu(embedding)
