@@ -1,4 +1,4 @@
-"""Several adapters trained and stored as one, as new words together with a low-rank adapter."""
+"""Several adapters trained and stored as one: new words together with a low-rank adapter, say."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ldm.adapters.base import Adapter
+from ldm.adapters.base import Adapter, AdapterConfig
+from ldm.adapters.words import TextualInversion, new_words
 from ldm.backbones.base import Backbone
 from ldm.text import TextEncoder
+
+
+def build(config: AdapterConfig, backbone: Backbone, text: TextEncoder) -> Adapter:
+    """The adapter of a config and, where it names words and is not itself of words, these beside it. Raises ValueError
+    as both do."""
+    made = config.build(backbone, text)
+    if not config.words or isinstance(config, TextualInversion):
+        return made
+    return Joined({"words": new_words(config, text), config.kind: made})
 
 
 class Joined(Adapter):

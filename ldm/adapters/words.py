@@ -16,38 +16,38 @@ from ldm.text.encoders import LabelEncoder, ScratchTextEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class TextualInversion(AdapterConfig):
-    """Config of new `words`. `kin`: the known word as which each begins, or one for all; with none they begin as every
-    word of a text encoder that learns: normal, of unit variance."""
+    """Config of new words and nothing else."""
 
     kind: Literal["textual-inversion"] = "textual-inversion"
-    words: tuple[str, ...] = ()
-    kin: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.kin) not in {0, 1, len(self.words)}:
-            raise ValueError(f"kin: one for all or one for each of {len(self.words)} words, not {len(self.kin)}")
-        if len(set(self.words)) < len(self.words):
-            raise ValueError("words: one is named twice")
 
     def build(self, backbone: Backbone, text: TextEncoder) -> Words:
-        """See `AdapterConfig.build`; ValueError too where a word is known, or a kin is not, or is not one word."""
-        encoder = _learner(text)
-        if not self.words:
-            raise ValueError("words: name the new words that are to be learned")
-        known = encoder.tokenizer
-        for key, word in [("words", word) for word in self.words] + [("kin", word) for word in self.kin]:
-            if (parts := known.words(word)) != [word]:
-                told = " ".join(map(repr, parts)) or "nothing"
-                raise ValueError(f"{key}: {word!r} is not one word as captions are read, but {told}")
-        encoder.check_new(self.words)
-        if unknown := [word for word in self.kin if known.unknown(word)]:
-            raise ValueError(f"kin: the text encoder does not know {unknown[0]!r} itself")
-        table = encoder.table().detach()
-        if not self.kin:
-            return Words(self.words, nn.init.normal_(table.new_empty(len(self.words), table.shape[1])))
-        places = [known.vocabulary.index(word) for word in self.kin * (len(self.words) // len(self.kin))]
-        return Words(self.words, table[places])
+        """See `AdapterConfig.build` and `new_words`."""
+        return new_words(self, text)
+
+
+def new_words(config: AdapterConfig, text: TextEncoder) -> Words:
+    """The `words` of a config, each beginning as its kin (one for all, or one for each); with none they begin as every
+    word of a text encoder that learns: normal, of unit variance.
+
+    Raises ValueError where there are none, or one is known or is not one word, or a kin is not known; and for a text
+    encoder that learns no words.
+    """
+    encoder = _learner(text)
+    if not config.words:
+        raise ValueError("words: name the new words that are to be learned")
+    known = encoder.tokenizer
+    for key, word in [("words", word) for word in config.words] + [("kin", word) for word in config.kin]:
+        if (parts := known.words(word)) != [word]:
+            told = " ".join(map(repr, parts)) or "nothing"
+            raise ValueError(f"{key}: {word!r} is not one word as captions are read, but {told}")
+    encoder.check_new(config.words)
+    if unknown := [word for word in config.kin if known.unknown(word)]:
+        raise ValueError(f"kin: the text encoder does not know {unknown[0]!r} itself")
+    table = encoder.table().detach()
+    if not config.kin:
+        return Words(config.words, nn.init.normal_(table.new_empty(len(config.words), table.shape[1])))
+    places = [known.vocabulary.index(word) for word in config.kin * (len(config.words) // len(config.kin))]
+    return Words(config.words, table[places])
 
 
 class Words(Adapter):

@@ -10,8 +10,9 @@ import test_text as models
 import torch
 from torch import Tensor
 
-from ldm.adapters import Adapter
-from ldm.adapters.joined import Joined
+from ldm.adapters import Adapter, NoAdapter
+from ldm.adapters.joined import Joined, build
+from ldm.adapters.low_rank import LoRA
 from ldm.adapters.words import TextualInversion, Words
 from ldm.text import HuggingFace, Label, Scratch, TextEncoder
 from ldm.text.encoders import ScratchTextEncoder
@@ -152,7 +153,9 @@ def test_kin_are_one_for_all_or_one_for_each() -> None:
     with pytest.raises(ValueError, match="kin: one for all or one for each of 3 words, not 2"):
         TextualInversion(words=("a", "b", "c"), kin=("red", "blue"))
     with pytest.raises(ValueError, match="words: one is named twice"):
-        TextualInversion(words=("a", "a"))
+        LoRA(words=("a", "a"))
+    with pytest.raises(ValueError, match="words: are learned by an adapter"):
+        NoAdapter(words=("a",))
 
 
 def test_text_encoders_that_learn_no_words_say_why() -> None:
@@ -178,3 +181,17 @@ def test_several_adapters_as_one() -> None:
     parts["dax"].hint = "image"
     joined.hint = "image-2"
     assert (joined.hint, parts["blicket"].hint, parts["dax"].hint) == ("image-2", "", "image-2")
+
+
+def test_words_beside_an_adapter_of_another_kind() -> None:
+    text = base()
+    backbone: Any = torch.nn.ModuleDict({"attention": torch.nn.ModuleDict({"out": torch.nn.Linear(4, 4)})})
+    config = LoRA(rank=2, words=("blicket",), kin=("red",), targets=("*.out",))
+    joined = build(config, backbone, text)
+    assert set(joined.state_dict()) == {
+        "parts.words.rows", "parts.lora.backbone.attention.out.A", "parts.lora.backbone.attention.out.B"}
+    assert joined.attach(backbone, text) == (backbone, text) and torch.equal(row(text, "blicket"), row(text, "red"))
+    with pytest.raises(ValueError, match="kin: the text encoder does not know 'zebra'"):
+        build(LoRA(words=("dax",), kin=("zebra",), targets=("*.out",)), backbone, text)
+    assert not isinstance(build(LoRA(targets=("*.out",)), backbone, text), Joined)
+    assert isinstance(build(TextualInversion(words=("dax",)), backbone, text), Words)
