@@ -210,7 +210,8 @@ def _fuse(weight: Tensor, parts: list[Part], usual: float, dora: bool) -> Part:
 def _magnitude(part: Part, own: Tensor) -> Tensor:
     """The norms that DoRA gives the rows of a weight. LyCORIS also has those of columns, which are another thing."""
     if not part:
-        return torch.linalg.vector_norm(own.flatten(1), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(own.flatten(1), dim=1)
+        return norms
     if "dora_scale" in part and len(part["dora_scale"]) != len(own):
         raise ValueError("dora_scale is of columns, not of rows")
     m = part.get("m", part.get("dora_scale"))
