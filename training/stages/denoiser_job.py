@@ -14,8 +14,8 @@ from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
 from training.errors import as_user_error
-from training.models import assembly
-from training.models.captions_read import refuse_unread
+from training.models import assembly, init_from
+from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.text_encoders import known_words
 from training.next_step import again, beside, prompt
 from training.shards.index import data_facts, noted_pictures, pictures_facts
@@ -62,14 +62,17 @@ class DenoiserJob(Job):
         """Backbone, text encoder and frozen autoencoder in a stage."""
         args, config = self.args, self.config
         torch.manual_seed(config.train.seed)
-        home = assembly.vocabulary_home(config.text, final, args.init_from)
+        init_from.refuse_new_words(args, config.text)
+        home = init_from.vocabulary_home(config.text, final, args.init_from)
+        grows = args.new_words and home != final  # a run that has begun keeps its vocabulary
         with as_user_error("change the config"):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
-            self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process)
+            self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process, grows=grows)
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
-            assembly.fill_network(parts, self.dataset, args.init_from, args.text_encoder)
+            init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
+            tell_unknown(parts.text, self.dataset, args.init_from)
         refuse_unread(parts.text, self.dataset)
         return self.trained
 
