@@ -32,6 +32,7 @@ from training.shards.reading import ShardSet
 from training.tensors import load_tensors, save_tensors
 
 HOMES = ("", "vae", "vqvae")  # where the autoencoder lies in a folder or a pipeline's
+VERSION = "0.35.0"  # of diffusers', whose config.json is written
 MEASURED = 1000  # pictures that the scale of latents is measured on, where it is asked for
 # What LDM calls what diffusers calls otherwise, in both halves.
 RENAMED = (
@@ -274,4 +275,4 @@ def export_autoencoder(path: str, output: Path) -> None:
     about, tensors = layout[1](model, tensors, shift, scale)
     make_folder(output)
     save_tensors(output / WEIGHTS, tensors, {"format": "pt"})
-    write_json(output / "config.json", {"_class_name": layout[0], "_diffusers_version": "0.35.0"} | about)
+    write_json(output / "config.json", {"_class_name": layout[0], "_diffusers_version": VERSION} | about)
