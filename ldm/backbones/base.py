@@ -76,6 +76,14 @@ class Backbone(nn.Module, ABC):
         image = need_extra(cond, "image", (len(x), self.image_channels, *x.shape[2:]))
         return torch.cat([x, image.to(x.dtype)], dim=1)
 
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError, saying what fits, for latents of the wrong channel count or size."""
+        channels, height, width = x.shape[1:]
+        if channels != self.channels:
+            raise ValueError(f"the latents have {channels} channels, the backbone was built for {self.channels}")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"latents of {height}x{width} do not fit: both sides must be divisible by {self.multiple}")
+
 
 class BackboneConfig(Checked, ABC):
     """What the config of a backbone declares: a frozen dataclass with a `kind`, and what others read of it.
