@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.base import Autoencoder, size_in_words
+from autoencoder.identity import IdentityAutoencoder
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.arguments import Also, Captions, Seeds, Words, each_caption, each_seed, each_weight, one_each, translated
@@ -23,6 +24,7 @@ from ldm.noise import Noise
 from ldm.samplers import sample
 from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
+from ldm.thresholding import Thresholded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,7 +50,13 @@ class Pipeline:
     tile: int = 0
 
     def __post_init__(self) -> None:
-        self.sampling.grid(self.sampling.steps, self.denoiser.schedule)
+        self._check(self.sampling)
+
+    def _check(self, plan: Sampling) -> None:
+        plan.grid(plan.steps, self.denoiser.schedule)
+        if plan.dynamic_threshold and not isinstance(self.autoencoder, IdentityAutoencoder):
+            raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have none: "
+                             "leave it out, or train on the latents of the autoencoder identity.")
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +118,7 @@ class Pipeline:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
-        plan.grid(plan.steps, self.denoiser.schedule)
+        self._check(plan)
         if refuse := getattr(self.text, "check", None):
             refuse([*captions, *negatives, *(caption for caption, _ in also)])
 
@@ -151,8 +159,10 @@ class Pipeline:
         cond, null = self.text(captions), self.text(negatives or [""])
         if also:
             weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
-            return beside(plan.guidance, denoiser, cond, weighed, null)
-        return plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+            guided = beside(plan.guidance, denoiser, cond, weighed, null)
+        else:
+            guided = plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+        return Thresholded(guided, plan.dynamic_threshold) if plan.dynamic_threshold else guided
 
     def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
         """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoencoder.identity import Identity, IdentityAutoencoder
 from autoencoder.norm import LatentNorm
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
@@ -22,6 +23,7 @@ from ldm.predictions import Velocity
 from ldm.samplers import Euler
 from ldm.schedules import Flow
 from ldm.tasks import Task
+from ldm.thresholding import thresholded
 
 DRAWN: list[int] = []
 PLAN = Sampling(sampler=Euler(), grid=Uniform(), guidance=ClassifierFree(scale=2.0), steps=2)
@@ -147,3 +149,18 @@ def test_the_fields_words_draw_the_same_pictures_bit_for_bit() -> None:
     (alone,) = drawn("bb", seed=8, negative_prompt="x", num_inference_steps=3, guidance_scale=5.0, height=8, width=16)
     assert alone.tobytes() == theirs[3].tobytes()
     assert alone.tobytes() != drawn("bb", seed=8, height=8, width=16)[0].tobytes()
+
+
+def test_only_pixels_are_thresholded() -> None:
+    """Latents have no range. In pixels what guidance is thresholded, in a plan as in the pipeline's own."""
+    bounded = replace(PLAN, dynamic_threshold=0.995)
+    with pytest.raises(ValueError, match="these are latents, which have none: leave it out"):
+        replace(pipeline(), sampling=bounded)
+    with pytest.raises(ValueError, match="these are latents"):
+        pipeline().pixels(["a"], sampling=bounded)
+    own = replace(pipeline(), autoencoder=IdentityAutoencoder(Identity()), sampling=bounded, size=(4, 4))
+    x, t = 9 * torch.ones(1, 3, 4, 4), torch.tensor(0.5, dtype=torch.float64)
+    free, held = (own.guided(["a"], plan=plan)(x, t).x0 for plan in (PLAN, None))
+    assert free.abs().max() > 1 and torch.equal(held, thresholded(free, 0.995))
+    other = own.guided(["a"], also=[("b", 2.0)])(x, t).x0
+    assert other.abs().max() <= 1
