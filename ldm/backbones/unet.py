@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import GEGLU, attend, blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
+from ldm.backbones.image import ImageInputs
 from ldm.conditioning import Cond, Parts, Share
 
 EXTENT = 32.0  # tokens that the position table covers, whatever the size
@@ -68,8 +69,9 @@ class UNet(BackboneConfig):
         """Attention heads at a level."""
         return self.channels[level] // self.head_dim if self.head_dim else self.heads
 
-    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> CrossAttentionUNet:
-        return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
+    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,
+              **image: Unpack[ImageInputs]) -> CrossAttentionUNet:
+        return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim)).shown(**image)
 
 
 class ResnetBlock(nn.Module):
@@ -276,7 +278,7 @@ class CrossAttentionUNet(Backbone):
 
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """See `Backbone.predict`."""
-        time = self.time_embedding(sinusoid(noise_level, self.config.channels[0]))
+        time = self.embedded(self.time_embedding(sinusoid(noise_level, self.config.channels[0])), cond)
         if self.class_embedding is not None and cond.pooled is not None:
             time = time + self.class_embedding(cond.pooled)
         given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask), cond.share)

@@ -1,0 +1,73 @@
+"""What a backbone is made to read of an image condition: channels behind those of the latents, and a level of noise."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.backbones.embed import Projection, sinusoid
+from ldm.conditioning import Cond
+
+FEATURES, LEVELS = 256, 1000.0  # of a level in [0, 1]: it is embedded as the noise levels 0 to 1000 are
+
+
+class ImageInputs(TypedDict, total=False):
+    """The channels of `Cond.extras["image"]` that are joined to the latents, and whether "image_level" is read."""
+
+    image_channels: int
+    image_level: bool
+
+
+class Widened(nn.Module):
+    """layer(x) + W more, for inputs x and then more; W is zero at first. Its weight is one tensor under the name of the
+    layer's own, as published inpainting models have it.
+
+    Two products and not one over all inputs, each of what lies in memory as it would alone: kernels differ in how they
+    round, and so at first the sum is layer(x) to the last bit.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, inputs: int) -> None:
+        super().__init__()
+        own = layer.weight.detach()
+        self.own = own.shape[1]
+        self.weight = nn.Parameter(torch.cat([own, own.new_zeros(len(own), inputs, *own.shape[2:])], dim=1))
+        self.bias, self.padding = layer.bias, getattr(layer, "padding", 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W) for a convolution, (B, N, inputs) for a linear layer."""
+        own, more = (part.contiguous() for part in self.weight.tensor_split([self.own], dim=1))
+        parts = x.tensor_split([self.own], dim=1 if own.ndim == 4 else -1)
+        x, image = (part.contiguous() for part in parts) if x.is_contiguous() else parts
+        if own.ndim == 2:
+            return F.linear(x, own, self.bias) + F.linear(image, more)
+        first = F.conv2d(x, own, self.bias, padding=self.padding)
+        return first + F.conv2d(image, more, padding=self.padding)
+
+
+class LevelEmbedding(nn.Module):
+    """A level in [0, 1], (B,) -> (B, width), added to the embedding of time; 0 at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.projection = Projection(FEATURES, width)
+        for parameter in self.projection.linear_2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, level: Tensor) -> Tensor:
+        y: Tensor = self.projection(sinusoid(level * LEVELS, FEATURES))
+        return y
+
+
+def need_extra(cond: Cond, name: str, shape: tuple[int, ...]) -> Tensor:
+    """`cond.extras[name]`. Raises ValueError where it is missing or of another shape."""
+    extra = cond.extras.get(name)
+    if extra is None:
+        given = ", ".join(cond.extras) or "none"
+        raise ValueError(f"the backbone reads an image condition, and the extra {name!r} is missing (given: {given})")
+    if extra.shape != shape:
+        size, wanted = ("x".join(map(str, sides)) for sides in (extra.shape, shape))
+        raise ValueError(f"the extra {name!r} is {size}, the backbone reads {wanted}")
+    return extra
