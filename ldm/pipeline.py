@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -128,11 +128,13 @@ class Pipeline:
                 part = slice(first, first + batch_size)
                 own = task(part) if task else NO_TASK
                 texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
+                extras = own.extras(noise) if own.extras else {}
                 if beside := own.reference:
+                    extras = {name: extra.repeat_interleave(1 + (len(extra) > 1), 0) for name, extra in extras.items()}
                     pairs = zip(one_each(beside.captions, len(texts)), texts, strict=True)
                     texts = [text for pair in pairs for text in pair]
                     others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
-                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None)
+                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None, extras)
                 seen = _without_references(watch) if watch and beside else watch
                 latents = self.latents(denoise, noise, own.shape or shape, plan, own, seen)
                 yield own.finish(to_uint8(self.decode(latents[1::2] if beside else latents)))
@@ -151,14 +153,18 @@ class Pipeline:
         return x if len(times) < 2 else sample(plan.sampler, denoise, x, times, noise, watch)
 
     def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
-               plan: Sampling | None = None, coupling: Coupling | None = None) -> Denoise:
+               plan: Sampling | None = None, coupling: Coupling | None = None,
+               extras: Mapping[str, Tensor] = {}) -> Denoise:  # noqa: B006  # nobody writes into it
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
-        under a `coupling` they are pairs, each caption after that of its reference."""
+        under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) are shown
+        with every caption, the negative ones too."""
         plan, captions = plan or self.sampling, each_caption(captions)
         denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
-        cond, null = self.text(captions), self.text(negatives or [""])
+        shown = {name: extra.expand(len(captions), *extra.shape[1:]) for name, extra in extras.items()}
+        cond, null = self.text(captions)._replace(extras=shown), self.text(negatives or [""])
         if also:
-            weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
+            texts = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
+            weighed = [(text._replace(extras=shown), weight) for text, weight in texts]
             guided = beside(plan.guidance, denoiser, cond, weighed, null)
         else:
             guided = plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
