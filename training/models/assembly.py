@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
+from ldm.backbones import Backbone
+from ldm.backbones.image import extended
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
@@ -31,6 +34,8 @@ from training.settings import decoding
 from training.shards.remote import NULL
 from training.tensors import content_hash, load_tensors, save_tensors
 
+Weights = dict[str, Tensor]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HashedPipeline(Pipeline):
@@ -43,7 +48,7 @@ class HashedPipeline(Pipeline):
 class Parts:
     """What stage two trains and draws with."""
 
-    backbone: nn.Module
+    backbone: Backbone
     text: TextEncoder
     autoencoder: Autoencoder
     pipeline: Pipeline
@@ -90,7 +95,8 @@ def assemble(
             text_source = vocabulary(config.text, dataset)
         text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
-    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim)
+    sizes, image = {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}, autoencoder.image_channels
+    backbone = config.backbone.build(channels=shape[0], **sizes, **config.image.inputs(shape[0], image))
     backbone, text = backbone.to(device), text.to(device)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes)
     return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, text_source)
@@ -189,9 +195,9 @@ def load_pipeline(
     hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
     same_ingredients(final, hashes)
     text, words = _stored_text(config.text, final, text_encoder)
-    backbone = config.backbone.build(
-        channels=autoencoder.latent_channels, context_dim=text.context_dim, pooled_dim=text.pooled_dim
-    )
+    channels, sizes = autoencoder.latent_channels, {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+    image = config.image.inputs(channels, autoencoder.image_channels)
+    backbone = config.backbone.build(channels=channels, **sizes, **image)
     _fill_learned(backbone, text, file, final)
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
@@ -218,15 +224,18 @@ def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEn
         return config.build(vocabulary), words
 
 
-def _fill_learned(backbone: nn.Module, text: TextEncoder, file: Path, final: Path) -> None:
-    """Load what was trained, from an exported `file` or from a checkpoint folder."""
+def _fill_learned(
+    backbone: nn.Module, text: TextEncoder, file: Path, final: Path, made: Callable[[Weights], Weights] = dict
+) -> None:
+    """Load what was trained, from an exported `file` or from a checkpoint folder; the backbone's as `made` of them."""
     if file.is_file():
-        fill(backbone, weights(file, "backbone"), file)
+        fill(backbone, made(weights(file, "backbone")), file)
         if text.trainable:
             fill(text, load_tensors(final / "text_encoder" / "model.safetensors"), final / "text_encoder")
         return
     network = weights(file, "denoiser")
-    fill(backbone, {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}, file)
+    of_backbone = {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}
+    fill(backbone, made(of_backbone), file)
     if text.trainable:
         fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
 
@@ -250,8 +259,9 @@ def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> P
     return folder.final
 
 
-def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | None = None) -> None:
-    """`--init-from`: the weights of another run of the same shape, nothing else.
+def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | None = None) -> int:
+    """`--init-from`: the weights of another run of the same shape, nothing else; zeros for what an image condition adds
+    to it. Returns how many channels that is.
 
     Nothing that is not taken over is loaded. Raises UserError where a text encoder that learns has not that run's
     vocabulary, or cannot take the captions, and where one given as `text_encoder` is not the frozen one of that run.
@@ -273,7 +283,17 @@ def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | 
             hint="labels cannot be added to: leave --init-from out",
             code=DATA,
         )
-    _fill_learned(parts.backbone, text, folder.weights, folder.final)
+    taken: dict[str, Weights] = {}
+
+    def widened(theirs: Weights) -> Weights:
+        taken["denoiser"] = theirs
+        return extended(theirs, parts.backbone)
+
+    _fill_learned(parts.backbone, text, folder.weights, folder.final, widened)
+    if text.trainable:
+        taken["text_encoder"] = text.state_dict()
     if folder.finished:  # what was written at its end says what it was
-        taken = {"denoiser": parts.backbone, **({"text_encoder": text} if text.trainable else {})}
-        same_ingredients(folder.final, {name: content_hash(part.state_dict()) for name, part in taken.items()})
+        same_ingredients(folder.final, {name: content_hash(part) for name, part in taken.items()})
+    layer, channels = f"{parts.backbone.input_layer}.weight", parts.shape[0]
+    wide, own = parts.backbone.state_dict()[layer].shape[1], taken["denoiser"][layer].shape[1]
+    return channels * (wide - own) // own

@@ -13,7 +13,8 @@ from torch import Tensor
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
-from training.errors import as_user_error
+from training.errors import DATA, UserError, as_user_error
+from training.machine.processes import announce
 from training.models import assembly
 from training.models.captions_read import refuse_unread
 from training.models.text_encoders import known_words
@@ -28,6 +29,7 @@ from training.stages.streams import stream_latents
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ldm.image_conditions import ImageCondition
     from training.settings.decoding import DenoiserConfig
 
 CAPTIONS = 5  # that a model card shows
@@ -69,8 +71,11 @@ class DenoiserJob(Job):
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
-            assembly.fill_network(parts, self.dataset, args.init_from, args.text_encoder)
+            added = assembly.fill_network(parts, self.dataset, args.init_from, args.text_encoder)
+            if added:
+                announce(accelerator, f"input widened by {added} channels for the image, zero at first")
         refuse_unread(parts.text, self.dataset)
+        refuse_without_image(config.image, self.dataset)
         return self.trained
 
     def description(self) -> str:
@@ -119,3 +124,10 @@ class DenoiserJob(Job):
         if self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))
         return commands
+
+
+def refuse_without_image(condition: ImageCondition, dataset: Latents) -> None:
+    """Raises UserError (code 3) where an image condition is made of what these latents do not hold."""
+    if condition.stored and "image" not in dataset.extras:
+        what = f"image.kind {condition.kind} is made of extra-image.npy, which these latents do not hold"
+        raise UserError(what, hint=f"encode them again, with {condition.stored}", code=DATA)
