@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.base import Autoencoder, size_in_words
+from autoencoder.identity import IdentityAutoencoder
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.arguments import Also, Captions, Seeds, Words, each_caption, each_seed, each_weight, one_each, translated
@@ -23,6 +24,7 @@ from ldm.noise import Noise
 from ldm.samplers import sample
 from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
+from ldm.thresholding import Thresholded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,7 +50,13 @@ class Pipeline:
     tile: int = 0
 
     def __post_init__(self) -> None:
-        self.sampling.grid(self.sampling.steps, self.denoiser.schedule)
+        self._check(self.sampling)
+
+    def _check(self, plan: Sampling) -> None:
+        plan.grid(plan.steps, self.denoiser.schedule)
+        if plan.dynamic_threshold and not isinstance(self.autoencoder, IdentityAutoencoder):
+            raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have none: "
+                             "leave it out, or train on the latents of the autoencoder identity.")
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +118,7 @@ class Pipeline:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
-        plan.grid(plan.steps, self.denoiser.schedule)
+        self._check(plan)
         if refuse := getattr(self.text, "check", None):
             refuse([*captions, *negatives, *(caption for caption, _ in also)])
 
@@ -120,11 +128,13 @@ class Pipeline:
                 part = slice(first, first + batch_size)
                 own = task(part) if task else NO_TASK
                 texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
+                extras = own.extras(noise) if own.extras else {}
                 if beside := own.reference:
+                    extras = {name: extra.repeat_interleave(1 + (len(extra) > 1), 0) for name, extra in extras.items()}
                     pairs = zip(one_each(beside.captions, len(texts)), texts, strict=True)
                     texts = [text for pair in pairs for text in pair]
                     others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
-                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None)
+                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None, extras)
                 seen = _without_references(watch) if watch and beside else watch
                 latents = self.latents(denoise, noise, own.shape or shape, plan, own, seen)
                 yield own.finish(to_uint8(self.decode(latents[1::2] if beside else latents)))
@@ -143,16 +153,22 @@ class Pipeline:
         return x if len(times) < 2 else sample(plan.sampler, denoise, x, times, noise, watch)
 
     def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
-               plan: Sampling | None = None, coupling: Coupling | None = None) -> Denoise:
+               plan: Sampling | None = None, coupling: Coupling | None = None,
+               extras: Mapping[str, Tensor] = {}) -> Denoise:  # noqa: B006  # nobody writes into it
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
-        under a `coupling` they are pairs, each caption after that of its reference."""
+        under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) are shown
+        with every caption, the negative ones too."""
         plan, captions = plan or self.sampling, each_caption(captions)
         denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
-        cond, null = self.text(captions), self.text(negatives or [""])
+        shown = {name: extra.expand(len(captions), *extra.shape[1:]) for name, extra in extras.items()}
+        cond, null = self.text(captions)._replace(extras=shown), self.text(negatives or [""])
         if also:
-            weighed = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
-            return beside(plan.guidance, denoiser, cond, weighed, null)
-        return plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+            texts = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
+            weighed = [(text._replace(extras=shown), weight) for text, weight in texts]
+            guided = beside(plan.guidance, denoiser, cond, weighed, null)
+        else:
+            guided = plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+        return Thresholded(guided, plan.dynamic_threshold) if plan.dynamic_threshold else guided
 
     def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
         """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,

@@ -148,8 +148,14 @@ def draw_with(
     diffusion = Diffusion(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
-    sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
+    sampling = sampling_of(config)
     return HashedPipeline(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size, hashes=hashes)
+
+
+def sampling_of(config: decoding.DenoiserConfig) -> Sampling:
+    """How a config says that pictures are made."""
+    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps,
+                    dynamic_threshold=config.sample.dynamic_threshold)
 
 
 def export_learned(parts: Parts, home: Path) -> None:
