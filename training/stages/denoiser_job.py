@@ -84,6 +84,10 @@ class DenoiserJob(Job):
         if image.stored and "image" not in self.dataset.extras:
             what = f"image.kind {image.kind} is made of extra-image.npy, which these latents do not hold"
             raise UserError(what, hint=f"encode them again, with {image.stored}", code=DATA)
+        made = self.dataset.shards.summary.get("image", {})
+        if image.kind == "low-res" and made.get("factor", image.factor) != image.factor:
+            what = f"image.factor is {image.factor}, the images of these latents are {made["factor"]} times smaller"
+            raise UserError(what, hint=f"--image.factor {made['factor']}")
         given = tuple(self.dataset.shards.summary["latent"]["picture"])
         if image.kind != "none" and drawn not in ((0, 0), given):
             sizes = ("x".join(map(str, size)) for size in (drawn, given))
