@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from ldm.backbones.base import Backbone
+from ldm.backbones import Backbone
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
@@ -31,6 +31,8 @@ from training.models.vocabulary import grown, vocabulary
 from training.settings import decoding
 from training.shards.remote import NULL
 from training.tensors import content_hash, load_tensors, save_tensors
+
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,7 +98,8 @@ def assemble(
             text_source = vocabulary(config.text, dataset)
         text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
-    backbone = config.backbone.build(channels=shape[0], context_dim=text.context_dim, pooled_dim=text.pooled_dim)
+    sizes, image = {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}, autoencoder.image_channels
+    backbone = config.backbone.build(channels=shape[0], **sizes, **config.image.inputs(shape[0], image))
     backbone, text = backbone.to(device), text.to(device)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes)
     return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, text_source)
@@ -153,8 +156,9 @@ def draw_with(
 
 
 def sampling_of(config: decoding.DenoiserConfig) -> Sampling:
-    """How a config has pictures drawn."""
-    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
+    """How a config says that pictures are made."""
+    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps,
+                    dynamic_threshold=config.sample.dynamic_threshold)
 
 
 def export_learned(parts: Parts, home: Path) -> None:
@@ -200,9 +204,9 @@ def load_pipeline(
     hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
     same_ingredients(final, hashes)
     text, words = _stored_text(config.text, final, text_encoder)
-    backbone = config.backbone.build(
-        channels=autoencoder.latent_channels, context_dim=text.context_dim, pooled_dim=text.pooled_dim
-    )
+    channels, sizes = autoencoder.latent_channels, {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+    image = config.image.inputs(channels, autoencoder.image_channels)
+    backbone = config.backbone.build(channels=channels, **sizes, **image)
     fill_learned(backbone, text, file, final)
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
@@ -232,14 +236,17 @@ def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEn
         return config.build(vocabulary), words
 
 
-def fill_learned(backbone: nn.Module, text: TextEncoder, file: Path, final: Path) -> None:
-    """Load what was trained, from an exported `file` or from a checkpoint folder."""
+def fill_learned(
+    backbone: nn.Module, text: TextEncoder, file: Path, final: Path, made: Callable[[Weights], Weights] = dict
+) -> None:
+    """Load what was trained, from an exported `file` or from a checkpoint folder; the backbone's as `made` of them."""
     if file.is_file():
-        fill(backbone, weights(file, "backbone"), file)
+        fill(backbone, made(weights(file, "backbone")), file)
         if text.trainable:
             fill(text, load_tensors(final / "text_encoder" / "model.safetensors"), final / "text_encoder")
         return
     network = weights(file, "denoiser")
-    fill(backbone, {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}, file)
+    of_backbone = {k.removeprefix("backbone."): v for k, v in network.items() if k.startswith("backbone.")}
+    fill(backbone, made(of_backbone), file)
     if text.trainable:
         fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)

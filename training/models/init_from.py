@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.backbones.image import extended
 from ldm.text import HuggingFace
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
@@ -13,7 +14,7 @@ from training.errors import CHECKPOINT, DATA, USAGE, UserError
 from training.messages import note
 from training.models import text_encoders
 from training.models.adapters import refuse_adapter
-from training.models.assembly import Parts, fill_learned
+from training.models.assembly import Parts, Weights, fill_learned
 from training.models.captions_read import few_of
 from training.models.folders import find
 from training.models.lineage import same_ingredients
@@ -30,8 +31,8 @@ def refuse_new_words(args: argparse.Namespace, config: Any) -> None:
     if args.new_words and not (args.init_from or args.base):
         raise UserError(
             "--new-words adds to the words of a trained run, and none is named",
-            hint="name it with --init-from RUN or --base RUN, or leave --new-words out: a new vocabulary has all of the "
-            "captions' words",
+            hint="name it with --init-from RUN or --base RUN, or leave --new-words out: a new vocabulary has "
+            "all of the captions' words",
             code=USAGE,
         )
     if args.new_words and isinstance(config, HuggingFace):
@@ -63,8 +64,9 @@ def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> P
 
 def fill_network(
     config: decoding.DenoiserConfig, parts: Parts, dataset: Latents, path: str, text_encoder: str | None = None
-) -> None:
-    """`--init-from`: the weights of another run of the same shape, nothing else.
+) -> int:
+    """`--init-from`: the weights of another run of the same shape, nothing else; zeros for what an image condition adds
+    to it. Returns how many channels that is.
 
     Nothing that is not taken over is loaded. Rows of words that were added stay as they were initialised. Raises
     UserError where the vocabulary of a text encoder that learns does not begin with that run's, or it cannot take the
@@ -89,14 +91,22 @@ def fill_network(
             hint="give --new-words, which adds labels, or leave --init-from out",
             code=DATA,
         )
-    taken = config.text.build(words) if new else text
-    fill_learned(parts.backbone, taken, folder.weights, folder.final)
+    taken, before = config.text.build(words) if new else text, dict[str, Weights]()
+
+    def widened(theirs: Weights) -> Weights:
+        before["denoiser"] = theirs
+        return extended(theirs, parts.backbone)
+
+    fill_learned(parts.backbone, taken, folder.weights, folder.final, widened)
     if folder.finished:  # what was written at its end says what it was
-        learned = {"denoiser": parts.backbone, **({"text_encoder": taken} if text.trainable else {})}
-        same_ingredients(folder.final, {name: content_hash(part.state_dict()) for name, part in learned.items()})
+        learned = before | ({"text_encoder": taken.state_dict()} if text.trainable else {})
+        same_ingredients(folder.final, {name: content_hash(tensors) for name, tensors in learned.items()})
     if new:
         own = text.state_dict()
         for name, tensor in taken.state_dict().items():
             own[name][: len(tensor)] = tensor
         said = f"{len(new)} words or labels added to the vocabulary of {path}: {few_of(new)}"
         note(f"{said}; it is {parts.hashes['vocabulary'][:12]} now")
+    layer, channels = f"{parts.backbone.input_layer}.weight", parts.shape[0]
+    wide, narrow = len(parts.backbone.get_parameter(layer)[0]), len(before["denoiser"][layer][0])
+    return channels * (wide - narrow) // narrow

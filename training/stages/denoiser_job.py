@@ -13,7 +13,8 @@ from torch import Tensor
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
-from training.errors import as_user_error
+from training.errors import DATA, UserError, as_user_error
+from training.machine.processes import announce
 from training.models import assembly, init_from
 from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.text_encoders import known_words
@@ -71,10 +72,30 @@ class DenoiserJob(Job):
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
-            init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
+            added = init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
+            if added:
+                announce(accelerator, f"input widened by {added} channels for the image, zero at first")
             tell_unknown(parts.text, self.dataset, args.init_from)
         refuse_unread(parts.text, self.dataset)
+        self.refuse_without_image()
         return self.trained
+
+    def refuse_without_image(self) -> None:
+        """Raises UserError where an image condition is made of what these latents do not hold (code 3), and where
+        pictures of held-out images are drawn in another size than theirs."""
+        image, drawn = self.config.image, self.config.sample.size
+        if image.stored and "image" not in self.dataset.extras:
+            what = f"image.kind {image.kind} is made of extra-image.npy, which these latents do not hold"
+            raise UserError(what, hint=f"encode them again, with {image.stored}", code=DATA)
+        made = self.dataset.shards.summary.get("image", {})
+        if image.kind == "low-res" and made.get("factor", image.factor) != image.factor:
+            what = f"image.factor is {image.factor}, the images of these latents are {made['factor']} times smaller"
+            raise UserError(what, hint=f"--image.factor {made['factor']}")
+        given = tuple(self.dataset.shards.summary["latent"]["picture"])
+        if image.kind != "none" and drawn not in ((0, 0), given):
+            sizes = ("x".join(map(str, size)) for size in (drawn, given))
+            raise UserError("sample.size is {}, the images shown are of pictures of {}".format(*sizes),
+                            hint="leave sample.size out")  # fmt: skip
 
     def description(self) -> str:
         """Parameters, the shape of a latent, and the number of latents."""
