@@ -189,6 +189,27 @@ def test_controlled_presents_its_base(config: Any) -> None:
         controlled(x[:, :2], level, cond)
 
 
+@pytest.mark.parametrize("kind", ["dit-deep", "dit-in-context"])
+def test_a_dit_adds_to_the_outputs_of_the_blocks_it_copied(kind: str) -> None:
+    """PixArt-delta, written out: y_i = block_i(y) + linear_i(copy_i(z)), z = copy_i(z) from the tokens and the hint."""
+    base: Any = frozen(NETWORKS[kind])
+    branch, (x, level, cond) = branch_on(base, learned=True), hinted()
+    assert len(branch.blocks) == len(base.blocks) // 2
+    tokens, given = base.begin(x, level, cond)
+    (hint,) = branch.encode(cond.extras["image"])
+    branched, prefix = tokens.clone(), tokens.shape[1] - 16
+    branched[:, prefix:] += hint
+    for i, block in enumerate(base.blocks):
+        tokens = base.step(block, i, tokens, given)
+        if i < len(branch.blocks):
+            branched = base.step(branch.blocks[i], i, branched, given)
+            tokens = tokens + branch.spoken[i](branched)
+    seen: list[Tensor] = []
+    base.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    beside(base, branch)(x, level, cond)
+    torch.testing.assert_close(seen[0], tokens[:, prefix:], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_a_branch_shares_attention_as_its_base(kind: str) -> None:
     """Targets take their sources' queries and keys in the copy as in the layers that it was copied from."""
