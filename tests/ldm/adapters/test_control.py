@@ -47,7 +47,7 @@ def hinted(channels: int = 3, seed: int = 5, name: str = "image") -> tuple[Tenso
 
 def branch_on(base: Backbone, *, learned: bool = False, kind: type = ControlNet, seed: int = 3, **settings: Any) -> Any:
     torch.manual_seed(seed)
-    branch = kind(factor=FACTOR, **settings).build(base, TEXT)
+    branch = kind(**{"factor": FACTOR, "hint_channels": 3, **settings}).build(base, TEXT)
     with torch.no_grad():
         for parameter in branch.parameters() if learned else ():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -166,8 +166,8 @@ def test_a_missing_or_ill_fitting_hint_is_refused() -> None:
     with pytest.raises(ValueError, match=r"1x32x32 .* must be 3x32x32 .* adapter.hint_channels"):
         controlled(*hinted(channels=1))
     with pytest.raises(ValueError, match=r"3x32x32 .* must be 3x64x64 .* adapter.factor"):
-        beside(base, ControlNet(factor=8).build(base, TEXT))(*hinted())
-    for wrong in ({"factor": 6}, {"factor": 0}, {"hint_channels": 0}, {"blocks": -1}):
+        beside(base, ControlNet(factor=8, hint_channels=3).build(base, TEXT))(*hinted())
+    for wrong in ({"factor": 6}, {"factor": -1}, {"hint_channels": -1}, {"blocks": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ControlNet(**wrong)
     with pytest.raises(ValueError, match="at most the backbone's 2, got 3"):
@@ -306,3 +306,14 @@ def test_the_hint_is_encoded_once_a_picture(kind: type, monkeypatch: pytest.Monk
 
 def swap(parameter: nn.Parameter) -> None:
     parameter.data = parameter.data * 3  # as averaged weights take the place of others
+
+
+@pytest.mark.parametrize("kind", [ControlNet, T2IAdapter], ids=lambda kind: kind.kind)
+def test_the_data_settle_what_a_hint_is(kind: type) -> None:
+    assert kind().settled(4, 1) == kind(factor=4, hint_channels=1) == kind(factor=4).settled(4, 1)
+    with pytest.raises(ValueError, match="there are none beside"):
+        kind().settled(4, 0)
+    with pytest.raises(ValueError, match=r"adapter.factor is 8, that of these latents 4"):
+        kind(factor=8).settled(4, 1)
+    with pytest.raises(ValueError, match="set both"):
+        kind(factor=8).build(frozen(NETWORKS["unet"]), TEXT)
