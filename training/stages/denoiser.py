@@ -13,7 +13,7 @@ from autoencoder.precision import double_device
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objectives import LEVELS, Objective
+from ldm.objectives import LEVELS, Draw, Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import Places
@@ -28,6 +28,7 @@ from training.models.captions_read import CaptionTally
 from training.pictures import grids
 from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
+from training.stages.prior import Drawn, load_drawn, refuse_others
 
 if TYPE_CHECKING:
     from autoencoder.norm import LatentNorm
@@ -50,6 +51,24 @@ class Captions(NamedTuple):
     def distinct(self) -> list[str]:
         """A text a sample, equal where all that it is conditioned on is: with extras, which differ, nowhere."""
         return [f"{number} {text}" for number, text in enumerate(self.texts)] if self.extras else self.texts
+
+
+class Sampled(NamedTuple):
+    """Samples of a step: normalised latents, their condition, and what was drawn for them."""
+
+    latents: Tensor
+    cond: Any
+    draw: Draw
+
+
+def together(parts: Sequence[Sampled]) -> Sampled:
+    """All in one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    latents, conds, draws = zip(*parts, strict=True)
+    told = isinstance(conds[0], Captions)
+    cond: Any = Captions([text for cond in conds for text in cond.texts], {}) if told else Cond.cat(conds)
+    return Sampled(torch.cat(latents), cond, Draw(*map(torch.cat, zip(*draws, strict=True))))
 
 
 class Captioned(nn.Module):
@@ -75,6 +94,8 @@ class DenoiserStage(Stage):
     """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
 
     tally: CaptionTally
+    prior_home: Path | None = None  # where the prior pictures of the run are, if it has some
+    prior: Drawn | None = None
 
     def __init__(
         self,
@@ -113,37 +134,47 @@ class DenoiserStage(Stage):
         self.network.to(device)  # the learned weighting, which no one else has moved
         self.seen = None if self.seen is None else self.seen.to(double_device(device))
         self.null = self.null and self.null.to(device)
+        self.prior = load_drawn(self.prior_home) if self.prior_home else None
 
     def compiled_parts(self) -> list[nn.Module]:
         """The backbone alone."""
         return [self.network.backbone]
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
-        """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
+        """One micro-batch; with prior pictures, as many of them beside it, whose mean loss counts `prior.weight` times.
+        """
         self.tally.note(batch)
-        slots = batch.slots.to(self.accelerator.device, non_blocking=True)
-        places = self.config.train.batch_size
-        noise = Noise(slots).fold(self.config.train.seed, step)
-        latents = self.sample(batch, noise)
-        # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.
-        # Drawn on the CPU, where captions are: on a GPU they would wait for the device to say which of them are kept.
-        drawn = Noise(batch.slots).fold(self.config.train.seed, step).uniform((1,), "dropout")[:, 0]
-        keep = drawn >= self.config.conditioning.dropout
         with self.accelerator.autocast():
-            cond = self.condition(batch, keep)
-            # Pairing asks only which conditions are equal; captions answer that before an encoder has read them.
-            asked = cond.distinct() if isinstance(cond, Captions) else cond
-            paired_by = self.config.pairing.labels(asked, len(latents))
-            self.look_at_pairs(paired_by, len(latents))
-            # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
-            draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
+            parts = [self.drawn(batch, step)]
+            if self.prior:
+                parts.append(self.drawn(self.prior.batch(batch.slots), step, "prior"))
+            latents, cond, draw = together(parts)
             # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
             losses = self.objective.losses(self.forward, latents, cond, draw)
-            loss = losses.total.mean()
+            own, *prior = (part.mean() for part in losses.total.split(len(batch.slots)))
+            loss = own + self.config.prior.weight * prior[0] if prior else own
         if self.seen is not None:
             self.losses.append((draw.t, losses.seen.detach()))
         self.accelerator.backward(loss * share)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), **({"loss_prior": prior[0].detach()} if prior else {})}
+
+    def drawn(self, batch: Batch, step: int, *purpose: str) -> Sampled:
+        """What the network is to see of a batch; noise, times and dropout keyed by (seed, step, slot)."""
+        slots = batch.slots.to(self.accelerator.device, non_blocking=True)
+        places, key = self.config.train.batch_size, (self.config.train.seed, step, *purpose)
+        noise = Noise(slots).fold(*key)
+        latents = self.sample(batch, noise)
+        # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.
+        # Drawn on the CPU, where captions are: on a GPU they would wait for the device to say which of them are kept.
+        keep = Noise(batch.slots).fold(*key).uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
+        cond = self.condition(batch, keep)
+        # Pairing asks only which conditions are equal; captions answer that before an encoder has read them.
+        asked = cond.distinct() if isinstance(cond, Captions) else cond
+        paired_by = self.config.pairing.labels(asked, len(latents))
+        self.look_at_pairs(paired_by, len(latents))
+        # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
+        draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
+        return Sampled(latents, cond, draw)
 
     def look_at_pairs(self, cond: Cond | Sequence[str] | None, batch: int) -> None:
         """Say once where the pairing of noise with data has no choice."""
@@ -159,14 +190,18 @@ class DenoiserStage(Stage):
             self.seen = self.config.times.updated(self.seen, t, loss, lambda s: self.accelerator.reduce(s, "sum"))
 
     def state(self) -> dict[str, Any]:
-        """What loss-aware times have seen, and by what rule noise is paired, where they are used."""
+        """What loss-aware times have seen, by what rule noise is paired and which are the prior pictures, where they
+        are used."""
         rule = {"paired_within": "conditions"} if self.config.pairing.kind == "minibatch-ot" else {}
+        rule |= {"prior": self.prior.hash} if self.prior else {}
         return rule if self.seen is None else {**rule, "seen": self.seen.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`; says where a run of an earlier version goes on by another rule."""
         if self.config.pairing.kind == "minibatch-ot" and "paired_within" not in state:
             announce(self.accelerator, OTHER_PAIRS)
+        if self.prior_home and self.prior and state.get("prior") != self.prior.hash:
+            refuse_others(self.prior_home)
         if self.seen is not None:
             device = double_device(self.accelerator.device)
             self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=device)
