@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,10 @@ from autoencoder.precision import double_device
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objectives import LEVELS, Draw, Objective
+from ldm.objectives import LEVELS, Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import Places
-from ldm.uncertainty import Uncertainty, Weighed
 from training.data.latents import Latents
 from training.data.samples import Batch
 from training.loop.stage import Stage
@@ -28,6 +27,7 @@ from training.models.captions_read import CaptionTally
 from training.pictures import grids
 from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
+from training.stages.captioned import Adapted, Captioned, Captions, Sampled, together
 from training.stages.prior import Drawn, load_drawn, refuse_others
 
 if TYPE_CHECKING:
@@ -41,74 +41,6 @@ OTHER_PAIRS = (
     "it is paired among samples of one condition, as sampling asks"
 )
 VALIDATION_SEED = 1 << 40
-
-
-class Captions(NamedTuple):
-    """What stands for a condition until a text encoder that learns has read it: captions, and extras beside them."""
-
-    texts: list[str]
-    extras: Mapping[str, Tensor]
-
-    def distinct(self) -> list[str]:
-        """A text a sample, equal where all that it is conditioned on is: with extras, which differ, nowhere."""
-        return [f"{number} {text}" for number, text in enumerate(self.texts)] if self.extras else self.texts
-
-
-class Sampled(NamedTuple):
-    """Samples of a step: normalised latents, their condition, and what was drawn for them."""
-
-    latents: Tensor
-    cond: Any
-    draw: Draw
-
-
-def together(parts: Sequence[Sampled]) -> Sampled:
-    """All in one batch."""
-    if len(parts) == 1:
-        return parts[0]
-    latents, conds, draws = zip(*parts, strict=True)
-    told = isinstance(conds[0], Captions)
-    cond: Any = Captions([text for cond in conds for text in cond.texts], {}) if told else Cond.cat(conds)
-    return Sampled(torch.cat(latents), cond, Draw(*map(torch.cat, zip(*draws, strict=True))))
-
-
-class Captioned(nn.Module):
-    """Backbone and, where they learn, text encoder and weighting as one module: a process wrapper sees every
-    gradient."""
-
-    def __init__(self, backbone: nn.Module, text: TextEncoder, uncertainty: Uncertainty | None = None) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.text = text if text.trainable else None
-        self.uncertainty = uncertainty
-
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
-        """Captions (encoded here) or their encoding -> the backbone's prediction."""
-        if not isinstance(cond, Cond):
-            assert self.text is not None
-            cond = self.text(cond.texts)._replace(extras=cond.extras)
-        prediction: Tensor = self.backbone(x, noise_level, cond)
-        return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
-
-
-class Adapted(nn.Module):
-    """An adapter and all that it is at work in, which stays as it is: only the adapter is trained, averaged, stored and
-    seen by a process wrapper."""
-
-    def __init__(self, adapter: Adapter, whole: Captioned) -> None:
-        super().__init__()
-        self.adapter = adapter
-        self._whole = (whole,)  # in a tuple, so that it is no part of this module
-
-    @property
-    def backbone(self) -> nn.Module:
-        """That of the base."""
-        return self._whole[0].backbone
-
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
-        """See `Captioned.forward`."""
-        prediction: Tensor | Weighed = self._whole[0](x, noise_level, cond)
-        return prediction
 
 
 class DenoiserStage(Stage):
@@ -175,7 +107,7 @@ class DenoiserStage(Stage):
             latents, cond, draw = together(parts)
             # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
             losses = self.objective.losses(self.forward, latents, cond, draw)
-            own, *prior = (part.mean() for part in losses.total.split(len(batch.slots)))
+            own, *prior = (part.mean() for part in losses.total.chunk(len(parts)))
             loss = own + self.config.prior.weight * prior[0] if prior else own
         if self.seen is not None:
             self.losses.append((draw.t, losses.seen.detach()))
@@ -185,7 +117,8 @@ class DenoiserStage(Stage):
     def drawn(self, batch: Batch, step: int, *purpose: str) -> Sampled:
         """What the network is to see of a batch; noise, times and dropout keyed by (seed, step, slot)."""
         slots = batch.slots.to(self.accelerator.device, non_blocking=True)
-        places, key = self.config.train.batch_size, (self.config.train.seed, step, *purpose)
+        places = self.config.train.batch_size
+        key: tuple[int | str, ...] = self.config.train.seed, step, *purpose
         noise = Noise(slots).fold(*key)
         latents = self.sample(batch, noise)
         # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.

@@ -59,7 +59,7 @@ class DenoiserJob(Job):
         if self.config.sample.size == (0, 0):
             size = tuple(self.dataset.shards.summary["latent"]["picture"])
             self.config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, size=size))
-        refuse_prior(self.config.prior, self.args, self.dataset.extras)
+        refuse_prior(self.config, self.args, self.dataset.extras)
 
     def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
         """Backbone, text encoder and frozen autoencoder in a stage."""

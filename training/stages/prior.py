@@ -26,6 +26,7 @@ from training.tensors import content_hash, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
+    from training.settings.decoding import DenoiserConfig
     from training.settings.sections import Prior
 
 MOMENTS, RECORD, SHEET = "moments.safetensors", "prior.json", "prior.png"
@@ -52,8 +53,9 @@ def prior_home(prior: Prior, final: Path | None) -> Path | None:
     return final.parent / "prior" if final and prior.weight else None
 
 
-def refuse_prior(prior: Prior, args: Any, extras: list[str]) -> None:
+def refuse_prior(config: DenoiserConfig, args: Any, extras: list[str]) -> None:
     """Raises UserError where prior pictures are asked for and cannot be drawn, or not be trained on beside the data."""
+    prior = config.prior
     if not prior.weight:
         return
     if not prior.texts:
@@ -62,8 +64,9 @@ def refuse_prior(prior: Prior, args: Any, extras: list[str]) -> None:
     if not (getattr(args, "base", None) or args.init_from):
         raise UserError("prior.weight is above 0, but there is no base that could draw the prior pictures",
                         hint="give it with --base RUN, or with --init-from RUN to train all of it; or --prior.weight 0")
-    if extras:
-        raise UserError(f"prior pictures have no {extras[0]}, which the latents hold", hint="give --prior.weight 0")
+    if extras or config.image.kind != "none":
+        what = f"prior pictures have no {next(iter(extras), 'image')}, which the denoiser is shown besides its captions"
+        raise UserError(what, hint="give --prior.weight 0")
 
 
 def keep_drawn(folder: Path, prior: Prior, pipeline: Pipeline, seed: int, *, embedded: bool, begun: bool) -> None:
