@@ -84,8 +84,7 @@ def encode(args: argparse.Namespace) -> int:
             _prepare(target, plan, total, home, encoder, args)
         meeting.meet()  # no process writes a shard before the folder is claimed for this plan
         tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
-        encode_images = tiled if args.tile else model.encode
-        worker = Encoder(encode_images, encoder, args, accelerator.device, plan["latent"], total, plan["hint"])
+        worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan, total)
         own = shards[accelerator.process_index :: accelerator.num_processes]
         _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
         meeting.meet()  # the index lists the shards of all processes

@@ -57,12 +57,12 @@ class Encoder:
         encoder: TextEncoder | None,
         args: argparse.Namespace,
         device: torch.device,
-        latent: dict[str, Any],
+        plan: dict[str, Any],
         total: int,
-        hint: dict[str, Any] | None = None,
     ) -> None:
         self.encode, self.text, self.device, self.args = encode, encoder, device, args
-        self.picture, self.hints = tuple(latent["picture"]), hint["channels"] if hint else 0
+        self.picture = tuple(plan["latent"]["picture"])
+        self.hints: int = plan["hint"]["channels"] if plan.get("hint") else 0  # channels
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.since, self.precision = time.perf_counter(), args.mixed_precision
         self.total, self.bad, self.waited = total, 0, 0.0
