@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.guarding import make_folder, refuse_links
 from training.models import text_encoders
+from training.models.adapters import Chosen, at_work, is_adapter, place_of_base, refuse_adapter
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import copy_model, fill, find, weights
 from training.models.lineage import BEGUN_WITH, same_ingredients, store_ingredients
@@ -142,8 +144,13 @@ def draw_with(
     diffusion = Diffusion(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
-    sampling = Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
-    return HashedPipeline(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size, hashes=hashes)
+    denoiser, sampling = Denoiser(backbone, diffusion), sampling_of(config)
+    return HashedPipeline(autoencoder, denoiser, text, sampling, config.sample.size, hashes=hashes)
+
+
+def sampling_of(config: decoding.DenoiserConfig) -> Sampling:
+    """How a config has pictures drawn."""
+    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps)
 
 
 def export_learned(parts: Parts, home: Path) -> None:
@@ -166,10 +173,12 @@ def load_pipeline(
     device: torch.device | str = "auto",
     text_encoder: str | None = None,
     preview: str | Path | None = None,
+    adapters: Sequence[Chosen] = (),
 ) -> HashedPipeline:
     """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`.
 
     `preview`: the run of a tiny autoencoder distilled from the denoiser's own, to stand in for it: quicker, rougher.
+    `adapters`: runs learned upon this one, each with its weight. The run of an adapter is loaded with its base.
     Raises UserError (code 4) where a part of it is another than it was trained with.
     """
     from training.machine.processes import resolve
@@ -179,6 +188,10 @@ def load_pipeline(
     folder = find(path, "denoiser")
     config, file, final = folder.config(), folder.weights, folder.final
     assert isinstance(config, decoding.DenoiserConfig)
+    if is_adapter(config):
+        chosen = [Chosen(path), *adapters]
+        whole = load_pipeline(place_of_base(path, folder), target, text_encoder, preview, chosen)
+        return dataclasses.replace(whole, sampling=sampling_of(config), size=config.sample.size)
     autoencoder = load_autoencoder(final / "autoencoder", target)
     hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
     same_ingredients(final, hashes)
@@ -193,6 +206,9 @@ def load_pipeline(
     pipeline = dataclasses.replace(pipeline, hashes=pipeline.hashes | networks(pipeline))
     if folder.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
+    if adapters:
+        denoiser, text, theirs = at_work(pipeline, pipeline.hashes, adapters)
+        pipeline = dataclasses.replace(pipeline, denoiser=denoiser, text=text, hashes=pipeline.hashes | theirs)
     if preview:
         tiny = load_preview(preview, hashes["autoencoder"], target)
         hashes_with_preview = pipeline.hashes | {"autoencoder": content_hash(tiny.state_dict())}
@@ -251,6 +267,7 @@ def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | 
     vocabulary, or cannot take the captions, and where one given as `text_encoder` is not the frozen one of that run.
     """
     folder, text = find(path, "denoiser"), parts.text
+    refuse_adapter(path, folder, "give a whole model")
     if text_encoder and isinstance(text, HuggingFaceTextEncoder):
         text_encoders.same_encoder(folder.final, text, text_encoder)
     words = text_encoders.stored_vocabulary(folder.final) if text_encoders.holds_vocabulary(folder.final) else ""
