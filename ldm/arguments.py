@@ -27,12 +27,14 @@ NO_EXTRAS: Extras = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How pictures are made: solver, its steps and the times it visits, and what steers it."""
+    """How pictures are made: solver, its steps and the times it visits, what steers it, and, of pictures in pixels, the
+    quantile that `ldm.thresholding` scales into their range, 0 for none."""
 
     sampler: Sampler
     grid: Grid
     guidance: Guidance
     steps: int = 25
+    dynamic_threshold: float = 0.0
 
 
 class Settings(TypedDict, total=False):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.base import Autoencoder, size_in_words
+from autoencoder.identity import IdentityAutoencoder
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
 from ldm.arguments import (
@@ -37,6 +38,7 @@ from ldm.noise import Noise
 from ldm.samplers import sample
 from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
+from ldm.thresholding import Thresholded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,7 +64,13 @@ class Pipeline:
     tile: int = 0
 
     def __post_init__(self) -> None:
-        self.sampling.grid(self.sampling.steps, self.denoiser.schedule)
+        self._check(self.sampling)
+
+    def _check(self, plan: Sampling) -> None:
+        plan.grid(plan.steps, self.denoiser.schedule)
+        if plan.dynamic_threshold and not isinstance(self.autoencoder, IdentityAutoencoder):
+            raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have none: "
+                             "leave it out, or train on the latents of the autoencoder identity.")
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +136,7 @@ class Pipeline:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
-        plan.grid(plan.steps, self.denoiser.schedule)
+        self._check(plan)
         if refuse := getattr(self.text, "check", None):
             refuse([*captions, *negatives, *(caption for caption, _ in also)])
         if not task:  # which may have a shape of its own
@@ -141,11 +149,12 @@ class Pipeline:
                 own = task(part) if task else NO_TASK
                 texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
                 seen = self.cut(extras, part, own.shape or shape, len(texts))
+                seen |= {} if own.extras is None else own.extras(noise)
                 if beside := own.reference:
                     pairs = zip(one_each(beside.captions, len(texts)), texts, strict=True)
                     texts = [text for pair in pairs for text in pair]
                     others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
-                    seen = {name: extra.repeat_interleave(2, dim=0) for name, extra in seen.items()}
+                    seen = {name: each.repeat_interleave(1 + (len(each) > 1), 0) for name, each in seen.items()}
                 denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None, seen)
                 watched = _without_references(watch) if watch and beside else watch
                 latents = self.latents(denoise, noise, own.shape or shape, plan, own, watched)
@@ -168,20 +177,23 @@ class Pipeline:
                plan: Sampling | None = None, coupling: Coupling | None = None,
                extras: Extras = NO_EXTRAS) -> Denoise:
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
-        under a `coupling` they are pairs, each caption after that of its reference. `extras` (B, ...) stand beside
+        under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) stand beside
         every condition, further captions and null included: guidance removes the words alone."""
         plan, captions = plan or self.sampling, each_caption(captions)
         denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
         cond, null = self.told(captions, extras), self.text(negatives or [""])
         if also:
             weighed = [(self.told([caption] * len(captions), extras), weight) for caption, weight in also]
-            return beside(plan.guidance, denoiser, cond, weighed, null)
-        return plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+            guided = beside(plan.guidance, denoiser, cond, weighed, null)
+        else:
+            guided = plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
+        return Thresholded(guided, plan.dynamic_threshold) if plan.dynamic_threshold else guided
 
     def told(self, captions: Sequence[str], extras: Extras = NO_EXTRAS) -> Cond:
-        """The condition of captions, with what stands beside them."""
+        """The condition of captions, with what stands beside them (1 or B, ...)."""
         cond: Cond = self.text(captions)
-        return cond._replace(extras={**cond.extras, **extras}) if extras else cond
+        each = {name: extra.expand(len(captions), *extra.shape[1:]) for name, extra in extras.items()}
+        return cond._replace(extras={**cond.extras, **each}) if extras else cond
 
     def cut(self, extras: Extras, part: slice, shape: tuple[int, ...], count: int = 1) -> dict[str, Tensor]:
         """The extras of `count` pictures from latents of `shape`, those at a slice of all; raises as `pixels` does."""

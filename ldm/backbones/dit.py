@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
+from ldm.backbones.image import ImageInputs, with_level
 from ldm.conditioning import NOTHING, Cond, Share
 
 LEVEL_FEATURES = 256
@@ -27,7 +28,8 @@ class DiT(BackboneConfig):
     encoder's pooled vector to the time embedding: through a learned projection, or as it comes with
     `pooled_projection = False` (the published class embedding; pooled_dim must equal width). `cross_norm = False`:
     cross-attention reads un-normalised tokens, as PixArt's does. `mlp = "gelu-tanh"` is what was published; exact GELU
-    is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width.
+    is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width. `frequency_shift`: the
+    frequencies of the noise level are 10000^(-i / (half - shift)); diffusers' class-conditional DiT has 1.
     """
 
     small: ClassVar[Mapping[str, Any]] = {"width": 32, "depth": 2, "heads": 2, "base_size": 8}
@@ -47,10 +49,12 @@ class DiT(BackboneConfig):
     norm: Literal["layer", "rms"] = "layer"
     position: Literal["sincos", "rope"] = "sincos"
     base_size: int = 32
+    frequency_shift: float = 0.0
     learned_variance: bool = False
     gradient_checkpointing: bool = False
 
-    limits: ClassVar = dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)")
+    limits: ClassVar = {**dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)"),
+                        "frequency_shift": f"[0, {LEVEL_FEATURES // 2})"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +64,9 @@ class DiT(BackboneConfig):
         if dim % 4:
             raise ValueError(f"{divided} ({dim}) must be divisible by 4 for two-dimensional {self.position} positions")
 
-    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> DiffusionTransformer:
-        return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
+    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,
+              **image: Unpack[ImageInputs]) -> DiffusionTransformer:
+        return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim)).shown(**image)
 
 
 class OwnModulation(nn.Module):
@@ -156,6 +161,8 @@ class DiffusionTransformer(Backbone):
     Output exactly 0 and every block the identity at initialisation. Any latent size divisible by the patch.
     """
 
+    input_layer = "patch_embedding"
+
     def __init__(self, config: DiT, channels: int, context_dim: int, pooled_dim: int) -> None:
         out_channels = channels * (2 if config.learned_variance else 1)
         super().__init__(channels=channels, out_channels=out_channels, multiple=config.patch)
@@ -199,7 +206,8 @@ class DiffusionTransformer(Backbone):
 
     def begin(self, x: Tensor, noise_level: Tensor, cond: Cond) -> tuple[Tensor, Given]:
         """The tokens (B, N, D) that the first block reads, and what all blocks read beside them."""
-        embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES))
+        embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES, shift=self.config.frequency_shift))
+        embedding = with_level(embedding, self.level_embedding, cond)
         if self.pooled_projection is not None and cond.pooled is not None:
             embedding = embedding + self.pooled_projection(cond.pooled)
         active = F.silu(embedding)

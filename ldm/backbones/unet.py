@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
+from ldm.backbones.image import ImageInputs, LevelEmbedding, Widened, with_level
 from ldm.backbones.unet_blocks import Given, Resample, ResnetBlock, SpatialTransformer
 from ldm.conditioning import Cond
 
@@ -69,8 +70,9 @@ class UNet(BackboneConfig):
         """Attention heads at a level."""
         return self.channels[level] // self.head_dim if self.head_dim else self.heads
 
-    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> CrossAttentionUNet:
-        return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim))
+    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,
+              **image: Unpack[ImageInputs]) -> CrossAttentionUNet:
+        return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim)).shown(**image)
 
 
 class Stage(nn.Module):
@@ -143,9 +145,10 @@ class UpBlock(Stage):
 class WayDown(nn.Module):
     """The first half of a U-Net, whose `PARTS` are its modules: the features at full size, all levels, the middle."""
 
-    PARTS: ClassVar = ("conv_in", "time_embedding", "class_embedding", "down_blocks", "mid_block")
-    conv_in: nn.Conv2d
+    PARTS: ClassVar = ("conv_in", "time_embedding", "level_embedding", "class_embedding", "down_blocks", "mid_block")
+    conv_in: nn.Conv2d | Widened
     time_embedding: Projection
+    level_embedding: LevelEmbedding | None
     class_embedding: Projection | None
     down_blocks: nn.ModuleList
     mid_block: MiddleBlock
@@ -158,6 +161,7 @@ class WayDown(nn.Module):
         `first` is added to the first features, `residuals` to what each level gives, before its size is halved.
         """
         time = self.time_embedding(sinusoid(noise_level, self.conv_in.out_channels))
+        time = with_level(time, self.level_embedding, cond)
         if self.class_embedding is not None and cond.pooled is not None:
             time = time + self.class_embedding(cond.pooled)
         given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask), cond.share)
