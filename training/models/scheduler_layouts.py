@@ -112,7 +112,7 @@ def _sampler(name: str, sampler: Settings, about: Mapping[str, Any], learned: bo
     elif name == "DDPMScheduler":
         sampler |= {"variance": _variance(str(about.get("variance_type", "fixed_small")), learned, ledger)}
     elif name == "PNDMScheduler" and not about.get("skip_prk_steps", False):
-        ledger.add("replaced", "the first steps by Runge-Kutta (skip_prk_steps), by PLMS")
+        ledger.add("replaced", "the first steps by Runge-Kutta, by PLMS", "skip_prk_steps = false")
     clips = about.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
     for setting in [*(["clip_sample"] if clips else []), *(["thresholding"] if about.get("thresholding") else [])]:
         ledger.add("ignored", "a bound on x0, which latents here do not have", setting)
@@ -149,7 +149,7 @@ def _grid(name: str, spacing: str, about: Mapping[str, Any], ledger: Ledger) -> 
     if spacing == "linspace" and name not in ROUNDED:
         multistep = name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
         near = "trailing" if multistep else "linspace"
-        ledger.add("replaced", f"timesteps of linspace, by the nearest entries of {near} (one apart at most)", name)
+        ledger.add("replaced", f"timesteps of linspace, by entries of {near} at most one apart", name)
         return {"kind": near}
     if spacing not in ("linspace", "trailing"):
         raise foreign(f"timestep_spacing = {spacing!r}", "leading, linspace and trailing are read")
