@@ -81,7 +81,8 @@ def _schedule(about: Mapping[str, Any]) -> Settings:
         raise foreign(f"beta_schedule = {rule!r}", f"{', '.join(TABLES)} are read")
     table = {"kind": TABLES[rule], "steps": about.get("num_train_timesteps", 1000),
              "zero_terminal_snr": bool(about.get("rescale_betas_zero_snr"))}  # fmt: skip
-    ends = {"beta_min": float(about.get("beta_start", 0.0001)), "beta_max": float(about.get("beta_end", 0.02))}
+    usual = (0.00085, 0.012) if about.get("_class_name") == "HeunDiscreteScheduler" else (0.0001, 0.02)
+    ends = {"beta_min": float(about.get("beta_start", usual[0])), "beta_max": float(about.get("beta_end", usual[1]))}
     return table if rule == "squaredcos_cap_v2" else table | ends
 
 
