@@ -77,7 +77,7 @@ class OwnModulation(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         parts: Tensor = self.linear(embedding)
-        return parts.view(len(embedding), self.parts, -1)
+        return parts.view(embedding.shape[0], self.parts, -1)  # not len: an exported batch may be of any size
 
 
 class TableModulation(nn.Module):
