@@ -6,6 +6,7 @@ unchanged. A mask is bool, (B or 1, 1, H, W), True in the hole: what is to be ma
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -64,18 +65,33 @@ class Windows(Denoise):
         return self.denoise.schedule
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        windows = list(product(*(_spans(x.shape[axis], self.size[axis], self.stride) for axis in (-2, -1))))
-        if len(windows) == 1:
-            return self.denoise(x, t)
-        weight, sums = torch.zeros_like(x[:1, :1]), dict[str, Tensor]()
-        for rows, columns in windows:
-            ends = self.denoise(x[..., rows, columns], t)
-            tent = _tent(rows, x)[:, None] * _tent(columns, x)
-            weight[..., rows, columns] += tent
-            for name, part in ends._asdict().items():
-                if part is not None:
-                    sums.setdefault(name, torch.zeros_like(x))[..., rows, columns] += tent * part
-        return Denoised(**{name: total / weight for name, total in sums.items()})
+        def call(rows: slice, columns: slice) -> dict[str, Tensor]:
+            ends = self.denoise(x[..., rows, columns], t)._asdict()
+            return {name: part for name, part in ends.items() if part is not None}
+
+        windows = windows_of(x, self.size, self.stride)
+        return self.denoise(x, t) if len(windows) == 1 else Denoised(**averaged(windows, x, call))
+
+
+Span2 = tuple[slice, slice]  # rows and columns
+
+
+def windows_of(x: Tensor, size: tuple[int, int], stride: int) -> list[Span2]:
+    """The windows over x (B, C, h, w), from the upper left on."""
+    return list(product(*(_spans(x.shape[axis], size[axis], stride) for axis in (-2, -1))))
+
+
+def averaged(windows: Sequence[Span2], x: Tensor, call: Callable[[slice, slice], Mapping[str, Tensor]],
+             ) -> dict[str, Tensor]:
+    """sum_i w_i call(window i) / sum_i w_i, by name: of the sides of x, with as many channels as there are."""
+    weight, sums = torch.zeros_like(x[:1, :1]), dict[str, Tensor]()
+    for rows, columns in windows:
+        tent = _tent(rows, x)[:, None] * _tent(columns, x)
+        weight[..., rows, columns] += tent
+        for name, part in call(rows, columns).items():
+            whole = sums.setdefault(name, part.new_zeros(*part.shape[:2], *x.shape[2:]))
+            whole[..., rows, columns] += tent * part
+    return {name: total / weight for name, total in sums.items()}
 
 
 def _spans(side: int, window: int, stride: int) -> list[slice]:

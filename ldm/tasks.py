@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,8 @@ class Task:
     *shape) that are noised to where the walk begins; `strength`: the share of the grid's steps that is walked, or
     `start_time`: the time t it begins at. A whole walk begins from the noise of t = 1, without the source; of no step
     the source itself is left. `start`: x (1 or B, *shape) to begin from instead, or how it comes of the seeds' own
-    noise. `reference`: a picture beside each, from the same noise where `start` does not change every second x.
+    noise. `extras`: what a backbone is shown besides the captions, by name and (1 or B, ...), of the seeds' noise.
+    `reference`: a picture beside each, from the same noise where `start` does not change every second x.
     `hold`: a wrapper of the guided denoiser; `draw`: what finds latents instead of the sampler; `finish`: of the
     decoded pictures, uint8 (B, C, H, W). Raises ValueError for a strength or a time outside [0, 1].
     """
@@ -54,6 +55,7 @@ class Task:
     strength: float = 1.0
     start_time: float | None = None
     start: Tensor | Callable[[Tensor], Tensor] | None = None
+    extras: Callable[[Noise], Mapping[str, Tensor]] | None = None
     reference: Reference | None = None
     hold: Callable[[Denoise], Denoise] = unheld
     draw: Callable[[Denoise, Tensor, Noise, Watch | None], Tensor] | None = None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from ldm.backbones.image import ImageInputs, LevelEmbedding, Widened, need_extra
 from ldm.checks import Checked
 from ldm.conditioning import Cond
 
@@ -18,31 +19,62 @@ class Backbone(nn.Module, ABC):
 
     `channels` latent channels in, `out_channels` out (twice as many with a learned variance), `multiple` the number
     by which both sides of a latent must be divisible. `shares`: which attentions do as `Cond.share` says, "own" those
-    of the picture's tokens over themselves and "cross" those over the text.
+    of the picture's tokens over themselves and "cross" those over the text. `input_layer` reads the latents, and
+    `image_channels` of an image condition behind them, where there are any.
     """
 
     shares: frozenset[str] = frozenset()
+    input_layer: ClassVar[str] = "conv_in"
 
     def __init__(self, *, channels: int, out_channels: int, multiple: int) -> None:
         super().__init__()
         self.channels, self.out_channels, self.multiple = channels, out_channels, multiple
+        self.image_channels = 0
+        self.level_embedding: LevelEmbedding | None = None
+
+    def shown(self, image_channels: int = 0, image_level: bool = False) -> Self:
+        """Itself, made to read `Cond.extras["image"]` (B, image_channels, H, W) and "image_level" (B,) in [0, 1] too.
+
+        What is new is zero at first: it answers as before, bit for bit, whatever the image and its level. Raises
+        ValueError where it has no layers that could be made to.
+        """
+        if (image_channels or image_level) and not hasattr(self, self.input_layer):
+            raise ValueError(f"{type(self).__name__} reads no image condition: set image.kind to none")
+        if image_channels:
+            layer = getattr(self, self.input_layer)
+            setattr(self, self.input_layer, Widened(layer, image_channels * layer.weight.shape[1] // self.channels))
+            self.image_channels = image_channels
+        if image_level:
+            self.level_embedding = LevelEmbedding(len(self.get_parameter("time_embedding.linear_2.weight")))
+        return self
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x (B, channels, H, W), noise_level (B,) as the schedule shows it to a network -> (B, out_channels, H, W).
 
         Weights of another dtype than the latents (bfloat16, float16) work in theirs, and the answer comes in that of x;
-        the noise level is embedded in float32 all the same. Under autocast nothing is cast here. Raises ValueError
-        where H or W is not divisible by `multiple`.
+        levels are embedded in float32 all the same. Under autocast nothing is cast here. Raises ValueError where H or W
+        is not divisible by `multiple`, and where an image condition that is read is missing or of another size.
         """
         self.check(x)
+        joint = self.joined(x, cond)
         dtype = next(self.parameters()).dtype
         if x.dtype == cond.context.dtype == dtype or torch.is_autocast_enabled(x.device.type):
-            return self.predict(x, noise_level, cond)
-        return self.predict(x.to(dtype), noise_level, cond.to(x.device, dtype)).to(x.dtype)
+            return self.predict(joint, noise_level, cond)
+        cast = cond.to(x.device, dtype)
+        levels = {name: extra for name, extra in cond.extras.items() if extra.ndim == 1}
+        cast = cast._replace(extras={**cast.extras, **levels})
+        return self.predict(joint.to(dtype), noise_level, cast).to(x.dtype)
 
     @abstractmethod
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """What `forward` gives, of latents and a condition in the dtype of the weights."""
+        """What `forward` gives, of latents with the image behind them and a condition in the dtype of the weights."""
+
+    def joined(self, x: Tensor, cond: Cond) -> Tensor:
+        """What the input layer reads: x, and behind its channels those of `cond.extras["image"]`."""
+        if not self.image_channels:
+            return x
+        image = need_extra(cond, "image", (len(x), self.image_channels, *x.shape[2:]))
+        return torch.cat([x, image.to(x.dtype)], dim=1)
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError, saying what fits, for latents of the wrong channel count or size."""
@@ -65,8 +97,10 @@ class BackboneConfig(Checked, ABC):
     small: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
-    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None) -> Backbone:
-        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`; ValueError on a misfit."""
+    def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,
+              **image: Unpack[ImageInputs]) -> Backbone:
+        """The network for latents of `channels`, text of `context_dim` and `pooled_dim`, and what it is `shown` of an
+        image condition; ValueError on a misfit."""
 
 
 def need_pooled(wanted: bool, pooled_dim: int | None) -> int:

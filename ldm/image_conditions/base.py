@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from ldm.backbones.image import ImageInputs
 from ldm.checks import Checked
 from ldm.noise import Noise
+
+Extras = dict[str, Tensor]
 
 
 class ImageCondition(Checked, ABC):
@@ -18,18 +22,37 @@ class ImageCondition(Checked, ABC):
 
     What it makes is `Cond.extras`, by name: "image" (B, `channels`, h, w), joined to the latents where a backbone reads
     them; and, where `told`, "image_level" (B,) in [0, 1], the level of the noise that the image was augmented with.
+    `stored`: the flag of encode_latents that makes the `extra-image.npy` it is made of; "" where it is made of latents.
+    `drawn_with`: the flags of generate that give such an image.
     """
 
-    told: bool = False
+    told: ClassVar[bool] = False
+    stored: ClassVar[str] = ""
+    drawn_with: ClassVar[str] = ""
 
     @abstractmethod
     def channels(self, latent_channels: int, image_channels: int) -> int:
         """Input channels of the backbone besides the latents'; 0 where it reads none."""
 
+    def inputs(self, latent_channels: int, image_channels: int) -> ImageInputs:
+        """What a backbone is built with; nothing where it reads no image."""
+        channels = self.channels(latent_channels, image_channels)
+        return {"image_channels": channels, "image_level": self.told} if channels else {}
+
     @abstractmethod
-    def extras(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> dict[str, Tensor]:
-        """The extras of a training batch: of its normalised latents (B, C, h, w) and of what the shards hold besides
-        (`extra-NAME.npy`, uint8 ones in [0, 1]); every draw keyed by the `noise` of its sample."""
+    def extras(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
+        """The extras of a batch that is trained or validated on: of its normalised latents (B, C, h, w) and of what the
+        shards hold besides (`extra-NAME.npy`, uint8 ones in [0, 1]); every draw keyed by the `noise` of its sample.
+        Raises ValueError where what is stored is missing or does not fit."""
+
+    def drawn(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
+        """The same for held-out samples that are drawn, to be looked at."""
+        return self.extras(latents, stored, noise)
+
+    def left_out(self, noise: Noise) -> tuple[Tensor, Tensor] | None:
+        """Which samples (B,) are trained without their image, as zeros, and which of those without their caption too;
+        None for none at all."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +65,23 @@ class NoImage(ImageCondition):
         """None."""
         return 0
 
-    def extras(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+    def extras(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
         """As stored."""
         return dict(stored)
+
+
+def need_stored(condition: ImageCondition, stored: Mapping[str, Tensor]) -> Tensor:
+    """What the shards hold as `extra-image.npy`. Raises ValueError, with the flag that makes it, where they do not."""
+    if "image" not in stored:
+        raise ValueError(f"image.kind {condition.kind} is made of extra-image.npy, which these latents do not hold: "
+                         f"encode them with {condition.stored}")
+    return stored["image"]
+
+
+def without(extras: Mapping[str, Tensor], lost: Tensor) -> Extras:
+    """With zeros in place of the image where `lost` (B,)."""
+    image = extras["image"]
+    return {**extras, "image": torch.where(lost.to(image.device)[:, None, None, None], 0, image)}
 
 
 IMAGE_CONDITIONS = (NoImage,)

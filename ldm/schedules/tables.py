@@ -23,7 +23,9 @@ class Table(Bounded):
     arXiv 2305.08891, algorithm 1). The last interval is then linear in alpha / sigma, whose logarithm is infinite.
     `shift` then lowers log-SNR by 2 ln(shift), for larger images (Hoogeboom et al. 2023, arXiv 2301.11093, section
     3.1).
-    The network sees the index i = T t - 1.
+    The network sees the index i = T t - 1. It is trained at the entries, and where `continuous` between them too: for
+    each entry sqrt(alpha_bar) is drawn between its neighbours', which is SR3's level (Saharia et al. 2021, arXiv
+    2104.07636, algorithm 1), uniform there in log-SNR instead of in sqrt(alpha_bar).
     """
 
     limits: ClassVar = {"steps": "[2, inf)", "shift": "(0, inf)"}
@@ -31,6 +33,7 @@ class Table(Bounded):
     steps: int = 1000
     zero_terminal_snr: bool = False
     shift: float = 1.0
+    continuous: bool = False
 
     @abstractmethod
     def betas(self) -> Tensor:
@@ -87,6 +90,8 @@ class Table(Bounded):
         return Level(sigma**3 * slope, -alpha * sigma**2 * slope)
 
     def trained(self, t: Tensor) -> Tensor:
+        if self.continuous:
+            return t.clamp(self.t_min, 1)
         return (t * self.steps).ceil().clamp(1, self.steps) / self.steps
 
     def noise_level(self, t: Tensor) -> Tensor:

@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoencoder.identity import Identity, IdentityAutoencoder
 from autoencoder.norm import LatentNorm
 from ldm.conditioning import Cond
+from ldm.coupling import MasaCtrl
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform
 from ldm.guidance import Autoguidance, ByClassifier, ClassifierFree
+from ldm.noise import Noise
 from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import Velocity
 from ldm.samplers import Euler
 from ldm.schedules import Flow
-from ldm.tasks import Task
+from ldm.tasks import Reference, Task
+from ldm.thresholding import thresholded
 
 DRAWN: list[int] = []
 PLAN = Sampling(sampler=Euler(), grid=Uniform(), guidance=ClassifierFree(scale=2.0), steps=2)
@@ -88,6 +92,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "seeds that are no numbers": ({"seeds": [1, 2.5, 3]}, "whole numbers"),
     "a seed that is none": ({"seeds": 1.5}, "whole numbers"),
     "a weight that is none": ({"also": [("red", float("nan"))]}, "finite weight"),
+    "fewer extras": ({"extras": {"image": torch.zeros(2, 1, 16, 24)}}, "3 captions but 2 of the extra 'image'"),
+    "an extra of another size": ({"extras": {"image": torch.zeros(1, 1, 24, 16)}},
+                                 r"'image' is of 24x16 .* pictures of 16x24 from latents of 4x6"),
+    "an extra of whole numbers": ({"extras": {"image": torch.zeros(1, 1, 16, 24, dtype=torch.uint8)}}, "in .0, 1."),
+    "an extra that is none": ({"extras": {"image": "edges.png"}}, "must be a tensor"),
     "no grid of so many steps": ({"sampling": replace(PLAN, steps=0)}, "at least 1 step"),
 }
 
@@ -147,3 +156,50 @@ def test_the_fields_words_draw_the_same_pictures_bit_for_bit() -> None:
     (alone,) = drawn("bb", seed=8, negative_prompt="x", num_inference_steps=3, guidance_scale=5.0, height=8, width=16)
     assert alone.tobytes() == theirs[3].tobytes()
     assert alone.tobytes() != drawn("bb", seed=8, height=8, width=16)[0].tobytes()
+
+
+def test_only_pixels_are_thresholded() -> None:
+    """Latents have no range. In pixels what guidance is thresholded, in a plan as in the pipeline's own."""
+    bounded = replace(PLAN, dynamic_threshold=0.995)
+    with pytest.raises(ValueError, match="these are latents, which have none: leave it out"):
+        replace(pipeline(), sampling=bounded)
+    with pytest.raises(ValueError, match="these are latents"):
+        pipeline().pixels(["a"], sampling=bounded)
+    own = replace(pipeline(), autoencoder=IdentityAutoencoder(Identity()), sampling=bounded, size=(4, 4))
+    x, t = 9 * torch.ones(1, 3, 4, 4), torch.tensor(0.5, dtype=torch.float64)
+    free, held = (own.guided(["a"], plan=plan)(x, t).x0 for plan in (PLAN, None))
+    assert free.abs().max() > 1 and torch.equal(held, thresholded(free, 0.995))
+    other = own.guided(["a"], also=[("b", 2.0)])(x, t).x0
+    assert other.abs().max() <= 1
+
+
+def test_what_is_shown_goes_with_every_caption() -> None:
+    """One picture for all or one each, with negative and further captions too, and in pairs; by the noise of each."""
+    seen: list[Tensor] = []
+
+    class Shown(Backbone):
+        shares = frozenset({"own", "cross"})
+
+        def __call__(self, x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+            seen.append(cond.extras["image"][:, 0, 0, 0])
+            return super().__call__(x, level, cond)
+
+    own = pipeline()
+    own = replace(own, denoiser=replace(own.denoiser, backbone=Shown()))
+    one, each = torch.full((1, 1, 4, 6), 5.0), torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 4, 6)
+    noises: list[Noise] = []
+
+    def extras(noise: Noise) -> dict[str, Tensor]:
+        noises.append(noise)
+        return {"image": one if len(noise) == 1 else each[: len(noise)]}
+
+    def drawn(captions: list[str], **how: Any) -> list[list[float]]:
+        seen.clear()
+        list(own.pixels(captions, seeds=7, **({"task": lambda part: Task(extras=extras)} | how)))
+        return [shown.tolist() for shown in seen]
+
+    assert drawn(["a"]) == [[5.0] * 2] * 2 and noises[-1].seeds.tolist() == [7]
+    assert drawn(["a", "b", "c"]) == [[0, 1, 2, 0, 1, 2]] * 2
+    assert drawn(["a", "b"], also=[("c", 0.5)])[0] == [0, 1] * 3
+    pairs = Task(extras=extras, reference=Reference(MasaCtrl(), ["x"]))
+    assert drawn(["a", "b", "c"], task=lambda part: pairs)[0][:6] == [0, 0, 1, 1, 2, 2]

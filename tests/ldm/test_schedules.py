@@ -163,3 +163,20 @@ def test_ve_edm_gvp_and_flow_are_their_formulas() -> None:
 def test_nonsense_is_refused(build: object) -> None:
     with pytest.raises(ValueError):
         build()  # type: ignore[operator]
+
+
+def test_a_continuous_table_is_trained_between_its_entries_as_sr3() -> None:
+    """SR3's 2,000 steps: each interval equally often, sqrt(alpha_bar) between its neighbours' and near to uniform there;
+    the level that the network sees tells sqrt(alpha_bar), and the table itself is the same."""
+    table = DDPMLinear(steps=2000, beta_min=1e-6, beta_max=1e-2)
+    sr3 = DDPMLinear(steps=2000, beta_min=1e-6, beta_max=1e-2, continuous=True)
+    u = (torch.arange(200_000, dtype=F64) + 0.5) / 200_000
+    t, entry = sr3.trained(u), table.trained(u)
+    assert t[u >= sr3.t_min].equal(u[u >= sr3.t_min]) and t.min() == sr3.t_min
+    bounds = torch.cat([torch.ones(1, dtype=F64), sr3.alpha_bar().sqrt()])
+    upper, lower, alpha = bounds[(entry * 2000).round().long() - 1], bounds[(entry * 2000).round().long()], sr3(t).alpha
+    assert bool((alpha <= upper * (1 + 1e-12)).all() and (alpha >= lower * (1 - 1e-12)).all())
+    within = ((upper - alpha) / (upper - lower))[u > 0.05]  # 0 at the cleaner neighbour, 1 at the noisier
+    assert (within - (2000 * u[u > 0.05]) % 1).abs().max() < 0.003
+    assert sr3.noise_level(t).diff().min() >= 0 and torch.equal(sr3(entry).alpha, table(entry).alpha)
+    assert torch.equal(table.trained(u), (u * 2000).ceil() / 2000)

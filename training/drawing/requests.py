@@ -7,15 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.arguments import Sampling, numbered
+from ldm.arguments import numbered
 from training.drawing.given import Given
 from training.errors import UserError
 from training.guarding import read_json
+from training.models.assembly import sampling_of
 from training.models.folders import find
 from training.settings import decoding
 
 if TYPE_CHECKING:
     import argparse
+
+    from ldm.arguments import Sampling
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
         for name, section in (run_values | (stored_values or {})).items()
         if name in ("sampler", "grid", "guidance", "sample")
     }
-    flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale}
+    flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale,
+             "sample.dynamic_threshold": args.dynamic_threshold}
     editing = decoding.sections("editing")  # read by the starts
     own = {key: text for key, text in args.overrides.items() if key.partition(".")[0] not in editing}
     changes = {key: str(value) for key, value in flags.items() if value is not None} | own
@@ -84,9 +88,7 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
     config = decoding.decode_stored("denoiser", merged, dict.fromkeys(changes, decoding.ASKED))
     assert isinstance(config, decoding.DenoiserConfig)
     plain = decoding.to_values(config)
-    return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps), {
-        n: plain[n] for n in values
-    }
+    return sampling_of(config), {n: plain[n] for n in values}
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from training.data.images import Images
 from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
 from training.encoding.shard import Encoder, embeddings, refuse_many
+from training.encoding.shown import planned, said, trained
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import remove_partials, write_json
 from training.guarding import check_output, disk_error, make_folder, read_record, refuse_links
@@ -60,18 +61,22 @@ def encode(args: argparse.Namespace) -> int:
     source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
     args.data = source  # which shows no secrets where it is told
     check_output(target)
-    shards = read_index(source)[1]
+    index, shards = read_index(source)
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, target, accelerator.device)
+    latent, hint = _latent(_images(source, shards[0].split, args), model, args.dtype), _hint(index["summary"])
+    image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
     plan = {
         "encoder": autoencoder_hashes(model)["encoder"],
         "data": {s.name: s.sha256 for s in shards},
-        "latent": _latent(_images(source, shards[0].split, args), model, args.dtype),
+        "latent": latent,
         "flip": args.flip,
         "tile": args.tile,
         "precision": args.mixed_precision,
         "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
+        "hint": None if image and image["kind"] == "low-res" else hint,
+        "image": image,
     }
     meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
@@ -83,7 +88,8 @@ def encode(args: argparse.Namespace) -> int:
             _prepare(target, plan, total, home, encoder, args)
         meeting.meet()  # no process writes a shard before the folder is claimed for this plan
         tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
-        worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
+        encoded = tiled if args.tile else model.encode
+        worker = Encoder(encoded, encoder, args, accelerator.device, plan, total, model.norm.mean_latents)
         own = shards[accelerator.process_index :: accelerator.num_processes]
         _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
         meeting.meet()  # the index lists the shards of all processes
@@ -99,7 +105,7 @@ def encode(args: argparse.Namespace) -> int:
 def _training(args: argparse.Namespace, target: Path) -> str:
     """The training of a denoiser on what was encoded."""
     words = ["--latents", target, "--output", beside(target, "denoiser")]
-    words += again({"device": args.device, "train.flip": "true" if args.flip else ""})
+    words += [*trained(args), *again({"device": args.device, "train.flip": "true" if args.flip else ""})]
     if args.text_encoder:
         words += ["--text.kind", "huggingface", "--text.length", args.text_length, "--text.pooling", args.text_pooling]
         words += again({"text.lower": "true" if args.text_lower else "", "text-encoder": args.text_encoder})
@@ -180,7 +186,9 @@ def _prepare(
     target: Path, plan: dict[str, Any], total: int, home: Path, encoder: TextEncoder | None, args: argparse.Namespace
 ) -> None:
     """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
-    size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize * (2 if args.flip else 1) + BESIDE
+    size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize
+    size += math.prod(plan["latent"]["picture"]) * (plan["hint"] or {}).get("channels", 0)
+    size = size * (2 if args.flip else 1) + BESIDE
     present = sum(path.stat().st_size for path in target.glob("*.tar"))
     check_output(target, total * size - present)
     # Claimed before anything is put there: a folder of other latents is refused as it was.
@@ -198,7 +206,7 @@ def _claim(target: Path, plan: dict[str, Any], pictures: str) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     plan_file = target / ENCODING
     if plan_file.is_file():
-        before = {"tile": 0, **read_record(plan_file, {})}
+        before = {"tile": 0, "hint": None, "image": None, **read_record(plan_file, {})}
         differences = [
             f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
         ]
@@ -221,6 +229,11 @@ def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
         model.check_images(torch.empty(1, images.channels, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
+
+
+def _hint(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """What the hints beside the pictures are, of which each is copied; how many were made by which rule stays there."""
+    return {key: value for key, value in summary["hint"].items() if key != "made"} if summary.get("hint") else None
 
 
 def _short(value: object) -> str:
@@ -252,7 +265,8 @@ def _finish(
         warn(f"latent channels {dead} hardly vary (std below {DEAD:g})")
     shape = "x".join(map(str, plan["latent"]["shape"]))
     gap = f", {samples - total:,} left out" if samples > total else ""
-    tell(f"latents: {target} ({total:,} samples of {shape}{gap}), waiting for data {waiting:.0%}")
+    hints = said(plan)
+    tell(f"latents: {target} ({total:,} samples of {shape}{gap}{hints}), waiting for data {waiting:.0%}")
     for line in ledger.lines():
         tell(line)
     return samples - total

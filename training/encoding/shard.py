@@ -17,10 +17,12 @@ from torch import Tensor
 from autoencoder.images import to_unit
 from training.commands import door
 from training.data.samples import LIMIT
+from training.encoding.shown import made_small
 from training.errors import DATA, DISK, NUMERICAL, UserError
 from training.ledger import Ledger
 from training.machine.memory import out_of_memory
 from training.messages import note, warn
+from training.pictures.hints import EXTRA, FIELD, loaded
 from training.shards.captions import stored_captions, text_fields
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
@@ -40,6 +42,7 @@ class Picture(NamedTuple):
     key: str
     pixels: np.ndarray
     notes: dict[str, Any]  # its metadata, with `captions`
+    hint: np.ndarray | None  # (C, H, W)
 
 
 class Encoder:
@@ -55,11 +58,14 @@ class Encoder:
         encoder: TextEncoder | None,
         args: argparse.Namespace,
         device: torch.device,
-        latent: dict[str, Any],
+        plan: dict[str, Any],
         total: int,
+        means: Callable[[Tensor], Tensor],
     ) -> None:
         self.encode, self.text, self.device, self.args = encode, encoder, device, args
-        self.picture = tuple(latent["picture"])
+        self.picture = tuple(plan["latent"]["picture"])
+        self.hints: int = plan["hint"]["channels"] if plan.get("hint") else 0  # channels
+        self.image, self.means = plan.get("image") or {}, means  # of moments, as normalised latents
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.since, self.precision = time.perf_counter(), args.mixed_precision
         self.total, self.bad, self.waited = total, 0, 0.0
@@ -75,7 +81,7 @@ class Encoder:
         waiting: list[Picture] = []
         for index, pixels in zip(range(first, first + info.samples), self._awaited(pictures), strict=False):
             try:
-                waiting.append(_sample(shards, index, pixels))
+                waiting.append(_sample(shards, index, pixels, self.hints))
                 if not any(waiting[-1].notes["captions"]):
                     self.ledger.add("guessed", "sample without a caption, the empty one taken", waiting[-1].key)
             except UserError as problem:
@@ -113,17 +119,31 @@ class Encoder:
             )
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
         # The mirrored picture is encoded on its own: an encoder's answer to it is not the mirrored answer.
-        moments = {"moments.npy": self._moments(pixels, keys)}
+        beside = [picture.hint for picture in pictures if picture.hint is not None]
+        hints = torch.from_numpy(np.stack(beside)) if beside else None
+        moments = {"moments.npy": self._moments(pixels, keys), **self._image("extra", pixels, hints, keys)}
         if self.flip:
             moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
+            moments |= self._image("mirror", pixels.flip(-1), None if hints is None else hints.flip(-1), keys)
         embeddings_of = self._texts([picture.notes["captions"] for picture in pictures], keys) if self.text else []
-        for i, (key, _, notes) in enumerate(pictures):
+        for i, (key, _, notes, _) in enumerate(pictures):
             fields = {name: _npy(values[i]) for name, values in moments.items()}
             fields["txt"] = notes["captions"][0].encode()
             fields["json"] = json.dumps(notes, ensure_ascii=False).encode("utf-8", "replace")
             if embeddings_of:
                 fields["text.safetensors"] = embeddings_of[i]
             yield key, fields
+
+    def _image(self, variant: str, pixels: Tensor, hints: Tensor | None, keys: list[str]) -> dict[str, np.ndarray]:
+        """The field that a denoiser is to be shown, of pictures and hints (B, C, H, W); nothing where there is none."""
+        if self.image.get("kind") == "low-res":
+            return {f"{variant}-{EXTRA}.npy": made_small(pixels, self.image["factor"]).numpy()}
+        if hints is None:
+            return {}
+        if self.image.get("kind") != "source":
+            return {f"{variant}-{EXTRA}.npy": hints.numpy()}
+        moments = torch.from_numpy(self._moments(hints, keys)).to(self.device, torch.float32)
+        return {f"{variant}-{EXTRA}.npy": self.means(moments).cpu().numpy().astype(self.dtype)}
 
     def _texts(self, captions: list[list[str]], keys: list[str]) -> list[bytes]:
         """The embeddings of each sample's captions, as `N.context` and `N.pooled` for its caption N."""
@@ -227,11 +247,20 @@ def refuse_many(bad: int, total: int, data: str) -> None:
         raise UserError(what, hint=f"run: {door('make_shards verify', data)}", code=DATA)
 
 
-def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError) -> Picture:
+def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError, hints: int) -> Picture:
+    """A sample with its hint of so many channels; 0: it has none."""
     if isinstance(pixels, UserError):
         raise pixels
-    key = shards.key(index)
-    return Picture(key, pixels, _notes(key, shards.read(index, ("json", *text_fields(shards.fields)))))
+    key, wanted = shards.key(index), ("json", *text_fields(shards.fields), *[FIELD] * bool(hints))
+    record = shards.read(index, wanted)
+    return Picture(key, pixels, _notes(key, record), _hint(key, record, hints, pixels.shape[:2]) if hints else None)
+
+
+def _hint(key: str, record: dict[str, bytes], channels: int, size: tuple[int, int]) -> np.ndarray:
+    try:
+        return loaded(record.get(FIELD, b""), channels, size)
+    except UserError as failure:
+        raise UserError(f"{key}: {failure.what}", hint="pack again", code=DATA) from None
 
 
 def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
@@ -245,7 +274,7 @@ def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
 
 def _npy(array: np.ndarray) -> bytes:
     out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
+    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
     return out.getvalue()
 
 

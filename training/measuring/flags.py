@@ -89,6 +89,8 @@ def how_pictures_are_drawn(parser: Parser) -> None:
     add("--sampler", metavar="NAME", help="the kind of sampler")
     add("--steps", metavar="N", type=int, help="steps of the sampler")
     add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
+    text = "scale pictures in pixels (autoencoder identity) into range by this quantile of |x0|; 0 = off"
+    add("--dynamic-threshold", metavar="P", type=float, help=text)
 
 
 def where_to(parser: Parser) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoencoder.precision import double_device
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
+from ldm.image_conditions.base import without
 from ldm.noise import Noise
 from ldm.objectives import LEVELS, Objective
 from ldm.pipeline import Pipeline
@@ -20,6 +21,7 @@ from ldm.times import Places
 from ldm.uncertainty import Uncertainty, Weighed
 from training.data.latents import Latents
 from training.data.samples import Batch
+from training.errors import DATA, as_user_error
 from training.loop.stage import Stage
 from training.loop.validation import CHUNK, as_many
 from training.machine.processes import announce
@@ -31,6 +33,7 @@ from training.settings.decoding import DenoiserConfig
 
 if TYPE_CHECKING:
     from autoencoder.norm import LatentNorm
+    from ldm.adapters import Adapter
 
 SHOWN = 16
 UNPAIRED = "{} pairs nothing: no two samples of a batch have the same condition"
@@ -71,8 +74,29 @@ class Captioned(nn.Module):
         return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
 
 
+class Adapted(nn.Module):
+    """An adapter and all that it is at work in, which stays as it is: only the adapter is trained, averaged, stored and
+    seen by a process wrapper."""
+
+    def __init__(self, adapter: Adapter, whole: Captioned) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._whole = (whole,)  # in a tuple, so that it is no part of this module
+
+    @property
+    def backbone(self) -> nn.Module:
+        """That of the base."""
+        return self._whole[0].backbone
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
+        """See `Captioned.forward`."""
+        prediction: Tensor | Weighed = self._whole[0](x, noise_level, cond)
+        return prediction
+
+
 class DenoiserStage(Stage):
-    """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
+    """Trains backbone (and text encoder), or an adapter in them, on re-sampled posteriors; drops captions for guidance.
+    """
 
     tally: CaptionTally
 
@@ -86,10 +110,12 @@ class DenoiserStage(Stage):
         held_out: Latents,
         pipeline: Pipeline,
         null: Cond | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
-        self.network = Captioned(backbone, text, config.weighting.build(config.schedule))
+        whole = Captioned(backbone, text, config.weighting.build(config.schedule))
+        self.network = Adapted(adapter, whole) if adapter else whole
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
@@ -105,7 +131,7 @@ class DenoiserStage(Stage):
         self.paired = True  # until a batch was seen in which nothing is
         self.channels, self.frozen = self.norm.scale.numel(), [self.norm]
         # Where nothing reads the encoder's pooled vector, processes must not wait for the gradients of its projection.
-        self.unused_gradients = text.trainable and not config.backbone.pooled
+        self.unused_gradients = bool(adapter) or (text.trainable and not config.backbone.pooled)
 
     def connect(self) -> None:
         """Every training call goes through the process wrapper; loss-aware times lie where the losses do."""
@@ -129,6 +155,9 @@ class DenoiserStage(Stage):
         # Drawn on the CPU, where captions are: on a GPU they would wait for the device to say which of them are kept.
         drawn = Noise(batch.slots).fold(self.config.train.seed, step).uniform((1,), "dropout")[:, 0]
         keep = drawn >= self.config.conditioning.dropout
+        batch = self.shown(batch, latents, noise)
+        if (lost := self.config.image.left_out(Noise(batch.slots).fold(self.config.train.seed, step))) is not None:
+            batch, keep = batch._replace(extras=without(batch.extras, lost[0])), keep & ~lost[1]
         with self.accelerator.autocast():
             cond = self.condition(batch, keep)
             # Pairing asks only which conditions are equal; captions answer that before an encoder has read them.
@@ -177,6 +206,13 @@ class DenoiserStage(Stage):
         shape = (moments.shape[1] // (2 if self.norm.gaussian else 1), *moments.shape[2:])
         return self.norm.latents(moments, noise.normal(shape, "posterior"))
 
+    def shown(self, batch: Batch, latents: Tensor, noise: Noise) -> Batch:
+        """The batch with the extras that its image condition makes of what is stored, on the device."""
+        device = self.accelerator.device
+        stored = {name: extra.to(device, non_blocking=True) for name, extra in batch.extras.items()}
+        with as_user_error("encode again as [image] of the config asks", DATA):
+            return batch._replace(extras=self.config.image.extras(latents, stored, noise))
+
     def condition(self, batch: Batch, keep: Tensor) -> Any:
         """The condition, with the empty caption's where `keep` is False; extras are not dropped with their captions.
 
@@ -194,10 +230,10 @@ class DenoiserStage(Stage):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
         numbers = self.losses_of(self.held_out.chunks(self.looked_at(), CHUNK, "validating"))
-        captions = self.grid_captions()
+        captions, extras = self.grid_captions(), self.grid_extras()
         with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
             watch = told.by_steps(SHOWN, self.config.sample.steps)
-            images = self.pipeline(captions, seeds=0, batch_size=SHOWN, watch=watch)
+            images = self.pipeline(captions, seeds=0, extras=extras, batch_size=SHOWN, watch=watch)
         grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         return numbers
 
@@ -218,10 +254,9 @@ class DenoiserStage(Stage):
         losses: dict[str, list[Tensor]] = {f"loss_t{t}": [] for t in LEVELS}
         for batch in batches:
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
-            latents, cond = (
-                self.sample(batch, noise),
-                self.condition(batch, torch.ones(len(batch.slots), dtype=torch.bool)),
-            )
+            latents = self.sample(batch, noise)
+            whole = torch.ones(len(batch.slots), dtype=torch.bool)
+            cond = self.condition(self.shown(batch, latents, noise), whole)
             for t in LEVELS:
                 at = torch.full((len(latents),), t, dtype=torch.float64, device=double_device(latents.device))
                 losses[f"loss_t{t}"].append(
@@ -231,12 +266,29 @@ class DenoiserStage(Stage):
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
     def grid_captions(self) -> list[str]:
-        """Distinct captions of samples evenly over the held-out ones, over and over where they are few."""
-        captions: dict[str, None] = {}
+        """The captions of `grid_samples`."""
+        return [caption for caption, _ in self.grid_samples()]
+
+    def grid_samples(self) -> list[tuple[str, int]]:
+        """Distinct captions of samples evenly over the held-out ones, each with a sample that has it; over and over
+        where they are few."""
+        captions: dict[str, int] = {}
         for i in self.held_out.evenly(20 * SHOWN):
-            captions.setdefault(self.held_out.captions(i)[0])
-        names = list(captions)[:SHOWN]
-        return [names[i % len(names)] for i in range(SHOWN)]
+            captions.setdefault(self.held_out.captions(i)[0], i)
+        samples = list(captions.items())[:SHOWN]
+        return [samples[i % len(samples)] for i in range(SHOWN)]
+
+    def grid_extras(self) -> dict[str, Tensor]:
+        """What an image condition shows of the samples of the grid, nothing where there is none."""
+        if self.config.image.kind == "none":
+            return {}
+        drawn: list[dict[str, Tensor]] = []
+        for batch in self.held_out.chunks([i for _, i in self.grid_samples()], CHUNK):
+            noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
+            stored = {name: extra.to(self.accelerator.device) for name, extra in batch.extras.items()}
+            drawn.append(self.config.image.drawn(self.sample(batch, noise), stored, noise))
+        names = [name for name in ("image", "image_level") if name in drawn[0]]
+        return {name: torch.cat([extras[name] for extras in drawn]) for name in names}
 
 
 def onto(value: Tensor, device: torch.device) -> Tensor:

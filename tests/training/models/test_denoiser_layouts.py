@@ -49,7 +49,7 @@ def peer(name: str, settings: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     network = getattr(diffusers, name)(**settings).eval()
     for key, parameter in network.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm" in key and key.endswith("weight") else 0.0, std=0.06)
+        nn.init.normal_(parameter, mean=1.0 if key.endswith("weight") and parameter.ndim == 1 else 0.0, std=0.1)
     if name.startswith("DiT"):  # one embedder, as all that were published have
         first = network.transformer_blocks[0].norm1.emb.state_dict()
         for block in network.transformer_blocks:

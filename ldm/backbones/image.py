@@ -1,0 +1,97 @@
+"""What a backbone is made to read of an image condition: channels behind those of the latents, and a level of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.backbones.embed import Projection, sinusoid
+from ldm.conditioning import Cond
+
+if TYPE_CHECKING:
+    from ldm.backbones.base import Backbone
+
+FEATURES, LEVELS = 256, 1000.0  # of a level in [0, 1]: it is embedded as the noise levels 0 to 1000 are
+
+
+class ImageInputs(TypedDict, total=False):
+    """The channels of `Cond.extras["image"]` that are joined to the latents, and whether "image_level" is read."""
+
+    image_channels: int
+    image_level: bool
+
+
+class Widened(nn.Module):
+    """layer(x) + W more, for inputs x and then more; W is zero at first. Its weight is one tensor under the name of the
+    layer's own, as published inpainting models have it.
+
+    Two products and not one over all inputs, each of what lies in memory as it would alone: kernels differ in how they
+    round, and so at first the sum is layer(x) to the last bit.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, inputs: int) -> None:
+        super().__init__()
+        own = layer.weight.detach()
+        self.own = own.shape[1]
+        self.weight = nn.Parameter(torch.cat([own, own.new_zeros(len(own), inputs, *own.shape[2:])], dim=1))
+        self.bias, self.padding = layer.bias, getattr(layer, "padding", 0)
+        self.out_channels = len(own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W) for a convolution, (B, N, inputs) for a linear layer."""
+        own, more = (part.contiguous() for part in self.weight.tensor_split([self.own], dim=1))
+        parts = x.tensor_split([self.own], dim=1 if own.ndim == 4 else -1)
+        x, image = (part.contiguous() for part in parts) if x.is_contiguous() else parts
+        if own.ndim == 2:
+            return F.linear(x, own, self.bias) + F.linear(image, more)
+        first = F.conv2d(x, own, self.bias, padding=self.padding)
+        return first + F.conv2d(image, more, padding=self.padding)
+
+
+class LevelEmbedding(nn.Module):
+    """A level in [0, 1], (B,) -> (B, width), added to the embedding of time; 0 at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.projection = Projection(FEATURES, width)
+        for parameter in self.projection.linear_2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, level: Tensor) -> Tensor:
+        y: Tensor = self.projection(sinusoid(level * LEVELS, FEATURES))
+        return y
+
+
+def with_level(time: Tensor, embedding: LevelEmbedding | None, cond: Cond) -> Tensor:
+    """The embedding of time (B, width), and that of `cond.extras["image_level"]` (B,) added where it is read."""
+    if embedding is None:
+        return time
+    added: Tensor = embedding(need_extra(cond, "image_level", (time.shape[0],)))
+    return time + added
+
+
+def need_extra(cond: Cond, name: str, shape: tuple[int, ...]) -> Tensor:
+    """`cond.extras[name]`. Raises ValueError where it is missing or of another shape."""
+    extra = cond.extras.get(name)
+    if extra is None:
+        given = ", ".join(cond.extras) or "none"
+        raise ValueError(f"the backbone reads an image condition, and the extra {name!r} is missing (given: {given})")
+    if extra.shape != shape:
+        size, wanted = ("x".join(map(str, sides)) for sides in (extra.shape, shape))
+        raise ValueError(f"the extra {name!r} is {size}, the backbone reads {wanted}")
+    return extra
+
+
+def extended(weights: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """The weights of a backbone that reads no image, for this one that does: zeros for what the image adds, so that it
+    answers as theirs does. Weights of the same inputs come back as they are."""
+    own, name = backbone.state_dict(), f"{backbone.input_layer}.weight"
+    wide, theirs = dict(weights), weights.get(name)
+    if backbone.image_channels and theirs is not None and theirs.shape[1] < own[name].shape[1]:
+        more = own[name].shape[1] - theirs.shape[1]
+        wide[name] = torch.cat([theirs, theirs.new_zeros(len(theirs), more, *theirs.shape[2:])], dim=1)
+    return {**{key: part for key, part in own.items() if key.startswith("level_embedding.")}, **wide}

@@ -1,0 +1,42 @@
+"""Hints by further input channels: a denoiser that is shown edges, a depth map or a mask of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+
+from ldm.image_conditions.base import Extras, ImageCondition, need_stored
+from ldm.noise import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hint(ImageCondition):
+    """A hint in [0, 1] at the size of latents: the largest of the pixels that a latent covers, so that a bright edge of
+    one pixel stays. `hint_channels`: 0, as many as the pictures have.
+
+    All weights learn; an adapter (`adapter.kind = "controlnet"`) leaves the base as it is.
+    """
+
+    kind: Literal["hint"] = "hint"
+    hint_channels: int = 0
+    stored: ClassVar[str] = "pictures that were packed with --hint"
+    drawn_with: ClassVar[str] = "--hint FILE"
+    limits: ClassVar = {"hint_channels": "[0, inf)"}
+
+    def channels(self, latent_channels: int, image_channels: int) -> int:
+        """Those of the hint."""
+        return self.hint_channels or image_channels
+
+    def extras(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
+        return {**stored, **self.shown(need_stored(self, stored), (latents.shape[-2], latents.shape[-1]))}
+
+    def shown(self, hint: Tensor, size: tuple[int, int]) -> Extras:
+        """"image" of hints (B, C, H, W) in [0, 1] for latents of `size`."""
+        return {"image": adaptive_max_pool2d(hint, size)}
+
+
+IMAGE_CONDITIONS = (Hint,)

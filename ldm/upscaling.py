@@ -1,0 +1,121 @@
+"""Pictures made larger by a model that is shown them: a task for `Pipeline.pixels`, and how true it stays to them.
+
+    pipeline(captions, task=upscaling(pipeline, condition, pictures))
+
+A picture x is true to a small one y where A x = y, A the mean over squares of pixels: a residual in 255ths tells how
+far off it is, and `projected` removes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from autoencoder.identity import IdentityAutoencoder
+from autoencoder.images import to_unit
+from ldm.denoiser import Denoise
+from ldm.image_conditions.low_res import LowRes
+from ldm.image_tasks import Pictures, as_pixels
+from ldm.inverse.measurement import DDNM
+from ldm.inverse.operators import Box
+from ldm.noise import Noise
+from ldm.pipeline import Pipeline
+from ldm.tasks import Task, Tasks, unheld
+from ldm.windowed import in_windows
+
+ROUNDS = 8  # of projecting what clipping to [-1, 1] has moved
+
+
+def upscaling(pipeline: Pipeline, condition: LowRes, pictures: Pictures, *, level: float | None = None,
+              consistent: bool = False) -> Tasks:
+    """The pictures, `condition.factor` times larger: one for all captions, or one each, all of one size.
+
+    `level`: the noise that is added to them and told to the network, in [0, 1]; None, the condition's own. Sides that
+    the model has no canvas for are reflected up to one, and cut again. `consistent`: every step in pixels, and the
+    finished picture, is brought to what the small one says (DDNM). Larger pictures than the trained ones are drawn by
+    the pipeline `in_windows`. Raises ValueError for a level outside [0, 1].
+    """
+    small, factor = as_pixels(pipeline, pictures), condition.factor
+    u = condition.level if level is None else level
+    if not 0 <= u <= 1:
+        raise ValueError(f"the level of noise on a small picture must lie in [0, 1], got {u}")
+    height, width = canvas(pipeline, factor, (small.shape[-2], small.shape[-1]))
+    whole = reflected(small, (height, width))
+    shape = pipeline.latent_shape((height * factor, width * factor))
+    pixels, operator = isinstance(pipeline.autoencoder, IdentityAutoencoder), Box(factor=factor)
+
+    def task(part: slice) -> Task:
+        source, y = (given if len(given) == 1 else given[part] for given in (small, to_unit(whole)))
+
+        def extras(noise: Noise) -> Mapping[str, Tensor]:
+            shown = y.expand(len(noise), *y.shape[1:])
+            levels = torch.full((len(noise),), u, dtype=y.dtype, device=y.device)
+            return condition.shown(shown, shape[1:], levels, noise.fold("upscaling"))
+
+        def hold(denoise: Denoise) -> Denoise:
+            return DDNM()(denoise, operator, y, 0.0)
+
+        def finish(made: Tensor) -> Tensor:
+            cut = made[..., : source.shape[-2] * factor, : source.shape[-1] * factor]
+            return projected(cut, source, factor) if consistent else cut
+
+        return Task(shape=shape, extras=extras, hold=hold if consistent and pixels else unheld, finish=finish)
+
+    return task
+
+
+def canvas(pipeline: Pipeline, factor: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The least sides of a small picture that the model can be shown: those of `size` = (height, width), up to the
+    trained ones, and to what the pipeline's multiple divides once enlarged."""
+    step = pipeline.multiple // math.gcd(pipeline.multiple, factor)
+    height, width = (-(-max(side, trained // factor) // step) * step
+                     for side, trained in zip(size, pipeline.size, strict=True))
+    return height, width
+
+
+def reflected(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures (B, C, H, W) continued to the right and below by their reflection, as often as it takes."""
+    rows, columns = (_mirrored(side, wanted) for side, wanted in zip(pixels.shape[-2:], size, strict=True))
+    return pixels[..., rows, :][..., columns]
+
+
+def _mirrored(side: int, wanted: int) -> Tensor:
+    """0, 1, ..., side - 1, side - 2, ..., 0, 1, ... of `wanted` numbers."""
+    place = torch.arange(wanted) % max(1, 2 * side - 2)
+    return torch.minimum(place, (2 * side - 2 - place).abs())
+
+
+def projected(made: Tensor, small: Tensor, factor: int) -> Tensor:
+    """The pixels nearest to `made` whose means over squares are those of `small`, all uint8.
+
+    x + A^+ (y - A x), and again for what clipping has moved: back-projection, Irani & Peleg 1991. Of the pixels of a
+    square as many are rounded up as its mean needs, those with the largest fractions.
+    """
+    operator, y, x = Box(factor=factor), small.float(), made.float()
+    for _ in range(ROUNDS):
+        x = (x + operator.pinv(y - operator(x))).clamp(0, 255)
+    squares = x.unfold(2, factor, factor).unfold(3, factor, factor)
+    parts = squares.flatten(-2)
+    down = parts.floor()
+    up = (factor**2 * y - down.sum(-1)).round()
+    rank = (parts - down).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    whole = (down + (rank < up[..., None])).clamp(max=255).view_as(squares)
+    return whole.transpose(3, 4).reshape(made.shape).to(torch.uint8)
+
+
+def residual(made: Tensor, small: Tensor, factor: int) -> Tensor:
+    """mean |y - A x| of uint8 pictures (B, C, f h, f w) and their small ones, in 255ths, (B,)."""
+    off = to_unit(small) - Box(factor=factor)(to_unit(made))
+    return off.abs().flatten(1).mean(1) * 127.5
+
+
+def larger(pipeline: Pipeline, stride: int | None, factor: int, size: tuple[int, int]) -> Pipeline:
+    """The pipeline for small pictures of `size`: in windows of the trained size where they are larger, `stride` latents
+    apart, None being half of a window; 0 draws them whole."""
+    _, height, width = pipeline.latent_shape(pipeline.size)
+    apart = max(1, min(height, width) // 2) if stride is None else stride
+    fits = all(side * factor <= trained for side, trained in zip(size, pipeline.size, strict=True))
+    return pipeline if fits else in_windows(pipeline, apart)

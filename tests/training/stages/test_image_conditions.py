@@ -1,0 +1,90 @@
+"""Training by image conditions: what a step shows the backbone, whatever the split; runs begun, widened and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from denoiser_steps import gradients, make, step, weights
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from training.data.order import Slot
+from training.loop.loop import Loop
+from training.models.assembly import load_pipeline
+from training.stages.denoiser import DenoiserStage
+from training.tensors import load_tensors
+
+__all__ = ["make"]
+Make = Callable[..., tuple[DenoiserStage, Loop]]
+MASKED = {"image__kind": "masked"}
+
+
+def seen(stage: DenoiserStage) -> list[Cond]:
+    """What the backbone is shown from here on."""
+    shown: list[Cond] = []
+    stage.network.backbone.register_forward_pre_hook(lambda module, args: shown.append(args[2]))
+    return shown
+
+
+def image(stage: DenoiserStage, number: int, places: range = range(8)) -> Tensor:
+    """Of the batch at a step, in micro-batches of two."""
+    shown = seen(stage)
+    for i in places[::2]:
+        batch = stage.dataset.__getitems__([Slot(j, 0, 8 * number + j) for j in (i, i + 1)])
+        stage.backward(batch, number, 0.25)
+    return torch.cat([cond.extras["image"] for cond in shown])
+
+
+def test_images_go_by_seed_step_and_slot(make: Make) -> None:
+    whole, _ = make(**MASKED)
+    shown = seen(whole)
+    step(whole, 3)
+    (cond,) = shown
+    channels = whole.norm.scale.numel() + 1
+    assert cond.extras["image"].shape[:2] == (8, channels)
+    assert whole.network.backbone.get_parameter("patch_embedding.weight").shape[1] == 4 * (2 * channels - 1)
+    parts, _ = make(**MASKED)
+    assert torch.equal(image(parts, 3), cond.extras["image"])
+    assert torch.equal(image(parts, 3, range(4, 8)), cond.extras["image"][4:])
+    assert not torch.equal(image(parts, 4), cond.extras["image"])
+
+
+def test_a_mask_condition_learns_and_the_rest_of_a_step_is_as_it_was(make: Make) -> None:
+    plain, _ = make()
+    masked, _ = make(**MASKED)
+    losses = step(plain, 0)["loss"], step(masked, 0)["loss"]
+    assert torch.equal(*losses) and len(weights(masked.network)) > len(weights(plain.network))
+    assert len(gradients(masked.network)) == len(gradients(plain.network))
+
+
+def test_validation_meets_the_same_masks_every_time(make: Make) -> None:
+    stage, _ = make(**MASKED)
+    assert stage.losses_of(stage.held_out.chunks([0, 1, 2], 2)) == stage.losses_of(stage.held_out.chunks([0, 1, 2], 2))
+
+
+def test_what_is_not_stored_is_refused_before_the_first_step(latents: Path, tmp_path: Path) -> None:
+    words = ("--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER, "--image.kind")
+    for kind, flag in (("low-res", "--low-res"), ("source", "--encode-hint"), ("hint", "--hint")):
+        problem = tiny.refused("train_denoiser", *words, kind)
+        assert problem.code == 3 and "extra-image.npy" in problem.what and flag in problem.hint
+
+
+def test_begun_from_a_run_without_image_it_is_widened_with_zeros(
+    latents: Path, denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["--latents", latents, "--output", run, *tiny.DENOISER, "--image.kind", "masked", "--init-from", denoiser]
+    assert tiny.call("train_denoiser", *words, "--lr", "1e-30") == 0
+    own = load_tensors(run / "final" / "model.safetensors")
+    theirs = load_tensors(denoiser / "final" / "model.safetensors")
+    name = "patch_embedding.weight"
+    channels = theirs[name].shape[1] // 4
+    assert f"input widened by {channels + 1} channels for the image, zero at first" in capsys.readouterr().err
+    assert torch.equal(own[name][:, : 4 * channels], theirs[name])
+    assert own[name].shape[1] == 4 * (2 * channels + 1) and own[name][:, 4 * channels :].abs().max() < 1e-20
+    pipeline = load_pipeline(run, "cpu")
+    assert pipeline.denoiser.backbone.image_channels == channels + 1  # type: ignore[attr-defined]
