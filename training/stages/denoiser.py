@@ -115,7 +115,7 @@ class DenoiserStage(Stage):
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
         whole = Captioned(backbone, text, config.weighting.build(config.schedule))
-        self.network = Adapted(adapter, whole) if adapter else whole
+        self.adapter, self.network = adapter, Adapted(adapter, whole) if adapter else whole
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
@@ -279,15 +279,16 @@ class DenoiserStage(Stage):
         return [samples[i % len(samples)] for i in range(SHOWN)]
 
     def grid_extras(self) -> dict[str, Tensor]:
-        """What an image condition shows of the samples of the grid, nothing where there is none."""
-        if self.config.image.kind == "none":
+        """What an image condition shows of the samples of the grid, and the hint of an adapter that reads one."""
+        hint = self.adapter.hint if self.adapter else ""
+        if self.config.image.kind == "none" and not hint:
             return {}
         drawn: list[dict[str, Tensor]] = []
         for batch in self.held_out.chunks([i for _, i in self.grid_samples()], CHUNK):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             stored = {name: extra.to(self.accelerator.device) for name, extra in batch.extras.items()}
             drawn.append(self.config.image.drawn(self.sample(batch, noise), stored, noise))
-        names = [name for name in ("image", "image_level") if name in drawn[0]]
+        names = [name for name in ("image", "image_level", hint) if name in drawn[0]]
         return {name: torch.cat([extras[name] for extras in drawn]) for name in names}
 
 
