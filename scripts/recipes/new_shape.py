@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from training.shapes import rendering, scenes
 
@@ -17,7 +15,7 @@ FIVE = (("red", 0, 9.7), ("blue", 4, 13.3), ("yellow", 5, 9.7), ("green", 7, 13.
 # The rules read one shape more, here alone; scenes are drawn of the four as before.
 rendering.inside = lambda shape, u, v: (abs(u) <= 1) & (abs(v) <= 1 / 3) if shape == NEW else INSIDE(shape, u, v)
 scenes.SHAPES, scenes.AREA[NEW] = (*FOUR, NEW), 1 / 3  # type: ignore[assignment]
-from training.shapes import checker, wording  # noqa: E402
+from training.shapes import wording  # noqa: E402
 
 scenes.SHAPES = FOUR
 
