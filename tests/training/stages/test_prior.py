@@ -128,16 +128,20 @@ def test_what_is_drawn_is_kept_with_its_hash(straight: Path) -> None:
     assert all(row["loss_prior"] > 0 for row in rows if "loss" in row)
 
 
-def test_the_base_draws_them_alone_and_stays_as_it_is(latents: Path, denoiser: Path, tmp_path: Path) -> None:
-    """Under an adapter too, whose start is not the base's: what is kept is what the base draws of the same seeds."""
+def test_the_base_draws_them_alone_and_stays_as_it_is(
+    straight: Path, latents: Path, denoiser: Path, tmp_path: Path
+) -> None:
+    """Bit for bit as without an adapter, also beneath one that rounds at its start."""
     before = {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
     words = ("--base", denoiser, "--latents", latents, "--config", "dora", "--output", tmp_path / "run", *tiny.SHORT)
     assert tiny.call("train_denoiser", *words, *PRIOR) == 0
     assert before == {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
+    kept = load_drawn(tmp_path / "run" / "prior")
+    assert kept.hash == load_drawn(straight / "prior").hash
     pipeline = load_pipeline(denoiser, "cpu")
     drawn = _draw(dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, steps=2)), TEXTS, 0)
-    kept = pipeline.autoencoder.norm.latents(load_drawn(tmp_path / "run" / "prior").moments, None)
-    torch.testing.assert_close(kept[:3], drawn, rtol=0, atol=1e-5)
+    latents_of = pipeline.autoencoder.norm.latents(kept.moments[:3], None)
+    torch.testing.assert_close(latents_of, drawn, rtol=0, atol=1e-5)
 
 
 @pytest.mark.timeout(600)
