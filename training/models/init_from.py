@@ -94,7 +94,7 @@ def fill_network(
     taken, before = config.text.build(words) if new else text, dict[str, Weights]()
 
     def widened(theirs: Weights) -> Weights:
-        before["denoiser"] = theirs
+        before["denoiser"] = {name: tensor.float() for name, tensor in theirs.items()}  # it may be stored in halves
         return extended(theirs, parts.backbone)
 
     fill_learned(parts.backbone, taken, folder.weights, folder.final, widened)

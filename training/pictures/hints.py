@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from PIL import Image
 from training.errors import USAGE, UserError
 from training.ledger import Effect
 from training.pictures.decoding import MAX_PIXELS, encode_png, load_image, refuse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Bytes = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -198,3 +201,9 @@ def beside(picture: Image.Image, hint: bytes | None) -> Image.Image:
     both.paste(picture, (0, 0))
     both.paste(Image.open(io.BytesIO(hint)).convert("RGB"), (picture.width, 0))
     return both
+
+
+def all_beside(pictures: Sequence[Image.Image], shown: Tensor) -> list[Image.Image]:
+    """Pictures, each with its hint of (B, C, H, W) in [0, 1] to the right of it."""
+    values = (shown.detach().float().cpu().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return [beside(picture, stored(hint)) for picture, hint in zip(pictures, values, strict=True)]

@@ -110,7 +110,7 @@ class AdapterJob(DenoiserJob):
     def begin(self, final: Path) -> None:
         """Write down which base it is."""
         final.mkdir(parents=True, exist_ok=True)
-        keep_base(final, self.args.base, self.base)
+        keep_base(final, self.args.base, self.base, self.dataset.shards.summary.get("hint"))
 
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
         """The tensors of the adapter; that the base is still the same is looked at once more."""

@@ -28,6 +28,7 @@ from training.machine.processes import announce
 from training.messages import warn
 from training.models.captions_read import CaptionTally
 from training.pictures import grids
+from training.pictures.hints import all_beside
 from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
 
@@ -115,7 +116,7 @@ class DenoiserStage(Stage):
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
         whole = Captioned(backbone, text, config.weighting.build(config.schedule))
-        self.network = Adapted(adapter, whole) if adapter else whole
+        self.network, self.hint = (Adapted(adapter, whole), adapter.hint) if adapter else (whole, "")
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
@@ -234,6 +235,7 @@ class DenoiserStage(Stage):
         with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
             watch = told.by_steps(SHOWN, self.config.sample.steps)
             images = self.pipeline(captions, seeds=0, extras=extras, batch_size=SHOWN, watch=watch)
+        images = all_beside(images, extras["image"]) if self.hint else images
         grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         return numbers
 
@@ -279,8 +281,8 @@ class DenoiserStage(Stage):
         return [samples[i % len(samples)] for i in range(SHOWN)]
 
     def grid_extras(self) -> dict[str, Tensor]:
-        """What an image condition shows of the samples of the grid, nothing where there is none."""
-        if self.config.image.kind == "none":
+        """What an image condition or a control is shown of the samples of the grid, nothing where there is none."""
+        if self.config.image.kind == "none" and not self.hint:
             return {}
         drawn: list[dict[str, Tensor]] = []
         for batch in self.held_out.chunks([i for _, i in self.grid_samples()], CHUNK):
