@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Bytes = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 FIELD = "hint.png"  # of a packed sample
+EXAMPLE = "hint.png"  # in a control's final/
 EXTRA = "image"  # the name that conditions, and fields of latents, have for it
 APART = 60  # an edge lies where a channel of two neighbours differs by more
 NEAR = 20  # a pixel is background where no channel differs by more from it
@@ -205,5 +206,10 @@ def beside(picture: Image.Image, hint: bytes | None) -> Image.Image:
 
 def all_beside(pictures: Sequence[Image.Image], shown: Tensor) -> list[Image.Image]:
     """Pictures, each with its hint of (B, C, H, W) in [0, 1] to the right of it."""
-    values = (shown.detach().float().cpu().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
-    return [beside(picture, stored(hint)) for picture, hint in zip(pictures, values, strict=True)]
+    return [beside(picture, stored(hint)) for picture, hint in zip(pictures, as_bytes(shown), strict=True)]
+
+
+def as_bytes(shown: Tensor) -> Bytes:
+    """Hints (B, C, H, W) in [0, 1] as they are stored, (B, H, W, C)."""
+    values: Bytes = (shown.detach().float().cpu().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return values
