@@ -129,8 +129,9 @@ class Controls:
     def begin(self, pipeline: Pipeline) -> None:
         """Have the branches work in their interval. Raises UserError for none."""
         with as_user_error("as --control-interval 0.3 1, which is the first 70 % of the way from noise"):
-            for branch in pipeline.denoiser.backbone.branches:  # type: ignore[union-attr]
-                branch.during(*self.interval, pipeline.denoiser.schedule)  # type: ignore[operator]
+            backbone: Any = pipeline.denoiser.backbone
+            for branch in backbone.branches:
+                branch.during(*self.interval, pipeline.denoiser.schedule)
 
     def extras(self, requests: list[Request], pipeline: Pipeline, size: Size) -> dict[str, Tensor]:
         """The hints of pictures that are drawn together, at their size: that of the picture they begin from, or
@@ -203,7 +204,8 @@ def controls_of(args: argparse.Namespace, start: Start, asked: Size | None, ledg
     for text, file, scale in zip(args.control, files, scales, strict=True):
         run, weight = parse_chosen("--control", text)
         if (reads := hint_read(run)) is None:
-            raise UserError(f"--control {run}: is an adapter that is shown no hint", hint=f"--adapter {run}")
+            hint = f"an adapter that reads none is put to work with --adapter {run}"
+            raise UserError(f"--control {run}: is shown no hint", hint=hint)
         chosen = parse_chosen("--control", text)._replace(weight=weight * scale)
         if not start.sources and Path(file).is_dir():
             what = f"{flag} {file}: is a folder, and nothing says which picture of it"
