@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from torch import nn
 
@@ -32,6 +32,11 @@ class Adapter(nn.Module, ABC):
 
 class AdapterConfig(Checked, ABC):
     """The config of an adapter: a frozen dataclass with a `kind`."""
+
+    def settled(self, factor: int, hint_channels: int) -> Self:
+        """With what the data decide where the config leaves it open: the autoencoder's factor, and the channels of the
+        hints beside the latents (0: there are none). Raises ValueError where it needs what is not there."""
+        return self
 
     @abstractmethod
     def build(self, backbone: Backbone, text: TextEncoder) -> Adapter:

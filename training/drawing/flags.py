@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.drawing import references
+from training.drawing import adapters, references
 from training.drawing.starts import STARTS
 from training.settings.flags import Parser
 
@@ -47,6 +47,7 @@ def how_to_draw_it(parser: Parser) -> None:
     add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
     text = "scale pictures in pixels (autoencoder identity) into range by this quantile of |x0|, such as 0.995; 0 = off"
     add("--dynamic-threshold", metavar="P", type=float, help=text)
+    adapters.add_flags(add)
     add("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")
     add("--classifier", metavar="DIR", help="one of train_classifier, for --guidance.kind classifier")
 

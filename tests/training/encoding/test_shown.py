@@ -35,8 +35,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = numbers.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / folder / f"{i}.png")
     words = ["--hint", "picture", "--hint-files", root / "before", "--missing-caption", "filename"]
-    packed = ("pack", root / "after", "--output", root / "packed", *words, "--val-fraction", "0.3", "--num-workers", "1")
-    assert tiny.call("make_shards", *packed) == 0
+    packed = (root / "after", "--output", root / "packed", *words, "--val-fraction", "0.3", "--num-workers", "1")
+    assert tiny.call("make_shards", "pack", *packed) == 0
     return root / "packed"
 
 
