@@ -18,6 +18,8 @@ def main() -> None:
     )
     text = "learn an adapter, one of configs/adapter/, upon this trained denoiser, which stays as it is; or demo"
     parser.data.add_argument("--base", metavar="RUN", help=text)
+    text = "with --init-from or --base: words or labels that the run does not know get rows after its own"
+    parser.data.add_argument("--new-words", action="store_true", help=text)
     args = parser.read_training()
     from training.stages.train import train
 

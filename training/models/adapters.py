@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ldm.adapters import Adapter
+from ldm.adapters import Adapter, joined
 from ldm.denoiser import Denoiser
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.files import write_json
@@ -141,7 +141,7 @@ def load_adapter(run: str | Path, backbone: Backbone, text: TextEncoder,
         raise UserError(f"{run} is a whole model, not an adapter", hint="give it with --model", code=CHECKPOINT)
     same_base(run, found.final, hashes)
     with as_user_error("give the model that it was learned upon with --model", CHECKPOINT):
-        adapter: Adapter = config.adapter.build(backbone, text)
+        adapter = joined.build(config.adapter, backbone, text)
     tensors = weights(found.weights, "denoiser")
     if not found.finished:
         tensors = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from ldm.backbones import Backbone
+from ldm.backbones.base import Backbone
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
@@ -27,7 +27,7 @@ from training.models.adapters import Chosen, at_work, is_adapter, place_of_base
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import copy_model, fill, find, weights
 from training.models.lineage import BEGUN_WITH, same_ingredients, store_ingredients
-from training.models.vocabulary import vocabulary
+from training.models.vocabulary import grown, vocabulary
 from training.settings import decoding
 from training.shards.remote import NULL
 from training.tensors import content_hash, load_tensors, save_tensors
@@ -65,8 +65,10 @@ def assemble(
     device: torch.device,
     *,
     draws: bool = True,
+    grows: bool = False,
 ) -> Parts:
-    """Everything a denoiser is trained with; the vocabulary is the one stored in `home` (final/), where there is one.
+    """Everything a denoiser is trained with; the vocabulary is the one stored in `home` (final/), where there is one,
+    and where it `grows` what it lacks of the captions' words or labels after it.
 
     A process that `draws` no pictures does without a frozen text encoder where its embeddings are stored.
     Raises UserError where the latents were made by another autoencoder than the one stored beside them.
@@ -89,6 +91,9 @@ def assemble(
     else:
         if home and text_encoders.holds_vocabulary(home):
             text_source = text_encoders.stored_vocabulary(home)
+            if grows:
+                with as_user_error("raise what the key named allows", DATA):
+                    text_source = grown(config.text, dataset, text_source)
         else:
             text_source = vocabulary(config.text, dataset)
         text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)

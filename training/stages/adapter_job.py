@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.adapters import joined
 from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
-from training.models import assembly, init_from
+from training.models import assembly, text_encoders
 from training.models.adapters import OF_BASE, keep_base, refuse_adapter
-from training.models.captions_read import refuse_unread
+from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.folders import find, name_of
+from training.models.init_from import fill_network, refuse_new_words, vocabulary_home
 from training.models.lineage import store_ingredients, stored_ingredients
 from training.models.text_encoders import known_words
+from training.models.vocabulary import added, grown
 from training.next_step import again, beside, prompt
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
@@ -36,12 +39,24 @@ class AdapterJob(DenoiserJob):
         if self.args.init_from:
             hint = "leave one of them out: --base learns an adapter upon a model, --init-from goes on with all of it"
             raise UserError("--base and --init-from are two ways to begin", hint=hint)
+        refuse_new_words(self.args, self.config.text)
         super().settle()
+        if self.args.new_words:
+            self._take_words()
         shards = self.dataset.shards
         factor = shards.summary["latent"]["picture"][0] // self.dataset.shape[1]
         hints = shards.summary.get("hint", {}).get("channels", 0)
         with as_user_error("make_shards pack --hint KIND, then encode_latents, store them beside the pictures"):
             self.config = dataclasses.replace(self.config, adapter=self.config.adapter.settled(factor, hints))
+
+    def _take_words(self) -> None:
+        """The captions' words that the base does not know become words of the adapter."""
+        text, adapter = self.config.text, self.config.adapter
+        with as_user_error("name the words with --adapter.words, and leave --new-words out"):
+            words = text_encoders.stored_vocabulary(find(self.args.base, "denoiser").final)
+            new = added(words, grown(text, self.dataset, words)) or []
+            taken = (*adapter.words, *(word for word in new if word not in adapter.words and word.isalnum()))
+            self.config = dataclasses.replace(self.config, adapter=dataclasses.replace(adapter, words=taken))
 
     def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
         """The base with a fresh adapter at work in it, in a stage that trains the adapter."""
@@ -49,22 +64,23 @@ class AdapterJob(DenoiserJob):
         found = find(args.base, "denoiser")
         refuse_adapter(args.base, found, "give the model that it was learned upon with --base")
         torch.manual_seed(config.train.seed)
-        home = init_from.vocabulary_home(config.text, None, args.base)
+        home = vocabulary_home(config.text, None, args.base)
         with as_user_error("change the config"):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
             parts = assembly.assemble(*given, draws=accelerator.is_main_process)
         self._same_autoencoder(stored_ingredients(found.final), parts.hashes)
-        if init_from.fill_network(parts, self.dataset, args.base, args.text_encoder):
+        if fill_network(config, parts, self.dataset, args.base, args.text_encoder):
             what = f"the base {args.base} reads no image, and image.kind is {config.image.kind}"
             raise UserError(what, hint="leave image.kind out; to widen its input, train all weights: --init-from")
-        refuse_unread(parts.text, self.dataset)
         hashes = parts.hashes | assembly.networks(parts.pipeline)
         self.base = {name: hashes[name] for name in OF_BASE if name in hashes}
         for part in (parts.backbone, parts.text):
             part.eval().requires_grad_(False)
         with as_user_error("see the keys of [adapter] with --print-config"):
-            self.adapter = config.adapter.build(parts.backbone, parts.text).to(accelerator.device)
+            self.adapter = joined.build(config.adapter, parts.backbone, parts.text).to(accelerator.device)
         backbone, text = self.adapter.attach(parts.backbone, parts.text)
+        tell_unknown(text, self.dataset, args.base)
+        refuse_unread(text, self.dataset)
         pipeline = assembly.draw_with(config, parts.autoencoder, backbone, text, parts.hashes)
         self.parts = dataclasses.replace(parts, backbone=backbone, text=text, pipeline=pipeline)
         norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)

@@ -16,7 +16,7 @@ from training.data.latents import Latents
 from training.errors import DATA, UserError, as_user_error
 from training.machine.processes import announce
 from training.models import assembly, init_from
-from training.models.captions_read import refuse_unread
+from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.text_encoders import known_words
 from training.next_step import again, beside, prompt
 from training.shards.index import data_facts, noted_pictures, pictures_facts
@@ -63,16 +63,19 @@ class DenoiserJob(Job):
         """Backbone, text encoder and frozen autoencoder in a stage."""
         args, config = self.args, self.config
         torch.manual_seed(config.train.seed)
+        init_from.refuse_new_words(args, config.text)
         home = init_from.vocabulary_home(config.text, final, args.init_from)
+        grows = args.new_words and home != final  # a run that has begun keeps its vocabulary
         with as_user_error("change the config"):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
-            self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process)
+            self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process, grows=grows)
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
-            added = init_from.fill_network(parts, self.dataset, args.init_from, args.text_encoder)
-            if added:
-                announce(accelerator, f"input widened by {added} channels for the image, zero at first")
+            given_from = self.dataset, args.init_from, args.text_encoder
+            if more := init_from.fill_network(config, parts, *given_from):
+                announce(accelerator, f"input widened by {more} channels for the image, zero at first")
+            tell_unknown(parts.text, self.dataset, args.init_from)
         refuse_unread(parts.text, self.dataset)
         self.refuse_without_image()
         return self.trained
