@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from ldm.backbones.base import Backbone
+from ldm.backbones import Backbone
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion

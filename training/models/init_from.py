@@ -31,8 +31,8 @@ def refuse_new_words(args: argparse.Namespace, config: Any) -> None:
     if args.new_words and not (args.init_from or args.base):
         raise UserError(
             "--new-words adds to the words of a trained run, and none is named",
-            hint="name it with --init-from RUN or --base RUN, or leave --new-words out: a new vocabulary has all of the "
-            "captions' words",
+            hint="name it with --init-from RUN or --base RUN, or leave --new-words out: a new vocabulary has "
+            "all of the captions' words",
             code=USAGE,
         )
     if args.new_words and isinstance(config, HuggingFace):
@@ -91,16 +91,16 @@ def fill_network(
             hint="give --new-words, which adds labels, or leave --init-from out",
             code=DATA,
         )
-    taken, learned = config.text.build(words) if new else text, dict[str, Weights]()
+    taken, before = config.text.build(words) if new else text, dict[str, Weights]()
 
     def widened(theirs: Weights) -> Weights:
-        learned["denoiser"] = theirs
+        before["denoiser"] = theirs
         return extended(theirs, parts.backbone)
 
     fill_learned(parts.backbone, taken, folder.weights, folder.final, widened)
     if folder.finished:  # what was written at its end says what it was
-        learned |= {"text_encoder": taken.state_dict()} if text.trainable else {}
-        same_ingredients(folder.final, {name: content_hash(part) for name, part in learned.items()})
+        learned = before | ({"text_encoder": taken.state_dict()} if text.trainable else {})
+        same_ingredients(folder.final, {name: content_hash(tensors) for name, tensors in learned.items()})
     if new:
         own = text.state_dict()
         for name, tensor in taken.state_dict().items():
@@ -108,5 +108,5 @@ def fill_network(
         said = f"{len(new)} words or labels added to the vocabulary of {path}: {few_of(new)}"
         note(f"{said}; it is {parts.hashes['vocabulary'][:12]} now")
     layer, channels = f"{parts.backbone.input_layer}.weight", parts.shape[0]
-    inputs, before = len(parts.backbone.get_parameter(layer)[0]), len(learned["denoiser"][layer][0])
-    return channels * (inputs - before) // before
+    wide, narrow = len(parts.backbone.get_parameter(layer)[0]), len(before["denoiser"][layer][0])
+    return channels * (wide - narrow) // narrow

@@ -201,7 +201,7 @@ def _text_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
         if key.startswith(OPENCLIP):
             result |= _of_openclip(key.removeprefix(OPENCLIP), value)
     last = f"encoder.layers.{max((int(key.split('.')[2]) for key in result if '.layers.' in key), default=0)}."
-    return {key: value for key, value in result.items() if not key.startswith(last)} 
+    return {key: value for key, value in result.items() if not key.startswith(last)}
 
 
 def _of_openclip(key: str, value: Tensor) -> Tensors:

@@ -72,9 +72,9 @@ class DenoiserJob(Job):
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
-            given_from = self.dataset, args.init_from, args.text_encoder
-            if more := init_from.fill_network(config, parts, *given_from):
-                announce(accelerator, f"input widened by {more} channels for the image, zero at first")
+            added = init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
+            if added:
+                announce(accelerator, f"input widened by {added} channels for the image, zero at first")
             tell_unknown(parts.text, self.dataset, args.init_from)
         refuse_unread(parts.text, self.dataset)
         self.refuse_without_image()
