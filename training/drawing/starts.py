@@ -14,6 +14,7 @@ from training.drawing.edits import ImageToImage, Inpainting, Outpainting
 from training.drawing.given import Given, Size
 from training.drawing.inversions import Inversion, Styled
 from training.drawing.restoration import Restoration
+from training.drawing.shown import Instructed
 from training.drawing.start import Group, Start
 from training.ledger import Ledger
 from training.messages import note
@@ -62,7 +63,9 @@ class OwnNoise(Start):
         return lambda requests: iter([(requests, lambda part: held)])
 
 
-STARTS: tuple[type[Start], ...] = (OwnNoise, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration)
+STARTS: tuple[type[Start], ...] = (
+    OwnNoise, Instructed, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration,
+)  # fmt: skip
 TOLD = {start.fact: start for start in STARTS}  # by the key in a picture's facts
 
 
