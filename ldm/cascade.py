@@ -43,8 +43,8 @@ class Cascade:
         if len(self.stages) < 2:
             raise ValueError(f"a cascade has at least 2 stages, got {len(self.stages)}")
         if (kind := self.stages[0].condition.kind) != "none":
-            raise ValueError(f"the first stage of a cascade draws from captions alone, and this one is shown an image of "
-                             f"kind {kind}: begin with one that is not")
+            raise ValueError("the first stage of a cascade draws from captions alone, and this one is shown an image "
+                             f"of kind {kind}: begin with one that is not")
         for number, (before, after) in enumerate(pairwise(self.stages), 2):
             _check(number, before.pipeline, after)
 
@@ -104,8 +104,8 @@ def _check(number: int, before: Pipeline, after: Stage) -> None:
     wanted, got = (height // factor, width // factor), before.size
     if wanted != got:
         enlarged = _words((got[0] * factor, got[1] * factor))
-        raise ValueError(f"stage {number} of the cascade makes {_words((height, width))} pixels of {_words(wanted)}, and "
-                         f"the stage before it draws {_words(got)}: give one that draws {_words(wanted)}, or an "
+        raise ValueError(f"stage {number} of the cascade makes {_words((height, width))} pixels of {_words(wanted)}, "
+                         f"and the stage before it draws {_words(got)}: give one that draws {_words(wanted)}, or an "
                          f"upscaler to {enlarged}")
     channels = [pipeline.autoencoder.image_channels for pipeline in (before, after.pipeline)]
     if channels[0] != channels[1]:

@@ -55,8 +55,8 @@ class Pipeline:
     def _check(self, plan: Sampling) -> None:
         plan.grid(plan.steps, self.denoiser.schedule)
         if plan.dynamic_threshold and not isinstance(self.autoencoder, IdentityAutoencoder):
-            raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have none: "
-                             "leave it out, or train on the latents of the autoencoder identity.")
+            raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have "
+                             "none: leave it out, or train on the latents of the autoencoder identity.")
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +154,7 @@ class Pipeline:
 
     def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
                plan: Sampling | None = None, coupling: Coupling | None = None,
-               extras: Mapping[str, Tensor] = {}) -> Denoise:  # noqa: B006  # nobody writes into it
+               extras: Mapping[str, Tensor] = {}) -> Denoise:
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
         under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) are shown
         with every caption, the negative ones too."""

@@ -99,8 +99,8 @@ def test_no_two_stages_begin_from_the_same_noise() -> None:
     (lambda s: s[:1], "at least 2 stages, got 1"),
     (lambda s: s[1:], "draws from captions alone, and this one is shown an image of kind low-res"),
     (lambda s: [s[0], Stage(s[1].pipeline, NoImage())], "stage 2 .* image.kind none: give one of image.kind low-res"),
-    (lambda s: [s[0], s[2]], "stage 2 of the cascade makes 32x32 pixels of 8x8, and the stage before it draws 4x4: give "
-                             "one that draws 8x8, or an upscaler to 16x16"),
+    (lambda s: [s[0], s[2]], "stage 2 of the cascade makes 32x32 pixels of 8x8, and the stage before it draws 4x4: "
+                             "give one that draws 8x8, or an upscaler to 16x16"),
     (lambda s: [s[0], Stage(pipeline(8, channels=1), LowRes(factor=2))], "of 1 channels, .* before it draws 3"),
 ])
 def test_stages_that_cannot_follow_each_other_are_refused(changed: Any, said: str) -> None:

@@ -1,6 +1,6 @@
-"""Make pictures larger with a denoiser that was trained to (image.kind low-res): files of any size, or a folder of them.
+"""Make pictures larger with a denoiser that was trained to: files of any size, or a folder of them.
 
-Each is drawn with the caption beside it, and what it says of the small picture is compared with it.
+Its config has image.kind low-res. Each is drawn with the caption beside it, and what it says of the small picture is compared with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     add("--samples", metavar="N", type=int, default=1, help=text)
     text = "bring what is drawn to what the small picture says: its means over squares of pixels are then the same"
     add("--consistent", action="store_true", help=text)
-    text = "latents from one window of the trained size to the next, for larger pictures (default: half of one); 0 = whole"
+    text = "latents from a window of the trained size to the next, for larger pictures (default: half of one); 0 = whole"
     add("--windows", metavar="N", type=int, help=text)
     add("--seed", type=int, default=0, help="seed of each picture's first draw")
     how = parser.add_argument_group("how to draw (the run's own settings when not given)").add_argument

@@ -90,8 +90,9 @@ class Cascaded(Start):
         from ldm.cascade import Cascade, Stage
 
         for other in self.before:
-            for part in (other.autoencoder, other.denoiser.backbone, other.text):
-                part.to(pipeline.device)  # type: ignore[attr-defined]
+            parts: list[Any] = [other.autoencoder, other.denoiser.backbone, other.text]
+            for part in parts:
+                part.to(pipeline.device)
         pipelines = [*self.before, pipeline]
         with as_user_error("give the models of --cascade from the smallest pictures to the largest"):
             stages: list[Stage] = [Stage(own, condition_of(run)) for own, run in zip(pipelines, self.runs, strict=True)]
@@ -148,7 +149,8 @@ def settle(args: argparse.Namespace) -> None:
 
 def condition_of(run: str) -> ImageCondition:
     """The image condition that a run was trained with."""
-    return config_of(run).image
+    condition: ImageCondition = config_of(run).image
+    return condition
 
 
 def config_of(run: str) -> decoding.DenoiserConfig:
