@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, TypedDict, cast
 
+import torch
 from torch import Tensor
 
 from ldm.grids import Grid
@@ -20,6 +21,8 @@ from ldm.tasks import Tasks, Watch
 Captions = str | Sequence[str]  # one, or one per picture
 Seeds = int | Sequence[int]  # the first of a run, or one per picture
 Also = Sequence[tuple[str, float]]  # further captions of every picture, each with its weight
+Extras = Mapping[str, Tensor]  # by name, as `Cond.extras` has them: one for all pictures, or one each
+NO_EXTRAS: Extras = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Settings(TypedDict, total=False):
 
     negative: Captions
     also: Also
+    extras: Extras
     task: Tasks | None
     sampling: Sampling | None
     size: tuple[int, int] | None
@@ -67,7 +71,8 @@ def translated(captions: Captions | None, seeds: Seeds | None, words: Words,
                plan: Sampling) -> tuple[list[str], Seeds, Settings]:
     """Captions, seeds and settings as `Pipeline.pixels` takes them; what is None is not given.
 
-    Each caption is drawn `num_images_per_prompt` times in a row, and so is a negative prompt of its own. `seed`: the
+    Each caption is drawn `num_images_per_prompt` times in a row, and so is a negative prompt or an extra of its own.
+    `seed`: the
     k-th picture of a caption has seed + k, wherever in the list it stands, as `generate --seed` numbers them; without
     `seed` and `seeds` all pictures have those from 0 on. `guidance_scale` w: uncond + w (cond - uncond), at least 1.
     Raises TypeError for an unknown word, ValueError where two say the same, one is missing, or a value means nothing.
@@ -92,6 +97,11 @@ def translated(captions: Captions | None, seeds: Seeds | None, words: Words,
     if opposite is not None:
         repeated = isinstance(opposite, str) or copies == 1
         own["negative"] = opposite if repeated else [text for text in each_caption(opposite) for _ in range(copies)]
+    if extras := given.get("extras"):
+        per_caption = copies > 1 and not isinstance(prompts, str)
+        own["extras"] = {name: extra.repeat_interleave(copies, dim=0)
+                         if per_caption and isinstance(extra, Tensor) and 1 < len(extra) == len(prompts) else extra
+                         for name, extra in extras.items()}
     numbers = list(numbered(each, whole("seed", given["seed"]))) if "seed" in given else given.get("seeds", 0)
     return each, numbers, cast(Settings, own | _size(given) | _sampling(given, plan))
 
@@ -155,6 +165,31 @@ def each_seed(seeds: Seeds, count: int) -> list[int]:
         return list(range(index(given), index(given) + count))
     except TypeError:
         raise ValueError(f"seeds are whole numbers, got {seeds!r}.") from None
+
+
+def check_extras(extras: Extras, count: int) -> None:
+    """Raises ValueError where there is not one for all of `count` pictures or one each, and for whole numbers: pictures
+    are shown in [0, 1]."""
+    for name, extra in extras.items():
+        if not isinstance(extra, Tensor) or not extra.ndim or not extra.is_floating_point():
+            kind = f"{extra.dtype} of shape {tuple(extra.shape)}" if isinstance(extra, Tensor) else repr(type(extra))
+            raise ValueError(f"the extra {name!r} must be a tensor (1 or B, ...) of floating-point numbers, for a "
+                             f"picture in [0, 1], got {kind}.")
+        if len(extra) not in (1, count):
+            raise ValueError(f"{count} captions but {len(extra)} of the extra {name!r}: give one, or one each.")
+
+
+def cut_extras(extras: Extras, part: slice, count: int, sizes: Sequence[tuple[int, int]],
+               device: torch.device) -> dict[str, Tensor]:
+    """The extras of the `count` pictures at a slice of all, where those are drawn. Raises ValueError where one that has
+    a height and width (B, C, H, W) is of none of the `sizes`."""
+    for name, extra in extras.items():
+        if extra.ndim == 4 and tuple(extra.shape[-2:]) not in sizes:
+            given, (pixels, latents) = "x".join(map(str, extra.shape[-2:])), ("x".join(map(str, s)) for s in sizes)
+            raise ValueError(f"the extra {name!r} is of {given} (height x width) for pictures of {pixels} from latents "
+                             f"of {latents}: give it in the size of one of these.")
+    own = {name: extra if len(extra) == 1 else extra[part] for name, extra in extras.items()}
+    return {name: extra.to(device).expand(count, *extra.shape[1:]) for name, extra in own.items()}
 
 
 def each_weight(also: Also) -> list[tuple[str, float]]:

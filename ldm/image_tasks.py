@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autoencoder.identity import IdentityAutoencoder
 from autoencoder.images import to_unit
-from ldm.arguments import Captions, Sampling, each_caption, one_each
+from ldm.arguments import NO_EXTRAS, Captions, Extras, Sampling, each_caption, one_each
 from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
@@ -110,22 +110,23 @@ def extended(pipeline: Pipeline, pictures: Pictures, margins: tuple[int, int, in
 
 @torch.no_grad()
 def inverted(pipeline: Pipeline, images: Tensor, captions: Captions, sampling: Sampling | None = None,
-             iterations: int = 1) -> Tensor:
+             iterations: int = 1, extras: Extras = NO_EXTRAS) -> Tensor:
     """The noise at t = 1 from which `ddim` draws images (B, C, H, W) in [-1, 1] again: DDIM inversion, unguided.
 
     It walks the grid of `sampling` upwards from the encoder's mean; the more steps, and the more fixed-point
-    `iterations` in each, the nearer the way back. Drawn with guidance, the way back leads elsewhere.
+    `iterations` in each, the nearer the way back. Drawn with guidance, or other `extras`, it leads elsewhere.
     """
     plan = sampling or pipeline.sampling
     pipeline.latent_shape((images.shape[-2], images.shape[-1]))
     texts = each_caption(captions)
     x0, grid = encoded(pipeline, images), plan.grid(plan.steps, pipeline.denoiser.schedule).flip(0)
-    walk, denoise = DDIMInversion(iterations=iterations), pipeline.denoiser.bind(pipeline.text(texts))
+    told = pipeline.told(texts, pipeline.cut(extras, slice(None), x0.shape[1:], len(x0)))
+    walk, denoise = DDIMInversion(iterations=iterations), pipeline.denoiser.bind(told)
     return sample(walk, denoise, x0, grid, Noise.from_seeds([0] * len(x0), x0.device))
 
 
 def edit_friendly_inversion(pipeline: Pipeline, pictures: Pictures, captions: Captions, *, strength: float = 0.64,
-                            sampling: Sampling | None = None) -> Tasks:
+                            sampling: Sampling | None = None, extras: Extras = NO_EXTRAS) -> Tasks:
     """The pictures as walks of an ancestral sampler under the `captions` that they show: under the same captions they
     are drawn again, at any guidance scale, under others they are edited.
 
@@ -143,7 +144,8 @@ def edit_friendly_inversion(pipeline: Pipeline, pictures: Pictures, captions: Ca
             times, x0 = plain.visits(grid, denoise.schedule), latents.expand(len(noise), *latents.shape[1:])
             if len(times) < 2:
                 return x0
-            told = pipeline.guided(one_each(own, len(noise)), plan=plan)
+            seen = pipeline.cut(extras, part, x0.shape[1:], len(noise))
+            told = pipeline.guided(one_each(own, len(noise)), plan=plan, extras=seen)
             return edit_friendly(plan.sampler, told, x0, times, noise).walk(denoise, watch)
 
         return replace(plain, draw=draw)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -13,7 +13,21 @@ from autoencoder.base import Autoencoder, size_in_words
 from autoencoder.identity import IdentityAutoencoder
 from autoencoder.images import to_uint8
 from autoencoder.tiles import decode_tiled, encode_tiled
-from ldm.arguments import Also, Captions, Seeds, Words, each_caption, each_seed, each_weight, one_each, translated
+from ldm.arguments import (
+    NO_EXTRAS,
+    Also,
+    Captions,
+    Extras,
+    Seeds,
+    Words,
+    check_extras,
+    cut_extras,
+    each_caption,
+    each_seed,
+    each_weight,
+    one_each,
+    translated,
+)
 from ldm.arguments import Sampling as Sampling  # which others look for here
 from ldm.composition import beside
 from ldm.conditioning import Cond
@@ -99,14 +113,17 @@ class Pipeline:
         return [Image.fromarray(p[..., 0] if grey else p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def pixels(self, captions: Captions, seeds: Seeds = 0, *, negative: Captions = "", also: Also = (),
-               task: Tasks | None = None, sampling: Sampling | None = None, size: tuple[int, int] | None = None,
-               batch_size: int = 64, watch: Watch | None = None) -> Iterator[Tensor]:
+               extras: Extras = NO_EXTRAS, task: Tasks | None = None, sampling: Sampling | None = None,
+               size: tuple[int, int] | None = None, batch_size: int = 64,
+               watch: Watch | None = None) -> Iterator[Tensor]:
         """uint8 (b,C,H,W) batch by batch, in the order of the captions, so that any number of pictures streams.
 
         `captions`: one string is one picture; `negative`: what guidance moves away from (one, or one per caption);
-        `also`: further captions for every picture, each with its weight (`ldm.composition`); `task`: of
-        `ldm.image_tasks`, to edit or to restore; `size`: pixels (height, width). Raises ValueError, before anything is
-        drawn, for a size that does not fit, and where what is given per caption is more or fewer than the captions.
+        `also`: further captions for every picture, each with its weight (`ldm.composition`); `extras`: what
+        `Cond.extras` is to hold by name, (1 or N, ...), a hint (N, C, height, width) in [0, 1]: it stays with the
+        picture, its null and its reference alike; `task`: of `ldm.image_tasks`, to edit or to restore; `size`: pixels
+        (height, width). Raises ValueError, before anything is drawn, for a size that does not fit, and where what is
+        given per caption is more or fewer than the captions.
         """
         captions, negatives = each_caption(captions), each_caption(negative)
         seeds = each_seed(seeds, len(captions))
@@ -115,12 +132,15 @@ class Pipeline:
             if len(given) != len(captions):
                 raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
         also = each_weight(also)
+        check_extras(extras, len(captions))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
         self._check(plan)
         if refuse := getattr(self.text, "check", None):
             refuse([*captions, *negatives, *(caption for caption, _ in also)])
+        if not task:  # which may have a shape of its own
+            self.cut(extras, slice(1), shape)
 
         @torch.no_grad()
         def drawn() -> Iterator[Tensor]:
@@ -128,15 +148,16 @@ class Pipeline:
                 part = slice(first, first + batch_size)
                 own = task(part) if task else NO_TASK
                 texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
-                extras = own.extras(noise) if own.extras else {}
+                seen = self.cut(extras, part, own.shape or shape, len(texts))
+                seen |= {} if own.extras is None else own.extras(noise)
                 if beside := own.reference:
-                    extras = {name: extra.repeat_interleave(1 + (len(extra) > 1), 0) for name, extra in extras.items()}
                     pairs = zip(one_each(beside.captions, len(texts)), texts, strict=True)
                     texts = [text for pair in pairs for text in pair]
                     others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
-                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None, extras)
-                seen = _without_references(watch) if watch and beside else watch
-                latents = self.latents(denoise, noise, own.shape or shape, plan, own, seen)
+                    seen = {name: each.repeat_interleave(1 + (len(each) > 1), 0) for name, each in seen.items()}
+                denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None, seen)
+                watched = _without_references(watch) if watch and beside else watch
+                latents = self.latents(denoise, noise, own.shape or shape, plan, own, watched)
                 yield own.finish(to_uint8(self.decode(latents[1::2] if beside else latents)))
 
         return drawn()
@@ -154,21 +175,31 @@ class Pipeline:
 
     def guided(self, captions: Captions, negatives: Sequence[str] | None = None, also: Also = (),
                plan: Sampling | None = None, coupling: Coupling | None = None,
-               extras: Mapping[str, Tensor] = {}) -> Denoise:
+               extras: Extras = NO_EXTRAS) -> Denoise:
         """What a sampler calls for these captions: the denoiser, its conditions and the plan's guidance closed over;
-        under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) are shown
-        with every caption, the negative ones too."""
+        under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) stand beside
+        every condition, further captions and null included: guidance removes the words alone."""
         plan, captions = plan or self.sampling, each_caption(captions)
         denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
-        shown = {name: extra.expand(len(captions), *extra.shape[1:]) for name, extra in extras.items()}
-        cond, null = self.text(captions)._replace(extras=shown), self.text(negatives or [""])
+        cond, null = self.told(captions, extras), self.text(negatives or [""])
         if also:
-            texts = [(self.text([caption]).expand(len(captions)), weight) for caption, weight in also]
-            weighed = [(text._replace(extras=shown), weight) for text, weight in texts]
+            weighed = [(self.told([caption] * len(captions), extras), weight) for caption, weight in also]
             guided = beside(plan.guidance, denoiser, cond, weighed, null)
         else:
             guided = plan.guidance(denoiser, cond, null, Helpers(self.weak, self.judging(captions)))
         return Thresholded(guided, plan.dynamic_threshold) if plan.dynamic_threshold else guided
+
+    def told(self, captions: Sequence[str], extras: Extras = NO_EXTRAS) -> Cond:
+        """The condition of captions, with what stands beside them (1 or B, ...)."""
+        cond: Cond = self.text(captions)
+        each = {name: extra.expand(len(captions), *extra.shape[1:]) for name, extra in extras.items()}
+        return cond._replace(extras={**cond.extras, **each}) if extras else cond
+
+    def cut(self, extras: Extras, part: slice, shape: tuple[int, ...], count: int = 1) -> dict[str, Tensor]:
+        """The extras of `count` pictures from latents of `shape`, those at a slice of all; raises as `pixels` does."""
+        latents = (shape[1], shape[2])
+        pixels = (latents[0] * self.autoencoder.factor, latents[1] * self.autoencoder.factor)
+        return cut_extras(extras, part, count, (pixels, latents), self.device)
 
     def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
         """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,

@@ -107,6 +107,19 @@ class UniformTimes(Stated):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cubic(Stated):
+    """t = 1 - v^3 with v uniform: 79 % of the times are above 1/2, where the layout is settled that a hint tells.
+
+    Mou et al. 2023 (arXiv 2302.08453), section 3.4.
+    """
+
+    kind: Literal["cubic"] = "cubic"
+
+    def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        return schedule.trained(1 - (1 - u) ** 3)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogNormal(Stated):
     """ln(sigma / alpha) ~ N(mean, std^2). Karras et al. 2022 (arXiv 2206.00364), table 1: P_mean and P_std."""
 
@@ -169,4 +182,4 @@ class LossAware(TimeSampling):
         return torch.where(count > 0, fresh, seen)
 
 
-TIMES = (LogitNormal, UniformTimes, LogNormal, LossAware)
+TIMES = (LogitNormal, UniformTimes, Cubic, LogNormal, LossAware)

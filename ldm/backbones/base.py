@@ -25,7 +25,6 @@ class Backbone(nn.Module, ABC):
 
     shares: frozenset[str] = frozenset()
     input_layer: ClassVar[str] = "conv_in"
-    time_embedding: nn.Module
 
     def __init__(self, *, channels: int, out_channels: int, multiple: int) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class Backbone(nn.Module, ABC):
             setattr(self, self.input_layer, Widened(layer, image_channels * layer.weight.shape[1] // self.channels))
             self.image_channels = image_channels
         if image_level:
-            self.level_embedding = LevelEmbedding(self.time_embedding.get_parameter("linear_2.weight").shape[0])
+            self.level_embedding = LevelEmbedding(len(self.get_parameter("time_embedding.linear_2.weight")))
         return self
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
@@ -76,13 +75,6 @@ class Backbone(nn.Module, ABC):
             return x
         image = need_extra(cond, "image", (len(x), self.image_channels, *x.shape[2:]))
         return torch.cat([x, image.to(x.dtype)], dim=1)
-
-    def embedded(self, time: Tensor, cond: Cond) -> Tensor:
-        """The embedding of time (B, width), and that of `cond.extras["image_level"]` added to it."""
-        if self.level_embedding is None:
-            return time
-        added: Tensor = self.level_embedding(need_extra(cond, "image_level", (len(time),)))
-        return time + added
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError, saying what fits, for latents of the wrong channel count or size."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
-from ldm.backbones.image import ImageInputs
+from ldm.backbones.image import ImageInputs, with_level
 from ldm.conditioning import NOTHING, Cond, Share
 
 LEVEL_FEATURES = 256
@@ -76,7 +76,7 @@ class OwnModulation(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         parts: Tensor = self.linear(embedding)
-        return parts.view(len(embedding), self.parts, -1)
+        return parts.view(embedding.shape[0], self.parts, -1)  # not len: an exported batch may be of any size
 
 
 class TableModulation(nn.Module):
@@ -88,6 +88,12 @@ class TableModulation(nn.Module):
 
     def forward(self, shared: Tensor) -> Tensor:
         return self.table + shared
+
+
+def patches(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> its patches (B, N, C p p), as they are published: C·p·p features go in, p·p·C come out."""
+    grid = x.reshape(*x.shape[:2], x.shape[2] // patch, patch, x.shape[3] // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -133,6 +139,19 @@ def _norm(config: DiT) -> nn.Module:
 SHARES = {"cross": frozenset({"own", "cross"}), "in-context": frozenset[str](), "none": frozenset({"own"})}
 
 
+class Given(NamedTuple):
+    """What all blocks read: `Block`'s modulation, context, mask and rope; `Cond.share`. What comes after them reads
+    `of_end`, and leaves out the `prefix` of caption tokens."""
+
+    of_blocks: Tensor
+    of_end: Tensor
+    context: Tensor | None
+    mask: Tensor | None
+    rope: tuple[Tensor, Tensor] | None
+    prefix: int
+    share: Share
+
+
 class DiffusionTransformer(Backbone):
     """DiT (Peebles & Xie 2023) and PixArt-alpha (Chen et al. 2023): a transformer over patches of the latents.
 
@@ -170,22 +189,35 @@ class DiffusionTransformer(Backbone):
             if isinstance(module, CrossAttention | DiffusionTransformer):
                 zero(module.out)
 
-    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """See `Backbone.predict`."""
-        patch = self.config.patch
-        rows, columns = x.shape[2] // patch, x.shape[3] // patch
-        # Patches as they are published: C·p·p features of each go in, p·p·C come out.
-        grid = x.reshape(*x.shape[:2], rows, patch, columns, patch)
-        tokens = self.patch_embedding(grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
-        embedding = self.embedded(self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES)), cond)
+    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond, outputs: Sequence[Tensor] = ()) -> Tensor:
+        """See `Backbone.predict`. Residuals: of `outputs` (B, N, D) for what the first blocks give."""
+        tokens, given = self.begin(x, noise_level, cond)
+        for i, block in enumerate(self.blocks):
+            tokens = self.step(block, i, tokens, given)
+            tokens = tokens + outputs[i] if i < len(outputs) else tokens
+        shift, scale = self.modulation(given.of_end).chunk(2, dim=1)
+        tokens = modulate(self.norm(tokens[:, given.prefix :]), shift, scale)
+        patches, patch = self.out(tokens).unflatten(2, (-1, self.out_channels)), self.config.patch
+        sides = [side // patch for side in x.shape[2:]]
+        return F.pixel_shuffle(patches.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, sides), patch)
+
+    def begin(self, x: Tensor, noise_level: Tensor, cond: Cond) -> tuple[Tensor, Given]:
+        """The tokens (B, N, D) that the first block reads, and what all blocks read beside them."""
+        embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES))
+        embedding = with_level(embedding, self.level_embedding, cond)
         if self.pooled_projection is not None and cond.pooled is not None:
             embedding = embedding + self.pooled_projection(cond.pooled)
         active = F.silu(embedding)
         of_blocks, of_end = (active, active) if self.shared is None else (self.shared(active), embedding[:, None])
-        tokens = self._blocks(*self._place(tokens, rows, columns), of_blocks, cond)
-        shift, scale = self.modulation(of_end).chunk(2, dim=1)
-        patches = self.out(modulate(self.norm(tokens), shift, scale)).unflatten(2, (-1, self.out_channels))
-        return F.pixel_shuffle(patches.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, (rows, columns)), patch)
+        rows, columns = (side // self.config.patch for side in x.shape[2:])
+        tokens, rope = self._place(self.patch_embedding(patches(x, self.config.patch)), rows, columns)
+        return self._tell(tokens, Given(of_blocks, of_end, None, None, rope, 0, cond.share), cond)
+
+    def step(self, block: nn.Module, i: int, tokens: Tensor, given: Given) -> Tensor:
+        """A block in the place i of all."""
+        share = given.share.at(i / len(self.blocks))
+        return run(block, self.config.gradient_checkpointing, tokens, given.of_blocks, given.context, given.mask,
+                   given.rope, share)
 
     def _place(self, tokens: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         base = self.config.base_size / self.config.patch
@@ -193,24 +225,19 @@ class DiffusionTransformer(Backbone):
             return tokens, rope_table(self.config.width // self.config.heads, rows, columns, base, tokens.device)
         return tokens + sincos_table(self.config.width, rows, columns, base, tokens.device).to(tokens.dtype), None
 
-    def _blocks(self, tokens: Tensor, rope: tuple[Tensor, Tensor] | None, modulation: Tensor, cond: Cond) -> Tensor:
-        """Runs the blocks, with the caption beside the image tokens (cross) or in front of them (in context)."""
-        context, mask, prefix = None, None, 0
-        if self.caption_projection is not None:
-            captions = blank(self.caption_projection(blank(cond.context, cond.mask)), cond.mask)
-            if self.config.text == "cross":
-                context, mask = captions, key_mask(cond.mask)
-            else:
-                prefix, count = captions.shape[1], tokens.shape[1]
-                tokens = torch.cat([captions.to(tokens.dtype), tokens], dim=1)
-                mask = None if cond.mask is None else F.pad(cond.mask, (0, count), value=True)[:, None, None]
-                if rope is not None:  # caption tokens carry their encoder's positions and are not turned
-                    rope = F.pad(rope[0], (0, 0, prefix, 0), value=1.0), F.pad(rope[1], (0, 0, prefix, 0))
-        saving = self.config.gradient_checkpointing
-        for i, block in enumerate(self.blocks):
-            share = cond.share.at(i / len(self.blocks))
-            tokens = run(block, saving, tokens, modulation, context, mask, rope, share)
-        return tokens[:, prefix:]
+    def _tell(self, tokens: Tensor, given: Given, cond: Cond) -> tuple[Tensor, Given]:
+        """With the caption, beside the image tokens (cross) or in front of them (in context)."""
+        if self.caption_projection is None:
+            return tokens, given
+        captions = blank(self.caption_projection(blank(cond.context, cond.mask)), cond.mask)
+        if self.config.text == "cross":
+            return tokens, given._replace(context=captions, mask=key_mask(cond.mask))
+        prefix, count, rope = captions.shape[1], tokens.shape[1], given.rope
+        tokens = torch.cat([captions.to(tokens.dtype), tokens], dim=1)
+        mask = None if cond.mask is None else F.pad(cond.mask, (0, count), value=True)[:, None, None]
+        if rope is not None:  # caption tokens carry their encoder's positions and are not turned
+            rope = F.pad(rope[0], (0, 0, prefix, 0), value=1.0), F.pad(rope[1], (0, 0, prefix, 0))
+        return tokens, given._replace(mask=mask, rope=rope, prefix=prefix)
 
 
 def _pooled_projection(config: DiT, pooled_dim: int) -> nn.Module | None:

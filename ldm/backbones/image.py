@@ -39,6 +39,7 @@ class Widened(nn.Module):
         self.own = own.shape[1]
         self.weight = nn.Parameter(torch.cat([own, own.new_zeros(len(own), inputs, *own.shape[2:])], dim=1))
         self.bias, self.padding = layer.bias, getattr(layer, "padding", 0)
+        self.out_channels = len(own)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, inputs, H, W) for a convolution, (B, N, inputs) for a linear layer."""
@@ -63,6 +64,14 @@ class LevelEmbedding(nn.Module):
     def forward(self, level: Tensor) -> Tensor:
         y: Tensor = self.projection(sinusoid(level * LEVELS, FEATURES))
         return y
+
+
+def with_level(time: Tensor, embedding: LevelEmbedding | None, cond: Cond) -> Tensor:
+    """The embedding of time (B, width), and that of `cond.extras["image_level"]` (B,) added where it is read."""
+    if embedding is None:
+        return time
+    added: Tensor = embedding(need_extra(cond, "image_level", (time.shape[0],)))
+    return time + added
 
 
 def need_extra(cond: Cond, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.recompute import run
-from ldm.backbones.attention import GEGLU, attend, blank, key_mask, zero
+from ldm.backbones.attention import blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
-from ldm.backbones.image import ImageInputs
-from ldm.conditioning import Cond, Parts, Share
+from ldm.backbones.image import ImageInputs, LevelEmbedding, Widened, with_level
+from ldm.backbones.unet_blocks import Given, Resample, ResnetBlock, SpatialTransformer
+from ldm.conditioning import Cond
 
 EXTENT = 32.0  # tokens that the position table covers, whatever the size
 
@@ -74,111 +75,6 @@ class UNet(BackboneConfig):
         return CrossAttentionUNet(self, channels, context_dim, need_pooled(self.pooled, pooled_dim)).shown(**image)
 
 
-class ResnetBlock(nn.Module):
-    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + linear(silu(time))))); the branch starts at zero.
-    With `scale_shift` the linear layer gives (scale, shift), and norm2(h) (1 + scale) + shift goes on."""
-
-    def __init__(self, inputs: int, outputs: int, time_dim: int, groups: int, scale_shift: bool) -> None:
-        super().__init__()
-        self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-5)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, 2 * outputs if scale_shift else outputs)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        zero(self.conv2)
-
-    def forward(self, x: Tensor, active_time: Tensor) -> Tensor:
-        """x (B, inputs, H, W), silu of the time embedding (B, time_dim) -> (B, outputs, H, W)."""
-        h, time = self.conv1(F.silu(self.norm1(x))), self.time_emb_proj(active_time)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        else:
-            h = self.norm2(h + time)
-        y: Tensor = self.conv_shortcut(x) + self.conv2(F.silu(h))
-        return y
-
-
-class Attention(nn.Module):
-    """Attention of x (B, N, width) over a context (B, L, context_dim), itself where that is x."""
-
-    def __init__(self, width: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_dim, width, bias=False)
-        self.to_v = nn.Linear(context_dim, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, shared: Parts) -> Tensor:
-        projected = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in projected)
-        y: Tensor = self.to_out[0](attend(q, k, v, mask, shared))
-        return y
-
-
-class TransformerLayer(nn.Module):
-    """Self-attention, cross-attention to the text and a gated feed-forward, each on a normalised residual."""
-
-    def __init__(self, width: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn1 = Attention(width, width, heads)
-        self.attn2 = Attention(width, context_dim, heads)
-        # net.1 is the place of diffusers' dropout: it keeps the published key net.2
-        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-        self.ff = nn.ModuleDict({"net": net})
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, share: Share) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.attn1(y, y, None, share.own)
-        x = x + self.attn2(self.norm2(x), context, mask, share.cross)
-        x = x + self.ff["net"](self.norm3(x))
-        return x
-
-
-class SpatialTransformer(nn.Module):
-    """A residual transformer over the pixels of a feature map; it starts as the identity."""
-
-    def __init__(self, config: UNet, width: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.linear = config.linear_projection
-        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
-        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
-        layers = (TransformerLayer(width, context_dim, heads) for _ in range(config.depth))
-        self.transformer_blocks = nn.ModuleList(layers)
-        self.proj_out = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
-        zero(self.proj_out)
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, share: Share) -> Tensor:
-        """x (B, width, H, W), context (B, L, context_dim), mask (B, 1, 1, L) -> (B, width, H, W)."""
-        tokens = _pointwise(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))
-        for layer in self.transformer_blocks:
-            tokens = layer(tokens, context, mask, share)
-        return x + _pointwise(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
-
-
-def _pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """A linear layer, or the same thing stored as a 1x1 convolution, on tokens (B, N, D)."""
-    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-    return F.linear(tokens, weight.flatten(1), bias)
-
-
-class Resample(nn.Module):
-    """Halves the size (strided convolution) or doubles it (nearest neighbour, then convolution)."""
-
-    def __init__(self, width: int, *, up: bool) -> None:
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
-        return y
-
-
 class Stage(nn.Module):
     """Resnets of one level, each followed by a text transformer where the level has them; `place` in the U-Net."""
 
@@ -189,8 +85,8 @@ class Stage(nn.Module):
         self.saving, width, time_dim = config.gradient_checkpointing, config.channels[level], 4 * config.channels[0]
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, width, time_dim, config.groups, config.scale_shift) for channels in inputs)
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(config, width, context_dim, config.heads_at(level)) for _ in range(transformers))
+        made = context_dim, config.heads_at(level), config.depth, config.groups, config.linear_projection
+        self.attentions = nn.ModuleList(SpatialTransformer(width, *made) for _ in range(transformers))
 
     def step(self, j: int, x: Tensor, given: Given) -> Tensor:
         """Resnet j, then transformer j if there is one."""
@@ -200,17 +96,9 @@ class Stage(nn.Module):
         return run(self.attentions[j], self.saving, x, given.context, given.mask, given.share.at(self.depth))
 
 
-class Given(NamedTuple):
-    """What all layers read: silu of the time embedding (B, T), text (B, L, D), its mask (B, 1, 1, L), `Cond.share`."""
-
-    active_time: Tensor
-    context: Tensor
-    mask: Tensor | None
-    share: Share
-
-
 class DownBlock(Stage):
-    """A level of the way down: x -> every feature map the way up will take in, the last of them to go on with."""
+    """A level of the way down: x -> every feature map the way up will take in, the last of them to go on with. A
+    residual is added to what its last layer gives, before the size is halved."""
 
     def __init__(self, config: UNet, level: int, context_dim: int) -> None:
         widths, width, blocks = config.channels, config.channels[level], config.blocks
@@ -218,11 +106,13 @@ class DownBlock(Stage):
         super().__init__(config, level, inputs, context_dim, blocks if level in config.attention else 0, level)
         self.downsamplers = nn.ModuleList([Resample(width, up=False)] if level < len(widths) - 1 else [])
 
-    def forward(self, x: Tensor, given: Given) -> list[Tensor]:
+    def forward(self, x: Tensor, given: Given, residual: Tensor | None = None) -> list[Tensor]:
         kept = []
         for j in range(len(self.resnets)):
             x = self.step(j, x, given)
             kept.append(x)
+        if residual is not None:
+            x = kept[-1] = x + residual
         return kept + [downsample(x) for downsample in self.downsamplers]
 
 
@@ -252,7 +142,40 @@ class UpBlock(Stage):
         return x
 
 
-class CrossAttentionUNet(Backbone):
+class WayDown(nn.Module):
+    """The first half of a U-Net, whose `PARTS` are its modules: the features at full size, all levels, the middle."""
+
+    PARTS: ClassVar = ("conv_in", "time_embedding", "level_embedding", "class_embedding", "down_blocks", "mid_block")
+    conv_in: nn.Conv2d | Widened
+    time_embedding: Projection
+    level_embedding: LevelEmbedding | None
+    class_embedding: Projection | None
+    down_blocks: nn.ModuleList
+    mid_block: MiddleBlock
+    position: bool
+
+    def down(self, x: Tensor, noise_level: Tensor, cond: Cond, first: Tensor | None = None,
+             residuals: Sequence[Tensor | None] = ()) -> tuple[list[Tensor], Given]:
+        """Every feature map that `up` takes in, from the first features to the middle's; and what all layers read.
+
+        `first` is added to the first features, `residuals` to what each level gives, before its size is halved.
+        """
+        time = self.time_embedding(sinusoid(noise_level, self.conv_in.out_channels))
+        time = with_level(time, self.level_embedding, cond)
+        if self.class_embedding is not None and cond.pooled is not None:
+            time = time + self.class_embedding(cond.pooled)
+        given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask), cond.share)
+        x = self.conv_in(x)
+        if self.position:
+            table = sincos_table(x.shape[1], x.shape[2], x.shape[3], EXTENT, x.device)
+            x = x + table.T.reshape(x.shape[1:]).to(x.dtype)
+        kept = [x if first is None else x + first]
+        for down, residual in zip(self.down_blocks, residuals or [None] * len(self.down_blocks), strict=True):
+            kept += down(kept[-1], given, residual)
+        return [*kept, self.mid_block(kept[-1], given)], given
+
+
+class CrossAttentionUNet(Backbone, WayDown):
     """U-Net of latent diffusion (Rombach et al. 2022), its text read by cross-attention.
 
     Output exactly 0 at initialisation, as in ADM (Dhariwal & Nichol 2021). Sizes: multiples of 2^(levels - 1).
@@ -264,7 +187,7 @@ class CrossAttentionUNet(Backbone):
         out_channels = channels * (2 if config.learned_variance else 1)
         widths = config.channels
         super().__init__(channels=channels, out_channels=out_channels, multiple=2 ** (len(widths) - 1))
-        self.config, time_dim = config, 4 * widths[0]
+        self.config, self.position, time_dim = config, config.position, 4 * widths[0]
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.time_embedding = Projection(widths[0], time_dim)
         self.class_embedding = Projection(pooled_dim, time_dim) if config.pooled else None
@@ -276,20 +199,15 @@ class CrossAttentionUNet(Backbone):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero(self.conv_out)
 
-    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """See `Backbone.predict`."""
-        time = self.embedded(self.time_embedding(sinusoid(noise_level, self.config.channels[0])), cond)
-        if self.class_embedding is not None and cond.pooled is not None:
-            time = time + self.class_embedding(cond.pooled)
-        given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask), cond.share)
-        x = self.conv_in(x)
-        if self.config.position:
-            table = sincos_table(x.shape[1], x.shape[2], x.shape[3], EXTENT, x.device)
-            x = x + table.T.reshape(x.shape[1:]).to(x.dtype)
-        kept = [x]
-        for down in self.down_blocks:
-            kept += down(kept[-1], given)
-        x = self.mid_block(kept[-1], given)
+    def predict(self, x: Tensor, noise_level: Tensor, cond: Cond, levels: Sequence[Tensor] = (),
+                kept: Sequence[Tensor] = ()) -> Tensor:
+        """See `Backbone.predict`. Residuals: of `levels` on the way `down`, of `kept` for what `up` takes in."""
+        maps, given = self.down(x, noise_level, cond, residuals=levels)
+        return self.up([y + residual for y, residual in zip(maps, kept, strict=True)] if kept else maps, given)
+
+    def up(self, kept: list[Tensor], given: Given) -> Tensor:
+        """The prediction, of all feature maps of the way down."""
+        *kept, x = kept
         for up in self.up_blocks:
             x = up(x, kept, given)
         y: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))

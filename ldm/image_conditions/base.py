@@ -45,6 +45,10 @@ class ImageCondition(Checked, ABC):
         shards hold besides (`extra-NAME.npy`, uint8 ones in [0, 1]); every draw keyed by the `noise` of its sample.
         Raises ValueError where what is stored is missing or does not fit."""
 
+    def drawn(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
+        """The same for held-out samples that are drawn, to be looked at."""
+        return self.extras(latents, stored, noise)
+
     def left_out(self, noise: Noise) -> tuple[Tensor, Tensor] | None:
         """Which samples (B,) are trained without their image, as zeros, and which of those without their caption too;
         None for none at all."""

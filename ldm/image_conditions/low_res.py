@@ -39,9 +39,8 @@ class LowRes(ImageCondition):
 
     def extras(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
         small = 2 * need_stored(self, stored) - 1
-        u = self.augment * noise.uniform((1,), "image-level")[:, 0]
-        shape = (latents.shape[-2], latents.shape[-1])
-        return {**stored, **self.shown(small, shape, u.to(small.device, small.dtype), noise)}
+        u = (self.augment * noise.uniform((1,), "image-level")[:, 0]).to(small.device, small.dtype)
+        return {**stored, **self.shown(small, (latents.shape[-2], latents.shape[-1]), u, noise)}
 
     def shown(self, small: Tensor, size: tuple[int, int], level: Tensor, noise: Noise) -> Extras:
         """"image" and "image_level" of small pictures (B, C, H, W) in [-1, 1], for latents of `size`, with noise of
@@ -55,9 +54,10 @@ class LowRes(ImageCondition):
             image = interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
         return {"image": image, "image_level": level}
 
-    def drawn(self, small: Tensor, size: tuple[int, int], noise: Noise) -> Extras:
-        """As `shown` in drawing: at `level`, with each picture's own noise."""
-        return self.shown(small, size, torch.full((len(small),), self.level, device=small.device), noise)
+    def drawn(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
+        small = 2 * need_stored(self, stored) - 1
+        level = torch.full((len(small),), self.level, device=small.device)
+        return {**stored, **self.shown(small, (latents.shape[-2], latents.shape[-1]), level, noise)}
 
 
 IMAGE_CONDITIONS = (LowRes,)

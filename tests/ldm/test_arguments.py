@@ -81,5 +81,5 @@ def test_a_conflict_is_refused_in_a_sentence(case: str) -> None:
 def test_an_unknown_word_is_an_error_with_what_is_near() -> None:
     with pytest.raises(TypeError, match="takes no 'num_inference_step': did you mean 'num_inference_steps'?"):
         read("a", num_inference_step=3)
-    with pytest.raises(TypeError, match="takes no 'xyzzy': known are also, batch_size, guidance_scale, height, "):
+    with pytest.raises(TypeError, match="takes no 'xyzzy': known are also, batch_size, extras, guidance_scale, "):
         read("a", xyzzy=3)

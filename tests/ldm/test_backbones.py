@@ -221,3 +221,19 @@ def test_rope_sees_only_differences_of_place() -> None:
     first = turn(q, at(0, 1)) @ turn(k, at(2, 4))
     torch.testing.assert_close(first, turn(q, at(2, 2)) @ turn(k, at(4, 5)), rtol=0, atol=1e-6)
     assert abs(first - turn(q, at(0, 1)) @ turn(k, at(2, 3))) > 1e-6
+
+
+def test_an_exported_transformer_takes_any_batch() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = build(SMALL["dit"])
+
+        def forward(self, x: Tensor, level: Tensor, *cond: Tensor) -> Any:
+            return self.backbone(x, level, Cond(*cond))
+
+    network, (x, level, cond) = Plain(), inputs()
+    free = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(network, (x, level, *cond[:3]), dynamic_shapes=(free, free, (free, free, free)))
+    fewer = x[:2], level[:2], *cond.select(slice(2))[:3]
+    assert torch.equal(program.module()(*fewer), network(*fewer))

@@ -105,7 +105,9 @@ def test_augmentation_leaves_the_picture_at_0_and_nothing_of_it_at_1() -> None:
     half = condition.shown(small, size, ones / 2, noise)
     torch.testing.assert_close(half["image"], (small + all_of_it) / 2)
     assert torch.equal(half["image_level"], ones / 2)
-    assert condition.drawn(small, size, noise)["image_level"].tolist() == pytest.approx([0.2] * len(SEEDS))
+    drawn = condition.drawn(torch.zeros(len(SEEDS), 1, *size), stored, noise)
+    assert torch.equal(drawn["image_level"], ones * 0.2)
+    torch.testing.assert_close(drawn["image"], 0.8 * small + 0.2 * all_of_it)
 
 
 def test_augmentation_in_training_is_uniform_and_told() -> None:

@@ -92,6 +92,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "seeds that are no numbers": ({"seeds": [1, 2.5, 3]}, "whole numbers"),
     "a seed that is none": ({"seeds": 1.5}, "whole numbers"),
     "a weight that is none": ({"also": [("red", float("nan"))]}, "finite weight"),
+    "fewer extras": ({"extras": {"image": torch.zeros(2, 1, 16, 24)}}, "3 captions but 2 of the extra 'image'"),
+    "an extra of another size": ({"extras": {"image": torch.zeros(1, 1, 24, 16)}},
+                                 r"'image' is of 24x16 .* pictures of 16x24 from latents of 4x6"),
+    "an extra of whole numbers": ({"extras": {"image": torch.zeros(1, 1, 16, 24, dtype=torch.uint8)}}, "in .0, 1."),
+    "an extra that is none": ({"extras": {"image": "edges.png"}}, "must be a tensor"),
     "no grid of so many steps": ({"sampling": replace(PLAN, steps=0)}, "at least 1 step"),
 }
 

@@ -39,7 +39,8 @@ class Latent(NamedTuple):
 class Latents(Samples[Latent]):
     """Encoded moments and a caption by slot; caption and mirrored variant are chosen by (seed, epoch, sample).
 
-    Fields `extra-NAME.npy` are handed on as `Batch.extras`, with a mirrored variant those of `mirror-NAME.npy`.
+    Fields `extra-NAME.npy` are handed on as `Batch.extras`, with a mirrored variant those of `mirror-NAME.npy`: of
+    uint8, which is a picture, in [0, 1], any other numbers as they are.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class Latents(Samples[Latent]):
         if len(shapes := {array.shape for array in arrays}) > 1:
             what = f"extra-{name}.npy has different shapes in one batch ({', '.join(map(str, sorted(shapes)[:4]))})"
             raise UserError(what, hint="store them in one size", code=DATA)
-        return torch.from_numpy(np.stack(arrays).astype(np.float32))
+        numbers = [array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1) for array in arrays]
+        return torch.from_numpy(np.stack(numbers))
 
     def _sample(self, index: int, field: str, share: float) -> Latent:
         variant = "mirror" if field == "mirror.npy" else "extra"

@@ -13,10 +13,12 @@ from training.ledger import Ledger
 from training.messages import answer, warn
 from training.next_step import beside, tell_next
 from training.packing.finding import add_source_flags, find_source
+from training.packing.hints import hint_files
 from training.packing.pack import pack
 from training.packing.settings import Settings
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
 from training.pictures.flags import add_picture_flags
+from training.pictures.hints import KINDS
 from training.settings.flags import Parser
 from training.shards.index import read_index
 from training.shards.indexing import index_folder
@@ -25,6 +27,8 @@ from training.shards.verifying import verify
 EXAMPLES = """pack photos/ --output data/photos --resolution 64
 pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
 pack photos.zip --output data/photos --caption-column prompt
+pack photos/ --output data/outlined --resolution 64 --hint edges
+pack photos/ --output data/deep --resolution 64 --hint depth --hint-files depths/
 pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
 pack shapes --samples 60000 --output data/shapes
 pack emoji --root package --output data/emoji --resolution 64
@@ -50,6 +54,12 @@ def build_parser() -> Parser:
     add("--val-fraction", type=float, default=0.02, help="share held out, by hash of the key; existing splits are kept")
     add("--seed", type=int, default=0, help="of shapes and random crops")
     add("--format", choices=("png", "jpg"), default="png")
+    text = "a hint beside each picture, for a control: made of its pixels (edges, mask), or a file of --hint-files"
+    add("--hint", choices=KINDS, help=text)
+    text = "hints are the files of this folder, named as their pictures are, and cropped and resized with them"
+    add("--hint-files", type=Path, metavar="DIR", help=text)
+    text = "black and white of hints of more than 8 bits"
+    add("--hint-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     text = "what a picture without one gets: nothing, its file's name, or the name of its folder, as of a class"
     add("--missing-caption", choices=("error", "empty", "filename", "folder"), default="error", help=text)
     text = "pictures that cannot be used: stop and name them, or leave them out and count them"
@@ -83,10 +93,12 @@ def _of_a_folder(parser: Parser, skip: str) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     if arguments.resolution is None:
         arguments.resolution = 32 if arguments.source in (["shapes"], ["fashion-mnist"]) else 64
+    arguments.hint_given = arguments.hint_files is not None
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     if arguments.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {arguments.num_workers})")
-    pack(find_source(arguments), arguments.output, settings, arguments.num_workers)
+    hints = hint_files(arguments.hint_files, arguments.source) if arguments.hint_files else None
+    pack(find_source(arguments), arguments.output, settings, arguments.num_workers, hints)
     _tell_training(arguments.output)
 
 

@@ -60,7 +60,7 @@ def encode(args: argparse.Namespace) -> int:
     source, target = open_address(args.data, args.cache_dir, args.cache_size), Path(args.output)
     args.data = source  # which shows no secrets where it is told
     check_output(target)
-    shards = read_index(source)[1]
+    index, shards = read_index(source)
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, target, accelerator.device)
@@ -72,6 +72,7 @@ def encode(args: argparse.Namespace) -> int:
         "tile": args.tile,
         "precision": args.mixed_precision,
         "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
+        "hint": _hint(index["summary"]),
     }
     meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
@@ -83,7 +84,8 @@ def encode(args: argparse.Namespace) -> int:
             _prepare(target, plan, total, home, encoder, args)
         meeting.meet()  # no process writes a shard before the folder is claimed for this plan
         tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
-        worker = Encoder(tiled if args.tile else model.encode, encoder, args, accelerator.device, plan["latent"], total)
+        encode_images = tiled if args.tile else model.encode
+        worker = Encoder(encode_images, encoder, args, accelerator.device, plan["latent"], total, plan["hint"])
         own = shards[accelerator.process_index :: accelerator.num_processes]
         _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
         meeting.meet()  # the index lists the shards of all processes
@@ -180,7 +182,9 @@ def _prepare(
     target: Path, plan: dict[str, Any], total: int, home: Path, encoder: TextEncoder | None, args: argparse.Namespace
 ) -> None:
     """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
-    size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize * (2 if args.flip else 1) + BESIDE
+    size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize
+    size += math.prod(plan["latent"]["picture"]) * (plan["hint"] or {}).get("channels", 0)
+    size = size * (2 if args.flip else 1) + BESIDE
     present = sum(path.stat().st_size for path in target.glob("*.tar"))
     check_output(target, total * size - present)
     # Claimed before anything is put there: a folder of other latents is refused as it was.
@@ -198,7 +202,7 @@ def _claim(target: Path, plan: dict[str, Any], pictures: str) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     plan_file = target / ENCODING
     if plan_file.is_file():
-        before = {"tile": 0, **read_record(plan_file, {})}
+        before = {"tile": 0, "hint": None, **read_record(plan_file, {})}
         differences = [
             f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
         ]
@@ -221,6 +225,11 @@ def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
         model.check_images(torch.empty(1, images.channels, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
+
+
+def _hint(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """What the hints beside the pictures are, of which each is copied; how many were made by which rule stays there."""
+    return {key: value for key, value in summary["hint"].items() if key != "made"} if summary.get("hint") else None
 
 
 def _short(value: object) -> str:
@@ -252,7 +261,8 @@ def _finish(
         warn(f"latent channels {dead} hardly vary (std below {DEAD:g})")
     shape = "x".join(map(str, plan["latent"]["shape"]))
     gap = f", {samples - total:,} left out" if samples > total else ""
-    tell(f"latents: {target} ({total:,} samples of {shape}{gap}), waiting for data {waiting:.0%}")
+    hints = f", hints of {plan['hint']['kind']}" if plan["hint"] else ""
+    tell(f"latents: {target} ({total:,} samples of {shape}{gap}{hints}), waiting for data {waiting:.0%}")
     for line in ledger.lines():
         tell(line)
     return samples - total

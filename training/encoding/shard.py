@@ -21,6 +21,7 @@ from training.errors import DATA, DISK, NUMERICAL, UserError
 from training.ledger import Ledger
 from training.machine.memory import out_of_memory
 from training.messages import note, warn
+from training.pictures.hints import EXTRA, FIELD, loaded
 from training.shards.captions import stored_captions, text_fields
 from training.shards.index import ShardInfo
 from training.shards.reading import ShardSet
@@ -40,6 +41,7 @@ class Picture(NamedTuple):
     key: str
     pixels: np.ndarray
     notes: dict[str, Any]  # its metadata, with `captions`
+    hint: np.ndarray | None  # (C, H, W)
 
 
 class Encoder:
@@ -57,9 +59,10 @@ class Encoder:
         device: torch.device,
         latent: dict[str, Any],
         total: int,
+        hint: dict[str, Any] | None = None,
     ) -> None:
         self.encode, self.text, self.device, self.args = encode, encoder, device, args
-        self.picture = tuple(latent["picture"])
+        self.picture, self.hints = tuple(latent["picture"]), hint["channels"] if hint else 0
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.since, self.precision = time.perf_counter(), args.mixed_precision
         self.total, self.bad, self.waited = total, 0, 0.0
@@ -75,7 +78,7 @@ class Encoder:
         waiting: list[Picture] = []
         for index, pixels in zip(range(first, first + info.samples), self._awaited(pictures), strict=False):
             try:
-                waiting.append(_sample(shards, index, pixels))
+                waiting.append(_sample(shards, index, pixels, self.hints))
                 if not any(waiting[-1].notes["captions"]):
                     self.ledger.add("guessed", "sample without a caption, the empty one taken", waiting[-1].key)
             except UserError as problem:
@@ -117,8 +120,11 @@ class Encoder:
         if self.flip:
             moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
         embeddings_of = self._texts([picture.notes["captions"] for picture in pictures], keys) if self.text else []
-        for i, (key, _, notes) in enumerate(pictures):
+        for i, (key, _, notes, hint) in enumerate(pictures):
             fields = {name: _npy(values[i]) for name, values in moments.items()}
+            if hint is not None:
+                fields[f"extra-{EXTRA}.npy"] = _npy(hint)
+                fields |= {f"mirror-{EXTRA}.npy": _npy(hint[..., ::-1])} if self.flip else {}
             fields["txt"] = notes["captions"][0].encode()
             fields["json"] = json.dumps(notes, ensure_ascii=False).encode("utf-8", "replace")
             if embeddings_of:
@@ -227,11 +233,20 @@ def refuse_many(bad: int, total: int, data: str) -> None:
         raise UserError(what, hint=f"run: {door('make_shards verify', data)}", code=DATA)
 
 
-def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError) -> Picture:
+def _sample(shards: ShardSet, index: int, pixels: np.ndarray | UserError, hints: int) -> Picture:
+    """A sample with its hint of so many channels; 0: it has none."""
     if isinstance(pixels, UserError):
         raise pixels
-    key = shards.key(index)
-    return Picture(key, pixels, _notes(key, shards.read(index, ("json", *text_fields(shards.fields)))))
+    key, wanted = shards.key(index), ("json", *text_fields(shards.fields), *[FIELD] * bool(hints))
+    record = shards.read(index, wanted)
+    return Picture(key, pixels, _notes(key, record), _hint(key, record, hints, pixels.shape[:2]) if hints else None)
+
+
+def _hint(key: str, record: dict[str, bytes], channels: int, size: tuple[int, int]) -> np.ndarray:
+    try:
+        return loaded(record.get(FIELD, b""), channels, size)
+    except UserError as failure:
+        raise UserError(f"{key}: {failure.what}", hint="pack again", code=DATA) from None
 
 
 def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
@@ -245,7 +260,7 @@ def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
 
 def _npy(array: np.ndarray) -> bytes:
     out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
+    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
     return out.getvalue()
 
 

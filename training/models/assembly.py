@@ -295,5 +295,5 @@ def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | 
     if folder.finished:  # what was written at its end says what it was
         same_ingredients(folder.final, {name: content_hash(part) for name, part in taken.items()})
     layer, channels = f"{parts.backbone.input_layer}.weight", parts.shape[0]
-    wide, own = parts.backbone.state_dict()[layer].shape[1], taken["denoiser"][layer].shape[1]
+    wide, own = len(parts.backbone.get_parameter(layer)[0]), len(taken["denoiser"][layer][0])
     return channels * (wide - own) // own

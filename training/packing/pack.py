@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,52 +18,23 @@ from training.files import remove_partials, write_bytes, write_json
 from training.guarding import make_folder, read_record, refuse_links
 from training.ledger import Ledger
 from training.messages import answer, note, per_second, warn
+from training.packing.hints import HintFiles, packing_state
 from training.packing.mixing import MixingWriter
+from training.packing.problems import Problems
 from training.packing.settings import Settings, as_stored
 from training.packing.sources import Remark, Sample, Source
 from training.packing.texts import name_as_caption
 from training.packing.workers import Picture, pictures
 from training.pictures.decoding import Unusable, encode_png
+from training.pictures.hints import FIELD, beside
 from training.progress import Progress
 from training.shards.claims import LOCK, claimed
-from training.shards.index import INDEX, PACKING, ShardInfo, read_index, write_index
+from training.shards.index import INDEX, PACKING, ShardInfo, hint_summary, read_index, write_index
 from training.shards.offset_index import index_path
 from training.shards.reading import ShardSet
 from training.shards.writing import ShardWriter
 
 SHEET, SHOWN = "contact-sheet.png", 64  # pictures on it, at most
-MOST_PROBLEMS = 10  # told at once where --on-bad-data is error
-LOOKED_ON = 10_000  # samples looked at for more problems after the first one: a later one costs another packing
-
-
-class Problems:
-    """The samples that cannot be used where none may be left out: several are told at once, for each that is told alone
-    costs a packing."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-        self.hints, self.looked = dict[str, None](), 0  # each once, in the order of their samples
-
-    def add(self, name: str, reason: str, hint: str) -> None:
-        """One more."""
-        self.hints |= {hint: None} if hint else {}
-        self.found.append(f"{name}: {reason}")
-
-    def enough(self) -> bool:
-        """Whether to stop looking; asked once a sample."""
-        self.looked += bool(self.found)
-        return len(self.found) >= MOST_PROBLEMS or self.looked > LOOKED_ON
-
-    def refuse(self) -> None:
-        """Raises UserError(code 3) where there are any."""
-        others = "".join(f"{hint}; or " for hint in self.hints)
-        hint = f"{others}--on-bad-data skip leaves such samples out and counts them"
-        if len(self.found) == 1:
-            raise UserError(self.found[0], hint=hint, code=DATA)
-        if self.found:
-            least = "at least " if len(self.found) >= MOST_PROBLEMS or self.looked > LOOKED_ON else ""
-            shown = "\n  ".join(self.found)
-            raise UserError(f"{least}{len(self.found)} samples cannot be used:\n  {shown}", hint=hint, code=DATA)
 
 
 class Packer:
@@ -73,6 +45,7 @@ class Packer:
         self.writers: dict[str, ShardWriter | MixingWriter] = {}
         self.ledger, self.problems = Ledger(), Problems()
         self.pictures = self.lost = 0
+        self.rules = Counter[str]()  # how many hints each made
         self._seen: set[bytes] = set()  # digests of the files: all that is kept of a picture
 
     def take(self, item: Sample | Remark, split: str, made: Picture | UserError | None) -> None:
@@ -132,9 +105,13 @@ class Packer:
         if self.problems.found:
             return  # these are looked at for problems alone
         writer = self.writers.get(split) or self.writers.setdefault(split, self._writer(split))
-        writer.add(sample.key, {self.settings.format: picture.data, **texts})
-        if picture.mirrored:
-            writer.add(f"{sample.key}~mirrored", {self.settings.format: picture.mirrored, **texts})
+        self.rules[picture.rule] += picture.hint is not None
+        for key, data, hint in (
+            (sample.key, picture.data, picture.hint),
+            (f"{sample.key}~mirrored", picture.mirrored, picture.mirrored_hint),
+        ):
+            if data:
+                writer.add(key, {self.settings.format: data, **texts, **({FIELD: hint} if hint else {})})
 
     def _writer(self, split: str) -> ShardWriter | MixingWriter:
         size = self.settings.samples_per_shard
@@ -142,13 +119,13 @@ class Packer:
             return MixingWriter(self.output, split, size, self.settings.seed)
         return ShardWriter(self.output, split, size)
 
-    def take_all(self, source: Source, workers: int, progress: Progress) -> list[ShardInfo]:
+    def take_all(self, source: Source, workers: int, progress: Progress, hints: HintFiles | None) -> list[ShardInfo]:
         """Everything of a source, to the shards that came of it. Raises UserError as the policies say."""
 
         def split() -> Iterator[tuple[Sample | Remark, str]]:
             return ((item, self.split(item) if isinstance(item, Sample) else "") for item in source.samples())
 
-        done = pictures(split(), self.settings, workers)
+        done = pictures(split(), self.settings, workers, hints)
         try:
             for item, name, made in done:
                 self.take(item, name, made)
@@ -215,6 +192,7 @@ def _finish(packer: Packer, infos: list[ShardInfo], source: Source, packing: dic
             "order": "mixed" if packer.mixed or source.mixed else "source",
             "pictures": packer.pictures,
             **({} if packer.settings.channels == 3 else {"channels": packer.settings.channels}),
+            **hint_summary(packing["settings"], packer.rules),
             "ledger": packer.ledger.report(),
             "settings": packing["settings"],
         },
@@ -222,7 +200,8 @@ def _finish(packer: Packer, infos: list[ShardInfo], source: Source, packing: dic
 
 
 def contact_sheet(folder: Path) -> None:
-    """Up to 64 of the pictures of a folder of shards, evenly spread over it, with captions, as `contact-sheet.png`."""
+    """Up to 64 of the pictures of a folder of shards, evenly spread over it, with captions and their hints to the right
+    of them, as `contact-sheet.png`."""
     from training.pictures import grids
 
     sets = [ShardSet(folder, split) for split in sorted({info.split for info in read_index(folder)[1]})]
@@ -232,23 +211,26 @@ def contact_sheet(folder: Path) -> None:
     for place in range(count):
         shards, i = places[place * (len(places) - 1) // max(1, count - 1)]
         fields = shards.read(i)
-        images.append(Image.open(io.BytesIO(fields.get("png") or fields["jpg"])))
+        images.append(beside(Image.open(io.BytesIO(fields.get("png") or fields["jpg"])), fields.get(FIELD)))
         captions.append(fields["txt"].decode())
     write_bytes(folder / SHEET, encode_png(grids.contact_sheet(images, captions)))
 
 
-def pack(source: Source, output: Path, settings: Settings, workers: int = 0) -> bool:
+def pack(
+    source: Source, output: Path, settings: Settings, workers: int = 0, hints: HintFiles | None = None
+) -> bool:
     """Packs a source into `output` and prints what came of it; False where that was done before and nothing is to do.
 
-    The same source and settings give the same bytes, whatever the number of `workers`. Raises UserError as the
-    settings' policies say, and where `output` is taken.
+    `hints`: the files that its pictures' hints are made of, where they are not made of the pixels. The same source and
+    settings give the same bytes, whatever the number of `workers`. Raises UserError as the settings' policies say, and
+    where `output` is taken.
     """
     if source.exact and settings.flip:
         raise UserError("--flip: the captions of shapes name left and right; mirrored they would be false", code=USAGE)
     kind = source.name if source.name in ("shapes", "fashion-mnist") else type(source).__name__.lower()
     packing = {
         "source": kind,
-        "state": hashlib.sha256(source.state().encode()).hexdigest(),
+        "state": packing_state(source.state(), hints),
         "settings": asdict(settings),
     }
     make_folder(output)
@@ -258,7 +240,9 @@ def pack(source: Source, output: Path, settings: Settings, workers: int = 0) -> 
             return False
         packer = Packer(output, settings, mixed=settings.order == "mixed" and not source.mixed)
         with Progress("packing", min(filter(None, (source.total, settings.limit)), default=None)) as progress:
-            infos = packer.take_all(source, workers, progress)
+            infos = packer.take_all(source, workers, progress, hints)
+        if hints and settings.limit is None:
+            hints.tell_unused(packer.ledger)
         _finish(packer, infos, source, packing)
         contact_sheet(output)
     _tell(packer, infos, source, progress)
@@ -277,6 +261,9 @@ def _tell(packer: Packer, infos: list[ShardInfo], source: Source, progress: Prog
     seconds = progress.seconds
     rate = per_second(packer.pictures / max(1e-9, seconds), "picture")
     answer(f"{len(infos)} shards, {size:,.1f} MB, {seconds:.1f} s ({rate}); some of them: {output / SHEET}")
+    if settings.hint:
+        made = ", ".join(f"{count:,} of {rule}" for rule, count in sorted(packer.rules.items()))
+        answer(f"hints: {settings.hint} ({made})")
     for line in packer.ledger.lines() or ["everything was used as it was given"]:
         answer(line)
     if "val" not in counts and settings.val_fraction:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from training.errors import UserError
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop, background_colour
-from training.pictures.flags import check_pictures
+from training.pictures.flags import check_pictures, check_range
+from training.pictures.hints import KINDS, hint_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class Settings:
     channels: int = 3
     range: list[float] | None = None  # a list, as JSON gives it back
     ignore_alpha: bool = False
+    hint: Literal["edges", "mask", "depth", "picture"] | None = None
+    hint_given: bool = False  # by files, not made of the pixels
+    hint_range: list[float] | None = None
 
     def __post_init__(self) -> None:
         if self.resolution < 8:
@@ -48,6 +52,17 @@ class Settings:
             raise UserError(f"--max-pixels: must lie in 1 … {MOST_PIXELS:,} (got {self.max_pixels:,})")
         background_colour(self.background)
         check_pictures(self.channels, self.range, self.format)
+        self._check_hint()
+
+    def _check_hint(self) -> None:
+        if self.hint is None and self.hint_given:
+            raise UserError("--hint-files: of which kind they are is not said", hint=f"--hint {' or '.join(KINDS)}")
+        if self.hint_range and not self.hint_given:
+            raise UserError("--hint-range: is of the files of --hint-files, and none are given")
+        check_range(self.hint_range, "--hint-range")
+        if self.hint and not self.hint_given and not hint_of(self.hint).of_pixels:
+            what = f"--hint {self.hint}: is not made of pixels"
+            raise UserError(what, hint="give a folder of them with --hint-files DIR")
 
 
 def as_stored(settings: dict[str, Any]) -> dict[str, Any]:

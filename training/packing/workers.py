@@ -19,9 +19,11 @@ from PIL import Image, ImageOps
 from training.errors import DATA, LOST, UserError
 from training.ledger import Effect
 from training.machine.signals import block_sigterm, shield
+from training.packing.hints import File, HintFiles, hint_beside
 from training.packing.settings import Settings
 from training.packing.sources import Remark, Sample
 from training.pictures.decoding import MODES, Crop, encode_jpg, encode_png, fit, load_image, refuse
+from training.pictures.hints import stored
 
 VAL_CROP: Crop = "center"
 AHEAD = 4  # pictures that are on their way for each process
@@ -36,6 +38,9 @@ class Picture:
     mirrored: bytes | None
     digest: bytes | None
     notes: tuple[tuple[Effect, str], ...]
+    hint: bytes | None = None
+    mirrored_hint: bytes | None = None
+    rule: str = ""  # that the hint was made by
 
 
 class Task(NamedTuple):
@@ -46,6 +51,7 @@ class Task(NamedTuple):
     split: str
     flip: bool
     suffix: str  # of the picture's file
+    hint: File | UserError | None  # where hints are files
 
 
 def make_picture(task: Task, settings: Settings) -> Picture | UserError:
@@ -76,35 +82,46 @@ def _picture(task: Task, settings: Settings) -> Picture:
         notes = image.info["remarks"]
     else:
         image = image.convert(MODES[settings.channels])
-    crop = settings.crop if task.split == "train" else VAL_CROP
-    image = fit(image, settings.resolution, crop, Random(f"{settings.seed} {task.key}"), settings.upscale)
+    crop, rng = settings.crop if task.split == "train" else VAL_CROP, f"{settings.seed} {task.key}"
+    image = fit(image, settings.resolution, crop, Random(rng), settings.upscale)
     if image.mode == "RGBA" and not image.getchannel("A").getbbox():
         raise refuse("fully transparent image", "--ignore-alpha takes the colours of all pictures as opaque")
     encode = encode_png if settings.format == "png" else encode_jpg
-    return Picture(encode(image), encode(ImageOps.mirror(image)) if task.flip else None, digest, tuple(notes))
+    mirrored = encode(ImageOps.mirror(image)) if task.flip else None
+    if settings.hint is None:
+        return Picture(encode(image), mirrored, digest, tuple(notes))
+    hint, rule, more = hint_beside(task.image, image, task.hint, settings, crop, rng, task.suffix)
+    other = stored(hint[:, ::-1]) if task.flip else None
+    return Picture(encode(image), mirrored, digest, (*notes, *more), stored(hint), other, rule)
 
 
 Done = tuple[Sample | Remark, str, "Picture | UserError | None"]  # what the source gave, its split, its picture
 
 
-def pictures(items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int) -> Iterator[Done]:
-    """Each item of a source with its picture, in order; `workers` processes make them, this one where it is 0.
+def pictures(
+    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int, hints: HintFiles | None = None
+) -> Iterator[Done]:
+    """Each item of a source with its picture and its hint, of the pixels or of the files in `hints`, in order;
+    `workers` processes make them, this one where it is 0.
 
     Raises what `items` raises, after all that came before, and UserError (code 1) where a process is lost.
     """
     if workers:
-        yield from _by_others(items, settings, workers)
+        yield from _by_others(items, settings, workers, hints)
         return
     for item, split in items:
-        made = make_picture(_task(item, split, settings), settings) if isinstance(item, Sample) else None
+        made = make_picture(_task(item, split, settings, hints), settings) if isinstance(item, Sample) else None
         yield item, split, made
 
 
-def _task(sample: Sample, split: str, settings: Settings) -> Task:
-    return Task(sample.key, sample.image, split, settings.flip and split == "train", sample.suffix)
+def _task(sample: Sample, split: str, settings: Settings, hints: HintFiles | None) -> Task:
+    hint = hints.of(sample.key) if hints else None
+    return Task(sample.key, sample.image, split, settings.flip and split == "train", sample.suffix, hint)
 
 
-def _by_others(items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int) -> Iterator[Done]:
+def _by_others(
+    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int, hints: HintFiles | None
+) -> Iterator[Done]:
     # Forked, they are born with this process's answers to signals, as loaders are.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(workers, context, shield, (0,))
@@ -116,7 +133,7 @@ def _by_others(items: Iterable[tuple[Sample | Remark, str]], settings: Settings,
         try:
             for item, split in items:
                 if isinstance(item, Sample):
-                    future = pool.submit(make_picture, _task(item, split, settings), settings)
+                    future = pool.submit(make_picture, _task(item, split, settings, hints), settings)
                     waiting.append((replace(item, image=b""), split, future))
                 else:
                     waiting.append((item, split, None))

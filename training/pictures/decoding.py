@@ -244,16 +244,23 @@ def fit(
     """
     if image.size == (resolution, resolution):
         return image
-    shorter = min(image.size)
+    box = square(image.size, resolution, crop, rng, upscale)
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def square(
+    size: tuple[int, int], resolution: int, crop: Crop = "center", rng: Random | None = None, upscale: bool = False
+) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of a picture of `size` (width, height) that `fit` takes; raises as it does."""
+    (width, height), shorter = size, min(size)
     if shorter < resolution and not upscale:
-        raise refuse(f"too small ({image.width}x{image.height} < {resolution})", "--upscale enlarges it")
-    if max(image.size) > 20 * shorter:
-        raise refuse(f"too narrow ({image.width}x{image.height}; at most 20 to 1)", "cut it into several pictures")
-    spare_x, spare_y = image.width - shorter, image.height - shorter
+        raise refuse(f"too small ({width}x{height} < {resolution})", "--upscale enlarges it")
+    if max(size) > 20 * shorter:
+        raise refuse(f"too narrow ({width}x{height}; at most 20 to 1)", "cut it into several pictures")
+    spare_x, spare_y = width - shorter, height - shorter
     across, down = (rng.random(), rng.random()) if crop == "random" and rng else (0.5, 0.5)
     left, top = round(across * spare_x), round(down * spare_y)
-    box = (left, top, left + shorter, top + shorter)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return left, top, left + shorter, top + shorter
 
 
 def encode_png(image: Image.Image | NDArray[np.uint8]) -> bytes:

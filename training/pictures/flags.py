@@ -24,9 +24,14 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_pictures(channels: int, limits: Sequence[float] | None, form: str) -> None:
     """Raises UserError for a range that is none, and for a format that does not keep the channels exact."""
-    if limits is not None and not (all(map(math.isfinite, limits)) and limits[0] < limits[1]):
-        raise UserError(f"--range: LOW must be below HIGH (got {limits[0]:g} {limits[1]:g})")
+    check_range(limits, "--range")
     if channels not in get_args(Channels):
         raise UserError(f"--channels: must be 1, 3 or 4 (got {channels})")
     if channels != 3 and form != "png":
         raise UserError(f"--channels {channels}: not with --format {form}", hint="take --format png")
+
+
+def check_range(limits: Sequence[float] | None, flag: str) -> None:
+    """Raises UserError for a range that is none."""
+    if limits is not None and not (all(map(math.isfinite, limits)) and limits[0] < limits[1]):
+        raise UserError(f"{flag}: LOW must be below HIGH (got {limits[0]:g} {limits[1]:g})")

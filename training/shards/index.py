@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from training.errors import DATA, UserError
 from training.files import file_sha256, write_json
 from training.guarding import leads_out, no_index, read_record
+from training.pictures.hints import hint_of
 from training.shards.offset_index import open_index, reindex_hint
 from training.shards.tars import is_safe
 
@@ -90,6 +91,15 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
     if not sound:
         raise UserError(f"{path}: is not an index of shards", hint=reindex_hint(Path(directory)), code=DATA)
     return index, shards
+
+
+def hint_summary(settings: Mapping[str, Any], made: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What the summary of pictures says of the hints beside them, by the settings they were packed with: their kind,
+    their channels, and how many were `made` by each rule; nothing where there are none."""
+    if not (kind := settings.get("hint")):
+        return {}
+    known = {"kind": kind, "channels": hint_of(kind).channels, "of": "files" if settings["hint_given"] else "pixels"}
+    return {"hint": known | ({"made": dict(sorted(made.items()))} if made else {})}
 
 
 def is_mixed(summary: Mapping[str, Any]) -> bool:

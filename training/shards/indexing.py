@@ -18,7 +18,7 @@ from training.pictures.formats import FIELDS, choose, several_pictures
 from training.progress import Progress
 from training.shards.checksums import index_of
 from training.shards.claims import claimed
-from training.shards.index import ENCODING, INDEX, PACKING, Kind, ShardInfo, read_index, write_index
+from training.shards.index import ENCODING, INDEX, PACKING, Kind, ShardInfo, hint_summary, read_index, write_index
 from training.shards.offset_index import index_path, open_index, write_tar_index
 from training.shards.splits import split_of
 from training.shards.tars import Index
@@ -31,14 +31,14 @@ MOMENTS = "moments.npy"  # the field that makes a shard one of latents
 def latents_summary(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What the index of latents says of how they were made, from their encoding's plan."""
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
-    return summary | ({"tile": plan["tile"]} if plan.get("tile") else {})
+    return summary | {key: plan[key] for key in ("tile", "hint") if plan.get(key)}
 
 
 def pictures_summary(packing: Mapping[str, Any]) -> dict[str, Any]:
     """What the index of pictures says of how they were packed, from `packing.json`."""
     settings = packing["settings"]
     summary = {"source": packing["source"], "resolution": settings["resolution"]}
-    return summary | {"order": settings.get("order", "source"), "settings": settings}
+    return summary | hint_summary(settings) | {"order": settings.get("order", "source"), "settings": settings}
 
 
 def _kept(directory: Path, fields: set[str]) -> tuple[dict[str, Any], Kind]:

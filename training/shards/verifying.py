@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ from training.guarding import leads_out
 from training.ledger import Ledger
 from training.pictures.decoding import MODES, load_image
 from training.pictures.formats import FIELDS, several_pictures
+from training.pictures.hints import EXTRA, FIELD, loaded
 from training.progress import Progress
 from training.shards.captions import stored_captions
 from training.shards.checksums import index_of, read_limit
@@ -92,15 +94,19 @@ def _mode(data: bytes, channels: int | None) -> str | None:
     return None
 
 
-def _content(kind: Kind, fields: dict[str, bytes], channels: int | None) -> str | None:
-    """What is wrong with a sample's data, if anything: a picture that does not decode, numbers that are not finite."""
+def _content(kind: Kind, fields: dict[str, bytes], summary: Mapping[str, Any]) -> str | None:
+    """What is wrong with a sample's data, if anything: a picture or a hint that does not decode, numbers that are not
+    finite."""
+    channels = summary.get("channels", 3) if summary.get("settings") else None
     if kind == "images":
         found = [name for name in FIELDS if name in fields]
         if len(found) != 1:
             return several_pictures(found) if found else f"no picture (it has: {', '.join(fields)})"
         try:
             stored_captions(fields)
-            load_image(fields[found[0]], channels=channels or 3, suffix=f".{found[0]}")
+            size = load_image(fields[found[0]], channels=channels or 3, suffix=f".{found[0]}").size
+            if hint := summary.get("hint"):
+                loaded(fields.get(FIELD, b""), hint["channels"], size[::-1])
         except UserError as error:
             return error.what
         return _mode(fields[found[0]], channels)
@@ -115,10 +121,15 @@ def _content(kind: Kind, fields: dict[str, bytes], channels: int | None) -> str 
             return f"{name} cannot be read ({error})"
         if not all(np.isfinite(array).all() for array in arrays):
             return f"{name} is not finite"
+    if hint := summary.get("hint"):
+        shape = (hint["channels"], *summary["latent"]["picture"])
+        for name in (f"extra-{EXTRA}.npy", *[f"mirror-{EXTRA}.npy"] * bool(summary.get("mirrored"))):
+            if np.load(io.BytesIO(fields.get(name, b""))).shape != shape:
+                return f"{name} is not a hint of {'x'.join(map(str, shape))}"
     return None
 
 
-def _contents(tar: Path, index: Index, kind: Kind, channels: int | None) -> Iterator[str]:
+def _contents(tar: Path, index: Index, kind: Kind, summary: Mapping[str, Any]) -> Iterator[str]:
     """Sentences on samples of a sound tar whose data are not sound."""
     names = (index.dtype.names or ())[1:]
     with tar.open("rb") as file:
@@ -132,11 +143,11 @@ def _contents(tar: Path, index: Index, kind: Kind, channels: int | None) -> Iter
                 elif offset:
                     file.seek(offset)
                     fields[name] = file.read(size)
-            if why := large or _content(kind, fields, channels):
+            if why := large or _content(kind, fields, summary):
                 yield f"{tar}: {row['key'].decode()}: {why}"
 
 
-def _faults(directory: Path, info: ShardInfo, kind: Kind | None, channels: int | None, keys: Keys) -> list[str]:
+def _faults(directory: Path, info: ShardInfo, kind: Kind | None, summary: Mapping[str, Any], keys: Keys) -> list[str]:
     """Everything wrong with one shard, the first fatal finding alone."""
     tar = directory / info.name
     if not tar.is_file() or leads_out(tar):
@@ -162,7 +173,7 @@ def _faults(directory: Path, info: ShardInfo, kind: Kind | None, channels: int |
     faults += first_of([f"{tar}: {why}" for why in unsafe])
     if actual.dtype != index.dtype or not set(index.tolist()) <= set(actual.tolist()):
         return [*faults, f"{index_path(tar)}: does not fit its tar"]
-    faults += first_of(list(_contents(tar, index, kind, channels))) if kind else []
+    faults += first_of(list(_contents(tar, index, kind, summary))) if kind else []
     return faults + first_of(keys.duplicates(index["key"].tolist(), info.name)[1])
 
 
@@ -173,11 +184,9 @@ def verify(directory: str | Path, *, contents: bool = True) -> Report:
     index, shards = read_index(directory)
     keys, ledger = Keys(directory), Ledger()
     kind: Kind | None = index["kind"] if contents else None
-    packed = index["summary"].get("settings")
-    channels = index["summary"].get("channels", 3) if packed else None
     read = Progress("verifying", sum(info.samples for info in shards), "sample")
     watched = read.each(shards, lambda info: info.samples)
-    problems = [fault for info in watched for fault in _faults(directory, info, kind, channels, keys)]
+    problems = [fault for info in watched for fault in _faults(directory, info, kind, index["summary"], keys)]
     listed = {info.name for info in shards}
     for tar in sorted(directory.glob("*.tar")):
         if tar.name not in listed:

@@ -206,10 +206,10 @@ class DenoiserStage(Stage):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
         numbers = self.losses_of(self.held_out.chunks(self.looked_at(), CHUNK, "validating"))
-        captions = self.grid_captions()
+        captions, extras = self.grid_captions(), self.grid_extras()
         with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
             watch = told.by_steps(SHOWN, self.config.sample.steps)
-            images = self.pipeline(captions, seeds=0, batch_size=SHOWN, watch=watch)
+            images = self.pipeline(captions, seeds=0, extras=extras, batch_size=SHOWN, watch=watch)
         grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         return numbers
 
@@ -242,12 +242,29 @@ class DenoiserStage(Stage):
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
     def grid_captions(self) -> list[str]:
-        """Distinct captions of samples evenly over the held-out ones, over and over where they are few."""
-        captions: dict[str, None] = {}
+        """The captions of `grid_samples`."""
+        return [caption for caption, _ in self.grid_samples()]
+
+    def grid_samples(self) -> list[tuple[str, int]]:
+        """Distinct captions of samples evenly over the held-out ones, each with a sample that has it; over and over
+        where they are few."""
+        captions: dict[str, int] = {}
         for i in self.held_out.evenly(20 * SHOWN):
-            captions.setdefault(self.held_out.captions(i)[0])
-        names = list(captions)[:SHOWN]
-        return [names[i % len(names)] for i in range(SHOWN)]
+            captions.setdefault(self.held_out.captions(i)[0], i)
+        samples = list(captions.items())[:SHOWN]
+        return [samples[i % len(samples)] for i in range(SHOWN)]
+
+    def grid_extras(self) -> dict[str, Tensor]:
+        """What an image condition shows of the samples of the grid, nothing where there is none."""
+        if self.config.image.kind == "none":
+            return {}
+        drawn: list[dict[str, Tensor]] = []
+        for batch in self.held_out.chunks([i for _, i in self.grid_samples()], CHUNK):
+            noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
+            stored = {name: extra.to(self.accelerator.device) for name, extra in batch.extras.items()}
+            drawn.append(self.config.image.drawn(self.sample(batch, noise), stored, noise))
+        names = [name for name in ("image", "image_level") if name in drawn[0]]
+        return {name: torch.cat([extras[name] for extras in drawn]) for name in names}
 
 
 def onto(value: Tensor, device: torch.device) -> Tensor:

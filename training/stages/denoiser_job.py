@@ -29,7 +29,6 @@ from training.stages.streams import stream_latents
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ldm.image_conditions import ImageCondition
     from training.settings.decoding import DenoiserConfig
 
 CAPTIONS = 5  # that a model card shows
@@ -75,8 +74,21 @@ class DenoiserJob(Job):
             if added:
                 announce(accelerator, f"input widened by {added} channels for the image, zero at first")
         refuse_unread(parts.text, self.dataset)
-        refuse_without_image(config.image, self.dataset)
+        self.refuse_without_image()
         return self.trained
+
+    def refuse_without_image(self) -> None:
+        """Raises UserError where an image condition is made of what these latents do not hold (code 3), and where
+        pictures of held-out images are drawn in another size than theirs."""
+        image, drawn = self.config.image, self.config.sample.size
+        if image.stored and "image" not in self.dataset.extras:
+            what = f"image.kind {image.kind} is made of extra-image.npy, which these latents do not hold"
+            raise UserError(what, hint=f"encode them again, with {image.stored}", code=DATA)
+        given = tuple(self.dataset.shards.summary["latent"]["picture"])
+        if image.kind != "none" and drawn not in ((0, 0), given):
+            sizes = ("x".join(map(str, size)) for size in (drawn, given))
+            raise UserError("sample.size is {}, the images shown are of pictures of {}".format(*sizes),
+                            hint="leave sample.size out")  # fmt: skip
 
     def description(self) -> str:
         """Parameters, the shape of a latent, and the number of latents."""
@@ -124,10 +136,3 @@ class DenoiserJob(Job):
         if self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))
         return commands
-
-
-def refuse_without_image(condition: ImageCondition, dataset: Latents) -> None:
-    """Raises UserError (code 3) where an image condition is made of what these latents do not hold."""
-    if condition.stored and "image" not in dataset.extras:
-        what = f"image.kind {condition.kind} is made of extra-image.npy, which these latents do not hold"
-        raise UserError(what, hint=f"encode them again, with {condition.stored}", code=DATA)

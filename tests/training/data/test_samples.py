@@ -205,6 +205,18 @@ def test_further_fields_are_handed_on(tmp_path: Path) -> None:
     assert 0 < turned.sum() < 30 and torch.equal(found.extras["edges"][:, 0, 0, 0] == -7, turned)
 
 
+def test_pictures_among_further_fields_come_in_0_to_1(tmp_path: Path) -> None:
+    """uint8 is a picture; the same numbers of another type stay what they are."""
+    values = np.array([0, 51, 255], np.uint8).reshape(1, 1, 3)
+    for kind, wanted in ((np.uint8, [0.0, 0.2, 1.0]), (np.int64, [0.0, 51.0, 255.0])):
+        more = {f"{field}.npy": npy(values.astype(kind)) for field in ("extra-image", "mirror-image", "mirror-edges")}
+        for flip in (False, True):
+            data = Latents(with_hints(tmp_path / f"{np.dtype(kind)}{flip}", **more), flip=flip)
+            image = data.__getitems__([Slot(i % 3, 0, i) for i in range(9)]).extras["image"]
+            assert image.dtype == torch.float32 and image.shape == (9, 1, 1, 3)
+            assert torch.equal(image, torch.tensor(wanted).expand(9, 1, 1, 3))
+
+
 def test_further_fields_that_are_not_sound(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no mirrored edges"):
         Latents(with_hints(tmp_path / "half"), flip=True)

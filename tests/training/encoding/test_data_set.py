@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import tiny
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from autoencoder.images import to_unit
 from autoencoder.kl import KLAutoencoder
@@ -27,12 +29,14 @@ from training.data.images import Images
 from training.data.latents import Latents
 from training.data.order import Slot
 from training.encoding import data_set
+from training.errors import UserError
 from training.models.autoencoders import load_autoencoder
 from training.shards.index import ShardInfo, read_index, write_index
+from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
 from training.shards.remote import Remote
 from training.shards.verifying import verify
-from training.shards.writing import ShardWriter
+from training.shards.writing import ShardWriter, write_shard
 
 SLOTS = [Slot(i, 0, i) for i in range(12)]
 
@@ -66,6 +70,45 @@ def test_the_index(latents: Path, autoencoder: Path) -> None:
     again = load_autoencoder(latents / "autoencoder")
     theirs = load_autoencoder(autoencoder).state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in again.state_dict().items())
+
+
+def test_hints_lie_beside_the_latents(tmp_path: Path) -> None:
+    """Those of the pictures, as uint8 (C, H, W), and mirrored with --flip; other hints are other latents."""
+    words = ("pack", "shapes", "--samples", 20, "--hint")
+    tiny.call("make_shards", *words, "edges", "--output", tmp_path / "shapes")
+    target = tmp_path / "latents"
+    tiny.call("encode_latents", *encode(Path("demo"), tmp_path / "shapes", target, "--flip", "--num-workers", 0))
+    assert verify(target).problems == ()
+    stored, source = ShardSet(target), ShardSet(tmp_path / "shapes")
+    assert stored.summary["hint"] == {"kind": "edges", "channels": 1, "of": "pixels"}
+    for i in range(3):
+        hint = np.asarray(Image.open(io.BytesIO(source.read_field(i, "hint.png"))))[None]
+        for field, wanted in (("extra-image.npy", hint), ("mirror-image.npy", hint[..., ::-1])):
+            found = np.load(io.BytesIO(stored.read_field(i, field)))
+            assert found.dtype == np.uint8 and np.array_equal(found, wanted)
+    seen = Latents(stored, flip=True).__getitems__(SLOTS).extras["image"]
+    assert seen.shape == (12, 1, 32, 32) and set(seen.unique().tolist()) == {0.0, 1.0}
+    # An index that is lost is made anew, hints and all.
+    (target / "index.json").unlink()
+    tiny.call("make_shards", "index", target)
+    assert ShardSet(target).summary["hint"] == stored.summary["hint"]
+    tiny.call("make_shards", *words, "mask", "--output", tmp_path / "masks")
+    with pytest.raises(UserError, match="made from something else .*hint"):
+        tiny.call("encode_latents", *encode(Path("demo"), tmp_path / "masks", target, "--flip"))
+
+
+def test_a_picture_that_lost_its_hint_is_left_out(tmp_path: Path) -> None:
+    tiny.call("make_shards", "pack", "shapes", "--samples", 4, "--hint", "edges", "--output", tmp_path / "shapes")
+    source = ShardSet(tmp_path / "shapes")
+    rows = [(source.key(i), dict(source.read(i))) for i in range(4)]
+    del rows[1][1]["hint.png"]
+    write_shard(tmp_path / "shapes", "train-000000", rows)
+    index_folder(tmp_path / "shapes")
+    words = encode(Path("demo"), tmp_path / "shapes", tmp_path / "latents", "--num-workers", 0)
+    assert tiny.call("encode_latents", *words, "--on-bad-data", "skip") == 0
+    assert len(ShardSet(tmp_path / "latents")) == 3
+    summary = ShardSet(tmp_path / "latents").summary
+    assert "hint that cannot be read" in str(summary["ledger"]["left out"])
 
 
 def test_a_restart_keeps_sound_shards(

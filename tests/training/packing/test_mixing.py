@@ -22,7 +22,7 @@ from training.doors.make_shards import main
 from training.errors import UserError
 from training.packing import workers
 from training.packing.mixing import MixingWriter
-from training.packing.pack import LOOKED_ON, MOST_PROBLEMS, Problems
+from training.packing.problems import LOOKED_ON, MOST_PROBLEMS, Problems
 from training.packing.settings import Settings, as_stored
 from training.pictures.decoding import encode_png
 from training.shards.index import write_index
