@@ -38,6 +38,7 @@ PURE_IMPORTS = {
     ],
     *["numbers", "operator", "re", "string", "typing", "unicodedata", "warnings", "zlib", "torch"],
     *["importlib", "pkgutil"],  # a family finds its own modules
+    "fnmatch",  # patterns of names of layers
     "PIL",  # only inside a function: a pipeline hands out PIL images
 }
 # The rooms of training/ from the ground up: each may import what lies below it, none beside it.

@@ -70,13 +70,18 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         raise UserError(reason, hint="use another checkpoint or download it again", code=CHECKPOINT) from None
 
 
-def stored_hash(path: Path) -> str:
-    """The content hash that `save_tensors` was told to write into a file; empty where it was not."""
+def stored_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors."""
     from safetensors import safe_open
 
     check_safetensors(path)
     with safe_open(path, "pt") as file:
-        return str((file.metadata() or {}).get("hash", ""))
+        return dict(file.metadata() or {})
+
+
+def stored_hash(path: Path) -> str:
+    """The content hash that `save_tensors` was told to write into a file; empty where it was not."""
+    return stored_metadata(path).get("hash", "")
 
 
 def check_safetensors(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from torch import nn
 
@@ -30,8 +30,25 @@ class Adapter(nn.Module, ABC):
         around them. Several adapters are attached one after the other; the parameters of the base stay as they are."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Checked, ABC):
-    """The config of an adapter: a frozen dataclass with a `kind`."""
+    """The config of an adapter: a frozen dataclass with a `kind`. Any adapter may learn new `words` beside what it is:
+    `words.py` says how, and what `kin` are."""
+
+    words: tuple[str, ...] = ()
+    kin: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.kin) not in {0, 1, len(self.words)}:
+            raise ValueError(f"kin: one for all or one for each of {len(self.words)} words, not {len(self.kin)}")
+        if len(set(self.words)) < len(self.words):
+            raise ValueError("words: one is named twice")
+
+    def settled(self, factor: int, hint_channels: int) -> Self:
+        """With what the data decide where the config leaves it open: the autoencoder's factor, and the channels of the
+        hints beside the latents (0: there are none). Raises ValueError where it needs what is not there."""
+        return self
 
     @abstractmethod
     def build(self, backbone: Backbone, text: TextEncoder) -> Adapter:
@@ -44,6 +61,11 @@ class NoAdapter(AdapterConfig):
     """Config of a denoiser that is itself trained."""
 
     kind: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.words:
+            raise ValueError("words: are learned by an adapter: kind textual-inversion, or any other beside them")
 
     def build(self, backbone: Backbone, text: TextEncoder) -> Adapter:
         """Raises ValueError: there is nothing to build."""

@@ -66,7 +66,7 @@ class Control(Adapter):
             raise ValueError(f"control interval must be two numbers 0 <= low <= high <= 1, got {low} and {high}")
         share = torch.tensor([low, high], dtype=torch.float64)
         ends = schedule.noise_level(schedule.time(2 * torch.log((1 - share) / share))).tolist()
-        slack = 1e-6 * max(1.0, *(abs(end) for end in ends if math.isfinite(end)))  # a level may come in float32
+        slack = 1e-6 * max([1.0, *(abs(end) for end in ends if math.isfinite(end))])  # a level may come in float32
         self.levels = None if (low, high) == (0, 1) else (ends[0] - slack, ends[1] + slack)
 
     def weight(self, noise_level: Tensor) -> float | Tensor:

@@ -28,7 +28,8 @@ class DiT(BackboneConfig):
     encoder's pooled vector to the time embedding: through a learned projection, or as it comes with
     `pooled_projection = False` (the published class embedding; pooled_dim must equal width). `cross_norm = False`:
     cross-attention reads un-normalised tokens, as PixArt's does. `mlp = "gelu-tanh"` is what was published; exact GELU
-    is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width.
+    is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width. `frequency_shift`: the
+    frequencies of the noise level are 10000^(-i / (half - shift)); diffusers' class-conditional DiT has 1.
     """
 
     small: ClassVar[Mapping[str, Any]] = {"width": 32, "depth": 2, "heads": 2, "base_size": 8}
@@ -48,10 +49,12 @@ class DiT(BackboneConfig):
     norm: Literal["layer", "rms"] = "layer"
     position: Literal["sincos", "rope"] = "sincos"
     base_size: int = 32
+    frequency_shift: float = 0.0
     learned_variance: bool = False
     gradient_checkpointing: bool = False
 
-    limits: ClassVar = dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)")
+    limits: ClassVar = {**dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)"),
+                        "frequency_shift": f"[0, {LEVEL_FEATURES // 2})"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +206,7 @@ class DiffusionTransformer(Backbone):
 
     def begin(self, x: Tensor, noise_level: Tensor, cond: Cond) -> tuple[Tensor, Given]:
         """The tokens (B, N, D) that the first block reads, and what all blocks read beside them."""
-        embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES))
+        embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES, shift=self.config.frequency_shift))
         embedding = with_level(embedding, self.level_embedding, cond)
         if self.pooled_projection is not None and cond.pooled is not None:
             embedding = embedding + self.pooled_projection(cond.pooled)

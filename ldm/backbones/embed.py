@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from autoencoder.precision import double_device
 
 
-def sinusoid(level: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Noise levels (B,) -> (B, dim) float32: cos(level f_i) then sin(level f_i), f_i = max_period^(-2i/dim).
+def sinusoid(level: Tensor, dim: int, max_period: float = 10_000.0, shift: float = 0.0) -> Tensor:
+    """Noise levels (B,) -> (B, dim) float32: cos(level f_i) then sin(level f_i), f_i = max_period^(-i / (dim/2 - shift)).
 
     Float32 whatever the autocast, because bfloat16 rounds level 501 to 500 (Vaswani et al. 2017, sec. 3.5).
     """
     half = dim // 2
     order = torch.arange(half, device=level.device, dtype=torch.float32)
-    frequencies = torch.exp(order * (-math.log(max_period) / half))
+    frequencies = torch.exp(order * (-math.log(max_period) / (half - shift)))
     phase = level.float()[:, None] * frequencies
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 

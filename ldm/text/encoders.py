@@ -6,10 +6,11 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from ldm.backbones.attention import FeedForward, SelfAttention, zero
 from ldm.checks import Checked
@@ -145,6 +146,14 @@ class ScratchLayer(nn.Module):
         return y
 
 
+class Taught(Protocol):
+    """`words` learned upon a text encoder that stays as it is, and their `rows` (W, width); at strength 0 unknown."""
+
+    words: tuple[str, ...]
+    rows: Tensor
+    strength: float
+
+
 class ScratchTextEncoder(TextEncoder):
     """Words -> embeddings -> bidirectional transformer; pooled = projection of the normalised mean over real tokens.
 
@@ -155,7 +164,8 @@ class ScratchTextEncoder(TextEncoder):
 
     def __init__(self, config: Scratch, tokenizer: WordTokenizer) -> None:
         super().__init__(context_dim=config.width, pooled_dim=config.width, trainable=True)
-        self.tokenizer = tokenizer
+        self.own = tokenizer
+        self.taught: list[Taught] = []  # no parameters of this module
         self.words = nn.Embedding(len(tokenizer.vocabulary), config.width)
         self.positions = nn.Parameter(torch.empty(config.length, config.width))
         shape = config.width, config.heads, config.length
@@ -165,10 +175,34 @@ class ScratchTextEncoder(TextEncoder):
         nn.init.normal_(self.words.weight)
         nn.init.normal_(self.positions, std=0.1)
 
+    @property
+    def tokenizer(self) -> WordTokenizer:
+        """Of its own words and, after them, those that were taught."""
+        return self.own.with_words(tuple(word for part in self._at_work() for word in part.words))
+
+    def table(self) -> Tensor:
+        """The rows of the tokenizer's words (V, width)."""
+        more = [part.rows for part in self._at_work()]
+        return torch.cat([self.words.weight, *more]) if more else self.words.weight
+
+    def teach(self, part: Taught) -> None:
+        """Append words; ValueError for one that is known."""
+        self.check_new(part.words)
+        self.taught.append(part)
+
+    def check_new(self, words: Iterable[str]) -> None:
+        """ValueError for a word that is known, or was taught, at work or not."""
+        known = {*self.own.vocabulary, *(word for part in self.taught for word in part.words)}
+        if again := [word for word in words if word in known]:
+            raise ValueError(f"words: {again[0]!r} is known to the text encoder already")
+
+    def _at_work(self) -> list[Taught]:
+        return [part for part in self.taught if part.strength]
+
     def encode(self, captions: list[str]) -> Cond:
         """See `TextEncoder.encode`."""
         numbers, mask = (tensor.to(self.positions.device) for tensor in self.tokenizer(captions))
-        x = self.words(numbers) + self.positions
+        x = embedding(numbers, self.table()) + self.positions
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
         context = self.norm(x)

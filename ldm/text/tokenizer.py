@@ -9,8 +9,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from unicodedata import category, normalize
 
 import torch
@@ -88,6 +88,10 @@ class WordTokenizer:
         rule = {} if self.rule == 1 else {"rule": self.rule}
         return json.dumps({**rule, "length": self.length, "vocabulary": self.vocabulary}, ensure_ascii=False, indent=0)
 
+    def with_words(self, words: tuple[str, ...]) -> WordTokenizer:
+        """One that knows these words too: appended, so that all others keep their numbers."""
+        return _longer(self, words) if words else self
+
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {word: number for number, word in enumerate(self.vocabulary)}
@@ -111,3 +115,8 @@ class WordTokenizer:
     def unknown(self, caption: str) -> list[str]:
         """The words of a caption that the vocabulary lacks, in order."""
         return [word for word in self.words(caption) if word not in self._numbers]
+
+
+@lru_cache(8)  # asked for at every reading, and its numbers are counted once
+def _longer(tokenizer: WordTokenizer, words: tuple[str, ...]) -> WordTokenizer:
+    return replace(tokenizer, vocabulary=(*tokenizer.vocabulary, *words))

@@ -16,7 +16,7 @@ from ldm.objectives import Denoising
 from ldm.predictions import EDMF, Velocity
 from ldm.samplers import RK4, sample
 from ldm.schedules import EDM, VP, DDPMLinear, Flow
-from ldm.times import TIMES, LossAware, Places, UniformTimes
+from ldm.times import TIMES, Cubic, LossAware, Places, UniformTimes
 from ldm.uncertainty import Uncertainty, Weighed
 from ldm.weighting import EDMWeight, Learned, UniformWeight
 
@@ -209,3 +209,10 @@ def test_at_unit_weight_it_is_edm2s_loss() -> None:
 def test_nonsense_is_refused(make: object) -> None:
     with pytest.raises(ValueError):
         make()  # type: ignore[operator]
+
+
+def test_cubic_times_are_four_in_five_above_the_half() -> None:
+    t = Cubic().sample(U, Flow())
+    assert (t > 0.5).double().mean().item() == pytest.approx(0.5 ** (1 / 3), abs=1e-4)  # .7937
+    assert t.mean().item() == pytest.approx(0.75, abs=1e-6)
+    assert (t.diff() > 0).all()  # the inverse of a distribution function, as strata need it

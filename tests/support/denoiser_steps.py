@@ -34,7 +34,7 @@ def make(latents: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Denoiser
         AcceleratorState._reset_state()
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
         train, val = (Latents(ShardSet(latents, split)) for split in ("train", "val"))
-        args = Namespace(latents=latents, text_encoder=None, init_from=None)
+        args = Namespace(latents=latents, text_encoder=None, init_from=None, new_words=False)
         job = DenoiserJob(args, config)
         job.dataset, job.held_out = train, val
         stage = job.build(accelerator, None)

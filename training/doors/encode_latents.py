@@ -21,6 +21,10 @@ def main() -> None:
     add("--tile", metavar="N", type=int, default=0, help=text)
     text = "processes that read and decode ahead of the encoder; they do not change what is written"
     add("--num-workers", metavar="N", type=int, default=2, help=text)
+    text = "also store the pictures N times smaller, for super-resolution: --image.kind low-res"
+    add("--low-res", metavar="N", type=int, default=0, help=text)
+    text = "store the latents of the hints, pictures before an edit, in place of the hints: --image.kind source"
+    add("--encode-hint", action="store_true", help=text)
     add("--text-encoder", metavar="NAME|DIR", help="also store the embeddings of this frozen Hugging Face encoder")
     add("--text-length", type=int, default=77, help="tokens a caption may have")
     add(

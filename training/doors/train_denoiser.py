@@ -1,4 +1,4 @@
-"""Stage two: train a denoiser on encoded latents."""
+"""Stage two: train a denoiser on encoded latents; or, with --base, an adapter upon a trained one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def main() -> None:
     parser.data.add_argument(
         "--text-encoder", metavar="NAME|DIR", help="frozen Hugging Face text encoder, for --text.kind huggingface"
     )
+    text = "learn an adapter, one of configs/adapter/, upon this trained denoiser, which stays as it is; or demo"
+    parser.data.add_argument("--base", metavar="RUN", help=text)
+    text = "with --init-from or --base: words or labels that the run does not know get rows after its own"
+    parser.data.add_argument("--new-words", action="store_true", help=text)
     args = parser.read_training()
     from training.stages.train import train
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.drawing import references
+from training.drawing import adapters, references
 from training.drawing.starts import STARTS
 from training.settings.flags import Parser
 
@@ -45,6 +45,7 @@ def how_to_draw_it(parser: Parser) -> None:
     add("--sampler", metavar="NAME", help="the kind of sampler: one of those below")
     add("--steps", metavar="N", type=int, help="steps of the sampler")
     add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
+    adapters.add_flags(add)
     text = "scale pictures in pixels (autoencoder identity) into range by this quantile of |x0|, such as 0.995; 0 = off"
     add("--dynamic-threshold", metavar="P", type=float, help=text)
     add("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")

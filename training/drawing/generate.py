@@ -15,7 +15,7 @@ from PIL import Image
 from ldm.pipeline import Pipeline
 from ldm.samplers import Snapshot
 from training.commands import door
-from training.drawing import cascades, references, replay
+from training.drawing import adapters, cascades, references, replay
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
@@ -158,7 +158,7 @@ def prepare(
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
     check_scale(args)
     also, asked = parse_also(args.also), parse_size(args.size)
-    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview)
+    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, adapters.chosen(args))
     if args.weak_model:
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
@@ -179,6 +179,7 @@ def prepare(
         "model": name_of(args.model),
         "hashes": hashes,
         "preview": hashes["autoencoder"] if args.preview else None,
+        adapters.FACT: adapters.facts(args),
         "versions": {**versions(), "device": device.type},
     }
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from training.drawing import references
+from training.drawing import adapters, references
 from training.drawing.starts import TOLD
 from training.errors import CHECKPOINT, DATA, UserError
 from training.pictures import grids
@@ -27,7 +27,7 @@ LARGEST_BATCH, LARGEST_STEPS, LARGEST_ALSO = 4096, 10_000, 64
 LARGEST_PICTURE, LARGEST_WORK = 1 << 26, 1 << 28  # pixels of a picture, and of the batch that is filled up
 PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
-GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder"}
+GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder", "adapter": "--adapter"}
 LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
 TAKEN = ["sampler", "steps", "guidance_scale", "dynamic_threshold", "size", "overrides", "also", "negative_prompt"]
 TAKEN += ["mixed_precision"]
@@ -61,6 +61,7 @@ def recall(args: argparse.Namespace) -> Original:
             start.recall(args, path, facts[key])
     if references.FACT in facts:
         references.recall(args, facts[references.FACT])
+    adapters.recall(args, path, facts.get(adapters.FACT))
     return Original(path, facts)
 
 
@@ -95,6 +96,7 @@ def _sound(facts: Any) -> bool:
         and all(isinstance(pair, list) and [type(part) for part in pair] in PAIRS for pair in optional.get("also", []))
         and all(start.sound(facts[key]) for key, start in TOLD.items() if facts.get(key) is not None)
         and (facts.get(references.FACT) is None or references.sound(facts[references.FACT]))
+        and (facts.get(adapters.FACT) is None or adapters.sound(facts[adapters.FACT]))
         and len(facts["size"]) == 2
         and all(type(side) is int and side > 0 for side in facts["size"])
         and isinstance(facts["settings"].get("sample", {}), dict)
@@ -127,7 +129,7 @@ def compare(original: Original, facts: dict[str, Any]) -> None:
         raise UserError(f"{original.path} was decoded with {was}, this is {now}", hint=hint, code=CHECKPOINT)
     recorded, current = original.facts["hashes"], facts["hashes"]
     if change := difference(recorded, current, sorted({*recorded, *current} - (LATER - set(recorded)))):
-        hint = f"give the same one with {GIVE.get(change.name, '--model')}"
+        hint = f"give the same one with {GIVE.get(change.name.partition('-')[0], '--model')}"
         what = f"{original.path} was made with {change.name} {change.before}, this is {change.now}"
         raise UserError(what, hint=hint, code=CHECKPOINT)
     for key, start in TOLD.items():

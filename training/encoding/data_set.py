@@ -21,6 +21,7 @@ from training.data.images import Images
 from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
 from training.encoding.shard import Encoder, embeddings, refuse_many
+from training.encoding.shown import planned, said, trained
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import remove_partials, write_json
 from training.guarding import check_output, disk_error, make_folder, read_record, refuse_links
@@ -64,15 +65,18 @@ def encode(args: argparse.Namespace) -> int:
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, target, accelerator.device)
+    latent, hint = _latent(_images(source, shards[0].split, args), model, args.dtype), _hint(index["summary"])
+    image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
     plan = {
         "encoder": autoencoder_hashes(model)["encoder"],
         "data": {s.name: s.sha256 for s in shards},
-        "latent": _latent(_images(source, shards[0].split, args), model, args.dtype),
+        "latent": latent,
         "flip": args.flip,
         "tile": args.tile,
         "precision": args.mixed_precision,
         "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
-        "hint": _hint(index["summary"]),
+        "hint": None if image and image["kind"] == "low-res" else hint,
+        "image": image,
     }
     meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
@@ -84,8 +88,8 @@ def encode(args: argparse.Namespace) -> int:
             _prepare(target, plan, total, home, encoder, args)
         meeting.meet()  # no process writes a shard before the folder is claimed for this plan
         tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
-        encode_images = tiled if args.tile else model.encode
-        worker = Encoder(encode_images, encoder, args, accelerator.device, plan["latent"], total, plan["hint"])
+        encoded = tiled if args.tile else model.encode
+        worker = Encoder(encoded, encoder, args, accelerator.device, plan, total, model.norm.mean_latents)
         own = shards[accelerator.process_index :: accelerator.num_processes]
         _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
         meeting.meet()  # the index lists the shards of all processes
@@ -101,7 +105,7 @@ def encode(args: argparse.Namespace) -> int:
 def _training(args: argparse.Namespace, target: Path) -> str:
     """The training of a denoiser on what was encoded."""
     words = ["--latents", target, "--output", beside(target, "denoiser")]
-    words += again({"device": args.device, "train.flip": "true" if args.flip else ""})
+    words += [*trained(args), *again({"device": args.device, "train.flip": "true" if args.flip else ""})]
     if args.text_encoder:
         words += ["--text.kind", "huggingface", "--text.length", args.text_length, "--text.pooling", args.text_pooling]
         words += again({"text.lower": "true" if args.text_lower else "", "text-encoder": args.text_encoder})
@@ -202,7 +206,7 @@ def _claim(target: Path, plan: dict[str, Any], pictures: str) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     plan_file = target / ENCODING
     if plan_file.is_file():
-        before = {"tile": 0, "hint": None, **read_record(plan_file, {})}
+        before = {"tile": 0, "hint": None, "image": None, **read_record(plan_file, {})}
         differences = [
             f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
         ]
@@ -261,7 +265,7 @@ def _finish(
         warn(f"latent channels {dead} hardly vary (std below {DEAD:g})")
     shape = "x".join(map(str, plan["latent"]["shape"]))
     gap = f", {samples - total:,} left out" if samples > total else ""
-    hints = f", hints of {plan['hint']['kind']}" if plan["hint"] else ""
+    hints = said(plan)
     tell(f"latents: {target} ({total:,} samples of {shape}{gap}{hints}), waiting for data {waiting:.0%}")
     for line in ledger.lines():
         tell(line)

@@ -17,6 +17,7 @@ from torch import Tensor
 from autoencoder.images import to_unit
 from training.commands import door
 from training.data.samples import LIMIT
+from training.encoding.shown import made_small
 from training.errors import DATA, DISK, NUMERICAL, UserError
 from training.ledger import Ledger
 from training.machine.memory import out_of_memory
@@ -57,12 +58,14 @@ class Encoder:
         encoder: TextEncoder | None,
         args: argparse.Namespace,
         device: torch.device,
-        latent: dict[str, Any],
+        plan: dict[str, Any],
         total: int,
-        hint: dict[str, Any] | None = None,
+        means: Callable[[Tensor], Tensor],
     ) -> None:
         self.encode, self.text, self.device, self.args = encode, encoder, device, args
-        self.picture, self.hints = tuple(latent["picture"]), hint["channels"] if hint else 0
+        self.picture = tuple(plan["latent"]["picture"])
+        self.hints: int = plan["hint"]["channels"] if plan.get("hint") else 0  # channels
+        self.image, self.means = plan.get("image") or {}, means  # of moments, as normalised latents
         self.batch, self.flip, self.dtype = args.batch_size, args.flip, np.dtype(args.dtype)
         self.since, self.precision = time.perf_counter(), args.mixed_precision
         self.total, self.bad, self.waited = total, 0, 0.0
@@ -116,20 +119,31 @@ class Encoder:
             )
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
         # The mirrored picture is encoded on its own: an encoder's answer to it is not the mirrored answer.
-        moments = {"moments.npy": self._moments(pixels, keys)}
+        beside = [picture.hint for picture in pictures if picture.hint is not None]
+        hints = torch.from_numpy(np.stack(beside)) if beside else None
+        moments = {"moments.npy": self._moments(pixels, keys), **self._image("extra", pixels, hints, keys)}
         if self.flip:
             moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
+            moments |= self._image("mirror", pixels.flip(-1), None if hints is None else hints.flip(-1), keys)
         embeddings_of = self._texts([picture.notes["captions"] for picture in pictures], keys) if self.text else []
-        for i, (key, _, notes, hint) in enumerate(pictures):
+        for i, (key, _, notes, _) in enumerate(pictures):
             fields = {name: _npy(values[i]) for name, values in moments.items()}
-            if hint is not None:
-                fields[f"extra-{EXTRA}.npy"] = _npy(hint)
-                fields |= {f"mirror-{EXTRA}.npy": _npy(hint[..., ::-1])} if self.flip else {}
             fields["txt"] = notes["captions"][0].encode()
             fields["json"] = json.dumps(notes, ensure_ascii=False).encode("utf-8", "replace")
             if embeddings_of:
                 fields["text.safetensors"] = embeddings_of[i]
             yield key, fields
+
+    def _image(self, variant: str, pixels: Tensor, hints: Tensor | None, keys: list[str]) -> dict[str, np.ndarray]:
+        """The field that a denoiser is to be shown, of pictures and hints (B, C, H, W); nothing where there is none."""
+        if self.image.get("kind") == "low-res":
+            return {f"{variant}-{EXTRA}.npy": made_small(pixels, self.image["factor"]).numpy()}
+        if hints is None:
+            return {}
+        if self.image.get("kind") != "source":
+            return {f"{variant}-{EXTRA}.npy": hints.numpy()}
+        moments = torch.from_numpy(self._moments(hints, keys)).to(self.device, torch.float32)
+        return {f"{variant}-{EXTRA}.npy": self.means(moments).cpu().numpy().astype(self.dtype)}
 
     def _texts(self, captions: list[list[str]], keys: list[str]) -> list[bytes]:
         """The embeddings of each sample's captions, as `N.context` and `N.pooled` for its caption N."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,21 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from ldm.backbones import Backbone
-from ldm.backbones.image import extended
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
-from ldm.text.encoders import LabelEncoder
-from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.commands import door
 from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.guarding import make_folder, refuse_links
 from training.models import text_encoders
+from training.models.adapters import Chosen, at_work, is_adapter, place_of_base
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import copy_model, fill, find, weights
 from training.models.lineage import BEGUN_WITH, same_ingredients, store_ingredients
-from training.models.vocabulary import captions, vocabulary
+from training.models.vocabulary import grown, vocabulary
 from training.settings import decoding
 from training.shards.remote import NULL
 from training.tensors import content_hash, load_tensors, save_tensors
@@ -67,8 +65,10 @@ def assemble(
     device: torch.device,
     *,
     draws: bool = True,
+    grows: bool = False,
 ) -> Parts:
-    """Everything a denoiser is trained with; the vocabulary is the one stored in `home` (final/), where there is one.
+    """Everything a denoiser is trained with; the vocabulary is the one stored in `home` (final/), where there is one,
+    and where it `grows` what it lacks of the captions' words or labels after it.
 
     A process that `draws` no pictures does without a frozen text encoder where its embeddings are stored.
     Raises UserError where the latents were made by another autoencoder than the one stored beside them.
@@ -91,6 +91,9 @@ def assemble(
     else:
         if home and text_encoders.holds_vocabulary(home):
             text_source = text_encoders.stored_vocabulary(home)
+            if grows:
+                with as_user_error("raise what the key named allows", DATA):
+                    text_source = grown(config.text, dataset, text_source)
         else:
             text_source = vocabulary(config.text, dataset)
         text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)
@@ -148,8 +151,8 @@ def draw_with(
     diffusion = Diffusion(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
-    sampling = sampling_of(config)
-    return HashedPipeline(autoencoder, Denoiser(backbone, diffusion), text, sampling, config.sample.size, hashes=hashes)
+    denoiser, sampling = Denoiser(backbone, diffusion), sampling_of(config)
+    return HashedPipeline(autoencoder, denoiser, text, sampling, config.sample.size, hashes=hashes)
 
 
 def sampling_of(config: decoding.DenoiserConfig) -> Sampling:
@@ -178,10 +181,12 @@ def load_pipeline(
     device: torch.device | str = "auto",
     text_encoder: str | None = None,
     preview: str | Path | None = None,
+    adapters: Sequence[Chosen] = (),
 ) -> HashedPipeline:
     """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`.
 
     `preview`: the run of a tiny autoencoder distilled from the denoiser's own, to stand in for it: quicker, rougher.
+    `adapters`: runs learned upon this one, each with its weight. The run of an adapter is loaded with its base.
     Raises UserError (code 4) where a part of it is another than it was trained with.
     """
     from training.machine.processes import resolve
@@ -191,6 +196,10 @@ def load_pipeline(
     folder = find(path, "denoiser")
     config, file, final = folder.config(), folder.weights, folder.final
     assert isinstance(config, decoding.DenoiserConfig)
+    if is_adapter(config):
+        chosen = [Chosen(path), *adapters]
+        whole = load_pipeline(place_of_base(path, folder), target, text_encoder, preview, chosen)
+        return dataclasses.replace(whole, sampling=sampling_of(config), size=config.sample.size)
     autoencoder = load_autoencoder(final / "autoencoder", target)
     hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
     same_ingredients(final, hashes)
@@ -198,13 +207,16 @@ def load_pipeline(
     channels, sizes = autoencoder.latent_channels, {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
     image = config.image.inputs(channels, autoencoder.image_channels)
     backbone = config.backbone.build(channels=channels, **sizes, **image)
-    _fill_learned(backbone, text, file, final)
+    fill_learned(backbone, text, file, final)
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes | words)
     pipeline = dataclasses.replace(pipeline, hashes=pipeline.hashes | networks(pipeline))
     if folder.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
+    if adapters:
+        denoiser, text, theirs = at_work(pipeline, pipeline.hashes, adapters)
+        pipeline = dataclasses.replace(pipeline, denoiser=denoiser, text=text, hashes=pipeline.hashes | theirs)
     if preview:
         tiny = load_preview(preview, hashes["autoencoder"], target)
         hashes_with_preview = pipeline.hashes | {"autoencoder": content_hash(tiny.state_dict())}
@@ -224,7 +236,7 @@ def _stored_text(config: Any, final: Path, override: str | None) -> tuple[TextEn
         return config.build(vocabulary), words
 
 
-def _fill_learned(
+def fill_learned(
     backbone: nn.Module, text: TextEncoder, file: Path, final: Path, made: Callable[[Weights], Weights] = dict
 ) -> None:
     """Load what was trained, from an exported `file` or from a checkpoint folder; the backbone's as `made` of them."""
@@ -238,62 +250,3 @@ def _fill_learned(
     fill(backbone, made(of_backbone), file)
     if text.trainable:
         fill(text, {k.removeprefix("text."): v for k, v in network.items() if k.startswith("text.")}, file)
-
-
-def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> Path | None:
-    """The final/ whose vocabulary a text encoder that learns is to have: a run's own, else that of `--init-from`.
-
-    The rows of its weights are words in the order of that vocabulary; with another they would be other words'.
-    Raises UserError where the donor's text encoder is of another kind.
-    """
-    if donor is None or isinstance(config, HuggingFace) or (run_final and text_encoders.holds_vocabulary(run_final)):
-        return run_final
-    folder = find(donor, "denoiser")
-    donor_config: Any = folder.config()
-    if (kind := donor_config.text.kind) != config.kind:
-        raise UserError(
-            f"the text encoder of {donor} is of the kind {kind}, this config's is {config.kind}",
-            hint=f"give --config {folder.home / 'config.json'}, or leave --init-from out",
-            code=CHECKPOINT,
-        )
-    return folder.final
-
-
-def fill_network(parts: Parts, dataset: Latents, path: str, text_encoder: str | None = None) -> int:
-    """`--init-from`: the weights of another run of the same shape, nothing else; zeros for what an image condition adds
-    to it. Returns how many channels that is.
-
-    Nothing that is not taken over is loaded. Raises UserError where a text encoder that learns has not that run's
-    vocabulary, or cannot take the captions, and where one given as `text_encoder` is not the frozen one of that run.
-    """
-    folder, text = find(path, "denoiser"), parts.text
-    if text_encoder and isinstance(text, HuggingFaceTextEncoder):
-        text_encoders.same_encoder(folder.final, text, text_encoder)
-    words = text_encoders.stored_vocabulary(folder.final) if text_encoders.holds_vocabulary(folder.final) else ""
-    theirs = text_encoders.vocabulary_hash(words) if words else "none"
-    if text.trainable and theirs != parts.hashes["vocabulary"]:
-        raise UserError(
-            f"{path} was trained with the vocabulary {theirs[:12]}, this run has {parts.hashes['vocabulary'][:12]}",
-            hint="leave --init-from out to go on with this run, or begin another with it: --output",
-            code=CHECKPOINT,
-        )
-    if isinstance(text, LabelEncoder) and (new := next((c for c in captions(dataset) if c not in text.rows), "")):
-        raise UserError(
-            f"caption {new[:80]!r} is not one of the {len(text.classes)} labels of {path}",
-            hint="labels cannot be added to: leave --init-from out",
-            code=DATA,
-        )
-    taken: dict[str, Weights] = {}
-
-    def widened(theirs: Weights) -> Weights:
-        taken["denoiser"] = theirs
-        return extended(theirs, parts.backbone)
-
-    _fill_learned(parts.backbone, text, folder.weights, folder.final, widened)
-    if text.trainable:
-        taken["text_encoder"] = text.state_dict()
-    if folder.finished:  # what was written at its end says what it was
-        same_ingredients(folder.final, {name: content_hash(part) for name, part in taken.items()})
-    layer, channels = f"{parts.backbone.input_layer}.weight", parts.shape[0]
-    wide, own = len(parts.backbone.get_parameter(layer)[0]), len(taken["denoiser"][layer][0])
-    return channels * (wide - own) // own

@@ -3,6 +3,7 @@ they are read, in the first epoch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ldm.text import TextEncoder
@@ -14,9 +15,11 @@ from training.ledger import Ledger
 from training.machine.launcher import first_process
 from training.messages import warn
 from training.models.vocabulary import captions, counted
+from training.progress import Progress
+from training.shards.streaming import StreamedShards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 CUT = "captions longer than the text encoder reads"
 UNKNOWN = "words that the vocabulary has not, read as unknown"
@@ -26,6 +29,11 @@ WITH_UNKNOWN = "captions with words that the vocabulary has not"
 def short(text: str) -> str:
     """The beginning of a caption, for messages."""
     return text if len(text) <= 60 else text[:59] + "…"
+
+
+def few_of(words: Sequence[str]) -> str:
+    """The first of them, for messages."""
+    return ", ".join(repr(short(word)) for word in words[:5]) + (", ..." if words[5:] else "")
 
 
 class CaptionTally:
@@ -75,6 +83,27 @@ class CaptionTally:
                 self.noted.add("replaced", WITH_UNKNOWN, short(caption))
 
 
+def tell_unknown(text: TextEncoder, dataset: Latents, donor: str) -> None:
+    """Say which words of the captions a vocabulary that was taken over has not, and how many captions have them; of a
+    stream this is told as they are read."""
+    if not isinstance(text, ScratchTextEncoder) or not first_process():
+        return
+    counts, tokenizer = counted(dataset), text.tokenizer
+    few = counts.get("captions")
+    complete = counts.get("all_words") and counts.get("rule", 1) == tokenizer.rule
+    if complete and set(tokenizer.vocabulary).issuperset(counts["words"]):
+        return
+    if few is None and isinstance(dataset.shards, StreamedShards):
+        return
+    every = Progress("reading captions", thing="caption").each(_distinct(dataset), lambda caption: 1)
+    unknown = [words for caption in every if (words := set(tokenizer.unknown(caption)))]
+    if unknown:
+        names = [word for word, _ in Counter(word for words in unknown for word in sorted(words)).most_common()]
+        of = "captions" if few is None else "different captions"
+        warn(f"{donor} has no row for {len(names)} words of the captions ({few_of(names)}): {len(unknown)} {of} have "
+             "one, read as unknown; --new-words adds rows for them")
+
+
 def refuse_unread(text: TextEncoder, dataset: Latents) -> None:
     """Raises UserError (code 3) where captions have words, and the text encoder knows no word of any."""
     if isinstance(text, LabelEncoder) or (dataset.text and not text.trainable):
@@ -88,7 +117,7 @@ def refuse_unread(text: TextEncoder, dataset: Latents) -> None:
             return
     if some:
         what = f"no caption has a word that the text encoder knows (the first: {short(some)!r})"
-        hint = "its vocabulary is of other captions: leave --init-from out, or give another text encoder"
+        hint = "its vocabulary is of other captions: give --new-words, which adds to it, or leave --init-from out"
         raise UserError(what, hint=hint, code=DATA)
 
 

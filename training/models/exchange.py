@@ -32,6 +32,7 @@ from training.shards.reading import ShardSet
 from training.tensors import load_tensors, save_tensors
 
 HOMES = ("", "vae", "vqvae")  # where the autoencoder lies in a folder or a pipeline's
+VERSION = "0.35.0"  # of diffusers', whose config.json is written
 MEASURED = 1000  # pictures that the scale of latents is measured on, where it is asked for
 # What LDM calls what diffusers calls otherwise, in both halves.
 RENAMED = (
@@ -74,21 +75,41 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
         raise UserError("--data measures what --scale-factor states", hint="give one of them")
     path = Path(source) if Path(source).exists() else _download(source)
     donor = read_file(path) if path.is_file() else read_folder(path)
-    config = decoding.decode("autoencoder", {"model": donor.model})
-    assert isinstance(config, decoding.AutoencoderConfig)
-    model = config.model.build().eval()
-    fill(model, donor.tensors, path)
-    norm = model.norm
+    config, model = _built(donor, path)
     if data:
         _measure(model, data)
     elif scale_factor:
+        norm = model.norm
         norm.set_(torch.zeros_like(norm.shift), torch.full_like(norm.scale, 1 / scale_factor))
     else:
         with as_user_error("measure it with --data DIR, or give --scale-factor X", CHECKPOINT):
-            norm.set_(norm.shift.clone(), norm.scale.clone())
+            model.norm.set_(model.norm.shift.clone(), model.norm.scale.clone())
     if donor.assumed and not data and not scale_factor:
         text = f"{source} does not state the scale of its latents; scaling_factor {donor.assumed:g} is assumed"
         note(f"{text} (--data DIR measures it on packed pictures, --scale-factor X states it)")
+    return _store(output, config, model)
+
+
+def keep_autoencoder(donor: Imported, source: Path, output: Path) -> Autoencoder:
+    """Write an autoencoder as a model folder, its latents as its source has them; returns it."""
+    config, model = _built(donor, source)
+    with as_user_error("import it alone: convert_autoencoder import SOURCE --scale-factor X", CHECKPOINT):
+        model.norm.set_(model.norm.shift.clone(), model.norm.scale.clone())
+    if donor.assumed:
+        note(f"{source} does not state the scale of its latents; scaling_factor {donor.assumed:g} is assumed")
+    _store(output, config, model)
+    return model.requires_grad_(False)
+
+
+def _built(donor: Imported, path: Path) -> tuple[decoding.AutoencoderConfig, Autoencoder]:
+    config = decoding.decode("autoencoder", {"model": donor.model})
+    assert isinstance(config, decoding.AutoencoderConfig)
+    model: Autoencoder = config.model.build().eval()
+    fill(model, donor.tensors, path)
+    return config, model
+
+
+def _store(output: Path, config: decoding.AutoencoderConfig, model: Autoencoder) -> str:
     origin = "Taken from another program's checkpoint; not trained here."
     about = {"origin": origin, "hashes": autoencoder_hashes(model)}
     return export(output, decoding.to_values(config), model.state_dict(), about)
@@ -166,7 +187,11 @@ def read_file(path: Path) -> Imported:
     """
     if PART.fullmatch(path.name):
         return read_folder(path.parent)
-    file_tensors = load_tensors(path)
+    return read_tensors(path, load_tensors(path))
+
+
+def read_tensors(path: Path, file_tensors: Mapping[str, Tensor]) -> Imported:
+    """The autoencoder among the tensors of the file at `path`."""
     prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in file_tensors) else ""
     ldm = {key.removeprefix(prefix): value for key, value in file_tensors.items() if key.startswith(prefix)}
     if not any(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) for key in ldm):
@@ -250,4 +275,4 @@ def export_autoencoder(path: str, output: Path) -> None:
     about, tensors = layout[1](model, tensors, shift, scale)
     make_folder(output)
     save_tensors(output / WEIGHTS, tensors, {"format": "pt"})
-    write_json(output / "config.json", {"_class_name": layout[0], "_diffusers_version": "0.35.0"} | about)
+    write_json(output / "config.json", {"_class_name": layout[0], "_diffusers_version": VERSION} | about)

@@ -64,8 +64,8 @@ def in_precision(dtype: str) -> dict[str, str]:
 
 
 def load_model(name: str, families: Mapping[str, Any], how: Mapping[str, Any], dtype: str = "float32") -> Any:
-    """The model of `name`, by its `model_type` one of `families`, else what AutoModel makes of it. Safetensors only;
-    its weights as `dtype`, whatever precision they are stored in.
+    """The model of `name`, by its class or `model_type` one of `families`, else what AutoModel makes of it. Safetensors
+    only; its weights as `dtype`, whatever precision they are stored in.
 
     Raises ValueError where its files lack weights, hold others or ones that are not finite. The first layer of all
     would be random, and nothing would tell.
@@ -74,7 +74,8 @@ def load_model(name: str, families: Mapping[str, Any], how: Mapping[str, Any], d
 
     config = AutoConfig.from_pretrained(name, **how)
     _refuse_demands(config)
-    family = families.get(config.model_type, AutoModel)
+    own = (config.architectures or [""])[0]  # Stable Diffusion's CLIP is stored without its projection
+    family = families.get(own) or families.get(config.model_type, AutoModel)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below, by name
     model, report = family.from_pretrained(name, use_safetensors=True, **told, **how, **in_precision(dtype))
     _check_report(model, report)

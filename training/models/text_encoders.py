@@ -35,10 +35,10 @@ def load_huggingface(config: HuggingFace, name: str, dtype: str = "float32") -> 
     """
     hint = "give a folder that holds config.json, model.safetensors and the tokenizer's files"
     with loading("text encoder", name, hint) as how:
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
         t5, clip = T5EncoderModel, CLIPTextModelWithProjection
-        families = {"t5": t5, "mt5": t5, "clip_text_model": clip, "clip": clip}
+        families = {"t5": t5, "mt5": t5, "clip_text_model": clip, "clip": clip, "CLIPTextModel": CLIPTextModel}
         model = load_model(name, families, how, dtype)
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(name), **how)
     try:
@@ -81,8 +81,9 @@ def tokenizer_hash(encoder: TextEncoder) -> dict[str, str]:
     return {"tokenizer": hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()}
 
 
-def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
-    """Store a frozen encoder in a run's or data set's folder: whole where small, by name and hash where large.
+def keep(encoder: TextEncoder, name: str, folder: Path, *, whole: bool = False) -> None:
+    """Store a frozen encoder in a run's or data set's folder: whole where small, by name and hash where large, unless
+    it is to be `whole`.
 
     Raises UserError where another one is stored there.
     """
@@ -91,7 +92,7 @@ def keep(encoder: TextEncoder, name: str, folder: Path) -> None:
     identities, record = identity(encoder), folder / "text_encoder" / "identity.json"
     if record.is_file():
         _same(stored_identity(folder), identities, name)
-    large = sum(p.numel() for p in encoder.parameters()) > LARGE
+    large = not whole and sum(p.numel() for p in encoder.parameters()) > LARGE
     if not large:
         _save(encoder, folder)
     # A hub name is worth keeping; a path of this machine is not.

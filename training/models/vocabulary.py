@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ldm.text import Label, Scratch
@@ -69,6 +70,30 @@ def vocabulary(config: Scratch | Label, dataset: Latents) -> str:
     elif isinstance(config, Label) and counts.get("captions") is not None:
         return config.vocabulary(counts["captions"])
     return config.vocabulary(captions(dataset))
+
+
+def grown(config: Scratch | Label, dataset: Latents, stored: str) -> str:
+    """A stored vocabulary with the words or labels of the captions that it lacks after its own, whose rows so stay: the
+    most frequent of them, as many as `max_words` leaves room for."""
+    if isinstance(config, Label):
+        known = json.loads(stored)["classes"]
+        own = json.loads(vocabulary(config, dataset))["classes"]
+        return json.dumps({"classes": [*known, *(label for label in own if label not in set(known))]},
+                          ensure_ascii=False, indent=0)
+    old = WordTokenizer.from_json(stored)
+    own = WordTokenizer.from_json(vocabulary(replace(config, rule=old.rule), dataset)).vocabulary
+    new = [word for word in own if word not in set(old.vocabulary)]
+    return old.with_words(tuple(new[: max(0, config.max_words + len(SPECIAL) - len(old.vocabulary))])).to_json()
+
+
+def added(stored: str, longer: str) -> list[str] | None:
+    """The words or labels that one vocabulary has after those of another; None where it does not begin with them."""
+    before, after = json.loads(stored), json.loads(longer)
+    name = "classes" if "classes" in before else "vocabulary"
+    if name not in after or after != {**before, name: after[name]}:
+        return None
+    count = len(before[name])
+    return after[name][count:] if after[name][:count] == before[name] else None
 
 
 def counted(dataset: Latents) -> dict[str, Any]:

@@ -224,6 +224,9 @@ def _section(name: str, members: tuple[type, ...], values: dict[str, Any]) -> tu
             return None, [(f"{name}.kind", unknown_kind(name, str(values["kind"]), kind_names))]
     member = members[kind_names.index(values["kind"])] if kind_names else members[0]
     fields = [f.name for f in dataclasses.fields(member)]
+    texts = {f.name for f in dataclasses.fields(member) if str(f.type).startswith(("tuple[str, ...", "tuple[Literal"))}
+    values = {k: [part.strip() for part in v.split(",") if part.strip()] if k in texts and isinstance(v, str) else v
+              for k, v in values.items()}  # fmt: skip
     unknown = [k for k in values if k not in fields]
     mistakes = [(f"{name}.{k}", _unknown(name, k, fields, members, values)) for k in unknown[:MOST_TOLD]]
     if unknown[MOST_TOLD:]:

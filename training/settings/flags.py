@@ -209,7 +209,7 @@ def check_least(args: argparse.Namespace, least: Mapping[str, int], hint: str = 
 
 def check_inputs(args: argparse.Namespace) -> None:
     """Refuse runs and folders of shards that are not there, before torch is loaded. Raises UserError."""
-    for run in (getattr(args, name, None) for name in ("model", "autoencoder")):
+    for run in (getattr(args, name, None) for name in ("model", "autoencoder", "base")):
         if run is not None:
             check_model(run)
     for kind in ("data", "latents"):
@@ -266,7 +266,8 @@ class TrainParser(Parser):
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         check_keys(args.overrides)
-        known = not args.config or Path(args.config).exists() or args.config.removesuffix(".toml") in names(self.stage)
+        known = not args.config or Path(args.config).exists() or args.config.removesuffix(".toml") in names(
+            "adapter" if getattr(args, "base", None) else self.stage)
         if known and not args.print_config:  # a config that is not there is told first, when it is read
             self._check_paths(args)
         return args

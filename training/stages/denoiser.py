@@ -33,6 +33,7 @@ from training.settings.decoding import DenoiserConfig
 
 if TYPE_CHECKING:
     from autoencoder.norm import LatentNorm
+    from ldm.adapters import Adapter
 
 SHOWN = 16
 UNPAIRED = "{} pairs nothing: no two samples of a batch have the same condition"
@@ -73,8 +74,29 @@ class Captioned(nn.Module):
         return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
 
 
+class Adapted(nn.Module):
+    """An adapter and all that it is at work in, which stays as it is: only the adapter is trained, averaged, stored and
+    seen by a process wrapper."""
+
+    def __init__(self, adapter: Adapter, whole: Captioned) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._whole = (whole,)  # in a tuple, so that it is no part of this module
+
+    @property
+    def backbone(self) -> nn.Module:
+        """That of the base."""
+        return self._whole[0].backbone
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
+        """See `Captioned.forward`."""
+        prediction: Tensor | Weighed = self._whole[0](x, noise_level, cond)
+        return prediction
+
+
 class DenoiserStage(Stage):
-    """Trains backbone (and text encoder) on re-sampled posteriors; drops captions for guidance."""
+    """Trains backbone (and text encoder), or an adapter in them, on re-sampled posteriors; drops captions for guidance.
+    """
 
     tally: CaptionTally
 
@@ -88,10 +110,12 @@ class DenoiserStage(Stage):
         held_out: Latents,
         pipeline: Pipeline,
         null: Cond | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
-        self.network = Captioned(backbone, text, config.weighting.build(config.schedule))
+        whole = Captioned(backbone, text, config.weighting.build(config.schedule))
+        self.network = Adapted(adapter, whole) if adapter else whole
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
@@ -107,7 +131,7 @@ class DenoiserStage(Stage):
         self.paired = True  # until a batch was seen in which nothing is
         self.channels, self.frozen = self.norm.scale.numel(), [self.norm]
         # Where nothing reads the encoder's pooled vector, processes must not wait for the gradients of its projection.
-        self.unused_gradients = text.trainable and not config.backbone.pooled
+        self.unused_gradients = bool(adapter) or (text.trainable and not config.backbone.pooled)
 
     def connect(self) -> None:
         """Every training call goes through the process wrapper; loss-aware times lie where the losses do."""

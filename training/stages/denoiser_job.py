@@ -15,8 +15,8 @@ from training.commands import door
 from training.data.latents import Latents
 from training.errors import DATA, UserError, as_user_error
 from training.machine.processes import announce
-from training.models import assembly
-from training.models.captions_read import refuse_unread
+from training.models import assembly, init_from
+from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.text_encoders import known_words
 from training.next_step import again, beside, prompt
 from training.shards.index import data_facts, noted_pictures, pictures_facts
@@ -63,16 +63,19 @@ class DenoiserJob(Job):
         """Backbone, text encoder and frozen autoencoder in a stage."""
         args, config = self.args, self.config
         torch.manual_seed(config.train.seed)
-        home = assembly.vocabulary_home(config.text, final, args.init_from)
+        init_from.refuse_new_words(args, config.text)
+        home = init_from.vocabulary_home(config.text, final, args.init_from)
+        grows = args.new_words and home != final  # a run that has begun keeps its vocabulary
         with as_user_error("change the config"):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
-            self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process)
+            self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process, grows=grows)
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
-            added = assembly.fill_network(parts, self.dataset, args.init_from, args.text_encoder)
+            added = init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
             if added:
                 announce(accelerator, f"input widened by {added} channels for the image, zero at first")
+            tell_unknown(parts.text, self.dataset, args.init_from)
         refuse_unread(parts.text, self.dataset)
         self.refuse_without_image()
         return self.trained
@@ -84,6 +87,10 @@ class DenoiserJob(Job):
         if image.stored and "image" not in self.dataset.extras:
             what = f"image.kind {image.kind} is made of extra-image.npy, which these latents do not hold"
             raise UserError(what, hint=f"encode them again, with {image.stored}", code=DATA)
+        made = self.dataset.shards.summary.get("image", {})
+        if image.kind == "low-res" and made.get("factor", image.factor) != image.factor:
+            what = f"image.factor is {image.factor}, the images of these latents are {made['factor']} times smaller"
+            raise UserError(what, hint=f"--image.factor {made['factor']}")
         given = tuple(self.dataset.shards.summary["latent"]["picture"])
         if image.kind != "none" and drawn not in ((0, 0), given):
             sizes = ("x".join(map(str, size)) for size in (drawn, given))

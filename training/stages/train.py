@@ -17,6 +17,7 @@ from training.messages import answer, say, tell
 from training.next_step import tell_next
 from training.settings import decoding
 from training.settings.upgrading import run_version
+from training.settings.upon import FOLDER, load_upon, missing_config, refuse_without_base
 from training.settings.without_use import without_use
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from training.runs.folder import Run, RunView
     from training.stages.job import Job
 
-# Stage -> module and class of its Job: read when it is asked for, so that mistakes are told before torch is loaded.
+# Kind -> module and class of its Job: read when it is asked for, so that mistakes are told before torch is loaded.
 JOBS = {
     "autoencoder": ("training.stages.autoencoder_job", "AutoencoderJob"),
     "denoiser": ("training.stages.denoiser_job", "DenoiserJob"),
+    "adapter": ("training.stages.adapter_job", "AdapterJob"),  # of the stage denoiser, upon a base
 }
 
 
@@ -41,12 +43,21 @@ def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
     _take_accumulation(args)
     args.steps_proposed = False
+    upon_base = bool(getattr(args, "base", None))
     if args.config is None:
         from training.stages.proposing import settle_config
 
+        if upon_base:
+            raise missing_config()
         settle_config(args, stage)
-    _take_precision(args, stage)
-    config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
+    _take_precision(args, FOLDER if upon_base else stage)
+    if upon_base:
+        from training.models.adapters import config_of_base
+
+        config: Any = load_upon(config_of_base(args.base), args.config, args.overrides)
+    else:
+        config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
+        refuse_without_base(config)
     if args.print_config:
         answer(*json.dumps(decoding.to_values(config), indent=1).splitlines())
         return 0
@@ -54,7 +65,7 @@ def train(args: argparse.Namespace, stage: str) -> int:
 
     again()  # remembered, for the launcher may be gone when the command is told
     with together(), ExitStack() as ending:
-        return _train(job_of(stage)(args, config), ending)
+        return _train(job_of("adapter" if upon_base else stage)(args, config), ending)
 
 
 def _take_accumulation(args: argparse.Namespace) -> None:
@@ -78,11 +89,11 @@ def _take_precision(args: argparse.Namespace, stage: str) -> None:
         args.overrides = {**args.overrides, key: taken}
 
 
-def job_of(stage: str) -> type[Job]:
-    """The Job of a stage."""
+def job_of(kind: str) -> type[Job]:
+    """The Job of a kind of training."""
     from importlib import import_module
 
-    module, name = JOBS[stage]
+    module, name = JOBS[kind]
     job: type[Job] = getattr(import_module(module), name)
     return job
 

@@ -63,3 +63,17 @@ def test_pack_and_unpack_continue_exactly() -> None:
         assert torch.equal(a, b)
     saved = optim.pack(theirs, names)
     assert all(torch.equal(packed[key], saved[key]) for key in packed)  # a copy was taken, not the tensors
+
+
+def test_a_module_tells_the_rates_of_its_own_parameters() -> None:
+    """As LoRA+ does of B; by what it leaves unsaid nothing changes."""
+    network = model()
+    plain = optim.adamw(Optimizer(weight_decay=0.1), [network], scale=0.5)
+    assert [(g["scale"], g["weight_decay"], len(g["params"])) for g in plain.param_groups] == [(0.5, 0.1, 2),
+                                                                                               (0.5, 0.0, 4)]
+    setattr(network[2], "rates", {"weight": 16.0})  # noqa: B010
+    told = optim.adamw(Optimizer(weight_decay=0.1), [nn.Sequential(network)], scale=0.5)
+    scales = {id(p): (g["scale"], g["weight_decay"]) for g in told.param_groups for p in g["params"]}
+    assert scales.pop(id(network[2].weight)) == (8.0, 0.1)
+    assert {scale for scale, _ in scales.values()} == {0.5}
+    assert len(scales) == 5

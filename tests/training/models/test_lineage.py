@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.text import HuggingFace, Scratch
 from ldm.text.tokenizer import split
 from training.errors import UserError
 from training.loop.loop import Loop
 from training.models import assembly, autoencoders
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
+from training.models.init_from import refuse_new_words
 from training.models.lineage import INGREDIENTS
 from training.models.text_encoders import vocabulary_hash
 from training.pictures import grids
@@ -146,6 +149,59 @@ def test_labels_keep_their_places(latents: Path, tmp_path: Path) -> None:
     problem = tiny.refused("train_denoiser", *given)
     assert problem.code == 3 and "caption 'thing <new>' is not one of the 4 labels" in problem.what
     assert problem.hint.endswith("leave --init-from out") and tiny.call("train_denoiser", *given[:-2]) == 0
+    grown = (*given[:-3], tmp_path / "grown", *given[-2:], "--new-words")
+    found = begun("train_denoiser", *grown)["denoiser.text.embedding.weight"]
+    assert torch.equal(found[:5], donor.embedding.weight) and found.shape[0] == 6 and found[5].any()  # with the null
+    assert tiny.call("train_denoiser", *grown, "--resume", "auto") == 0
+    assert load_pipeline(tmp_path / "grown", "cpu").text.classes == (*donor.classes, "thing <new>")  # type: ignore
+
+
+def test_new_words_get_rows_after_those_of_the_donor(
+    latents: Path, denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And only when asked for; the run keeps its vocabulary when it goes on."""
+    told = retold(latents, tmp_path / "told", lambda caption: f"{caption} zeb" + " blicket" * ("red" in caption))
+    words = ("--latents", told, *tiny.DENOISER, "--max-steps", "2", "--init-from", denoiser, "--output")
+    asked = [*words, tmp_path / "run", "--new-words"]
+    begun("train_denoiser", *words, tmp_path / "without")
+    count = len(ShardSet(told))
+    said = capsys.readouterr().err
+    assert f"{denoiser} has no row for 2 words of the captions ('zeb', 'blicket'): {count} captions have one" in said
+    found = begun("train_denoiser", *asked)
+    donor = load_pipeline(denoiser, "cpu")
+    begins_as(found, "denoiser.backbone", donor.denoiser.backbone)  # type: ignore[arg-type]
+    known = donor.text.tokenizer.vocabulary  # type: ignore[union-attr,operator]
+    rows = found.pop("denoiser.text.words.weight")
+    begins_as({**found, "denoiser.text.words.weight": rows[: len(known)],
+               "ema/denoiser.text.words.weight": found["ema/denoiser.text.words.weight"][: len(known)]},
+              "denoiser.text", donor.text)  # fmt: skip
+    assert rows.shape[0] == len(known) + 2 and 0.5 < rows[len(known) :].std() < 1.5
+    said = capsys.readouterr().err
+    assert f"2 words or labels added to the vocabulary of {denoiser}: 'zeb', 'blicket'" in said
+    assert "has no row" not in said and "read as unknown" not in said
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["hashes"]["vocabulary"]
+    assert record[:12] in said and record != donor.hashes["vocabulary"]
+    assert tiny.call("train_denoiser", *asked, "--resume", "auto") == 0
+    run = load_pipeline(tmp_path / "run", "cpu")
+    assert run.text.tokenizer.vocabulary == (*known, "zeb", "blicket")  # type: ignore[union-attr,operator]
+    assert run.hashes["vocabulary"] == record
+    again = begun("train_denoiser", *words[:-2], tmp_path / "run", "--output", tmp_path / "third", "--new-words")
+    assert again["denoiser.text.words.weight"].shape == rows.shape  # nothing is left to be added
+
+
+def test_a_frozen_text_encoder_takes_no_new_words() -> None:
+    for given, config in ((True, Scratch()), (False, HuggingFace())):
+        refuse_new_words(Namespace(new_words=given, init_from="RUN"), config)
+    with pytest.raises(UserError, match="--new-words: a frozen text encoder learns no words") as refused:
+        refuse_new_words(Namespace(new_words=True, init_from="RUN"), HuggingFace())
+    assert refused.value.code == 2 and refused.value.hint.startswith("leave --new-words out")
+
+
+def test_new_words_need_a_run_whose_words_they_are_added_to(latents: Path, denoiser: Path, tmp_path: Path) -> None:
+    words = ("--latents", latents, *tiny.DENOISER, "--output", tmp_path / "run", "--new-words")
+    problem = tiny.refused("train_denoiser", *words)
+    assert problem.code == 2 and "none is named" in problem.what and "--init-from RUN" in problem.hint
+    assert tiny.call("train_denoiser", *words, "--init-from", denoiser) == 0
 
 
 def test_a_run_goes_on_with_its_own_vocabulary_alone(latents: Path, tmp_path: Path) -> None:

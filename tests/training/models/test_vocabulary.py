@@ -10,10 +10,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ldm.text import Label, Scratch
+from ldm.text.tokenizer import SPECIAL, WordTokenizer
 from training.data.latents import Latents
 from training.errors import UserError
 from training.models import vocabulary as vocabularies
-from training.models.vocabulary import COUNTED, captions, count_captions, vocabulary
+from training.models.vocabulary import COUNTED, added, captions, count_captions, grown, vocabulary
 from training.shards.reading import ShardSet
 from training.shards.remote import open_address
 
@@ -102,3 +103,30 @@ def test_at_an_address(counted: bool, data: Latents, tmp_path: Path, monkeypatch
     far = Latents(ShardSet(open_address(place, str(tmp_path / "cache"))))
     read = unread(monkeypatch)
     assert vocabulary(Scratch(), far) == wanted and len(read) == (0 if counted else len(data))
+
+
+def test_a_vocabulary_grows_after_its_end(data: Latents) -> None:
+    """Of words the most frequent of those it lacks, as many as there is room for, split by its own rule."""
+    every = json.loads(vocabulary(Scratch(), data))["vocabulary"][4:]
+    some = ["zebra", every[1], every[4]]
+    lacked = [word for word in every if word not in some]
+    for rule in (1, 2):
+        stored = WordTokenizer((*SPECIAL, *some), 32, rule).to_json()
+        longer = grown(Scratch(), data, stored)
+        told = json.loads(longer)
+        assert told["vocabulary"] == [*SPECIAL, *some, *lacked] and told.get("rule", 1) == rule
+        assert added(stored, longer) == lacked and added(stored, stored) == [] and added(longer, stored) is None
+        assert added(stored, grown(Scratch(max_words=5), data, stored)) == lacked[:2]
+        assert grown(Scratch(max_words=2), data, stored) == stored
+        assert added(stored, longer.replace('"length": 32', '"length": 31')) is None
+    other = WordTokenizer((*SPECIAL, *reversed(some)), 32, rule).to_json()
+    assert added(other, longer) is None
+
+
+def test_labels_grow_after_their_end(data: Latents) -> None:
+    config, every = Label(), sorted(set(captions(data)) - {""})
+    stored = json.dumps({"classes": ["zebra", every[1]]}, ensure_ascii=False, indent=0)
+    longer = grown(config, data, stored)
+    assert json.loads(longer) == {"classes": ["zebra", every[1], every[0], *every[2:]]}
+    assert added(stored, longer) == [every[0], *every[2:]] and added("{}", longer) is None
+    assert config.build(longer).rows["zebra"] == 1

@@ -134,6 +134,10 @@ def test_spellings_of_numbers_and_lists() -> None:
     for text in ("0.8,0.95", "[0.8, 0.95]"):
         assert decoding.load("denoiser", "smoke", {"optimizer.betas": text}).optimizer.betas == (0.8, 0.95)
     assert decoding.load("denoiser", "smoke", {"train.flip": "true"}).train.flip is True
+    for text, some in [("colour", ["colour"]), ("colour, cutout", ["colour", "cutout"]), ("", []), ("[]", [])]:
+        assert decoding.load("autoencoder", "smoke", {"loss.augment": text}).loss.augment == tuple(some)
+    words = {"adapter.kind": "textual-inversion", "adapter.words": "blicket"}
+    assert decoding.load("denoiser", "smoke", words).adapter.words == ("blicket",)
 
 
 def test_json_repeats_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,290 @@
+"""Denoisers of ours as pipelines of diffusers': the same text, the same network, the same pictures; or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import portable
+import pytest
+import torch
+from peers import diffusers
+from portable import CLIP, DIT, EPS, FLOW, PIXART, T5, UNET
+
+from ldm.noise import Noise
+from ldm.samplers import prior
+from ldm.schedules import Table
+from training.errors import UserError
+from training.files import file_sha256
+from training.models import denoiser_export, denoiser_reopened
+from training.models.assembly import HashedPipeline, load_pipeline
+from training.models.denoiser_export import export_denoiser
+from training.models.denoiser_limits import Facts, obstacles
+from training.models.denoiser_schedulers import scheduler
+from training.settings import decoding
+
+LABEL = {"kind": "label", "width": 32}
+V = {"schedule": {"kind": "ddpm-scaled-linear", "zero_terminal_snr": True}, "prediction": {"kind": "v"}}
+# Each with what opens it, the text encoder it has, and its config.
+SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "unet": ("StableDiffusionPipeline", "clip", {"backbone": UNET, "text": CLIP, **EPS}),
+    "unet, everything": ("StableDiffusionPipeline", "t5", {
+        "backbone": UNET | {"head_dim": 8, "depth": 2, "scale_shift": True, "linear_projection": True,
+                            "attention": [1], "blocks": 2},
+        "text": CLIP, **V, "grid": {"kind": "trailing"}}),
+    "unet, older mask rule": ("StableDiffusionPipeline", "bert", {
+        "backbone": UNET, "text": CLIP | {"mask_rule": 1}, **EPS}),
+    "unet, flow": ("StableDiffusionPipeline", "clip", {"backbone": UNET, "text": CLIP, **FLOW}),
+    "unet, learned variance": ("StableDiffusionPipeline", "clip", {
+        "backbone": UNET | {"learned_variance": True}, "text": CLIP, **EPS}),
+    "pixart": ("PixArtAlphaPipeline", "t5", {"backbone": PIXART, "text": T5, **EPS}),
+    "pixart, learned variance": ("PixArtAlphaPipeline", "bert", {
+        "backbone": PIXART | {"learned_variance": True, "base_size": 4}, "text": T5, **EPS}),
+    "pixart, flow": ("PixArtAlphaPipeline", "t5", {"backbone": PIXART, "text": T5, **FLOW}),
+    "dit": ("DiTPipeline", "", {"backbone": DIT, "text": LABEL, **EPS}),
+    "dit, learned variance": ("DiTPipeline", "", {"backbone": DIT | {"learned_variance": True}, "text": LABEL, **EPS}),
+}  # fmt: skip
+SCRATCH = ["backbone.conditioning", "backbone.cross_norm", "backbone.pooled", "backbone.mlp", "text.kind"]
+OWN_UNET = ["backbone.position", "backbone.pooled", "text.kind"]
+CONFIGS = {
+    **dict.fromkeys(("pixart", "pixart-xl-2", "unet-sd15", "portable-unet", "portable-dit"), []),
+    **dict.fromkeys((f"dit-{size}-2-label" for size in ("s", "b", "l", "xl")), ["backbone.frequency_shift"]),
+    **dict.fromkeys(("dit-s", "dit-b", "dit-l", "dit-xl", "gpu-64", "gpu-128", "gpu-256", "gpus-256", "smoke"), SCRATCH),
+    **dict.fromkeys(("laptop-64", "laptop-128", "laptop-256", "quickstart", "shapes", "fashion", "fashion-pixels"), OWN_UNET),
+    "emoji-dit": [*SCRATCH[:-1], "text.lower"],
+    "emoji-unet": [*OWN_UNET[:-1], "text.masked"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("encoders")
+    return {"": home} | {kind: portable.encoder(kind, home / kind) for kind in ("clip", "t5", "bert")}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, encoders: dict[str, Path]) -> Any:
+    """(run, written folder) of a shape, each made once."""
+    home, made = tmp_path_factory.mktemp("exported"), {}
+
+    def give(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            _, kind, sections = SHAPES[name]
+            source = portable.run(home / f"run-{len(made)}", encoders[kind], **sections)
+            made[name] = source, home / f"out-{len(made)}"
+            export_denoiser(str(source), made[name][1])
+        return made[name]
+
+    return give
+
+
+def theirs(folder: Path) -> Any:
+    with denoiser_reopened.quiet(diffusers):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(ours: HashedPipeline, peer: Any, config: decoding.DenoiserConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures of two captions from the same noise, ours and theirs, as 0 to 255."""
+    captions = ["a red circle", "the blue square"] if config.text.kind != "label" else ["blue", "red"]
+    noise = prior(ours.denoiser.schedule, ours.latent_shape(ours.size), Noise.from_seeds([5, 6]))
+    words: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "np"}
+    plan = dataclasses.replace(ours.sampling, steps=8, guidance=dataclasses.replace(config.guidance, scale=3.0))
+    if config.backbone.kind == "dit":
+        words |= {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": config.text.length}
+    got = peer(captions, latents=noise, **words).images
+    (own,) = ours.pixels(captions, [5, 6], sampling=plan)
+    return own.permute(0, 2, 3, 1).float(), torch.from_numpy(got) * 255
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_opened_whole_and_answers_as_ours(name: str, exported: Any) -> None:
+    """No key is missing or over, and text, one call at three levels, encoder, decoder and table are within 1e-5."""
+    source, folder = exported(name)
+    assert type(theirs(folder)).__name__ == SHAPES[name][0]
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == SHAPES[name][0]
+    pipeline = load_pipeline(source, "cpu")
+    config = decoding.decode_stored("denoiser", json.loads((source / "final" / "config.json").read_text()))
+    assert isinstance(config, decoding.DenoiserConfig)
+    with torch.no_grad():
+        errors = denoiser_reopened._by_diffusers(diffusers, folder, pipeline, config)
+    assert 0 <= max(errors) < 1e-5 and errors.decode > 0
+    assert not list(folder.parent.glob(".*")) and (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("grid", [{"kind": "trailing"}, {"kind": "leading", "offset": 1}], ids=["trailing", "leading"])
+@pytest.mark.parametrize("name", ["unet", "unet, everything", "pixart", "pixart, learned variance"])
+def test_pipelines_draw_the_same_pictures(name: str, grid: Any, encoders: dict[str, Path], tmp_path: Path) -> None:
+    _, kind, sections = SHAPES[name]
+    source = portable.run(tmp_path / "run", encoders[kind], **sections | {"grid": grid})
+    export_denoiser(str(source), tmp_path / "out")
+    ours = load_pipeline(source, "cpu")
+    config = decoding.decode_stored("denoiser", json.loads((source / "final" / "config.json").read_text()))
+    assert isinstance(config, decoding.DenoiserConfig)
+    own, got = drawn(ours, theirs(tmp_path / "out"), config)
+    assert own.std() > 10
+    assert float((own - got).abs().max()) <= 1.5, "a rounding, and no more"
+
+
+def test_a_pipeline_saved_and_opened_again_is_the_same(exported: Any, tmp_path: Path) -> None:
+    _, folder = exported("pixart")
+    with denoiser_reopened.quiet(diffusers):
+        theirs(folder).save_pretrained(tmp_path / "saved")
+        theirs(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    files = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
+    assert len(files) == 3
+    for file in files:
+        hashes = {file_sha256(home / file) for home in (tmp_path / "saved", tmp_path / "again")}
+        assert len(hashes) == 1, file
+
+
+def test_it_is_opened_without_a_network(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a connection was asked for")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    assert theirs(exported("unet")[1]).unet is not None
+
+
+def test_the_card_says_how_it_is_called(exported: Any) -> None:
+    """The call of README.md, run as it stands."""
+    source, folder = exported("dit")
+    text = (folder / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("PATH OF THIS FOLDER", str(folder))
+    with denoiser_reopened.quiet(diffusers):
+        exec(code.replace("picture.png", str(source / "picture.png")), {})
+    assert (source / "picture.png").is_file()
+
+
+@pytest.mark.parametrize("name", decoding.names("denoiser"))
+def test_each_config_is_written_or_refused_by_name(name: str) -> None:
+    config = decoding.load("denoiser", name)
+    assert isinstance(config, decoding.DenoiserConfig)
+    assert [reason.key for reason in obstacles(config, Facts())] == CONFIGS[name]
+    for reason in obstacles(config, Facts()):
+        assert reason.why and ("can be written" in reason.instead)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "ve": ({"schedule": {"kind": "ve"}}, ["schedule.kind"]),
+    "edm": ({"schedule": {"kind": "edm"}, "prediction": {"kind": "edm"}}, ["schedule.kind"]),
+    "gvp": ({"schedule": {"kind": "gvp"}}, ["schedule.kind"]),
+    "score": ({"prediction": {"kind": "score"}}, ["prediction.kind"]),
+    "flow v": ({"schedule": {"kind": "flow"}, "prediction": {"kind": "v"}}, ["prediction.kind"]),
+    "velocity": ({"prediction": {"kind": "velocity"}}, ["prediction.kind"]),
+    "layer": ({"text": CLIP | {"layer": -2}}, ["text.layer"]),
+    "lower": ({"text": CLIP | {"lower": True}}, ["text.lower"]),
+    "odd size": ({"sample": {"size": [20, 16]}}, ["sample.size"]),
+    "many": ({"backbone": UNET | {"position": True, "pooled": True}, "text": {"kind": "scratch"}}, OWN_UNET),
+    "in context": ({"backbone": PIXART | {"text": "in-context"}, "text": T5}, ["backbone.text"]),
+    "transformer": ({"backbone": PIXART | {"qk_norm": True, "norm": "rms", "position": "rope", "mlp_ratio": 2.0},
+                     "text": T5}, ["backbone.mlp_ratio", "backbone.qk_norm", "backbone.norm", "backbone.position"]),
+    "unmasked": ({"backbone": PIXART, "text": CLIP | {"lower": True}}, ["text.masked"]),
+    "label of text": ({"backbone": PIXART, "text": LABEL}, ["text.kind"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_diffusers_cannot_hold_is_named(name: str) -> None:
+    sections, keys = REFUSED[name]
+    values = {"backbone": UNET, "text": CLIP, "sample": {"size": [16, 16]}, "format": {"version": 3}, **EPS} | sections
+    config: Any = decoding.decode_stored("denoiser", values)
+    assert [reason.key for reason in obstacles(config, Facts())] == keys
+    facts = Facts(autoencoder="vq", labels=1001, lowers=True)
+    assert [reason.key for reason in obstacles(config, facts)][-1] == "model.kind (autoencoder)"
+
+
+def test_all_reasons_are_told_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    sections = {"backbone": UNET | {"pooled": True, "position": True}, "text": {"kind": "scratch"}, **EPS}
+    source = portable.run(tmp_path / "run", **sections)
+    with pytest.raises(UserError) as refused:
+        export_denoiser(str(source), tmp_path / "out")
+    assert refused.value.code == 4 and "portable-unet" in refused.value.hint
+    for key in OWN_UNET:
+        assert f"\n  {key} = " in refused.value.what
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_tokenizer_that_lower_cases_serves_as_well(tmp_path: Path) -> None:
+    """PixArt's lower-casing changes nothing for one, whatever `text.lower` is."""
+    home = portable.encoder("t5", tmp_path / "t5", lower=True)
+    source = portable.run(tmp_path / "run", home, backbone=PIXART, text=T5 | {"lower": False}, **EPS)
+    export_denoiser(str(source), tmp_path / "out")
+
+
+def test_labels_are_numbered_as_diffusers_counts(exported: Any) -> None:
+    """Class 1000 is none, whatever the number of labels."""
+    _, folder = exported("dit")
+    peer = theirs(folder)
+    assert peer.labels == {"blue": 0, "green square": 1, "red": 2}
+    table = peer.transformer.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight
+    assert table.shape[0] == 1001 and torch.equal(table[1000], table[500]) and not torch.equal(table[2], table[1000])
+
+
+def test_an_export_that_draws_otherwise_leaves_nothing(
+    encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = portable.run(tmp_path / "run", encoders["clip"], backbone=UNET, text=CLIP, **EPS)
+    right = denoiser_export.described
+
+    def wrong(*given: Any) -> Any:
+        network = right(*given)
+        network.tensors["conv_in.weight"][0] += 0.1
+        return network
+
+    monkeypatch.setattr(denoiser_export, "described", wrong)
+    with pytest.raises(UserError, match="draws otherwise"):
+        export_denoiser(str(source), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_without_diffusers_our_own_reader_compares(
+    encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = portable.run(tmp_path / "run", encoders["t5"], backbone=PIXART, text=T5, **EPS)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    export_denoiser(str(source), tmp_path / "out")
+    assert "diffusers is not installed here" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+TABLES: dict[str, dict[str, Any]] = {
+    "linear": {"kind": "ddpm-linear"},
+    "scaled": {"kind": "ddpm-scaled-linear", "beta_max": 0.02, "steps": 200},
+    "cosine": {"kind": "ddpm-cosine"},
+    "cosine of its own": {"kind": "ddpm-cosine", "s": 0.02},
+    "sigmoid": {"kind": "ddpm-sigmoid"},
+    "shifted": {"kind": "ddpm-cosine", "shift": 3.0},
+    "zero": {"kind": "ddpm-scaled-linear", "zero_terminal_snr": True},
+    "zero, sigmoid and shifted": {"kind": "ddpm-sigmoid", "zero_terminal_snr": True, "shift": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_scheduler_has_our_table(name: str) -> None:
+    values = {"backbone": PIXART, "schedule": TABLES[name], "prediction": {"kind": "v"}, "format": {"version": 3}}
+    config: Any = decoding.decode_stored("denoiser", values)
+    kind, settings = scheduler(config)
+    peer = getattr(diffusers, kind)(**settings)
+    assert isinstance(config.schedule, Table)
+    wanted = config.schedule.alpha_bar().float()
+    torch.testing.assert_close(peer.alphas_cumprod, wanted, rtol=0, atol=2e-6)
+    assert float(peer.alphas_cumprod[-1]) < 1e-12 or not config.schedule.zero_terminal_snr
+    assert (peer.config.clip_sample, float(peer.final_alpha_cumprod)) == (False, 1.0)
+    assert ("trained_betas" in settings) == (name in ("cosine of its own", "sigmoid", "shifted", TABLES and list(TABLES)[-1]))
+
+
+def test_a_flow_scheduler_has_our_shift() -> None:
+    values = {"backbone": PIXART, **FLOW, "grid": {"kind": "uniform", "shift": 3.0}, "format": {"version": 3}}
+    config: Any = decoding.decode_stored("denoiser", values)
+    kind, settings = scheduler(config)
+    peer = getattr(diffusers, kind)(**settings)
+    peer.set_timesteps(8)
+    wanted = config.grid(8, config.schedule).float()
+    torch.testing.assert_close(peer.sigmas, wanted, rtol=0, atol=2e-3)  # it begins at 0.999
+    assert (peer.sigmas[0], peer.sigmas[-1]) == (pytest.approx(0.9997, abs=1e-3), 0)

@@ -1,0 +1,47 @@
+"""Take in another program's denoiser with all that it draws with, or give ours out as diffusers writes it."""
+
+from __future__ import annotations
+
+from training.errors import UserError
+from training.messages import tell
+from training.settings.flags import Parser
+
+IMPORTING = ("text_encoder", "autoencoder", "prediction", "heads")
+
+
+def main() -> None:
+    """Read the flags, then import or export."""
+    parser = Parser(
+        __doc__ or "",
+        epilog="import reads diffusers' UNet2DConditionModel, DiTTransformer2DModel and PixArtTransformer2DModel: a\n"
+        "pipeline's folder with scheduler, autoencoder and text encoder, one of these networks alone, ORG/NAME, or a\n"
+        "single .safetensors file of Stable Diffusion 1 or 2; what it writes serves wherever a denoiser's run does.\n"
+        "export writes a run's folder as a pipeline of diffusers.",
+    )
+    parser.add_argument("verb", choices=("import", "export"), help="which way")
+    parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
+    parser.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
+    text = "import: the text encoder and tokenizer of a source that lacks them (NAME or DIR)"
+    parser.add_argument("--text-encoder", metavar="NAME|DIR", default="", help=text)
+    text = "import: the autoencoder (a run of ours) of a source that lacks one"
+    parser.add_argument("--autoencoder", metavar="RUN", default="", help=text)
+    text = "import: what the network predicts, where SOURCE does not say"
+    parser.add_argument("--prediction", choices=("eps", "v", "x0", "velocity"), help=text)
+    text = "import of a single file: attention heads, which its shapes do not tell (default: 8, or 64 channels a head)"
+    parser.add_argument("--heads", metavar="N", type=int, help=text)
+    parser.machine(device="")
+    args = parser.read()
+    given = [name for name in IMPORTING if getattr(args, name)]
+    if args.verb == "export" and given:
+        raise UserError(f"--{given[0].replace('_', '-')} belongs to import", hint="leave it out")
+    from pathlib import Path
+
+    if args.verb == "import":
+        from training.models.denoiser_import import import_denoiser
+
+        import_denoiser(args.source, Path(args.output), **{name: getattr(args, name) for name in IMPORTING})
+    else:
+        from training.models.denoiser_export import export_denoiser
+
+        export_denoiser(args.source, Path(args.output))
+    tell(f"wrote {args.output}")

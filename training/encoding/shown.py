@@ -1,0 +1,59 @@
+"""What stands beside latents as `extra-image.npy`, for a denoiser to be shown: small pictures, or hints encoded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from autoencoder.base import Autoencoder
+from training.errors import DATA, UserError
+from training.messages import note
+
+
+def planned(
+    args: argparse.Namespace, hint: Mapping[str, Any] | None, picture: tuple[int, int], model: Autoencoder
+) -> dict[str, Any] | None:
+    """What is made of pictures, by `--low-res` and `--encode-hint`; None where hints are copied, or there are none.
+    Raises UserError for what cannot be made of these pictures."""
+    if args.low_res and args.encode_hint:
+        what = "--low-res and --encode-hint: each makes extra-image.npy, and there is one"
+        raise UserError(what, hint="leave one of them out")
+    if args.encode_hint:
+        if not hint or hint["channels"] != model.image_channels:
+            what = f"--encode-hint: there are no hints of {model.image_channels} channels beside these pictures"
+            command = "make_shards pack SOURCE --output DIR --hint picture --hint-files DIR"
+            raise UserError(what, hint=f"pack them with pictures beside: {command}", code=DATA)
+        return {"kind": "source"}
+    if not args.low_res:
+        return None
+    if args.low_res < model.factor or any(side % args.low_res for side in picture):
+        what = f"--low-res {args.low_res}: does not fit pictures of {picture[0]}x{picture[1]}"
+        fits = [n for n in range(max(2, model.factor), min(picture) + 1) if not any(side % n for side in picture)]
+        raise UserError(what, hint=f"what divides their sides and is no less than the autoencoder's: {fits[:6]}")
+    if hint:
+        note("--low-res takes the place of the hints beside these pictures, which are left out")
+    return {"kind": "low-res", "factor": args.low_res}
+
+
+def said(plan: Mapping[str, Any]) -> str:
+    """What stands beside latents, for people."""
+    if image := plan["image"]:
+        return f", pictures {image['factor']} times smaller" if image["kind"] == "low-res" else ", hints encoded"
+    return f", hints of {plan['hint']['kind']}" if plan["hint"] else ""
+
+
+def trained(args: argparse.Namespace) -> list[str]:
+    """The flags of a training on it."""
+    if args.low_res:
+        return ["--image.kind", "low-res", "--image.factor", str(args.low_res)]
+    return ["--image.kind", "source"] if args.encode_hint else []
+
+
+def made_small(pixels: Tensor, factor: int) -> Tensor:
+    """uint8 (B, C, H, W) -> (B, C, H / factor, W / factor): the mean of each square, to the nearest number, halves to
+    the even one; what `ldm.inverse.operators.Box` keeps of a picture."""
+    squares = pixels.unfold(2, factor, factor).unfold(3, factor, factor)
+    return squares.flatten(-2).double().mean(-1).round().to(pixels.dtype)

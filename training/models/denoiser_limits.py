@@ -1,0 +1,159 @@
+"""What keeps a denoiser from being opened by diffusers: every reason at once, each with the config key that is free of
+it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ldm.schedules import Flow, Table
+from ldm.text import HuggingFace
+from training.errors import CHECKPOINT, UserError
+from training.settings.decoding import DenoiserConfig
+
+# What diffusers calls our predictions, on a table and on `flow`.
+PREDICTIONS = (
+    {"eps": "epsilon", "v": "v_prediction", "x0": "sample"},
+    {"velocity": "flow_prediction", "x0": "sample"},
+)
+CLASSES = 1000  # DiTPipeline's null class is row 1000, whatever the model
+PIPELINES = {
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "PixArtTransformer2DModel": "PixArtAlphaPipeline",
+    "DiTTransformer2DModel": "DiTPipeline",
+}
+# Of a transformer of ours, what each class of diffusers' can be.
+PIXART = {"conditioning": "adaln-single", "cross_norm": False, "pooled": False, "frequency_shift": 0.0}
+DIT = {"conditioning": "adaln-zero", "pooled": True, "pooled_projection": False, "frequency_shift": 1.0}
+COMMON = {"mlp": "gelu-tanh", "mlp_ratio": 4.0, "qk_norm": False, "norm": "layer", "position": "sincos"}
+WHY = {
+    "conditioning": "its blocks are modulated otherwise",
+    "cross_norm": "its cross-attention reads tokens that are not normalised",
+    "pooled": "it is told no pooled text",
+    "pooled_projection": "it adds the embedding of a class as it is",
+    "frequency_shift": "its sinusoids of the noise level are others",
+    "mlp": "its caption projection is GELU by tanh, always",
+    "mlp_ratio": "its feed-forward layers are 4 times as wide as its tokens",
+    "qk_norm": "its queries and keys are not normalised",
+    "norm": "it has layer norms",
+    "position": "it has the fixed position table",
+}
+
+
+class Obstacle(NamedTuple):
+    """A `key` of the config, its `value`, `why` diffusers cannot hold that, and what it can (`instead`)."""
+
+    key: str
+    value: Any
+    why: str
+    instead: str
+
+    def __str__(self) -> str:
+        return f"{self.key} = {json.dumps(self.value)}: {self.why}; {self.instead}"
+
+
+class Facts(NamedTuple):
+    """What a config does not say: the autoencoder's kind and factor, the labels, whether the tokenizer lower-cases."""
+
+    autoencoder: str = "kl"
+    factor: int = 8
+    labels: int = 0
+    lowers: bool = False
+
+
+def network(config: DenoiserConfig) -> str:
+    """The class of diffusers' that comes nearest to the backbone; empty where none does."""
+    backbone = config.backbone
+    if backbone.kind == "unet":
+        return "UNet2DConditionModel"
+    classes = {"cross": "PixArtTransformer2DModel", "none": "DiTTransformer2DModel"}
+    return classes.get(backbone.text, "") if backbone.kind == "dit" else ""
+
+
+def refuse(config: DenoiserConfig, facts: Facts) -> None:
+    """Raises UserError with all `obstacles`."""
+    if found := obstacles(config, facts):
+        name = PIPELINES.get(network(config), "a pipeline")
+        text = "\n  ".join(map(str, found))
+        hint = "--config portable-unet and portable-dit train what diffusers opens; --pt2 and --onnx write any model"
+        raise UserError(f"diffusers cannot open this model as {name}:\n  {text}", hint=hint, code=CHECKPOINT)
+
+
+def obstacles(config: DenoiserConfig, facts: Facts) -> list[Obstacle]:
+    """Every reason, in the order of a config's sections; none where diffusers' pipeline draws the same."""
+    name = network(config)
+    found = [*_backbone(config, name), *_text(config, name, facts), *_additions(config), *_process(config)]
+    found += _size(config, name, facts.factor)
+    if facts.autoencoder != "kl":
+        why = "its pipelines decode latents / scaling_factor, one number, and our normaliser folds into kl's layers alone"
+        found.append(Obstacle("model.kind (autoencoder)", facts.autoencoder, why, '"kl" can be written'))
+    return found
+
+
+def _size(config: DenoiserConfig, name: str, factor: int) -> Iterator[Obstacle]:
+    size = config.sample.size
+    if name == "DiTTransformer2DModel" and any(side and side != factor * config.backbone.base_size for side in size):
+        why, side = "DiTPipeline draws squares of the size of its position table", factor * config.backbone.base_size
+        yield Obstacle("sample.size", size, why, f"[{side}, {side}] can be written")
+    elif any(side % 8 for side in size):
+        yield Obstacle("sample.size", size, "its pipelines draw sides that 8 divides", "a multiple of 8 can be written")
+
+
+def _backbone(config: DenoiserConfig, name: str) -> Iterator[Obstacle]:
+    backbone = config.backbone
+    if not name:
+        what = ("text", backbone.text) if backbone.kind == "dit" else ("kind", backbone.kind)
+        yield Obstacle(f"backbone.{what[0]}", what[1], "diffusers has no such network", '"cross" of kind "dit" is PixArt')
+    elif name == "UNet2DConditionModel":
+        if backbone.position:
+            why = "UNet2DConditionModel has no position table"
+            yield Obstacle("backbone.position", True, why, "false can be written")
+        if backbone.pooled:
+            why = "StableDiffusionPipeline tells its U-Net no pooled text"
+            yield Obstacle("backbone.pooled", True, why, "false can be written")
+    else:
+        wanted = (PIXART if name == "PixArtTransformer2DModel" else DIT) | COMMON
+        for key, value in wanted.items():
+            if (ours := getattr(backbone, key, None)) != value:
+                yield Obstacle(f"backbone.{key}", ours, f"{name}: {WHY[key]}", f"{json.dumps(value)} can be written")
+
+
+def _text(config: DenoiserConfig, name: str, facts: Facts) -> Iterator[Obstacle]:
+    text = config.text
+    if name == "DiTTransformer2DModel":
+        if text.kind != "label":
+            yield Obstacle("text.kind", text.kind, "DiTPipeline is told class numbers", '"label" can be written')
+        elif facts.labels > CLASSES:
+            why = f"DiTPipeline takes class {CLASSES} for none"
+            yield Obstacle("text.kind", f"label of {facts.labels}", why, f"up to {CLASSES} labels can be written")
+        return
+    if not isinstance(text, HuggingFace):
+        why = "transformers has no such text encoder"
+        yield Obstacle("text.kind", text.kind, why, '"huggingface" can be written')
+        return
+    if text.layer != -1:
+        yield Obstacle("text.layer", text.layer, "its pipelines read the last layer", "-1 can be written")
+    masked, lower = name == "PixArtTransformer2DModel", name == "PixArtTransformer2DModel"
+    if name and text.masked != masked:
+        why = f"{PIPELINES[name]} {'masks padding' if masked else 'tells its network of no padding'}"
+        yield Obstacle("text.masked", text.masked, why, f"{json.dumps(masked)} can be written")
+    if name and text.lower != lower and not facts.lowers:
+        why = f"{PIPELINES[name]} {'lower-cases' if lower else 'does not lower-case'} prompts"
+        yield Obstacle("text.lower", text.lower, why, f"{json.dumps(lower)} can be written")
+
+
+def _additions(config: DenoiserConfig) -> Iterator[Obstacle]:
+    for section in ("adapter", "image"):
+        if (kind := getattr(config, section).kind) != "none":
+            yield Obstacle(f"{section}.kind", kind, "its text-to-image pipelines have no place for it", '"none" can')
+
+
+def _process(config: DenoiserConfig) -> Iterator[Obstacle]:
+    schedule, prediction = config.schedule, config.prediction.kind
+    if not isinstance(schedule, Table | Flow):
+        why = "its pipelines' schedulers walk DDPM tables and flow alone"
+        yield Obstacle("schedule.kind", schedule.kind, why, '"flow" and every "ddpm-..." can be written')
+    elif prediction not in (known := PREDICTIONS[isinstance(schedule, Flow)]):
+        text = f"{' and '.join(json.dumps(kind) for kind in known)} can be written"
+        yield Obstacle("prediction.kind", prediction, f"no scheduler of the schedule {schedule.kind} reads it", text)

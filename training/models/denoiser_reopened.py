@@ -1,0 +1,155 @@
+"""A pipeline of diffusers' that was written, opened again and held against the run: by diffusers, else by our reader."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.noise import Noise
+from ldm.schedules import Table
+from ldm.text.encoders import LabelEncoder
+from training.errors import CHECKPOINT, UserError
+from training.guarding import read_record
+from training.models.assembly import HashedPipeline, load_pipeline
+from training.settings.decoding import DenoiserConfig
+
+CLOSE = 1e-5  # the largest difference, in float32, by the largest number that is compared or 1
+PROMPTS = ["a red circle above a blue square", "", "A photo"]
+LEVELS = (1.0, 401.0, 998.0)
+
+
+class Errors(NamedTuple):
+    """The largest difference of each part, by the largest number that is compared or 1."""
+
+    text: float
+    denoiser: float
+    encode: float
+    decode: float
+    betas: float
+
+
+def compare(folder: Path, pipeline: HashedPipeline, config: DenoiserConfig) -> str:
+    """One line of how near `folder` is to the run. Raises UserError where it is not within `CLOSE`, or does not open.
+
+    The text's encoding, one call of the denoiser at three noise levels, the encoder's mean, the decoder, the table.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        diffusers = None
+    with torch.no_grad():
+        errors = _by_diffusers(diffusers, folder, pipeline, config) if diffusers else _by_import(folder, pipeline)
+    by = f"diffusers {diffusers.__version__}" if diffusers else "our own import; diffusers is not installed here"
+    told = ", ".join(f"{name} {error:.1g}" for name, error in errors._asdict().items() if error >= 0)
+    if not max(errors) <= CLOSE:  # NaN is not
+        what = f"what was written draws otherwise than the run (opened by {by}; largest differences: {told})"
+        raise UserError(what, hint="this is a mistake of the program: please report it with config.json", code=CHECKPOINT)
+    return f"opened again by {by}: largest differences {told}"
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours - theirs| by max |ours| or 1; NaN where the shapes differ."""
+    if ours.shape != theirs.shape:
+        return torch.nan
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1))
+
+
+def probe(pipeline: HashedPipeline) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (3, C, h, w) of unit variance, noise levels (3,), and a picture in [-1, 1] of the trained size."""
+    noise = Noise.from_seeds(range(len(LEVELS))).fold("export")
+    picture = noise.normal((pipeline.autoencoder.image_channels, *pipeline.size), "picture")[:1].clamp(-2, 2) / 2
+    return noise.normal(pipeline.latent_shape(pipeline.size)), torch.tensor(LEVELS), picture
+
+
+def captions(pipeline: HashedPipeline) -> list[str]:
+    """Three that the text encoder takes, the empty one among them."""
+    text = pipeline.text
+    return [text.classes[0], "", text.classes[-1]] if isinstance(text, LabelEncoder) else PROMPTS
+
+
+def _by_diffusers(diffusers: Any, folder: Path, pipeline: HashedPipeline, config: DenoiserConfig) -> Errors:
+    with quiet(diffusers):
+        parts = {name: _whole(diffusers, folder, name) for name in ("unet", "transformer", "vae")}
+        theirs = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    vae, (x, levels, picture) = parts["vae"], probe(pipeline)
+    ours, backbone, cond = pipeline.autoencoder, pipeline.denoiser.backbone, pipeline.text(captions(pipeline))
+    given, text = _text(theirs, pipeline, cond)
+    network = parts["unet"] or parts["transformer"]
+    answer = network(x, timestep=levels, **given, return_dict=False)[0]
+    moments, posterior = ours.encode(picture), vae.encode(picture).latent_dist
+    spread = moments.chunk(2, dim=1)[1] - 2 * ours.norm.scale.log()  # of normalised latents
+    encoded = max(error(ours.norm.mean_latents(moments), posterior.mean),
+                  error(spread, posterior.parameters.chunk(2, dim=1)[1]))  # fmt: skip
+    decoded = error(ours.decode(x), vae.decode(x / vae.config.scaling_factor, return_dict=False)[0])
+    betas, table = 0.0, config.schedule
+    if isinstance(table, Table):
+        betas = error(table.alpha_bar().float(), theirs.scheduler.alphas_cumprod)
+    return Errors(text, error(backbone(x, levels, cond), answer), encoded, decoded, betas)
+
+
+@contextmanager
+def quiet(diffusers: Any) -> Iterator[None]:
+    """Without the bars and advice of other programs; what is wrong is found by comparing."""
+    from transformers.utils import logging
+
+    for library in (diffusers.utils.logging, logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def _whole(diffusers: Any, folder: Path, name: str) -> Any:
+    """A part by the class of its config.json, all of its weights in their places; None where there is no such part."""
+    home = folder / name
+    if not home.is_dir():
+        return None
+    kind = read_record(home / "config.json", {"_class_name": str})["_class_name"]
+    model, outcome = getattr(diffusers, kind).from_pretrained(home, output_loading_info=True, local_files_only=True)
+    if wrong := {what: keys for what, keys in outcome.items() if keys}:
+        hint = "this is a mistake of the program: please report it with config.json"
+        raise UserError(f"diffusers does not read {kind} whole: {wrong}", hint=hint, code=CHECKPOINT)
+    return model.eval()
+
+
+def _text(theirs: Any, pipeline: HashedPipeline, cond: Cond) -> tuple[dict[str, Tensor], float]:
+    """How their pipeline tells its network of the captions, and how far that is from `cond`."""
+    if isinstance(pipeline.text, LabelEncoder):
+        labels = [theirs.labels.get(caption, 1000) for caption in captions(pipeline)]
+        return {"class_labels": torch.tensor(labels)}, 0.0
+    length, given = cond.context.shape[1], captions(pipeline)
+    if "Alpha" in type(theirs).__name__ or "Sigma" in type(theirs).__name__:
+        states, mask, *_ = theirs.encode_prompt(given, False, max_sequence_length=length)
+        real = cond.mask[..., None].float()
+        told = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        same = torch.nan if not torch.equal(mask.bool(), cond.mask) else error(cond.context * real, states * real)
+        return told | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}, same  # type: ignore[dict-item]
+    states, _ = theirs.encode_prompt(given, "cpu", 1, False)
+    return {"encoder_hidden_states": states}, error(cond.context, states)
+
+
+def _by_import(folder: Path, pipeline: HashedPipeline) -> Errors:
+    """What `convert_denoiser import` makes of it, held against the run."""
+    from training.models.denoiser_import import import_denoiser
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as home:
+        import_denoiser(str(folder), Path(home) / "again")
+        again = load_pipeline(Path(home) / "again", "cpu")
+    x, levels, picture = probe(pipeline)
+    given = captions(pipeline)
+    cond, told = pipeline.text(given), again.text(given)
+    real = cond.mask[..., None].float()
+    ours, theirs = pipeline.autoencoder, again.autoencoder
+    answers = [p.denoiser.backbone(x, levels, c) for p, c in ((pipeline, cond), (again, told))]
+    encoded = [a.norm.mean_latents(a.encode(picture)) for a in (ours, theirs)]
+    tables = [p.denoiser.schedule(torch.linspace(0.01, 1, 100, dtype=torch.float64)).alpha for p in (pipeline, again)]
+    text = error(cond.context * real, told.context * real) if torch.equal(cond.mask, told.mask) else torch.nan
+    return Errors(text, error(*answers), error(*encoded), error(ours.decode(x), theirs.decode(x)), error(*tables))

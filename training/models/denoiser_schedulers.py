@@ -1,0 +1,85 @@
+"""The training process of a denoiser as a scheduler of diffusers': its class, and what scheduler_config.json says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm.grids import Leading, Linspace, Trailing, Uniform
+from ldm.schedules import DDPMCosine, DDPMLinear, DDPMScaledLinear, Flow, Table
+from training.messages import note
+from training.models.denoiser_limits import PREDICTIONS
+from training.settings.decoding import DenoiserConfig
+
+# Tables that diffusers builds itself, to float32, by the name of its rule.
+NAMED = {DDPMLinear: "linear", DDPMScaledLinear: "scaled_linear"}
+SPACINGS = {Leading: "leading", Trailing: "trailing", Linspace: "linspace"}
+
+
+def scheduler(config: DenoiserConfig) -> tuple[str, dict[str, Any]]:
+    """(class, settings) with the betas, the prediction and the steps of a config that `obstacles` has nothing against.
+
+    A table is walked by DDIMScheduler, with a learned variance that the pipeline does not split off by DDPMScheduler;
+    `flow` by DPMSolverMultistepScheduler, which has the sigmas of flow matching and which pipelines take.
+    """
+    prediction = PREDICTIONS[type(config.schedule) is Flow][config.prediction.kind]
+    if isinstance(config.schedule, Table):
+        return _table(config, config.schedule, prediction)
+    return "DPMSolverMultistepScheduler", {
+        "num_train_timesteps": config.schedule.steps,
+        "prediction_type": prediction,
+        "use_flow_sigmas": True,
+        "flow_shift": getattr(config.grid, "shift", 1.0),
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "final_sigmas_type": "zero",
+        "steps_offset": _offset(config),
+    }
+
+
+def _table(config: DenoiserConfig, table: Table, prediction: str) -> tuple[str, dict[str, Any]]:
+    """The last step goes to the clean end: `set_alpha_to_one`, as `ldm.samplers` does, and as DDPMScheduler always."""
+    common = {
+        **_betas(table),
+        "num_train_timesteps": table.steps,
+        "prediction_type": prediction,
+        "clip_sample": False,
+        "timestep_spacing": _spacing(config),
+        "steps_offset": _offset(config),
+    }
+    # Pipelines for text split the variance off for PixArt alone; DDIMScheduler would take it for channels.
+    if config.backbone.learned_variance and config.backbone.kind == "unet":
+        return "DDPMScheduler", common | {"variance_type": "learned_range"}
+    return "DDIMScheduler", common | {"set_alpha_to_one": True}
+
+
+def _offset(config: DenoiserConfig) -> int:
+    """What `leading` adds to each entry; other rules pass it over. StableDiffusionPipeline sets it to 1, whatever it is
+    given, and advises so."""
+    if config.backbone.kind != "unet":
+        return int(getattr(config.grid, "offset", 0))
+    if isinstance(config.grid, Leading) and config.grid.offset != 1:
+        note("StableDiffusionPipeline has no grid leading with offset 0: each of its steps visits the entry after ours")
+    return 1
+
+
+def _betas(table: Table) -> dict[str, Any]:
+    """The rule of a table by its name where diffusers has it, else all of its betas."""
+    if table.shift == 1:
+        ends: dict[str, Any] = {"rescale_betas_zero_snr": table.zero_terminal_snr}
+        if isinstance(table, DDPMCosine) and (table.s, table.max_beta) == (0.008, 0.999):
+            return ends | {"beta_schedule": "squaredcos_cap_v2"}
+        if isinstance(table, DDPMLinear | DDPMScaledLinear):
+            ends |= {"beta_start": table.beta_min, "beta_end": table.beta_max}
+            return ends | {"beta_schedule": NAMED[type(table)]}
+    kept = table.alpha_bar()
+    ratios = kept / kept.roll(1).index_fill(0, kept.new_zeros(1).long(), 1.0)
+    return {"trained_betas": (1 - ratios).tolist(), "rescale_betas_zero_snr": False}
+
+
+def _spacing(config: DenoiserConfig) -> str:
+    """Which entries are visited. A grid of another rule is told, and walked as `trailing`: from pure noise, evenly."""
+    grid = config.grid
+    even = isinstance(grid, Uniform) and grid.shift == 1  # trailing's, but for rounding
+    if type(grid) not in SPACINGS and not even:
+        note(f"the grid {grid.kind} has no counterpart in diffusers' DDIMScheduler: timestep_spacing trailing is written")
+    return SPACINGS.get(type(grid), "trailing")

@@ -1,0 +1,180 @@
+"""diffusers' scheduler_config.json -> [schedule], [prediction], [sampler] and [grid]; what has no counterpart goes into
+the ledger where it changes how pictures are drawn, and is refused where it changes what the network was trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from training.errors import CHECKPOINT, UserError
+from training.ledger import Ledger
+from training.models.layout import foreign
+
+Settings = dict[str, Any]
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
+TABLES = {"linear": "ddpm-linear", "scaled_linear": "ddpm-scaled-linear", "squaredcos_cap_v2": "ddpm-cosine",
+          "sigmoid": "ddpm-sigmoid"}  # fmt: skip
+SIGMA = {"variable": "sigma"}
+# Each class's sampler here, and its timestep_spacing where config.json states none.
+SAMPLERS: dict[str, tuple[Settings, str]] = {
+    "DDIMScheduler": ({"kind": "ddim"}, "leading"),
+    "DDPMScheduler": ({"kind": "ddpm"}, "leading"),
+    "PNDMScheduler": ({"kind": "pndm"}, "leading"),
+    "EulerDiscreteScheduler": ({"kind": "euler", **SIGMA}, "linspace"),
+    "EulerAncestralDiscreteScheduler": ({"kind": "ddim", "eta": 1.0}, "linspace"),
+    "HeunDiscreteScheduler": ({"kind": "heun", **SIGMA}, "linspace"),
+    "LMSDiscreteScheduler": ({"kind": "lms"}, "linspace"),
+    "DPMSolverMultistepScheduler": ({"kind": "dpmpp-2m"}, "linspace"),
+    "UniPCMultistepScheduler": ({"kind": "unipc"}, "linspace"),
+    "DEISMultistepScheduler": ({"kind": "deis"}, "linspace"),
+    "FlowMatchEulerDiscreteScheduler": ({"kind": "euler"}, "linspace"),
+    "FlowMatchHeunDiscreteScheduler": ({"kind": "heun"}, "linspace"),
+}
+ROUNDED = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # whose linspace is of entries of the table, 0 among them
+DPM = {("dpmsolver++", 1): "ddim", ("dpmsolver++", 2): "dpmpp-2m", ("dpmsolver++", 3): "dpmpp-3m",
+       ("sde-dpmsolver++", 1): "ddpm", ("sde-dpmsolver++", 2): "dpmpp-sde-2m",
+       ("sde-dpmsolver++", 3): "dpmpp-sde-3m"}  # fmt: skip
+VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "fixed_large_log": "large",
+             "learned_range": "learned"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Process:
+    """The sections of a config that say what a network was trained for, and by which rule it draws."""
+
+    schedule: Settings
+    prediction: Settings
+    sampler: Settings
+    grid: Settings
+
+
+def read_scheduler(about: Mapping[str, Any], ledger: Ledger, learned_variance: bool = False) -> Process:
+    """Of a scheduler_config.json. `learned_variance`: the network answers one.
+
+    Raises UserError for processes that networks here are not trained for, naming the setting.
+    """
+    name = str(about.get("_class_name", ""))
+    flow = name.startswith("FlowMatch") or bool(about.get("use_flow_sigmas"))
+    if not flow and "beta_schedule" not in about and name not in SAMPLERS:
+        raise foreign(f"scheduler {name or 'without a _class_name'}", f"{', '.join(SAMPLERS)} are read")
+    sampler, spacing = SAMPLERS.get(name, ({"kind": "ddim"}, "leading"))
+    if name not in SAMPLERS:
+        ledger.add("replaced", "a scheduler that is not known here, by DDIM", name)
+    return Process(
+        schedule={"kind": "flow"} if flow else _schedule(about),
+        prediction={"kind": _prediction(about, flow)},
+        sampler=_sampler(name, dict(sampler), about, learned_variance, ledger),
+        grid=_flow_grid(about, ledger) if flow else _grid(name, about.get("timestep_spacing", spacing), about, ledger),
+    )
+
+
+def _schedule(about: Mapping[str, Any]) -> Settings:
+    """The table. Raises UserError for one that is given entry by entry, or by a rule that is not known."""
+    if about.get("trained_betas"):
+        raise foreign("trained_betas", f"beta_schedule is read: {', '.join(TABLES)}")
+    if about.get("timestep_type") == "continuous":
+        raise foreign("timestep_type = 'continuous'", "networks that are told the entry of a table are read")
+    rule = about.get("beta_schedule", "linear")
+    if rule not in TABLES:
+        raise foreign(f"beta_schedule = {rule!r}", f"{', '.join(TABLES)} are read")
+    table = {"kind": TABLES[rule], "steps": about.get("num_train_timesteps", 1000),
+             "zero_terminal_snr": bool(about.get("rescale_betas_zero_snr"))}  # fmt: skip
+    ends = {"beta_min": float(about.get("beta_start", 0.0001)), "beta_max": float(about.get("beta_end", 0.02))}
+    return table if rule == "squaredcos_cap_v2" else table | ends
+
+
+def _prediction(about: Mapping[str, Any], flow: bool) -> str:
+    said = about.get("prediction_type", "flow_prediction" if flow else "epsilon")
+    if flow and str(about.get("_class_name")).startswith("FlowMatch"):
+        said = "flow_prediction"
+    if said not in PREDICTIONS or flow != (said == "flow_prediction"):
+        where = "flow matching" if flow else "a table of betas"
+        raise foreign(f"prediction_type = {said!r} on {where}", f"{', '.join(PREDICTIONS)} are read")
+    return PREDICTIONS[said]
+
+
+def _sampler(name: str, sampler: Settings, about: Mapping[str, Any], learned: bool, ledger: Ledger) -> Settings:
+    """The rule of a step; what of it differs goes into the ledger."""
+    order = about.get("solver_order", 2)
+    if name == "DPMSolverMultistepScheduler":
+        algorithm = about.get("algorithm_type", "dpmsolver++")
+        if (algorithm, order) not in DPM:
+            ledger.add("replaced", f"algorithm_type of order {order}, by dpmpp-2m", str(algorithm))
+        sampler = {"kind": DPM.get((algorithm, order), "dpmpp-2m")}
+        if about.get("solver_type", "midpoint") != "midpoint" and order == 2:
+            ledger.add("replaced", "solver_type, by midpoint", str(about["solver_type"]))
+        if order == 3:
+            ledger.add("replaced", "the third-order rule, by one whose last term is whole", str(algorithm))
+    elif name in ("UniPCMultistepScheduler", "DEISMultistepScheduler"):
+        sampler |= {"solver_order": order}
+    elif name == "DDPMScheduler":
+        sampler |= {"variance": _variance(str(about.get("variance_type", "fixed_small")), learned, ledger)}
+    elif name == "PNDMScheduler" and not about.get("skip_prk_steps", False):
+        ledger.add("replaced", "the first steps by Runge-Kutta (skip_prk_steps), by PLMS")
+    clips = about.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
+    for setting in [*(["clip_sample"] if clips else []), *(["thresholding"] if about.get("thresholding") else [])]:
+        ledger.add("ignored", "a bound on x0, which latents here do not have", setting)
+    ends_on_table = not about.get("set_alpha_to_one", name != "PNDMScheduler")
+    if ends_on_table or about.get("final_sigmas_type", "zero") != "zero":
+        setting = "set_alpha_to_one = false" if ends_on_table else f"final_sigmas_type = {about['final_sigmas_type']}"
+        ledger.add("replaced", "a last step that leaves the noise of the table's first entry, by one onto x0", setting)
+    return sampler
+
+
+def _variance(said: str, learned: bool, ledger: Ledger) -> str:
+    ours = VARIANCES.get(said, "small")
+    if said not in VARIANCES or (ours == "learned" and not learned):
+        ledger.add("replaced", "variance_type, by fixed_small", said)
+        return "small"
+    return ours
+
+
+def _grid(name: str, spacing: str, about: Mapping[str, Any], ledger: Ledger) -> Settings:
+    """The times that are visited."""
+    if about.get("use_karras_sigmas") or about.get("use_exponential_sigmas"):
+        if spacing != "linspace":
+            ledger.add("replaced", "the ends of the noise levels, by those of the whole table", f"{spacing} spacing")
+        ends = {"sigma_min": 0.002, "sigma_max": 80.0}  # cut to the table's own
+        return {"kind": "karras" if about.get("use_karras_sigmas") else "exponential", **ends}
+    for odd in ("use_beta_sigmas", "use_lu_lambdas"):
+        if about.get(odd):
+            ledger.add("replaced", f"noise levels of a rule that is not known here, by {spacing}", odd)
+    if spacing == "leading":
+        offset = about.get("steps_offset", 0)
+        if offset not in (0, 1):
+            ledger.add("replaced", "steps_offset, by 1", str(offset))
+        return {"kind": "leading", "offset": min(int(bool(offset)), 1)}
+    if spacing == "linspace" and name not in ROUNDED:
+        multistep = name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
+        near = "trailing" if multistep else "linspace"
+        ledger.add("replaced", f"timesteps of linspace, by the nearest entries of {near} (one apart at most)", name)
+        return {"kind": near}
+    if spacing not in ("linspace", "trailing"):
+        raise foreign(f"timestep_spacing = {spacing!r}", "leading, linspace and trailing are read")
+    return {"kind": spacing}
+
+
+def _flow_grid(about: Mapping[str, Any], ledger: Ledger) -> Settings:
+    """Equal steps of t, shifted. Raises UserError where noise and data are the other way round."""
+    if about.get("invert_sigmas"):
+        raise foreign("invert_sigmas", "schedulers that go from sigma 1, noise, to 0 are read")
+    shift = float(about.get("shift", about.get("flow_shift", 1.0)) or 1.0)
+    for odd in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+                "shift_terminal", "stochastic_sampling"):  # fmt: skip
+        if about.get(odd):
+            ledger.add("replaced", f"noise levels of a rule that is not known here, by shift {shift:g}", odd)
+    return {"kind": "uniform", "shift": shift}
+
+
+def need_prediction(said: str | None, process: Process, ledger: Ledger, source: str) -> Process:
+    """The process with what `--prediction` says. Raises UserError where its schedule has no such prediction."""
+    if said is None or said == process.prediction["kind"]:
+        return process
+    if (said == "velocity") != (process.schedule["kind"] == "flow"):
+        hint = "velocity belongs to flow matching; eps, v and x0 to a table of betas"
+        raise UserError(f"--prediction {said}: {source} is on schedule {process.schedule['kind']}", hint=hint,
+                        code=CHECKPOINT)  # fmt: skip
+    ledger.add("replaced", f"the prediction, by --prediction {said}", process.prediction["kind"])
+    return Process(process.schedule, {"kind": said}, process.sampler, process.grid)

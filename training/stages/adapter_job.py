@@ -1,0 +1,127 @@
+"""The training of an adapter upon a finished denoiser: what it learns is all that it stores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm.adapters import joined
+from training.commands import door
+from training.errors import CHECKPOINT, UserError, as_user_error
+from training.models import assembly, text_encoders
+from training.models.adapters import OF_BASE, keep_base, refuse_adapter
+from training.models.captions_read import refuse_unread, tell_unknown
+from training.models.folders import find, name_of
+from training.models.init_from import fill_network, refuse_new_words, vocabulary_home
+from training.models.lineage import store_ingredients, stored_ingredients
+from training.models.text_encoders import known_words
+from training.models.vocabulary import added, grown
+from training.next_step import again, beside, prompt
+from training.stages.denoiser import DenoiserStage
+from training.stages.denoiser_job import DenoiserJob
+from training.stages.job import parameters
+from training.tensors import content_hash
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class AdapterJob(DenoiserJob):
+    """A few parameters upon a base, which is loaded, frozen and never written."""
+
+    def settle(self) -> None:
+        """Also what the data decide of the adapter."""
+        if self.args.init_from:
+            hint = "leave one of them out: --base learns an adapter upon a model, --init-from goes on with all of it"
+            raise UserError("--base and --init-from are two ways to begin", hint=hint)
+        refuse_new_words(self.args, self.config.text)
+        super().settle()
+        if self.args.new_words:
+            self._take_words()
+        shards = self.dataset.shards
+        factor = shards.summary["latent"]["picture"][0] // self.dataset.shape[1]
+        hints = shards.summary.get("hint", {}).get("channels", 0)
+        with as_user_error("make_shards pack --hint KIND, then encode_latents, store them beside the pictures"):
+            self.config = dataclasses.replace(self.config, adapter=self.config.adapter.settled(factor, hints))
+
+    def _take_words(self) -> None:
+        """The captions' words that the base does not know become words of the adapter."""
+        text, adapter = self.config.text, self.config.adapter
+        with as_user_error("name the words with --adapter.words, and leave --new-words out"):
+            words = text_encoders.stored_vocabulary(find(self.args.base, "denoiser").final)
+            new = added(words, grown(text, self.dataset, words)) or []
+            taken = (*adapter.words, *(word for word in new if word not in adapter.words and word.isalnum()))
+            self.config = dataclasses.replace(self.config, adapter=dataclasses.replace(adapter, words=taken))
+
+    def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
+        """The base with a fresh adapter at work in it, in a stage that trains the adapter."""
+        args, config = self.args, self.config
+        found = find(args.base, "denoiser")
+        refuse_adapter(args.base, found, "give the model that it was learned upon with --base")
+        torch.manual_seed(config.train.seed)
+        home = vocabulary_home(config.text, None, args.base)
+        with as_user_error("change the config"):
+            given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
+            parts = assembly.assemble(*given, draws=accelerator.is_main_process)
+        self._same_autoencoder(stored_ingredients(found.final), parts.hashes)
+        fill_network(config, parts, self.dataset, args.base, args.text_encoder)
+        hashes = parts.hashes | assembly.networks(parts.pipeline)
+        self.base = {name: hashes[name] for name in OF_BASE if name in hashes}
+        for part in (parts.backbone, parts.text):
+            part.eval().requires_grad_(False)
+        with as_user_error("see the keys of [adapter] with --print-config"):
+            self.adapter = joined.build(config.adapter, parts.backbone, parts.text).to(accelerator.device)
+        backbone, text = self.adapter.attach(parts.backbone, parts.text)
+        tell_unknown(text, self.dataset, args.base)
+        refuse_unread(text, self.dataset)
+        pipeline = assembly.draw_with(config, parts.autoencoder, backbone, text, parts.hashes)
+        self.parts = dataclasses.replace(parts, backbone=backbone, text=text, pipeline=pipeline)
+        norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
+        self.trained = DenoiserStage(config, backbone, text, norm, *data, pipeline, parts.null, self.adapter)
+        return self.trained
+
+    def _same_autoencoder(self, base: Mapping[str, Any], ours: Mapping[str, str]) -> None:
+        """Raises UserError where the latents are not those of the base."""
+        if base.get("autoencoder", ours["autoencoder"]) != ours["autoencoder"]:
+            own, other = base["autoencoder"][:12], ours["autoencoder"][:12]
+            what = f"the base {self.args.base} draws with autoencoder {own}, the latents were made by {other}"
+            again = door("encode_latents --autoencoder BASE/final/autoencoder --data PICTURES --output DIR")
+            raise UserError(what, hint=f"encode the pictures with that of the base: {again}", code=CHECKPOINT)
+
+    def description(self) -> str:
+        """Parameters of the adapter and of its base, and the number of latents."""
+        count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
+        kind, base = self.config.adapter.kind, name_of(self.args.base)
+        return f"{kind}: {parameters(self.adapter)} parameters upon {base}, which stays as it is; {count} latents"
+
+    def beside(self) -> int:
+        """Nothing: the base is not copied."""
+        return 0
+
+    def facts(self) -> dict[str, Any]:
+        """Also the hashes of the base."""
+        return {**super().facts(), "base": self.base}
+
+    def begin(self, final: Path) -> None:
+        """Write down which base it is."""
+        final.mkdir(parents=True, exist_ok=True)
+        keep_base(final, self.args.base, self.base)
+
+    def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
+        """The tensors of the adapter; that the base is still the same is looked at once more."""
+        tensors: dict[str, Tensor] = self.adapter.state_dict()
+        store_ingredients(run / "final", {"adapter": content_hash(tensors)})
+        return tensors
+
+    def next_steps(self, run: Path) -> list[str]:
+        """To draw with it."""
+        captions = (caption for place in range(len(self.dataset)) for caption in self.dataset.captions(place)[:1])
+        also = again({"device": self.args.device, "text-encoder": self.args.text_encoder})
+        known = known_words(find(self.args.base, "denoiser").final)
+        words = ["--model", self.args.base, "--adapter", run, *prompt(captions, known)]
+        return [door("generate", *words, "--output", beside(run, "pictures"), *also)]
