@@ -123,7 +123,8 @@ def requests_of(args: argparse.Namespace, sources: Sequence[Given], ledger: Ledg
         captions = (args.prompt,) if args.prompt is not None else source.captions
         if not captions:
             ledger.add("guessed", "picture without a caption, the empty one taken: --prompt gives one", source.name)
-        ledger.add("ignored", "captions after a picture's first", source.name, max(0, len(captions) - 1))
+        if captions[1:]:
+            ledger.add("ignored", "captions after a picture's first", source.name, len(captions) - 1)
         requests.append(Request(number, captions[0] if captions else "", args.seed, source))
     return requests
 
