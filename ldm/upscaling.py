@@ -26,7 +26,7 @@ from ldm.pipeline import Pipeline
 from ldm.tasks import Task, Tasks, unheld
 from ldm.windowed import in_windows
 
-ROUNDS = 8  # of projecting what clipping to [-1, 1] has moved
+HALVINGS = 24  # from 510 to less than float32 tells of 255
 
 
 def upscaling(pipeline: Pipeline, condition: LowRes, pictures: Pictures, *, level: float | None = None,
@@ -91,25 +91,29 @@ def _mirrored(side: int, wanted: int) -> Tensor:
 def projected(made: Tensor, small: Tensor, factor: int) -> Tensor:
     """The pixels nearest to `made` whose means over squares are those of `small`, all uint8.
 
-    x + A^+ (y - A x), and again for what clipping has moved: back-projection, Irani & Peleg 1991. Of the pixels of a
-    square as many are rounded up as its mean needs, those with the largest fractions.
+    clip(x + c) with the c of each square that gives its mean, by halving: the Euclidean projection onto what is
+    consistent and in range; without the range it is the back-projection x + A^+ (y - A x), Irani & Peleg 1991. Of the
+    pixels of a square as many are rounded up as its mean needs, those with the largest fractions.
     """
-    operator, y, x = Box(factor=factor), small.float(), made.float()
-    for _ in range(ROUNDS):
-        x = (x + operator.pinv(y - operator(x))).clamp(0, 255)
-    squares = x.unfold(2, factor, factor).unfold(3, factor, factor)
-    parts = squares.flatten(-2)
-    down = parts.floor()
+    squares, y = made.float().unfold(2, factor, factor).unfold(3, factor, factor), small.float()
+    x = squares.flatten(-2)
+    low, high = torch.full_like(y, -255), torch.full_like(y, 255)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        short = (x + middle[..., None]).clamp(0, 255).mean(-1) < y
+        low, high = middle.where(short, low), high.where(short, middle)
+    moved = (x + high[..., None]).clamp(0, 255)
+    down = moved.floor()
     up = (factor**2 * y - down.sum(-1)).round()
-    rank = (parts - down).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    rank = (moved - down).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     whole = (down + (rank < up[..., None])).clamp(max=255).view_as(squares)
     return whole.transpose(3, 4).reshape(made.shape).to(torch.uint8)
 
 
 def residual(made: Tensor, small: Tensor, factor: int) -> Tensor:
     """mean |y - A x| of uint8 pictures (B, C, f h, f w) and their small ones, in 255ths, (B,)."""
-    off = to_unit(small) - Box(factor=factor)(to_unit(made))
-    return off.abs().flatten(1).mean(1) * 127.5
+    off = small.float() - Box(factor=factor)(made.float())
+    return off.abs().flatten(1).mean(1)
 
 
 def larger(pipeline: Pipeline, stride: int | None, factor: int, size: tuple[int, int]) -> Pipeline:

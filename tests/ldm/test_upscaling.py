@@ -147,6 +147,11 @@ def test_a_projection_moves_as_little_as_it_can() -> None:
 
 def test_a_projection_reaches_what_clipping_moved() -> None:
     """Pixels at the end of the range cannot follow: the others of their square go further."""
+    for shade in (0, 255):
+        flat = projected(torch.full((1, 3, 4, 4), 255 - shade, dtype=torch.uint8), picture(2, 2) * 0 + shade, 2)
+        assert flat.eq(shade).all()
+    noisy = torch.randint(0, 2, (1, 3, 12, 12), generator=torch.Generator().manual_seed(3)).to(torch.uint8) * 255
+    assert residual(projected(noisy, picture(3, 3), 4), picture(3, 3), 4).item() == 0
     made = torch.tensor([[250, 255], [0, 100]], dtype=torch.uint8).expand(1, 3, 2, 2)
     got = projected(made, torch.full((1, 3, 1, 1), 220, dtype=torch.uint8), 2)
     assert got.double().mean((-2, -1)).eq(220).all() and got[..., 0, 1].eq(255).all()

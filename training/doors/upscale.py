@@ -25,7 +25,7 @@ def main() -> None:
     add("--samples", metavar="N", type=int, default=1, help=text)
     text = "bring what is drawn to what the small picture says: its means over squares of pixels are then the same"
     add("--consistent", action="store_true", help=text)
-    text = "latents from one window of the trained size to the next (default: half of one); 0 draws large pictures whole"
+    text = "latents from one window of the trained size to the next (default: half of one); 0: large ones whole"
     add("--windows", metavar="N", type=int, help=text)
     add("--seed", type=int, default=0, help="seed of each picture's first draw")
     how = parser.add_argument_group("how to draw (the run's own settings when not given)").add_argument

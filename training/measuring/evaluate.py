@@ -30,6 +30,7 @@ from training.measuring.likelihood import likelihood
 from training.measuring.obedience import sampling_errors, shapes_obedience
 from training.measuring.protocol import card, protocol, protocol_hash
 from training.measuring.restoration import restoration
+from training.measuring.upscaling import upscaled
 from training.messages import answer, tell, warn
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
@@ -61,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    model = find(args.model, "denoiser" if args.classify or args.restore or args.copies else None)
+    model = find(args.model, "denoiser" if args.classify or args.restore or args.upscale or args.copies else None)
     numbers = of_autoencoder(args) if model.stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
@@ -136,7 +137,7 @@ def _short(network: torch.nn.Module) -> str:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    instead = (args.likelihood, args.classify, args.restore, args.copies)
+    instead = (args.likelihood, args.classify, args.restore, args.upscale, args.copies)
     if not any((*instead, args.data, args.edits, args.obedience == "shapes")):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
@@ -152,7 +153,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
             ledger.add("ignored", "keys that nothing of this measurement reads", f"--{key}")
     if args.clip and (any(instead) or not args.data):
         ledger.add("ignored", "flags that nothing of this measurement reads", "--clip")
-    if args.obedience == "shapes" and not args.restore:
+    if args.obedience == "shapes" and not args.restore and not args.upscale:
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.edits:
         numbers |= shapes_edits(pipeline, sampling, args)
@@ -160,6 +161,9 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= classification(pipeline, args, device, ledger)
     elif args.copies:
         numbers |= copies(pipeline, sampling, args, device, ledger)
+    elif args.upscale:
+        with sampling_errors():
+            numbers |= upscaled(pipeline, sampling, args, device, ledger)
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
     elif args.likelihood:

@@ -20,18 +20,6 @@ FAST = ("--steps", 2, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
-def upscaler(shapes: Path, autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A denoiser of 32 px that is shown 8 px, after a few steps."""
-    root = tmp_path_factory.mktemp("upscaler")
-    words = ("--autoencoder", autoencoder, "--data", shapes, "--output", root / "latents", "--low-res", 4)
-    assert tiny.call("encode_latents", *words, "--device", "cpu") == 0
-    words = ("--latents", root / "latents", "--output", root / "run", "--image.kind", "low-res")
-    assert tiny.call("train_denoiser", *words, *tiny.DENOISER) == 0
-    tiny.shake(root / "run" / "final")
-    return root / "run"
-
-
-@pytest.fixture(scope="module")
 def base(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A denoiser of 8 px, in pixels."""
     root = tmp_path_factory.mktemp("base")
@@ -43,8 +31,8 @@ def base(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tiny.call("make_shards", *pack) == 0
     identity = ("--config", "identity", "--device", "cpu", "--data", root / "data", "--output", root / "pixels")
     assert tiny.call("train_autoencoder", *identity) == 0
-    encode = ("--autoencoder", root / "pixels", "--data", root / "data", "--output", root / "latents", "--device", "cpu")
-    assert tiny.call("encode_latents", *encode) == 0
+    encode = ("--autoencoder", root / "pixels", "--data", root / "data", "--output", root / "latents")
+    assert tiny.call("encode_latents", *encode, "--device", "cpu") == 0
     train = ("--latents", root / "latents", "--output", root / "run", "--batch-size", 8, "--max-steps", 2)
     assert tiny.call("train_denoiser", *tiny.DENOISER, *train) == 0
     tiny.shake(root / "run" / "final")
