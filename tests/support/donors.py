@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import peers
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ldm.noise import Noise
+from training.models.assembly import HashedPipeline
 
 diffusers = peers.diffusers
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "red", "blue", "green", "circle", "square", "triangle", "the", "left"]
@@ -24,6 +28,8 @@ PIXART: dict[str, Any] = {
 }  # fmt: skip
 DIT: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8,
                        "num_layers": 3, "sample_size": 8, "num_embeds_ada_norm": 5, "norm_eps": 1e-6}  # fmt: skip
+PROMPTS = ["a red circle", "the blue square left"]
+STEPS, SCALE = 8, 3.0
 TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -70,12 +76,13 @@ def t5() -> Any:
     ).eval()
 
 
-def stable_diffusion(scheduler: Any = None, encoder: Any = None, **unet: Any) -> Any:
+def stable_diffusion(scheduler: Any = None, encoder: Any = None, vae: Any = None, **unet: Any) -> Any:
     """A StableDiffusionPipeline."""
     rule = scheduler or diffusers.DDIMScheduler(**TABLE, clip_sample=False, steps_offset=1)
     return diffusers.StableDiffusionPipeline(
-        vae=peers.kl(), text_encoder=encoder or clip(), tokenizer=tokenizer(), scheduler=rule, safety_checker=None,
-        unet=network("UNet2DConditionModel", UNET | unet), feature_extractor=None, requires_safety_checker=False,
+        vae=vae or peers.kl(), text_encoder=encoder or clip(), tokenizer=tokenizer(), scheduler=rule,
+        unet=network("UNet2DConditionModel", UNET | unet), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
 
 
@@ -92,3 +99,27 @@ def convert(source: object, output: Path, *words: object, verb: str = "import") 
     """scripts/convert_denoiser.py; returns `output`."""
     assert tiny.call("convert_denoiser", verb, source, "--output", output, *words) == 0
     return output
+
+
+def noise(pipeline: HashedPipeline, size: tuple[int, int] = (16, 16)) -> Tensor:
+    """What ours begins with for seeds 0 and 1."""
+    return Noise.from_seeds([0, 1]).normal(pipeline.latent_shape(size), "prior")
+
+
+@torch.no_grad()
+def ours(pipeline: HashedPipeline, scale: float = SCALE, prompts: list[str] = PROMPTS,
+         size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Two latents and their pictures (2, 3, H, W) in [0, 1]."""
+    guidance = dataclasses.replace(pipeline.sampling.guidance, scale=scale)
+    plan = dataclasses.replace(pipeline.sampling, steps=STEPS, guidance=guidance)
+    shape = pipeline.latent_shape(size or pipeline.size)
+    latents = pipeline.latents(pipeline.guided(prompts, plan=plan), Noise.from_seeds([0, 1]), shape, plan)
+    return latents, (pipeline.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def theirs(pipeline: Any, start: Tensor, scale: float = SCALE) -> tuple[Tensor, Tensor]:
+    """The same of diffusers' pipeline."""
+    pipeline.set_progress_bar_config(disable=True)
+    told: dict[str, Any] = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
+    told |= {"num_inference_steps": STEPS, "guidance_scale": scale, "latents": start, "height": 16, "width": 16}
+    return tuple(pipeline(PROMPTS, output_type=kind, **told).images for kind in ("latent", "pt"))  # type: ignore[return-value]

@@ -6,7 +6,7 @@ from training.errors import UserError
 from training.messages import tell
 from training.settings.flags import Parser
 
-IMPORTING = ("text_encoder", "autoencoder", "prediction", "heads")
+IMPORTING = ("autoencoder", "prediction", "heads")
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("verb", choices=("import", "export"), help="which way")
     parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
     parser.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
-    text = "import: the text encoder and tokenizer of a source that lacks them (NAME or DIR)"
+    text = "the text encoder with its tokenizer, where SOURCE does not hold them"
     parser.add_argument("--text-encoder", metavar="NAME|DIR", default="", help=text)
     text = "import: the autoencoder (a run of ours) of a source that lacks one"
     parser.add_argument("--autoencoder", metavar="RUN", default="", help=text)
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--heads", metavar="N", type=int, help=text)
     parser.machine(device="")
     args = parser.read()
-    given = [name for name in IMPORTING if getattr(args, name)]
+    given = [name for name in IMPORTING if getattr(args, name) not in (None, "")]
     if args.verb == "export" and given:
         raise UserError(f"--{given[0].replace('_', '-')} belongs to import", hint="leave it out")
     from pathlib import Path
@@ -39,9 +39,10 @@ def main() -> None:
     if args.verb == "import":
         from training.models.denoiser_import import import_denoiser
 
-        import_denoiser(args.source, Path(args.output), **{name: getattr(args, name) for name in IMPORTING})
+        asked = {name: getattr(args, name) for name in IMPORTING}
+        import_denoiser(args.source, Path(args.output), args.text_encoder, **asked)
     else:
         from training.models.denoiser_export import export_denoiser
 
-        export_denoiser(args.source, Path(args.output))
+        export_denoiser(args.source, Path(args.output), args.text_encoder)
     tell(f"wrote {args.output}")

@@ -65,19 +65,7 @@ def encode(args: argparse.Namespace) -> int:
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, target, accelerator.device)
-    latent, hint = _latent(_images(source, shards[0].split, args), model, args.dtype), _hint(index["summary"])
-    image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
-    plan = {
-        "encoder": autoencoder_hashes(model)["encoder"],
-        "data": {s.name: s.sha256 for s in shards},
-        "latent": latent,
-        "flip": args.flip,
-        "tile": args.tile,
-        "precision": args.mixed_precision,
-        "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
-        "hint": None if image and image["kind"] == "low-res" else hint,
-        "image": image,
-    }
+    plan = _plan(index["summary"], shards, model, encoder, args)
     meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
     with ExitStack() as held:
@@ -100,6 +88,22 @@ def encode(args: argparse.Namespace) -> int:
             tell_next(_training(args, target))
         meeting.meet()
     return 0
+
+
+def _plan(summary: dict[str, Any], shards: list[ShardInfo], model: Autoencoder, encoder: TextEncoder | None,
+          args: argparse.Namespace) -> dict[str, Any]:
+    """All that decides what the latents are."""
+    latent, hint = _latent(_images(args.data, shards[0].split, args), model, args.dtype), _hint(summary)
+    image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
+    return {
+        "encoder": autoencoder_hashes(model)["encoder"],
+        "data": {s.name: s.sha256 for s in shards},
+        "latent": latent,
+        **{"flip": args.flip, "tile": args.tile, "precision": args.mixed_precision},
+        "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
+        "hint": None if image and image["kind"] == "low-res" else hint,
+        "image": image,
+    }
 
 
 def _training(args: argparse.Namespace, target: Path) -> str:

@@ -119,7 +119,11 @@ def _text(config: decoding.DenoiserConfig, donor: Donor, folder: Path,
     if network.labels is not None:
         return _labels(config, donor, folder)
     assert isinstance(config.text, HuggingFace)
-    text = text_encoders.load_huggingface(config.text, donor.encoder)
+    try:
+        text = text_encoders.load_huggingface(config.text, donor.encoder)
+    except UserError as problem:
+        hint = "name one with its config.json, model.safetensors and tokenizer: --text-encoder NAME|DIR"
+        raise UserError(f"{source}: {problem.what}", hint=hint, code=CHECKPOINT) from None
     assert isinstance(text, HuggingFaceTextEncoder)
     if donor.text_tensors:
         fill_text(text.model, donor.text_tensors, donor.encoder)

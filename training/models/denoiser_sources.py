@@ -25,6 +25,7 @@ READ = {*NETWORKS, "vae", "vqvae", "scheduler", "text_encoder", "tokenizer"}
 PIPELINES = {"StableDiffusionPipeline": (50, 7.5, 77), "PixArtAlphaPipeline": (20, 4.5, 120),
              "PixArtSigmaPipeline": (20, 4.5, 300), "DiTPipeline": (50, 4.0, 1)}  # fmt: skip
 LONGEST = 10_000  # tokens; more in a tokenizer's file stands for no limit
+ROOT = ("model_index.json", "config.json", WEIGHTS)
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
@@ -62,10 +63,13 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     tell_download("denoiser", name)
-    wanted = [f"{part}/{file}" for part in sorted(READ) for file in FILES]
+    inner = [f"{part}/{file}" for part in sorted(READ) for file in FILES]
     try:
-        return Path(snapshot_download(name, allow_patterns=["model_index.json", "config.json", WEIGHTS, *wanted],
-                                      ignore_patterns=["*.fp16.*", "*.non_ema.*", "*flax*"]))  # fmt: skip
+        for unwanted in (["*.non_ema.*", "*flax*", "*.fp16.*"], ["*.non_ema.*", "*flax*"]):  # halves, if that is all
+            folder = Path(snapshot_download(name, allow_patterns=[*ROOT, *inner], ignore_patterns=unwanted))
+            if any(folder.glob("*.safetensors")) or any(any(folder.glob(f"{n}/*.safetensors")) for n in NETWORKS):
+                break
+        return folder
     except Exception as failure:  # offline, missing, gated: the hub has a class of its own for each
         raise UserError(
             f"{name} could not be downloaded from the Hugging Face hub ({type(failure).__name__})",
@@ -138,15 +142,16 @@ def _process(folder: Path, network: Network, asked: Asked, ledger: Ledger) -> Pr
     return usual_process(network, asked.prediction, ledger)
 
 
-def usual_process(network: Network, prediction: str | None, ledger: Ledger) -> Process:
-    """The process that such networks are published with, and a prediction, where nothing states them."""
-    schedule = "ddpm-scaled-linear" if network.backbone["kind"] == "unet" else "ddpm-linear"
+def usual_process(network: Network, prediction: str | None, ledger: Ledger, table: Settings | None = None) -> Process:
+    """The process that such networks are published with (or `table`) and its prediction, where nothing states them."""
     if prediction == "velocity":
         return Process({"kind": "flow"}, {"kind": "velocity"}, {"kind": "dpmpp-2m"}, {"kind": "uniform"})
-    ledger.add("guessed", "the process, which no scheduler states", schedule)
+    if table is None:
+        table = {"kind": "ddpm-scaled-linear" if network.backbone["kind"] == "unet" else "ddpm-linear"}
+        ledger.add("guessed", "the process, which no scheduler states", table["kind"])
     if prediction is None:
-        ledger.add("guessed", "the prediction, which no scheduler states (--prediction)", "eps")
-    return Process({"kind": schedule}, {"kind": prediction or "eps"}, {"kind": "ddim"}, {"kind": "trailing"})
+        ledger.add("guessed", "that the network predicts eps, which no scheduler states", "--prediction v says v")
+    return Process(table, {"kind": prediction or "eps"}, {"kind": "ddim"}, {"kind": "trailing"})
 
 
 def _autoencoder(folder: Path, asked: Asked) -> exchange.Imported | str:
@@ -154,9 +159,14 @@ def _autoencoder(folder: Path, asked: Asked) -> exchange.Imported | str:
         return asked.autoencoder
     home = next((folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()), None)
     if home is None:
-        hint = "give a run with --autoencoder RUN; convert_autoencoder import makes one of another program's"
-        raise UserError(f"{folder} holds no autoencoder (vae/)", hint=hint, code=CHECKPOINT)
+        raise no_autoencoder(folder)
     return exchange.read_folder(home)
+
+
+def no_autoencoder(source: Path) -> UserError:
+    """What to say of a source that is a denoiser alone."""
+    hint = "give a run with --autoencoder RUN; convert_autoencoder import makes one of another program's"
+    return UserError(f"{source} holds no autoencoder", hint=hint, code=CHECKPOINT)
 
 
 def _own(home: Path) -> str:
@@ -175,7 +185,7 @@ def _text(network: Network, encoder: Path, length: int, ledger: Ledger) -> Setti
     if network.backbone["kind"] == "dit":
         if not length:
             ledger.add("guessed", "the length of captions, which no pipeline that is known states", str(own))
-        return {"kind": "huggingface", "length": length or own, "lower": True, "pooling": pooling}
+        return {"kind": "huggingface", "length": min(length or own, own), "lower": True, "pooling": pooling}
     config = read_record(encoder / "config.json", {}) if (encoder / "config.json").is_file() else {}
     rule = 1 if config.get("use_attention_mask") else 2
     return {"kind": "huggingface", "length": own, "masked": False, "mask_rule": rule, "pooling": pooling}

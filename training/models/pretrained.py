@@ -76,7 +76,7 @@ def load_model(name: str, families: Mapping[str, Any], how: Mapping[str, Any], d
     _refuse_demands(config)
     own = (config.architectures or [""])[0]  # Stable Diffusion's CLIP is stored without its projection
     family = families.get(own) or families.get(config.model_type, AutoModel)
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below, by name
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True, **_variant(name)}  # refused below, by name
     model, report = family.from_pretrained(name, use_safetensors=True, **told, **how, **in_precision(dtype))
     _check_report(model, report)
     try:
@@ -84,6 +84,14 @@ def load_model(name: str, families: Mapping[str, Any], how: Mapping[str, Any], d
     except UserError as problem:
         raise ValueError(problem.what) from None
     return model
+
+
+def _variant(name: str) -> dict[str, str]:
+    """The precision in the name of a folder's weights, where that is all it holds: model.fp16.safetensors."""
+    if not Path(name).is_dir() or (Path(name) / "model.safetensors").exists():
+        return {}
+    files = [path for path in Path(name).glob("model.*.safetensors") if len(path.suffixes) == 2]
+    return {"variant": files[0].suffixes[0].removeprefix(".")} if len(files) == 1 else {}
 
 
 def _refuse_demands(config: Any) -> None:

@@ -81,7 +81,8 @@ def _schedule(about: Mapping[str, Any]) -> Settings:
         raise foreign(f"beta_schedule = {rule!r}", f"{', '.join(TABLES)} are read")
     table = {"kind": TABLES[rule], "steps": about.get("num_train_timesteps", 1000),
              "zero_terminal_snr": bool(about.get("rescale_betas_zero_snr"))}  # fmt: skip
-    ends = {"beta_min": float(about.get("beta_start", 0.0001)), "beta_max": float(about.get("beta_end", 0.02))}
+    usual = (0.00085, 0.012) if about.get("_class_name") == "HeunDiscreteScheduler" else (0.0001, 0.02)
+    ends = {"beta_min": float(about.get("beta_start", usual[0])), "beta_max": float(about.get("beta_end", usual[1]))}
     return table if rule == "squaredcos_cap_v2" else table | ends
 
 
@@ -112,7 +113,7 @@ def _sampler(name: str, sampler: Settings, about: Mapping[str, Any], learned: bo
     elif name == "DDPMScheduler":
         sampler |= {"variance": _variance(str(about.get("variance_type", "fixed_small")), learned, ledger)}
     elif name == "PNDMScheduler" and not about.get("skip_prk_steps", False):
-        ledger.add("replaced", "the first steps by Runge-Kutta (skip_prk_steps), by PLMS")
+        ledger.add("replaced", "the first steps by Runge-Kutta, by PLMS", "skip_prk_steps = false")
     clips = about.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
     for setting in [*(["clip_sample"] if clips else []), *(["thresholding"] if about.get("thresholding") else [])]:
         ledger.add("ignored", "a bound on x0, which latents here do not have", setting)
@@ -149,7 +150,7 @@ def _grid(name: str, spacing: str, about: Mapping[str, Any], ledger: Ledger) -> 
     if spacing == "linspace" and name not in ROUNDED:
         multistep = name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
         near = "trailing" if multistep else "linspace"
-        ledger.add("replaced", f"timesteps of linspace, by the nearest entries of {near} (one apart at most)", name)
+        ledger.add("replaced", f"timesteps of linspace, by entries of {near} at most one apart", name)
         return {"kind": near}
     if spacing not in ("linspace", "trailing"):
         raise foreign(f"timestep_spacing = {spacing!r}", "leading, linspace and trailing are read")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training.errors import CHECKPOINT, UserError
 from training.ledger import Ledger
 from training.models import exchange
-from training.models.denoiser_sources import Asked, Donor, read_class, read_folder, usual_process
+from training.models.denoiser_sources import Asked, Donor, no_autoencoder, read_class, read_folder, usual_process
 from training.models.donor_weights import PART
 from training.models.layout import Network, Settings, Tensors, foreign
 from training.models.scheduler_layouts import Process
@@ -57,7 +57,7 @@ def read_file(path: Path, asked: Asked, ledger: Ledger) -> Donor:
     if odd := sorted(key for key in tensors if not key.startswith(PASSED_OVER)):
         ledger.add("ignored", "tensors that are not known here", odd[0], count=len(odd))
     averaged = sum(key.startswith("model_ema.") for key in tensors)
-    ledger.add("ignored", "tensors of an average that is stored besides (model_ema)", count=averaged)
+    ledger.add("ignored", "tensors of an average that is stored besides", "model_ema", count=averaged)
     network = _network(path, tensors, asked, ledger)
     if not asked.text_encoder:
         reason = f"{path} holds no tokenizer (a single file never does)"
@@ -66,6 +66,8 @@ def read_file(path: Path, asked: Asked, ledger: Ledger) -> Donor:
     own = _text_tensors(tensors)
     if not own:
         ledger.add("replaced", "the text encoder, which the file lacks", asked.text_encoder)
+    if not asked.autoencoder and not any(key.startswith("first_stage_model.") for key in tensors):
+        raise no_autoencoder(path)
     inner = asked.autoencoder or exchange.read_tensors(path, tensors)
     text = {"kind": "huggingface", "length": 77, "masked": False, "pooling": "auto" if network.pooled_dim else "none"}
     return Donor(network=network, process=_process(tensors, network, asked, ledger), autoencoder=inner, text=text,
@@ -167,25 +169,26 @@ def _heads(widths: list[int], linear: bool, asked: Asked, ledger: Ledger) -> Any
     if asked.heads:
         return asked.heads
     if linear and all(width % CHANNELS_A_HEAD == 0 for width in widths):
-        ledger.add("guessed", "64 channels an attention head, as in Stable Diffusion 2 (--heads)")
+        ledger.add("guessed", "64 channels an attention head, as in Stable Diffusion 2", "--heads N says it")
         return [width // CHANNELS_A_HEAD for width in widths]
-    ledger.add("guessed", f"{HEADS} attention heads, as in Stable Diffusion 1 (--heads)")
+    ledger.add("guessed", f"{HEADS} attention heads, as in Stable Diffusion 1", "--heads N says it")
     return HEADS
 
 
 def _process(tensors: Mapping[str, Tensor], network: Network, asked: Asked, ledger: Ledger) -> Process:
-    """The file's own table, where it stores one that is linear in beta or in its root; else the usual one."""
-    process = usual_process(network, asked.prediction, ledger)
-    if "alphas_cumprod" not in tensors or asked.prediction == "velocity":
-        return process
-    table = tensors["alphas_cumprod"].double()
+    """On the file's own table, where it stores one that is linear in beta or in its root; else on the usual one."""
+    own = None if asked.prediction == "velocity" else tensors.get("alphas_cumprod")
+    return usual_process(network, asked.prediction, ledger, None if own is None else _table(own.double()))
+
+
+def _table(table: Tensor) -> Settings:
+    """[schedule] of a table of alpha_bar. Raises UserError for one by another rule."""
     betas = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
+    ends = [round(float(beta), 8) for beta in (betas[0], betas[-1])]
     for kind, root in (("ddpm-scaled-linear", 0.5), ("ddpm-linear", 1.0)):
-        ends = [round(float(beta), 8) for beta in (betas[0], betas[-1])]
         rule = torch.linspace(ends[0] ** root, ends[1] ** root, len(table), dtype=torch.float64) ** (1 / root)
         if torch.allclose((1 - rule).cumprod(0), table, rtol=1e-3, atol=1e-5):
-            schedule = {"kind": kind, "steps": len(table), "beta_min": ends[0], "beta_max": ends[1]}
-            return Process(schedule, process.prediction, process.sampler, process.grid)
+            return {"kind": kind, "steps": len(table), "beta_min": ends[0], "beta_max": ends[1]}
     raise foreign("the table alphas_cumprod of the file", "tables linear in beta or in its root are read")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -163,6 +164,27 @@ class Conditioning:
 
     def __post_init__(self) -> None:
         fraction("", dropout=self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Prior preservation (DreamBooth, Ruiz et al. 2023, 2208.12242): `count` pictures of the class, which the base
+    draws once of `captions`, in turn, are trained on beside those given; their mean loss counts `weight` times."""
+
+    weight: float = 0.0  # 0: none are drawn
+    count: int = 200
+    captions: str | tuple[str, ...] = ()  # one, or several
+
+    def __post_init__(self) -> None:
+        positive("", count=self.count)
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: must be >= 0 (got {self.weight})")
+
+    @property
+    def texts(self) -> list[str]:
+        """The caption of each of the pictures."""
+        several = [self.captions] if isinstance(self.captions, str) else self.captions
+        return [several[number % len(several)] for number in range(self.count)] if any(several) else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from training.next_step import again, beside, prompt
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.job import parameters
+from training.stages.prior import prior_home
 from training.tensors import content_hash
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class AdapterJob(DenoiserJob):
         self.parts = dataclasses.replace(parts, backbone=backbone, text=text, pipeline=pipeline)
         norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
         self.trained = DenoiserStage(config, backbone, text, norm, *data, pipeline, parts.null, self.adapter)
+        self.trained.prior_home = prior_home(config.prior, final)
         return self.trained
 
     def _same_autoencoder(self, base: Mapping[str, Any], ours: Mapping[str, str]) -> None:
@@ -108,9 +110,12 @@ class AdapterJob(DenoiserJob):
         return {**super().facts(), "base": self.base}
 
     def begin(self, final: Path) -> None:
-        """Write down which base it is."""
+        """Write down which base it is; what it draws before the adapter learns, it draws alone."""
         final.mkdir(parents=True, exist_ok=True)
         keep_base(final, self.args.base, self.base)
+        self.adapter.strength = 0.0
+        self.draw_prior(final)
+        self.adapter.strength = 1.0
 
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
         """The tensors of the adapter; that the base is still the same is looked at once more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,37 +10,10 @@ import donors
 import peers
 import pytest
 import torch
-from donors import convert, diffusers
+from donors import PROMPTS, STEPS, convert, diffusers, noise, ours, theirs
 from torch import Tensor
 
-from ldm.noise import Noise
 from training.models.assembly import HashedPipeline, load_pipeline
-
-PROMPTS = ["a red circle", "the blue square left"]
-STEPS, SCALE = 8, 3.0
-
-
-def noise(pipeline: HashedPipeline) -> Tensor:
-    """What ours begins with for seeds 0 and 1."""
-    return Noise.from_seeds([0, 1]).normal(pipeline.latent_shape(pipeline.size), "prior")
-
-
-@torch.no_grad()
-def ours(pipeline: HashedPipeline, scale: float = SCALE, prompts: list[str] = PROMPTS) -> tuple[Tensor, Tensor]:
-    """Two latents and their pictures (2, 3, H, W) in [0, 1]."""
-    guidance = dataclasses.replace(pipeline.sampling.guidance, scale=scale)
-    plan = dataclasses.replace(pipeline.sampling, steps=STEPS, guidance=guidance)
-    shape = pipeline.latent_shape(pipeline.size)
-    latents = pipeline.latents(pipeline.guided(prompts, plan=plan), Noise.from_seeds([0, 1]), shape, plan)
-    return latents, (pipeline.decode(latents) / 2 + 0.5).clamp(0, 1)
-
-
-def theirs(pipeline: Any, start: Tensor, scale: float = SCALE) -> tuple[Tensor, Tensor]:
-    """The same of diffusers' pipeline."""
-    pipeline.set_progress_bar_config(disable=True)
-    told: dict[str, Any] = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
-    told |= {"num_inference_steps": STEPS, "guidance_scale": scale, "latents": start, "height": 16, "width": 16}
-    return tuple(pipeline(PROMPTS, output_type=kind, **told).images for kind in ("latent", "pt"))  # type: ignore[return-value]
 
 
 def both(pipeline: Any, home: Path, *words: object) -> tuple[HashedPipeline, tuple[Tensor, Tensor]]:
@@ -63,7 +35,7 @@ DDIM: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", DDIM)
 def test_stable_diffusion_draws_what_it_drew(case: str, tmp_path: Path) -> None:
-    """Latents to 1e-3 and pictures to 1/255, with guidance: captions are padded to 77 tokens that are all attended to."""
+    """Latents and pictures to 1e-3, with guidance: captions are padded to 77 tokens that are all attended to."""
     run, (latents, pictures) = both(
         donors.stable_diffusion(diffusers.DDIMScheduler(**COMMON | DDIM[case])), tmp_path
     )

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL
-from peers import CLOSE, FILE, convert, images, stored
+from peers import CLOSE, FILE, convert, images, in_ldm_names, stored
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,33 +65,6 @@ def test_a_vq_folder_is_read(tmp_path: Path) -> None:
     z = peer.encode(images()).latents
     torch.testing.assert_close(ours.encode(images()), z, **CLOSE)
     torch.testing.assert_close(ours.decode(z * 0.5), peer.decode(z).sample, **CLOSE)
-
-
-LDM_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "group_norm": "norm", "to_out.0": "proj_out"}
-
-
-def in_ldm_names(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """The other way round from what is tested, spelled out by hand."""
-    swaps = [
-        ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."),
-        ("mid_block.attentions.0.", "mid.attn_1."), ("conv_norm_out.", "norm_out."),
-        ("conv_shortcut.", "nin_shortcut."),
-    ]  # fmt: skip
-    for i in range(levels):
-        for half, at in (("down", i), ("up", levels - 1 - i)):
-            swaps += [(f"{half}_blocks.{i}.resnets.", f"{half}.{at}.block."),
-                      (f"{half}_blocks.{i}.attentions.", f"{half}.{at}.attn."),
-                      (f"{half}_blocks.{i}.{half}samplers.0.", f"{half}.{at}.{half}sample.")]  # fmt: skip
-    found = {}
-    for key, value in tensors.items():
-        for ours, ldm in swaps:
-            key = key.replace(ours, ldm)
-        if ".attn" in key:
-            for ours, ldm in LDM_ATTENTION.items():
-                key = key.replace(f".{ours}.", f".{ldm}.")
-            value = value[:, :, None, None] if value.ndim == 2 else value
-        found[key] = value.contiguous()
-    return found
 
 
 @torch.no_grad()
