@@ -45,6 +45,8 @@ def how_to_draw_it(parser: Parser) -> None:
     add("--sampler", metavar="NAME", help="the kind of sampler: one of those below")
     add("--steps", metavar="N", type=int, help="steps of the sampler")
     add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
+    text = "how much the picture of --image counts, for a model that is told to change it (image.kind source): 1 to 2"
+    add("--image-guidance-scale", metavar="W", type=float, help=text)
     adapters.add_flags(add)
     text = "scale pictures in pixels (autoencoder identity) into range by this quantile of |x0|, such as 0.995; 0 = off"
     add("--dynamic-threshold", metavar="P", type=float, help=text)

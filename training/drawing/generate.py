@@ -19,6 +19,7 @@ from training.drawing import adapters, cascades, references, replay
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
+from training.drawing.shown import refuse_unshown
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags, unread
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
@@ -163,6 +164,8 @@ def prepare(
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
+    start = start.settled(pipeline, args)
+    refuse_unshown(pipeline, start, getattr(args, "hint", None))
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):

@@ -29,7 +29,8 @@ PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
 GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder", "adapter": "--adapter"}
 LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
-TAKEN = ["sampler", "steps", "guidance_scale", "dynamic_threshold", "size", "overrides", "also", "negative_prompt"]
+TAKEN = ["sampler", "steps", "guidance_scale", "dynamic_threshold", "image_guidance_scale", "size", "overrides", "also",
+         "negative_prompt"]  # fmt: skip
 TAKEN += ["mixed_precision"]
 TAKEN += dict.fromkeys(flag for start in TOLD.values() for flag, _ in start.settings.values())
 TAKEN += ["source_prompt"]

@@ -15,6 +15,7 @@ from training.drawing.edits import ImageToImage, Inpainting, Outpainting
 from training.drawing.given import Given, Size
 from training.drawing.inversions import Inversion, Styled
 from training.drawing.restoration import Restoration
+from training.drawing.shown import Instructed
 from training.drawing.start import Group, Start
 from training.ledger import Ledger
 from training.messages import note
@@ -64,7 +65,7 @@ class OwnNoise(Start):
 
 
 STARTS: tuple[type[Start], ...] = (
-    OwnNoise, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration, Cascaded,
+    OwnNoise, Instructed, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration, Cascaded,
 )  # fmt: skip
 TOLD = {start.fact: start for start in STARTS}  # by the key in a picture's facts
 

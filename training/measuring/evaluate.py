@@ -13,6 +13,7 @@ from torch import Tensor
 
 from training.commands import door
 from training.drawing.requests import choose
+from training.drawing.shown import refuse_unshown
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError
 from training.files import finite, write_json
@@ -142,6 +143,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
+    refuse_unshown(pipeline)
     sampling, settings = choose(args)
     pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
