@@ -18,8 +18,6 @@ from training.settings.embedded import check_model
 if TYPE_CHECKING:
     import argparse
 
-    from ldm.cascade import Stage
-    from ldm.image_conditions import ImageCondition
     from ldm.pipeline import Pipeline, Sampling
     from training.drawing.requests import Request
     from training.models.assembly import HashedPipeline
@@ -34,6 +32,7 @@ class Cascaded(Start):
 
     kind: ClassVar[str] = "cascade"
     fact: ClassVar[str] = "cascade"
+    shows: ClassVar[str] = "low-res"
     settings: ClassVar[dict[str, tuple[str, type]]] = {"level": ("level", float)}
     runs: Sequence[str]  # the last is the model that draws
     level: float | None
@@ -93,11 +92,8 @@ class Cascaded(Start):
             parts: list[Any] = [other.autoencoder, other.denoiser.backbone, other.text]
             for part in parts:
                 part.to(pipeline.device)
-        pipelines = [*self.before, pipeline]
         with as_user_error("give the models of --cascade from the smallest pictures to the largest"):
-            stages: list[Stage] = [Stage(own, condition_of(run)) for own, run in zip(pipelines, self.runs, strict=True)]
-            stages[-1] = Stage(pipeline, stages[-1].condition, self.level)
-            whole = Cascade(stages)
+            whole = Cascade([*map(Stage, self.before), Stage(pipeline, self.level)])
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
             captions, seeds = [request.prompt for request in requests], [request.seed for request in requests]
@@ -147,12 +143,6 @@ def settle(args: argparse.Namespace) -> None:
         raise UserError("the following arguments are required: --model", hint="name a run: --model RUN")
 
 
-def condition_of(run: str) -> ImageCondition:
-    """The image condition that a run was trained with."""
-    condition: ImageCondition = config_of(run).image
-    return condition
-
-
 def config_of(run: str) -> decoding.DenoiserConfig:
     """The config of a denoiser's run."""
     from training.models.folders import find
@@ -168,4 +158,4 @@ def _settings(run: str) -> dict[str, Any]:
 
 
 def _own_level(run: str) -> float | None:
-    return getattr(condition_of(run), "level", None)
+    return getattr(config_of(run).image, "level", None)

@@ -13,11 +13,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ldm.image_conditions.low_res import LowRes
 from ldm.image_tasks import stacked
 from ldm.pipeline import Pipeline, Sampling
-from ldm.upscaling import canvas, larger, projected, residual, upscaling
-from training.drawing.cascades import condition_of
+from ldm.upscaling import canvas, larger, low_res_of, projected, residual, upscaling
 from training.drawing.generate import name, refuse_overwriting
 from training.drawing.given import Given, given
 from training.drawing.prompts import tell_reading
@@ -51,15 +49,15 @@ class Upscaler:
     """A model, and how it makes pictures larger."""
 
     pipeline: Pipeline
-    condition: LowRes
+    factor: int
     sampling: Sampling
     args: argparse.Namespace
 
     def draw(self, requests: Sequence[Request], small: Tensor, told: Progress) -> tuple[Tensor, Tensor]:
         """Large pictures of small ones, all uint8 and of one size, each the mean of its draws; and their residuals."""
-        args, factor = self.args, self.condition.factor
-        whole = larger(self.pipeline, args.windows, factor, (small.shape[-2], small.shape[-1]))
-        task = upscaling(whole, self.condition, small, level=args.level, consistent=args.consistent)
+        args, factor = self.args, self.factor
+        whole = larger(self.pipeline, args.windows, (small.shape[-2], small.shape[-1]))
+        task = upscaling(whole, small, level=args.level, consistent=args.consistent)
         total = torch.zeros(())
         for draw in range(args.samples):
             seeds = [request.seed + draw for request in requests]
@@ -77,7 +75,7 @@ class Upscaler:
     def tell_size(self, size: tuple[int, int], ledger: Ledger) -> None:
         """Write down how a small picture of (width, height) is drawn that is not of the trained size."""
         width, height = size
-        rows, columns = canvas(self.pipeline, self.condition.factor, (height, width))
+        rows, columns = canvas(self.pipeline, (height, width))
         if (rows, columns) != (height, width):
             ledger.add("replaced", "pictures continued by their reflection to a canvas that fits, then cut back",
                        f"{width}x{height} to {columns}x{rows}")
@@ -90,14 +88,12 @@ def upscale(args: argparse.Namespace) -> list[Path]:
     ledger, output = Ledger(), Path(args.output)
     requests = requests_of(args, given("FILE|DIR", args.pictures, ledger), ledger)
     refuse_overwriting(output, args.overwrite)
-    condition = condition_of(args.model)
-    if not isinstance(condition, LowRes):
-        what = f"{args.model} was trained with image.kind {condition.kind}: it enlarges no pictures"
-        raise UserError(what, hint="give a run that was trained with image.kind low-res")
     pipeline = load_pipeline(args.model, resolve(args.device), args.text_encoder)
+    with as_user_error("name a run that enlarges pictures: --model RUN"):
+        factor = low_res_of(pipeline).factor
     sampling, settings = choose(args)
     tell_reading([*(r.prompt for r in requests), args.negative_prompt], ledger, pipeline.text)
-    upscaler = Upscaler(dataclasses.replace(pipeline, tile=args.tile), condition, sampling, args)
+    upscaler = Upscaler(dataclasses.replace(pipeline, tile=args.tile), factor, sampling, args)
     facts = {
         "settings": settings, "negative_prompt": args.negative_prompt, "tile": args.tile,
         "precision": args.mixed_precision, "model": name_of(args.model), "hashes": pipeline_hashes(pipeline),
@@ -107,7 +103,7 @@ def upscale(args: argparse.Namespace) -> list[Path]:
     rows: dict[str, dict[str, Any]] = {}
     with as_user_error("see --help for levels, windows, samplers and guidance"), Progress(
             "upscaling", len(requests) * args.samples) as told:
-        for part, small in batches(requests, pipeline.autoencoder.image_channels, condition.factor, args, ledger):
+        for part, small in batches(requests, pipeline.autoencoder.image_channels, factor, args, ledger):
             upscaler.tell_size((small.shape[-1], small.shape[-2]), ledger)
             made, off = upscaler.draw(part, small, told)
             for request, image, found in zip(part, grids.to_pil(made), off.tolist(), strict=True):
@@ -153,7 +149,7 @@ def batches(requests: Sequence[Request], channels: int, factor: int, args: argpa
 def write(request: Request, image: Image, off: float, facts: dict[str, Any], upscaler: Upscaler) -> dict[str, Any]:
     """One picture with how it was made; what the summary says of it."""
     args, source = upscaler.args, source_of(request)
-    own = {"sha256": source.sha256, "name": source.name, "factor": upscaler.condition.factor, "level": args.level,
+    own = {"sha256": source.sha256, "name": source.name, "factor": upscaler.factor, "level": args.level,
            "windows": args.windows, "consistent": args.consistent, "residual": round(off, 4)}
     size = [image.height, image.width]
     told = {"prompt": request.prompt, "seed": request.seed, "size": size, FACT: own}

@@ -143,7 +143,8 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder)
-    refuse_unshown(pipeline)
+    if not args.upscale:
+        refuse_unshown(pipeline)
     sampling, settings = choose(args)
     pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}

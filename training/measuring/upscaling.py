@@ -15,12 +15,10 @@ from torch.nn.functional import interpolate
 
 from autoencoder.images import to_uint8, to_unit
 from autoencoder.perceptual import Perceptual
-from ldm.image_conditions.low_res import LowRes
-from ldm.upscaling import larger, projected, residual, upscaling
-from training.drawing.cascades import condition_of
+from ldm.upscaling import larger, low_res_of, projected, residual, upscaling
 from training.drawing.prompts import tell_reading
 from training.encoding.shown import made_small
-from training.errors import UserError, as_user_error
+from training.errors import as_user_error
 from training.measuring.calibration import Calibration
 from training.measuring.distances import share
 from training.measuring.held_out import CHUNK, even_indices, held_out
@@ -83,11 +81,10 @@ def upscaled(
 ) -> dict[str, Any]:
     """Draws of held-out pictures from their small ones, as they are and `projected` onto these, beside bicubic
     interpolation and the squares themselves (`box`)."""
-    condition, images = condition_of(args.model), held_out(args)
-    if not isinstance(condition, LowRes):
-        what = f"{args.model} was trained with image.kind {condition.kind}: it enlarges no pictures"
-        raise UserError(what, hint="give a run that was trained with image.kind low-res")
-    places, factor = even_indices(images, args.count or len(images)), condition.factor
+    with as_user_error("name a run that enlarges pictures: --model RUN"):
+        factor = low_res_of(pipeline).factor
+    images = held_out(args)
+    places = even_indices(images, args.count or len(images))
     own = [caption(images, place) for place in places]
     told_of = [""] * len(own) if args.captions == "empty" else own
     tell_reading(told_of, ledger, pipeline.text, aloud=False)
@@ -100,8 +97,8 @@ def upscaled(
             part = slice(number * CHUNK, number * CHUNK + len(pixels))
             with as_user_error("give pictures of another size"):
                 small = made_small(pixels, factor)
-                whole = larger(pipeline, None, factor, (small.shape[-2], small.shape[-1]))
-                task = upscaling(whole, condition, small, level=args.level)
+                whole = larger(pipeline, None, (small.shape[-2], small.shape[-1]))
+                task = upscaling(whole, small, level=args.level)
                 draws = _draws(whole, sampling, args, told_of[part], args.seed + part.start, task, told)
             flat = projected(draws.flatten(0, 1), small.repeat_interleave(args.samples, 0), factor)
             unit, size = to_unit(small), (pixels.shape[-2], pixels.shape[-1])

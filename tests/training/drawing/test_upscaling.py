@@ -11,7 +11,6 @@ import tiny
 import torch
 from PIL import Image
 
-from ldm.image_conditions.low_res import LowRes
 from ldm.upscaling import residual, upscaling
 from training.models.assembly import load_pipeline
 from training.pictures import grids
@@ -88,7 +87,7 @@ def test_it_is_the_task_of_the_pipeline(upscaler: Path, tmp_path: Path) -> None:
     """And draws are averaged, seed by seed."""
     source = small(tmp_path / "x.png")
     pipe = load_pipeline(upscaler, "cpu")
-    task = upscaling(pipe, LowRes(), pixels(source), level=0.25)
+    task = upscaling(pipe, pixels(source), level=0.25)
     plan = {"sampling": type(pipe.sampling)(sampler=pipe.sampling.sampler, grid=pipe.sampling.grid,
                                             guidance=pipe.sampling.guidance, steps=2)}
     each = [next(pipe.pixels(["a red circle"], seed, task=task, **plan)) for seed in (5, 6, 7)]
@@ -121,7 +120,7 @@ def test_nothing_is_replaced_unless_asked(upscaler: Path, tmp_path: Path) -> Non
 def test_what_cannot_be_made_larger_is_refused(upscaler: Path, denoiser: Path, tmp_path: Path) -> None:
     source = small(tmp_path / "x.png")
     words = (source, "--output", tmp_path / "none", *FAST)
-    assert "image.kind low-res" in tiny.refused("upscale", *words, "--model", denoiser).hint
+    assert "image.kind low-res" in tiny.refused("upscale", *words, "--model", denoiser).what
     assert "must lie in [0, 1]" in tiny.refused("upscale", *words, "--model", upscaler, "--level", 2).what
     assert "--samples" in tiny.refused("upscale", *words, "--model", upscaler, "--samples", 0).what
     problem = tiny.refused("generate", "--model", upscaler, "--output", tmp_path / "again", "--device", "cpu", "--like",
@@ -154,7 +153,7 @@ def test_a_cascade_draws_by_all_its_models(base: Path, upscaler: Path, tmp_path:
     pipe, low = load_pipeline(upscaler, "cpu"), pixels(tmp_path / "small" / "00000.png")
     from ldm.cascade import stage_seeds
 
-    task, plan = upscaling(pipe, LowRes(), low, level=0.3), pipe.sampling
+    task, plan = upscaling(pipe, low, level=0.3), pipe.sampling
     plan = type(plan)(sampler=plan.sampler, grid=plan.grid, guidance=plan.guidance, steps=2)
     wanted = next(pipe.pixels(["a red circle at the top"], stage_seeds([3], 1), task=task, sampling=plan))
     assert torch.equal(pixels(made), wanted)
