@@ -60,7 +60,7 @@ def where_from_and_to(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
     text = "a denoiser's run (also while it trains), its final/, or a checkpoint; demo: that of the package, of shapes"
-    add("--model", metavar="RUN", required=True, help=text)
+    add("--model", metavar="RUN", help=text)
     add("--output", metavar="DIR", required=True, help="where 00000.png ... and grid.png go")
     add("--strip", action="store_true", help="also draw strips/: what each picture was on its way")
     add("--overwrite", action="store_true", help="replace pictures that are there")

@@ -53,6 +53,8 @@ def recall(args: argparse.Namespace) -> Original:
         raise UserError(f"--like takes everything from its picture: leave out --{flags[0].replace('_', '-')}")
     path = Path(args.like)
     facts = told_by(path)
+    if "upscale" in facts:
+        raise UserError(f"{path} was made larger by upscale", hint="run upscale again, on the same picture")
     args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
     args.size = "x".join(map(str, facts["size"]))
     args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ldm.backbones.image import extended
 from ldm.text import HuggingFace
 from ldm.text.encoders import LabelEncoder
@@ -22,7 +20,7 @@ from training.models.folders import find
 from training.models.lineage import same_ingredients
 from training.models.vocabulary import added, captions
 from training.settings import decoding
-from training.tensors import content_hash, in_dtype
+from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import argparse
