@@ -20,13 +20,14 @@ from training.files import write_bytes
 from training.models import assembly, text_encoders
 from training.models.adapters import OF_BASE, keep_base, refuse_adapter
 from training.models.captions_read import refuse_unread, tell_unknown
+from training.models.cards import HINT
 from training.models.folders import find, name_of
 from training.models.init_from import fill_network, refuse_new_words, vocabulary_home
 from training.models.lineage import store_ingredients, stored_ingredients
 from training.models.text_encoders import known_words
 from training.models.vocabulary import added, grown
 from training.next_step import again, beside, prompt
-from training.pictures.hints import EXAMPLE, EXTRA, as_bytes, stored
+from training.pictures.hints import EXTRA, as_bytes, stored
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.job import parameters
@@ -140,7 +141,7 @@ class AdapterJob(DenoiserJob):
         known = known_words(find(self.args.base, "denoiser").final)
         at_work: list[object] = ["--adapter", run]
         if self.adapter.hint:  # the first held-out one, with its caption
-            at_work = ["--control", run, "--hint", run / "final" / EXAMPLE]
+            at_work = ["--control", run, "--hint", run / "final" / HINT]
         words = ["--model", self.args.base, *at_work, *prompt(captions, known)]
         return [door("generate", *words, "--output", beside(run, "pictures"), *also)]
 
@@ -148,4 +149,4 @@ class AdapterJob(DenoiserJob):
 def keep_example(final: Path, held_out: Latents) -> None:
     """Put the first held-out hint into a control's final/, as a file to draw by."""
     (hint,) = held_out.__getitems__([Slot(0, 0, 0)]).extras[EXTRA]
-    write_bytes(final / EXAMPLE, stored(as_bytes(hint[None])[0]))
+    write_bytes(final / HINT, stored(as_bytes(hint[None])[0]))
