@@ -245,3 +245,11 @@ def test_the_config_of_a_base_stays(base: Path, trained: dict[str, Path]) -> Non
     differing = {section for section in ours if ours[section] != theirs[section]}
     assert differing == {"adapter", "optimizer", "train"}
     assert content_hash({}) == content_hash({})
+
+
+def test_the_model_of_the_package_is_a_base(shapes: Path, tmp_path: Path) -> None:
+    """Its weights are stored in less precision than they work in, of which its hash is."""
+    given = ("--autoencoder", "demo", "--data", shapes, "--output", tmp_path / "latents", "--device", "cpu")
+    assert tiny.call("encode_latents", *given) == 0
+    words = ["--config", "lora", "--latents", tmp_path / "latents", "--output", tmp_path / "run", *tiny.SHORT]
+    assert tiny.call("train_denoiser", "--base", "demo", *words, "--max-steps", "1", "--sample.steps", "1") == 0
