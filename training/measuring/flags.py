@@ -57,6 +57,8 @@ def held_out(parser: Parser) -> None:
     asked("--classify", metavar="FILE", help=text)
     text = "draw each of them again from what this operator, a kind of --operator.kind, leaves of it, with noise"
     asked("--restore", metavar="OPERATOR", help=text)
+    text = "make each of them small and draw it large again, by a model that was trained to"
+    asked("--upscale", action="store_true", help=text)
     text = "whether drawn pictures repeat training pictures of --data; --grid FILE is a sheet of the nearest pairs"
     asked("--copies", action="store_true", help=text)
     text = "draw each of them again from its caption and its hint: how far drawings follow their hints, and, with"
@@ -82,6 +84,8 @@ def restored(parser: Parser) -> None:
     add("--samples", metavar="N", type=int, default=19, help=text)
     text = "what the model is told of a picture: its own caption, or the empty one"
     add("--captions", choices=("own", "empty"), default="own", help=text)
+    text = "noise in [0, 1] on the small pictures of --upscale"
+    add("--level", metavar="U", type=float, default=0.0, help=text)
     text = "what is restored: held-out pictures, or the model's own drawings of their captions, of which it is the"
     text += " exact prior, so that coverage judges the method alone"
     add("--truth", choices=("data", "model"), default="data", help=text)

@@ -20,7 +20,7 @@ from training.models.folders import find
 from training.models.lineage import same_ingredients
 from training.models.vocabulary import added, captions
 from training.settings import decoding
-from training.tensors import content_hash, in_dtype
+from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import argparse
@@ -94,8 +94,8 @@ def fill_network(
     taken, before = config.text.build(words) if new else text, dict[str, Weights]()
 
     def widened(theirs: Weights) -> Weights:
-        # In the precision that it works in, of which its hash was: the demo's file is smaller.
-        before["denoiser"] = in_dtype(theirs, next(parts.backbone.parameters()).dtype)
+        kept = parts.backbone.state_dict()  # its hash is of the precision in which it is loaded
+        before["denoiser"] = {name: tensor.to(kept[name].dtype) for name, tensor in theirs.items() if name in kept}
         return extended(theirs, parts.backbone)
 
     fill_learned(parts.backbone, taken, folder.weights, folder.final, widened)
