@@ -15,11 +15,12 @@ from PIL import Image
 from ldm.pipeline import Pipeline
 from ldm.samplers import Snapshot
 from training.commands import door
-from training.drawing import adapters, controls, references, replay
+from training.drawing import adapters, cascades, controls, references, replay
 from training.drawing.controls import Controls
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
+from training.drawing.shown import refuse_unshown
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags, unread
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
@@ -74,7 +75,7 @@ class Drawing:
         before, stepped = told.done, told.by_steps(len(part), self.how["sampling"].steps)
         watch = each([watch for watch in (stepped, strip, self.watch) if watch])
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
-            prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+            prompts, seeds = [r.prompt for r in batch], [self.start.seed_of(r) for r in batch]
             shown = self.controls.extras(batch, self.pipeline, self.how["size"]) if self.controls else {}
             how = {**self.how, "task": task, "watch": watch, "extras": shown}
             images = self.pipeline(prompts, seeds, batch_size=len(batch), **how)
@@ -115,6 +116,7 @@ def generate(args: argparse.Namespace, opened: HashedPipeline | None = None, wat
 
     `opened`: the pipeline of --model, where it is loaded already; `watch` is called after each step of a batch.
     """
+    cascades.settle(args)
     check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, f"{door('generate --help')} says what it means")
     original, ledger = replay.recall(args) if args.like else None, Ledger()
     if not original:
@@ -164,6 +166,8 @@ def prepare(
     also, asked = parse_also(args.also), parse_size(args.size)
     shown = controls.controls_of(args, start, asked, ledger)
     pipeline = loaded(args, opened, device, shown, chosen_tile(args, original))
+    start = start.settled(pipeline, args)
+    refuse_unshown(pipeline, start, args.hint or args.hint_of)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):

@@ -29,7 +29,8 @@ PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
 GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder", "adapter": "--adapter or --control"}
 LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
-TAKEN = ["sampler", "steps", "guidance_scale", "dynamic_threshold", "size", "overrides", "also", "negative_prompt"]
+TAKEN = ["sampler", "steps", "guidance_scale", "dynamic_threshold", "image_guidance_scale", "size", "overrides", "also",
+         "negative_prompt"]  # fmt: skip
 TAKEN += ["mixed_precision"]
 TAKEN += dict.fromkeys(flag for start in TOLD.values() for flag, _ in start.settings.values())
 TAKEN += ["source_prompt", "control_scale", "control_interval"]
@@ -52,6 +53,8 @@ def recall(args: argparse.Namespace) -> Original:
         raise UserError(f"--like takes everything from its picture: leave out --{flags[0].replace('_', '-')}")
     path = Path(args.like)
     facts = told_by(path)
+    if "upscale" in facts:
+        raise UserError(f"{path} was made larger by upscale", hint="run upscale again, on the same picture")
     args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
     args.size = "x".join(map(str, facts["size"]))
     args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
