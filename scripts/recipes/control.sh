@@ -22,7 +22,7 @@ measured() {
     local place=$1 base=$2
     shift 2
     for weight in 1 0; do
-        run scripts/evaluate.py --overwrite --model "$base" --adapter "$place/controlnet:$weight" --control --data "$place/data" \
+        run scripts/evaluate.py --overwrite --model "$base" --adapter "$place/controlnet:$weight" --hints --data "$place/data" \
             --count 300 --output "$place/weight-$weight.json" "$@"
     done
 }

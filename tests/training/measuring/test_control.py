@@ -77,7 +77,7 @@ def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencode
     assert tiny.call("encode_latents", *given) == 0
     given = ("--base", denoiser, "--config", "controlnet", "--latents", latents, "--output", run)
     assert tiny.call("train_denoiser", *given, *tiny.SHORT, "--batch-size", "8", "--max-steps", "2") == 0
-    asked: list[Any] = ["--model", denoiser, "--control", "--obedience", "shapes", "--data", data, "--count", 8]
+    asked: list[Any] = ["--model", denoiser, "--hints", "--obedience", "shapes", "--data", data, "--count", 8]
     asked += ["--device", "cpu", "--steps", 2]
     answers = []
     for name, adapter in (("with", run), ("off", f"{run}:0")):
@@ -92,4 +92,4 @@ def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencode
     assert answers[0]["protocol_hash"] == answers[1]["protocol_hash"]
     assert tiny.call("make_shards", *packing, "--output", tmp_path / "bare") == 0
     bare = ("--data", tmp_path / "bare", "--device", "cpu")
-    assert "no hints beside the pictures" in tiny.refused("evaluate", "--model", denoiser, "--control", *bare).what
+    assert "none beside the pictures" in tiny.refused("evaluate", "--model", denoiser, "--hints", *bare).what
