@@ -92,4 +92,4 @@ def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencode
     assert answers[0]["protocol_hash"] == answers[1]["protocol_hash"]
     assert tiny.call("make_shards", *packing, "--output", tmp_path / "bare") == 0
     bare = ("--data", tmp_path / "bare", "--device", "cpu")
-    assert "none beside the pictures" in tiny.refused("evaluate", "--model", denoiser, "--hints", *bare).what
+    assert "no hints beside the pictures" in tiny.refused("evaluate", "--model", denoiser, "--hints", *bare).what
