@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What a model folder may hold: weights as safetensors, all else as text, by the names that are written here. No pickle,
 # no optimiser's state, nothing that a user has put there.
 OURS = re.compile(
-    r"(README\.md|(config|card|ingredients|teacher|base)\.json|model\.safetensors|(samples|hint)\.png)"
+    r"(README\.md|(config|card|ingredients|teacher|base|hint)\.json|model\.safetensors|(samples|hint)\.png)"
     r"|autoencoder/(README\.md|(config|card|teacher)\.json|model\.safetensors)"
     r"|text_encoder/(model(-\d+-of-\d+)?\.safetensors|[\w.-]+\.json)"
     r"|tokenizer/[\w-]+\.(json|txt|model)"

@@ -28,6 +28,7 @@ OF_KIND = {  # what each kind is told besides its name
     "controlnet": [],
     "t2i-adapter": [],
 }
+HINTED = ("controlnet", "t2i-adapter")
 UNET = "--backbone.kind unet --backbone.channels 8,16 --backbone.attention 0,1 --backbone.heads 2 --backbone.groups 4"
 BASE = ["--config", "smoke", *UNET.split(), "--backbone.blocks", "1", "--text.width", "16", "--text.depth", "1",
         "--sample.steps", "2", *tiny.SHORT]  # fmt: skip
@@ -98,7 +99,7 @@ def test_a_run_holds_what_it_learned_and_names_its_base(kind: str, trained: dict
     final = trained[kind] / "final"
     held = {path.name for path in final.iterdir()}
     assert held <= {"base.json", "card.json", "config.json", "ingredients.json", "model.safetensors", "README.md",
-                    "samples.png"}  # fmt: skip
+                    "samples.png", *(("hint.json", "hint.png") if kind in HINTED else ())}  # fmt: skip
     plain = load_pipeline(base, "cpu")
     of_base = json.loads((final / "base.json").read_text())["hashes"]
     assert of_base == {name: plain.hashes[name] for name in of_base} and len(of_base) == 4
@@ -293,3 +294,11 @@ def test_the_rest_of_the_config_is_the_base_s(base: Path, trained: dict[str, Pat
     assert ours["optimizer"]["lr"] == 0.01
     differing = {section for section in ours if ours[section] != theirs[section]}
     assert differing == {"adapter", "optimizer", "train"}
+
+
+def test_the_model_of_the_package_is_a_base(shapes: Path, tmp_path: Path) -> None:
+    """Its weights are stored in less precision than they work in, of which its hash is."""
+    given = ("--autoencoder", "demo", "--data", shapes, "--output", tmp_path / "latents", "--device", "cpu")
+    assert tiny.call("encode_latents", *given) == 0
+    words = ["--config", "lora", "--latents", tmp_path / "latents", "--output", tmp_path / "run", *tiny.SHORT]
+    assert tiny.call("train_denoiser", "--base", "demo", *words, "--max-steps", "1", "--sample.steps", "1") == 0
