@@ -1,4 +1,4 @@
-"""Take in another program's denoiser with all that it draws with, or give ours out as diffusers writes it."""
+"""Take in another program's denoiser with all that it draws with, or a LoRA, or give ours out as diffusers has it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from training.errors import UserError
 from training.messages import tell
 from training.settings.flags import Parser
 
-IMPORTING = ("autoencoder", "prediction", "heads")
+IMPORTING = ("autoencoder", "prediction", "heads")  # of a whole network
 
 
 def main() -> None:
@@ -16,7 +16,9 @@ def main() -> None:
         epilog="import reads diffusers' UNet2DConditionModel, DiTTransformer2DModel and PixArtTransformer2DModel: a\n"
         "pipeline's folder with scheduler, autoencoder and text encoder, one of these networks alone, ORG/NAME, or a\n"
         "single .safetensors file of Stable Diffusion 1 or 2; what it writes serves wherever a denoiser's run does.\n"
-        "export writes a run's folder as a pipeline of diffusers.",
+        "export writes a run's folder as a pipeline of diffusers.\n"
+        "A LoRA is one file: import FILE --base RUN makes the run of an adapter of it, and export RUN --lora kohya\n"
+        "writes that as a file.",
     )
     parser.add_argument("verb", choices=("import", "export"), help="which way")
     parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
@@ -29,14 +31,28 @@ def main() -> None:
     parser.add_argument("--prediction", choices=("eps", "v", "x0", "velocity"), help=text)
     text = "import of a single file: attention heads, which its shapes do not tell (default: 8, or 64 channels a head)"
     parser.add_argument("--heads", metavar="N", type=int, help=text)
+    text = "import: SOURCE is a LoRA file, by the names of diffusers, PEFT or kohya, for this run"
+    parser.add_argument("--base", metavar="RUN", help=text)
+    text = "export: RUN is that of an adapter, and --output a file with such names"
+    parser.add_argument("--lora", choices=("diffusers", "kohya"), help=text)
     parser.machine(device="")
     args = parser.read()
     given = [name for name in IMPORTING if getattr(args, name) not in (None, "")]
-    if args.verb == "export" and given:
-        raise UserError(f"--{given[0].replace('_', '-')} belongs to import", hint="leave it out")
+    if args.verb == "export" and (given or args.base):
+        raise UserError(f"--{(given or ['base'])[0]} belongs to import", hint="leave it out")
+    if args.verb == "import" and (args.lora or (args.base and given)):
+        what = "--lora belongs to export" if args.lora else f"--{given[0]}: a LoRA file takes it from --base"
+        raise UserError(what, hint="leave it out")
     from pathlib import Path
 
-    if args.verb == "import":
+    if args.lora or args.base:
+        from training.models import lora_files
+
+        if args.lora:
+            lora_files.export_lora(args.source, args.lora, Path(args.output))
+        else:
+            lora_files.import_lora(args.source, args.base, Path(args.output), args.text_encoder or None)
+    elif args.verb == "import":
         from training.models.denoiser_import import import_denoiser
 
         asked = {name: getattr(args, name) for name in IMPORTING}
