@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ldm.backbones.image import extended
 from ldm.text import HuggingFace
 from ldm.text.encoders import LabelEncoder
@@ -22,7 +20,7 @@ from training.models.folders import find
 from training.models.lineage import same_ingredients
 from training.models.vocabulary import added, captions
 from training.settings import decoding
-from training.tensors import content_hash, in_dtype
+from training.tensors import content_hash
 
 if TYPE_CHECKING:
     import argparse
@@ -96,7 +94,8 @@ def fill_network(
     taken, before = config.text.build(words) if new else text, dict[str, Weights]()
 
     def widened(theirs: Weights) -> Weights:
-        before["denoiser"] = in_dtype(theirs, torch.float32)  # as an exported file may not store them
+        kept = parts.backbone.state_dict()  # its hash is of the precision in which it is loaded
+        before["denoiser"] = {name: tensor.to(kept[name].dtype) for name, tensor in theirs.items() if name in kept}
         return extended(theirs, parts.backbone)
 
     fill_learned(parts.backbone, taken, folder.weights, folder.final, widened)

@@ -194,8 +194,11 @@ class Sample:
     steps: int = 25
     size: tuple[int, int] = (0, 0)  # height and width in pixels; (0, 0) becomes those of the training pictures
     dynamic_threshold: float = 0.0  # in pixels: the quantile of |x0| that is scaled into range (Imagen: 0.995); 0 = off
+    image_scale: float = 1.0  # guidance by the picture that is to be changed, with image.kind source; 1 = none
 
     def __post_init__(self) -> None:
         positive("", steps=self.steps)
         if not 0 <= self.dynamic_threshold <= 1:
             raise ValueError(f"dynamic_threshold: must lie in [0, 1] (got {self.dynamic_threshold})")
+        if not 0 <= self.image_scale < float("inf"):
+            raise ValueError(f"image_scale: must be at least 0 (got {self.image_scale})")
