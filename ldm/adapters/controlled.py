@@ -133,6 +133,7 @@ class Controlled(Backbone):
         base = steerable(base)
         super().__init__(channels=base.channels, out_channels=base.out_channels, multiple=base.multiple)
         self.base, self.branches, self.config, self.shares = base, nn.ModuleList(branches), base.config, base.shares
+        self.image_channels = base.image_channels  # which are joined to the latents here, for branches and base alike
 
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """See `Backbone.predict`."""
