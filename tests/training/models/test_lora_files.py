@@ -284,7 +284,8 @@ def test_flags_of_the_other_way_are_refused(denoiser: Path, tmp_path: Path) -> N
     for words, what in (
         (("export", denoiser, "--base", denoiser, *out), "--base belongs to import"),
         (("import", file, "--lora", "kohya", *out), "--lora belongs to export"),
-        (("import", file, "--base", denoiser, "--heads", "2", *out), "--heads: a LoRA file takes it from --base"),
+        (("import", file, "--base", denoiser, "--heads", "2", *out), "--heads is of whole networks"),
+        (("export", denoiser, "--lora", "kohya", "--pt2", *out), "--pt2 is of whole networks, --lora of a LoRA file"),
         (("import", file, "--base", denoiser, *out), "has no layer of"),
     ):
         assert what in tiny.refused("convert_denoiser", *words).what
