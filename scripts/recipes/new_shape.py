@@ -34,7 +34,8 @@ def train(work: Path) -> None:
     show(work / "pictures")
     door("make_shards", "pack", work / "pictures", "--output", work / "data", "--resolution", 32)
     door("encode_latents", "--autoencoder", "demo", "--data", work / "data", "--output", work / "latents")
-    given = ("--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents")
+    given = ["--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents", "--lr", "2e-3"]
+    given += ["--adapter.targets", '["*.attentions.*", "*.resnets.*"]']  # a new outline is the convolutions' work, too
     for weight in (1, 0):
         prior = ("--prior.weight", weight, "--prior.captions", json.dumps(old(200, 2_000_000)))
         door("train_denoiser", *given, *prior, "--output", work / f"weight-{weight}")
@@ -45,8 +46,7 @@ def main() -> None:
     add = (parser := Parser(__doc__ or "")).add_argument
     add("--output", metavar="DIR", required=True, help="where all of it goes")
     add("--count", metavar="N", type=int, default=1000, help="old captions that are measured")
-    args = parser.read()
-    if not (work := Path(args.output)).exists():
+    if not (work := Path((args := parser.read()).output)).exists():
         train(work)
     before = obeyed("demo", captions := old(args.count, 1_000_000))
     print(f"demo: {before.mean():.1%} of {args.count} old captions")
