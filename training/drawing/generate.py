@@ -19,7 +19,7 @@ from training.drawing import adapters, references, replay
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
-from training.drawing.shown import refuse_unshown
+from training.drawing.shown import settled
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags, unread
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
@@ -161,10 +161,8 @@ def prepare(
     pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, adapters.chosen(args))
     if args.weak_model:
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
-    judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
-    pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
-    start = start.settled(pipeline, args)
-    refuse_unshown(pipeline, start, getattr(args, "hint", None))
+    pipeline = replace(pipeline, judge=judge_of(args, device), tile=chosen_tile(args, original))
+    start = settled(start, pipeline, args)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):
@@ -198,6 +196,11 @@ def prepare(
     # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     chunk = original.facts.get("batch") if original else None
     return Drawing(pipeline, how, facts, output, args.strip, chunk, start, groups)
+
+
+def judge_of(args: argparse.Namespace, device: torch.device) -> Judge | None:
+    """That of --classifier."""
+    return Judge(load_classifier(args.classifier, device)) if args.classifier else None
 
 
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:

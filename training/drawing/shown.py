@@ -64,6 +64,13 @@ class Instructed(Start):
         return tasks
 
 
+def settled(start: Start, pipeline: Pipeline, args: argparse.Namespace) -> Start:
+    """The start that this is with the model that draws. Raises UserError where that needs an image, and gets none."""
+    start = start.settled(pipeline, args)
+    refuse_unshown(pipeline, start, getattr(args, "hint", None))
+    return start
+
+
 def refuse_unshown(pipeline: Pipeline, start: Start | None = None, hint: str | None = None) -> None:
     """Raises UserError where the model is shown an image, and neither the start nor a `hint` gives it one; without a
     start nothing does."""
