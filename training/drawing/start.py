@@ -65,6 +65,10 @@ class Start(ABC):
         """From requests to those that are drawn together, each with its task. `size`: pixels, where they are asked for;
         what of a given picture is not used goes into the `ledger`."""
 
+    def seed_of(self, request: Request) -> int:
+        """The seed that the model draws a request with."""
+        return request.seed
+
     @classmethod
     def recall(cls, args: argparse.Namespace, path: Path, facts: dict[str, Any]) -> None:
         """Put what the picture at `path` tells of this start where flags would put it.

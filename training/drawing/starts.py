@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.drawing.cascades import Cascaded
 from training.drawing.edits import ImageToImage, Inpainting, Outpainting
 from training.drawing.given import Given, Size
 from training.drawing.inversions import Inversion, Styled
@@ -64,7 +65,7 @@ class OwnNoise(Start):
 
 
 STARTS: tuple[type[Start], ...] = (
-    OwnNoise, Instructed, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration,
+    OwnNoise, Instructed, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration, Cascaded,
 )  # fmt: skip
 TOLD = {start.fact: start for start in STARTS}  # by the key in a picture's facts
 
