@@ -178,20 +178,7 @@ def prepare(
     with as_user_error("give it with --size"):
         pipeline.latent_shape(size)
     tell_reading(pipeline.text)
-    hashes = pipeline_hashes(pipeline)
-    facts = {
-        "settings": settings,
-        "negative_prompt": args.negative_prompt,
-        "also": also,
-        **dict.fromkeys(TOLD),
-        "tile": pipeline.tile,
-        "precision": args.mixed_precision,
-        "model": name_of(args.model),
-        "hashes": hashes,
-        "preview": hashes["autoencoder"] if args.preview else None,
-        adapters.FACT: adapters.facts(args),
-        "versions": {**versions(), "device": device.type},
-    }
+    facts = facts_of(args, pipeline, {"settings": settings, "also": also, "device": device.type})
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
         seen = shown.facts(first) if shown else None
@@ -207,6 +194,24 @@ def prepare(
     # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     chunk = original.facts.get("batch") if original else None
     return Drawing(pipeline, how, facts, output, args.strip, chunk, start, groups, shown)
+
+
+def facts_of(args: argparse.Namespace, pipeline: HashedPipeline, own: dict[str, Any]) -> dict[str, Any]:
+    """What every picture says of how it is drawn, of no start yet."""
+    hashes = pipeline_hashes(pipeline)
+    return {
+        "settings": own["settings"],
+        "negative_prompt": args.negative_prompt,
+        "also": own["also"],
+        **dict.fromkeys(TOLD),
+        "tile": pipeline.tile,
+        "precision": args.mixed_precision,
+        "model": name_of(args.model),
+        "hashes": hashes,
+        "preview": hashes["autoencoder"] if args.preview else None,
+        adapters.FACT: adapters.facts(args),
+        "versions": {**versions(), "device": own["device"]},
+    }
 
 
 def judge_of(args: argparse.Namespace, device: torch.device) -> Judge | None:

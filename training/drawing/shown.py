@@ -1,16 +1,17 @@
-"""Drawings of a model that is shown an image: a picture and an instruction, and what such a model is not drawn without.
-"""
+"""Drawings of a model that is shown an image: a picture that it changes, a hint, and what it is not drawn without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from training.drawing.given import Given, Size, reader
-from training.drawing.start import Group, Start, alike, source_of
+from training.drawing.start import Group, Start, alike, source_of, tell_size
 from training.errors import UserError
 from training.ledger import Ledger
+
+Drawer = TypeVar("Drawer", bound="Pipeline")
 
 if TYPE_CHECKING:
     import argparse
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Instructed(Start):
-    """Each picture changed as the prompt says, by a model that was trained to: image.kind "source"."""
+    """Each picture shown to a model that was trained on such: one to be changed as the prompt says (image.kind source),
+    or the hint of one to be drawn (image.kind hint)."""
 
     kind: ClassVar[str] = "instruction"
     fact: ClassVar[str] = "instruct"
@@ -29,7 +31,7 @@ class Instructed(Start):
     settings: ClassVar[dict[str, tuple[str, type]]] = {
         "strength": ("strength", float), "start_time": ("start_time", float),
     }  # fmt: skip
-    shows: ClassVar[str] = "source"
+    shows: ClassVar[tuple[str, ...]] = ("source", "hint")
     sources: Sequence[Given]
     walk: dict[str, Any]
 
@@ -49,17 +51,19 @@ class Instructed(Start):
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
         """Pictures of one size together."""
-        from ldm.image_tasks import instructed
-        from training.drawing.edits import tell_size
+        from ldm.image_conditions.hint import Hint
+        from ldm.shown_tasks import hinted, instructed
 
-        read = reader(pipeline.autoencoder.image_channels, size, ledger)
+        channels = pipeline.image.channels(pipeline.autoencoder.latent_channels, pipeline.autoencoder.image_channels)
+        hints = pipeline.image if isinstance(pipeline.image, Hint) else None
+        read = reader(channels if hints else pipeline.autoencoder.image_channels, size, ledger)
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
             for group in alike(requests, read):
                 pictures = [read(source_of(request)) for request in group]
                 tell_size(pipeline, pictures[0].size, 0, ledger)
                 walk = {key: self.walk[key] for key in self.settings if self.walk[key] is not None}
-                yield group, instructed(pipeline, pictures, **walk)
+                yield group, hinted(pipeline, hints, pictures) if hints else instructed(pipeline, pictures, **walk)
 
         return tasks
 
@@ -67,14 +71,14 @@ class Instructed(Start):
 def settled(start: Start, pipeline: Pipeline, args: argparse.Namespace) -> Start:
     """The start that this is with the model that draws. Raises UserError where that needs an image, and gets none."""
     start = start.settled(pipeline, args)
-    refuse_unshown(pipeline, start, getattr(args, "hint", None))
+    shown(pipeline, *start.shows)
     return start
 
 
-def refuse_unshown(pipeline: Pipeline, start: Start | None = None, hint: str | None = None) -> None:
-    """Raises UserError where the model is shown an image, and neither the start nor a `hint` gives it one; without a
-    start nothing does."""
+def shown(pipeline: Drawer, *kinds: str) -> Drawer:
+    """The pipeline. Raises UserError where its model is shown an image, and what is given is of other `kinds`."""
     kind = pipeline.image.kind
-    if kind != "none" and (start is None or kind != start.shows) and not (kind == "hint" and hint):
+    if kind not in ("none", *kinds):
         what = f"the model is shown an image besides the prompt (image.kind {kind}), and none is given"
         raise UserError(what, hint=f"give it: {pipeline.image.drawn_with}")
+    return pipeline
