@@ -17,6 +17,7 @@ RECIPES = {
     "recipes/fashion_pixels": ["--root", "idx", "--output", "OUT"],
     "recipes/emoji": ["--root", "package", "--text-encoder", "encoder", "--output", "OUT"],
     "recipes/shapes": ["--output", "OUT"],
+    "recipes/upscale": ["--output", "OUT"],
     "recipes/compare_autoencoders": ["--output", "OUT", "--data", "fashion/data"],
 }
 LAST = {"quickstart": "summarize", "recipes/compare_autoencoders": "summarize", "recipes/shapes": "evaluate"}
