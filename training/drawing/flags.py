@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.drawing import adapters, references
+from training.drawing import adapters, controls, references
 from training.drawing.starts import STARTS
 from training.settings.flags import Parser
 
@@ -48,6 +48,7 @@ def how_to_draw_it(parser: Parser) -> None:
     text = "how much the picture of --image counts, for a model that is told to change it (image.kind source): 1 to 2"
     add("--image-guidance-scale", metavar="W", type=float, help=text)
     adapters.add_flags(add)
+    controls.add_flags(add)
     text = "scale pictures in pixels (autoencoder identity) into range by this quantile of |x0|, such as 0.995; 0 = off"
     add("--dynamic-threshold", metavar="P", type=float, help=text)
     add("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")

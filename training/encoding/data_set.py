@@ -21,7 +21,7 @@ from training.data.images import Images
 from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
 from training.encoding.shard import Encoder, embeddings, refuse_many
-from training.encoding.shown import planned, said, trained
+from training.encoding.shown import hint_beside, planned, said, trained
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import remove_partials, write_json
 from training.guarding import check_output, disk_error, make_folder, read_record, refuse_links
@@ -90,16 +90,17 @@ def encode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(summary: dict[str, Any], shards: list[ShardInfo], model: Autoencoder, encoder: TextEncoder | None,
-          args: argparse.Namespace) -> dict[str, Any]:
+def _plan(
+    summary: dict[str, Any], shards: list[ShardInfo], model: Autoencoder, encoder: TextEncoder | None, args: Any
+) -> dict[str, Any]:
     """All that decides what the latents are."""
-    latent, hint = _latent(_images(args.data, shards[0].split, args), model, args.dtype), _hint(summary)
+    latent, hint = _latent(_images(args.data, shards[0].split, args), model, args.dtype), hint_beside(summary)
     image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
     return {
         "encoder": autoencoder_hashes(model)["encoder"],
         "data": {s.name: s.sha256 for s in shards},
         "latent": latent,
-        **{"flip": args.flip, "tile": args.tile, "precision": args.mixed_precision},
+        "flip": args.flip, "tile": args.tile, "precision": args.mixed_precision,
         "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
         "hint": None if image and image["kind"] == "low-res" else hint,
         "image": image,
@@ -233,11 +234,6 @@ def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
         model.check_images(torch.empty(1, images.channels, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
-
-
-def _hint(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """What the hints beside the pictures are, of which each is copied; how many were made by which rule stays there."""
-    return {key: value for key, value in summary["hint"].items() if key != "made"} if summary.get("hint") else None
 
 
 def _short(value: object) -> str:

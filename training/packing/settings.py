@@ -56,7 +56,8 @@ class Settings:
 
     def _check_hint(self) -> None:
         if self.hint is None and self.hint_given:
-            raise UserError("--hint-files: of which kind they are is not said", hint=f"--hint {' or --hint '.join(KINDS)}")
+            hint = f"--hint {' or --hint '.join(KINDS)}"
+            raise UserError("--hint-files: of which kind they are is not said", hint=hint)
         if self.hint_range and not self.hint_given:
             raise UserError("--hint-range: is of the files of --hint-files, and none are given")
         if self.hint_range and not is_range(self.hint_range):

@@ -27,6 +27,7 @@ from training.machine.processes import announce
 from training.messages import warn
 from training.models.captions_read import CaptionTally
 from training.pictures import grids
+from training.pictures.hints import all_beside
 from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
 from training.stages.captioned import Adapted, Captioned, Captions, Sampled, together
@@ -203,6 +204,7 @@ class DenoiserStage(Stage):
         with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
             watch = told.by_steps(SHOWN, self.config.sample.steps)
             images = self.pipeline(captions, seeds=0, extras=extras, batch_size=SHOWN, watch=watch)
+        images = all_beside(images, extras["image"]) if self.adapter and self.adapter.hint else images
         grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         return numbers
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
 from denoiser_steps import gradients, make  # noqa: F401
@@ -17,8 +20,10 @@ from torch import Tensor
 
 from training.data.order import Slot
 from training.errors import UserError
+from training.models.assembly import load_pipeline
+from training.settings.decoding import load
 from training.settings.sections import Prior
-from training.stages.prior import Drawn, load_drawn
+from training.stages.prior import Drawn, _draw, load_drawn, refuse_prior
 from training.tensors import load_tensors, save_tensors
 
 TEXTS = ["a red circle at the top", "a blue square in the centre", "a pink cross at the left"]
@@ -121,6 +126,44 @@ def test_what_is_drawn_is_kept_with_its_hash(straight: Path) -> None:
     assert len({tuple(row.flatten().tolist()) for row in mean}) == 5
     rows = tiny.rows(straight)
     assert all(row["loss_prior"] > 0 for row in rows if "loss" in row)
+
+
+def test_the_base_draws_them_alone_and_stays_as_it_is(
+    straight: Path, latents: Path, denoiser: Path, tmp_path: Path
+) -> None:
+    """Bit for bit as without an adapter, also beneath one that rounds at its start."""
+    before = {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
+    words = ("--base", denoiser, "--latents", latents, "--config", "dora", "--output", tmp_path / "run", *tiny.SHORT)
+    assert tiny.call("train_denoiser", *words, *PRIOR) == 0
+    assert before == {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
+    kept = load_drawn(tmp_path / "run" / "prior")
+    assert kept.hash == load_drawn(straight / "prior").hash
+    pipeline = load_pipeline(denoiser, "cpu")
+    drawn = _draw(dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, steps=2)), TEXTS, 0)
+    latents_of = pipeline.autoencoder.norm.latents(kept.moments[:3], None)
+    torch.testing.assert_close(latents_of, drawn, rtol=0, atol=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_as_one(straight: Path, latents: Path, denoiser: Path, tmp_path: Path) -> None:
+    words = ("--latents", latents, "--init-from", denoiser, "--output", tmp_path / "run", *tiny.DENOISER, *PRIOR)
+    assert ranks.start(2, tmp_path, "train_denoiser", *words) == [0, 0], ranks.said(tmp_path)
+    assert load_drawn(tmp_path / "run" / "prior").hash == load_drawn(straight / "prior").hash
+    for ours, theirs in zip(tiny.rows(tmp_path / "run"), tiny.rows(straight), strict=True):
+        for name in ("loss", "loss_prior"):
+            assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-5)
+    before = load_tensors(straight / "final" / "model.safetensors")
+    for name, weight in load_tensors(tmp_path / "run" / "final" / "model.safetensors").items():
+        torch.testing.assert_close(weight, before[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_shown_besides_captions_is_refused() -> None:
+    """The base would have to be shown it too."""
+    given = {"prior.weight": "1", "prior.captions": "a dog"}
+    config: Any = load("denoiser", "smoke", given)
+    refuse_prior(config, Namespace(init_from="run"), [])
+    with pytest.raises(UserError, match="prior pictures have no image, which the denoiser is shown"):
+        refuse_prior(config, Namespace(init_from="run"), ["image"])
 
 
 def test_a_stopped_run_goes_on_with_the_same_pictures(
