@@ -1,4 +1,4 @@
-"""Tasks for models that were trained to be shown pictures: `pipeline("make it red", task=instructed(pipeline, [it]))`."""
+"""Tasks for models that are shown pictures: `pipeline("make it red", task=instructed(pipeline, [it]))`."""
 
 from __future__ import annotations
 
