@@ -45,4 +45,4 @@ def main() -> None:
         from training.models.denoiser_export import export_denoiser
 
         export_denoiser(args.source, Path(args.output), args.text_encoder)
-    tell(f"wrote {args.output}")
+        tell(f"wrote {args.output}")
