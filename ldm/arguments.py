@@ -28,13 +28,15 @@ NO_EXTRAS: Extras = {}
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How pictures are made: solver, its steps and the times it visits, what steers it, and, of pictures in pixels, the
-    quantile that `ldm.thresholding` scales into their range, 0 for none."""
+    quantile that `ldm.thresholding` scales into their range, 0 for none. `image_scale`: guidance by the picture that is
+    to be changed, of `ldm.image_conditions.source`."""
 
     sampler: Sampler
     grid: Grid
     guidance: Guidance
     steps: int = 25
     dynamic_threshold: float = 0.0
+    image_scale: float = 1.0
 
 
 class Settings(TypedDict, total=False):

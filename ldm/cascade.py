@@ -14,21 +14,17 @@ import torch
 from torch import Tensor
 
 from ldm.arguments import Captions, each_caption, each_seed, one_each
-from ldm.image_conditions import ImageCondition
-from ldm.image_conditions.low_res import LowRes
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline
 from ldm.tasks import Tasks
-from ldm.upscaling import upscaling
+from ldm.upscaling import low_res_of, upscaling
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A pipeline, the image condition that its model was trained with, and the level at which it is shown the picture
-    before; None, the condition's own."""
+    """A pipeline, and the level at which it is shown the picture before; None, its condition's own."""
 
     pipeline: Pipeline
-    condition: ImageCondition
     level: float | None = None
 
 
@@ -42,11 +38,11 @@ class Cascade:
     def __post_init__(self) -> None:
         if len(self.stages) < 2:
             raise ValueError(f"a cascade has at least 2 stages, got {len(self.stages)}")
-        if (kind := self.stages[0].condition.kind) != "none":
-            raise ValueError(f"the first stage of a cascade draws from captions alone, and this one is shown an image of "
-                             f"kind {kind}: begin with one that is not")
+        if (kind := self.stages[0].pipeline.image.kind) != "none":
+            raise ValueError("the first stage of a cascade draws from captions alone, and this one is shown an image "
+                             f"of kind {kind}: begin with one that is not")
         for number, (before, after) in enumerate(pairwise(self.stages), 2):
-            _check(number, before.pipeline, after)
+            _check(number, before.pipeline, after.pipeline)
 
     def pixels(self, captions: Captions, seeds: int | Sequence[int] = 0, *, negative: str = "",
                batch_size: int = 64) -> Iterator[list[Tensor]]:
@@ -85,8 +81,7 @@ class Cascade:
 
     def _task(self, number: int, small: Tensor) -> Tasks:
         stage = self.stages[number]
-        assert isinstance(stage.condition, LowRes)
-        return upscaling(stage.pipeline, stage.condition, small.to(stage.pipeline.device), level=stage.level)
+        return upscaling(stage.pipeline, small.to(stage.pipeline.device), level=stage.level)
 
 
 def stage_seeds(seeds: Sequence[int], number: int) -> list[int]:
@@ -95,19 +90,16 @@ def stage_seeds(seeds: Sequence[int], number: int) -> list[int]:
     return list(seeds) if number == 0 else Noise.from_seeds(seeds).fold("cascade", number).seeds.tolist()
 
 
-def _check(number: int, before: Pipeline, after: Stage) -> None:
+def _check(number: int, before: Pipeline, after: Pipeline) -> None:
     """Raises ValueError where the pictures of `before` are not what `after` was trained to enlarge."""
-    if not isinstance(after.condition, LowRes):
-        raise ValueError(f"stage {number} of a cascade enlarges a picture, and this model was trained with image.kind "
-                         f"{after.condition.kind}: give one of image.kind low-res")
-    factor, (height, width) = after.condition.factor, after.pipeline.size
+    factor, (height, width) = low_res_of(after).factor, after.size
     wanted, got = (height // factor, width // factor), before.size
     if wanted != got:
         enlarged = _words((got[0] * factor, got[1] * factor))
-        raise ValueError(f"stage {number} of the cascade makes {_words((height, width))} pixels of {_words(wanted)}, and "
-                         f"the stage before it draws {_words(got)}: give one that draws {_words(wanted)}, or an "
+        raise ValueError(f"stage {number} of the cascade makes {_words((height, width))} pixels of {_words(wanted)}, "
+                         f"and the stage before it draws {_words(got)}: give one that draws {_words(wanted)}, or an "
                          f"upscaler to {enlarged}")
-    channels = [pipeline.autoencoder.image_channels for pipeline in (before, after.pipeline)]
+    channels = [pipeline.autoencoder.image_channels for pipeline in (before, after)]
     if channels[0] != channels[1]:
         raise ValueError(f"stage {number} of the cascade enlarges pictures of {channels[1]} channels, and the stage "
                          f"before it draws {channels[0]}: give stages of the same channels")

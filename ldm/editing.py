@@ -78,7 +78,7 @@ Span2 = tuple[slice, slice]  # rows and columns
 
 def windows_of(x: Tensor, size: tuple[int, int], stride: int) -> list[Span2]:
     """The windows over x (B, C, h, w), from the upper left on."""
-    return list(product(*(_spans(x.shape[axis], size[axis], stride) for axis in (-2, -1))))
+    return list(product(_spans(x.shape[-2], size[0], stride), _spans(x.shape[-1], size[1], stride)))
 
 
 def averaged(windows: Sequence[Span2], x: Tensor, call: Callable[[slice, slice], Mapping[str, Tensor]],

@@ -24,6 +24,7 @@ from ldm.arguments import NO_EXTRAS, Captions, Extras, Sampling, each_caption, o
 from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
+from ldm.image_conditions.masked import Masked
 from ldm.inverse.measurement import Measurement
 from ldm.inverse.operators import Decoded, GivenMask, Operator
 from ldm.inverse.posterior import Posterior
@@ -53,6 +54,25 @@ def image_to_image(pipeline: Pipeline, pictures: Pictures, *, strength: float = 
     return lambda part: replace(plain, source=encoded(pipeline, to_unit(_of(whole, part))))
 
 
+def instructed(pipeline: Pipeline, pictures: Pictures, *, strength: float = 1.0,
+               start_time: float | None = None) -> Tasks:
+    """The pictures, changed as the captions say, by a model that is shown them (`image_conditions.Source`).
+
+    A `strength` below 1, or a `start_time`, also begins from them, as `image_to_image` does.
+    """
+    source = as_pixels(pipeline, pictures)
+    whole = padded(source, pipeline.multiple)
+    plain = Task(shape=_shape(pipeline, whole), strength=strength, start_time=start_time,
+                 finish=lambda made: _cropped(made, source))
+
+    def task(part: slice) -> Task:
+        latents = encoded(pipeline, to_unit(_of(whole, part)))
+        return replace(plain, source=latents if strength < 1 or start_time is not None else None,
+                       extras=lambda noise: {"image": latents})
+
+    return task
+
+
 def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength: float = 1.0,
                start_time: float | None = None, feather: int = 0, fill: Literal["grey", "nearest"] = "nearest",
                dilate: int = 1, windows: int = 0, posterior: Posterior | None = None) -> Tasks:
@@ -60,7 +80,8 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
 
     Pixels farther than `feather` from the hole are those of the source, bit for bit. The hole is filled before the
     picture is encoded, so that nothing of what was there is seen; `dilate` more latents around it are drawn too. A
-    `strength` below 1 begins from the picture as it was, hole included. `posterior`: a draw of the latents that are
+    `strength` below 1 begins from the picture as it was, hole included. A model that was trained with masks is shown
+    hole and known latents; others are held to them. `posterior`: a draw of the latents that are
     seen with one mask for all, without noise, in place of the sampler: RePaint. Raises ValueError for a mask of another
     size, and for a posterior with several masks or a part of the walk.
     """
@@ -74,7 +95,9 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
     free, inner = hole_in_latents(hole, pipeline.autoencoder.factor, dilate), windowed(pipeline, windows)
     plain = Task(shape=_shape(pipeline, whole), strength=strength, start_time=start_time)
     operator = GivenMask(~free[0, 0]) if posterior else None
-    partly = strength < 1 or start_time is not None
+    partly, trained = strength < 1 or start_time is not None, pipeline.image
+    if isinstance(trained, Masked) and windows:
+        raise ValueError("a model that is shown the whole canvas draws no windows of it: leave them out")
 
     def task(part: slice) -> Task:
         images, gap = to_unit(_of(whole, part)), _of(free, part)
@@ -88,10 +111,12 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
             y = operator(known).expand(len(noise), *known.shape[1:])
             return posterior.draw(denoise, operator, y, 0.0, grid, noise, watch)
 
+        shown = trained.shown(known, gap) if isinstance(trained, Masked) else None
+        own = replace(plain, finish=finish, hold=inner, extras=None if shown is None else lambda noise: shown)
         if posterior:
-            return replace(plain, finish=finish, hold=inner, draw=draw)
-        return replace(plain, source=encoded(pipeline, images) if partly else None, finish=finish,
-                       hold=lambda denoise: Known(inner(denoise), gap, known))
+            return replace(own, draw=draw)
+        own = replace(own, source=encoded(pipeline, images) if partly else None)
+        return own if shown else replace(own, hold=lambda denoise: Known(inner(denoise), gap, known))
 
     return task
 

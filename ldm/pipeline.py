@@ -34,11 +34,15 @@ from ldm.conditioning import Cond
 from ldm.coupling import Coupled, Coupling
 from ldm.denoiser import Conditional, Denoise, Denoiser
 from ldm.guiding import Helpers, Scaled
+from ldm.image_conditions import ImageCondition, NoImage
+from ldm.image_conditions.source import ImageGuided, Source
 from ldm.noise import Noise
 from ldm.samplers import sample
 from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
 from ldm.thresholding import Thresholded
+
+NO_IMAGE = NoImage()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,9 +53,9 @@ class Pipeline:
     bit for bit. `size`: pixels (height, width). `weak`: the poorer model of autoguidance. `judge`, for classifier
     guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their captions. `tile`, 0 or at least 16:
     the side, in latents, of the overlapping tiles that the autoencoder works in, so that its memory is that of one
-    tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal). Nothing of it changes:
-    `dataclasses.replace(pipeline, tile=16)` is another. Raises ValueError where the schedule has no such grid of so
-    many steps.
+    tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal). `image`: what the denoiser was
+    trained to be shown besides captions. Nothing of it changes: `dataclasses.replace(pipeline, tile=16)` is another.
+    Raises ValueError where the schedule has no such grid of so many steps.
     """
 
     autoencoder: Autoencoder
@@ -62,6 +66,7 @@ class Pipeline:
     weak: Conditional | None = None
     judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     tile: int = 0
+    image: ImageCondition = NO_IMAGE
 
     def __post_init__(self) -> None:
         self._check(self.sampling)
@@ -69,8 +74,11 @@ class Pipeline:
     def _check(self, plan: Sampling) -> None:
         plan.grid(plan.steps, self.denoiser.schedule)
         if plan.dynamic_threshold and not isinstance(self.autoencoder, IdentityAutoencoder):
-            raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have none: "
-                             "leave it out, or train on the latents of the autoencoder identity.")
+            raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have "
+                             "none: leave it out, or train on the latents of the autoencoder identity.")
+        if plan.image_scale != 1 and not isinstance(self.image, Source):
+            raise ValueError("image_scale guides by a picture that is to be changed, and this model is shown none: "
+                             "leave it out, or train with image.kind source.")
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +188,9 @@ class Pipeline:
         under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) stand beside
         every condition, further captions and null included: guidance removes the words alone."""
         plan, captions = plan or self.sampling, each_caption(captions)
-        denoiser = Coupled(coupling, self.denoiser) if coupling else self.denoiser
+        denoiser: Conditional = Coupled(coupling, self.denoiser) if coupling else self.denoiser
+        if plan.image_scale != 1:
+            denoiser = ImageGuided(denoiser, self.text([""]), plan.image_scale)
         cond, null = self.told(captions, extras), self.text(negatives or [""])
         if also:
             weighed = [(self.told([caption] * len(captions), extras), weight) for caption, weight in also]
@@ -199,7 +209,7 @@ class Pipeline:
         """The extras of `count` pictures from latents of `shape`, those at a slice of all; raises as `pixels` does."""
         latents = (shape[1], shape[2])
         pixels = (latents[0] * self.autoencoder.factor, latents[1] * self.autoencoder.factor)
-        return cut_extras(extras, part, count, (pixels, latents), self.device)
+        return self.image.fitted(cut_extras(extras, part, count, (pixels, latents), self.device), latents)
 
     def judging(self, captions: Sequence[str]) -> Callable[[Tensor, Tensor, Cond], Tensor] | None:
         """log p(captions | x_t): a classifier of clean pictures reads the one that x_t points at (Bansal et al. 2023,

@@ -1,6 +1,6 @@
 """Pictures made larger by a model that is shown them: a task for `Pipeline.pixels`, and how true it stays to them.
 
-    pipeline(captions, task=upscaling(pipeline, condition, pictures))
+    pipeline(captions, task=upscaling(pipeline, pictures))
 
 A picture x is true to a small one y where A x = y, A the mean over squares of pixels: a residual in 255ths tells how
 far off it is, and `projected` removes it.
@@ -26,23 +26,25 @@ from ldm.pipeline import Pipeline
 from ldm.tasks import Task, Tasks, unheld
 from ldm.windowed import in_windows
 
-ROUNDS = 8  # of projecting what clipping to [-1, 1] has moved
+HALVINGS = 24  # from 510 to less than float32 tells of 255
 
 
-def upscaling(pipeline: Pipeline, condition: LowRes, pictures: Pictures, *, level: float | None = None,
+def upscaling(pipeline: Pipeline, pictures: Pictures, *, level: float | None = None,
               consistent: bool = False) -> Tasks:
-    """The pictures, `condition.factor` times larger: one for all captions, or one each, all of one size.
+    """The pictures, larger by the factor of the pipeline's `low-res` condition: one for all captions, or one each, all
+    of one size.
 
     `level`: the noise that is added to them and told to the network, in [0, 1]; None, the condition's own. Sides that
     the model has no canvas for are reflected up to one, and cut again. `consistent`: every step in pixels, and the
     finished picture, is brought to what the small one says (DDNM). Larger pictures than the trained ones are drawn by
-    the pipeline `in_windows`. Raises ValueError for a level outside [0, 1].
+    the pipeline `in_windows`. Raises ValueError for a level outside [0, 1], and for a model without that condition.
     """
-    small, factor = as_pixels(pipeline, pictures), condition.factor
+    condition, small = low_res_of(pipeline), as_pixels(pipeline, pictures)
+    factor = condition.factor
     u = condition.level if level is None else level
     if not 0 <= u <= 1:
         raise ValueError(f"the level of noise on a small picture must lie in [0, 1], got {u}")
-    height, width = canvas(pipeline, factor, (small.shape[-2], small.shape[-1]))
+    height, width = canvas(pipeline, (small.shape[-2], small.shape[-1]))
     whole = reflected(small, (height, width))
     shape = pipeline.latent_shape((height * factor, width * factor))
     pixels, operator = isinstance(pipeline.autoencoder, IdentityAutoencoder), Box(factor=factor)
@@ -67,9 +69,18 @@ def upscaling(pipeline: Pipeline, condition: LowRes, pictures: Pictures, *, leve
     return task
 
 
-def canvas(pipeline: Pipeline, factor: int, size: tuple[int, int]) -> tuple[int, int]:
+def low_res_of(pipeline: Pipeline) -> LowRes:
+    """The condition of a model that enlarges pictures. Raises ValueError for one that was trained with another."""
+    if not isinstance(pipeline.image, LowRes):
+        raise ValueError(f"this model was trained with image.kind {pipeline.image.kind}, and enlarges no pictures: "
+                         "give one of image.kind low-res")
+    return pipeline.image
+
+
+def canvas(pipeline: Pipeline, size: tuple[int, int]) -> tuple[int, int]:
     """The least sides of a small picture that the model can be shown: those of `size` = (height, width), up to the
     trained ones, and to what the pipeline's multiple divides once enlarged."""
+    factor = low_res_of(pipeline).factor
     step = pipeline.multiple // math.gcd(pipeline.multiple, factor)
     height, width = (-(-max(side, trained // factor) // step) * step
                      for side, trained in zip(size, pipeline.size, strict=True))
@@ -91,31 +102,35 @@ def _mirrored(side: int, wanted: int) -> Tensor:
 def projected(made: Tensor, small: Tensor, factor: int) -> Tensor:
     """The pixels nearest to `made` whose means over squares are those of `small`, all uint8.
 
-    x + A^+ (y - A x), and again for what clipping has moved: back-projection, Irani & Peleg 1991. Of the pixels of a
-    square as many are rounded up as its mean needs, those with the largest fractions.
+    clip(x + c) with the c of each square that gives its mean, by halving: the Euclidean projection onto what is
+    consistent and in range; without the range it is the back-projection x + A^+ (y - A x), Irani & Peleg 1991. Of the
+    pixels of a square as many are rounded up as its mean needs, those with the largest fractions.
     """
-    operator, y, x = Box(factor=factor), small.float(), made.float()
-    for _ in range(ROUNDS):
-        x = (x + operator.pinv(y - operator(x))).clamp(0, 255)
-    squares = x.unfold(2, factor, factor).unfold(3, factor, factor)
-    parts = squares.flatten(-2)
-    down = parts.floor()
+    squares, y = made.float().unfold(2, factor, factor).unfold(3, factor, factor), small.float()
+    x = squares.flatten(-2)
+    low, high = torch.full_like(y, -255), torch.full_like(y, 255)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        short = (x + middle[..., None]).clamp(0, 255).mean(-1) < y
+        low, high = middle.where(short, low), high.where(short, middle)
+    moved = (x + high[..., None]).clamp(0, 255)
+    down = moved.floor()
     up = (factor**2 * y - down.sum(-1)).round()
-    rank = (parts - down).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    rank = (moved - down).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     whole = (down + (rank < up[..., None])).clamp(max=255).view_as(squares)
     return whole.transpose(3, 4).reshape(made.shape).to(torch.uint8)
 
 
 def residual(made: Tensor, small: Tensor, factor: int) -> Tensor:
     """mean |y - A x| of uint8 pictures (B, C, f h, f w) and their small ones, in 255ths, (B,)."""
-    off = to_unit(small) - Box(factor=factor)(to_unit(made))
-    return off.abs().flatten(1).mean(1) * 127.5
+    off = small.float() - Box(factor=factor)(made.float())
+    return off.abs().flatten(1).mean(1)
 
 
-def larger(pipeline: Pipeline, stride: int | None, factor: int, size: tuple[int, int]) -> Pipeline:
+def larger(pipeline: Pipeline, stride: int | None, size: tuple[int, int]) -> Pipeline:
     """The pipeline for small pictures of `size`: in windows of the trained size where they are larger, `stride` latents
     apart, None being half of a window; 0 draws them whole."""
-    _, height, width = pipeline.latent_shape(pipeline.size)
+    (_, height, width), factor = pipeline.latent_shape(pipeline.size), low_res_of(pipeline).factor
     apart = max(1, min(height, width) // 2) if stride is None else stride
     fits = all(side * factor <= trained for side, trained in zip(size, pipeline.size, strict=True))
     return pipeline if fits else in_windows(pipeline, apart)

@@ -87,3 +87,16 @@ def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tiny.call("train_denoiser", *tiny.DENOISER, *train) == 0
     tiny.keep()
     return root
+
+
+@pytest.fixture(scope="session")
+def upscaler(shapes: Path, autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A denoiser of 32 px that is shown 8 px, after a few steps."""
+    root = tmp_path_factory.mktemp("upscaler")
+    words = ("--autoencoder", autoencoder, "--data", shapes, "--output", root / "latents", "--low-res", 4)
+    assert tiny.call("encode_latents", *words, "--device", "cpu") == 0
+    words = ("--latents", root / "latents", "--output", root / "run", "--image.kind", "low-res")
+    assert tiny.call("train_denoiser", *words, *tiny.DENOISER) == 0
+    tiny.shake(root / "run" / "final")
+    tiny.keep()
+    return root / "run"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,32 @@ Steerable = CrossAttentionUNet | DiffusionTransformer
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig(AdapterConfig):
     """What control branches share: a hint of `hint_channels`, in [0, 1], `factor` times the size of the latents: the
-    factor of the base's autoencoder."""
+    factor of the base's autoencoder. Of both 0 is what the data have."""
 
-    hint_channels: int = 3
-    factor: int = 8
-    limits: ClassVar[Mapping[str, str]] = {"hint_channels": "(0, inf)", "factor": "(0, inf)"}
+    small: ClassVar[Mapping[str, Any]] = {"hint_channels": 3, "factor": 8}
+    hint_channels: int = 0
+    factor: int = 0
+    limits: ClassVar[Mapping[str, str]] = {"hint_channels": "[0, inf)", "factor": "[0, inf)"}
+
+    def settled(self, factor: int, hint_channels: int) -> Self:
+        """See `AdapterConfig.settled`. Raises ValueError without hints, and for others than the config names."""
+        if not hint_channels:
+            raise ValueError(f"a {self.kind} learns from hints, and there are none beside these latents")
+        for name, given in (("factor", factor), ("hint_channels", hint_channels)):
+            if (own := getattr(self, name)) not in {0, given}:
+                raise ValueError(f"adapter.{name} is {own}, that of these latents {given}: leave it out")
+        return replace(self, factor=factor, hint_channels=hint_channels)
+
+    def build(self, backbone: Backbone, text: TextEncoder) -> Control:
+        """See `AdapterConfig.build`. Raises ValueError for a backbone that takes no residuals, and where the config
+        leaves something open."""
+        if not self.factor or not self.hint_channels:
+            raise ValueError(f"adapter.factor and adapter.hint_channels say what hints a {self.kind} reads: set both")
+        return self.beside(steerable(backbone))
+
+    @abstractmethod
+    def beside(self, base: Steerable) -> Control:
+        """A freshly initialised branch for this base. Raises ValueError where it has no place in it."""
 
 
 class Control(Adapter):
@@ -112,6 +133,7 @@ class Controlled(Backbone):
         base = steerable(base)
         super().__init__(channels=base.channels, out_channels=base.out_channels, multiple=base.multiple)
         self.base, self.branches, self.config, self.shares = base, nn.ModuleList(branches), base.config, base.shares
+        self.image_channels = base.image_channels  # which are joined to the latents here, for branches and base alike
 
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """See `Backbone.predict`."""

@@ -10,13 +10,11 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.adapters.controlled import Control, ControlConfig, Steerable, steerable
+from ldm.adapters.controlled import Control, ControlConfig, Steerable
 from ldm.backbones.attention import zero
-from ldm.backbones.base import Backbone
 from ldm.backbones.dit import DiffusionTransformer
 from ldm.backbones.unet import CrossAttentionUNet, WayDown
 from ldm.conditioning import Cond
-from ldm.text import TextEncoder
 
 HINT_WIDTHS = (16, 32, 96, 256)  # of the hint network, at full size and after each halving
 
@@ -38,8 +36,7 @@ class ControlNet(ControlConfig):
         if self.factor & (self.factor - 1):
             raise ValueError(f"controlnet factor must be a power of two, got {self.factor}")
 
-    def build(self, backbone: Backbone, text: TextEncoder) -> Control:
-        base = steerable(backbone)
+    def beside(self, base: Steerable) -> Control:
         if isinstance(base, CrossAttentionUNet):
             return UNetBranch(self, base)
         if self.blocks > len(base.blocks):

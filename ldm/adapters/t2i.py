@@ -8,11 +8,9 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.adapters.controlled import Control, ControlConfig, Steerable, steerable
-from ldm.backbones.base import Backbone
+from ldm.adapters.controlled import Control, ControlConfig, Steerable
 from ldm.backbones.unet import CrossAttentionUNet
 from ldm.conditioning import Cond
-from ldm.text import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +25,7 @@ class T2IAdapter(ControlConfig):
     layers: int = 2
     limits: ClassVar = {**ControlConfig.limits, "layers": "(0, inf)"}
 
-    def build(self, backbone: Backbone, text: TextEncoder) -> Control:
-        base = steerable(backbone)
+    def beside(self, base: Steerable) -> Control:
         if not isinstance(base, CrossAttentionUNet):
             raise ValueError("a t2i-adapter adds to the levels of a `unet`, and this is none: take a controlnet")
         return Pyramid(self, base)

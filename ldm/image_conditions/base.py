@@ -23,7 +23,7 @@ class ImageCondition(Checked, ABC):
     What it makes is `Cond.extras`, by name: "image" (B, `channels`, h, w), joined to the latents where a backbone reads
     them; and, where `told`, "image_level" (B,) in [0, 1], the level of the noise that the image was augmented with.
     `stored`: the flag of encode_latents that makes the `extra-image.npy` it is made of; "" where it is made of latents.
-    `drawn_with`: the flags of generate that give such an image.
+    `drawn_with`: the commands that give such an image.
     """
 
     told: ClassVar[bool] = False
@@ -48,6 +48,10 @@ class ImageCondition(Checked, ABC):
     def drawn(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
         """The same for held-out samples that are drawn, to be looked at."""
         return self.extras(latents, stored, noise)
+
+    def fitted(self, extras: Mapping[str, Tensor], size: tuple[int, int]) -> Extras:
+        """What is given for a drawing from latents of `size`, as the backbone reads it."""
+        return dict(extras)
 
     def left_out(self, noise: Noise) -> tuple[Tensor, Tensor] | None:
         """Which samples (B,) are trained without their image, as zeros, and which of those without their caption too;

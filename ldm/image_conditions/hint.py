@@ -24,7 +24,7 @@ class Hint(ImageCondition):
     kind: Literal["hint"] = "hint"
     hint_channels: int = 0
     stored: ClassVar[str] = "pictures that were packed with --hint"
-    drawn_with: ClassVar[str] = "--hint FILE"
+    drawn_with: ClassVar[str] = "generate --hint FILE"
     limits: ClassVar = {"hint_channels": "[0, inf)"}
 
     def channels(self, latent_channels: int, image_channels: int) -> int:
@@ -33,6 +33,9 @@ class Hint(ImageCondition):
 
     def extras(self, latents: Tensor, stored: Mapping[str, Tensor], noise: Noise) -> Extras:
         return {**stored, **self.shown(need_stored(self, stored), (latents.shape[-2], latents.shape[-1]))}
+
+    def fitted(self, extras: Mapping[str, Tensor], size: tuple[int, int]) -> Extras:
+        return {**extras, **self.shown(extras["image"], size)} if "image" in extras else dict(extras)
 
     def shown(self, hint: Tensor, size: tuple[int, int]) -> Extras:
         """"image" of hints (B, C, H, W) in [0, 1] for latents of `size`."""

@@ -30,7 +30,7 @@ class LowRes(ImageCondition):
     level: float = 0.2
     told: ClassVar[bool] = True
     stored: ClassVar[str] = "--low-res FACTOR"
-    drawn_with: ClassVar[str] = "--image FILE, a small picture"
+    drawn_with: ClassVar[str] = "upscale FILE, or generate --cascade BASE --cascade RUN"
     limits: ClassVar = {"factor": "[2, inf)", "augment": "[0, 1]", "level": "[0, augment]"}
 
     def channels(self, latent_channels: int, image_channels: int) -> int:

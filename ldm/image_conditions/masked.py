@@ -31,7 +31,7 @@ class Masked(ImageCondition):
     strokes: float = 0.25
     smallest: float = 0.2
     largest: float = 0.8
-    drawn_with: ClassVar[str] = "--image FILE --mask FILE"
+    drawn_with: ClassVar[str] = "generate --image FILE --mask FILE"
     limits: ClassVar = {"whole": "[0, 1]", "strokes": "[0, 1]", "smallest": "(0, 1]", "largest": "[smallest, 1]"}
 
     def __post_init__(self) -> None:
@@ -47,9 +47,10 @@ class Masked(ImageCondition):
         return {**stored, **self.shown(latents, self.holes(noise, latents.shape[-2], latents.shape[-1]))}
 
     def shown(self, latents: Tensor, hole: Tensor) -> Extras:
-        """"image" of normalised latents (B, C, h, w) and the hole (B or 1, 1, h, w), bool: what is to be made anew."""
-        hole = hole.to(latents.device).expand(len(latents), *hole.shape[1:])
-        return {"image": torch.cat([hole.to(latents.dtype), latents.masked_fill(hole, 0)], dim=1)}
+        """"image" of normalised latents (B or 1, C, h, w) and the hole (B or 1, 1, h, w), bool: what is made anew."""
+        hole = hole.to(latents.device)
+        known = torch.where(hole, 0, latents)
+        return {"image": torch.cat([hole.to(latents.dtype).expand(len(known), *hole.shape[1:]), known], dim=1)}
 
     def holes(self, noise: Noise, height: int, width: int) -> Tensor:
         """Masks (B, 1, height, width), bool, each keyed by the noise of its sample; at least one latent is in each."""

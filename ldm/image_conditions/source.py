@@ -29,7 +29,7 @@ class Source(ImageCondition):
     image_dropout: float = 0.05
     both_dropout: float = 0.05
     stored: ClassVar[str] = "--encode-hint"
-    drawn_with: ClassVar[str] = "--image FILE"
+    drawn_with: ClassVar[str] = "generate --image FILE"
     limits: ClassVar = {"image_dropout": "[0, 1]", "both_dropout": "[0, 1]"}
 
     def channels(self, latent_channels: int, image_channels: int) -> int:

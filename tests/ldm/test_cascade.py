@@ -18,7 +18,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform
 from ldm.guidance import ClassifierFree
-from ldm.image_conditions import NoImage
+from ldm.image_conditions import ImageCondition, NoImage
 from ldm.image_conditions.low_res import LowRes
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline, Sampling
@@ -46,16 +46,17 @@ def text(captions: Sequence[str]) -> Cond:
     return Cond(lengths[:, None, None] / 40, torch.ones(len(captions), 1, dtype=torch.bool))
 
 
-def pipeline(side: int, channels: int = 3) -> Pipeline:
+def pipeline(side: int, image: ImageCondition = NoImage(), channels: int = 3) -> Pipeline:  # noqa: B008
     denoiser = Denoiser(Backbone(), Diffusion(schedule=Flow(), prediction=X0()))
     plan = Sampling(sampler=DDIM(), grid=Uniform(), guidance=ClassifierFree(scale=1.0), steps=3)
     CALLS.clear()
-    return Pipeline(Identity(image_channels=channels).build(), denoiser, text, plan, (side, side))  # type: ignore[arg-type]
+    return Pipeline(Identity(image_channels=channels).build(), denoiser, text, plan, (side, side),  # type: ignore[arg-type]
+                    image=image)
 
 
 def stages() -> list[Stage]:
-    return [Stage(pipeline(4), NoImage()), Stage(pipeline(8), LowRes(factor=2, level=0.1)),
-            Stage(pipeline(32), LowRes(factor=4, level=0.3), 0.2)]
+    return [Stage(pipeline(4)), Stage(pipeline(8, LowRes(factor=2, level=0.1))),
+            Stage(pipeline(32, LowRes(factor=4, level=0.3)), 0.2)]
 
 
 def test_a_cascade_is_its_stages_one_after_the_other() -> None:
@@ -68,10 +69,10 @@ def test_a_cascade_is_its_stages_one_after_the_other() -> None:
     assert {round(said * 40) for _, said in CALLS} >= {1, 2}
     first = torch.cat(list(one.pipeline.pixels(captions, seeds)))
     assert torch.equal(drawn[0], first)
-    task: Any = upscaling(two.pipeline, LowRes(factor=2), first, level=0.1)
+    task: Any = upscaling(two.pipeline, first, level=0.1)
     second = torch.cat(list(two.pipeline.pixels(captions, stage_seeds(seeds, 1), task=task)))
     assert torch.equal(drawn[1], second)
-    task = upscaling(three.pipeline, LowRes(factor=4), second, level=0.2)
+    task = upscaling(three.pipeline, second, level=0.2)
     assert torch.equal(drawn[2], torch.cat(list(three.pipeline.pixels(captions, stage_seeds(seeds, 2), task=task))))
 
 
@@ -98,10 +99,10 @@ def test_no_two_stages_begin_from_the_same_noise() -> None:
 @pytest.mark.parametrize(("changed", "said"), [
     (lambda s: s[:1], "at least 2 stages, got 1"),
     (lambda s: s[1:], "draws from captions alone, and this one is shown an image of kind low-res"),
-    (lambda s: [s[0], Stage(s[1].pipeline, NoImage())], "stage 2 .* image.kind none: give one of image.kind low-res"),
-    (lambda s: [s[0], s[2]], "stage 2 of the cascade makes 32x32 pixels of 8x8, and the stage before it draws 4x4: give "
-                             "one that draws 8x8, or an upscaler to 16x16"),
-    (lambda s: [s[0], Stage(pipeline(8, channels=1), LowRes(factor=2))], "of 1 channels, .* before it draws 3"),
+    (lambda s: [s[0], Stage(pipeline(8))], "image.kind none, and enlarges no pictures: give one of image.kind low-res"),
+    (lambda s: [s[0], s[2]], "stage 2 of the cascade makes 32x32 pixels of 8x8, and the stage before it draws 4x4: "
+                             "give one that draws 8x8, or an upscaler to 16x16"),
+    (lambda s: [s[0], Stage(pipeline(8, LowRes(factor=2), 1))], "of 1 channels, .* before it draws 3"),
 ])
 def test_stages_that_cannot_follow_each_other_are_refused(changed: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):

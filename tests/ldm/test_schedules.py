@@ -166,8 +166,8 @@ def test_nonsense_is_refused(build: object) -> None:
 
 
 def test_a_continuous_table_is_trained_between_its_entries_as_sr3() -> None:
-    """SR3's 2,000 steps: each interval equally often, sqrt(alpha_bar) between its neighbours' and near to uniform there;
-    the level that the network sees tells sqrt(alpha_bar), and the table itself is the same."""
+    """SR3's 2,000 steps: each interval equally often, sqrt(alpha_bar) between its neighbours' and near to uniform
+    there; the level that the network sees tells sqrt(alpha_bar), and the table itself is the same."""
     table = DDPMLinear(steps=2000, beta_min=1e-6, beta_max=1e-2)
     sr3 = DDPMLinear(steps=2000, beta_min=1e-6, beta_max=1e-2, continuous=True)
     u = (torch.arange(200_000, dtype=F64) + 0.5) / 200_000

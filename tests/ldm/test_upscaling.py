@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.grids import Uniform
 from ldm.guidance import ClassifierFree
+from ldm.image_conditions import NoImage
 from ldm.image_conditions.low_res import LowRes
 from ldm.inverse.operators import Box
 from ldm.noise import Noise
@@ -57,7 +59,7 @@ def pipeline(pixels: bool = True, multiple: int = 1, steps: int = 6, size: tuple
     denoiser = Denoiser(Backbone(multiple), Diffusion(schedule=Flow(), prediction=X0()))
     plan = Sampling(sampler=DDIM(), grid=Uniform(), guidance=ClassifierFree(scale=1.0), steps=steps)
     SEEN.clear()
-    return Pipeline(shape.build().eval(), denoiser, text, plan, size)  # type: ignore[arg-type]
+    return Pipeline(shape.build().eval(), denoiser, text, plan, size, image=LOW)  # type: ignore[arg-type]
 
 
 def picture(height: int = 8, width: int = 8, count: int = 1) -> Tensor:
@@ -66,14 +68,14 @@ def picture(height: int = 8, width: int = 8, count: int = 1) -> Tensor:
 
 
 def drawn(pipe: Pipeline, small: Tensor, count: int = 1, seed: int = 7, **how: Any) -> Tensor:
-    return torch.cat(list(pipe.pixels([""] * count, seed, task=upscaling(pipe, LOW, small, **how))))
+    return torch.cat(list(pipe.pixels([""] * count, seed, task=upscaling(pipe, small, **how))))
 
 
 @pytest.mark.parametrize("pixels", [True, False], ids=["pixels", "latents"])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 3), (1, 1), (11, 8), (13, 21)])
 def test_any_size_goes_in_and_four_times_as_much_comes_out(pixels: bool, height: int, width: int) -> None:
     pipe, small = pipeline(pixels, multiple=2), picture(height, width)
-    whole = larger(pipe, None, 4, (height, width))
+    whole = larger(pipe, None, (height, width))
     made = drawn(whole, small)
     assert made.shape == (1, 3, 4 * height, 4 * width)
     window = pipe.latent_shape(pipe.size)[1:]
@@ -92,11 +94,10 @@ def test_the_backbone_is_shown_the_enlarged_picture() -> None:
 
 
 def test_a_level_is_noise_of_the_seed_and_is_told() -> None:
-    pipe, small, told = pipeline(), picture(), []
-    condition = LowRes(factor=4, augment=1.0, level=0.3)
+    pipe, small, told = replace(pipeline(), image=LowRes(factor=4, augment=1.0, level=0.3)), picture(), []
 
     def extras(level: float | None, seed: int = 7) -> tuple[Tensor, Tensor]:
-        shown = upscaling(pipe, condition, small, level=level)(slice(0, 1)).extras
+        shown = upscaling(pipe, small, level=level)(slice(0, 1)).extras
         assert shown is not None
         found = shown(Noise.from_seeds([seed]))
         return found["image"], found["image_level"]
@@ -108,20 +109,20 @@ def test_a_level_is_noise_of_the_seed_and_is_told() -> None:
     assert torch.equal(told[0], extras(0.3)[0]) and not torch.equal(told[0], told[2])
     for level in (-0.1, 1.1):
         with pytest.raises(ValueError, match="must lie in"):
-            upscaling(pipe, condition, small, level=level)
+            upscaling(pipe, small, level=level)
 
 
 @pytest.mark.parametrize("pixels", [True, False], ids=["pixels", "latents"])
 def test_one_tile_is_the_whole_bit_for_bit(pixels: bool) -> None:
     pipe, small = pipeline(pixels), picture(8, 8)
-    tiled = larger(pipe, 3, 4, (9, 9))
+    tiled = larger(pipe, 3, (9, 9))
     assert tiled is not pipe and torch.equal(drawn(tiled, small), drawn(pipe, small))
 
 
 def test_tiles_of_what_is_known_pixel_by_pixel_are_the_whole() -> None:
     """The posterior of independent pixels does not depend on the windows."""
     pipe, small = pipeline(), picture(20, 13)
-    whole, tiled = drawn(larger(pipe, 0, 4, (20, 13)), small), drawn(larger(pipe, None, 4, (20, 13)), small)
+    whole, tiled = drawn(larger(pipe, 0, (20, 13)), small), drawn(larger(pipe, None, (20, 13)), small)
     assert (whole.int() - tiled.int()).abs().max() <= 1 and {s[-2:] for s in SEEN} == {(80, 52), (32, 32)}
 
 
@@ -129,7 +130,7 @@ def test_a_consistent_picture_has_the_means_of_the_small_one() -> None:
     """In pixels every step is brought to it, elsewhere the end; what is cut off counts for nothing."""
     for pixels in (True, False):
         pipe, small = pipeline(pixels), picture(7, 9)
-        pipe = larger(pipe, None, 4, (7, 9))
+        pipe = larger(pipe, None, (7, 9))
         free, bound = drawn(pipe, small), drawn(pipe, small, consistent=True)
         assert residual(bound, small, 4).item() < 1e-4 < 0.5 < residual(free, small, 4).item()
 
@@ -147,6 +148,11 @@ def test_a_projection_moves_as_little_as_it_can() -> None:
 
 def test_a_projection_reaches_what_clipping_moved() -> None:
     """Pixels at the end of the range cannot follow: the others of their square go further."""
+    for shade in (0, 255):
+        flat = projected(torch.full((1, 3, 4, 4), 255 - shade, dtype=torch.uint8), picture(2, 2) * 0 + shade, 2)
+        assert flat.eq(shade).all()
+    noisy = torch.randint(0, 2, (1, 3, 12, 12), generator=torch.Generator().manual_seed(3)).to(torch.uint8) * 255
+    assert residual(projected(noisy, picture(3, 3), 4), picture(3, 3), 4).item() == 0
     made = torch.tensor([[250, 255], [0, 100]], dtype=torch.uint8).expand(1, 3, 2, 2)
     got = projected(made, torch.full((1, 3, 1, 1), 220, dtype=torch.uint8), 2)
     assert got.double().mean((-2, -1)).eq(220).all() and got[..., 0, 1].eq(255).all()
@@ -166,9 +172,9 @@ def test_a_picture_is_reflected_as_often_as_it_takes() -> None:
 
 
 def test_the_canvas_is_the_trained_one_or_what_the_multiple_divides() -> None:
-    assert canvas(pipeline(multiple=2), 4, (3, 11)) == (8, 11)
-    assert canvas(pipeline(pixels=False, multiple=2), 4, (3, 11)) == (8, 12)  # a multiple of 8 pixels
-    assert canvas(pipeline(multiple=8), 4, (9, 8)) == (10, 8)
+    assert canvas(pipeline(multiple=2), (3, 11)) == (8, 11)
+    assert canvas(pipeline(pixels=False, multiple=2), (3, 11)) == (8, 12)  # a multiple of 8 pixels
+    assert canvas(pipeline(multiple=8), (9, 8)) == (10, 8)
 
 
 def test_a_posterior_sample_has_twice_the_error_of_the_mean() -> None:
@@ -184,3 +190,8 @@ def test_a_posterior_sample_has_twice_the_error_of_the_mean() -> None:
     singles = [decibels(made[k : k + 1]) for k in range(8)]
     assert sum(singles) / 8 - decibels(shown) == pytest.approx(-3.0103, abs=0.1)
     assert decibels(made.mean(0, keepdim=True)) - decibels(shown) == pytest.approx(-0.5115, abs=0.1)
+
+
+def test_a_model_that_is_shown_no_small_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="image.kind none, and enlarges no pictures: give one of image.kind low-res"):
+        upscaling(replace(pipeline(), image=NoImage()), picture())

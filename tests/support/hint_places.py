@@ -283,3 +283,27 @@ def held(place: Place) -> None:
     (place.folder / "out").mkdir()
     file = hold(place.folder / "out")
     place.request.addfinalizer(file.close)
+
+
+def hinted(place: Place, side: int = 32, mode: str = "L") -> None:
+    """Photographs, and beside them a folder of hints with their names."""
+    folder = pictures(place)
+    (place.folder / "hints").mkdir()
+    shade = Image.linear_gradient("L").resize((32, 32))
+    for number in range(4):
+        photograph = Image.merge("RGB", (shade.rotate(90 * number), shade, shade))
+        photograph.save(folder / f"{number}.png")
+        photograph.convert(mode).resize((side, side)).save(place.folder / "hints" / f"{number}.png")
+
+
+def small_hints(place: Place) -> None:
+    hinted(place, 8)
+
+
+def coloured_hints(place: Place) -> None:
+    hinted(place, 32, "RGB")
+
+
+def no_hints(place: Place) -> None:
+    hinted(place)
+    (place.folder / "empty").mkdir()

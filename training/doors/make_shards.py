@@ -17,8 +17,7 @@ from training.packing.hints import hint_files
 from training.packing.pack import pack
 from training.packing.settings import Settings
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
-from training.pictures.flags import add_picture_flags
-from training.pictures.hints import KINDS
+from training.pictures.flags import add_hint_flags, add_picture_flags
 from training.settings.flags import Parser
 from training.shards.index import read_index
 from training.shards.indexing import index_folder
@@ -54,12 +53,6 @@ def build_parser() -> Parser:
     add("--val-fraction", type=float, default=0.02, help="share held out, by hash of the key; existing splits are kept")
     add("--seed", type=int, default=0, help="of shapes and random crops")
     add("--format", choices=("png", "jpg"), default="png")
-    text = "a hint beside each picture, for a control: made of its pixels (edges, mask), or a file of --hint-files"
-    add("--hint", choices=KINDS, help=text)
-    text = "hints are the files of this folder, named as their pictures are, and cropped and resized with them"
-    add("--hint-files", type=Path, metavar="DIR", help=text)
-    text = "black and white of hints of more than 8 bits"
-    add("--hint-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     text = "what a picture without one gets: nothing, its file's name, or the name of its folder, as of a class"
     add("--missing-caption", choices=("error", "empty", "filename", "folder"), default="error", help=text)
     text = "pictures that cannot be used: stop and name them, or leave them out and count them"
@@ -77,6 +70,7 @@ def build_parser() -> Parser:
     add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
     add_source_flags(packing)
     add_picture_flags(packing)
+    add_hint_flags(packing)
     packing.machine(device="")
     _of_a_folder(verbs.add_parser("index", help="index tars in place"), "leave bad tars and members out")
     _of_a_folder(verbs.add_parser("verify", help="check every byte against the index"), "name what is bad, exit with 0")

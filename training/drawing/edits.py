@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.drawing.filling import posterior_of
 from training.drawing.given import Given, Size, beside, given, reader
+from training.drawing.shown import Instructed
 from training.drawing.start import Group, Start, alike, source_of
 from training.errors import DATA, UserError
 from training.ledger import Ledger
@@ -72,6 +73,10 @@ class ImageToImage(Start):
             return None
         return cls(given("--image", args.image, ledger), _walk(args, 0.8))
 
+    def settled(self, pipeline: Pipeline, args: argparse.Namespace) -> Start:
+        """By instruction, with a model that was trained to follow them: then a whole walk, if nothing else is said."""
+        return Instructed(self.sources, _walk(args, 1.0)) if pipeline.image.kind == Instructed.shows else self
+
     def facts(self, request: Request) -> dict[str, Any]:
         """The picture, and how far it was noised."""
         source = source_of(request)
@@ -119,6 +124,7 @@ class Inpainting(Start):
     settings: ClassVar[dict[str, tuple[str, type]]] = {
         **WALK, **HOLE, "invert_mask": ("invert_mask", bool), "posterior": ("method", dict),
     }  # fmt: skip
+    shows: ClassVar[str] = "masked"
     sources: Sequence[Given]
     masks: Callable[[Given], Given]
     walk: dict[str, Any]
@@ -224,6 +230,7 @@ class Outpainting(Start):
     fact: ClassVar[str] = "outpaint"
     inputs: ClassVar[dict[str, str]] = {"sha256": "image"}
     settings: ClassVar[dict[str, tuple[str, type]]] = {**WALK, **HOLE, "margins": ("outpaint", str)}
+    shows: ClassVar[str] = "masked"
     sources: Sequence[Given]
     margins: tuple[int, int, int, int]
     walk: dict[str, Any]
@@ -251,7 +258,8 @@ class Outpainting(Start):
 
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
-        """Pictures of one size together, in windows of the trained size unless that is told otherwise."""
+        """Pictures of one size together, in windows of the trained size unless that is told otherwise; whole by a model
+        that is shown the canvas."""
         from ldm.image_tasks import extended, inpainting
 
         left, top, right, bottom = self.margins
@@ -260,7 +268,8 @@ class Outpainting(Start):
             what = f"--size {size} leaves nothing of the picture within the margins of --outpaint"
             raise UserError(what, hint="--size is that of the whole canvas: give a larger one, or leave it out")
         read = reader(pipeline.autoencoder.image_channels, inner, ledger)
-        walk = _said(self.walk) | {"windows": self.walk["windows"] or half_window(pipeline)}
+        own = 0 if pipeline.image.kind == self.shows else half_window(pipeline)
+        walk = _said(self.walk) | {"windows": self.walk["windows"] or own}
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
             for group in alike(requests, read):

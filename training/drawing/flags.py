@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.drawing import adapters, references
+from training.drawing import adapters, controls, references
 from training.drawing.starts import STARTS
 from training.settings.flags import Parser
 
@@ -45,7 +45,10 @@ def how_to_draw_it(parser: Parser) -> None:
     add("--sampler", metavar="NAME", help="the kind of sampler: one of those below")
     add("--steps", metavar="N", type=int, help="steps of the sampler")
     add("--guidance-scale", metavar="W", type=float, help="1 = no guidance")
+    text = "how much the picture of --image counts, for a model that is told to change it (image.kind source): 1 to 2"
+    add("--image-guidance-scale", metavar="W", type=float, help=text)
     adapters.add_flags(add)
+    controls.add_flags(add)
     text = "scale pictures in pixels (autoencoder identity) into range by this quantile of |x0|, such as 0.995; 0 = off"
     add("--dynamic-threshold", metavar="P", type=float, help=text)
     add("--weak-model", metavar="RUN", help="a poorer model, for --guidance.kind autoguidance")
@@ -57,7 +60,7 @@ def where_from_and_to(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
     text = "a denoiser's run (also while it trains), its final/, or a checkpoint; demo: that of the package, of shapes"
-    add("--model", metavar="RUN", required=True, help=text)
+    add("--model", metavar="RUN", help=text)
     add("--output", metavar="DIR", required=True, help="where 00000.png ... and grid.png go")
     add("--strip", action="store_true", help="also draw strips/: what each picture was on its way")
     add("--overwrite", action="store_true", help="replace pictures that are there")

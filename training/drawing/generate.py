@@ -15,10 +15,12 @@ from PIL import Image
 from ldm.pipeline import Pipeline
 from ldm.samplers import Snapshot
 from training.commands import door
-from training.drawing import adapters, references, replay
+from training.drawing import adapters, cascades, controls, references, replay
+from training.drawing.controls import Controls
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
+from training.drawing.shown import refuse_unshown
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags, unread
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
@@ -60,6 +62,7 @@ class Drawing:
     chunk: int | None  # a batch to fill with copies: the same kernels, so the same bytes
     start: Start
     groups: Callable[[list[Request]], Iterator[Group]]
+    controls: Controls | None
     watch: Watch | None = None
 
     def draw(self, part: list[Request], told: Progress) -> None:
@@ -72,11 +75,14 @@ class Drawing:
         before, stepped = told.done, told.by_steps(len(part), self.how["sampling"].steps)
         watch = each([watch for watch in (stepped, strip, self.watch) if watch])
         with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
-            prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
-            images = self.pipeline(prompts, seeds, batch_size=len(batch), watch=watch, task=task, **self.how)
+            prompts, seeds = [r.prompt for r in batch], [self.start.seed_of(r) for r in batch]
+            shown = self.controls.extras(batch, self.pipeline, self.how["size"]) if self.controls else {}
+            how = {**self.how, "task": task, "watch": watch, "extras": shown}
+            images = self.pipeline(prompts, seeds, batch_size=len(batch), **how)
         for index, request in enumerate(part):
             own = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch)}
             own |= {"size": list(images[index].size[::-1]), self.start.fact: self.start.facts(request)}
+            own |= {controls.FACT: self.controls.facts(request)} if self.controls else {}
             facts = {**self.facts, **own}
             grids.save(images[index], self.output / name(request), facts)
             if strip and strip.shots:  # of strength 0 there is no step
@@ -110,6 +116,7 @@ def generate(args: argparse.Namespace, opened: HashedPipeline | None = None, wat
 
     `opened`: the pipeline of --model, where it is loaded already; `watch` is called after each step of a batch.
     """
+    cascades.settle(args)
     check_least(args, {"num_images": 1, "batch_size": 1, "tile": 0}, f"{door('generate --help')} says what it means")
     original, ledger = replay.recall(args) if args.like else None, Ledger()
     if not original:
@@ -157,11 +164,17 @@ def prepare(
     """The run loaded, and every choice made: by flags, or as `original` was drawn."""
     check_scale(args)
     also, asked = parse_also(args.also), parse_size(args.size)
-    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, adapters.chosen(args))
+    shown = controls.controls_of(args, start, asked, ledger)
+    at_work = [*adapters.chosen(args), *(shown.chosen if shown else [])]
+    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, at_work)
+    if shown:
+        shown.begin(pipeline)
     if args.weak_model:
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
+    start = start.settled(pipeline, args)
+    refuse_unshown(pipeline, start, getattr(args, "hint", None))
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):
@@ -183,7 +196,8 @@ def prepare(
     }
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
-        replay.compare(original, facts | {start.fact: start.facts(first)})
+        seen = shown.facts(first) if shown else None
+        replay.compare(original, facts | {start.fact: start.facts(first), controls.FACT: seen})
     # With the pipeline as it will draw: inversion must walk back the very grid that the drawing then walks.
     groups = start.tasks(pipeline, sampling, asked, ledger)
     if referring := referring_of(args):
@@ -194,7 +208,7 @@ def prepare(
     refuse_link(output / "strips")
     # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     chunk = original.facts.get("batch") if original else None
-    return Drawing(pipeline, how, facts, output, args.strip, chunk, start, groups)
+    return Drawing(pipeline, how, facts, output, args.strip, chunk, start, groups, shown)
 
 
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:

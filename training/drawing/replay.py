@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from training.drawing import adapters, references
+from training.drawing import adapters, controls, references
 from training.drawing.starts import TOLD
 from training.errors import CHECKPOINT, DATA, UserError
 from training.pictures import grids
@@ -27,12 +27,13 @@ LARGEST_BATCH, LARGEST_STEPS, LARGEST_ALSO = 4096, 10_000, 64
 LARGEST_PICTURE, LARGEST_WORK = 1 << 26, 1 << 28  # pixels of a picture, and of the batch that is filled up
 PAIRS = [str, float], [str, int]  # of `also`: caption and weight
 GIVE = {"weak": "--weak-model", "classifier": "--classifier"}  # ingredients by flag
-GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder", "adapter": "--adapter"}
+GIVE |= {"text_encoder": "--text-encoder", "tokenizer": "--text-encoder", "adapter": "--adapter or --control"}
 LATER = {"vocabulary", "tokenizer"}  # ingredients that the first pictures do not name
-TAKEN = ["sampler", "steps", "guidance_scale", "dynamic_threshold", "size", "overrides", "also", "negative_prompt"]
+TAKEN = ["sampler", "steps", "guidance_scale", "dynamic_threshold", "image_guidance_scale", "size", "overrides", "also",
+         "negative_prompt"]  # fmt: skip
 TAKEN += ["mixed_precision"]
 TAKEN += dict.fromkeys(flag for start in TOLD.values() for flag, _ in start.settings.values())
-TAKEN += ["source_prompt"]
+TAKEN += ["source_prompt", "control_scale", "control_interval"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def recall(args: argparse.Namespace) -> Original:
         raise UserError(f"--like takes everything from its picture: leave out --{flags[0].replace('_', '-')}")
     path = Path(args.like)
     facts = told_by(path)
+    if "upscale" in facts:
+        raise UserError(f"{path} was made larger by upscale", hint="run upscale again, on the same picture")
     args.prompt, args.seed, args.negative_prompt = [facts["prompt"]], facts["seed"], facts["negative_prompt"]
     args.size = "x".join(map(str, facts["size"]))
     args.also = [(str(weight), caption) for caption, weight in facts.get("also") or []]
@@ -62,6 +65,7 @@ def recall(args: argparse.Namespace) -> Original:
     if references.FACT in facts:
         references.recall(args, facts[references.FACT])
     adapters.recall(args, path, facts.get(adapters.FACT))
+    controls.recall(args, path, facts.get(controls.FACT))
     return Original(path, facts)
 
 
@@ -97,6 +101,7 @@ def _sound(facts: Any) -> bool:
         and all(start.sound(facts[key]) for key, start in TOLD.items() if facts.get(key) is not None)
         and (facts.get(references.FACT) is None or references.sound(facts[references.FACT]))
         and (facts.get(adapters.FACT) is None or adapters.sound(facts[adapters.FACT]))
+        and (facts.get(controls.FACT) is None or controls.sound(facts[controls.FACT]))
         and len(facts["size"]) == 2
         and all(type(side) is int and side > 0 for side in facts["size"])
         and isinstance(facts["settings"].get("sample", {}), dict)
@@ -134,6 +139,7 @@ def compare(original: Original, facts: dict[str, Any]) -> None:
         raise UserError(what, hint=hint, code=CHECKPOINT)
     for key, start in TOLD.items():
         start.compare(original.path, original.facts.get(key), facts.get(key))
+    controls.compare(original.path, original.facts.get(controls.FACT), facts.get(controls.FACT))
 
 
 def verdict(original: Original, picture: Path) -> str:

@@ -75,7 +75,8 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
         if name in ("sampler", "grid", "guidance", "sample")
     }
     flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale,
-             "sample.dynamic_threshold": args.dynamic_threshold}
+             "sample.dynamic_threshold": args.dynamic_threshold,
+             "sample.image_scale": getattr(args, "image_guidance_scale", None)}  # which only generate has
     editing = decoding.sections("editing")  # read by the starts
     own = {key: text for key, text in args.overrides.items() if key.partition(".")[0] not in editing}
     changes = {key: str(value) for key, value in flags.items() if value is not None} | own

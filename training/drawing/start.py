@@ -30,6 +30,7 @@ class Start(ABC):
 
     `inputs`: the flag of each file it is given, by the key of the file's hash in the facts; the first is the picture it
     begins from. `settings`: the flags whose values a picture keeps, with their types, by their key in the facts.
+    `shows`: the kind of image condition that it gives a model what it is to be shown of.
     Free of torch at import: the command line asks each member for its flags.
     """
 
@@ -37,6 +38,7 @@ class Start(ABC):
     fact: ClassVar[str]
     inputs: ClassVar[dict[str, str]] = {}
     settings: ClassVar[dict[str, tuple[str, type]]] = {}
+    shows: ClassVar[str] = ""
     sources: Sequence[Given]
 
     @classmethod
@@ -49,6 +51,10 @@ class Start(ABC):
     def from_flags(cls, args: argparse.Namespace, ledger: Ledger) -> Start | None:
         """The start that the flags ask for, if it is this kind. Raises UserError for flags that contradict."""
 
+    def settled(self, pipeline: Pipeline, args: argparse.Namespace) -> Start:
+        """The start that this is with the model that draws."""
+        return self
+
     @abstractmethod
     def facts(self, request: Request) -> dict[str, Any]:
         """What the picture of a request says of it: the hashes of its `inputs`, and its `settings`."""
@@ -58,6 +64,10 @@ class Start(ABC):
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
         """From requests to those that are drawn together, each with its task. `size`: pixels, where they are asked for;
         what of a given picture is not used goes into the `ledger`."""
+
+    def seed_of(self, request: Request) -> int:
+        """The seed that the model draws a request with."""
+        return request.seed
 
     @classmethod
     def recall(cls, args: argparse.Namespace, path: Path, facts: dict[str, Any]) -> None:

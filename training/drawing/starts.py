@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from training.drawing.cascades import Cascaded
 from training.drawing.edits import ImageToImage, Inpainting, Outpainting
 from training.drawing.given import Given, Size
 from training.drawing.inversions import Inversion, Styled
 from training.drawing.restoration import Restoration
+from training.drawing.shown import Instructed
 from training.drawing.start import Group, Start
 from training.ledger import Ledger
 from training.messages import note
@@ -62,7 +64,9 @@ class OwnNoise(Start):
         return lambda requests: iter([(requests, lambda part: held)])
 
 
-STARTS: tuple[type[Start], ...] = (OwnNoise, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration)
+STARTS: tuple[type[Start], ...] = (
+    OwnNoise, Instructed, ImageToImage, Inpainting, Outpainting, Inversion, Styled, Restoration, Cascaded,
+)  # fmt: skip
 TOLD = {start.fact: start for start in STARTS}  # by the key in a picture's facts
 
 

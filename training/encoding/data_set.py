@@ -21,7 +21,7 @@ from training.data.images import Images
 from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
 from training.encoding.shard import Encoder, embeddings, refuse_many
-from training.encoding.shown import planned, said, trained
+from training.encoding.shown import hint_beside, planned, said, trained
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.files import remove_partials, write_json
 from training.guarding import check_output, disk_error, make_folder, read_record, refuse_links
@@ -65,19 +65,7 @@ def encode(args: argparse.Namespace) -> int:
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, target, accelerator.device)
-    latent, hint = _latent(_images(source, shards[0].split, args), model, args.dtype), _hint(index["summary"])
-    image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
-    plan = {
-        "encoder": autoencoder_hashes(model)["encoder"],
-        "data": {s.name: s.sha256 for s in shards},
-        "latent": latent,
-        "flip": args.flip,
-        "tile": args.tile,
-        "precision": args.mixed_precision,
-        "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
-        "hint": None if image and image["kind"] == "low-res" else hint,
-        "image": image,
-    }
+    plan = _plan(index["summary"], shards, model, encoder, args)
     meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
     with ExitStack() as held:
@@ -100,6 +88,23 @@ def encode(args: argparse.Namespace) -> int:
             tell_next(_training(args, target))
         meeting.meet()
     return 0
+
+
+def _plan(
+    summary: dict[str, Any], shards: list[ShardInfo], model: Autoencoder, encoder: TextEncoder | None, args: Any
+) -> dict[str, Any]:
+    """All that decides what the latents are."""
+    latent, hint = _latent(_images(args.data, shards[0].split, args), model, args.dtype), hint_beside(summary)
+    image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
+    return {
+        "encoder": autoencoder_hashes(model)["encoder"],
+        "data": {s.name: s.sha256 for s in shards},
+        "latent": latent,
+        "flip": args.flip, "tile": args.tile, "precision": args.mixed_precision,
+        "text_encoder": text_encoders.identity(encoder)["hash"] if encoder else None,
+        "hint": None if image and image["kind"] == "low-res" else hint,
+        "image": image,
+    }
 
 
 def _training(args: argparse.Namespace, target: Path) -> str:
@@ -229,11 +234,6 @@ def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
         model.check_images(torch.empty(1, images.channels, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
-
-
-def _hint(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """What the hints beside the pictures are, of which each is copied; how many were made by which rule stays there."""
-    return {key: value for key, value in summary["hint"].items() if key != "made"} if summary.get("hint") else None
 
 
 def _short(value: object) -> str:

@@ -13,6 +13,11 @@ from training.errors import DATA, UserError
 from training.messages import note
 
 
+def hint_beside(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the hints beside the pictures are, of which each is copied; how many were made by which rule stays there."""
+    return {key: value for key, value in summary["hint"].items() if key != "made"} if summary.get("hint") else None
+
+
 def planned(
     args: argparse.Namespace, hint: Mapping[str, Any] | None, picture: tuple[int, int], model: Autoencoder
 ) -> dict[str, Any] | None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from training.commands import door
+from training.drawing import adapters
 from training.drawing.requests import choose
+from training.drawing.shown import refuse_unshown
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError
 from training.files import finite, write_json
@@ -21,6 +23,7 @@ from training.ledger import Ledger
 from training.machine import memory, processes
 from training.measuring import bootstrap, measures
 from training.measuring.classification import classification
+from training.measuring.control import control
 from training.measuring.copies import copies
 from training.measuring.editing import shapes_edits
 from training.measuring.features import load_features
@@ -30,6 +33,7 @@ from training.measuring.likelihood import likelihood
 from training.measuring.obedience import sampling_errors, shapes_obedience
 from training.measuring.protocol import card, protocol, protocol_hash
 from training.measuring.restoration import restoration
+from training.measuring.upscaling import upscaled
 from training.messages import answer, tell, warn
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
@@ -61,7 +65,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    model = find(args.model, "denoiser" if args.classify or args.restore or args.copies else None)
+    of_drawings = (args.classify, args.restore, args.upscale, args.copies, args.control, args.adapter)
+    model = find(args.model, "denoiser" if any(of_drawings) else None)
     numbers = of_autoencoder(args) if model.stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
     numbers |= {"seconds": round(time.perf_counter() - since, 1), "versions": versions()}
@@ -136,15 +141,17 @@ def _short(network: torch.nn.Module) -> str:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    instead = (args.likelihood, args.classify, args.restore, args.copies)
+    instead = (args.likelihood, args.classify, args.restore, args.upscale, args.copies, args.control)
     if not any((*instead, args.data, args.edits, args.obedience == "shapes")):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
-    pipeline = load_pipeline(args.model, device, args.text_encoder)
+    pipeline = load_pipeline(args.model, device, args.text_encoder, adapters=adapters.chosen(args))
+    if not args.upscale:
+        refuse_unshown(pipeline)
     sampling, settings = choose(args)
     pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
-    numbers |= {"hashes": pipeline_hashes(pipeline)}
+    numbers |= {"hashes": pipeline_hashes(pipeline), "adapters": adapters.facts(args)}
     ledger = Ledger()
     read = {"operator", "measurement", "posterior"} if args.restore else set()
     for key in args.overrides:
@@ -152,7 +159,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
             ledger.add("ignored", "keys that nothing of this measurement reads", f"--{key}")
     if args.clip and (any(instead) or not args.data):
         ledger.add("ignored", "flags that nothing of this measurement reads", "--clip")
-    if args.obedience == "shapes" and not args.restore:
+    if args.obedience == "shapes" and not (args.restore or args.upscale or args.control):
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.edits:
         numbers |= shapes_edits(pipeline, sampling, args)
@@ -160,6 +167,11 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= classification(pipeline, args, device, ledger)
     elif args.copies:
         numbers |= copies(pipeline, sampling, args, device, ledger)
+    elif args.control:
+        numbers |= control(pipeline, sampling, args, ledger)
+    elif args.upscale:
+        with sampling_errors():
+            numbers |= upscaled(pipeline, sampling, args, device, ledger)
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
     elif args.likelihood:

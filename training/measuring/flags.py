@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.drawing import adapters
 from training.settings.flags import Parser
 
 FEATURES = (
@@ -26,6 +27,7 @@ def what_is_measured(parser: Parser) -> None:
     parser.add_data("packed pictures, folder or address; their val split, else test split, is the truth")
     add("--count", metavar="N", type=int, default=1000, help="pictures measured or generated; 0 = all of the val split")
     add("--seed", type=int, default=0, help="first seed of the pictures")
+    adapters.add_flags(add)
     add("--batch-size", metavar="N", type=int, default=100, help="pictures, or pairs of one and a caption, at once")
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
 
@@ -55,8 +57,12 @@ def held_out(parser: Parser) -> None:
     asked("--classify", metavar="FILE", help=text)
     text = "draw each of them again from what this operator, a kind of --operator.kind, leaves of it, with noise"
     asked("--restore", metavar="OPERATOR", help=text)
+    text = "make each of them small and draw it large again, by a model that was trained to"
+    asked("--upscale", action="store_true", help=text)
     text = "whether drawn pictures repeat training pictures of --data; --grid FILE is a sheet of the nearest pairs"
     asked("--copies", action="store_true", help=text)
+    text = "draw each of them again from its caption and its hint: how far drawings follow their hints, and, with"
+    asked("--control", action="store_true", help=f"{text} --obedience shapes, how near their objects are")
     add("--train-count", metavar="N", type=int, default=0, help="training pictures that --copies searches; 0 = all")
     text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
     add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)
@@ -78,6 +84,8 @@ def restored(parser: Parser) -> None:
     add("--samples", metavar="N", type=int, default=19, help=text)
     text = "what the model is told of a picture: its own caption, or the empty one"
     add("--captions", choices=("own", "empty"), default="own", help=text)
+    text = "noise in [0, 1] on the small pictures of --upscale"
+    add("--level", metavar="U", type=float, default=0.0, help=text)
     text = "what is restored: held-out pictures, or the model's own drawings of their captions, of which it is the"
     text += " exact prior, so that coverage judges the method alone"
     add("--truth", choices=("data", "model"), default="data", help=text)

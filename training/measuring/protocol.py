@@ -26,6 +26,9 @@ DEFINITIONS = {measure.names[0]: measure.definition for measure in MEASURES} | {
     "accuracy_elbo": "share of pictures whose own caption has the least error of eps, weighted as the bound",
     "accuracy_uniform": "share of pictures whose own caption has the least error of eps",
     "restored": "PSNR, SSIM of draws and their mean, residual / sigma_y, calibration of the draws",
+    "hint_iou": "mean over pictures of the intersection over union of the hint of a drawing with the one it was given",
+    "centre_error": "root mean squared error along an axis, of obeyed pictures, in thirty-seconds of the side",
+    "extent_error": "root mean squared error of the bounding square's side, likewise",
     "edits": "edits of embedded shapes, judged by rules",
 }
 # What must be equal, beside definitions, network and data, for two numbers to be comparable.
@@ -34,10 +37,10 @@ DECIDES = (
     *("held_out_pictures", "training_split"),
     *("kernel_pictures", "kernel_real_pictures", "draws", "samples", "crop", "lpips_network", "latent_dims"),
     *("likelihood_trace", "latents", "eliminate", "classes", "operator", "sigma_y", "captions", "truth"),
-    *("obedience_judge", "edits_judge"),
+    *("obedience_judge", "edits_judge", "hint"),
 )
 BASELINE = "numbers of _training: {} real pictures of the train split, about what a perfect model of as many would get"
-STATED = ("settings", "methods", "seed", "batch_size", "hashes")  # of what was measured: free to differ
+STATED = ("settings", "adapters", "methods", "seed", "batch_size", "hashes")  # of what was measured: free to differ
 
 
 def protocol(numbers: Mapping[str, Any], split: str | None) -> dict[str, Any]:

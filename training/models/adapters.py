@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.adapters import Adapter, joined
+from ldm.adapters.controlled import ControlConfig
 from ldm.denoiser import Denoiser
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.files import write_json
 from training.guarding import read_record
 from training.models.folders import Found, fill, find, name_of, weights
+from training.pictures.hints import KINDS
 from training.runs.ingredients import difference
 from training.settings import decoding
 from training.tensors import content_hash
@@ -70,9 +72,28 @@ def config_of_base(base: str) -> decoding.DenoiserConfig:
     return config
 
 
-def keep_base(final: Path, base: str, hashes: Mapping[str, str]) -> None:
-    """Write down upon what a run learns: its name and hashes in `final`, its place beside."""
-    write_json(final / BASE, {"name": name_of(base), "hashes": dict(hashes)})
+class HintRead(NamedTuple):
+    """What the control of a run is shown: the channels, and the kind of hint, None where the run does not say."""
+
+    channels: int
+    kind: str | None
+
+
+def hint_read(run: str | Path) -> HintRead | None:
+    """What the adapter of a run is shown; None for one that is shown nothing. Raises UserError for no such run."""
+    found = find(run, "denoiser")
+    config: Any = found.config()
+    if not isinstance(config.adapter, ControlConfig):
+        return None
+    noted = stored_base(found.final).get("hint")
+    kind = noted.get("kind") if isinstance(noted, dict) else None
+    return HintRead(config.adapter.hint_channels, kind if kind in KINDS else None)
+
+
+def keep_base(final: Path, base: str, hashes: Mapping[str, str], hint: Mapping[str, Any] | None = None) -> None:
+    """Write down upon what a run learns: its name and hashes in `final`, its place beside; and the `hint` that it is
+    shown, as the index of its latents says it."""
+    write_json(final / BASE, {"name": name_of(base), "hashes": dict(hashes), **({"hint": dict(hint)} if hint else {})})
     place = base if not Path(base).exists() else os.path.abspath(base)
     write_json(final.parent / BASE, {"found_at": place})
 

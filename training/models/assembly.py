@@ -152,13 +152,14 @@ def draw_with(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
     denoiser, sampling = Denoiser(backbone, diffusion), sampling_of(config)
-    return HashedPipeline(autoencoder, denoiser, text, sampling, config.sample.size, hashes=hashes)
+    parts = autoencoder, denoiser, text, sampling, config.sample.size
+    return HashedPipeline(*parts, image=config.image, hashes=hashes)
 
 
 def sampling_of(config: decoding.DenoiserConfig) -> Sampling:
     """How a config says that pictures are made."""
     return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps,
-                    dynamic_threshold=config.sample.dynamic_threshold)
+                    dynamic_threshold=config.sample.dynamic_threshold, image_scale=config.sample.image_scale)
 
 
 def export_learned(parts: Parts, home: Path) -> None:

@@ -5,9 +5,9 @@ What is written is opened again and compared with the run before it is called do
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,64 +15,100 @@ from torch import Tensor
 from ldm.text import TextEncoder
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
+from training.errors import UserError
 from training.files import write_bytes, write_json
 from training.guarding import make_folder
 from training.messages import tell
+from training.models import stable_diffusion
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.denoiser_layouts import LAYOUTS
-from training.models.denoiser_limits import CLASSES, Facts, network, obstacles, refuse
+from training.models.denoiser_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
 from training.models.denoiser_schedulers import scheduler
+from training.models.denoiser_text import is_clip, lower_cases, save_text
 from training.models.donor_weights import WEIGHTS
 from training.models.exchange import VERSION, export_autoencoder
 from training.models.folders import Found, find, whole_folder
 from training.models.layout import Network
+from training.models.stable_diffusion import reasons
 from training.settings.decoding import AutoencoderConfig, DenoiserConfig, to_values
 from training.tensors import save_tensors
 
-PROBE = " A Red CIRCLE above É "  # whether a tokenizer lower-cases
+Against = Callable[[DenoiserConfig, Facts], list[Obstacle]]
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens that a call pads to unless told otherwise
 # Each network's folder, its part of the index, and the pipelines that have it.
 HOMES = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer",
          "DiTTransformer2DModel": "transformer"}  # fmt: skip
 
 
-def export_denoiser(source: str, output: Path, text_encoder: str = "") -> None:
+def export_denoiser(
+    source: str, output: Path, text_encoder: str = "", single_file: str = "", graphs: Sequence[str] = ()
+) -> None:
     """Write the run, checkpoint or exported model `source` as a folder that DiffusionPipeline.from_pretrained opens.
 
-    Raises UserError with every reason why diffusers cannot hold it, and where what was written draws otherwise.
+    `single_file`: the name of one file of Stable Diffusion's, written in its place; `graphs`: "pt2", "onnx" (see
+    `training.models.graphs`). Raises UserError with every reason why a model cannot be held, and where what was written
+    draws otherwise.
     """
-    from training.models.denoiser_reopened import compare
-
-    found, config, pipeline = opened(source, text_encoder)
-    refuse(config, facts(found, pipeline.text))
+    if single_file and (Path(single_file).name != single_file or not single_file.endswith(".safetensors")):
+        hint = "it is written into --output, as is its .yaml"
+        raise UserError(f"--single-file {single_file}: expected a name that ends in .safetensors", hint=hint)
     with whole_folder(output) as folder:
-        write(folder, found, config, pipeline)
-        told = compare(folder, pipeline, config)
+        if graphs:
+            from training.models.graphs import write_graphs
+
+            told = write_graphs(folder, opened(source, text_encoder).pipeline, graphs)
+        elif single_file:
+            told = _single_file(folder / single_file, opened(source, text_encoder, reasons, "Stable Diffusion's file"))
+        else:
+            told = _pipeline(folder, opened(source, text_encoder, obstacles, "diffusers"))
     tell(told)
 
 
-def opened(source: str, text_encoder: str) -> tuple[Found, DenoiserConfig, HashedPipeline]:
-    """The model, and its pipeline on the CPU in float32. What its config rules out is refused before it is loaded."""
+def _pipeline(folder: Path, model: Opened) -> str:
+    from training.models.denoiser_reopened import compare
+
+    make_folder(folder)
+    write(folder, *model)
+    return compare(folder, model.pipeline, model.config)
+
+
+def _single_file(path: Path, model: Opened) -> str:
+    from training.models.denoiser_reopened import compare_file
+
+    make_folder(path.parent)
+    stable_diffusion.write(path, model.config, facts(model.found).model, model.pipeline)
+    return compare_file(path, model.pipeline, model.config)
+
+
+class Opened(NamedTuple):
+    """A model on disk, its config, and its pipeline on the CPU in float32."""
+
+    found: Found
+    config: DenoiserConfig
+    pipeline: HashedPipeline
+
+
+def opened(source: str, text_encoder: str, against: Against | None = None, where: str = "") -> Opened:
+    """A model, loaded. Raises UserError with all that is `against` it; what its config says, before it is loaded."""
     found = find(source, "denoiser")
     config = found.config()
     assert isinstance(config, DenoiserConfig)
     known = facts(found)
-    if obstacles(config, known._replace(lowers=True)):  # whatever its tokenizer does
-        refuse(config, known)
-    return found, config, load_pipeline(found.home if found.finished else found.weights, "cpu", text_encoder or None)
+    if against and against(config, known._replace(lowers=True)):  # whatever its tokenizer does
+        refuse(against(config, known), where)
+    pipeline = load_pipeline(found.home if found.finished else found.weights, "cpu", text_encoder or None)
+    if against:
+        refuse(against(config, facts(found, pipeline.text)), where)
+    return Opened(found, config, pipeline)
 
 
 def facts(found: Found, text: TextEncoder | None = None) -> Facts:
     """What a model says beyond its config; of its loaded text encoder, if there is one, more."""
     inner = find(found.final / "autoencoder", "autoencoder").config()
     assert isinstance(inner, AutoencoderConfig)
-    with torch.device("meta"):
-        factor = inner.model.build().factor
-    labels = len(text.classes) if isinstance(text, LabelEncoder) else 0
-    lowers = False
     if isinstance(text, HuggingFaceTextEncoder):
-        lowers = text.tokenizer(PROBE)["input_ids"] == text.tokenizer(PROBE.lower().strip())["input_ids"]
-    return Facts(inner.model.kind, factor, labels, lowers)
+        return Facts(inner.model, lowers=lower_cases(text), clip=is_clip(text))
+    return Facts(inner.model, len(text.classes) if isinstance(text, LabelEncoder) else 0)
 
 
 def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPipeline) -> None:
@@ -86,7 +122,7 @@ def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPi
     index["scheduler"] = ["diffusers", kind]
     _config(folder / "scheduler" / "scheduler_config.json", kind, settings)
     if isinstance(pipeline.text, HuggingFaceTextEncoder):
-        index |= _text(folder, pipeline.text, told=name == "UNet2DConditionModel")
+        index |= save_text(folder, pipeline.text, told=name == "UNet2DConditionModel")
     _config(folder / "model_index.json", pipeline_class(config), index | _rest(name, pipeline))
     card(folder, config, pipeline)
 
@@ -123,38 +159,8 @@ def _rest(name: str, pipeline: HashedPipeline) -> dict[str, Any]:
         return {"id2label": {str(row): caption for row, caption in enumerate(pipeline.text.classes)}}
     if name != "UNet2DConditionModel":
         return {}
-    nothing = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
-    return nothing | {"requires_safety_checker": False}
-
-
-def _text(folder: Path, encoder: HuggingFaceTextEncoder, *, told: bool) -> dict[str, list[str]]:
-    """The frozen encoder and its tokenizer, which cuts prompts to the trained length. `told`: pipelines of U-Nets give
-    the encoder its padding mask where its config says so, as the older rule of ours (`mask_rule` 1) does."""
-    about: Any = copy.deepcopy(encoder.model.config)
-    tensors, name = dict(encoder.model.state_dict()), type(encoder.model).__name__
-    if name == "CLIPTextModelWithProjection":  # whose first answer is the pooled text; pipelines read the first
-        tensors = {key: value for key, value in tensors.items() if key != "text_projection.weight"}
-        name = "CLIPTextModel"
-    about.architectures = [name]
-    if told and encoder.config.mask_rule == 1:
-        about.use_attention_mask = True
-    home = folder / "text_encoder"
-    make_folder(home)
-    about.save_pretrained(home)
-    save_tensors(home / "model.safetensors", _once(tensors))
-    tokenizer = copy.deepcopy(encoder.tokenizer)
-    tokenizer.model_max_length, tokenizer.padding_side = encoder.config.length, "right"
-    tokenizer.save_pretrained(folder / "tokenizer")
-    kind = type(tokenizer).__name__
-    return {"text_encoder": ["transformers", name],
-            # what transformers 5 calls the class of a tokenizer.json alone, 4 does not know
-            "tokenizer": ["transformers", {"TokenizersBackend": "PreTrainedTokenizerFast"}.get(kind, kind)]}  # fmt: skip
-
-
-def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor under the first of its names: what is tied is one, and transformers ties it again."""
-    first: dict[int, str] = {}
-    return {key: value for key, value in tensors.items() if first.setdefault(value.data_ptr(), key) == key}
+    nothing = ("safety_checker", "feature_extractor", "image_encoder")
+    return {part: [None, None] for part in nothing} | {"requires_safety_checker": False}
 
 
 def _config(path: Path, name: str, settings: dict[str, Any]) -> None:
@@ -179,7 +185,7 @@ def call(config: DenoiserConfig, text: Any) -> dict[str, str]:
         return {"class_labels": f"pipeline.get_label_ids([{text.classes[0]!r}])"} | words
     if height != width or name in LENGTHS:
         words |= {"height": str(height), "width": str(width)}
-    if name in LENGTHS:  # else sizes are changed to the nearest of PixArt's own, and captions cleaned of what is no word
+    if name in LENGTHS:  # else sizes become the nearest of PixArt's own, and captions are cleaned of what is no word
         words |= {"use_resolution_binning": "False", "clean_caption": "False"}
         words |= {"max_sequence_length": str(config.text.length)} if config.text.length != LENGTHS[name] else {}
     return {"prompt": '"a red bicycle"'} | words

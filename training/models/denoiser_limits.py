@@ -54,12 +54,13 @@ class Obstacle(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a config does not say: the autoencoder's kind and factor, the labels, whether the tokenizer lower-cases."""
+    """What a config does not say: the `[model]` of its autoencoder, how many labels there are, whether the tokenizer
+    lower-cases and whether the text encoder is CLIP's."""
 
-    autoencoder: str = "kl"
-    factor: int = 8
+    model: Any
     labels: int = 0
     lowers: bool = False
+    clip: bool = True
 
 
 def network(config: DenoiserConfig) -> str:
@@ -71,23 +72,22 @@ def network(config: DenoiserConfig) -> str:
     return classes.get(backbone.text, "") if backbone.kind == "dit" else ""
 
 
-def refuse(config: DenoiserConfig, facts: Facts) -> None:
-    """Raises UserError with all `obstacles`."""
-    if found := obstacles(config, facts):
-        name = PIPELINES.get(network(config), "a pipeline")
+def refuse(found: list[Obstacle], where: str) -> None:
+    """Raises UserError with all that was found."""
+    if found:
         text = "\n  ".join(map(str, found))
-        hint = "--config portable-unet and portable-dit train what diffusers opens; --pt2 and --onnx write any model"
-        raise UserError(f"diffusers cannot open this model as {name}:\n  {text}", hint=hint, code=CHECKPOINT)
+        hint = "--config portable-unet and portable-dit train what fits; --pt2 and --onnx write any model's networks"
+        raise UserError(f"{where} cannot hold this model:\n  {text}", hint=hint, code=CHECKPOINT)
 
 
 def obstacles(config: DenoiserConfig, facts: Facts) -> list[Obstacle]:
     """Every reason, in the order of a config's sections; none where diffusers' pipeline draws the same."""
     name = network(config)
     found = [*_backbone(config, name), *_text(config, name, facts), *_additions(config), *_process(config)]
-    found += _size(config, name, facts.factor)
-    if facts.autoencoder != "kl":
-        why = "its pipelines decode latents / scaling_factor, one number, and our normaliser folds into kl's layers alone"
-        found.append(Obstacle("model.kind (autoencoder)", facts.autoencoder, why, '"kl" can be written'))
+    found += _size(config, name, facts.model.factor)
+    if facts.model.kind != "kl":
+        why = "its pipelines have one scaling_factor; our normaliser, per channel, folds into kl's layers alone"
+        found.append(Obstacle("model.kind (autoencoder)", facts.model.kind, why, '"kl" can be written'))
     return found
 
 
@@ -103,8 +103,9 @@ def _size(config: DenoiserConfig, name: str, factor: int) -> Iterator[Obstacle]:
 def _backbone(config: DenoiserConfig, name: str) -> Iterator[Obstacle]:
     backbone = config.backbone
     if not name:
-        what = ("text", backbone.text) if backbone.kind == "dit" else ("kind", backbone.kind)
-        yield Obstacle(f"backbone.{what[0]}", what[1], "diffusers has no such network", '"cross" of kind "dit" is PixArt')
+        key = "text" if backbone.kind == "dit" else "kind"
+        instead = '"cross" can be written' if key == "text" else '"unet" and "dit" can be written'
+        yield Obstacle(f"backbone.{key}", getattr(backbone, key), "diffusers has no such network", instead)
     elif name == "UNet2DConditionModel":
         if backbone.position:
             why = "UNet2DConditionModel has no position table"
@@ -146,7 +147,8 @@ def _text(config: DenoiserConfig, name: str, facts: Facts) -> Iterator[Obstacle]
 def _additions(config: DenoiserConfig) -> Iterator[Obstacle]:
     for section in ("adapter", "image"):
         if (kind := getattr(config, section).kind) != "none":
-            yield Obstacle(f"{section}.kind", kind, "its text-to-image pipelines have no place for it", '"none" can')
+            why = "its pipelines of text alone have no place for it"
+            yield Obstacle(f"{section}.kind", kind, why, '"none" can be written')
 
 
 def _process(config: DenoiserConfig) -> Iterator[Obstacle]:

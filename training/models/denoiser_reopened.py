@@ -1,4 +1,4 @@
-"""A pipeline of diffusers' that was written, opened again and held against the run: by diffusers, else by our reader."""
+"""A pipeline of diffusers' that was written, opened again and held against the run: by diffusers, or our reader."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,12 @@ from ldm.schedules import Table
 from ldm.text.encoders import LabelEncoder
 from training.errors import CHECKPOINT, UserError
 from training.guarding import read_record
+from training.messages import SAID, hush
 from training.models.assembly import HashedPipeline, load_pipeline
+from training.models.denoiser_text import save_text
 from training.settings.decoding import DenoiserConfig
 
+REPORT = "this is a mistake of the program: please report it with config.json"
 CLOSE = 1e-5  # the largest difference, in float32, by the largest number that is compared or 1
 PROMPTS = ["a red circle above a blue square", "", "A photo"]
 LEVELS = (1.0, 401.0, 998.0)
@@ -48,10 +52,15 @@ def compare(folder: Path, pipeline: HashedPipeline, config: DenoiserConfig) -> s
     with torch.no_grad():
         errors = _by_diffusers(diffusers, folder, pipeline, config) if diffusers else _by_import(folder, pipeline)
     by = f"diffusers {diffusers.__version__}" if diffusers else "our own import; diffusers is not installed here"
-    told = ", ".join(f"{name} {error:.1g}" for name, error in errors._asdict().items() if error >= 0)
-    if not max(errors) <= CLOSE:  # NaN is not
+    return verdict(errors, by)
+
+
+def verdict(errors: Errors, by: str) -> str:
+    """One line of what was found. Raises UserError where it is not within `CLOSE`."""
+    told = ", ".join(f"{name} {value:.1g}" for name, value in errors._asdict().items())
+    if not max(errors) <= CLOSE or any(map(isnan, errors)):
         what = f"what was written draws otherwise than the run (opened by {by}; largest differences: {told})"
-        raise UserError(what, hint="this is a mistake of the program: please report it with config.json", code=CHECKPOINT)
+        raise UserError(what, hint=REPORT, code=CHECKPOINT)
     return f"opened again by {by}: largest differences {told}"
 
 
@@ -115,12 +124,11 @@ def _whole(diffusers: Any, folder: Path, name: str) -> Any:
     kind = read_record(home / "config.json", {"_class_name": str})["_class_name"]
     model, outcome = getattr(diffusers, kind).from_pretrained(home, output_loading_info=True, local_files_only=True)
     if wrong := {what: keys for what, keys in outcome.items() if keys}:
-        hint = "this is a mistake of the program: please report it with config.json"
-        raise UserError(f"diffusers does not read {kind} whole: {wrong}", hint=hint, code=CHECKPOINT)
+        raise UserError(f"diffusers does not read {kind} whole: {wrong}", hint=REPORT, code=CHECKPOINT)
     return model.eval()
 
 
-def _text(theirs: Any, pipeline: HashedPipeline, cond: Cond) -> tuple[dict[str, Tensor], float]:
+def _text(theirs: Any, pipeline: HashedPipeline, cond: Cond) -> tuple[dict[str, Any], float]:
     """How their pipeline tells its network of the captions, and how far that is from `cond`."""
     if isinstance(pipeline.text, LabelEncoder):
         labels = [theirs.labels.get(caption, 1000) for caption in captions(pipeline)]
@@ -131,18 +139,49 @@ def _text(theirs: Any, pipeline: HashedPipeline, cond: Cond) -> tuple[dict[str, 
         real = cond.mask[..., None].float()
         told = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         same = torch.nan if not torch.equal(mask.bool(), cond.mask) else error(cond.context * real, states * real)
-        return told | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}, same  # type: ignore[dict-item]
+        return told | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}, same
     states, _ = theirs.encode_prompt(given, "cpu", 1, False)
     return {"encoder_hidden_states": states}, error(cond.context, states)
 
 
-def _by_import(folder: Path, pipeline: HashedPipeline) -> Errors:
+def compare_file(path: Path, pipeline: HashedPipeline, config: DenoiserConfig) -> str:
+    """One line of how near a single file is to the run, by our own import. Raises UserError as `compare` does."""
+    backbone = config.backbone
+    heads = backbone.channels[0] // backbone.head_dim if backbone.head_dim else backbone.heads
+    with torch.no_grad():
+        errors = _by_import(path, pipeline, prediction=config.prediction.kind, heads=heads)
+    return verdict(errors, "our own import")
+
+
+def _by_import(source: Path, pipeline: HashedPipeline, **given: Any) -> Errors:
     """What `convert_denoiser import` makes of it, held against the run."""
     from training.models.denoiser_import import import_denoiser
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as home:
-        import_denoiser(str(folder), Path(home) / "again")
-        again = load_pipeline(Path(home) / "again", "cpu")
+    with tempfile.TemporaryDirectory() as home, unheard():
+        words = Path(home) / "words"
+        if source.is_file():
+            save_text(words, pipeline.text)
+            given["text_encoder"] = str(words / "text_encoder")
+        import_denoiser(str(source), Path(home) / "again", **given)
+        text = words if source.is_file() else source
+        override = str(text / "text_encoder") if (text / "text_encoder").is_dir() else None
+        again = load_pipeline(Path(home) / "again", "cpu", override)
+    return between(pipeline, again)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, nothing is told: what is said of a copy that is thrown away is no news."""
+    before = SAID.quiet
+    hush(True)
+    try:
+        yield
+    finally:
+        hush(before)
+
+
+def between(pipeline: HashedPipeline, again: HashedPipeline) -> Errors:
+    """How far two pipelines of ours are from each other."""
     x, levels, picture = probe(pipeline)
     given = captions(pipeline)
     cond, told = pipeline.text(given), again.text(given)
@@ -150,6 +189,7 @@ def _by_import(folder: Path, pipeline: HashedPipeline) -> Errors:
     ours, theirs = pipeline.autoencoder, again.autoencoder
     answers = [p.denoiser.backbone(x, levels, c) for p, c in ((pipeline, cond), (again, told))]
     encoded = [a.norm.mean_latents(a.encode(picture)) for a in (ours, theirs)]
-    tables = [p.denoiser.schedule(torch.linspace(0.01, 1, 100, dtype=torch.float64)).alpha for p in (pipeline, again)]
+    times = torch.linspace(0.01, 1, 100, dtype=torch.float64)
+    tables = [p.denoiser.schedule(times).alpha for p in (pipeline, again)]
     text = error(cond.context * real, told.context * real) if torch.equal(cond.mask, told.mask) else torch.nan
     return Errors(text, error(*answers), error(*encoded), error(ours.decode(x), theirs.decode(x)), error(*tables))

@@ -12,7 +12,7 @@ from training.settings.decoding import DenoiserConfig
 
 # Tables that diffusers builds itself, to float32, by the name of its rule.
 NAMED = {DDPMLinear: "linear", DDPMScaledLinear: "scaled_linear"}
-SPACINGS = {Leading: "leading", Trailing: "trailing", Linspace: "linspace"}
+SPACINGS: dict[type, str] = {Leading: "leading", Trailing: "trailing", Linspace: "linspace"}
 
 
 def scheduler(config: DenoiserConfig) -> tuple[str, dict[str, Any]]:
@@ -81,5 +81,5 @@ def _spacing(config: DenoiserConfig) -> str:
     grid = config.grid
     even = isinstance(grid, Uniform) and grid.shift == 1  # trailing's, but for rounding
     if type(grid) not in SPACINGS and not even:
-        note(f"the grid {grid.kind} has no counterpart in diffusers' DDIMScheduler: timestep_spacing trailing is written")
+        note(f"diffusers' DDIMScheduler has no grid {grid.kind}: timestep_spacing trailing is written")
     return SPACINGS.get(type(grid), "trailing")

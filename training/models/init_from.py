@@ -94,7 +94,8 @@ def fill_network(
     taken, before = config.text.build(words) if new else text, dict[str, Weights]()
 
     def widened(theirs: Weights) -> Weights:
-        before["denoiser"] = theirs
+        kept = parts.backbone.state_dict()  # its hash is of the precision in which it is loaded
+        before["denoiser"] = {name: tensor.to(kept[name].dtype) for name, tensor in theirs.items() if name in kept}
         return extended(theirs, parts.backbone)
 
     fill_learned(parts.backbone, taken, folder.weights, folder.final, widened)

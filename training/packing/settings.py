@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from training.errors import UserError
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop, background_colour
-from training.pictures.flags import check_pictures, check_range
+from training.pictures.flags import check_pictures, is_range
 from training.pictures.hints import KINDS, hint_of
 
 
@@ -56,10 +56,13 @@ class Settings:
 
     def _check_hint(self) -> None:
         if self.hint is None and self.hint_given:
-            raise UserError("--hint-files: of which kind they are is not said", hint=f"--hint {' or '.join(KINDS)}")
+            hint = f"--hint {' or --hint '.join(KINDS)}"
+            raise UserError("--hint-files: of which kind they are is not said", hint=hint)
         if self.hint_range and not self.hint_given:
             raise UserError("--hint-range: is of the files of --hint-files, and none are given")
-        check_range(self.hint_range, "--hint-range")
+        if self.hint_range and not is_range(self.hint_range):
+            low, high = self.hint_range
+            raise UserError(f"--hint-range: LOW must be below HIGH (got {low:g} {high:g})")
         if self.hint and not self.hint_given and not hint_of(self.hint).of_pixels:
             what = f"--hint {self.hint}: is not made of pixels"
             raise UserError(what, hint="give a folder of them with --hint-files DIR")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from training.errors import UserError
+from training.pictures.hints import KINDS
 
 Channels = Literal[1, 3, 4]
 
@@ -22,16 +24,27 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--ignore-alpha", action="store_true", help="take the colours of all pictures as opaque")
 
 
+def add_hint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--hint`, `--hint-files` and `--hint-range`."""
+    add = parser.add_argument
+    text = "a hint beside each picture, for a control: made of its pixels (edges, mask), or a file of --hint-files"
+    add("--hint", choices=KINDS, help=text)
+    text = "hints are the files of this folder, named as their pictures are, and cropped and resized with them"
+    add("--hint-files", type=Path, metavar="DIR", help=text)
+    text = "black and white of hints of more than 8 bits"
+    add("--hint-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+
+
 def check_pictures(channels: int, limits: Sequence[float] | None, form: str) -> None:
     """Raises UserError for a range that is none, and for a format that does not keep the channels exact."""
-    check_range(limits, "--range")
+    if limits is not None and not is_range(limits):
+        raise UserError(f"--range: LOW must be below HIGH (got {limits[0]:g} {limits[1]:g})")
     if channels not in get_args(Channels):
         raise UserError(f"--channels: must be 1, 3 or 4 (got {channels})")
     if channels != 3 and form != "png":
         raise UserError(f"--channels {channels}: not with --format {form}", hint="take --format png")
 
 
-def check_range(limits: Sequence[float] | None, flag: str) -> None:
-    """Raises UserError for a range that is none."""
-    if limits is not None and not (all(map(math.isfinite, limits)) and limits[0] < limits[1]):
-        raise UserError(f"{flag}: LOW must be below HIGH (got {limits[0]:g} {limits[1]:g})")
+def is_range(limits: Sequence[float]) -> bool:
+    """Whether LOW and HIGH are finite, LOW below HIGH."""
+    return all(map(math.isfinite, limits)) and limits[0] < limits[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,13 @@ from training.errors import USAGE, UserError
 from training.ledger import Effect
 from training.pictures.decoding import MAX_PIXELS, encode_png, load_image, refuse
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Bytes = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 FIELD = "hint.png"  # of a packed sample
+EXAMPLE = "hint.png"  # in a control's final/
 EXTRA = "image"  # the name that conditions, and fields of latents, have for it
 APART = 60  # an edge lies where a channel of two neighbours differs by more
 NEAR = 20  # a pixel is background where no channel differs by more from it
@@ -198,3 +202,14 @@ def beside(picture: Image.Image, hint: bytes | None) -> Image.Image:
     both.paste(picture, (0, 0))
     both.paste(Image.open(io.BytesIO(hint)).convert("RGB"), (picture.width, 0))
     return both
+
+
+def all_beside(pictures: Sequence[Image.Image], shown: Tensor) -> list[Image.Image]:
+    """Pictures, each with its hint of (B, C, H, W) in [0, 1] to the right of it."""
+    return [beside(picture, stored(hint)) for picture, hint in zip(pictures, as_bytes(shown), strict=True)]
+
+
+def as_bytes(shown: Tensor) -> Bytes:
+    """Hints (B, C, H, W) in [0, 1] as they are stored, (B, H, W, C)."""
+    values: Bytes = (shown.detach().float().cpu().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return values

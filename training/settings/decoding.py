@@ -19,7 +19,7 @@ from training.settings.families import families, suggestion, unknown_key, unknow
 from training.settings.reading import Values as Values
 from training.settings.reading import names as names
 from training.settings.reading import parse, read
-from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
+from training.settings.sections import Conditioning, Format, Loss, Optimizer, Prior, Sample, Train
 from training.settings.upgrading import upgrade, version
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class DenoiserConfig:
     weighting: Any
     pairing: Any
     objective: Any
+    prior: Prior
     optimizer: Optimizer
     train: Train
     sample: Sample

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import NamedTuple
 
 from training.settings.plugins import kinds_of_packages
-from training.settings.sections import Conditioning, Format, Loss, Optimizer, Sample, Train
+from training.settings.sections import Conditioning, Format, Loss, Optimizer, Prior, Sample, Train
 
 Families = dict[str, tuple[type, ...]]
 FAMILIES = {  # section: a module or package of ldm, and the tuple there that lists the members
@@ -115,7 +115,7 @@ def families(stage: str) -> Families:
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
     networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "adapter": ADAPTERS}
     conditions: Families = {"conditioning": (Conditioning,), "image": IMAGE_CONDITIONS}
-    learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES}
+    learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES, "prior": (Prior,)}
     return {**networks, **conditions, **process, **learning, **common, **sampling, "format": (Format,)}
 
 

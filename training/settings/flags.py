@@ -43,9 +43,8 @@ ALIASES = {
     "gradient-accumulation": "gradient-accumulation-steps",
 } | {alias: flag for flag, (_, _, aliases) in KEYS.items() for alias in aliases}
 # Sections of one kind, whose keys and numbers can be judged without torch; `configs.decode` judges all the rest.
-PLAIN: dict[str, type] = {
-    "conditioning": Conditioning, "loss": Loss, "optimizer": Optimizer, "sample": Sample, "train": Train,
-}  # fmt: skip
+PLAIN: dict[str, type] = {"conditioning": Conditioning, "loss": Loss, "optimizer": Optimizer, "sample": Sample,
+                          "train": Train}  # fmt: skip
 
 
 STREAM = {
@@ -266,8 +265,8 @@ class TrainParser(Parser):
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         check_keys(args.overrides)
-        known = not args.config or Path(args.config).exists() or args.config.removesuffix(".toml") in names(
-            "adapter" if getattr(args, "base", None) else self.stage)
+        stage = "adapter" if getattr(args, "base", None) else self.stage
+        known = not args.config or Path(args.config).exists() or args.config.removesuffix(".toml") in names(stage)
         if known and not args.print_config:  # a config that is not there is told first, when it is read
             self._check_paths(args)
         return args

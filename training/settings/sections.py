@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,14 +167,38 @@ class Conditioning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Prior preservation (DreamBooth, Ruiz et al. 2023, 2208.12242): `count` pictures of the class, which the base
+    draws once of `captions`, in turn, are trained on beside those given; their mean loss counts `weight` times."""
+
+    weight: float = 0.0  # 0: none are drawn
+    count: int = 200
+    captions: str | tuple[str, ...] = ()  # one, or several
+
+    def __post_init__(self) -> None:
+        positive("", count=self.count)
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: must be >= 0 (got {self.weight})")
+
+    @property
+    def texts(self) -> list[str]:
+        """The caption of each of the pictures."""
+        several = [self.captions] if isinstance(self.captions, str) else self.captions
+        return [several[number % len(several)] for number in range(self.count)] if any(several) else []
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """How pictures are made by default: while training, and by generate where its flags are silent."""
 
     steps: int = 25
     size: tuple[int, int] = (0, 0)  # height and width in pixels; (0, 0) becomes those of the training pictures
     dynamic_threshold: float = 0.0  # in pixels: the quantile of |x0| that is scaled into range (Imagen: 0.995); 0 = off
+    image_scale: float = 1.0  # guidance by the picture that is to be changed, with image.kind source; 1 = none
 
     def __post_init__(self) -> None:
         positive("", steps=self.steps)
         if not 0 <= self.dynamic_threshold <= 1:
             raise ValueError(f"dynamic_threshold: must lie in [0, 1] (got {self.dynamic_threshold})")
+        if not 0 <= self.image_scale < float("inf"):
+            raise ValueError(f"image_scale: must be at least 0 (got {self.image_scale})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from ldm.adapters import joined
 from training.commands import door
+from training.data.latents import Latents
+from training.data.order import Slot
 from training.errors import CHECKPOINT, UserError, as_user_error
+from training.files import write_bytes
 from training.models import assembly, text_encoders
 from training.models.adapters import OF_BASE, keep_base, refuse_adapter
 from training.models.captions_read import refuse_unread, tell_unknown
@@ -22,9 +26,11 @@ from training.models.lineage import store_ingredients, stored_ingredients
 from training.models.text_encoders import known_words
 from training.models.vocabulary import added, grown
 from training.next_step import again, beside, prompt
+from training.pictures.hints import EXAMPLE, EXTRA, as_bytes, stored
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.job import parameters
+from training.stages.prior import prior_home
 from training.tensors import content_hash
 
 if TYPE_CHECKING:
@@ -69,7 +75,9 @@ class AdapterJob(DenoiserJob):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
             parts = assembly.assemble(*given, draws=accelerator.is_main_process)
         self._same_autoencoder(stored_ingredients(found.final), parts.hashes)
-        fill_network(config, parts, self.dataset, args.base, args.text_encoder)
+        if fill_network(config, parts, self.dataset, args.base, args.text_encoder):
+            what = f"the base {args.base} reads no image, and image.kind is {config.image.kind}"
+            raise UserError(what, hint="leave image.kind out; to widen its input, train all weights: --init-from")
         hashes = parts.hashes | assembly.networks(parts.pipeline)
         self.base = {name: hashes[name] for name in OF_BASE if name in hashes}
         for part in (parts.backbone, parts.text):
@@ -83,6 +91,7 @@ class AdapterJob(DenoiserJob):
         self.parts = dataclasses.replace(parts, backbone=backbone, text=text, pipeline=pipeline)
         norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
         self.trained = DenoiserStage(config, backbone, text, norm, *data, pipeline, parts.null, self.adapter)
+        self.trained.prior_home = prior_home(config.prior, final)
         return self.trained
 
     def _same_autoencoder(self, base: Mapping[str, Any], ours: Mapping[str, str]) -> None:
@@ -108,9 +117,14 @@ class AdapterJob(DenoiserJob):
         return {**super().facts(), "base": self.base}
 
     def begin(self, final: Path) -> None:
-        """Write down which base it is."""
+        """Write down which base it is; what it draws before the adapter learns, it draws alone."""
         final.mkdir(parents=True, exist_ok=True)
-        keep_base(final, self.args.base, self.base)
+        keep_base(final, self.args.base, self.base, self.dataset.shards.summary.get("hint"))
+        if self.adapter.hint:
+            keep_example(final, self.held_out)
+        self.adapter.strength = 0.0
+        self.draw_prior(final)
+        self.adapter.strength = 1.0
 
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
         """The tensors of the adapter; that the base is still the same is looked at once more."""
@@ -120,8 +134,18 @@ class AdapterJob(DenoiserJob):
 
     def next_steps(self, run: Path) -> list[str]:
         """To draw with it."""
-        captions = (caption for place in range(len(self.dataset)) for caption in self.dataset.captions(place)[:1])
+        every = (caption for place in range(len(self.dataset)) for caption in self.dataset.captions(place)[:1])
+        captions = chain(self.held_out.captions(0) if self.adapter.hint else [], every)
         also = again({"device": self.args.device, "text-encoder": self.args.text_encoder})
         known = known_words(find(self.args.base, "denoiser").final)
-        words = ["--model", self.args.base, "--adapter", run, *prompt(captions, known)]
+        at_work: list[object] = ["--adapter", run]
+        if self.adapter.hint:  # the first held-out one, with its caption
+            at_work = ["--control", run, "--hint", run / "final" / EXAMPLE]
+        words = ["--model", self.args.base, *at_work, *prompt(captions, known)]
         return [door("generate", *words, "--output", beside(run, "pictures"), *also)]
+
+
+def keep_example(final: Path, held_out: Latents) -> None:
+    """Put the first held-out hint into a control's final/, as a file to draw by."""
+    (hint,) = held_out.__getitems__([Slot(0, 0, 0)]).extras[EXTRA]
+    write_bytes(final / EXAMPLE, stored(as_bytes(hint[None])[0]))

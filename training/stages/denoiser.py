@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from ldm.objectives import LEVELS, Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import Places
-from ldm.uncertainty import Uncertainty, Weighed
 from training.data.latents import Latents
 from training.data.samples import Batch
 from training.errors import DATA, as_user_error
@@ -28,8 +27,11 @@ from training.machine.processes import announce
 from training.messages import warn
 from training.models.captions_read import CaptionTally
 from training.pictures import grids
+from training.pictures.hints import all_beside
 from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
+from training.stages.captioned import Adapted, Captioned, Captions, Sampled, together
+from training.stages.prior import Drawn, load_drawn, refuse_others
 
 if TYPE_CHECKING:
     from autoencoder.norm import LatentNorm
@@ -44,61 +46,13 @@ OTHER_PAIRS = (
 VALIDATION_SEED = 1 << 40
 
 
-class Captions(NamedTuple):
-    """What stands for a condition until a text encoder that learns has read it: captions, and extras beside them."""
-
-    texts: list[str]
-    extras: Mapping[str, Tensor]
-
-    def distinct(self) -> list[str]:
-        """A text a sample, equal where all that it is conditioned on is: with extras, which differ, nowhere."""
-        return [f"{number} {text}" for number, text in enumerate(self.texts)] if self.extras else self.texts
-
-
-class Captioned(nn.Module):
-    """Backbone and, where they learn, text encoder and weighting as one module: a process wrapper sees every
-    gradient."""
-
-    def __init__(self, backbone: nn.Module, text: TextEncoder, uncertainty: Uncertainty | None = None) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.text = text if text.trainable else None
-        self.uncertainty = uncertainty
-
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
-        """Captions (encoded here) or their encoding -> the backbone's prediction."""
-        if not isinstance(cond, Cond):
-            assert self.text is not None
-            cond = self.text(cond.texts)._replace(extras=cond.extras)
-        prediction: Tensor = self.backbone(x, noise_level, cond)
-        return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
-
-
-class Adapted(nn.Module):
-    """An adapter and all that it is at work in, which stays as it is: only the adapter is trained, averaged, stored and
-    seen by a process wrapper."""
-
-    def __init__(self, adapter: Adapter, whole: Captioned) -> None:
-        super().__init__()
-        self.adapter = adapter
-        self._whole = (whole,)  # in a tuple, so that it is no part of this module
-
-    @property
-    def backbone(self) -> nn.Module:
-        """That of the base."""
-        return self._whole[0].backbone
-
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
-        """See `Captioned.forward`."""
-        prediction: Tensor | Weighed = self._whole[0](x, noise_level, cond)
-        return prediction
-
-
 class DenoiserStage(Stage):
     """Trains backbone (and text encoder), or an adapter in them, on re-sampled posteriors; drops captions for guidance.
     """
 
     tally: CaptionTally
+    prior_home: Path | None = None  # where the prior pictures of the run are, if it has some
+    prior: Drawn | None = None
 
     def __init__(
         self,
@@ -115,7 +69,7 @@ class DenoiserStage(Stage):
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
         whole = Captioned(backbone, text, config.weighting.build(config.schedule))
-        self.network = Adapted(adapter, whole) if adapter else whole
+        self.adapter, self.network = adapter, Adapted(adapter, whole) if adapter else whole
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
         self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
@@ -139,24 +93,42 @@ class DenoiserStage(Stage):
         self.network.to(device)  # the learned weighting, which no one else has moved
         self.seen = None if self.seen is None else self.seen.to(double_device(device))
         self.null = self.null and self.null.to(device)
+        self.prior = load_drawn(self.prior_home) if self.prior_home else None
 
     def compiled_parts(self) -> list[nn.Module]:
         """The backbone alone."""
         return [self.network.backbone]
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
-        """One micro-batch; noise, times and dropout keyed by (seed, step, slot)."""
+        """One micro-batch; with prior pictures, as many of them beside it, whose mean loss counts `prior.weight` times.
+        """
         self.tally.note(batch)
+        parts = [self.drawn(batch, step)]
+        if self.prior:
+            parts.append(self.drawn(self.prior.batch(batch.slots), step, "prior"))
+        latents, cond, draw = together(parts)
+        with self.accelerator.autocast():
+            # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
+            losses = self.objective.losses(self.forward, latents, cond, draw)
+            own, *prior = (part.mean() for part in losses.total.chunk(len(parts)))
+            loss = own + self.config.prior.weight * prior[0] if prior else own
+        if self.seen is not None:
+            self.losses.append((draw.t, losses.seen.detach()))
+        self.accelerator.backward(loss * share)
+        return {"loss": loss.detach(), **({"loss_prior": prior[0].detach()} if prior else {})}
+
+    def drawn(self, batch: Batch, step: int, *purpose: str) -> Sampled:
+        """What the network is to see of a batch; noise, times and dropout keyed by (seed, step, slot)."""
         slots = batch.slots.to(self.accelerator.device, non_blocking=True)
         places = self.config.train.batch_size
-        noise = Noise(slots).fold(self.config.train.seed, step)
+        key: tuple[int | str, ...] = self.config.train.seed, step, *purpose
+        noise = Noise(slots).fold(*key)
         latents = self.sample(batch, noise)
         # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.
         # Drawn on the CPU, where captions are: on a GPU they would wait for the device to say which of them are kept.
-        drawn = Noise(batch.slots).fold(self.config.train.seed, step).uniform((1,), "dropout")[:, 0]
-        keep = drawn >= self.config.conditioning.dropout
+        keep = Noise(batch.slots).fold(*key).uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
         batch = self.shown(batch, latents, noise)
-        if (lost := self.config.image.left_out(Noise(batch.slots).fold(self.config.train.seed, step))) is not None:
+        if (lost := self.config.image.left_out(Noise(batch.slots).fold(*key))) is not None:
             batch, keep = batch._replace(extras=without(batch.extras, lost[0])), keep & ~lost[1]
         with self.accelerator.autocast():
             cond = self.condition(batch, keep)
@@ -166,13 +138,7 @@ class DenoiserStage(Stage):
             self.look_at_pairs(paired_by, len(latents))
             # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
-            # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
-            losses = self.objective.losses(self.forward, latents, cond, draw)
-            loss = losses.total.mean()
-        if self.seen is not None:
-            self.losses.append((draw.t, losses.seen.detach()))
-        self.accelerator.backward(loss * share)
-        return {"loss": loss.detach()}
+        return Sampled(latents, cond, draw)
 
     def look_at_pairs(self, cond: Cond | Sequence[str] | None, batch: int) -> None:
         """Say once where the pairing of noise with data has no choice."""
@@ -188,14 +154,18 @@ class DenoiserStage(Stage):
             self.seen = self.config.times.updated(self.seen, t, loss, lambda s: self.accelerator.reduce(s, "sum"))
 
     def state(self) -> dict[str, Any]:
-        """What loss-aware times have seen, and by what rule noise is paired, where they are used."""
+        """What loss-aware times have seen, by what rule noise is paired and which are the prior pictures, where they
+        are used."""
         rule = {"paired_within": "conditions"} if self.config.pairing.kind == "minibatch-ot" else {}
+        rule |= {"prior": self.prior.hash} if self.prior else {}
         return rule if self.seen is None else {**rule, "seen": self.seen.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`; says where a run of an earlier version goes on by another rule."""
         if self.config.pairing.kind == "minibatch-ot" and "paired_within" not in state:
             announce(self.accelerator, OTHER_PAIRS)
+        if self.prior_home and self.prior and state.get("prior") != self.prior.hash:
+            refuse_others(self.prior_home)
         if self.seen is not None:
             device = double_device(self.accelerator.device)
             self.seen = torch.tensor(state["seen"], dtype=torch.float64, device=device)
@@ -234,6 +204,7 @@ class DenoiserStage(Stage):
         with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
             watch = told.by_steps(SHOWN, self.config.sample.steps)
             images = self.pipeline(captions, seeds=0, extras=extras, batch_size=SHOWN, watch=watch)
+        images = all_beside(images, extras["image"]) if self.adapter and self.adapter.hint else images
         grids.save(grids.grid(images, 8, captions=captions), folder / "grid.png", {"captions": captions})
         return numbers
 
@@ -279,15 +250,16 @@ class DenoiserStage(Stage):
         return [samples[i % len(samples)] for i in range(SHOWN)]
 
     def grid_extras(self) -> dict[str, Tensor]:
-        """What an image condition shows of the samples of the grid, nothing where there is none."""
-        if self.config.image.kind == "none":
+        """What an image condition shows of the samples of the grid, and the hint of an adapter that reads one."""
+        hint = self.adapter.hint if self.adapter else ""
+        if self.config.image.kind == "none" and not hint:
             return {}
         drawn: list[dict[str, Tensor]] = []
         for batch in self.held_out.chunks([i for _, i in self.grid_samples()], CHUNK):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             stored = {name: extra.to(self.accelerator.device) for name, extra in batch.extras.items()}
             drawn.append(self.config.image.drawn(self.sample(batch, noise), stored, noise))
-        names = [name for name in ("image", "image_level") if name in drawn[0]]
+        names = [name for name in ("image", "image_level", hint) if name in drawn[0]]
         return {name: torch.cat([extras[name] for extras in drawn]) for name in names}
 
 

@@ -19,11 +19,13 @@ from training.models import assembly, init_from
 from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.text_encoders import known_words
 from training.next_step import again, beside, prompt
+from training.runs.checkpoints import Checkpoints
 from training.shards.index import data_facts, noted_pictures, pictures_facts
 from training.shards.reading import COMPARED, ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
 from training.stages.job import Job, parameters
+from training.stages.prior import keep_drawn, prior_home, refuse_prior
 from training.stages.streams import stream_latents
 
 if TYPE_CHECKING:
@@ -54,10 +56,11 @@ class DenoiserJob(Job):
             args.latents.bring_models(text=self.dataset.text)
 
     def settle(self) -> None:
-        """The size of pictures to draw, where the config leaves it to the latents."""
+        """The size of pictures to draw, where the config leaves it to the latents; refuse prior pictures of no base."""
         if self.config.sample.size == (0, 0):
             size = tuple(self.dataset.shards.summary["latent"]["picture"])
             self.config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, size=size))
+        refuse_prior(self.config, self.args, self.dataset.extras)
 
     def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
         """Backbone, text encoder and frozen autoencoder in a stage."""
@@ -77,6 +80,7 @@ class DenoiserJob(Job):
                 announce(accelerator, f"input widened by {added} channels for the image, zero at first")
             tell_unknown(parts.text, self.dataset, args.init_from)
         refuse_unread(parts.text, self.dataset)
+        self.trained.prior_home = prior_home(config.prior, final)
         self.refuse_without_image()
         return self.trained
 
@@ -125,6 +129,14 @@ class DenoiserJob(Job):
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
         assembly.store(self.parts, Path(self.args.latents), final)
+        self.draw_prior(final)
+
+    def draw_prior(self, final: Path) -> None:
+        """Have the base draw, before the first step, what it is to go on drawing, where the config asks for it."""
+        prior, train = self.config.prior, self.config.train
+        if home := prior_home(prior, final):
+            begun = any(Checkpoints(final.parent).folder.glob("step-*"))
+            keep_drawn(home, prior, self.parts.pipeline, train.seed, embedded=self.dataset.text, begun=begun)
 
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
         """Store a text encoder that learned; the tensors of the backbone are returned."""

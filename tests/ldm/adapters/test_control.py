@@ -47,7 +47,7 @@ def hinted(channels: int = 3, seed: int = 5, name: str = "image") -> tuple[Tenso
 
 def branch_on(base: Backbone, *, learned: bool = False, kind: type = ControlNet, seed: int = 3, **settings: Any) -> Any:
     torch.manual_seed(seed)
-    branch = kind(factor=FACTOR, **settings).build(base, TEXT)
+    branch = kind(**{"factor": FACTOR, "hint_channels": 3, **settings}).build(base, TEXT)
     with torch.no_grad():
         for parameter in branch.parameters() if learned else ():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -166,8 +166,8 @@ def test_a_missing_or_ill_fitting_hint_is_refused() -> None:
     with pytest.raises(ValueError, match=r"1x32x32 .* must be 3x32x32 .* adapter.hint_channels"):
         controlled(*hinted(channels=1))
     with pytest.raises(ValueError, match=r"3x32x32 .* must be 3x64x64 .* adapter.factor"):
-        beside(base, ControlNet(factor=8).build(base, TEXT))(*hinted())
-    for wrong in ({"factor": 6}, {"factor": 0}, {"hint_channels": 0}, {"blocks": -1}):
+        beside(base, ControlNet(factor=8, hint_channels=3).build(base, TEXT))(*hinted())
+    for wrong in ({"factor": 6}, {"factor": -1}, {"hint_channels": -1}, {"blocks": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ControlNet(**wrong)
     with pytest.raises(ValueError, match="at most the backbone's 2, got 3"):
@@ -187,6 +187,27 @@ def test_controlled_presents_its_base(config: Any) -> None:
     x, level, cond = hinted()
     with pytest.raises(ValueError, match="2 channels"):
         controlled(x[:, :2], level, cond)
+
+
+@pytest.mark.parametrize("kind", ["dit-deep", "dit-in-context"])
+def test_a_dit_adds_to_the_outputs_of_the_blocks_it_copied(kind: str) -> None:
+    """PixArt-delta, written out: y_i = block_i(y) + linear_i(copy_i(z)), z = copy_i(z) from the tokens and the hint."""
+    base: Any = frozen(NETWORKS[kind])
+    branch, (x, level, cond) = branch_on(base, learned=True), hinted()
+    assert len(branch.blocks) == len(base.blocks) // 2
+    tokens, given = base.begin(x, level, cond)
+    (hint,) = branch.encode(cond.extras["image"])
+    branched, prefix = tokens.clone(), tokens.shape[1] - 16
+    branched[:, prefix:] += hint
+    for i, block in enumerate(base.blocks):
+        tokens = base.step(block, i, tokens, given)
+        if i < len(branch.blocks):
+            branched = base.step(branch.blocks[i], i, branched, given)
+            tokens = tokens + branch.spoken[i](branched)
+    seen: list[Tensor] = []
+    base.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    beside(base, branch)(x, level, cond)
+    torch.testing.assert_close(seen[0], tokens[:, prefix:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -285,3 +306,14 @@ def test_the_hint_is_encoded_once_a_picture(kind: type, monkeypatch: pytest.Monk
 
 def swap(parameter: nn.Parameter) -> None:
     parameter.data = parameter.data * 3  # as averaged weights take the place of others
+
+
+@pytest.mark.parametrize("kind", [ControlNet, T2IAdapter], ids=lambda kind: kind.kind)
+def test_the_data_settle_what_a_hint_is(kind: type) -> None:
+    assert kind().settled(4, 1) == kind(factor=4, hint_channels=1) == kind(factor=4).settled(4, 1)
+    with pytest.raises(ValueError, match="there are none beside"):
+        kind().settled(4, 0)
+    with pytest.raises(ValueError, match=r"adapter.factor is 8, that of these latents 4"):
+        kind(factor=8).settled(4, 1)
+    with pytest.raises(ValueError, match="set both"):
+        kind(factor=8).build(frozen(NETWORKS["unet"]), TEXT)

@@ -52,7 +52,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_controlnet_equals_diffusers() -> None:
     base, unet = networks()
     theirs = shaken(diffusers.ControlNetModel(**SHAPE))
-    branch = ControlNet().build(base, TEXT)
+    branch = ControlNet(factor=8, hint_channels=3).build(base, TEXT)
     branch.load_state_dict(theirs.state_dict())
     x, level, context, hint = inputs()
     cond = Cond(context, torch.ones(2, 7, dtype=torch.bool), None, {"image": hint})
@@ -69,7 +69,7 @@ def test_controlnet_equals_diffusers() -> None:
 def test_t2i_adapter_equals_diffusers() -> None:
     base, unet = networks()
     theirs = diffusers.T2IAdapter(channels=[16, 32, 32], adapter_type="full_adapter", downscale_factor=8).eval()
-    branch = T2IAdapter().build(base, TEXT)
+    branch = T2IAdapter(factor=8, hint_channels=3).build(base, TEXT)
     branch.load_state_dict({name.removeprefix("adapter."): value for name, value in theirs.state_dict().items()})
     x, level, context, hint = inputs()
     cond = Cond(context, torch.ones(2, 7, dtype=torch.bool), None, {"image": hint})
@@ -84,9 +84,9 @@ def test_t2i_adapter_equals_diffusers() -> None:
 def test_published_sizes_and_keys() -> None:
     with torch.device("meta"):
         base = UNet().build(channels=4, context_dim=768)
-        branch: Any = ControlNet().build(base, TEXT)
+        branch: Any = ControlNet(factor=8, hint_channels=3).build(base, TEXT)
         theirs = diffusers.ControlNetModel(cross_attention_dim=768)
-        pyramid: Any = T2IAdapter().build(base, TEXT)
+        pyramid: Any = T2IAdapter(factor=8, hint_channels=3).build(base, TEXT)
         published = diffusers.T2IAdapter(channels=[320, 640, 1280, 1280], adapter_type="full_adapter")
     assert count(base) == 859_520_964
     assert count(branch) == 361_279_120
@@ -109,7 +109,7 @@ def test_sizes_on_our_own_bases(config: str, copied: int, zeros: int, layers: in
     settings: Any = load("denoiser", config, {})
     with torch.device("meta"):
         base = settings.backbone.build(channels=4, context_dim=128, pooled_dim=128)
-        branch: Any = ControlNet(factor=4).build(base, TEXT)
+        branch: Any = ControlNet(factor=4, hint_channels=1).build(base, TEXT)
     spoken = nn.ModuleList([*branch.controlnet_down_blocks, branch.controlnet_mid_block])
     assert (count(spoken), len(spoken)) == (zeros, layers)
     assert count(branch) - count(spoken) - count(branch.controlnet_cond_embedding) == copied

@@ -35,8 +35,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = numbers.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / folder / f"{i}.png")
     words = ["--hint", "picture", "--hint-files", root / "before", "--missing-caption", "filename"]
-    packed = ("pack", root / "after", "--output", root / "packed", *words, "--val-fraction", "0.3", "--num-workers", "1")
-    assert tiny.call("make_shards", *packed) == 0
+    words += ["--resolution", 16, "--val-fraction", 0.3, "--num-workers", 1]
+    packed = (root / "after", "--output", root / "packed", *words)
+    assert tiny.call("make_shards", "pack", *packed) == 0
     return root / "packed"
 
 
@@ -93,7 +94,8 @@ def test_what_cannot_be_made_is_refused(encode: Encoded, latents: Path, shapes: 
     assert "pack them with pictures beside" in tiny.refused(*words, "--encode-hint").hint
     for factor in (2, 5):  # less than the autoencoder's; no divisor of 32
         assert "[4, 8, 16, 32]" in tiny.refused(*words, "--low-res", factor).hint
-    run = ["train_denoiser", "--latents", encode("--low-res", 4), "--output", tmp_path / "run", *tiny.DENOISER]
+    small = encode("--low-res", 4)
+    run = ["train_denoiser", "--latents", small, "--output", tmp_path / "run", *tiny.DENOISER, "--batch-size", 4]
     problem = tiny.refused(*run, "--image.kind", "low-res", "--image.factor", 8)
     assert "4 times smaller" in problem.what and problem.hint == "--image.factor 4"
     assert "which are left out" in capsys.readouterr().err

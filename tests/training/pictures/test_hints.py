@@ -147,3 +147,10 @@ def test_files_of_any_depth_and_channels() -> None:
         DEPTH.decoded(b"depth")
     with pytest.raises(UserError, match="must be one of edges, mask, depth, picture"):
         hint_of("canny")
+
+
+@pytest.mark.parametrize("kind", ["depth", "picture"])
+def test_kinds_of_files_alone(kind: str) -> None:
+    with pytest.raises(UserError, match=f"no {kind} is made of pixels") as caught:
+        hint_of(kind).made(noise(6, 4, 4, 3), None)
+    assert "--hint-files DIR" in caught.value.hint

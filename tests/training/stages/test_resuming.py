@@ -6,12 +6,12 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from stopped import same, stop_at
 
 from training.drills.verify_resume import launch
 from training.errors import UserError
@@ -35,25 +35,6 @@ def train(stage: str, data: dict[str, tuple[object, ...]], run: Path, *words: ob
     return tiny.call(SCRIPT[stage], *data[stage], "--output", run, *FLAGS[stage], "--train.flip", "true", *words)
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Every training after this is told to stop, as by SIGTERM, at the next of `steps`."""
-    waiting: Iterator[int] = iter(steps)
-    step, stopped, goal = Loop.step, Loop._poll_signals, [next(waiting)]
-
-    def counted(self: Loop, number: int, rate: float) -> object:
-        self.done = number + 1  # type: ignore[attr-defined]
-        return step(self, number, rate)
-
-    def asked(self: Loop) -> int:
-        if self.done != goal[0]:  # type: ignore[attr-defined]
-            return stopped(self)
-        goal[0] = next(waiting, -1)
-        return int(signal.SIGTERM)
-
-    monkeypatch.setattr(Loop, "step", counted)
-    monkeypatch.setattr(Loop, "_poll_signals", asked)
-
-
 @pytest.fixture(scope="session")
 def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each stage trained without interruption."""
@@ -63,17 +44,6 @@ def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for stage, run in runs.items():
         assert train(stage, told, run) == 0
     return runs
-
-
-def same(run: Path, straight: Path) -> None:
-    """Weights, averages, optimiser, plain state, metrics and export are equal byte for byte."""
-    assert (run / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
-    ours, theirs = tiny.last_checkpoint(run), tiny.last_checkpoint(straight)
-    assert ours.keys() == theirs.keys() and len(ours) == 5
-    for name in ours:
-        assert ours[name] == theirs[name], name
-    for file in ("model.safetensors", "config.json"):
-        assert (run / "final" / file).read_bytes() == (straight / "final" / file).read_bytes()
 
 
 # An epoch is three steps of 32 samples. The discriminator starts at step 2, its gradient reaches the decoder at step 3.

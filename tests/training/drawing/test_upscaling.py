@@ -1,0 +1,177 @@
+"""Pictures made larger from the command line, and cascades: what comes out, what a PNG says of it, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from ldm.upscaling import residual, upscaling
+from training.models.assembly import load_pipeline
+from training.pictures import grids
+
+FAST = ("--steps", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def base(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A denoiser of 8 px, in pixels."""
+    root = tmp_path_factory.mktemp("base")
+    (root / "in").mkdir()
+    for number in range(24):
+        Image.new("RGB", (8, 8), (10 * number, 99, 0)).save(root / "in" / f"{number:02d}.png")
+        (root / "in" / f"{number:02d}.txt").write_text("a red circle at the top")
+    pack = ("pack", root / "in", "--output", root / "data", "--resolution", 8, "--val-fraction", 0.3)
+    assert tiny.call("make_shards", *pack) == 0
+    identity = ("--config", "identity", "--device", "cpu", "--data", root / "data", "--output", root / "pixels")
+    assert tiny.call("train_autoencoder", *identity) == 0
+    encode = ("--autoencoder", root / "pixels", "--data", root / "data", "--output", root / "latents")
+    assert tiny.call("encode_latents", *encode, "--device", "cpu") == 0
+    train = ("--latents", root / "latents", "--output", root / "run", "--batch-size", 8, "--max-steps", 2)
+    assert tiny.call("train_denoiser", *tiny.DENOISER, *train) == 0
+    tiny.shake(root / "run" / "final")
+    return root / "run"
+
+
+def small(path: Path, size: tuple[int, int] = (8, 8), seed: int = 0, mode: str = "RGB") -> Path:
+    pixels = np.random.default_rng(seed).integers(40, 216, (size[1], size[0], len(mode)), dtype=np.uint8)
+    Image.fromarray(pixels if len(mode) > 1 else pixels[..., 0]).save(path)
+    return path
+
+
+def pixels(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1)[None]
+
+
+def upscale(run: Path, source: Path, output: Path, *words: object) -> Path:
+    assert tiny.call("upscale", source, "--model", run, "--output", output, *FAST, *words) == 0
+    return output
+
+
+def test_a_folder_of_any_sizes_goes_in(
+    upscaler: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four times as large comes out, each with its own caption; what was not used as it was given is told."""
+    (source := tmp_path / "in").mkdir()
+    small(source / "cat.png")
+    small(source / "odd.png", (5, 11), 1)
+    small(source / "seen.png", (8, 8), 2, "RGBA")
+    small(source / "grey.png", (3, 1), 3, "L")
+    (source / "cat.txt").write_text("a red circle\na blue one\n")
+    out = upscale(upscaler, source, tmp_path / "out")
+    made = {path.name: Image.open(path).size for path in sorted(out.glob("*.png"))}
+    assert made == {"00000-cat.png": (32, 32), "00001-grey.png": (12, 4), "00002-odd.png": (20, 44),
+                    "00003-seen.png": (32, 32)}
+    facts = grids.facts(out / "00000-cat.png")
+    assert facts["prompt"] == "a red circle" and facts["seed"] == 0 and facts["upscale"]["level"] == 0
+    said, heard = capsys.readouterr()
+    assert "replaced 2: pictures continued by their reflection to a canvas that fits, then cut back" in heard
+    assert "(3x1 to 8x8, 5x11 to 8x12)" in heard and "guessed 3: picture without a caption" in heard
+    assert "ignored 1: captions after a picture's first (cat.png)" in heard
+    assert "replaced 1: transparency, laid on the background" in heard
+    told = json.loads((out / "upscaled.json").read_text())
+    for name, row in told["pictures"].items():
+        wanted = residual(pixels(out / name), pixels(source / row["picture"]), 4).item()
+        if row["picture"] != "seen.png":  # which was laid on white
+            assert row["residual"] == pytest.approx(wanted, abs=1e-3) == grids.facts(out / name)["upscale"]["residual"]
+        assert f"{name} {row['size'][1]}x{row['size'][0]}: means over squares {row['residual']:.2f}/255" in said
+    assert "upscaled.json" in {path.name for path in out.iterdir()}
+
+
+def test_it_is_the_task_of_the_pipeline(upscaler: Path, tmp_path: Path) -> None:
+    """And draws are averaged, seed by seed."""
+    source = small(tmp_path / "x.png")
+    pipe = load_pipeline(upscaler, "cpu")
+    task = upscaling(pipe, pixels(source), level=0.25)
+    plan = {"sampling": type(pipe.sampling)(sampler=pipe.sampling.sampler, grid=pipe.sampling.grid,
+                                            guidance=pipe.sampling.guidance, steps=2)}
+    each = [next(pipe.pixels(["a red circle"], seed, task=task, **plan)) for seed in (5, 6, 7)]
+    words = ("--prompt", "a red circle", "--seed", 5, "--level", 0.25)
+    one = upscale(upscaler, source, tmp_path / "one", *words)
+    assert torch.equal(pixels(one / "00000.png"), each[0])
+    mean = upscale(upscaler, source, tmp_path / "mean", *words, "--samples", 3)
+    assert torch.equal(pixels(mean / "00000.png"), torch.stack(each).float().mean(0).round().byte())
+    facts = grids.facts(mean / "00000.png")
+    assert facts["samples"] == 3 and facts["upscale"]["level"] == 0.25 and facts["size"] == [32, 32]
+    assert not torch.equal(each[0], each[1])
+
+
+def test_a_consistent_picture_says_what_the_small_one_says(upscaler: Path, tmp_path: Path) -> None:
+    source = small(tmp_path / "x.png", (9, 7))
+    free = upscale(upscaler, source, tmp_path / "free", "--samples", 2)
+    bound = upscale(upscaler, source, tmp_path / "bound", "--samples", 2, "--consistent")
+    off = [json.loads((folder / "upscaled.json").read_text())["residual"] for folder in (free, bound)]
+    assert off[1] == 0 < 0.5 < off[0]
+
+
+def test_nothing_is_replaced_unless_asked(upscaler: Path, tmp_path: Path) -> None:
+    source = small(tmp_path / "x.png")
+    upscale(upscaler, source, tmp_path / "out")
+    words = (source, "--model", upscaler, "--output", tmp_path / "out", *FAST)
+    assert "--overwrite" in tiny.refused("upscale", *words).hint
+    assert tiny.call("upscale", *words, "--overwrite") == 0
+
+
+def test_what_cannot_be_made_larger_is_refused(upscaler: Path, denoiser: Path, tmp_path: Path) -> None:
+    source = small(tmp_path / "x.png")
+    words = (source, "--output", tmp_path / "none", *FAST)
+    assert "image.kind low-res" in tiny.refused("upscale", *words, "--model", denoiser).what
+    assert "must lie in [0, 1]" in tiny.refused("upscale", *words, "--model", upscaler, "--level", 2).what
+    assert "--samples" in tiny.refused("upscale", *words, "--model", upscaler, "--samples", 0).what
+    problem = tiny.refused("generate", "--model", upscaler, "--output", tmp_path / "again", "--device", "cpu", "--like",
+                           upscale(upscaler, source, tmp_path / "made") / "00000.png")
+    assert "upscale" in problem.what
+
+
+def cascaded(base: Path, upscaler: Path, output: Path, *words: object) -> Path:
+    asked = ("--cascade", base, "--cascade", upscaler, "--output", output, *FAST, *words)
+    assert tiny.call("generate", *asked) == 0
+    return output
+
+
+def test_a_cascade_draws_by_all_its_models(base: Path, upscaler: Path, tmp_path: Path) -> None:
+    """The first draws what it draws alone; a PNG tells of both, and --like repeats it."""
+    prompt = ("--prompt", "a red circle at the top", "--seed", 3)
+    made = cascaded(base, upscaler, tmp_path / "out", *prompt, "--level", 0.3) / "00000.png"
+    assert tiny.call("generate", "--model", base, "--output", tmp_path / "small", "--device", "cpu", *prompt) == 0
+    facts, alone = grids.facts(made), grids.facts(tmp_path / "small" / "00000.png")
+    assert facts["cascade"]["level"] == 0.3 and facts["size"] == [32, 32]
+    assert facts["cascade"]["stages"][0]["hashes"] == alone["hashes"] != facts["hashes"]
+    assert facts["cascade"]["stages"][0]["settings"] == alone["settings"]
+    again = ("--model", base, "--cascade", upscaler, "--device", "cpu", "--like", made)
+    assert tiny.call("generate", *again, "--output", tmp_path / "again") == 0
+    assert torch.equal(pixels(tmp_path / "again" / "00000.png"), pixels(made))
+    other = cascaded(base, upscaler, tmp_path / "other", *prompt, "--level", 0.0) / "00000.png"
+    assert not torch.equal(pixels(other), pixels(made))
+    told = tiny.refused("generate", "--model", upscaler, "--device", "cpu", "--like", made, "--output", tmp_path / "no")
+    assert "was drawn by a cascade (" in told.what and "--cascade" in told.hint
+    pipe, low = load_pipeline(upscaler, "cpu"), pixels(tmp_path / "small" / "00000.png")
+    from ldm.cascade import stage_seeds
+
+    task, plan = upscaling(pipe, low, level=0.3), pipe.sampling
+    plan = type(plan)(sampler=plan.sampler, grid=plan.grid, guidance=plan.guidance, steps=2)
+    wanted = next(pipe.pixels(["a red circle at the top"], stage_seeds([3], 1), task=task, sampling=plan))
+    assert torch.equal(pixels(made), wanted)
+
+
+@pytest.mark.parametrize(("models", "said"), [
+    ("u", "names one model"), ("uu", "draws from captions alone"), ("dd", "give one of image.kind low-res"),
+    ("du", "makes 32x32 pixels of 8x8, and the stage before it draws 32x32"), ("", "--model"),
+])
+def test_models_that_make_no_cascade_are_refused(
+    models: str, said: str, upscaler: Path, denoiser: Path, tmp_path: Path
+) -> None:
+    named = [word for model in models for word in ("--cascade", {"u": upscaler, "d": denoiser}[model])]
+    problem = tiny.refused("generate", *named, "--prompt", "x", "--output", tmp_path / "none", *FAST)
+    assert said in problem.what and problem.hint and not (tmp_path / "none").exists()
+
+
+def test_a_cascade_has_the_size_of_its_last_model(base: Path, upscaler: Path, tmp_path: Path) -> None:
+    words = ("--cascade", base, "--cascade", upscaler, "--prompt", "x", "--output", tmp_path / "none", *FAST)
+    assert "--size" in tiny.refused("generate", *words, "--size", 64).what
+    assert "--level" in tiny.refused("generate", *words, "--level", 1.5).what

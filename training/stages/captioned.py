@@ -1,0 +1,85 @@
+"""What stage two trains as one module, told captions or their encoding; and what a step shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Cond
+from ldm.objectives import Draw
+from ldm.text import TextEncoder
+from ldm.uncertainty import Uncertainty, Weighed
+
+if TYPE_CHECKING:
+    from ldm.adapters import Adapter
+
+
+class Captions(NamedTuple):
+    """What stands for a condition until a text encoder that learns has read it: captions, and extras beside them."""
+
+    texts: list[str]
+    extras: Mapping[str, Tensor]
+
+    def distinct(self) -> list[str]:
+        """A text a sample, equal where all that it is conditioned on is: with extras, which differ, nowhere."""
+        return [f"{number} {text}" for number, text in enumerate(self.texts)] if self.extras else self.texts
+
+
+class Sampled(NamedTuple):
+    """Samples of a step: normalised latents, their condition, and what was drawn for them."""
+
+    latents: Tensor
+    cond: Any
+    draw: Draw
+
+
+def together(parts: Sequence[Sampled]) -> Sampled:
+    """All in one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    latents, conds, draws = zip(*parts, strict=True)
+    told = isinstance(conds[0], Captions)
+    cond: Any = Captions([text for cond in conds for text in cond.texts], {}) if told else Cond.cat(conds)
+    return Sampled(torch.cat(latents), cond, Draw(*map(torch.cat, zip(*draws, strict=True))))
+
+
+class Captioned(nn.Module):
+    """Backbone and, where they learn, text encoder and weighting as one module: a process wrapper sees every
+    gradient."""
+
+    def __init__(self, backbone: nn.Module, text: TextEncoder, uncertainty: Uncertainty | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.text = text if text.trainable else None
+        self.uncertainty = uncertainty
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
+        """Captions (encoded here) or their encoding -> the backbone's prediction."""
+        if not isinstance(cond, Cond):
+            assert self.text is not None
+            cond = self.text(cond.texts)._replace(extras=cond.extras)
+        prediction: Tensor = self.backbone(x, noise_level, cond)
+        return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
+
+
+class Adapted(nn.Module):
+    """An adapter and all that it is at work in, which stays as it is: only the adapter is trained, averaged, stored and
+    seen by a process wrapper."""
+
+    def __init__(self, adapter: Adapter, whole: Captioned) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._whole = (whole,)  # in a tuple, so that it is no part of this module
+
+    @property
+    def backbone(self) -> nn.Module:
+        """That of the base."""
+        return self._whole[0].backbone
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
+        """See `Captioned.forward`."""
+        prediction: Tensor | Weighed = self._whole[0](x, noise_level, cond)
+        return prediction
