@@ -7,6 +7,7 @@ from training.messages import tell
 from training.settings.flags import Parser
 
 IMPORTING = ("autoencoder", "prediction", "heads")
+EXPORTING = ("single_file", "pt2", "onnx")
 
 
 def main() -> None:
@@ -16,7 +17,9 @@ def main() -> None:
         epilog="import reads diffusers' UNet2DConditionModel, DiTTransformer2DModel and PixArtTransformer2DModel: a\n"
         "pipeline's folder with scheduler, autoencoder and text encoder, one of these networks alone, ORG/NAME, or a\n"
         "single .safetensors file of Stable Diffusion 1 or 2; what it writes serves wherever a denoiser's run does.\n"
-        "export writes a run's folder as a pipeline of diffusers.",
+        "export writes a run as a pipeline of diffusers, and compares what it wrote with the run: U-Nets as\n"
+        "StableDiffusionPipeline, DiTs with text as PixArt's, DiTs with labels as DiTPipeline; --config portable-unet\n"
+        "and portable-dit train what fits. What does not fit is named. --pt2 and --onnx write any model's networks.",
     )
     parser.add_argument("verb", choices=("import", "export"), help="which way")
     parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
@@ -29,11 +32,19 @@ def main() -> None:
     parser.add_argument("--prediction", choices=("eps", "v", "x0", "velocity"), help=text)
     text = "import of a single file: attention heads, which its shapes do not tell (default: 8, or 64 channels a head)"
     parser.add_argument("--heads", metavar="N", type=int, help=text)
+    text = "export: one file as Stable Diffusion 1 is published, with its .yaml, in place of diffusers' folders"
+    parser.add_argument("--single-file", metavar="NAME.safetensors", default="", help=text)
+    text = "export: denoiser and decoder as graphs of torch.export, in place of diffusers' folders"
+    parser.add_argument("--pt2", action="store_true", help=text)
+    parser.add_argument("--onnx", action="store_true", help="export: so too, as ONNX (needs the extra export)")
     parser.machine(device="")
     args = parser.read()
-    given = [name for name in IMPORTING if getattr(args, name) not in (None, "")]
-    if args.verb == "export" and given:
-        raise UserError(f"--{given[0].replace('_', '-')} belongs to import", hint="leave it out")
+    other, names = ("import", IMPORTING) if args.verb == "export" else ("export", EXPORTING)
+    if given := [name for name in names if getattr(args, name) not in (None, "", False)]:
+        raise UserError(f"--{given[0].replace('_', '-')} belongs to {other}", hint="leave it out")
+    graphs = [kind for kind in ("pt2", "onnx") if getattr(args, kind)]
+    if args.single_file and graphs:
+        raise UserError(f"--single-file and --{graphs[0]} write different things", hint="export twice")
     from pathlib import Path
 
     if args.verb == "import":
@@ -44,5 +55,5 @@ def main() -> None:
     else:
         from training.models.denoiser_export import export_denoiser
 
-        export_denoiser(args.source, Path(args.output), args.text_encoder)
+        export_denoiser(args.source, Path(args.output), args.text_encoder, args.single_file, graphs)
         tell(f"wrote {args.output}")

@@ -248,7 +248,7 @@ def test_a_large_text_encoder_is_named(
 
 def test_a_scale_of_latents_that_is_none(saved: dict[str, Path], tmp_path: Path) -> None:
     """The hint followed: the autoencoder alone, with a scale that is told, stands in for the pipeline's."""
-    sd = changed(saved["sd"], tmp_path / "sd", "vae/config.json", scaling_factor=0.0)
+    sd = changed(saved["sd"], tmp_path / "sd", "vae/config.json", scaling_factor=-1.0)
     problem = tiny.refused("convert_denoiser", "import", sd, "--output", tmp_path / "run")
     assert "--scale-factor X" in problem.hint and "--autoencoder RUN" in problem.hint, problem
     inner = peers.convert("import", sd / "vae", tmp_path / "ae", "--scale-factor", 0.5)
