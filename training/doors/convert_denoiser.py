@@ -12,6 +12,28 @@ EXPORTING = ("single_file", "pt2", "onnx")
 
 def main() -> None:
     """Read the flags, then import or export."""
+    args = _flags().read()
+    other, names = ("import", IMPORTING) if args.verb == "export" else ("export", EXPORTING)
+    if given := [name for name in names if getattr(args, name) not in (None, "", False)]:
+        raise UserError(f"--{given[0].replace('_', '-')} belongs to {other}", hint="leave it out")
+    graphs = [kind for kind in ("pt2", "onnx") if getattr(args, kind)]
+    if args.single_file and graphs:
+        raise UserError(f"--single-file and --{graphs[0]} write different things", hint="export twice")
+    from pathlib import Path
+
+    if args.verb == "import":
+        from training.models.denoiser_import import import_denoiser
+
+        asked = {name: getattr(args, name) for name in IMPORTING}
+        import_denoiser(args.source, Path(args.output), args.text_encoder, **asked)
+    else:
+        from training.models.denoiser_export import export_denoiser
+
+        export_denoiser(args.source, Path(args.output), args.text_encoder, args.single_file, graphs)
+        tell(f"wrote {args.output}")
+
+
+def _flags() -> Parser:
     parser = Parser(
         __doc__ or "",
         epilog="import reads diffusers' UNet2DConditionModel, DiTTransformer2DModel and PixArtTransformer2DModel: a\n"
@@ -38,22 +60,4 @@ def main() -> None:
     parser.add_argument("--pt2", action="store_true", help=text)
     parser.add_argument("--onnx", action="store_true", help="export: so too, as ONNX (needs the extra export)")
     parser.machine(device="")
-    args = parser.read()
-    other, names = ("import", IMPORTING) if args.verb == "export" else ("export", EXPORTING)
-    if given := [name for name in names if getattr(args, name) not in (None, "", False)]:
-        raise UserError(f"--{given[0].replace('_', '-')} belongs to {other}", hint="leave it out")
-    graphs = [kind for kind in ("pt2", "onnx") if getattr(args, kind)]
-    if args.single_file and graphs:
-        raise UserError(f"--single-file and --{graphs[0]} write different things", hint="export twice")
-    from pathlib import Path
-
-    if args.verb == "import":
-        from training.models.denoiser_import import import_denoiser
-
-        asked = {name: getattr(args, name) for name in IMPORTING}
-        import_denoiser(args.source, Path(args.output), args.text_encoder, **asked)
-    else:
-        from training.models.denoiser_export import export_denoiser
-
-        export_denoiser(args.source, Path(args.output), args.text_encoder, args.single_file, graphs)
-        tell(f"wrote {args.output}")
+    return parser
