@@ -21,22 +21,7 @@ def main() -> None:
         "StableDiffusionPipeline, DiTs with text as PixArt's, DiTs with labels as DiTPipeline; --config portable-unet\n"
         "and portable-dit train what fits. What does not fit is named. --pt2 and --onnx write any model's networks.",
     )
-    parser.add_argument("verb", choices=("import", "export"), help="which way")
-    parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
-    parser.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
-    text = "the text encoder with its tokenizer, where SOURCE does not hold them"
-    parser.add_argument("--text-encoder", metavar="NAME|DIR", default="", help=text)
-    text = "import: the autoencoder (a run of ours) of a source that lacks one"
-    parser.add_argument("--autoencoder", metavar="RUN", default="", help=text)
-    text = "import: what the network predicts, where SOURCE does not say"
-    parser.add_argument("--prediction", choices=("eps", "v", "x0", "velocity"), help=text)
-    text = "import of a single file: attention heads, which its shapes do not tell (default: 8, or 64 channels a head)"
-    parser.add_argument("--heads", metavar="N", type=int, help=text)
-    text = "export: one file as Stable Diffusion 1 is published, with its .yaml, in place of diffusers' folders"
-    parser.add_argument("--single-file", metavar="NAME.safetensors", default="", help=text)
-    text = "export: denoiser and decoder as graphs of torch.export, in place of diffusers' folders"
-    parser.add_argument("--pt2", action="store_true", help=text)
-    parser.add_argument("--onnx", action="store_true", help="export: so too, as ONNX (needs the extra export)")
+    _flags(parser)
     parser.machine(device="")
     args = parser.read()
     other, names = ("import", IMPORTING) if args.verb == "export" else ("export", EXPORTING)
@@ -57,3 +42,22 @@ def main() -> None:
 
         export_denoiser(args.source, Path(args.output), args.text_encoder, args.single_file, graphs)
     tell(f"wrote {args.output}")
+
+
+def _flags(parser: Parser) -> None:
+    parser.add_argument("verb", choices=("import", "export"), help="which way")
+    parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
+    parser.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
+    text = "the text encoder with its tokenizer, where SOURCE does not hold them"
+    parser.add_argument("--text-encoder", metavar="NAME|DIR", default="", help=text)
+    text = "import: the autoencoder (a run of ours) of a source that lacks one"
+    parser.add_argument("--autoencoder", metavar="RUN", default="", help=text)
+    text = "import: what the network predicts, where SOURCE does not say"
+    parser.add_argument("--prediction", choices=("eps", "v", "x0", "velocity"), help=text)
+    text = "import of a single file: attention heads, which its shapes do not tell (default: 8, or 64 channels a head)"
+    parser.add_argument("--heads", metavar="N", type=int, help=text)
+    text = "export: one file as Stable Diffusion 1 is published, with its .yaml, in place of diffusers' folders"
+    parser.add_argument("--single-file", metavar="NAME.safetensors", default="", help=text)
+    text = "export: denoiser and decoder as graphs of torch.export, in place of diffusers' folders"
+    parser.add_argument("--pt2", action="store_true", help=text)
+    parser.add_argument("--onnx", action="store_true", help="export: so too, as ONNX (needs the extra export)")
