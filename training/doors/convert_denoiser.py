@@ -41,7 +41,7 @@ def main() -> None:
         from training.models.denoiser_export import export_denoiser
 
         export_denoiser(args.source, Path(args.output), args.text_encoder, args.single_file, graphs)
-    tell(f"wrote {args.output}")
+        tell(f"wrote {args.output}")
 
 
 def _flags(parser: Parser) -> None:

@@ -123,11 +123,11 @@ def _size(values: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool) -> str:
     count = f" of {facts['parameters']:,} weights" if "parameters" in facts else ""
     size, kind = _size(values, facts), escaped(values["backbone" if denoiser else "model"]["kind"])
+    origin = f" {escaped(facts['origin'])}" if "origin" in facts else ""
     if denoiser:
         body = f"A denoiser ({kind}{count}) that draws pictures from captions in the latents of autoencoder/."
-        return f"# Text to image{f', {size}' if size else ''}\n\n{body}"
+        return f"# Text to image{f', {size}' if size else ''}\n\n{body}{origin}"
     body = f"Stage one of latent diffusion ({kind}{count}): pictures to latents and back"
-    origin = f" {escaped(facts['origin'])}" if "origin" in facts else ""
     return f"# Autoencoder{f', {size}' if size else ''}\n\n{body}.{origin}"
 
 

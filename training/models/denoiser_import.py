@@ -12,6 +12,7 @@ import torch
 from autoencoder.base import Autoencoder
 from ldm.text import HuggingFace, TextEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
+from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.ledger import Ledger
 from training.messages import note, tell
@@ -23,6 +24,7 @@ from training.models.exchange import Imported, keep_autoencoder
 from training.models.folders import copy_model, export, fill, whole_folder
 from training.models.lineage import BEGUN_WITH, store_ingredients
 from training.models.single_files import fill_text, read_file
+from training.next_step import beside, tell_next
 from training.settings import decoding
 from training.tensors import save_tensors
 
@@ -45,8 +47,14 @@ def import_denoiser(source: str, output: Path, text_encoder: str = "", autoencod
     with whole_folder(output) as folder:
         donor = read_file(path, asked, ledger) if path.is_file() else read_folder(path, asked, ledger)
         identity = _write(folder, donor, ledger, source)
+        held = donor.network.labels is not None or text_encoders.stored_identity(folder)["copied"]
     for line in ledger.lines():
         note(line)
+    tell(f"wrote {output}")
+    beside_it = [] if held else ["--text-encoder", donor.encoder]  # large, and so kept by its hash alone
+    prompt = next(iter(donor.classes), "a photo")
+    pictures = beside(output, "pictures")
+    tell_next(door("generate", "--model", output, "--prompt", prompt, "--output", pictures, *beside_it))
     return identity
 
 
@@ -133,8 +141,6 @@ def _text(config: decoding.DenoiserConfig, donor: Donor, folder: Path,
         raise UserError(f"{said}{text.context_dim}", hint=hint, code=CHECKPOINT)
     whole = donor.text_tensors is not None  # of no name, so that there is no other place to have them from
     text_encoders.keep(text, donor.encoder, folder, whole=whole)
-    if not text_encoders.stored_identity(folder)["copied"]:
-        tell(f"the text encoder is large and not copied: draw with --text-encoder {donor.encoder}")
     return text, text_encoders.tokenizer_hash(text)
 
 
