@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.adapters import Adapter, joined
+from ldm.adapters.low_rank import merge
 from ldm.denoiser import Denoiser
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.files import write_json
 from training.guarding import read_record
+from training.models.cards import BASE
 from training.models.folders import Found, fill, find, name_of, weights
 from training.runs.ingredients import difference
 from training.settings import decoding
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.text import TextEncoder
 
-BASE = "base.json"  # in final/: name and hashes of the base; in the run's folder: where it was found
 OF_BASE = ("autoencoder", "denoiser", "text_encoder", "vocabulary")  # the hashes that make a base the same one
 
 
@@ -47,6 +48,13 @@ def parse_chosen(flag: str, text: str) -> Chosen:
     if not isfinite(number):
         raise UserError(f"{flag} {text}: the weight must be a finite number", hint=f"write {flag} RUN:0.8")
     return Chosen(run, number)
+
+
+def chosen_of(adapter: str | Path | tuple[str | Path, float]) -> Chosen:
+    """`(RUN, WEIGHT)`, `"RUN:WEIGHT"` or a run alone, as a call of Python gives it."""
+    if isinstance(adapter, tuple):
+        return Chosen(*adapter)
+    return Chosen(adapter) if isinstance(adapter, Path) else parse_chosen("adapters", adapter)
 
 
 def is_adapter(config: Any) -> bool:
@@ -119,6 +127,7 @@ def at_work(pipeline: Pipeline, hashes: Mapping[str, str],
     name_hints(built)
     for adapter in sorted(built, key=lambda adapter: bool(adapter.hint)):  # those in place before those around
         backbone, text = adapter.attach(backbone, text)
+    merge(backbone, text)  # computed once: strengths are settled
     return Denoiser(backbone, pipeline.denoiser.diffusion), text, found_hashes
 
 

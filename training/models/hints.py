@@ -12,10 +12,11 @@ from training.data.latents import Latents
 from training.data.order import Slot
 from training.files import write_bytes, write_json
 from training.guarding import read_record
+from training.models.cards import HINT
 from training.models.folders import find
 from training.pictures.hints import EXTRA, KINDS, as_bytes, stored
 
-NOTED, EXAMPLE = "hint.json", "hint.png"  # in final/: kind and channels; the first held-out one
+NOTED = "hint.json"  # in final/, beside `HINT`, the first held-out one: kind and channels
 
 
 class HintRead(NamedTuple):
@@ -31,7 +32,7 @@ def keep_hint(final: Path, told: Mapping[str, Any] | None, held_out: Latents) ->
     if told:
         write_json(final / NOTED, dict(told))
     (hint,) = held_out.__getitems__([Slot(0, 0, 0)]).extras[EXTRA]
-    write_bytes(final / EXAMPLE, stored(as_bytes(hint[None])[0]))
+    write_bytes(final / HINT, stored(as_bytes(hint[None])[0]))
 
 
 def hint_read(run: str | Path) -> HintRead | None:

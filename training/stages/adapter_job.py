@@ -17,8 +17,9 @@ from training.errors import CHECKPOINT, UserError, as_user_error
 from training.models import assembly, text_encoders
 from training.models.adapters import OF_BASE, keep_base, refuse_adapter
 from training.models.captions_read import refuse_unread, tell_unknown
+from training.models.cards import HINT
 from training.models.folders import find, name_of
-from training.models.hints import EXAMPLE, keep_hint
+from training.models.hints import keep_hint
 from training.models.init_from import fill_network, refuse_new_words, vocabulary_home
 from training.models.lineage import store_ingredients, stored_ingredients
 from training.models.text_encoders import known_words
@@ -137,6 +138,6 @@ class AdapterJob(DenoiserJob):
         known = known_words(find(self.args.base, "denoiser").final)
         at_work: list[object] = ["--adapter", run]
         if self.adapter.hint:  # the first held-out one, with its caption
-            at_work = ["--control", run, "--hint", run / "final" / EXAMPLE]
+            at_work = ["--control", run, "--hint", run / "final" / HINT]
         words = ["--model", self.args.base, *at_work, *prompt(captions, known)]
         return [door("generate", *words, "--output", beside(run, "pictures"), *also)]
