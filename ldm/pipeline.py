@@ -162,7 +162,7 @@ class Pipeline:
                     pairs = zip(one_each(beside.captions, len(texts)), texts, strict=True)
                     texts = [text for pair in pairs for text in pair]
                     others, noise = [text for text in others for _ in range(2)], Noise(noise.seeds.repeat_interleave(2))
-                    seen = {name: each.repeat_interleave(1 + (len(each) > 1), 0) for name, each in seen.items()}
+                    seen = {name: each.repeat_interleave(len(texts) // len(each), 0) for name, each in seen.items()}
                 denoise = self.guided(texts, others, also, plan, beside.coupling if beside else None, seen)
                 watched = _without_references(watch) if watch and beside else watch
                 latents = self.latents(denoise, noise, own.shape or shape, plan, own, watched)
