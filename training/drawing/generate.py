@@ -165,16 +165,9 @@ def prepare(
     check_scale(args)
     also, asked = parse_also(args.also), parse_size(args.size)
     shown = controls.controls_of(args, start, asked, ledger)
-    at_work = [*adapters.chosen(args), *(shown.chosen if shown else [])]
-    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, at_work)
-    if shown:
-        shown.begin(pipeline)
-    if args.weak_model:
-        pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
-    judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
-    pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
+    pipeline = loaded(args, opened, device, shown, chosen_tile(args, original))
     start = start.settled(pipeline, args)
-    refuse_unshown(pipeline, start, getattr(args, "hint", None))
+    refuse_unshown(pipeline, start, args.hint or args.hint_of)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):
@@ -209,6 +202,19 @@ def prepare(
     # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     chunk = original.facts.get("batch") if original else None
     return Drawing(pipeline, how, facts, output, args.strip, chunk, start, groups, shown)
+
+
+def loaded(args: argparse.Namespace, opened: HashedPipeline | None, device: torch.device, shown: Controls | None,
+           tile: int) -> HashedPipeline:
+    """The pipeline with all that is put to work in it and beside it."""
+    at_work = [*adapters.chosen(args), *(shown.chosen if shown else [])]
+    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, at_work)
+    if shown:
+        shown.begin(pipeline)
+    if args.weak_model:
+        pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
+    judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
+    return replace(pipeline, judge=judge, tile=tile)
 
 
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:
