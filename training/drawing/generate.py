@@ -20,7 +20,7 @@ from training.drawing.controls import Controls
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
-from training.drawing.shown import refuse_unshown
+from training.drawing.shown import settled
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags, unread
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
@@ -166,27 +166,13 @@ def prepare(
     also, asked = parse_also(args.also), parse_size(args.size)
     shown = controls.controls_of(args, start, asked, ledger)
     pipeline = loaded(args, opened, device, shown, chosen_tile(args, original))
-    start = start.settled(pipeline, args)
-    refuse_unshown(pipeline, start, args.hint or args.hint_of)
+    start = settled(start, pipeline, args)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):
         pipeline.latent_shape(size)
     tell_reading(pipeline.text)
-    hashes = pipeline_hashes(pipeline)
-    facts = {
-        "settings": settings,
-        "negative_prompt": args.negative_prompt,
-        "also": also,
-        **dict.fromkeys(TOLD),
-        "tile": pipeline.tile,
-        "precision": args.mixed_precision,
-        "model": name_of(args.model),
-        "hashes": hashes,
-        "preview": hashes["autoencoder"] if args.preview else None,
-        adapters.FACT: adapters.facts(args),
-        "versions": {**versions(), "device": device.type},
-    }
+    facts = facts_of(args, pipeline, {"settings": settings, "also": also, "device": device.type})
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
         seen = shown.facts(first) if shown else None
@@ -215,6 +201,24 @@ def loaded(args: argparse.Namespace, opened: HashedPipeline | None, device: torc
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     return replace(pipeline, judge=judge, tile=tile)
+
+
+def facts_of(args: argparse.Namespace, pipeline: HashedPipeline, own: dict[str, Any]) -> dict[str, Any]:
+    """What every picture says of how it is drawn, of no start yet."""
+    hashes = pipeline_hashes(pipeline)
+    return {
+        "settings": own["settings"],
+        "negative_prompt": args.negative_prompt,
+        "also": own["also"],
+        **dict.fromkeys(TOLD),
+        "tile": pipeline.tile,
+        "precision": args.mixed_precision,
+        "model": name_of(args.model),
+        "hashes": hashes,
+        "preview": hashes["autoencoder"] if args.preview else None,
+        adapters.FACT: adapters.facts(args),
+        "versions": {**versions(), "device": own["device"]},
+    }
 
 
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from training.commands import door
 from training.drawing import adapters
 from training.drawing.requests import choose
-from training.drawing.shown import refuse_unshown
+from training.drawing.shown import shown
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError
 from training.files import finite, write_json
@@ -146,8 +146,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder, adapters=adapters.chosen(args))
-    if not args.upscale:
-        refuse_unshown(pipeline)
+    shown(pipeline, "low-res" if args.upscale else "")
     sampling, settings = choose(args)
     pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
@@ -169,14 +168,11 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= copies(pipeline, sampling, args, device, ledger)
     elif args.hints:
         numbers |= control(pipeline, sampling, args, ledger)
-    elif args.upscale:
-        with sampling_errors():
-            numbers |= upscaled(pipeline, sampling, args, device, ledger)
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
-    elif args.likelihood:
+    elif args.upscale or args.likelihood:
         with sampling_errors():
-            numbers |= likelihood(pipeline, sampling, args, device, ledger)
+            numbers |= (upscaled if args.upscale else likelihood)(pipeline, sampling, args, device, ledger)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device, ledger)
     for line in ledger.lines():

@@ -73,9 +73,7 @@ class AdapterJob(DenoiserJob):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
             parts = assembly.assemble(*given, draws=accelerator.is_main_process)
         self._same_autoencoder(stored_ingredients(found.final), parts.hashes)
-        if fill_network(config, parts, self.dataset, args.base, args.text_encoder):
-            what = f"the base {args.base} reads no image, and image.kind is {config.image.kind}"
-            raise UserError(what, hint="leave image.kind out; to widen its input, train all weights: --init-from")
+        fill_network(config, parts, self.dataset, args.base, args.text_encoder)
         hashes = parts.hashes | assembly.networks(parts.pipeline)
         self.base = {name: hashes[name] for name in OF_BASE if name in hashes}
         for part in (parts.backbone, parts.text):
