@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    of_drawings = (args.classify, args.restore, args.upscale, args.copies, args.control, args.adapter)
+    of_drawings = (args.classify, args.restore, args.upscale, args.copies, args.hints, args.adapter)
     model = find(args.model, "denoiser" if any(of_drawings) else None)
     numbers = of_autoencoder(args) if model.stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
@@ -141,7 +141,7 @@ def _short(network: torch.nn.Module) -> str:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    instead = (args.likelihood, args.classify, args.restore, args.upscale, args.copies, args.control)
+    instead = (args.likelihood, args.classify, args.restore, args.upscale, args.copies, args.hints)
     if not any((*instead, args.data, args.edits, args.obedience == "shapes")):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
@@ -158,7 +158,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
             ledger.add("ignored", "keys that nothing of this measurement reads", f"--{key}")
     if args.clip and (any(instead) or not args.data):
         ledger.add("ignored", "flags that nothing of this measurement reads", "--clip")
-    if args.obedience == "shapes" and not (args.restore or args.upscale or args.control):
+    if args.obedience == "shapes" and not (args.restore or args.upscale or args.hints):
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.edits:
         numbers |= shapes_edits(pipeline, sampling, args)
@@ -166,7 +166,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= classification(pipeline, args, device, ledger)
     elif args.copies:
         numbers |= copies(pipeline, sampling, args, device, ledger)
-    elif args.control:
+    elif args.hints:
         numbers |= control(pipeline, sampling, args, ledger)
     elif args.upscale:
         with sampling_errors():
