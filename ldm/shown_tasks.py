@@ -1,16 +1,13 @@
-"""Tasks for models that were trained to be shown pictures: `pipeline("make it red", task=instructed(pipeline, [it]))`."""
+"""Tasks for models that are shown pictures: `pipeline("make it red", task=instructed(pipeline, [it]))`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from autoencoder.images import to_unit
-from ldm.image_conditions.hint import Hint
-from ldm.image_tasks import Pictures, as_pixels, encoded, padded, stacked
-from ldm.noise import Noise
+from ldm.image_tasks import Pictures, as_pixels, encoded, padded
 from ldm.pipeline import Pipeline
 from ldm.tasks import Task, Tasks
 
@@ -28,22 +25,6 @@ def instructed(pipeline: Pipeline, pictures: Pictures, *, strength: float = 1.0,
         latents = encoded(pipeline, to_unit(_of(whole, part)))
         begun = strength < 1 or start_time is not None
         return replace(plain, source=latents if begun else None, extras=lambda noise: {"image": latents})
-
-    return task
-
-
-def hinted(pipeline: Pipeline, condition: Hint, hints: Pictures) -> Tasks:
-    """Pictures drawn after hints, by a model that is shown them: PIL images or uint8 (1 or B, C, H, W)."""
-    channels = condition.channels(pipeline.autoencoder.latent_channels, pipeline.autoencoder.image_channels)
-    whole, plain = _canvas(pipeline, hints if isinstance(hints, Tensor) else stacked(hints, channels))
-    assert plain.shape is not None
-    size = plain.shape[1:]
-
-    def task(part: slice) -> Task:
-        def extras(noise: Noise) -> Mapping[str, Tensor]:
-            return condition.shown(_of(whole, part) / 255, size)
-
-        return replace(plain, extras=extras)
 
     return task
 

@@ -24,7 +24,7 @@ class Hint(ImageCondition):
     kind: Literal["hint"] = "hint"
     hint_channels: int = 0
     stored: ClassVar[str] = "pictures that were packed with --hint"
-    drawn_with: ClassVar[str] = "generate --image FILE, which is the hint"
+    drawn_with: ClassVar[str] = "generate --hint FILE"
     limits: ClassVar = {"hint_channels": "[0, inf)"}
 
     def channels(self, latent_channels: int, image_channels: int) -> int:

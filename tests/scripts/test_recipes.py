@@ -18,6 +18,7 @@ RECIPES = {
     "recipes/emoji": ["--root", "package", "--text-encoder", "encoder", "--output", "OUT"],
     "recipes/shapes": ["--output", "OUT"],
     "recipes/control": ["--output", "OUT", "--emoji", "runs", "--root", "package", "--text-encoder", "encoder"],
+    "recipes/upscale": ["--output", "OUT"],
     "recipes/compare_autoencoders": ["--output", "OUT", "--data", "fashion/data"],
 }
 LAST = {"quickstart": "summarize", "recipes/compare_autoencoders": "summarize", "recipes/shapes": "evaluate"}

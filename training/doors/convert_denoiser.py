@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from training.errors import UserError
 from training.messages import tell
+from training.next_step import tell_next
 from training.settings.flags import Parser
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def main() -> None:
     check(args)
     from pathlib import Path
 
-    output = Path(args.output)
+    output, following = Path(args.output), ""
     if args.base or args.lora:
         from training.models import lora_files
 
@@ -80,10 +81,13 @@ def main() -> None:
     elif args.verb == "import":
         from training.models.denoiser_import import import_denoiser
 
-        import_denoiser(args.source, output, args.text_encoder, args.autoencoder, args.prediction, args.heads)
+        given = args.text_encoder, args.autoencoder, args.prediction, args.heads
+        following = import_denoiser(args.source, output, *given)
     else:
         from training.models.denoiser_export import export_denoiser
 
         graphs = [kind for kind in ("pt2", "onnx") if getattr(args, kind)]
         export_denoiser(args.source, output, args.text_encoder, args.single_file, graphs)
     tell(f"wrote {output}")
+    if following:
+        tell_next(following)

@@ -208,7 +208,7 @@ def controls_of(args: argparse.Namespace, start: Start, asked: Size | None, ledg
     if start.kind not in STARTS or args.windows:
         what = f"--hint: not with {'--windows' if args.windows else start.kind}"
         raise UserError(what, hint="it goes with drawings from noise, with --image and with --mask")
-    runs = _chosen(args) or [None]
+    runs: list[Chosen | None] = [*_chosen(args)] or [None]
     shown = [_shown(args.model, chosen, flag, file, start, ledger) for chosen, file in zip(runs, files, strict=True)]
     low, high = args.control_interval or (0.0, 1.0)
     return Controls(shown, (low, high), asked, ledger)

@@ -172,20 +172,7 @@ def prepare(
     with as_user_error("give it with --size"):
         pipeline.latent_shape(size)
     tell_reading(pipeline.text)
-    hashes = pipeline_hashes(pipeline)
-    facts = {
-        "settings": settings,
-        "negative_prompt": args.negative_prompt,
-        "also": also,
-        **dict.fromkeys(TOLD),
-        "tile": pipeline.tile,
-        "precision": args.mixed_precision,
-        "model": name_of(args.model),
-        "hashes": hashes,
-        "preview": hashes["autoencoder"] if args.preview else None,
-        adapters.FACT: adapters.facts(args),
-        "versions": {**versions(), "device": device.type},
-    }
+    facts = facts_of(args, pipeline, {"settings": settings, "also": also, "device": device.type})
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
         seen = shown.facts(first) if shown else None
@@ -214,6 +201,24 @@ def loaded(args: argparse.Namespace, opened: HashedPipeline | None, device: torc
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     return replace(pipeline, judge=judge, tile=tile)
+
+
+def facts_of(args: argparse.Namespace, pipeline: HashedPipeline, own: dict[str, Any]) -> dict[str, Any]:
+    """What every picture says of how it is drawn, of no start yet."""
+    hashes = pipeline_hashes(pipeline)
+    return {
+        "settings": own["settings"],
+        "negative_prompt": args.negative_prompt,
+        "also": own["also"],
+        **dict.fromkeys(TOLD),
+        "tile": pipeline.tile,
+        "precision": args.mixed_precision,
+        "model": name_of(args.model),
+        "hashes": hashes,
+        "preview": hashes["autoencoder"] if args.preview else None,
+        adapters.FACT: adapters.facts(args),
+        "versions": {**versions(), "device": own["device"]},
+    }
 
 
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:

@@ -1,4 +1,4 @@
-"""Drawings of a model that is shown an image: a picture that it changes, a hint, and what it is not drawn without."""
+"""Drawings of a model that is shown an image: a picture that it changes, and what it is not drawn without."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Instructed(Start):
-    """Each picture shown to a model that was trained on such: one to be changed as the prompt says (image.kind source),
-    or the hint of one to be drawn (image.kind hint)."""
+    """Each picture changed as the prompt says, by a model that was trained to: image.kind "source"."""
 
     kind: ClassVar[str] = "instruction"
     fact: ClassVar[str] = "instruct"
@@ -31,7 +30,7 @@ class Instructed(Start):
     settings: ClassVar[dict[str, tuple[str, type]]] = {
         "strength": ("strength", float), "start_time": ("start_time", float),
     }  # fmt: skip
-    shows: ClassVar[tuple[str, ...]] = ("source", "hint")
+    shows: ClassVar[tuple[str, ...]] = ("source",)
     sources: Sequence[Given]
     walk: dict[str, Any]
 
@@ -51,19 +50,16 @@ class Instructed(Start):
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
         """Pictures of one size together."""
-        from ldm.image_conditions.hint import Hint
-        from ldm.shown_tasks import hinted, instructed
+        from ldm.shown_tasks import instructed
 
-        channels = pipeline.image.channels(pipeline.autoencoder.latent_channels, pipeline.autoencoder.image_channels)
-        hints = pipeline.image if isinstance(pipeline.image, Hint) else None
-        read = reader(channels if hints else pipeline.autoencoder.image_channels, size, ledger)
+        read = reader(pipeline.autoencoder.image_channels, size, ledger)
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
             for group in alike(requests, read):
                 pictures = [read(source_of(request)) for request in group]
                 tell_size(pipeline, pictures[0].size, 0, ledger)
                 walk = {key: self.walk[key] for key in self.settings if self.walk[key] is not None}
-                yield group, hinted(pipeline, hints, pictures) if hints else instructed(pipeline, pictures, **walk)
+                yield group, instructed(pipeline, pictures, **walk)
 
         return tasks
 
@@ -71,7 +67,7 @@ class Instructed(Start):
 def settled(start: Start, pipeline: Pipeline, args: argparse.Namespace) -> Start:
     """The start that this is with the model that draws. Raises UserError where that needs an image, and gets none."""
     start = start.settled(pipeline, args)
-    shown(pipeline, *start.shows)
+    shown(pipeline, *start.shows, *(["hint"] if args.hint or args.hint_of else []))
     return start
 
 

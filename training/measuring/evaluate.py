@@ -168,14 +168,11 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= copies(pipeline, sampling, args, device, ledger)
     elif args.hints:
         numbers |= control(pipeline, sampling, args, ledger)
-    elif args.upscale:
-        with sampling_errors():
-            numbers |= upscaled(pipeline, sampling, args, device, ledger)
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
-    elif args.likelihood:
+    elif args.upscale or args.likelihood:
         with sampling_errors():
-            numbers |= likelihood(pipeline, sampling, args, device, ledger)
+            numbers |= (upscaled if args.upscale else likelihood)(pipeline, sampling, args, device, ledger)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device, ledger)
     for line in ledger.lines():

@@ -126,15 +126,15 @@ def _size(values: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool, base: str) -> str:
     count = f" of {facts['parameters']:,} weights" if "parameters" in facts else ""
     size, kind = _size(values, facts), escaped(values["backbone" if denoiser else "model"]["kind"])
+    origin = f" {escaped(facts['origin'])}" if "origin" in facts else ""
     if base:
         adapter = escaped(values["adapter"]["kind"])
         body = f"What was learned ({adapter}{count}) upon the denoiser {escaped(base)}, without which it draws nothing."
         return f"# Adapter of {escaped(base)}\n\n{body} Its hashes are in [{BASE}]({BASE})."
     if denoiser:
         body = f"A denoiser ({kind}{count}) that draws pictures from captions in the latents of autoencoder/."
-        return f"# Text to image{f', {size}' if size else ''}\n\n{body}"
+        return f"# Text to image{f', {size}' if size else ''}\n\n{body}{origin}"
     body = f"Stage one of latent diffusion ({kind}{count}): pictures to latents and back"
-    origin = f" {escaped(facts['origin'])}" if "origin" in facts else ""
     return f"# Autoencoder{f', {size}' if size else ''}\n\n{body}.{origin}"
 
 
