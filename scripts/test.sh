@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite: makes or reuses the environment, installs what tests need. Arguments go to pytest.
 set -euo pipefail
-case " $* " in *browser* | *docs*) needed=test,browser,dev ;; *) needed=test ;; esac
+case " $* " in *browser* | *docs* | *onnx*) needed=test,browser,dev,export ;; *) needed=test ;; esac
 export EXTRAS=${EXTRAS:-$needed}
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$project"

@@ -41,7 +41,7 @@ def tokenizer(lower: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, **marks)
 
 
-def encoder(kind: str, home: Path, lower: bool = False) -> Path:
+def encoder(kind: str, home: Path, lower: bool = False, positions: int = 16) -> Path:
     """A tiny text encoder, saved as transformers saves it."""
     import transformers as t
 
@@ -49,12 +49,12 @@ def encoder(kind: str, home: Path, lower: bool = False) -> Path:
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     if kind == "clip":
-        clip = t.CLIPTextConfig(vocab_size=13, projection_dim=8, max_position_embeddings=16, **shape, **ids)
+        clip = t.CLIPTextConfig(vocab_size=13, projection_dim=8, max_position_embeddings=positions, **shape, **ids)
         model: Any = t.CLIPTextModelWithProjection(clip)
     elif kind == "t5":
         model = t.T5EncoderModel(t.T5Config(vocab_size=13, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
     else:
-        model = t.BertModel(t.BertConfig(vocab_size=13, max_position_embeddings=16, **shape))
+        model = t.BertModel(t.BertConfig(vocab_size=13, max_position_embeddings=positions, **shape))
     model.save_pretrained(home)
     tokenizer(lower).save_pretrained(home)
     return home

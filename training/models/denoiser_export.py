@@ -20,6 +20,7 @@ from training.files import write_bytes, write_json
 from training.guarding import make_folder
 from training.messages import tell
 from training.models import stable_diffusion
+from training.models.adapters import refuse_adapter
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.denoiser_layouts import LAYOUTS
 from training.models.denoiser_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
@@ -93,6 +94,7 @@ def opened(source: str, text_encoder: str, against: Against | None = None, where
     found = find(source, "denoiser")
     config = found.config()
     assert isinstance(config, DenoiserConfig)
+    refuse_adapter(source, found, "export the model that it was learned upon")
     known = facts(found)
     if against and against(config, known._replace(lowers=True)):  # whatever its tokenizer does
         refuse(against(config, known), where)

@@ -147,7 +147,7 @@ def _text(theirs: Any, pipeline: HashedPipeline, cond: Cond) -> tuple[dict[str, 
 def compare_file(path: Path, pipeline: HashedPipeline, config: DenoiserConfig) -> str:
     """One line of how near a single file is to the run, by our own import. Raises UserError as `compare` does."""
     backbone = config.backbone
-    heads = backbone.channels[0] // backbone.head_dim if backbone.head_dim else backbone.heads
+    heads = None if backbone.head_dim else backbone.heads  # else as many as channels have 64s
     with torch.no_grad():
         errors = _by_import(path, pipeline, prediction=config.prediction.kind, heads=heads)
     return verdict(errors, "our own import")
@@ -162,7 +162,11 @@ def _by_import(source: Path, pipeline: HashedPipeline, **given: Any) -> Errors:
         if source.is_file():
             save_text(words, pipeline.text)
             given["text_encoder"] = str(words / "text_encoder")
-        import_denoiser(str(source), Path(home) / "again", **given)
+        try:
+            import_denoiser(str(source), Path(home) / "again", **given)
+        except UserError as problem:
+            what = f"what was written cannot be opened again without diffusers: {problem.what}"
+            raise UserError(what, hint="pip install diffusers, and export again", code=problem.code) from None
         text = words if source.is_file() else source
         override = str(text / "text_encoder") if (text / "text_encoder").is_dir() else None
         again = load_pipeline(Path(home) / "again", "cpu", override)
@@ -185,11 +189,10 @@ def between(pipeline: HashedPipeline, again: HashedPipeline) -> Errors:
     x, levels, picture = probe(pipeline)
     given = captions(pipeline)
     cond, told = pipeline.text(given), again.text(given)
-    real = cond.mask[..., None].float()
     ours, theirs = pipeline.autoencoder, again.autoencoder
     answers = [p.denoiser.backbone(x, levels, c) for p, c in ((pipeline, cond), (again, told))]
     encoded = [a.norm.mean_latents(a.encode(picture)) for a in (ours, theirs)]
     times = torch.linspace(0.01, 1, 100, dtype=torch.float64)
     tables = [p.denoiser.schedule(times).alpha for p in (pipeline, again)]
-    text = error(cond.context * real, told.context * real) if torch.equal(cond.mask, told.mask) else torch.nan
+    text = error(cond.context[cond.mask], told.context[told.mask])  # padding may be of another length
     return Errors(text, error(*answers), error(*encoded), error(ours.decode(x), theirs.decode(x)), error(*tables))

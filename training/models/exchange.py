@@ -93,7 +93,8 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
 def keep_autoencoder(donor: Imported, source: Path, output: Path) -> Autoencoder:
     """Write an autoencoder as a model folder, its latents as its source has them; returns it."""
     config, model = _built(donor, source)
-    with as_user_error("import it alone: convert_autoencoder import SOURCE --scale-factor X", CHECKPOINT):
+    hint = "import it alone, convert_autoencoder import with --scale-factor X, and give that run: --autoencoder RUN"
+    with as_user_error(hint, CHECKPOINT):
         model.norm.set_(model.norm.shift.clone(), model.norm.scale.clone())
     if donor.assumed:
         note(f"{source} does not state the scale of its latents; scaling_factor {donor.assumed:g} is assumed")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Cond
+from ldm.schedules import Table
 from training.errors import CHECKPOINT, UserError, missing_extra
 from training.files import write_bytes
 from training.guarding import make_folder
@@ -140,20 +141,24 @@ WRITERS = {"pt2": _pt2, "onnx": _onnx}
 def _card(pipeline: HashedPipeline, parts: dict[str, Graph]) -> str:
     """README.md: the inputs, and what the numbers mean."""
     process = pipeline.denoiser.diffusion
-    lines = [f"`{name}`: " + ", ".join(_shape(*given) for given in graph.inputs.items()) for name, graph in parts.items()]
+    lines = [f"`{name}`: {', '.join(map(_shape, graph.inputs.items()))}" for name, graph in parts.items()]
     told = json.dumps({"schedule": vars(process.schedule), "prediction": vars(process.prediction),
                        "learned_variance": process.learned_variance})  # fmt: skip
+    table = isinstance(process.schedule, Table)
+    level = "the entry of the table, 0 to T - 1" if table else "what schedule.noise_level(t) gives: 1000 t on flow"
     return f"""# A denoiser and its decoder
 
 {lines[0]}
 
 {lines[1]}
 
-B is the number of pictures. The denoiser predicts what the process says, {told}, of x at a noise level:
-{"the index of the table, 0 to T - 1" if hasattr(process.schedule, "alpha_bar") else "1000 t"}, for text as the run's encoder gives it. The decoder gives pictures in [-1, 1].
+B is the number of pictures. The denoiser predicts, of x at a noise level and with text as the run's encoder gives it,
+what its process says: {told}.
+The noise level is {level}. The decoder gives pictures in [-1, 1].
 """
 
 
-def _shape(name: str, value: Tensor) -> str:
+def _shape(given: tuple[str, Tensor]) -> str:
+    name, value = given
     sides = ", ".join(map(str, ("B", *value.shape[1:])))
     return f"{name} ({sides}) {str(value.dtype).removeprefix('torch.')}"

@@ -174,7 +174,7 @@ def need_prediction(said: str | None, process: Process, ledger: Ledger, source: 
     if said is None or said == process.prediction["kind"]:
         return process
     if (said == "velocity") != (process.schedule["kind"] == "flow"):
-        hint = "velocity belongs to flow matching; eps, v and x0 to a table of betas"
+        hint = "leave --prediction out, or give velocity for flow matching and eps, v or x0 for a table of betas"
         raise UserError(f"--prediction {said}: {source} is on schedule {process.schedule['kind']}", hint=hint,
                         code=CHECKPOINT)  # fmt: skip
     ledger.add("replaced", f"the prediction, by --prediction {said}", process.prediction["kind"])

@@ -57,6 +57,9 @@ def _of_file(config: DenoiserConfig, clip: bool) -> Iterator[Obstacle]:
     if any(width % backbone.channels[0] for width in backbone.channels):
         why = "its programs multiply the first width"
         yield Obstacle("backbone.channels", backbone.channels, why, "whole multiples of the first can be written")
+    if backbone.head_dim and not (backbone.head_dim == 64 and backbone.linear_projection):
+        why = "its programs have as many heads everywhere or, with linear projections, 64 channels a head"
+        yield Obstacle("backbone.head_dim", backbone.head_dim, why, "0 can be written, or 64 with linear_projection")
     if not clip and isinstance(text, HuggingFace):
         yield Obstacle("text.kind", text.kind, "its text encoder is CLIP's", "a CLIP text encoder can be written")
     if (length := getattr(text, "length", 77)) != 77:

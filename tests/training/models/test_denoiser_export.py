@@ -57,6 +57,7 @@ LISTS = (
     ("dit-s dit-b dit-l dit-xl gpu-64 gpu-128 gpu-256 gpus-256 smoke", SCRATCH),
     ("laptop-64 laptop-128 laptop-256 quickstart shapes fashion fashion-pixels", OWN_UNET),
     ("emoji-dit", [*SCRATCH[:-1], "text.lower"]),
+    ("upscale-shapes", [*OWN_UNET, "image.kind"]),
     ("emoji-unet", [*OWN_UNET[:-1], "text.masked"]),
 )
 CONFIGS = {name: keys for names, keys in LISTS for name in names.split()}

@@ -1,0 +1,89 @@
+"""Denoiser and decoder as graphs that run by themselves, on any number of pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import portable
+import pytest
+import tiny
+import torch
+from portable import EPS, FLOW
+
+from training.models import denoiser_reopened
+from training.models.assembly import load_pipeline
+
+SMALL = {"kind": "kl", "channels": [8, 8], "groups": 4, "blocks": 1, "mid_attention": False}
+UNET = {"kind": "unet", "channels": [8, 8], "blocks": 1, "attention": [1], "heads": 2, "groups": 4, "pooled": True,
+        "position": True}  # fmt: skip
+DIT = {"kind": "dit", "width": 16, "depth": 1, "heads": 2, "base_size": 8}
+SCRATCH = {"kind": "scratch", "width": 16, "depth": 1, "heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "unet": {"backbone": UNET, "text": SCRATCH, **FLOW},
+    "dit": {"backbone": DIT | {"learned_variance": True}, "text": SCRATCH, **EPS},
+    "dit in context": {"backbone": DIT | {"text": "in-context", "position": "rope", "pooled": False}, "text": SCRATCH,
+                       **FLOW},
+}  # fmt: skip
+
+
+def written(model: str, home: Path, *flags: str) -> tuple[Path, Any, dict[str, torch.Tensor], torch.Tensor]:
+    """The folder, the pipeline, inputs of five pictures, and what its denoiser answers."""
+    source = portable.run(home / "run", model=SMALL, **MODELS[model])
+    assert tiny.call("convert_denoiser", "export", source, "--output", home / "out", *flags) == 0
+    pipeline = load_pipeline(source, "cpu")
+    x, levels, _ = denoiser_reopened.probe(pipeline)
+    cond = pipeline.text(["red", "", "blue", "a red", "red blue"])
+    given = {"x": torch.cat([x, x[:2]]), "noise_level": torch.cat([levels, levels[:2] + 5]),
+             "context": cond.context, "mask": cond.mask}  # fmt: skip
+    with torch.no_grad():
+        wanted = pipeline.denoiser.backbone(given["x"], given["noise_level"], cond)
+    assert wanted.std() > 0.01
+    return home / "out", pipeline, given | ({"pooled": cond.pooled} if model != "dit in context" else {}), wanted
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_graph_of_torch_answers_as_the_run(model: str, tmp_path: Path) -> None:
+    folder, pipeline, given, wanted = written(model, tmp_path, "--pt2")
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "decoder.pt2", "denoiser.pt2"]
+    denoiser, decoder = (torch.export.load(folder / f"{name}.pt2").module() for name in ("denoiser", "decoder"))
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(**given), wanted, rtol=0, atol=1e-5)
+        for count in (1, 5):
+            latents = given["x"][:count]
+            torch.testing.assert_close(decoder(latents=latents), pipeline.decode(latents), rtol=0, atol=1e-5)
+    text = (folder / "README.md").read_text()
+    assert "`denoiser`: x (B, 4, 8, 8) float32, noise_level (B) float32" in text and '"kind":' in text
+
+
+def test_onnx_that_is_not_installed_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    source = portable.run(tmp_path / "run", model=SMALL, **MODELS["unet"])
+    problem = tiny.refused("convert_denoiser", "export", source, "--output", tmp_path / "out", "--onnx")
+    assert problem.what == "--onnx needs onnx, which is not installed" and "[export]" in problem.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("model", MODELS)
+def test_onnx_answers_as_the_run(model: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    folder, pipeline, given, wanted = written(model, tmp_path, "--onnx")
+    denoiser, decoder = (onnxruntime.InferenceSession(str(folder / f"{name}.onnx")) for name in ("denoiser", "decoder"))
+    (answer,) = denoiser.run(None, {name: value.numpy() for name, value in given.items()})
+    torch.testing.assert_close(torch.from_numpy(answer), wanted, rtol=0, atol=1e-4)
+    (pictures,) = decoder.run(None, {"latents": given["x"].numpy()})
+    torch.testing.assert_close(torch.from_numpy(pictures), pipeline.decode(given["x"]), rtol=0, atol=1e-4)
+
+
+def test_flags_of_the_other_way_are_refused(tmp_path: Path) -> None:
+    for flag in (["--pt2"], ["--onnx"], ["--single-file", "a.safetensors"]):
+        problem = tiny.refused("convert_denoiser", "import", tmp_path, "--output", tmp_path / "out", *flag)
+        assert problem.what == f"{flag[0]} belongs to export"
+    both = ["--pt2", "--single-file", "a.safetensors"]
+    assert "different" in tiny.refused("convert_denoiser", "export", tmp_path, "--output", tmp_path / "o", *both).what
