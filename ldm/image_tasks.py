@@ -54,25 +54,6 @@ def image_to_image(pipeline: Pipeline, pictures: Pictures, *, strength: float = 
     return lambda part: replace(plain, source=encoded(pipeline, to_unit(_of(whole, part))))
 
 
-def instructed(pipeline: Pipeline, pictures: Pictures, *, strength: float = 1.0,
-               start_time: float | None = None) -> Tasks:
-    """The pictures, changed as the captions say, by a model that is shown them (`image_conditions.Source`).
-
-    A `strength` below 1, or a `start_time`, also begins from them, as `image_to_image` does.
-    """
-    source = as_pixels(pipeline, pictures)
-    whole = padded(source, pipeline.multiple)
-    plain = Task(shape=_shape(pipeline, whole), strength=strength, start_time=start_time,
-                 finish=lambda made: _cropped(made, source))
-
-    def task(part: slice) -> Task:
-        latents = encoded(pipeline, to_unit(_of(whole, part)))
-        return replace(plain, source=latents if strength < 1 or start_time is not None else None,
-                       extras=lambda noise: {"image": latents})
-
-    return task
-
-
 def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength: float = 1.0,
                start_time: float | None = None, feather: int = 0, fill: Literal["grey", "nearest"] = "nearest",
                dilate: int = 1, windows: int = 0, posterior: Posterior | None = None) -> Tasks:

@@ -48,6 +48,16 @@ class Backbone(nn.Module, ABC):
             self.level_embedding = LevelEmbedding(len(self.get_parameter("time_embedding.linear_2.weight")))
         return self
 
+    def extended(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of one that reads no image, for this one that does: zeros for what the image adds, so that it
+        answers as theirs does. Weights of the same inputs come back as they are."""
+        own, name, wide = self.state_dict(), f"{self.input_layer}.weight", dict(weights)
+        theirs = weights.get(name)
+        if self.image_channels and theirs is not None and theirs.shape[1] < own[name].shape[1]:
+            more = own[name].shape[1] - theirs.shape[1]
+            wide[name] = torch.cat([theirs, theirs.new_zeros(len(theirs), more, *theirs.shape[2:])], dim=1)
+        return {**{key: part for key, part in own.items() if key.startswith("level_embedding.")}, **wide}
+
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x (B, channels, H, W), noise_level (B,) as the schedule shows it to a network -> (B, out_channels, H, W).
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,6 @@ from torch import Tensor, nn
 
 from ldm.backbones.embed import Projection, sinusoid
 from ldm.conditioning import Cond
-
-if TYPE_CHECKING:
-    from ldm.backbones.base import Backbone
 
 FEATURES, LEVELS = 256, 1000.0  # of a level in [0, 1]: it is embedded as the noise levels 0 to 1000 are
 
@@ -84,14 +80,3 @@ def need_extra(cond: Cond, name: str, shape: tuple[int, ...]) -> Tensor:
         size, wanted = ("x".join(map(str, sides)) for sides in (extra.shape, shape))
         raise ValueError(f"the extra {name!r} is {size}, the backbone reads {wanted}")
     return extra
-
-
-def extended(weights: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """The weights of a backbone that reads no image, for this one that does: zeros for what the image adds, so that it
-    answers as theirs does. Weights of the same inputs come back as they are."""
-    own, name = backbone.state_dict(), f"{backbone.input_layer}.weight"
-    wide, theirs = dict(weights), weights.get(name)
-    if backbone.image_channels and theirs is not None and theirs.shape[1] < own[name].shape[1]:
-        more = own[name].shape[1] - theirs.shape[1]
-        wide[name] = torch.cat([theirs, theirs.new_zeros(len(theirs), more, *theirs.shape[2:])], dim=1)
-    return {**{key: part for key, part in own.items() if key.startswith("level_embedding.")}, **wide}

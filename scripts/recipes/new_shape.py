@@ -1,54 +1,60 @@
-"""Teach `demo` a shape that it has never seen, `bar`, from five pictures; measure what it learned and what it lost."""
+"""Teach `demo` a shape that it has never seen, a bar, from five pictures; tell what it learned and what it lost."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
-from random import Random
+from typing import Any
 
-from training.shapes import rendering, scenes
+import numpy as np
+from bars import NEW, check, old, show
 
-NEW, FOUR, INSIDE = "bar", scenes.SHAPES, rendering.inside
-FIVE = (("red", 0, 9.7), ("blue", 4, 13.3), ("yellow", 5, 9.7), ("green", 7, 13.3), ("purple", 2, 13.3))
-# The rules read one shape more, here alone; scenes are drawn of the four as before.
-rendering.inside = lambda shape, u, v: (abs(u) <= 1) & (abs(v) <= 1 / 3) if shape == NEW else INSIDE(shape, u, v)
-scenes.SHAPES, scenes.AREA[NEW] = (*FOUR, NEW), 1 / 3  # type: ignore[assignment]
-from training.shapes import wording  # noqa: E402
-
-scenes.SHAPES = FOUR
+from training.models.assembly import load_pipeline
+from training.settings.flags import Parser, run_main
 
 
-def bar(colour: str, cell: int, extent: float, background: str) -> scenes.Scene:
-    """A bar in the middle of a cell, as far as the margin allows."""
-    edge = scenes.MARGIN + extent / 2
-    x, y = (min(max(scenes.CENTRES[i], edge), 32 - edge) / 32 for i in (cell % 3, cell // 3))
-    size = "small" if extent < 11 else "large"
-    return scenes.Scene((scenes.Object(NEW, colour, size, scenes.POSITIONS[cell], x, y, extent / 32),), background)
+def obeyed(model: str, captions: list[str]) -> Any:
+    """Of each caption, whether `model`'s picture of it, drawn by its number in ten steps, is one of it: 1 or 0."""
+    pipeline, verdicts = load_pipeline(model, "cpu"), list[bool]()
+    plan = dataclasses.replace(pipeline.sampling, steps=10)
+    for pixels in pipeline.pixels(captions, range(len(captions)), sampling=plan, batch_size=50):
+        pictures = pixels.permute(0, 2, 3, 1).numpy()
+        verdicts += [check(*pair)["obeyed"] for pair in zip(pictures, captions[len(verdicts) :], strict=False)]
+    return np.array(verdicts, dtype=float)
 
 
-def old(count: int, first: int) -> list[str]:
-    """Captions of the four shapes, one of each scene."""
-    return [Random(i).choice(wording.captions(scenes.scene(first + i))) for i in range(count)]
-
-
-def train(work: Path, weight: str, *more: str) -> None:
-    """Five pictures with every way to say them, encoded, and learned upon demo."""
-    from PIL import Image
+def train(work: Path) -> None:
+    """Five pictures, encoded, and learned upon `demo`, with its own pictures of the four shapes beside and without."""
 
     def door(name: str, *words: object) -> None:
         subprocess.run([sys.executable, f"scripts/{name}.py", *map(str, words)], check=True)
-
-    if not (work / "latents").exists():
-        (work / "pictures").mkdir(parents=True)
-        shown = [bar(*one, list(scenes.BACKGROUNDS)[i % 3]) for i, one in enumerate(FIVE)]
-        for i, scene in enumerate(shown):
-            Image.fromarray(rendering.render(scene)).save(work / "pictures" / f"{i}.png")
-        lines = [json.dumps({"file_name": f"{i}.png", "captions": wording.captions(s)}) for i, s in enumerate(shown)]
-        (work / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-        door("make_shards", "pack", work / "pictures", "--output", work / "data", "--resolution", 32)
-        door("encode_latents", "--autoencoder", "demo", "--data", work / "data", "--output", work / "latents")
+    show(work / "pictures")
+    door("make_shards", "pack", work / "pictures", "--output", work / "data", "--resolution", 32)
+    door("encode_latents", "--autoencoder", "demo", "--data", work / "data", "--output", work / "latents")
     given = ("--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents")
-    prior = ("--prior.weight", weight, "--prior.captions", json.dumps(old(200, 2_000_000)))
-    door("train_denoiser", *given, *prior, "--output", work / f"prior-{weight}", *more)
+    for weight in (1, 0):
+        prior = ("--prior.weight", weight, "--prior.captions", json.dumps(old(200, 2_000_000)))
+        door("train_denoiser", *given, *prior, "--output", work / f"weight-{weight}")
+
+
+def main() -> None:
+    """Train, then measure; or measure what is trained."""
+    add = (parser := Parser(__doc__ or "")).add_argument
+    add("--output", metavar="DIR", required=True, help="where all of it goes")
+    add("--count", metavar="N", type=int, default=1000, help="old captions that are measured")
+    args = parser.read()
+    if not (work := Path(args.output)).exists():
+        train(work)
+    before = obeyed("demo", captions := old(args.count, 1_000_000))
+    print(f"demo: {before.mean():.1%} of {args.count} old captions")
+    for weight in (1, 0):
+        run = str(work / f"weight-{weight}")
+        new, change = obeyed(run, NEW).mean(), obeyed(run, captions) - before
+        mean, spread = 100 * change.mean(), 196 * change.std() / len(change) ** 0.5
+        print(f"prior.weight {weight}: {new:.1%} of {len(NEW)} new, old {mean:+.1f} +- {spread:.1f} points")
+
+if __name__ == "__main__":
+    run_main(main)

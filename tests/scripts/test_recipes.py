@@ -17,9 +17,12 @@ RECIPES = {
     "recipes/fashion_pixels": ["--root", "idx", "--output", "OUT"],
     "recipes/emoji": ["--root", "package", "--text-encoder", "encoder", "--output", "OUT"],
     "recipes/shapes": ["--output", "OUT"],
+    "recipes/control": ["--output", "OUT", "--emoji", "runs", "--root", "package", "--text-encoder", "encoder"],
+    "recipes/upscale": ["--output", "OUT"],
     "recipes/compare_autoencoders": ["--output", "OUT", "--data", "fashion/data"],
 }
 LAST = {"quickstart": "summarize", "recipes/compare_autoencoders": "summarize", "recipes/shapes": "evaluate"}
+LAST["recipes/control"] = "evaluate"
 TEXTS = [*SHELL, tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
 
 

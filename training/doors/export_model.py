@@ -17,6 +17,8 @@ def main() -> None:
     add("model", metavar="RUN", help="a denoiser's run (also while it trains), its final/, or a checkpoint")
     add("--output", metavar="DIR", required=True, help="the new model folder")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="precision of the weights in the files")
+    text = "write what was learned upon the model (train_denoiser --base) into its weights, in float32; repeatable"
+    add("--adapter", metavar="RUN[:WEIGHT]", action="append", default=[], help=text)
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
     parser.machine(device="")
     args = parser.read()

@@ -32,7 +32,7 @@ class Cascaded(Start):
 
     kind: ClassVar[str] = "cascade"
     fact: ClassVar[str] = "cascade"
-    shows: ClassVar[str] = "low-res"
+    shows: ClassVar[tuple[str, ...]] = ("low-res",)
     settings: ClassVar[dict[str, tuple[str, type]]] = {"level": ("level", float)}
     runs: Sequence[str]  # the last is the model that draws
     level: float | None

@@ -48,10 +48,12 @@ def add_flags(add: Callable[..., Any]) -> None:
 
 @dataclass(frozen=True)
 class Shown:
-    """A control, its weight, and the file that gives the hint of each request; `kind`: what its hints are, None where
-    its run does not say; `made`: of the picture in that file, not what it holds."""
+    """A run that is shown a hint, and the file that gives that of each request; `chosen`: the control and its weight,
+    None where it is the model itself; `kind`: what its hints are, None where the run does not say; `made`: of the
+    picture in that file, not what it holds."""
 
-    chosen: Chosen
+    run: str
+    chosen: Chosen | None
     channels: int
     kind: str | None
     flag: str
@@ -70,7 +72,7 @@ class Shown:
         if (down, across) == size:
             return values
         if self.kind is None:
-            what = f"{self.flag} {given.name}: {across}x{down} for drawings of {height_width}, and {self.chosen.run} "
+            what = f"{self.flag} {given.name}: {across}x{down} for drawings of {height_width}, and {self.run} "
             hint = "give it in that size: lines are resized otherwise than depths"
             raise UserError(f"{what}does not say what its hints are", hint=hint, code=DATA)
         cut = abs(across * size[0] - down * size[1]) > max(size)
@@ -124,13 +126,13 @@ class Controls:
     @property
     def chosen(self) -> list[Chosen]:
         """The runs, with their weights."""
-        return [one.chosen for one in self.shown]
+        return [one.chosen for one in self.shown if one.chosen]
 
     def begin(self, pipeline: Pipeline) -> None:
         """Have the branches work in their interval. Raises UserError for none."""
         with as_user_error("as --control-interval 0.3 1, which is the first 70 % of the way from noise"):
             backbone: Any = pipeline.denoiser.backbone
-            for branch in backbone.branches:
+            for branch in getattr(backbone, "branches", ()):  # none where the model itself is shown the hint
                 branch.during(*self.interval, pipeline.denoiser.schedule)
 
     def extras(self, requests: list[Request], pipeline: Pipeline, size: Size) -> dict[str, Tensor]:
@@ -182,41 +184,64 @@ def controls_of(args: argparse.Namespace, start: Start, asked: Size | None, ledg
     """The controls that the flags ask for, with their hints read; None for none. Raises UserError where they are not of
     one number, for runs that are no controls, and for starts that they do not go with."""
     from training.drawing import adapters
-    from training.models.adapters import hint_read, parse_chosen
+    from training.models.hints import hint_read
 
     for run, _ in adapters.chosen(args):
-        if hint_read(run):
+        if (reads := hint_read(run)) and not reads.by_model:
             hint = f"--control {run} --hint FILE"
             raise UserError(f"--adapter {run}: is a control, which is shown a hint", hint=hint)
     files, flag = (args.hint_of, "--hint-of") if args.hint_of else (args.hint, "--hint")
     if args.hint and args.hint_of:
         raise UserError("--hint and --hint-of: one gives hints, the other makes them", hint="leave one of them out")
-    if len(args.control) != len(files):
-        what = f"{len(args.control)} controls and {len(files)} hints were given"
+    own = hint_read(args.model)
+    if own and args.control:
+        what = f"--control: {args.model} is itself shown a hint, and controls are learned upon models that are not"
+        raise UserError(what, hint="leave --control out, and give the model's own --hint FILE")
+    if not args.control and (args.control_scale or (args.control_interval and (own is None or own.by_model))):
+        raise UserError("--control-scale and --control-interval: are of controls", hint="give --control RUN")
+    if (count := len(args.control) or bool(own)) != len(files):
+        what = f"{len(files)} hints were given, and {len(args.control)} controls" if not own else (
+            f"{len(files)} hints were given, and the model is shown one")
         raise UserError(what, hint="give one --hint FILE or --hint-of FILE for each --control RUN, in their order")
-    if not args.control:
+    if not count:
         return None
     if start.kind not in STARTS or args.windows:
-        what = f"--control: not with {'--windows' if args.windows else start.kind}"
+        what = f"--hint: not with {'--windows' if args.windows else start.kind}"
         raise UserError(what, hint="it goes with drawings from noise, with --image and with --mask")
-    scales = _scales(args.control_scale, len(args.control))
-    shown = []
-    for text, file, scale in zip(args.control, files, scales, strict=True):
-        run, weight = parse_chosen("--control", text)
-        if (reads := hint_read(run)) is None:
-            hint = f"an adapter that reads none is put to work with --adapter {run}"
-            raise UserError(f"--control {run}: is shown no hint", hint=hint)
-        chosen = parse_chosen("--control", text)._replace(weight=weight * scale)
-        if not start.sources and Path(file).is_dir():
-            what = f"{flag} {file}: is a folder, and nothing says which picture of it"
-            raise UserError(what, hint="give one file; folders go with --image DIR, by name", code=DATA)
-        of = beside(flag, file, list(start.sources), ledger)
-        shown.append(Shown(chosen, reads.channels, reads.kind, flag, of, flag == "--hint-of"))
-        if shown[-1].made and not (reads.kind and shown[-1].hint.of_pixels):
-            what = f"--hint-of {file}: {run} reads hints of {reads.kind or 'a kind it does not say'}"
-            raise UserError(what, hint="only edges and masks are made of a picture: give it with --hint FILE")
+    runs: list[Chosen | None] = [*_chosen(args)] or [None]
+    shown = [_shown(args.model, chosen, flag, file, start, ledger) for chosen, file in zip(runs, files, strict=True)]
     low, high = args.control_interval or (0.0, 1.0)
     return Controls(shown, (low, high), asked, ledger)
+
+
+def _shown(model: str, chosen: Chosen | None, flag: str, file: str, start: Start, ledger: Ledger) -> Shown:
+    """What a control, or the model itself, is shown. Raises UserError for a run that is shown no hint, and for what no
+    hint can be made of."""
+    from training.models.hints import hint_read
+
+    run = str(chosen.run if chosen else model)
+    reads = hint_read(run)
+    if reads is None or (chosen and reads.by_model):
+        hint = f"an adapter that reads none is put to work with --adapter {run}"
+        raise UserError(f"--control {run}: is no control, which is shown a hint", hint=hint)
+    if not start.sources and Path(file).is_dir():
+        what = f"{flag} {file}: is a folder, and nothing says which picture of it"
+        raise UserError(what, hint="give one file; folders go with --image DIR, by name", code=DATA)
+    of = beside(flag, file, list(start.sources), ledger)
+    shown = Shown(run, chosen, reads.channels, reads.kind, flag, of, flag == "--hint-of")
+    if shown.made and not (reads.kind and shown.hint.of_pixels):
+        what = f"--hint-of {file}: {run} reads hints of {reads.kind or 'a kind it does not say'}"
+        raise UserError(what, hint="only edges and masks are made of a picture: give it with --hint FILE")
+    return shown
+
+
+def _chosen(args: argparse.Namespace) -> list[Chosen]:
+    """The controls asked for, each by all of its weights."""
+    from training.models.adapters import parse_chosen
+
+    runs = [parse_chosen("--control", text) for text in args.control]
+    scales = _scales(args.control_scale, len(runs))
+    return [run._replace(weight=run.weight * scale) for run, scale in zip(runs, scales, strict=True)]
 
 
 def _scales(given: list[float], count: int) -> list[float]:
@@ -238,10 +263,10 @@ def recall(args: argparse.Namespace, path: Path, told: Any) -> None:
         names = ", ".join(name for name, _ in runs) or "none"
         what = f"{path} was drawn with {len(runs)} controls ({names}), {len(args.control)} are given"
         raise UserError(what, hint="give the same ones in the same order with --control", code=CHECKPOINT)
-    if not runs:
+    if not told:
         return
     flag = "hint_of" if told["made"] else "hint"
-    if len(getattr(args, flag)) != len(runs):
+    if len(getattr(args, flag)) != len(told["hints"]):
         names = ", ".join(name for name, _ in told["hints"])
         what = f"{path} was drawn by hints {'made of pictures' if told['made'] else 'in files'} ({names})"
         raise UserError(what, hint=f"give them in the same order with --{flag.replace('_', '-')}", code=DATA)
@@ -249,18 +274,18 @@ def recall(args: argparse.Namespace, path: Path, told: Any) -> None:
 
     given = [parse_chosen("--control", text).run for text in args.control]
     args.control = [f"{run}:{weight}" for run, (_, weight) in zip(given, runs, strict=True)]
-    args.control_interval = told["interval"]
+    args.control_interval = told["interval"] if told["interval"] != [0.0, 1.0] else None
 
 
 def sound(told: Any) -> bool:
     """Whether the facts in a picture are of the kinds that `facts` gives."""
     def pairs(name: str, second: tuple[type, ...]) -> bool:
-        return isinstance(told.get(name), list) and 0 < len(told[name]) <= MOST and all(
+        return isinstance(told.get(name), list) and len(told[name]) <= MOST and all(
             isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is str and type(pair[1]) in second
             for pair in told[name])
 
     return (isinstance(told, dict) and pairs("runs", (float, int)) and pairs("hints", (str,))
-            and len(told["runs"]) == len(told["hints"]) and type(told.get("made")) is bool
+            and len(told["hints"]) == max(1, len(told["runs"])) and type(told.get("made")) is bool
             and isinstance(told.get("interval"), list) and len(told["interval"]) == 2
             and all(type(end) in (float, int) for end in told["interval"]))  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from training.drawing.filling import posterior_of
 from training.drawing.given import Given, Size, beside, given, reader
 from training.drawing.shown import Instructed
-from training.drawing.start import Group, Start, alike, source_of
+from training.drawing.start import Group, Start, alike, source_of, tell_size
 from training.errors import DATA, UserError
 from training.ledger import Ledger
 from training.settings import decoding
@@ -74,8 +74,8 @@ class ImageToImage(Start):
         return cls(given("--image", args.image, ledger), _walk(args, 0.8))
 
     def settled(self, pipeline: Pipeline, args: argparse.Namespace) -> Start:
-        """By instruction, with a model that was trained to follow them: then a whole walk, if nothing else is said."""
-        return Instructed(self.sources, _walk(args, 1.0)) if pipeline.image.kind == Instructed.shows else self
+        """With a model that is shown the picture a whole walk, where nothing else is said."""
+        return Instructed(self.sources, _walk(args, 1.0)) if pipeline.image.kind in Instructed.shows else self
 
     def facts(self, request: Request) -> dict[str, Any]:
         """The picture, and how far it was noised."""
@@ -103,17 +103,6 @@ def _said(walk: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in walk.items() if value is not None}
 
 
-def tell_size(pipeline: Pipeline, size: Size, windows: int, ledger: Ledger) -> None:
-    """Write down how a picture of `size` (width, height) is drawn that is not of the trained size."""
-    width, height = size
-    if height % pipeline.multiple or width % pipeline.multiple:
-        ledger.add("replaced", f"pictures drawn on a canvas that {pipeline.multiple} divides, then cut back",
-                   f"{width}x{height}")
-    if (height, width) != pipeline.size and not windows:
-        ledger.add("guessed", f"drawn at another size than the trained {pipeline.size[1]}x{pipeline.size[0]}: "
-                              "--size, or --windows for larger ones", f"{width}x{height}")
-
-
 @dataclass(frozen=True)
 class Inpainting(Start):
     """A hole of each picture drawn anew, all else kept bit for bit."""
@@ -124,7 +113,7 @@ class Inpainting(Start):
     settings: ClassVar[dict[str, tuple[str, type]]] = {
         **WALK, **HOLE, "invert_mask": ("invert_mask", bool), "posterior": ("method", dict),
     }  # fmt: skip
-    shows: ClassVar[str] = "masked"
+    shows: ClassVar[tuple[str, ...]] = ("masked",)
     sources: Sequence[Given]
     masks: Callable[[Given], Given]
     walk: dict[str, Any]
@@ -230,7 +219,7 @@ class Outpainting(Start):
     fact: ClassVar[str] = "outpaint"
     inputs: ClassVar[dict[str, str]] = {"sha256": "image"}
     settings: ClassVar[dict[str, tuple[str, type]]] = {**WALK, **HOLE, "margins": ("outpaint", str)}
-    shows: ClassVar[str] = "masked"
+    shows: ClassVar[tuple[str, ...]] = ("masked",)
     sources: Sequence[Given]
     margins: tuple[int, int, int, int]
     walk: dict[str, Any]
@@ -268,7 +257,7 @@ class Outpainting(Start):
             what = f"--size {size} leaves nothing of the picture within the margins of --outpaint"
             raise UserError(what, hint="--size is that of the whole canvas: give a larger one, or leave it out")
         read = reader(pipeline.autoencoder.image_channels, inner, ledger)
-        own = 0 if pipeline.image.kind == self.shows else half_window(pipeline)
+        own = 0 if pipeline.image.kind in self.shows else half_window(pipeline)
         walk = _said(self.walk) | {"windows": self.walk["windows"] or own}
 
         def tasks(requests: list[Request]) -> Iterator[Group]:

@@ -20,7 +20,7 @@ from training.drawing.controls import Controls
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
 from training.drawing.requests import Request, ask_of, check_scale, choose, parse_also, parse_size
-from training.drawing.shown import refuse_unshown
+from training.drawing.shown import settled
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags, unread
 from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
@@ -165,35 +165,14 @@ def prepare(
     check_scale(args)
     also, asked = parse_also(args.also), parse_size(args.size)
     shown = controls.controls_of(args, start, asked, ledger)
-    at_work = [*adapters.chosen(args), *(shown.chosen if shown else [])]
-    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, at_work)
-    if shown:
-        shown.begin(pipeline)
-    if args.weak_model:
-        pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
-    judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
-    pipeline = replace(pipeline, judge=judge, tile=chosen_tile(args, original))
-    start = start.settled(pipeline, args)
-    refuse_unshown(pipeline, start, getattr(args, "hint", None))
+    pipeline = loaded(args, opened, device, shown, chosen_tile(args, original))
+    start = settled(start, pipeline, args)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):
         pipeline.latent_shape(size)
     tell_reading(pipeline.text)
-    hashes = pipeline_hashes(pipeline)
-    facts = {
-        "settings": settings,
-        "negative_prompt": args.negative_prompt,
-        "also": also,
-        **dict.fromkeys(TOLD),
-        "tile": pipeline.tile,
-        "precision": args.mixed_precision,
-        "model": name_of(args.model),
-        "hashes": hashes,
-        "preview": hashes["autoencoder"] if args.preview else None,
-        adapters.FACT: adapters.facts(args),
-        "versions": {**versions(), "device": device.type},
-    }
+    facts = facts_of(args, pipeline, {"settings": settings, "also": also, "device": device.type})
     # Other ingredients than the original's are refused here, before a picture is drawn and a folder made.
     if original:
         seen = shown.facts(first) if shown else None
@@ -209,6 +188,37 @@ def prepare(
     # A batch of another size may take other kernels: to give the same bytes it is filled up to the original's size.
     chunk = original.facts.get("batch") if original else None
     return Drawing(pipeline, how, facts, output, args.strip, chunk, start, groups, shown)
+
+
+def loaded(args: argparse.Namespace, opened: HashedPipeline | None, device: torch.device, shown: Controls | None,
+           tile: int) -> HashedPipeline:
+    """The pipeline with all that is put to work in it and beside it."""
+    at_work = [*adapters.chosen(args), *(shown.chosen if shown else [])]
+    pipeline = opened or load_pipeline(args.model, device, args.text_encoder, args.preview, at_work)
+    if shown:
+        shown.begin(pipeline)
+    if args.weak_model:
+        pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
+    judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
+    return replace(pipeline, judge=judge, tile=tile)
+
+
+def facts_of(args: argparse.Namespace, pipeline: HashedPipeline, own: dict[str, Any]) -> dict[str, Any]:
+    """What every picture says of how it is drawn, of no start yet."""
+    hashes = pipeline_hashes(pipeline)
+    return {
+        "settings": own["settings"],
+        "negative_prompt": args.negative_prompt,
+        "also": own["also"],
+        **dict.fromkeys(TOLD),
+        "tile": pipeline.tile,
+        "precision": args.mixed_precision,
+        "model": name_of(args.model),
+        "hashes": hashes,
+        "preview": hashes["autoencoder"] if args.preview else None,
+        adapters.FACT: adapters.facts(args),
+        "versions": {**versions(), "device": own["device"]},
+    }
 
 
 def note_unused(args: argparse.Namespace, drawing: Drawing, ledger: Ledger) -> None:

@@ -1,16 +1,17 @@
-"""Drawings of a model that is shown an image: a picture and an instruction, and what such a model is not drawn without.
-"""
+"""Drawings of a model that is shown an image: a picture that it changes, and what it is not drawn without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from training.drawing.given import Given, Size, reader
-from training.drawing.start import Group, Start, alike, source_of
+from training.drawing.start import Group, Start, alike, source_of, tell_size
 from training.errors import UserError
 from training.ledger import Ledger
+
+Drawer = TypeVar("Drawer", bound="Pipeline")
 
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +30,7 @@ class Instructed(Start):
     settings: ClassVar[dict[str, tuple[str, type]]] = {
         "strength": ("strength", float), "start_time": ("start_time", float),
     }  # fmt: skip
-    shows: ClassVar[str] = "source"
+    shows: ClassVar[tuple[str, ...]] = ("source",)
     sources: Sequence[Given]
     walk: dict[str, Any]
 
@@ -49,8 +50,7 @@ class Instructed(Start):
     def tasks(self, pipeline: Pipeline, sampling: Sampling, size: Size | None,
               ledger: Ledger) -> Callable[[list[Request]], Iterator[Group]]:
         """Pictures of one size together."""
-        from ldm.image_tasks import instructed
-        from training.drawing.edits import tell_size
+        from ldm.shown_tasks import instructed
 
         read = reader(pipeline.autoencoder.image_channels, size, ledger)
 
@@ -64,10 +64,17 @@ class Instructed(Start):
         return tasks
 
 
-def refuse_unshown(pipeline: Pipeline, start: Start | None = None, hint: str | None = None) -> None:
-    """Raises UserError where the model is shown an image, and neither the start nor a `hint` gives it one; without a
-    start nothing does."""
+def settled(start: Start, pipeline: Pipeline, args: argparse.Namespace) -> Start:
+    """The start that this is with the model that draws. Raises UserError where that needs an image, and gets none."""
+    start = start.settled(pipeline, args)
+    shown(pipeline, *start.shows, *(["hint"] if args.hint or args.hint_of else []))
+    return start
+
+
+def shown(pipeline: Drawer, *kinds: str) -> Drawer:
+    """The pipeline. Raises UserError where its model is shown an image, and what is given is of other `kinds`."""
     kind = pipeline.image.kind
-    if kind != "none" and (start is None or kind != start.shows) and not (kind == "hint" and hint):
+    if kind not in ("none", *kinds):
         what = f"the model is shown an image besides the prompt (image.kind {kind}), and none is given"
         raise UserError(what, hint=f"give it: {pipeline.image.drawn_with}")
+    return pipeline

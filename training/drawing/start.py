@@ -30,7 +30,7 @@ class Start(ABC):
 
     `inputs`: the flag of each file it is given, by the key of the file's hash in the facts; the first is the picture it
     begins from. `settings`: the flags whose values a picture keeps, with their types, by their key in the facts.
-    `shows`: the kind of image condition that it gives a model what it is to be shown of.
+    `shows`: the kinds of image conditions that it gives a model the image of.
     Free of torch at import: the command line asks each member for its flags.
     """
 
@@ -38,7 +38,7 @@ class Start(ABC):
     fact: ClassVar[str]
     inputs: ClassVar[dict[str, str]] = {}
     settings: ClassVar[dict[str, tuple[str, type]]] = {}
-    shows: ClassVar[str] = ""
+    shows: ClassVar[tuple[str, ...]] = ()
     sources: Sequence[Given]
 
     @classmethod
@@ -112,3 +112,14 @@ def source_of(request: Request) -> Given:
     """The picture a request begins from, where every one has one."""
     assert request.source is not None
     return request.source
+
+
+def tell_size(pipeline: Pipeline, size: Size, windows: int, ledger: Ledger) -> None:
+    """Write down how a picture of `size` (width, height) is drawn that is not of the trained size."""
+    width, height = size
+    if height % pipeline.multiple or width % pipeline.multiple:
+        ledger.add("replaced", f"pictures drawn on a canvas that {pipeline.multiple} divides, then cut back",
+                   f"{width}x{height}")
+    if (height, width) != pipeline.size and not windows:
+        ledger.add("guessed", f"drawn at another size than the trained {pipeline.size[1]}x{pipeline.size[0]}: "
+                              "--size, or --windows for larger ones", f"{width}x{height}")

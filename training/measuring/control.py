@@ -35,7 +35,7 @@ def control(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace, le
     told = images.shards.summary.get("hint")
     if not told:
         hint = "pack the pictures with make_shards pack --hint KIND"
-        raise UserError(f"--control: there are no hints beside the pictures of {args.data}", hint=hint, code=DATA)
+        raise UserError(f"there are no hints beside the pictures of {args.data}", hint=hint, code=DATA)
     kind, places = hint_of(told["kind"]), even_indices(images, args.count)
     drawn, ceiling, truths = list[Bytes](), list[float](), list[Bytes]()
     overlaps, captions = list[float](), [caption(images, place) for place in places]

@@ -14,7 +14,7 @@ from torch import Tensor
 from training.commands import door
 from training.drawing import adapters
 from training.drawing.requests import choose
-from training.drawing.shown import refuse_unshown
+from training.drawing.shown import shown
 from training.drawing.steering import pipeline_hashes
 from training.errors import UserError
 from training.files import finite, write_json
@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     since = time.perf_counter()
-    of_drawings = (args.classify, args.restore, args.upscale, args.copies, args.control, args.adapter)
+    of_drawings = (args.classify, args.restore, args.upscale, args.copies, args.hints, args.adapter)
     model = find(args.model, "denoiser" if any(of_drawings) else None)
     numbers = of_autoencoder(args) if model.stage == "autoencoder" else of_denoiser(args)
     numbers |= {"data": data_facts(args.data) if args.data else None}
@@ -141,13 +141,12 @@ def _short(network: torch.nn.Module) -> str:
 
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
-    instead = (args.likelihood, args.classify, args.restore, args.upscale, args.copies, args.control)
+    instead = (args.likelihood, args.classify, args.restore, args.upscale, args.copies, args.hints)
     if not any((*instead, args.data, args.edits, args.obedience == "shapes")):
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder, adapters=adapters.chosen(args))
-    if not args.upscale:
-        refuse_unshown(pipeline)
+    shown(pipeline, "low-res" if args.upscale else "")
     sampling, settings = choose(args)
     pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
@@ -159,7 +158,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
             ledger.add("ignored", "keys that nothing of this measurement reads", f"--{key}")
     if args.clip and (any(instead) or not args.data):
         ledger.add("ignored", "flags that nothing of this measurement reads", "--clip")
-    if args.obedience == "shapes" and not (args.restore or args.upscale or args.control):
+    if args.obedience == "shapes" and not (args.restore or args.upscale or args.hints):
         numbers |= shapes_obedience(pipeline, sampling, args, ledger)
     if args.edits:
         numbers |= shapes_edits(pipeline, sampling, args)
@@ -167,16 +166,13 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         numbers |= classification(pipeline, args, device, ledger)
     elif args.copies:
         numbers |= copies(pipeline, sampling, args, device, ledger)
-    elif args.control:
+    elif args.hints:
         numbers |= control(pipeline, sampling, args, ledger)
-    elif args.upscale:
-        with sampling_errors():
-            numbers |= upscaled(pipeline, sampling, args, device, ledger)
     elif args.restore:
         numbers |= restoration(pipeline, sampling, args, device, ledger)
-    elif args.likelihood:
+    elif args.upscale or args.likelihood:
         with sampling_errors():
-            numbers |= likelihood(pipeline, sampling, args, device, ledger)
+            numbers |= (upscaled if args.upscale else likelihood)(pipeline, sampling, args, device, ledger)
     elif args.data:
         numbers |= distances(pipeline, sampling, args, device, ledger)
     for line in ledger.lines():

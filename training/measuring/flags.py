@@ -62,7 +62,7 @@ def held_out(parser: Parser) -> None:
     text = "whether drawn pictures repeat training pictures of --data; --grid FILE is a sheet of the nearest pairs"
     asked("--copies", action="store_true", help=text)
     text = "draw each of them again from its caption and its hint: how far drawings follow their hints, and, with"
-    asked("--control", action="store_true", help=f"{text} --obedience shapes, how near their objects are")
+    asked("--hints", action="store_true", help=f"{text} --obedience shapes, how near their objects are")
     add("--train-count", metavar="N", type=int, default=0, help="training pictures that --copies searches; 0 = all")
     text = "the trace of --likelihood: hutchinson estimates it, exact takes one backward pass a latent dimension"
     add("--likelihood-trace", choices=("hutchinson", "exact"), default="hutchinson", help=text)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.adapters import Adapter, joined
-from ldm.adapters.controlled import ControlConfig
+from ldm.adapters.low_rank import merge
 from ldm.denoiser import Denoiser
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.files import write_json
 from training.guarding import read_record
+from training.models.cards import BASE
 from training.models.folders import Found, fill, find, name_of, weights
-from training.pictures.hints import KINDS
 from training.runs.ingredients import difference
 from training.settings import decoding
 from training.tensors import content_hash
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.text import TextEncoder
 
-BASE = "base.json"  # in final/: name and hashes of the base; in the run's folder: where it was found
 OF_BASE = ("autoencoder", "denoiser", "text_encoder", "vocabulary")  # the hashes that make a base the same one
 
 
@@ -51,6 +50,13 @@ def parse_chosen(flag: str, text: str) -> Chosen:
     return Chosen(run, number)
 
 
+def chosen_of(adapter: str | Path | tuple[str | Path, float]) -> Chosen:
+    """`(RUN, WEIGHT)`, `"RUN:WEIGHT"` or a run alone, as a call of Python gives it."""
+    if isinstance(adapter, tuple):
+        return Chosen(*adapter)
+    return Chosen(adapter) if isinstance(adapter, Path) else parse_chosen("adapters", adapter)
+
+
 def is_adapter(config: Any) -> bool:
     """Whether a denoiser's config is that of an adapter upon another run."""
     return bool(config.adapter.kind != "none")
@@ -72,28 +78,9 @@ def config_of_base(base: str) -> decoding.DenoiserConfig:
     return config
 
 
-class HintRead(NamedTuple):
-    """What the control of a run is shown: the channels, and the kind of hint, None where the run does not say."""
-
-    channels: int
-    kind: str | None
-
-
-def hint_read(run: str | Path) -> HintRead | None:
-    """What the adapter of a run is shown; None for one that is shown nothing. Raises UserError for no such run."""
-    found = find(run, "denoiser")
-    config: Any = found.config()
-    if not isinstance(config.adapter, ControlConfig):
-        return None
-    noted = stored_base(found.final).get("hint")
-    kind = noted.get("kind") if isinstance(noted, dict) else None
-    return HintRead(config.adapter.hint_channels, kind if kind in KINDS else None)
-
-
-def keep_base(final: Path, base: str, hashes: Mapping[str, str], hint: Mapping[str, Any] | None = None) -> None:
-    """Write down upon what a run learns: its name and hashes in `final`, its place beside; and the `hint` that it is
-    shown, as the index of its latents says it."""
-    write_json(final / BASE, {"name": name_of(base), "hashes": dict(hashes), **({"hint": dict(hint)} if hint else {})})
+def keep_base(final: Path, base: str, hashes: Mapping[str, str]) -> None:
+    """Write down upon what a run learns: its name and hashes in `final`, its place beside."""
+    write_json(final / BASE, {"name": name_of(base), "hashes": dict(hashes)})
     place = base if not Path(base).exists() else os.path.abspath(base)
     write_json(final.parent / BASE, {"found_at": place})
 
@@ -140,6 +127,7 @@ def at_work(pipeline: Pipeline, hashes: Mapping[str, str],
     name_hints(built)
     for adapter in sorted(built, key=lambda adapter: bool(adapter.hint)):  # those in place before those around
         backbone, text = adapter.attach(backbone, text)
+    merge(backbone, text)  # computed once: strengths are settled
     return Denoiser(backbone, pipeline.denoiser.diffusion), text, found_hashes
 
 

@@ -23,7 +23,7 @@ from training.data.latents import Latents
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.guarding import make_folder, refuse_links
 from training.models import text_encoders
-from training.models.adapters import Chosen, at_work, is_adapter, place_of_base
+from training.models.adapters import at_work, chosen_of, is_adapter, place_of_base
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import copy_model, fill, find, weights
 from training.models.lineage import BEGUN_WITH, same_ingredients, store_ingredients
@@ -98,11 +98,18 @@ def assemble(
             text_source = vocabulary(config.text, dataset)
         text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
-    sizes, image = {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}, autoencoder.image_channels
-    backbone = config.backbone.build(channels=shape[0], **sizes, **config.image.inputs(shape[0], image))
-    backbone, text = backbone.to(device), text.to(device)
+    backbone, text = backbone_for(config, autoencoder, text).to(device), text.to(device)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes)
     return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, text_source)
+
+
+def backbone_for(config: decoding.DenoiserConfig, autoencoder: Autoencoder, text: TextEncoder) -> Backbone:
+    """A freshly initialised backbone for such latents and text. Raises ValueError on a misfit."""
+    channels, sizes = autoencoder.latent_channels, {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+    backbone: Backbone = config.backbone.build(
+        channels=channels, **sizes, **config.image.inputs(channels, autoencoder.image_channels)
+    )
+    return backbone
 
 
 def store(parts: Parts, latents: Path, home: Path) -> None:
@@ -182,12 +189,13 @@ def load_pipeline(
     device: torch.device | str = "auto",
     text_encoder: str | None = None,
     preview: str | Path | None = None,
-    adapters: Sequence[Chosen] = (),
+    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
 ) -> HashedPipeline:
     """A denoiser's run (finished or not) or checkpoint, ready to draw: `load_pipeline(RUN)(["a caption"])`.
 
     `preview`: the run of a tiny autoencoder distilled from the denoiser's own, to stand in for it: quicker, rougher.
-    `adapters`: runs learned upon this one, each with its weight. The run of an adapter is loaded with its base.
+    `adapters`: runs learned upon this one, `["runs/lora", ("runs/style", 0.5)]`. The run of an adapter is loaded with
+    its base.
     Raises UserError (code 4) where a part of it is another than it was trained with.
     """
     from training.machine.processes import resolve
@@ -198,16 +206,14 @@ def load_pipeline(
     config, file, final = folder.config(), folder.weights, folder.final
     assert isinstance(config, decoding.DenoiserConfig)
     if is_adapter(config):
-        chosen = [Chosen(path), *adapters]
+        chosen = [(path, 1.0), *adapters]
         whole = load_pipeline(place_of_base(path, folder), target, text_encoder, preview, chosen)
         return dataclasses.replace(whole, sampling=sampling_of(config), size=config.sample.size)
     autoencoder = load_autoencoder(final / "autoencoder", target)
     hashes = {"autoencoder": content_hash(autoencoder.state_dict())}
     same_ingredients(final, hashes)
     text, words = _stored_text(config.text, final, text_encoder)
-    channels, sizes = autoencoder.latent_channels, {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
-    image = config.image.inputs(channels, autoencoder.image_channels)
-    backbone = config.backbone.build(channels=channels, **sizes, **image)
+    backbone = backbone_for(config, autoencoder, text)
     fill_learned(backbone, text, file, final)
     for part in (backbone, text):
         part.to(target).eval().requires_grad_(False)
@@ -216,7 +222,7 @@ def load_pipeline(
     if folder.finished:  # a checkpoint's weights are other ones, and under the hashes of its own manifest
         same_ingredients(final, pipeline.hashes)
     if adapters:
-        denoiser, text, theirs = at_work(pipeline, pipeline.hashes, adapters)
+        denoiser, text, theirs = at_work(pipeline, pipeline.hashes, [chosen_of(adapter) for adapter in adapters])
         pipeline = dataclasses.replace(pipeline, denoiser=denoiser, text=text, hashes=pipeline.hashes | theirs)
     if preview:
         tiny = load_preview(preview, hashes["autoencoder"], target)

@@ -22,6 +22,8 @@ from training.pictures import grids
 from training.runs.folder import logged
 
 FACTS, SAMPLES, VOCABULARY = "card.json", "samples.png", "tokenizer/vocabulary.json"
+BASE = "base.json"  # of an adapter, in final/: name and hashes of its base; in the run's folder: where that was found
+HINT = "hint.png"  # in a control's final/: one to draw by
 LONGEST_SIDE = 1024  # pixels of `SAMPLES`
 MEANINGS = {
     "psnr": "dB, reconstructions against held-out pictures; higher is nearer",
@@ -71,11 +73,12 @@ def text(folder: Path, facts: Mapping[str, Any]) -> str:
     """The card of a model folder, whose config.json tells which stage it is of."""
     values = read_record(folder / "config.json", {})
     denoiser = "backbone" in values
+    base = read_record(folder / BASE, {"name": str})["name"] if (folder / BASE).is_file() else ""
     parts = [
         _front_matter(denoiser),
-        _what(values, facts, denoiser),
+        _what(values, facts, denoiser, base),
         _picture(folder, denoiser),
-        _use(facts, denoiser),
+        _use(folder, facts, denoiser, base),
         _data(facts),
         _training(values, facts),
         _numbers(facts),
@@ -120,10 +123,14 @@ def _size(values: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return f"{width}x{height}" if width else ""
 
 
-def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool) -> str:
+def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool, base: str) -> str:
     count = f" of {facts['parameters']:,} weights" if "parameters" in facts else ""
     size, kind = _size(values, facts), escaped(values["backbone" if denoiser else "model"]["kind"])
     origin = f" {escaped(facts['origin'])}" if "origin" in facts else ""
+    if base:
+        adapter = escaped(values["adapter"]["kind"])
+        body = f"What was learned ({adapter}{count}) upon the denoiser {escaped(base)}, without which it draws nothing."
+        return f"# Adapter of {escaped(base)}\n\n{body} Its hashes are in [{BASE}]({BASE})."
     if denoiser:
         body = f"A denoiser ({kind}{count}) that draws pictures from captions in the latents of autoencoder/."
         return f"# Text to image{f', {size}' if size else ''}\n\n{body}{origin}"
@@ -139,18 +146,25 @@ def _picture(folder: Path, denoiser: bool) -> str:
     return f"![{shown}]({SAMPLES})\n\n*{shown}, as they came: none was chosen.*"
 
 
-def _use(facts: Mapping[str, Any], denoiser: bool) -> str:
+def _use(folder: Path, facts: Mapping[str, Any], denoiser: bool, base: str) -> str:
     captions = facts.get("data", {}).get("captions") or ["a caption"]
     prompt = " ".join(min(captions, key=len).split())
     if denoiser:
-        command = f"latent-diffusion-generate --model FOLDER --prompt {shlex.quote(prompt)} --output pictures"
-        python = ["from training import load_pipeline", "", 'pipeline = load_pipeline("FOLDER")']
+        hinted = base and (folder / HINT).is_file()
+        at_work = f"BASE --control FOLDER --hint FOLDER/{HINT}" if hinted else "BASE --adapter FOLDER"
+        model = at_work if base else "FOLDER"
+        command = f"latent-diffusion-generate --model {model} --prompt {shlex.quote(prompt)} --output pictures"
+        given = '"BASE", adapters=["FOLDER"]' if base else '"FOLDER"'
+        python = ["from training import load_pipeline", "", f"pipeline = load_pipeline({given})"]
         python.append(f"images = pipeline([{json.dumps(prompt, ensure_ascii=False)}], seeds=[0])  # PIL images")
     else:
         command = "latent-diffusion-encode-latents --autoencoder FOLDER --data DATA --output LATENTS"
         python = ["from training import load_autoencoder", "", 'autoencoder = load_autoencoder("FOLDER")']
     shell = fenced([f"pip install {PACKAGE}", command], "bash")
-    return f"## Use\n\nFOLDER is this folder.\n\n{shell}\n\n{fenced(python, 'python')}"
+    where = f"FOLDER is this folder, BASE that of {escaped(base)}." if base else "FOLDER is this folder."
+    if denoiser and hinted:
+        return f"## Use\n\n{where}\n\n{shell}"
+    return f"## Use\n\n{where}\n\n{shell}\n\n{fenced(python, 'python')}"
 
 
 def _data(facts: Mapping[str, Any]) -> str:
@@ -198,7 +212,7 @@ def _numbers(facts: Mapping[str, Any]) -> str:
 def _limits(folder: Path, values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool) -> str:
     size, seen = _size(values, facts), facts.get("data", {}).get("train")
     lines = [f"Trained at {size} pixels; other sizes are untried."] if size else []
-    if denoiser:
+    if denoiser and not (folder / BASE).is_file():
         lines.append(_words(folder, values["text"]))
     if seen and "steps" in facts and denoiser:
         epochs = facts["steps"] * values["train"]["batch_size"] / seen

@@ -15,7 +15,7 @@ from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.ledger import Ledger
-from training.messages import note, tell
+from training.messages import note
 from training.models import text_encoders
 from training.models.assembly import draw_with, networks
 from training.models.autoencoders import autoencoder_hashes, finished_autoencoder, load_autoencoder
@@ -24,7 +24,7 @@ from training.models.exchange import Imported, keep_autoencoder
 from training.models.folders import copy_model, export, fill, whole_folder
 from training.models.lineage import BEGUN_WITH, store_ingredients
 from training.models.single_files import fill_text, read_file
-from training.next_step import beside, tell_next
+from training.next_step import beside
 from training.settings import decoding
 from training.tensors import save_tensors
 
@@ -35,7 +35,7 @@ WANTED = "check that config.json is complete and belongs to these weights"
 def import_denoiser(source: str, output: Path, text_encoder: str = "", autoencoder: str = "",
                     prediction: str | None = None, heads: int | None = None) -> str:  # fmt: skip
     """Read `source` (a diffusers pipeline's folder, one network's, a repository's name or a single safetensors file)
-    and write it as a model folder that every later step takes for a finished run. Returns the denoiser's content hash.
+    and write it as a model folder that every later step takes for a finished run. Returns the command that draws with it.
 
     What it lacks is given: `text_encoder` (NAME or DIR), `autoencoder` (a run), `prediction`, `heads` of a single file.
     Raises UserError for what has no counterpart here; what is guessed, replaced or ignored is said, and is in the card.
@@ -46,19 +46,17 @@ def import_denoiser(source: str, output: Path, text_encoder: str = "", autoencod
     asked, ledger = Asked(text_encoder, autoencoder, prediction, heads), Ledger()
     with whole_folder(output) as folder:
         donor = read_file(path, asked, ledger) if path.is_file() else read_folder(path, asked, ledger)
-        identity = _write(folder, donor, ledger, source)
+        _write(folder, donor, ledger, source)
         held = donor.network.labels is not None or text_encoders.stored_identity(folder)["copied"]
     for line in ledger.lines():
         note(line)
-    tell(f"wrote {output}")
     beside_it = [] if held else ["--text-encoder", donor.encoder]  # large, and so kept by its hash alone
     prompt = next(iter(donor.classes), "a photo")
     pictures = beside(output, "pictures")
-    tell_next(door("generate", "--model", output, "--prompt", prompt, "--output", pictures, *beside_it))
-    return identity
+    return door("generate", "--model", output, "--prompt", prompt, "--output", pictures, *beside_it)
 
 
-def _write(folder: Path, donor: Donor, ledger: Ledger, source: str) -> str:
+def _write(folder: Path, donor: Donor, ledger: Ledger, source: str) -> None:
     """The parts of a run's final/, each checked against the others."""
     network, autoencoder = donor.network, _autoencoder(donor.autoencoder, folder, source)
     if network.channels != autoencoder.latent_channels:
@@ -79,7 +77,7 @@ def _write(folder: Path, donor: Donor, ledger: Ledger, source: str) -> str:
     hashes = {name: hashes[name] for name in BEGUN_WITH if name in hashes} | networks(pipeline)
     store_ingredients(folder, hashes)
     about = {"origin": ORIGIN, "taken": ledger.report(), "hashes": hashes}
-    return export(folder, decoding.to_values(config), built.state_dict(), about)
+    export(folder, decoding.to_values(config), built.state_dict(), about)
 
 
 def _check_names(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], source: str) -> None:

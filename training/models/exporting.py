@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ldm.adapters.controlled import Controlled
+from ldm.adapters.low_rank import plain_state
+from ldm.denoiser import Denoiser
+from ldm.text.encoders import ScratchTextEncoder
+from training.errors import UserError
 from training.guarding import make_folder
 from training.messages import answer
-from training.models.assembly import HashedPipeline, load_pipeline, networks
+from training.models.adapters import refuse_adapter
+from training.models.assembly import HashedPipeline, backbone_for, load_pipeline, networks
 from training.models.autoencoders import autoencoder_hashes
 from training.models.cards import keep_samples, measured, stored_facts
 from training.models.folders import Found, export, find, whole_folder
 from training.models.lineage import store_ingredients
+from training.models.text_encoders import keep_vocabulary, stored_vocabulary, vocabulary_hash
 from training.runs.folder import record
 from training.settings import decoding
 from training.tensors import in_dtype, save_tensors
@@ -27,12 +35,36 @@ if TYPE_CHECKING:
 def export_model(args: argparse.Namespace) -> int:
     """A new model folder of a run or checkpoint, its weights stored as `args.dtype`. Returns the exit code."""
     output, source = Path(args.output), find(args.model, "denoiser")
+    refuse_adapter(args.model, source, "give its base, and --adapter with this run: both become one model")
     with whole_folder(output) as folder:
-        pipeline = load_pipeline(source.home if source.finished else source.weights, "cpu", args.text_encoder)
+        place = source.home if source.finished else source.weights
+        pipeline = load_pipeline(place, "cpu", args.text_encoder, adapters=args.adapter)
+        pipeline = as_one(source, pipeline) if args.adapter else pipeline
         _write(folder, source, pipeline, getattr(torch, args.dtype))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     answer(f"wrote {output}: {size:,} bytes")
     return 0
+
+
+def as_one(source: Found, pipeline: HashedPipeline) -> HashedPipeline:
+    """A pipeline with what its adapters have learned written into weights and words of its own: sums in float32.
+
+    Raises UserError for adapters that are networks beside the denoiser.
+    """
+    config, denoiser, text = source.config(), pipeline.denoiser, pipeline.text
+    assert isinstance(config, decoding.DenoiserConfig) and isinstance(denoiser.backbone, nn.Module)
+    if isinstance(denoiser.backbone, Controlled):
+        what = "a control is a network of its own beside the denoiser's, and cannot become one with it"
+        raise UserError(what, hint="leave it out of --adapter, and give it to generate with --control")
+    if isinstance(text, ScratchTextEncoder):
+        learned = plain_state(text) | {"words.weight": text.table()}
+        text = config.text.build(text.tokenizer.to_json())
+        text.load_state_dict(learned)
+    backbone = backbone_for(config, pipeline.autoencoder, text)
+    backbone.load_state_dict(plain_state(denoiser.backbone))
+    hashes = {name: value for name, value in pipeline.hashes.items() if not name.startswith("adapter-")}
+    whole = replace(pipeline, denoiser=Denoiser(backbone.eval(), denoiser.diffusion), text=text.eval(), hashes=hashes)
+    return replace(whole, hashes=hashes | networks(whole))
 
 
 def _write(folder: Path, source: Found, pipeline: HashedPipeline, dtype: torch.dtype) -> None:
@@ -46,7 +78,11 @@ def _write(folder: Path, source: Found, pipeline: HashedPipeline, dtype: torch.d
     weights, hashes = {"weights": str(dtype).removeprefix("torch.")}, autoencoder_hashes(autoencoder)
     about = stored_facts(folder / "autoencoder") | weights | {"hashes": hashes}
     export(folder / "autoencoder", decoding.to_values(inner), autoencoder.state_dict(), about, dtype)
+    if isinstance(text, ScratchTextEncoder):
+        keep_vocabulary(text.tokenizer.to_json(), folder)
     hashes = pipeline.hashes | {"autoencoder": hashes["autoencoder"]} | networks(pipeline)
+    if "vocabulary" in hashes:
+        hashes["vocabulary"] = vocabulary_hash(stored_vocabulary(folder))
     store_ingredients(folder, hashes)
     told = stored_facts(folder) if source.finished else {}
     about = (told or facts_of_run(source, config.train.max_steps, folder)) | weights | {"hashes": hashes}

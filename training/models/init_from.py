@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.backbones.image import extended
 from ldm.text import HuggingFace
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
@@ -96,7 +95,7 @@ def fill_network(
     def widened(theirs: Weights) -> Weights:
         kept = parts.backbone.state_dict()  # its hash is of the precision in which it is loaded
         before["denoiser"] = {name: tensor.to(kept[name].dtype) for name, tensor in theirs.items() if name in kept}
-        return extended(theirs, parts.backbone)
+        return parts.backbone.extended(theirs)
 
     fill_learned(parts.backbone, taken, folder.weights, folder.final, widened)
     if folder.finished:  # what was written at its end says what it was

@@ -23,6 +23,7 @@ from training.messages import note
 from training.models.adapters import OF_BASE, config_of_base, keep_base
 from training.models.assembly import load_pipeline
 from training.models.captions_read import few_of
+from training.models.exchange import check_unused
 from training.models.folders import export, find, weights, whole_folder
 from training.models.lineage import store_ingredients
 from training.models.transformer_layouts import DIT_KEYS, PIXART_KEYS, their_names
@@ -61,6 +62,7 @@ def export_lora(run: str, style: Style, output: Path) -> None:
     For diffusers the scale alpha / r is multiplied into B; kohya's names come with alpha. A fused projection becomes
     its parts: each has the same A and its rows of B.
     """
+    check_unused(output)
     folder = find(run, "denoiser")
     config: Any = folder.config()
     if not isinstance(config.adapter, LowRankConfig):
@@ -121,6 +123,7 @@ def import_lora(source: str, base: str, output: Path, text_encoder: str | None =
     block-diagonal B, unless all have the same A. What the base has not is left out, counted and named. Raises UserError
     for a file without a layer of the base, and for one that does not fit.
     """
+    check_unused(output)
     config, pipeline = config_of_base(base), load_pipeline(base, "cpu", text_encoder)
     backbone: Any = pipeline.denoiser.backbone
     found, left = taken(Path(source), backbone, vars(config.backbone))

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from training.commands import door
 from training.errors import CHECKPOINT, PACKAGE, UserError
 from training.messages import answer, note, tell
+from training.models.adapters import is_adapter, stored_base
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.models.cards import FACTS, SAMPLES, stored_facts
 from training.models.folders import Found, find, name_of
 from training.next_step import again, beside, prompt, tell_next
 from training.settings.embedded import HUB
-from training.tensors import content_hash, stored_hash
+from training.tensors import content_hash, load_tensors, stored_hash
 
 if TYPE_CHECKING:
     import argparse
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 # What a model folder may hold: weights as safetensors, all else as text, by the names that are written here. No pickle,
 # no optimiser's state, nothing that a user has put there.
 OURS = re.compile(
-    r"(README\.md|(config|card|ingredients|teacher)\.json|model\.safetensors|samples\.png)"
+    r"(README\.md|(config|card|ingredients|teacher|base|hint)\.json|model\.safetensors|(samples|hint)\.png)"
     r"|autoencoder/(README\.md|(config|card|teacher)\.json|model\.safetensors)"
     r"|text_encoder/(model(-\d+-of-\d+)?\.safetensors|[\w.-]+\.json)"
     r"|tokenizer/[\w-]+\.(json|txt|model)"
@@ -64,7 +65,10 @@ def publish(args: argparse.Namespace) -> None:
     if found.stage == "denoiser" and not args.revision:
         captions = stored_facts(found.home).get("data", {}).get("captions", ["a caption"])
         where = ["--output", beside(args.model, "pictures"), *again({"text-encoder": args.text_encoder})]
-        tell_next(door("generate", "--model", f"{HUB}{args.repo}", *prompt(captions), *where))
+        model = ["--model", f"{HUB}{args.repo}"]
+        if is_adapter(found.config()):
+            model = ["--model", stored_base(found.home)["name"], "--adapter", f"{HUB}{args.repo}"]
+        tell_next(door("generate", *model, *prompt(captions), *where))
 
 
 def check_name(repo: str) -> None:
@@ -99,7 +103,9 @@ def contents(folder: Path) -> list[Path]:
 
 def check_whole(found: Found, text_encoder: str | None) -> None:
     """Raises UserError where a part is missing, damaged, or another than the model was trained with."""
-    if found.stage == "denoiser":
+    if found.stage == "denoiser" and is_adapter(found.config()):
+        now = content_hash(load_tensors(found.weights))
+    elif found.stage == "denoiser":
         now = load_pipeline(found.home, "cpu", text_encoder).hashes["denoiser"]
     else:
         now = content_hash(load_autoencoder(found.home).state_dict())

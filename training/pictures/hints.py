@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Bytes = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 FIELD = "hint.png"  # of a packed sample
-EXAMPLE = "hint.png"  # in a control's final/
 EXTRA = "image"  # the name that conditions, and fields of latents, have for it
 APART = 60  # an edge lies where a channel of two neighbours differs by more
 NEAR = 20  # a pixel is background where no channel differs by more from it

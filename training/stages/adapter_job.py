@@ -13,20 +13,18 @@ from torch import Tensor
 
 from ldm.adapters import joined
 from training.commands import door
-from training.data.latents import Latents
-from training.data.order import Slot
 from training.errors import CHECKPOINT, UserError, as_user_error
-from training.files import write_bytes
 from training.models import assembly, text_encoders
 from training.models.adapters import OF_BASE, keep_base, refuse_adapter
 from training.models.captions_read import refuse_unread, tell_unknown
+from training.models.cards import HINT
 from training.models.folders import find, name_of
+from training.models.hints import keep_hint
 from training.models.init_from import fill_network, refuse_new_words, vocabulary_home
 from training.models.lineage import store_ingredients, stored_ingredients
 from training.models.text_encoders import known_words
 from training.models.vocabulary import added, grown
 from training.next_step import again, beside, prompt
-from training.pictures.hints import EXAMPLE, EXTRA, as_bytes, stored
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.job import parameters
@@ -75,9 +73,7 @@ class AdapterJob(DenoiserJob):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
             parts = assembly.assemble(*given, draws=accelerator.is_main_process)
         self._same_autoencoder(stored_ingredients(found.final), parts.hashes)
-        if fill_network(config, parts, self.dataset, args.base, args.text_encoder):
-            what = f"the base {args.base} reads no image, and image.kind is {config.image.kind}"
-            raise UserError(what, hint="leave image.kind out; to widen its input, train all weights: --init-from")
+        fill_network(config, parts, self.dataset, args.base, args.text_encoder)
         hashes = parts.hashes | assembly.networks(parts.pipeline)
         self.base = {name: hashes[name] for name in OF_BASE if name in hashes}
         for part in (parts.backbone, parts.text):
@@ -119,9 +115,9 @@ class AdapterJob(DenoiserJob):
     def begin(self, final: Path) -> None:
         """Write down which base it is; what it draws before the adapter learns, it draws alone."""
         final.mkdir(parents=True, exist_ok=True)
-        keep_base(final, self.args.base, self.base, self.dataset.shards.summary.get("hint"))
+        keep_base(final, self.args.base, self.base)
         if self.adapter.hint:
-            keep_example(final, self.held_out)
+            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
         self.adapter.strength = 0.0
         self.draw_prior(final)
         self.adapter.strength = 1.0
@@ -140,12 +136,6 @@ class AdapterJob(DenoiserJob):
         known = known_words(find(self.args.base, "denoiser").final)
         at_work: list[object] = ["--adapter", run]
         if self.adapter.hint:  # the first held-out one, with its caption
-            at_work = ["--control", run, "--hint", run / "final" / EXAMPLE]
+            at_work = ["--control", run, "--hint", run / "final" / HINT]
         words = ["--model", self.args.base, *at_work, *prompt(captions, known)]
         return [door("generate", *words, "--output", beside(run, "pictures"), *also)]
-
-
-def keep_example(final: Path, held_out: Latents) -> None:
-    """Put the first held-out hint into a control's final/, as a file to draw by."""
-    (hint,) = held_out.__getitems__([Slot(0, 0, 0)]).extras[EXTRA]
-    write_bytes(final / EXAMPLE, stored(as_bytes(hint[None])[0]))

@@ -17,6 +17,8 @@ from training.errors import DATA, UserError, as_user_error
 from training.machine.processes import announce
 from training.models import assembly, init_from
 from training.models.captions_read import refuse_unread, tell_unknown
+from training.models.cards import HINT
+from training.models.hints import keep_hint
 from training.models.text_encoders import known_words
 from training.next_step import again, beside, prompt
 from training.runs.checkpoints import Checkpoints
@@ -129,6 +131,8 @@ class DenoiserJob(Job):
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
         assembly.store(self.parts, Path(self.args.latents), final)
+        if self.config.image.kind == "hint":
+            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
         self.draw_prior(final)
 
     def draw_prior(self, final: Path) -> None:
@@ -151,6 +155,7 @@ class DenoiserJob(Job):
         captions = (caption for place in range(len(shown)) for caption in shown.captions(place)[:1])
         also = again({"device": args.device, "text-encoder": args.text_encoder})
         words = ["--model", run, *prompt(captions, known_words(run / "final")), "--output", beside(run, "pictures")]
+        words += ["--hint", run / "final" / HINT] if self.config.image.kind == "hint" else []
         commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
         if self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *also))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 from PIL import Image
 
 from training.errors import UserError
-from training.models.adapters import Chosen, hint_read
+from training.models.adapters import Chosen
 from training.models.assembly import load_pipeline
+from training.models.hints import hint_read
 from training.pictures import grids
 from training.pictures.hints import Edges, edges
 from training.shards.reading import ShardSet
@@ -61,7 +61,7 @@ def hint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw(output: Path, *words: object) -> np.ndarray:
-    asked = ("--model", "demo", "--device", "cpu", "--output", output)
+    asked = ([] if "--model" in words else ["--model", "demo"]) + ["--device", "cpu", "--output", output]
     given = [] if "--like" in words else ["--prompt", "a red square", "--steps", 2]
     assert tiny.call("generate", *asked, *given, *words) == 0
     return np.asarray(Image.open(output / "00000.png")).astype(int)
@@ -74,7 +74,7 @@ def refused(output: Path, *words: object) -> UserError:
 
 
 def test_a_control_says_what_it_is_shown(control: Path, latents: Path) -> None:
-    assert hint_read(control) == (1, "edges")
+    assert hint_read(control) == (1, "edges", False)
     kept = Image.open(control / "final" / "hint.png")
     first = np.load(io.BytesIO(ShardSet(latents, "val").read_field(0, "extra-image.npy")))
     assert np.array_equal(np.asarray(kept)[None], first)
@@ -182,9 +182,7 @@ def test_hints_of_other_sizes_are_resized_and_told(
 def test_a_run_that_does_not_say_what_its_hints_are(control: Path, hint: Path, tmp_path: Path) -> None:
     """As one of another program: nothing says how its hints may be resized."""
     silent = shutil.copytree(control, tmp_path / "silent")
-    base = json.loads((silent / "final" / "base.json").read_text())
-    del base["hint"]
-    (silent / "final" / "base.json").write_text(json.dumps(base))
+    (silent / "final" / "hint.json").unlink()
     shown = draw(tmp_path / "shown", "--control", silent, "--hint", hint)
     assert np.array_equal(shown, draw(tmp_path / "said", "--control", control, "--hint", hint))
     large = save(tmp_path / "large.png", np.eye(64, dtype=np.uint8) * 255)
@@ -217,13 +215,36 @@ def test_hints_go_with_the_pictures_of_a_folder(control: Path, hint: Path, tmp_p
     assert "nothing says which picture" in problem.what
 
 
+def test_a_model_that_is_itself_shown_a_hint(
+    control: Path, latents: Path, hint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By further input channels: the hint is the model's own, and no control is needed."""
+    run = tmp_path / "run"
+    words = ("--latents", latents, "--output", run, *tiny.DENOISER, "--max-steps", 1, "--sample-every", 10)
+    tiny.call("train_denoiser", *words, "--batch-size", 8, "--image.kind", "hint", "--image.hint_channels", 1)
+    assert hint_read(run) == (1, "edges", True) and (run / "final" / "hint.png").is_file()
+    first = draw(tmp_path / "first", "--model", run, "--hint", hint)
+    facts = grids.facts(tmp_path / "first" / "00000.png")["controls"]
+    assert facts["runs"] == [] and facts["hints"][0][0] == "square.png"
+    like = ("--model", run, "--like", tmp_path / "first" / "00000.png")
+    assert np.array_equal(draw(tmp_path / "again", *like, "--hint", hint), first)
+    assert "--hint" in refused(tmp_path / "x", *like).hint
+    assert "model is shown one" in refused(tmp_path / "x", "--model", run).what
+    assert "itself shown a hint" in refused(
+        tmp_path / "x", "--model", run, "--hint", hint, "--control", control, "--hint", hint).what
+    assert "are of controls" in refused(tmp_path / "x", "--model", run, "--hint", hint, "--control-scale", 2).what
+    # A control's run as --model is its base with the control at work.
+    whole = draw(tmp_path / "whole", "--model", control, "--hint", hint)
+    assert np.array_equal(whole, draw(tmp_path / "parts", "--control", control, "--hint", hint))
+
+
 def test_what_does_not_go_together(control: Path, hint: Path, tmp_path: Path) -> None:
     out, both = tmp_path / "out", ("--control", control, "--hint", hint)
-    assert "1 controls and 0 hints" in refused(out, "--control", control).what
-    assert "0 controls and 1 hints" in refused(out, "--hint", hint).what
+    assert "0 hints were given, and 1 controls" in refused(out, "--control", control).what
+    assert "1 hints were given, and 0 controls" in refused(out, "--hint", hint).what
     assert "leave one of them out" in refused(out, *both, "--hint-of", hint).hint
     assert "--control" in refused(out, "--adapter", control).hint
-    assert "is shown no hint" in refused(out, "--control", "demo", "--hint", hint).what
+    assert "is no control" in refused(out, "--control", "demo", "--hint", hint).what
     assert "not with --windows" in refused(out, *both, "--windows", 4).what
     assert "not with inversion" in refused(out, *both, "--invert", hint).what
     assert "2 numbers for 1 controls" in refused(out, *both, "--control-scale", 1, 2).what

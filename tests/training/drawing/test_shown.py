@@ -130,7 +130,7 @@ def test_a_picture_is_changed_as_the_prompt_says(source: Path, pictures: Path, t
 def test_both_scales_reach_the_network_and_the_picture_its_input(source: Path, pictures: Path) -> None:
     from dataclasses import replace
 
-    from ldm.image_tasks import instructed
+    from ldm.shown_tasks import instructed
 
     pipeline, seen = shown(source)
     one = Image.open(pictures / "one.png")

@@ -70,19 +70,19 @@ def test_overlap_of_a_hint_with_that_of_the_drawing() -> None:
 
 
 def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencoder: Path, tmp_path: Path) -> None:
-    base = denoiser
-    words = ["pack", "shapes", "--samples", "40", "--val-fraction", "0.3", "--hint", "edges", "--output"]
-    assert tiny.call("make_shards", *words, tmp_path / "data") == 0
-    given = ("--autoencoder", autoencoder, "--data", tmp_path / "data", "--output", tmp_path / "latents")
-    assert tiny.call("encode_latents", *given, "--device", "cpu") == 0
-    given = ("--base", base, "--config", "controlnet", "--latents", tmp_path / "latents", "--output", tmp_path / "run")
+    data, latents, run = (tmp_path / name for name in ("data", "latents", "run"))
+    packing = ["pack", "shapes", "--samples", 40, "--val-fraction", 0.3]
+    assert tiny.call("make_shards", *packing, "--hint", "edges", "--output", data) == 0
+    given = ("--autoencoder", autoencoder, "--data", data, "--output", latents, "--device", "cpu")
+    assert tiny.call("encode_latents", *given) == 0
+    given = ("--base", denoiser, "--config", "controlnet", "--latents", latents, "--output", run)
     assert tiny.call("train_denoiser", *given, *tiny.SHORT, "--batch-size", "8", "--max-steps", "2") == 0
-    asked: list[Any] = ["--model", base, "--control", "--obedience", "shapes", "--data", tmp_path / "data", "--count", 8]
+    asked: list[Any] = ["--model", denoiser, "--hints", "--obedience", "shapes", "--data", data, "--count", 8]
     asked += ["--device", "cpu", "--steps", 2]
     answers = []
-    for name, adapter in (("with", [tmp_path / "run"]), ("off", [f"{tmp_path / 'run'}:0"])):
+    for name, adapter in (("with", run), ("off", f"{run}:0")):
         file = tmp_path / f"{name}.json"
-        assert tiny.call("evaluate", *asked, "--adapter", *adapter, "--output", file) == 0
+        assert tiny.call("evaluate", *asked, "--adapter", adapter, "--output", file) == 0
         answers.append(json.loads(file.read_text()))
     for numbers in answers:
         assert numbers["pictures"] == 8 and numbers["hint"] == "edges"
@@ -90,7 +90,6 @@ def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencode
         assert {"obedience", "centre_error", "extent_error"} <= numbers.keys()
     assert [numbers["adapters"] for numbers in answers] == [[["run", 1.0]], [["run", 0.0]]]
     assert answers[0]["protocol_hash"] == answers[1]["protocol_hash"]
-    packed = tmp_path / "plain"
-    assert tiny.call("make_shards", *["pack", "shapes", "--samples", "20", "--val-fraction", "0.3", "--output"], packed) == 0
-    refusal = tiny.refused("evaluate", "--model", base, "--control", "--data", packed, "--device", "cpu")
-    assert "no hints beside the pictures" in refusal.what
+    assert tiny.call("make_shards", *packing, "--output", tmp_path / "bare") == 0
+    bare = ("--data", tmp_path / "bare", "--device", "cpu")
+    assert "no hints beside the pictures" in tiny.refused("evaluate", "--model", denoiser, "--hints", *bare).what

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.adapters.low_rank import DoRA, LoRA, LowRankConfig
@@ -16,6 +18,8 @@ from ldm.backbones import DiT, UNet
 from ldm.conditioning import Cond
 from training.errors import UserError
 from training.models import unet_layout
+from training.models.adapters import Chosen
+from training.models.assembly import load_pipeline
 from training.models.layout import Network
 from training.models.lora_files import flat, taken, theirs, written
 
@@ -237,3 +241,52 @@ def test_no_two_layers_have_one_name() -> None:
         layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         names = [flat(part) for layer in layers for part in theirs(layer, given)]
         assert len(set(names)) == len(names) >= len(layers)
+
+
+def test_a_file_becomes_a_run_and_a_run_a_file(
+    denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the door, upon a DiT: what is drawn with the run is what the file says, and it comes out as it went in."""
+    backbone: Any = load_pipeline(denoiser, "cpu").denoiser.backbone
+    config = LoRA(rank=2, alpha=5.0, targets=("*.attention.qkv", "*.mlp.out"))
+    adapter = learned(config, shaken(backbone))  # the base does not count: the file has A and B alone
+    tensors, _ = written(adapter.state_dict(), vars(backbone.config), config.scale, "kohya")
+    file, run = tmp_path / "in.safetensors", tmp_path / "run"
+    save_file(tensors | {"lora_te_x.lora_down.weight": A.clone()}, file)
+    assert tiny.call("convert_denoiser", "import", file, "--base", denoiser, "--output", run) == 0
+    said = capsys.readouterr().err
+    assert "left out 1 layers or tensors" in said and "'lora_te_x'" in said
+    drawn = load_pipeline(denoiser, "cpu", adapters=[Chosen(run)]).denoiser.backbone
+    alone = load_pipeline(denoiser, "cpu").denoiser.backbone
+    adapter.attach(alone, TEXT)
+    for name, _ in adapter.deltas():
+        layer = name.removeprefix("backbone.")
+        ours, wanted = drawn.get_submodule(layer).weight, alone.get_submodule(layer).weight
+        assert torch.allclose(ours, wanted, atol=1e-5) and ours.std() > 0
+    for style in STYLES:
+        out, again = tmp_path / f"{style}.safetensors", tmp_path / f"again-{style}"
+        assert tiny.call("convert_denoiser", "export", run, "--lora", style, "--output", out) == 0
+        assert tiny.call("convert_denoiser", "import", out, "--base", denoiser, "--output", again) == 0
+        before, after = (load_file(folder / "final" / "model.safetensors") for folder in (run, again))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert "already exists" in tiny.refused("convert_denoiser", "export", run, "--lora", "kohya", "--output", out).what
+    problem = tiny.refused("convert_denoiser", "export", denoiser, "--lora", "kohya", "--output", tmp_path / "no")
+    assert problem.code == 4 and "holds no LoRA or DoRA but adapter.kind none" in problem.what
+    other = shutil.copytree(denoiser, tmp_path / "other")
+    tiny.shake(other / "final")
+    with pytest.raises(UserError, match="was learned upon run, whose denoiser is"):
+        load_pipeline(other, "cpu", adapters=[Chosen(run)])
+
+
+def test_flags_of_the_other_way_are_refused(denoiser: Path, tmp_path: Path) -> None:
+    save_file({"x.lora_down.weight": A}, file := tmp_path / "file.safetensors")
+    out = ("--output", tmp_path / "out")
+    for words, what in (
+        (("export", denoiser, "--base", denoiser, *out), "--base belongs to import"),
+        (("import", file, "--lora", "kohya", *out), "--lora belongs to export"),
+        (("import", file, "--base", denoiser, "--heads", "2", *out), "--heads is of whole networks"),
+        (("export", denoiser, "--lora", "kohya", "--pt2", *out), "--pt2 is of whole networks, --lora of a LoRA file"),
+        (("import", file, "--base", denoiser, *out), "has no layer of"),
+    ):
+        assert what in tiny.refused("convert_denoiser", *words).what
+    assert not (tmp_path / "out").exists()

@@ -28,6 +28,7 @@ OF_KIND = {  # what each kind is told besides its name
     "controlnet": [],
     "t2i-adapter": [],
 }
+HINTED = ("controlnet", "t2i-adapter")
 UNET = "--backbone.kind unet --backbone.channels 8,16 --backbone.attention 0,1 --backbone.heads 2 --backbone.groups 4"
 BASE = ["--config", "smoke", *UNET.split(), "--backbone.blocks", "1", "--text.width", "16", "--text.depth", "1",
         "--sample.steps", "2", *tiny.SHORT]  # fmt: skip
@@ -98,7 +99,7 @@ def test_a_run_holds_what_it_learned_and_names_its_base(kind: str, trained: dict
     final = trained[kind] / "final"
     held = {path.name for path in final.iterdir()}
     assert held <= {"base.json", "card.json", "config.json", "ingredients.json", "model.safetensors", "README.md",
-                    "samples.png"}  # fmt: skip
+                    "samples.png", *(("hint.json", "hint.png") if kind in HINTED else ())}  # fmt: skip
     plain = load_pipeline(base, "cpu")
     of_base = json.loads((final / "base.json").read_text())["hashes"]
     assert of_base == {name: plain.hashes[name] for name in of_base} and len(of_base) == 4
@@ -247,6 +248,34 @@ def test_a_picture_says_with_what_it_was_drawn(trained: dict[str, Path], base: P
     assert "was made with adapter-1" in other.what and "--adapter" in other.hint
 
 
+def test_a_base_and_its_adapters_become_one_model(trained: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    """Weights and words: it draws the same pixels; a control cannot."""
+    chosen = [word for kind in ("lora", "dora", "textual-inversion") for word in ("--adapter", trained[kind])]
+    one = tmp_path / "one"
+    assert tiny.call("export_model", base, *chosen, "--output", one, "--dtype", "float32") == 0
+    whole = load_pipeline(one, "cpu")
+    together = [trained["lora"], (trained["dora"], 1.0), str(trained["textual-inversion"])]
+    several = load_pipeline(base, "cpu", adapters=together)
+    assert torch.equal(drawn(whole), drawn(several))
+    assert not torch.equal(drawn(whole), drawn(load_pipeline(base, "cpu")))
+    control = tiny.refused("export_model", base, "--adapter", trained["controlnet"], "--output", tmp_path / "two")
+    assert "cannot become one" in control.what and "--control" in control.hint and not (tmp_path / "two").exists()
+    alone = tiny.refused("export_model", trained["lora"], "--output", tmp_path / "two")
+    assert "is an adapter upon base" in alone.what and "--adapter" in alone.hint
+
+
+@pytest.mark.parametrize("kind", ["lora", "controlnet"])
+def test_the_card_of_an_adapter_names_its_base(kind: str, trained: dict[str, Path],
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    """And how both are used; it is published without the base, and without its place."""
+    card = (trained[kind] / "final" / "README.md").read_text()
+    flag = "--adapter FOLDER" if kind == "lora" else "--control FOLDER --hint FOLDER/hint.png"
+    assert "# Adapter of base" in card and f"--model BASE {flag}" in card and "words" not in card
+    assert tiny.call("publish", trained[kind], "--repo", "me/mine", "--dry-run") == 0
+    sent = capsys.readouterr().out
+    assert "base.json" in sent and "autoencoder" not in sent and ("hint.png" in sent) == (kind == "controlnet")
+
+
 @pytest.mark.parametrize(("text", "run", "weight"), [
     ("runs/a", "runs/a", 1.0), ("runs/a:0.5", "runs/a", 0.5), ("hf:ORG/NAME", "hf:ORG/NAME", 1.0), ("C:x", "C:x", 1.0),
     ("hf:ORG/NAME:-1", "hf:ORG/NAME", -1.0)])  # fmt: skip
@@ -265,3 +294,11 @@ def test_the_rest_of_the_config_is_the_base_s(base: Path, trained: dict[str, Pat
     assert ours["optimizer"]["lr"] == 0.01
     differing = {section for section in ours if ours[section] != theirs[section]}
     assert differing == {"adapter", "optimizer", "train"}
+
+
+def test_the_model_of_the_package_is_a_base(shapes: Path, tmp_path: Path) -> None:
+    """Its weights are stored in less precision than they work in, of which its hash is."""
+    given = ("--autoencoder", "demo", "--data", shapes, "--output", tmp_path / "latents", "--device", "cpu")
+    assert tiny.call("encode_latents", *given) == 0
+    words = ["--config", "lora", "--latents", tmp_path / "latents", "--output", tmp_path / "run", *tiny.SHORT]
+    assert tiny.call("train_denoiser", "--base", "demo", *words, "--max-steps", "1", "--sample.steps", "1") == 0
