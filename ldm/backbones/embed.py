@@ -13,7 +13,7 @@ from autoencoder.precision import double_device
 
 
 def sinusoid(level: Tensor, dim: int, max_period: float = 10_000.0, shift: float = 0.0) -> Tensor:
-    """Noise levels (B,) -> (B, dim) float32: cos(level f_i), sin(level f_i) with f_i = max_period^(-i / (dim/2 - shift)).
+    """Noise levels (B,) -> (B, dim) float32: cos(level f_i), sin(level f_i), f_i = max_period^(-i / (dim/2 - shift)).
 
     Float32 whatever the autocast, because bfloat16 rounds level 501 to 500 (Vaswani et al. 2017, sec. 3.5).
     """
