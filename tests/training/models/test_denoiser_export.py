@@ -58,6 +58,7 @@ LISTS = (
     ("laptop-64 laptop-128 laptop-256 quickstart shapes fashion fashion-pixels", OWN_UNET),
     ("emoji-dit", [*SCRATCH[:-1], "text.lower"]),
     ("upscale-shapes inpaint edit", [*OWN_UNET, "image.kind"]),
+    ("upscale-emoji", [*OWN_UNET[:-1], "text.masked", "image.kind"]),
     ("emoji-unet", [*OWN_UNET[:-1], "text.masked"]),
 )
 CONFIGS = {name: keys for names, keys in LISTS for name in names.split()}
