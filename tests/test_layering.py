@@ -53,7 +53,7 @@ FLOORS = (
     {"shards", "runs"},
     {"data", "packing"},
     {"models"},
-    {"pages"},
+    {"pages", "exchange"},
     {"loop", "encoding", "drawing"},
     {"stages", "measuring"},
     {"drills", "benchmarks", "studio"},

@@ -30,7 +30,7 @@ def main() -> None:
         raise UserError("--data and --scale-factor belong to import", hint="leave them out")
     from pathlib import Path
 
-    from training.models.exchange import export_autoencoder, import_autoencoder
+    from training.exchange.autoencoders import export_autoencoder, import_autoencoder
 
     if args.verb == "import":
         import_autoencoder(args.source, Path(args.output), args.data, args.scale_factor)

@@ -72,19 +72,19 @@ def main() -> None:
 
     output, following = Path(args.output), ""
     if args.base or args.lora:
-        from training.models import lora_files
+        from training.exchange import lora_files
 
         if args.base:
             lora_files.import_lora(args.source, args.base, output, args.text_encoder or None)
         else:
             lora_files.export_lora(args.source, args.lora, output)
     elif args.verb == "import":
-        from training.models.denoiser_import import import_denoiser
+        from training.exchange.denoiser_import import import_denoiser
 
         given = args.text_encoder, args.autoencoder, args.prediction, args.heads
         following = import_denoiser(args.source, output, *given)
     else:
-        from training.models.denoiser_export import export_denoiser
+        from training.exchange.denoiser_export import export_denoiser
 
         graphs = [kind for kind in ("pt2", "onnx") if getattr(args, kind)]
         export_denoiser(args.source, output, args.text_encoder, args.single_file, graphs)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training.models.layout import IN_DIFFUSERS, Network, Settings, Tensors, expect, foreign, learned_variance, settings
+from training.exchange.layout import (
+    IN_DIFFUSERS,
+    Network,
+    Settings,
+    Tensors,
+    expect,
+    foreign,
+    learned_variance,
+    settings,
+)
 
 CROSS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 # Settings of each class, as diffusers has them where config.json is silent: what is read, and the only value that is.

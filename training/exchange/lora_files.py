@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from ldm.adapters.low_rank import DoRA, Layer, LoRA, LowRank, LowRankConfig, MagnitudeDelta
 from training.errors import CHECKPOINT, UserError
+from training.exchange.autoencoders import check_unused
+from training.exchange.transformer_layouts import DIT_KEYS, PIXART_KEYS, their_names
 from training.guarding import read_record
 from training.messages import note
 from training.models.adapters import OF_BASE, config_of_base, keep_base
 from training.models.assembly import load_pipeline
 from training.models.captions_read import few_of
-from training.models.exchange import check_unused
 from training.models.folders import export, find, weights, whole_folder
 from training.models.lineage import store_ingredients
-from training.models.transformer_layouts import DIT_KEYS, PIXART_KEYS, their_names
 from training.settings import decoding
 from training.tensors import content_hash, load_tensors, save_tensors, stored_metadata
 

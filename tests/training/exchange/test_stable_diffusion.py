@@ -15,9 +15,9 @@ from portable import CLIP, EPS
 from safetensors.torch import load_file
 
 from training.errors import UserError
-from training.models import denoiser_reopened
+from training.exchange import denoiser_reopened
+from training.exchange.denoiser_export import export_denoiser
 from training.models.assembly import load_pipeline
-from training.models.denoiser_export import export_denoiser
 
 UNET = {"kind": "unet", "channels": [32, 64], "blocks": 2, "attention": [1], "heads": 2}
 KL = {"kind": "kl", "channels": [32, 64], "blocks": 1, "attention_at": [2]}

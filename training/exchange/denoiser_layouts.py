@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training.models import transformer_layouts, unet_layout
-from training.models.layout import IN_DIFFUSERS, Layout, foreign
+from training.exchange import transformer_layouts, unet_layout
+from training.exchange.layout import IN_DIFFUSERS, Layout, foreign
 
 LAYOUTS: dict[str, Layout] = {
     "UNet2DConditionModel": Layout(unet_layout.read, unet_layout.write),

@@ -20,12 +20,12 @@ from ldm.backbones import UNet
 from ldm.schedules import DDPMScaledLinear
 from ldm.text import HuggingFace
 from ldm.text.huggingface import HuggingFaceTextEncoder
+from training.exchange.autoencoder_layouts import fold
+from training.exchange.autoencoders import ATTENTION, RENAMED
+from training.exchange.denoiser_limits import Facts, Obstacle, obstacles
 from training.files import write_bytes
 from training.messages import note
 from training.models.assembly import HashedPipeline
-from training.models.denoiser_limits import Facts, Obstacle, obstacles
-from training.models.diffusers_layouts import fold
-from training.models.exchange import ATTENTION, RENAMED
 from training.settings.decoding import DenoiserConfig
 from training.tensors import save_tensors
 

@@ -16,21 +16,21 @@ from ldm.text import TextEncoder
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import UserError
+from training.exchange import stable_diffusion
+from training.exchange.autoencoders import VERSION, export_autoencoder
+from training.exchange.denoiser_layouts import LAYOUTS
+from training.exchange.denoiser_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
+from training.exchange.denoiser_schedulers import scheduler
+from training.exchange.denoiser_text import is_clip, lower_cases, save_text
+from training.exchange.donor_weights import WEIGHTS
+from training.exchange.layout import Network
+from training.exchange.stable_diffusion import reasons
 from training.files import write_bytes, write_json
 from training.guarding import make_folder
 from training.messages import tell
-from training.models import stable_diffusion
 from training.models.adapters import refuse_adapter
 from training.models.assembly import HashedPipeline, load_pipeline
-from training.models.denoiser_layouts import LAYOUTS
-from training.models.denoiser_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
-from training.models.denoiser_schedulers import scheduler
-from training.models.denoiser_text import is_clip, lower_cases, save_text
-from training.models.donor_weights import WEIGHTS
-from training.models.exchange import VERSION, export_autoencoder
 from training.models.folders import Found, find, whole_folder
-from training.models.layout import Network
-from training.models.stable_diffusion import reasons
 from training.settings.decoding import AutoencoderConfig, DenoiserConfig, to_values
 from training.tensors import save_tensors
 
@@ -47,15 +47,15 @@ def export_denoiser(
     """Write the run, checkpoint or exported model `source` as a folder that DiffusionPipeline.from_pretrained opens.
 
     `single_file`: the name of one file of Stable Diffusion's, written in its place; `graphs`: "pt2", "onnx" (see
-    `training.models.graphs`). Raises UserError with every reason why a model cannot be held, and where what was written
-    draws otherwise.
+    `training.exchange.graphs`). Raises UserError with every reason why a model cannot be held, and where what was
+    written draws otherwise.
     """
     if single_file and (Path(single_file).name != single_file or not single_file.endswith(".safetensors")):
         hint = "it is written into --output, as is its .yaml"
         raise UserError(f"--single-file {single_file}: expected a name that ends in .safetensors", hint=hint)
     with whole_folder(output) as folder:
         if graphs:
-            from training.models.graphs import write_graphs
+            from training.exchange.graphs import write_graphs
 
             told = write_graphs(folder, opened(source, text_encoder).pipeline, graphs)
         elif single_file:
@@ -66,7 +66,7 @@ def export_denoiser(
 
 
 def _pipeline(folder: Path, model: Opened) -> str:
-    from training.models.denoiser_reopened import compare
+    from training.exchange.denoiser_reopened import compare
 
     make_folder(folder)
     write(folder, *model)
@@ -74,7 +74,7 @@ def _pipeline(folder: Path, model: Opened) -> str:
 
 
 def _single_file(path: Path, model: Opened) -> str:
-    from training.models.denoiser_reopened import compare_file
+    from training.exchange.denoiser_reopened import compare_file
 
     make_folder(path.parent)
     stable_diffusion.write(path, model.config, facts(model.found).model, model.pipeline)

@@ -18,10 +18,10 @@ from ldm.noise import Noise
 from ldm.schedules import Table
 from ldm.text.encoders import LabelEncoder
 from training.errors import CHECKPOINT, UserError
+from training.exchange.denoiser_text import save_text
 from training.guarding import read_record
 from training.messages import SAID, hush
 from training.models.assembly import HashedPipeline, load_pipeline
-from training.models.denoiser_text import save_text
 from training.settings.decoding import DenoiserConfig
 
 REPORT = "this is a mistake of the program: please report it with config.json"
@@ -155,7 +155,7 @@ def compare_file(path: Path, pipeline: HashedPipeline, config: DenoiserConfig) -
 
 def _by_import(source: Path, pipeline: HashedPipeline, **given: Any) -> Errors:
     """What `convert_denoiser import` makes of it, held against the run."""
-    from training.models.denoiser_import import import_denoiser
+    from training.exchange.denoiser_import import import_denoiser
 
     with tempfile.TemporaryDirectory() as home, unheard():
         words = Path(home) / "words"

@@ -15,8 +15,8 @@ from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.samplers import sample
 from training.errors import UserError
+from training.exchange.scheduler_layouts import SAMPLERS, Process, need_prediction, read_scheduler
 from training.ledger import Ledger
-from training.models.scheduler_layouts import SAMPLERS, Process, need_prediction, read_scheduler
 from training.settings import decoding
 
 diffusers = peers.diffusers

@@ -20,12 +20,12 @@ from ldm.noise import Noise
 from ldm.samplers import prior
 from ldm.schedules import Table
 from training.errors import UserError
+from training.exchange import denoiser_export, denoiser_reopened
+from training.exchange.denoiser_export import export_denoiser
+from training.exchange.denoiser_limits import Facts, obstacles
+from training.exchange.denoiser_schedulers import scheduler
 from training.files import file_sha256
-from training.models import denoiser_export, denoiser_reopened
 from training.models.assembly import HashedPipeline, load_pipeline
-from training.models.denoiser_export import export_denoiser
-from training.models.denoiser_limits import Facts, obstacles
-from training.models.denoiser_schedulers import scheduler
 from training.settings import decoding
 
 LABEL = {"kind": "label", "width": 32}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.errors import CHECKPOINT, UserError
+from training.exchange.layout import foreign
 from training.ledger import Ledger
-from training.models.layout import foreign
 
 Settings = dict[str, Any]
 

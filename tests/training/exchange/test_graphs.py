@@ -12,7 +12,7 @@ import tiny
 import torch
 from portable import EPS, FLOW
 
-from training.models import denoiser_reopened
+from training.exchange import denoiser_reopened
 from training.models.assembly import load_pipeline
 
 SMALL = {"kind": "kl", "channels": [8, 8], "groups": 4, "blocks": 1, "mid_attention": False}

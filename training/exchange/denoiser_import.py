@@ -14,16 +14,16 @@ from ldm.text import HuggingFace, TextEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
+from training.exchange.autoencoders import Imported, keep_autoencoder
+from training.exchange.denoiser_sources import Asked, Donor, download, read_folder
+from training.exchange.single_files import fill_text, read_file
 from training.ledger import Ledger
 from training.messages import note
 from training.models import text_encoders
 from training.models.assembly import draw_with, networks
 from training.models.autoencoders import autoencoder_hashes, finished_autoencoder, load_autoencoder
-from training.models.denoiser_sources import Asked, Donor, download, read_folder
-from training.models.exchange import Imported, keep_autoencoder
 from training.models.folders import copy_model, export, fill, whole_folder
 from training.models.lineage import BEGUN_WITH, store_ingredients
-from training.models.single_files import fill_text, read_file
 from training.next_step import beside
 from training.settings import decoding
 from training.tensors import save_tensors
@@ -35,7 +35,7 @@ WANTED = "check that config.json is complete and belongs to these weights"
 def import_denoiser(source: str, output: Path, text_encoder: str = "", autoencoder: str = "",
                     prediction: str | None = None, heads: int | None = None) -> str:  # fmt: skip
     """Read `source` (a diffusers pipeline's folder, one network's, a repository's name or a single safetensors file)
-    and write it as a model folder that every later step takes for a finished run. Returns the command that draws with it.
+    and write it as a model folder that every later step takes for a finished run. Returns the command to draw with it.
 
     What it lacks is given: `text_encoder` (NAME or DIR), `autoencoder` (a run), `prediction`, `heads` of a single file.
     Raises UserError for what has no counterpart here; what is guessed, replaced or ignored is said, and is in the card.

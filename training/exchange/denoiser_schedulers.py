@@ -6,8 +6,8 @@ from typing import Any
 
 from ldm.grids import Leading, Linspace, Trailing, Uniform
 from ldm.schedules import DDPMCosine, DDPMLinear, DDPMScaledLinear, Flow, Table
+from training.exchange.denoiser_limits import PREDICTIONS
 from training.messages import note
-from training.models.denoiser_limits import PREDICTIONS
 from training.settings.decoding import DenoiserConfig
 
 # Tables that diffusers builds itself, to float32, by the name of its rule.

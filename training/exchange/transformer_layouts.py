@@ -11,8 +11,17 @@ from torch import Tensor
 
 from ldm.backbones import DiT
 from training.errors import CHECKPOINT, UserError
+from training.exchange.layout import (
+    IN_DIFFUSERS,
+    Network,
+    Settings,
+    Tensors,
+    expect,
+    foreign,
+    learned_variance,
+    settings,
+)
 from training.messages import note
-from training.models.layout import IN_DIFFUSERS, Network, Settings, Tensors, expect, foreign, learned_variance, settings
 
 DIT = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": None, "num_layers": 28,
        "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000, "norm_eps": 1e-5,

@@ -17,11 +17,11 @@ from ldm.adapters.low_rank import DoRA, LoRA, LowRankConfig
 from ldm.backbones import DiT, UNet
 from ldm.conditioning import Cond
 from training.errors import UserError
-from training.models import unet_layout
+from training.exchange import unet_layout
+from training.exchange.layout import Network
+from training.exchange.lora_files import flat, taken, theirs, written
 from training.models.adapters import Chosen
 from training.models.assembly import load_pipeline
-from training.models.layout import Network
-from training.models.lora_files import flat, taken, theirs, written
 
 diffusers = pytest.importorskip("diffusers")
 SETTINGS: dict[str, Any] = {"kind": "unet", "channels": [32, 64], "attention": [0, 1], "blocks": 1, "groups": 8,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, UserError
+from training.exchange import autoencoders as exchange
+from training.exchange.denoiser_sources import Asked, Donor, no_autoencoder, read_class, read_folder, usual_process
+from training.exchange.donor_weights import PART
+from training.exchange.layout import Network, Settings, Tensors, foreign
+from training.exchange.scheduler_layouts import Process
 from training.ledger import Ledger
-from training.models import exchange
-from training.models.denoiser_sources import Asked, Donor, no_autoencoder, read_class, read_folder, usual_process
-from training.models.donor_weights import PART
-from training.models.layout import Network, Settings, Tensors, foreign
-from training.models.scheduler_layouts import Process
 from training.tensors import check_weights, load_tensors
 
 UNET, TEXT, OPENCLIP = "model.diffusion_model.", "cond_stage_model.transformer.", "cond_stage_model.model."

@@ -18,12 +18,12 @@ from torch import Tensor
 from autoencoder.base import Autoencoder
 from training.data.images import Images
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
+from training.exchange.autoencoder_layouts import LAYOUTS
+from training.exchange.donor_weights import NAME, PART, WEIGHTS, folder_weights
 from training.files import write_json
 from training.guarding import make_folder, read_record
 from training.messages import note, tell
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
-from training.models.diffusers_layouts import LAYOUTS
-from training.models.donor_weights import NAME, PART, WEIGHTS, folder_weights
 from training.models.folders import export, fill, find
 from training.models.latent_scale import fit_norm
 from training.models.pretrained import tell_download

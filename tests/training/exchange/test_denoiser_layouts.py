@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ldm.backbones import DiT, UNet
 from ldm.conditioning import Cond
 from training.errors import UserError
-from training.models.denoiser_layouts import LAYOUTS, class_for
-from training.models.layout import Network
+from training.exchange.denoiser_layouts import LAYOUTS, class_for
+from training.exchange.layout import Network
 
 diffusers = peers.diffusers
 PIXART: dict[str, Any] = {

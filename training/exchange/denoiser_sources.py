@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from training.errors import CHECKPOINT, UserError
+from training.exchange import autoencoders as exchange
+from training.exchange.denoiser_layouts import LAYOUTS, OLDER
+from training.exchange.donor_weights import WEIGHTS, folder_weights
+from training.exchange.layout import Network, Settings, foreign
+from training.exchange.scheduler_layouts import Process, need_prediction, read_scheduler
 from training.guarding import read_record
 from training.ledger import Ledger
-from training.models import exchange
-from training.models.denoiser_layouts import LAYOUTS, OLDER
-from training.models.donor_weights import WEIGHTS, folder_weights
-from training.models.layout import Network, Settings, foreign
 from training.models.pretrained import tell_download
-from training.models.scheduler_layouts import Process, need_prediction, read_scheduler
 
 NETWORKS = ("unet", "transformer")  # what the denoiser's folder is called in a pipeline
 READ = {*NETWORKS, "vae", "vqvae", "scheduler", "text_encoder", "tokenizer"}

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ldm.conditioning import Cond
 from ldm.schedules import Table
 from training.errors import CHECKPOINT, UserError, missing_extra
+from training.exchange.denoiser_reopened import captions, error, probe
 from training.files import write_bytes
 from training.guarding import make_folder
 from training.models.assembly import HashedPipeline
-from training.models.denoiser_reopened import captions, error, probe
 
 CLOSE = {"pt2": 1e-5, "onnx": 1e-4}  # of what is compared, by its largest number or 1: ONNX has kernels of its own
 
