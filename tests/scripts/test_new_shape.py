@@ -17,7 +17,8 @@ own = [bars.bar(c, n, e, g) for c in scenes.COLOURS for n in range(9) for e, g i
 four = [scenes.scene(i) for i in range(150)]
 obeyed = lambda found: [bars.check(rendering.render(s), wording.captions(s)[0])['obeyed'] for s in found]
 shapes = sorted({item.shape for scene in four for item in scene.objects})
-print(json.dumps([obeyed(own), obeyed(four), shapes, len(bars.NEW), [wording.parse(text) is None for text in bars.NEW]]))
+unread = [wording.parse(text) is None for text in bars.NEW]
+print(json.dumps([obeyed(own), obeyed(four), shapes, len(bars.NEW), unread]))
 """
 
 

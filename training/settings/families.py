@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 TRAINING = Part(
-    ("schedule", "prediction", "times", "weighting", "pairing"),
+    ("schedule", "prediction", "times", "weighting", "pairing", "adapter", "image"),
     {
         "zero-terminal SNR (any ddpm-*)": "--schedule.kind ddpm-scaled-linear --schedule.zero_terminal_snr true",
         "resolution shift of the process (any ddpm-*)": "--schedule.kind ddpm-cosine --schedule.shift 4",

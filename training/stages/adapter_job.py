@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.adapters import joined
+from ldm.adapters.low_rank import plain_state
 from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.models import assembly, text_encoders
@@ -25,6 +26,7 @@ from training.models.lineage import store_ingredients, stored_ingredients
 from training.models.text_encoders import known_words
 from training.models.vocabulary import added, grown
 from training.next_step import again, beside, prompt
+from training.runs.ingredients import difference
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.job import parameters
@@ -80,6 +82,7 @@ class AdapterJob(DenoiserJob):
             part.eval().requires_grad_(False)
         with as_user_error("see the keys of [adapter] with --print-config"):
             self.adapter = joined.build(config.adapter, parts.backbone, parts.text).to(accelerator.device)
+        self.frozen = {"denoiser": parts.backbone, "text_encoder": parts.text}
         backbone, text = self.adapter.attach(parts.backbone, parts.text)
         tell_unknown(text, self.dataset, args.base)
         refuse_unread(text, self.dataset)
@@ -123,7 +126,10 @@ class AdapterJob(DenoiserJob):
         self.adapter.strength = 1.0
 
     def export(self, run: Path, facts: dict[str, Any]) -> Mapping[str, Tensor]:
-        """The tensors of the adapter; that the base is still the same is looked at once more."""
+        """The tensors of the adapter. Raises RuntimeError where the base is no longer the same."""
+        hashes = {name: content_hash(plain_state(part)) for name, part in self.frozen.items()}
+        if change := difference(self.base, hashes):
+            raise RuntimeError(f"the {change.name} of the base was {change.before}, and is {change.now} after training")
         tensors: dict[str, Tensor] = self.adapter.state_dict()
         store_ingredients(run / "final", {"adapter": content_hash(tensors)})
         return tensors
