@@ -72,8 +72,8 @@ class Control(Adapter):
         """What is added in the backbone, by the argument of its `predict` that takes it."""
 
     def attach(self, backbone: Backbone, text: TextEncoder) -> tuple[Backbone, TextEncoder]:
-        """See `Adapter.attach`: around the backbone, or beside the branches that are there. Raises ValueError where this
-        one is."""
+        """See `Adapter.attach`: around the backbone, or beside the branches that are there. Raises ValueError where
+        it is one of them."""
         if not isinstance(backbone, Controlled):
             return Controlled(backbone, [self]), text
         if self in backbone.branches:
