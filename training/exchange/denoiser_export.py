@@ -16,15 +16,15 @@ from ldm.text import TextEncoder
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import UserError
-from training.exchange import stable_diffusion
+from training.exchange import single_file_export
 from training.exchange.autoencoders import VERSION, export_autoencoder
 from training.exchange.denoiser_layouts import LAYOUTS
-from training.exchange.denoiser_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
-from training.exchange.denoiser_schedulers import scheduler
-from training.exchange.denoiser_text import is_clip, lower_cases, save_text
-from training.exchange.donor_weights import WEIGHTS
+from training.exchange.diffusers_weights import WEIGHTS
+from training.exchange.export_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
 from training.exchange.layout import Network
-from training.exchange.stable_diffusion import reasons
+from training.exchange.scheduler_export import scheduler
+from training.exchange.single_file_export import reasons
+from training.exchange.text_export import is_clip, lower_cases, save_text
 from training.files import write_bytes, write_json
 from training.guarding import make_folder
 from training.messages import tell
@@ -66,7 +66,7 @@ def export_denoiser(
 
 
 def _pipeline(folder: Path, model: Opened) -> str:
-    from training.exchange.denoiser_reopened import compare
+    from training.exchange.export_check import compare
 
     make_folder(folder)
     write(folder, *model)
@@ -74,10 +74,10 @@ def _pipeline(folder: Path, model: Opened) -> str:
 
 
 def _single_file(path: Path, model: Opened) -> str:
-    from training.exchange.denoiser_reopened import compare_file
+    from training.exchange.export_check import compare_file
 
     make_folder(path.parent)
-    stable_diffusion.write(path, model.config, facts(model.found).model, model.pipeline)
+    single_file_export.write(path, model.config, facts(model.found).model, model.pipeline)
     return compare_file(path, model.pipeline, model.config)
 
 

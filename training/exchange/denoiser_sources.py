@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from training.errors import CHECKPOINT, UserError
-from training.exchange import autoencoders as exchange
+from training.exchange import autoencoders
 from training.exchange.denoiser_layouts import LAYOUTS, OLDER
-from training.exchange.donor_weights import WEIGHTS, folder_weights
+from training.exchange.diffusers_weights import WEIGHTS, folder_weights
 from training.exchange.layout import Network, Settings, foreign
-from training.exchange.scheduler_layouts import Process, need_prediction, read_scheduler
+from training.exchange.scheduler_import import Process, need_prediction, read_scheduler
 from training.guarding import read_record
 from training.ledger import Ledger
 from training.models.pretrained import tell_download
@@ -46,7 +46,7 @@ class Donor:
 
     network: Network
     process: Process
-    autoencoder: exchange.Imported | str
+    autoencoder: autoencoders.Imported | str
     text: Settings
     encoder: str = ""
     text_tensors: Mapping[str, Tensor] | None = None
@@ -154,13 +154,13 @@ def usual_process(network: Network, prediction: str | None, ledger: Ledger, tabl
     return Process(table, {"kind": prediction or "eps"}, {"kind": "ddim"}, {"kind": "trailing"})
 
 
-def _autoencoder(folder: Path, asked: Asked) -> exchange.Imported | str:
+def _autoencoder(folder: Path, asked: Asked) -> autoencoders.Imported | str:
     if asked.autoencoder:
         return asked.autoencoder
     home = next((folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()), None)
     if home is None:
         raise no_autoencoder(folder)
-    return exchange.read_folder(home)
+    return autoencoders.read_folder(home)
 
 
 def no_autoencoder(source: Path) -> UserError:

@@ -20,10 +20,10 @@ from ldm.noise import Noise
 from ldm.samplers import prior
 from ldm.schedules import Table
 from training.errors import UserError
-from training.exchange import denoiser_export, denoiser_reopened
+from training.exchange import denoiser_export, export_check
 from training.exchange.denoiser_export import export_denoiser
-from training.exchange.denoiser_limits import Facts, obstacles
-from training.exchange.denoiser_schedulers import scheduler
+from training.exchange.export_limits import Facts, obstacles
+from training.exchange.scheduler_export import scheduler
 from training.files import file_sha256
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.settings import decoding
@@ -87,7 +87,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, encoders: dict[str, Path]
 
 
 def theirs(folder: Path) -> Any:
-    with denoiser_reopened.quiet(diffusers):
+    with export_check.quiet(diffusers):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -116,7 +116,7 @@ def test_every_shape_is_opened_whole_and_answers_as_ours(name: str, exported: An
     config = decoding.decode_stored("denoiser", json.loads((source / "final" / "config.json").read_text()))
     assert isinstance(config, decoding.DenoiserConfig)
     with torch.no_grad():
-        errors = denoiser_reopened._by_diffusers(diffusers, folder, pipeline, config)
+        errors = export_check._by_diffusers(diffusers, folder, pipeline, config)
     assert 0 <= max(errors) < 1e-5 and errors.decode > 0
     assert not list(folder.parent.glob(".*")) and (folder / "README.md").is_file()
 
@@ -137,7 +137,7 @@ def test_pipelines_draw_the_same_pictures(name: str, grid: Any, encoders: dict[s
 
 def test_a_pipeline_saved_and_opened_again_is_the_same(exported: Any, tmp_path: Path) -> None:
     _, folder = exported("pixart")
-    with denoiser_reopened.quiet(diffusers):
+    with export_check.quiet(diffusers):
         theirs(folder).save_pretrained(tmp_path / "saved")
         theirs(tmp_path / "saved").save_pretrained(tmp_path / "again")
     files = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
@@ -161,7 +161,7 @@ def test_the_card_says_how_it_is_called(exported: Any) -> None:
     source, folder = exported("dit")
     text = (folder / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0].replace("PATH OF THIS FOLDER", str(folder))
-    with denoiser_reopened.quiet(diffusers):
+    with export_check.quiet(diffusers):
         exec(code.replace("picture.png", str(source / "picture.png")), {})
     assert (source / "picture.png").is_file()
 

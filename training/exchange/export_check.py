@@ -18,7 +18,7 @@ from ldm.noise import Noise
 from ldm.schedules import Table
 from ldm.text.encoders import LabelEncoder
 from training.errors import CHECKPOINT, UserError
-from training.exchange.denoiser_text import save_text
+from training.exchange.text_export import save_text
 from training.guarding import read_record
 from training.messages import SAID, hush
 from training.models.assembly import HashedPipeline, load_pipeline

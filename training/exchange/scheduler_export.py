@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm.grids import Leading, Linspace, Trailing, Uniform
 from ldm.schedules import DDPMCosine, DDPMLinear, DDPMScaledLinear, Flow, Table
-from training.exchange.denoiser_limits import PREDICTIONS
+from training.exchange.export_limits import PREDICTIONS
 from training.messages import note
 from training.settings.decoding import DenoiserConfig
 

@@ -22,7 +22,7 @@ from ldm.text import HuggingFace
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.exchange.autoencoder_layouts import fold
 from training.exchange.autoencoders import ATTENTION, RENAMED
-from training.exchange.denoiser_limits import Facts, Obstacle, obstacles
+from training.exchange.export_limits import Facts, Obstacle, obstacles
 from training.files import write_bytes
 from training.messages import note
 from training.models.assembly import HashedPipeline

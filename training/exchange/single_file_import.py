@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, UserError
-from training.exchange import autoencoders as exchange
+from training.exchange import autoencoders
 from training.exchange.denoiser_sources import Asked, Donor, no_autoencoder, read_class, read_folder, usual_process
-from training.exchange.donor_weights import PART
+from training.exchange.diffusers_weights import PART
 from training.exchange.layout import Network, Settings, Tensors, foreign
-from training.exchange.scheduler_layouts import Process
+from training.exchange.scheduler_import import Process
 from training.ledger import Ledger
 from training.tensors import check_weights, load_tensors
 
@@ -68,7 +68,7 @@ def read_file(path: Path, asked: Asked, ledger: Ledger) -> Donor:
         ledger.add("replaced", "the text encoder, which the file lacks", asked.text_encoder)
     if not asked.autoencoder and not any(key.startswith("first_stage_model.") for key in tensors):
         raise no_autoencoder(path)
-    inner = asked.autoencoder or exchange.read_tensors(path, tensors)
+    inner = asked.autoencoder or autoencoders.read_tensors(path, tensors)
     text = {"kind": "huggingface", "length": 77, "masked": False, "pooling": "auto" if network.pooled_dim else "none"}
     return Donor(network=network, process=_process(tensors, network, asked, ledger), autoencoder=inner, text=text,
                  encoder=asked.text_encoder, text_tensors=own or None)  # fmt: skip

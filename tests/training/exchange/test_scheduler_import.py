@@ -15,7 +15,7 @@ from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.samplers import sample
 from training.errors import UserError
-from training.exchange.scheduler_layouts import SAMPLERS, Process, need_prediction, read_scheduler
+from training.exchange.scheduler_import import SAMPLERS, Process, need_prediction, read_scheduler
 from training.ledger import Ledger
 from training.settings import decoding
 
