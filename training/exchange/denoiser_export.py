@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.guiding import AgainstNull
 from ldm.text import TextEncoder
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
@@ -20,7 +21,7 @@ from training.exchange import single_file_export
 from training.exchange.autoencoders import VERSION, export_autoencoder
 from training.exchange.denoiser_layouts import LAYOUTS
 from training.exchange.diffusers_weights import WEIGHTS
-from training.exchange.export_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
+from training.exchange.export_limits import NULL_CLASS, PIPELINES, Facts, Obstacle, diffusers_class, obstacles, refuse
 from training.exchange.layout import Network
 from training.exchange.scheduler_export import scheduler
 from training.exchange.single_file_export import reasons
@@ -115,7 +116,7 @@ def facts(found: Found, text: TextEncoder | None = None) -> Facts:
 
 def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPipeline) -> None:
     """All parts of a pipeline, and the index that names their classes."""
-    name = network(config)
+    name = diffusers_class(config)
     index: dict[str, Any] = {HOMES[name]: ["diffusers", name], "vae": ["diffusers", "AutoencoderKL"]}
     about, tensors = LAYOUTS[name].write(described(config, pipeline))
     _model(folder / HOMES[name], name, about, tensors)
@@ -131,9 +132,9 @@ def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPi
 
 def pipeline_class(config: DenoiserConfig) -> str:
     """The pipeline that draws with a network. Of PixArt's two, which differ in the length of a prompt, the nearer."""
-    name = network(config)
+    name = diffusers_class(config)
     if name != "PixArtTransformer2DModel":
-        return {"UNet2DConditionModel": "StableDiffusionPipeline", "DiTTransformer2DModel": "DiTPipeline"}[name]
+        return PIPELINES[name]
     return "PixArtAlphaPipeline" if config.text.length <= LENGTHS["PixArtAlphaPipeline"] else "PixArtSigmaPipeline"
 
 
@@ -143,7 +144,7 @@ def described(config: DenoiserConfig, pipeline: HashedPipeline) -> Network:
     assert isinstance(backbone, torch.nn.Module)
     if isinstance(text, LabelEncoder):
         rows = text.embedding.weight.detach()
-        labels = torch.cat([rows, rows[:1].expand(CLASSES + 1 - len(rows), -1)])
+        labels = torch.cat([rows, rows[:1].expand(NULL_CLASS + 1 - len(rows), -1)])
     return Network(
         backbone=to_values(config)["backbone"],
         tensors={key: value.clone() for key, value in backbone.state_dict().items()},
@@ -179,8 +180,8 @@ def _model(home: Path, name: str, settings: dict[str, Any], tensors: dict[str, T
 def call(config: DenoiserConfig, text: Any) -> dict[str, str]:
     """What a call of the pipeline must be told to draw as the run does, as source text."""
     words = {"num_inference_steps": str(config.sample.steps)}
-    if scale := getattr(config.guidance, "scale", None):
-        words["guidance_scale"] = f"{scale:g}"
+    scale = config.guidance.scale if isinstance(config.guidance, AgainstNull) else 1.0  # 1: no guidance
+    words["guidance_scale"] = f"{scale:g}"
     height, width = config.sample.size
     name = pipeline_class(config)
     if name == "DiTPipeline":

@@ -18,6 +18,7 @@ from training.exchange.scheduler_import import Process, need_prediction, read_sc
 from training.guarding import read_record
 from training.ledger import Ledger
 from training.models.pretrained import tell_download
+from training.tensors import load_tensors
 
 NETWORKS = ("unet", "transformer")  # what the denoiser's folder is called in a pipeline
 READ = {*NETWORKS, "vae", "vqvae", "scheduler", "text_encoder", "tokenizer"}
@@ -78,8 +79,9 @@ def download(name: str) -> Path:
         ) from None
 
 
-def read_folder(folder: Path, asked: Asked, ledger: Ledger) -> Donor:
-    """A pipeline's folder, or one of a network alone. Raises UserError naming the first part that is missing."""
+def read_folder(folder: Path, asked: Asked, ledger: Ledger, file: Path | None = None) -> Donor:
+    """A pipeline's folder, or one of a network alone, whose weights are `file`'s where one is told. Raises UserError
+    naming the first part that is missing."""
     index = read_record(folder / "model_index.json", {}) if (folder / "model_index.json").is_file() else {}
     homes = [folder / name for name in (*NETWORKS, "") if (folder / name / "config.json").is_file()]
     if not homes:
@@ -88,7 +90,7 @@ def read_folder(folder: Path, asked: Asked, ledger: Ledger) -> Donor:
     for name, part in sorted(index.items()):
         if name not in READ and isinstance(part, list) and part[:1] != [None]:
             ledger.add("ignored", "parts of the pipeline that are not read", name)
-    network = read_network(homes[0])
+    network = read_network(homes[0], file)
     pipeline = str(index.get("_class_name", ""))
     steps, guidance, length = PIPELINES.get(pipeline, (50, 7.5, 0))
     if pipeline not in PIPELINES:
@@ -104,7 +106,7 @@ def read_folder(folder: Path, asked: Asked, ledger: Ledger) -> Donor:
     return Donor(**donor, encoder=encoder, text=_text(network, Path(encoder), length, ledger))
 
 
-def read_network(home: Path) -> Network:
+def read_network(home: Path, file: Path | None = None) -> Network:
     """The denoising network of a folder as `save_pretrained` writes it. Raises UserError for classes and settings that
     have no counterpart here, by name."""
     about = read_record(home / "config.json", {})
@@ -114,7 +116,8 @@ def read_network(home: Path) -> Network:
     if not isinstance(name, str) or name not in LAYOUTS:
         said = f"a {name:.80}" if isinstance(name, str) else "what its config.json describes"
         raise foreign(f"{home}: {said}", f"{', '.join(LAYOUTS)} are read")
-    tensors = {key: value.float() for key, value in folder_weights(home).items()}
+    weights = load_tensors(file) if file else folder_weights(home)
+    tensors = {key: value.float() for key, value in weights.items()}
     return read_class(name, about, tensors, home)
 
 

@@ -167,7 +167,8 @@ def test_a_learned_variance_is_kept() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "class": ({"_class_name": "KarrasVeScheduler"}, "scheduler KarrasVeScheduler"),
     "none": ({}, "without a _class_name"),
-    "table": ({"_class_name": "DDIMScheduler", "trained_betas": [0.1]}, "trained_betas"),
+    "steps of flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500},
+                      "num_train_timesteps = 500 on flow matching"),
     "rule": ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule = 'laplace'"),
     "prediction": ({"_class_name": "DDIMScheduler", "prediction_type": "other"}, "prediction_type = 'other'"),
     "flow on a table": ({"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"}, "on a table of betas"),
