@@ -20,6 +20,7 @@ from training.errors import UserError
 from training.exchange import single_file_export
 from training.exchange.autoencoders import VERSION, export_autoencoder
 from training.exchange.denoiser_layouts import LAYOUTS
+from training.exchange.denoiser_sources import DEFAULTS
 from training.exchange.diffusers_weights import WEIGHTS
 from training.exchange.export_limits import NULL_CLASS, PIPELINES, Facts, Obstacle, diffusers_class, obstacles, refuse
 from training.exchange.layout import Network
@@ -36,7 +37,8 @@ from training.settings.decoding import AutoencoderConfig, DenoiserConfig, to_val
 from training.tensors import save_tensors
 
 Against = Callable[[DenoiserConfig, Facts], list[Obstacle]]
-LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens that a call pads to unless told otherwise
+# Tokens that a call pads to unless told otherwise.
+LENGTHS = {name: DEFAULTS[name][2] for name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline")}
 # Each network's folder, its part of the index, and the pipelines that have it.
 HOMES = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer",
          "DiTTransformer2DModel": "transformer"}  # fmt: skip

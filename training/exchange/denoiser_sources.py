@@ -23,8 +23,8 @@ from training.tensors import load_tensors
 NETWORKS = ("unet", "transformer")  # what the denoiser's folder is called in a pipeline
 READ = {*NETWORKS, "vae", "vqvae", "scheduler", "text_encoder", "tokenizer"}
 # Steps and guidance of a pipeline where the caller says nothing, and the length of its captions.
-PIPELINES = {"StableDiffusionPipeline": (50, 7.5, 77), "PixArtAlphaPipeline": (20, 4.5, 120),
-             "PixArtSigmaPipeline": (20, 4.5, 300), "DiTPipeline": (50, 4.0, 1)}  # fmt: skip
+DEFAULTS = {"StableDiffusionPipeline": (50, 7.5, 77), "PixArtAlphaPipeline": (20, 4.5, 120),
+            "PixArtSigmaPipeline": (20, 4.5, 300), "DiTPipeline": (50, 4.0, 1)}  # fmt: skip
 LONGEST = 10_000  # tokens; more in a tokenizer's file stands for no limit
 ROOT = ("model_index.json", "config.json", WEIGHTS)
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -87,13 +87,15 @@ def read_folder(folder: Path, asked: Asked, ledger: Ledger, file: Path | None = 
     if not homes:
         hint = "give the folder of a pipeline that diffusers wrote, with its unet/ or transformer/"
         raise UserError(f"{folder}: no denoiser's config.json in it", hint=hint, code=CHECKPOINT)
+    if asked.heads:
+        raise UserError(f"--heads is of a single file: {folder} says its own", hint="leave --heads out")
     for name, part in sorted(index.items()):
         if name not in READ and isinstance(part, list) and part[:1] != [None]:
             ledger.add("ignored", "parts of the pipeline that are not read", name)
     network = read_network(homes[0], file)
     pipeline = str(index.get("_class_name", ""))
-    steps, guidance, length = PIPELINES.get(pipeline, (50, 7.5, 0))
-    if pipeline not in PIPELINES:
+    steps, guidance, length = DEFAULTS.get(pipeline, (50, 7.5, 0))
+    if pipeline not in DEFAULTS:
         ledger.add("guessed", "50 steps and guidance 7.5, since no pipeline that is known states others", pipeline)
     process = _process(folder, network, asked, ledger)
     donor: dict[str, Any] = {"network": network, "process": process, "steps": steps, "guidance": guidance,

@@ -358,6 +358,7 @@ def test_words_that_do_not_fit(saved: dict[str, Path], tmp_path: Path) -> None:
         (["import", saved["sd"], "--output", full], "already exists", "choose another --output"),
         (["import", "nothing", "--output", tmp_path / "out"], "no such file or folder", "ORG/NAME"),
         (["import", saved["sd"], "--output", tmp_path / "out", "--prediction", "velocity"], "on schedule", "flow"),
+        (["import", saved["sd"], "--output", tmp_path / "out", "--heads", 2], "of a single file", "leave --heads out"),
         (["export", saved["sd"], "--output", tmp_path / "out", "--heads", 2], "--heads belongs to import", "leave"),
     ):
         problem = tiny.refused("convert_denoiser", *words)
