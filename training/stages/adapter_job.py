@@ -137,11 +137,10 @@ class AdapterJob(DenoiserJob):
     def next_steps(self, run: Path) -> list[str]:
         """To draw with it."""
         every = (caption for place in range(len(self.dataset)) for caption in self.dataset.captions(place)[:1])
-        captions = chain(self.held_out.captions(0) if self.adapter.hint else [], every)
+        hint = run / "final" / HINT  # of a control: the first held-out one, drawn with its caption
+        captions = chain(self.held_out.captions(0) if hint.is_file() else [], every)
         also = again({"device": self.args.device, "text-encoder": self.args.text_encoder})
         known = known_words(find(self.args.base, "denoiser").final)
-        at_work: list[object] = ["--adapter", run]
-        if self.adapter.hint:  # the first held-out one, with its caption
-            at_work = ["--control", run, "--hint", run / "final" / HINT]
+        at_work = ["--control", run, "--hint", hint] if hint.is_file() else ["--adapter", run]
         words = ["--model", self.args.base, *at_work, *prompt(captions, known)]
         return [door("generate", *words, "--output", beside(run, "pictures"), *also)]

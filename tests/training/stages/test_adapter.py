@@ -4,6 +4,7 @@ kind is stopped and resumed exactly."""
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 from hashlib import sha256
@@ -153,11 +154,12 @@ def test_several_adapters_are_at_work_together(trained: dict[str, Path], base: P
         drawn(HashedPipeline(**vars(plain) | {"denoiser": denoiser, "text": text}))
 
 
-def test_another_base_is_refused(trained: dict[str, Path], unshaken: Path) -> None:
+def test_another_base_is_refused(trained: dict[str, Path], base: Path, unshaken: Path) -> None:
     words = ("--model", unshaken, "--adapter", trained["lora"], "--prompt", "x", "--output", "o")
     problem = tiny.refused("generate", *words)
     assert "was learned upon base, whose denoiser is" in problem.what and problem.code == 4
     assert "--model" in problem.hint
+    assert at_work(plain := load_pipeline(base, "cpu"), plain.hashes, [Chosen(trained["lora"])])
 
 
 def test_a_base_that_is_gone_is_named(base: Path, hinted: Path, tmp_path: Path) -> None:
@@ -190,7 +192,30 @@ def test_what_is_no_adapter_and_what_is_no_base(trained: dict[str, Path], base: 
     whole = tiny.refused("train_denoiser", "--base", base, "--config", base / "final" / "config.json", *given)
     assert "has no [adapter]" in whole.what
     assert "name it with --base RUN" in tiny.refused("train_denoiser", "--config", run, *given).hint
-    assert "--config" in tiny.refused("train_denoiser", "--base", base, *given).hint
+    dry = ("--latents", hinted, "--dry-run", "--batch-size", 8, "--device", "cpu")
+    assert tiny.call("train_denoiser", "--base", base, "--config", run, *dry) == 0
+
+
+def test_words_that_are_none_are_named(base: Path, hinted: Path, tmp_path: Path) -> None:
+    """More new words than the config has room for are left out by their frequency; a mark is no word."""
+    given = ("--base", base, "--config", "lora", "--latents", hinted, "--dry-run", "--batch-size", 8, "--device", "cpu")
+    problem = tiny.refused("train_denoiser", *given, "--adapter.words", "two words")
+    assert "words" in problem.what
+    assert tiny.call("train_denoiser", *given, "--adapter.words", "blicket", "--new-words") == 0
+
+
+def test_the_command_that_is_proposed_draws(trained: dict[str, Path], base: Path, hinted: Path, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a control with the hint that it keeps."""
+    for kind, flags in (("lora", "--adapter"), ("controlnet", "--control")):
+        capsys.readouterr()
+        assert train(kind, base, hinted, trained[kind], "--resume", "auto") == 0
+        command = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("next: "))
+        words = shlex.split(command)
+        assert flags in words and ("--hint" in words) == (kind == "controlnet")
+        place = words.index("--output") + 1
+        words[place] = str(tmp_path / kind)
+        assert tiny.call("generate", *words[words.index("--model") :], "--steps", "2") == 0
 
 
 def test_latents_of_another_autoencoder_are_refused(base: Path, hinted: Path, tmp_path: Path) -> None:
