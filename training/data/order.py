@@ -39,11 +39,9 @@ class DataOrder:
 
     def __post_init__(self) -> None:
         if self.samples < self.batch_size:
-            raise UserError(
-                f"dataset has {self.samples} samples, fewer than one global batch ({self.batch_size})",
-                hint="lower --batch-size or pack more images",
-                code=DATA,
-            )
+            hint = f"--batch-size {max(1, self.samples)} at the most, or pack more images"
+            what = f"dataset has {self.samples} samples, fewer than one global batch ({self.batch_size})"
+            raise UserError(what, hint=hint, code=DATA)
 
     def at(self, step: int, first: int, count: int) -> list[Slot]:
         """Slots [first, first + count) of the global batch of `step`."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.adapters.controlled import Controlled
 from training.errors import DATA, UserError
 from training.measuring.distances import share
 from training.measuring.held_out import even_indices, held_out
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from training.data.images import Images
     from training.ledger import Ledger
 
+UNREAD = "hints, which neither the model nor an adapter reads"
 UNMADE = "drawing of which no such hint can be made"
 
 
@@ -37,6 +39,8 @@ def control(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace, le
         hint = "pack the pictures with make_shards pack --hint KIND"
         raise UserError(f"there are no hints beside the pictures of {args.data}", hint=hint, code=DATA)
     kind, places = hint_of(told["kind"]), even_indices(images, args.count)
+    reads = pipeline.image.kind == "hint" or isinstance(pipeline.denoiser.backbone, Controlled)
+    ledger.add("ignored", UNREAD, count=0 if reads else len(places))
     drawn, ceiling, truths = list[Bytes](), list[float](), list[Bytes]()
     overlaps, captions = list[float](), [caption(images, place) for place in places]
     with Progress("drawing", len(places)) as progress:

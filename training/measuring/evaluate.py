@@ -35,7 +35,7 @@ from training.measuring.protocol import card, protocol, protocol_hash
 from training.measuring.restoration import restoration
 from training.measuring.upscaling import upscaled
 from training.messages import answer, tell, warn
-from training.models.assembly import load_pipeline
+from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
 from training.models.folders import find
 from training.models.lpips import load_distance
@@ -139,6 +139,14 @@ def _short(network: torch.nn.Module) -> str:
     return content_hash(network.state_dict())[:12]
 
 
+def refuse_unshown(pipeline: HashedPipeline, args: argparse.Namespace) -> None:
+    """Raises UserError where the model or a control at work in it is shown what this measurement does not give."""
+    shown(pipeline, "low-res" if args.upscale else "hint" if args.hints else "")
+    if not args.hints and any(branch.strength for branch in getattr(pipeline.denoiser.backbone, "branches", ())):
+        hint = "give --hints, and --data of pictures that were packed with --hint; or leave the control out"
+        raise UserError("a control draws by hints, which only --hints shows it", hint=hint)
+
+
 def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     """Stage two: generated against held-out pictures, and how far captions are obeyed."""
     instead = (args.likelihood, args.classify, args.restore, args.upscale, args.copies, args.hints)
@@ -146,7 +154,7 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("nothing to measure", hint="give --data DIR, --obedience shapes or --edits shapes")
     device = processes.resolve(args.device)
     pipeline = load_pipeline(args.model, device, args.text_encoder, adapters=adapters.chosen(args))
-    shown(pipeline, "low-res" if args.upscale else "")
+    refuse_unshown(pipeline, args)
     sampling, settings = choose(args)
     pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}

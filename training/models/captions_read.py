@@ -117,7 +117,7 @@ def refuse_unread(text: TextEncoder, dataset: Latents) -> None:
             return
     if some:
         what = f"no caption has a word that the text encoder knows (the first: {short(some)!r})"
-        hint = "its vocabulary is of other captions: give --new-words, which adds to it, or leave --init-from out"
+        hint = "its vocabulary is of other captions: give --new-words, which adds to it"
         raise UserError(what, hint=hint, code=DATA)
 
 

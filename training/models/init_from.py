@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.text import HuggingFace
+from ldm.text import HuggingFace, Label
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.data.latents import Latents
@@ -40,6 +40,10 @@ def refuse_new_words(args: argparse.Namespace, config: Any) -> None:
             hint="leave --new-words out: it reads every word by its own pieces",
             code=USAGE,
         )
+    if args.new_words and args.base and isinstance(config, Label):
+        what = "--new-words: labels are whole captions, of which an adapter learns no new ones"
+        hint = "leave it out, or train the whole model with --init-from RUN --new-words"
+        raise UserError(what, hint=hint, code=USAGE)
 
 
 def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> Path | None:
@@ -87,7 +91,7 @@ def fill_network(
     if isinstance(text, LabelEncoder) and (more := next((c for c in captions(dataset) if c not in text.rows), "")):
         raise UserError(
             f"caption {more[:80]!r} is not one of the {len(text.classes)} labels of {path}",
-            hint="give --new-words, which adds labels, or leave --init-from out",
+            hint="labels are added with --init-from RUN --new-words, which trains the whole model",
             code=DATA,
         )
     taken, before = config.text.build(words) if new else text, dict[str, Weights]()

@@ -123,15 +123,20 @@ def load_stored(config: HuggingFace, folder: Path, override: str | None = None) 
 
     Raises UserError where only its name was stored: what a file names is not fetched or opened unless the user says so.
     """
-    stored = stored_identity(folder)
-    if not (override or stored["copied"]):
-        said = f"{folder} names its text encoder, {stored['name']}, and does not hold it: it is large"
-        hint = "give --text-encoder with that name, or with a folder of it, if you trust where these files are from"
-        raise UserError(said, hint=hint, code=CHECKPOINT)
-    source = override or str(folder / "text_encoder")
+    stored, source = stored_identity(folder), override or stored_whole(folder)
     encoder = load_as_stored(config, source, stored)
     _same(stored, identity(encoder), source)
     return encoder
+
+
+def stored_whole(folder: Path) -> str:
+    """Where `keep` stored an encoder. Raises UserError where only its name was."""
+    stored = stored_identity(folder)
+    if not stored["copied"]:
+        said = f"{folder} names its text encoder, {stored['name']}, and does not hold it: it is large"
+        hint = "give --text-encoder with that name, or with a folder of it, if you trust where these files are from"
+        raise UserError(said, hint=hint, code=CHECKPOINT)
+    return str(folder / "text_encoder")
 
 
 def same_encoder(folder: Path, encoder: TextEncoder, source: str) -> None:

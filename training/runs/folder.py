@@ -17,6 +17,7 @@ from training.guarding import PARTIAL, disk_error, read_json, refuse_link, refus
 from training.messages import note, warn
 from training.runs.ingredients import difference
 from training.settings import decoding
+from training.settings.upon import learned_upon
 
 # Keys that may change between a run and its resumption; everything else is part of what the run is.
 MUTABLE = {"model.gradient_checkpointing", "backbone.gradient_checkpointing"} | {
@@ -149,7 +150,8 @@ class Run(RunView):
     def _way_out(self, conflicts: list[str]) -> str:
         """How to go on where a resume asks for another config than the run's."""
         own = f"repeat the run's own with --config {shlex.quote(str(self.folder / 'config.json'))}"
-        if {conflict.partition(".")[0] for conflict in conflicts} <= SAME_WEIGHTS:
+        same_weights = {conflict.partition(".")[0] for conflict in conflicts} <= SAME_WEIGHTS
+        if same_weights and not learned_upon(self.config):
             weights = f"--init-from {shlex.quote(str(self.folder))} --output NEW"
             return f"{own}; or begin another run from its weights: {weights}"
         return f"{own}, or use another --output"
@@ -181,13 +183,13 @@ class Run(RunView):
     def same_ingredients(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
         old = record(self.folder)
+        hint = "give what the run began with, or start another from its weights with --init-from"
+        if learned_upon(self.config):
+            hint = "give what the run began with, or begin another with --output"
         for group, identities in facts.items():
             if change := difference(old.get(group, {}), identities):
-                raise UserError(
-                    f"this run was made with {group} {change.name} {change.before}, now given {change.now}",
-                    hint="give what the run began with, or start another from its weights with --init-from",
-                    code=CHECKPOINT,
-                )
+                what = f"this run was made with {group} {change.name} {change.before}, now given {change.now}"
+                raise UserError(what, hint=hint, code=CHECKPOINT)
 
     def leave(self) -> None:
         """Give the folder back."""

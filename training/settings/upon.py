@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
@@ -45,11 +46,22 @@ def load_upon(base: decoding.DenoiserConfig, source: str, overrides: Mapping[str
     return config
 
 
+def learned_upon(config: Any) -> bool:
+    """Whether a config is that of an adapter upon another run, whose weights no other run can begin with."""
+    return getattr(getattr(config, "adapter", None), "kind", "none") != "none"
+
+
 def refuse_without_base(config: Any) -> None:
     """Raises UserError for a config with an adapter and no base for it."""
-    if getattr(getattr(config, "adapter", None), "kind", "none") != "none":
+    if learned_upon(config):
         what = f"adapter.kind {config.adapter.kind} is learned upon a trained model"
         raise UserError(what, hint="name it with --base RUN")
+
+
+def refuse_name_without_base(source: str) -> None:
+    """Raises UserError for the name of an adapter's config where there is no base for it."""
+    if source in reading.names(FOLDER) and not Path(source).exists():
+        raise UserError(f"--config {source} is learned upon a trained model", hint="name it with --base RUN")
 
 
 def missing_config() -> UserError:

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ldm.adapters import joined
 from ldm.adapters.low_rank import plain_state
+from ldm.text import HuggingFace
 from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
+from training.machine.launcher import first_process
+from training.messages import note
 from training.models import assembly, text_encoders
-from training.models.adapters import OF_BASE, keep_base, refuse_adapter
+from training.models.adapters import OF_BASE, config_of_base, keep_base, refuse_adapter
 from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.cards import HINT
 from training.models.folders import find, name_of
@@ -46,14 +49,25 @@ class AdapterJob(DenoiserJob):
             hint = "leave one of them out: --base learns an adapter upon a model, --init-from goes on with all of it"
             raise UserError("--base and --init-from are two ways to begin", hint=hint)
         refuse_new_words(self.args, self.config.text)
+        self._take_size()
         super().settle()
         if self.args.new_words:
             self._take_words()
         shards = self.dataset.shards
         factor = shards.summary["latent"]["picture"][0] // self.dataset.shape[1]
-        hints = shards.summary.get("hint", {}).get("channels", 0)
+        hints = 0 if shards.summary.get("image") else (shards.summary.get("hint") or {}).get("channels", 0)
         with as_user_error("make_shards pack --hint KIND, then encode_latents, store them beside the pictures"):
             self.config = dataclasses.replace(self.config, adapter=self.config.adapter.settled(factor, hints))
+
+    def _take_size(self) -> None:
+        """Pictures are drawn in the size of these latents where the config says no other than that of the base."""
+        sample, base = self.config.sample, config_of_base(self.args.base).sample.size
+        size = tuple(self.dataset.shards.summary["latent"]["picture"])
+        if sample.size == base not in ((0, 0), size):
+            now, before = ("x".join(map(str, sides)) for sides in (size, base))
+            if first_process():
+                note(f"sample.size is {now}, as these latents are, and {before} in the base")
+            self.config = dataclasses.replace(self.config, sample=dataclasses.replace(sample, size=size))
 
     def _take_words(self) -> None:
         """The captions' words that the base does not know become words of the adapter."""
@@ -69,10 +83,13 @@ class AdapterJob(DenoiserJob):
         args, config = self.args, self.config
         found = find(args.base, "denoiser")
         refuse_adapter(args.base, found, "give the model that it was learned upon with --base")
+        self.refuse_without_image()
         torch.manual_seed(config.train.seed)
-        home = vocabulary_home(config.text, None, args.base)
+        frozen = isinstance(config.text, HuggingFace)
+        home = found.final if frozen else vocabulary_home(config.text, None, args.base)
+        text_encoder = self._text_encoder(found.final) if frozen else None
         with as_user_error("change the config"):
-            given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
+            given = config, Path(args.latents), self.dataset, home, text_encoder, accelerator.device
             parts = assembly.assemble(*given, draws=accelerator.is_main_process)
         self._same_autoencoder(stored_ingredients(found.final), parts.hashes)
         fill_network(config, parts, self.dataset, args.base, args.text_encoder)
@@ -93,6 +110,18 @@ class AdapterJob(DenoiserJob):
         self.trained.prior_home = prior_home(config.prior, final)
         return self.trained
 
+    def _text_encoder(self, final: Path) -> str | None:
+        """What a frozen text encoder is loaded from: as given, else that of the base; nothing where its embeddings are
+        stored. Raises UserError where those are of another one."""
+        if not self.dataset.text:
+            return self.args.text_encoder or text_encoders.stored_whole(final)
+        stored, theirs = (text_encoders.stored_record(folder) for folder in (Path(self.args.latents), final))
+        if change := difference(theirs, stored, ["hash"] if theirs else []):
+            what = f"the base reads captions by text encoder {change.before}, the embeddings of these latents are of"
+            again = door("encode_latents --text-encoder BASE/final/text_encoder --autoencoder BASE --data PICTURES")
+            raise UserError(f"{what} {change.now}", hint=f"encode them again: {again} --output DIR", code=CHECKPOINT)
+        return self.args.text_encoder
+
     def _same_autoencoder(self, base: Mapping[str, Any], ours: Mapping[str, str]) -> None:
         """Raises UserError where the latents are not those of the base."""
         if base.get("autoencoder", ours["autoencoder"]) != ours["autoencoder"]:
@@ -106,6 +135,10 @@ class AdapterJob(DenoiserJob):
         count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
         kind, base = self.config.adapter.kind, name_of(self.args.base)
         return f"{kind}: {parameters(self.adapter)} parameters upon {base}, which stays as it is; {count} latents"
+
+    def of_few(self) -> bool:
+        """A thing or a word is; to follow hints takes as many data as to draw does."""
+        return not self.adapter.hint
 
     def beside(self) -> int:
         """Nothing: the base is not copied."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ldm.adapters.controlled import ControlConfig
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
@@ -88,20 +89,26 @@ class DenoiserJob(Job):
 
     def refuse_without_image(self) -> None:
         """Raises UserError where an image condition is made of what these latents do not hold (code 3), and where
-        pictures of held-out images are drawn in another size than theirs."""
+        pictures are drawn in another size than what goes with them: images of held-out latents, or prior pictures."""
         image, drawn = self.config.image, self.config.sample.size
         if image.stored and "image" not in self.dataset.extras:
             what = f"image.kind {image.kind} is made of extra-image.npy, which these latents do not hold"
             raise UserError(what, hint=f"encode them again, with {image.stored}", code=DATA)
-        made = self.dataset.shards.summary.get("image", {})
+        summary = self.dataset.shards.summary
+        made = summary.get("image") or {"kind": "hint" if summary.get("hint") else image.kind}  # none: it is not told
+        if image.stored and made["kind"] != image.kind:
+            what = f"image.kind is {image.kind}, the images of these latents are for {made['kind']}"
+            raise UserError(what, hint=f"encode them again, with {image.stored}", code=DATA)
         if image.kind == "low-res" and made.get("factor", image.factor) != image.factor:
             what = f"image.factor is {image.factor}, the images of these latents are {made['factor']} times smaller"
             raise UserError(what, hint=f"--image.factor {made['factor']}")
-        given = tuple(self.dataset.shards.summary["latent"]["picture"])
-        if image.kind != "none" and drawn not in ((0, 0), given):
+        given, control = tuple(summary["latent"]["picture"]), isinstance(self.config.adapter, ControlConfig)
+        prior = "prior pictures" if self.config.prior.weight else ""
+        beside = "images shown" if control or image.kind != "none" else prior
+        if beside and drawn not in ((0, 0), given):
             sizes = ("x".join(map(str, size)) for size in (drawn, given))
-            raise UserError("sample.size is {}, the images shown are of pictures of {}".format(*sizes),
-                            hint="leave sample.size out")  # fmt: skip
+            what = "sample.size is {}, the {beside} are of pictures of {}".format(*sizes, beside=beside)
+            raise UserError(what, hint="leave sample.size out")
 
     def description(self) -> str:
         """Parameters, the shape of a latent, and the number of latents."""

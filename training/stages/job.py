@@ -69,6 +69,10 @@ class Job(ABC):
         """Whether so many samples are held out: `evaluate` measures on no other."""
         return len(self.held_out) >= least and self.held_out.shards.split != "train"
 
+    def of_few(self) -> bool:
+        """Whether few data, seen often, are the rule, so that nothing speaks against them."""
+        return False
+
     @abstractmethod
     def begin(self, final: Path) -> None:
         """Write what `final` holds from the first step. In the main process."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from training.guarding import gigabytes
 from training.loop.ema import averaged_parameters
 from training.machine.launcher import first_process
-from training.messages import tell, warn
+from training.messages import note, tell, warn
 from training.settings.recipes import MANY_EPOCHS, in_epochs
 from training.shards.reading import holding_out
 from training.stages.checks import checkpoint_bytes
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 LEAST_HELD_OUT = 20  # pictures whose mean says something
 SHOWN = 24  # pictures of a look
+OFTEN = (
+    "{epochs} of few {thing}, as is the rule for what is learned upon a base; where it draws nothing but them, fewer "
+    "steps or a smaller weight of the adapter leave more of the base"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +92,10 @@ def tell_outlook(job: Job, stage: Stage) -> dict[str, Any]:
     outlook, thing = look_ahead(job, stage), {"autoencoder": "pictures", "denoiser": "latents"}[job.stage]
     if first_process():
         tell("outlook: " + "\n         ".join(outlook.lines(thing)))
-        for why in objections(outlook, steps_proposed=job.args.steps_proposed):
+        for why in [] if job.of_few() else objections(outlook, steps_proposed=job.args.steps_proposed):
             warn(why)
+        if job.of_few() and (outlook.epochs or 0) > MANY_EPOCHS:
+            note(OFTEN.format(epochs=in_epochs(outlook.epochs or 0), thing=thing))
     return outlook.facts()
 
 

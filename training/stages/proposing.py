@@ -29,11 +29,7 @@ def settle_config(args: argparse.Namespace, stage: str) -> None:
     """Fill in `args.config`, and the overrides of a proposal under those given; `args.steps_proposed`: whether nobody
     asked for so many steps."""
     args.steps_proposed = "train.max_steps" not in args.overrides
-    own = Path(args.output or "") / "config.json"
-    if args.resume and args.output and own.is_file() and record(own.parent).get("stage", stage) == stage:
-        args.config = str(own)
-        if first_process():
-            note(f"no --config was given: the run's own is used, {own}")
+    if take_own(args, stage):
         return
     folder, summary, situation = _found(args, stage)
     found = _of_latents(args, folder, summary) if stage == "denoiser" else {}
@@ -47,6 +43,17 @@ def settle_config(args: argparse.Namespace, stage: str) -> None:
         note("\n      ".join([*reasons(proposal), f"the same as: {command}"]))
         for line in about:
             note(line)
+
+
+def take_own(args: argparse.Namespace, stage: str) -> bool:
+    """Let a run that goes on take its own config; whether there is one."""
+    own = Path(args.output or "") / "config.json"
+    if not (args.resume and args.output and own.is_file() and record(own.parent).get("stage", stage) == stage):
+        return False
+    args.config = str(own)
+    if first_process():
+        note(f"no --config was given: the run's own is used, {own}")
+    return True
 
 
 def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, dict[str, Any], Situation]:

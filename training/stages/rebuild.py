@@ -41,6 +41,7 @@ def _fill(folder: Path, final: Path, tensors: Mapping[str, Tensor]) -> None:
     shutil.copytree(final, folder, copy_function=shutil.copyfile)  # with the modes of new files
     for name, prefix, file in (
         ("denoiser", "denoiser.backbone.", folder / "model.safetensors"),
+        ("adapter", "denoiser.adapter.", folder / "model.safetensors"),  # of one upon a base: all that there is
         ("text_encoder", "denoiser.text.", folder / "text_encoder" / "model.safetensors"),
     ):
         part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from training.errors import USAGE, UserError
 from training.machine.processes import announce, meet
 from training.messages import warn
+from training.settings.upon import learned_upon
 
 if TYPE_CHECKING:
     import argparse
@@ -75,11 +76,13 @@ def check_steps(run: Run, step: int) -> None:
         return
     was, now = (learning_rate(c.optimizer, step, c.train.max_steps) for c in (run.before, run.config))
     if not math.isclose(was, now, rel_tol=1e-6, abs_tol=1e-15):
-        warn(
+        jump = (
             f"the learning rate at step {step} is {now:.3g}, where it was {was:.3g} for {run.before.train.max_steps} "
-            f"steps: optimizer.decay {run.config.optimizer.decay} is laid over train.max_steps. To learn on from these "
-            f"weights at a rate of your own: --init-from {shlex.quote(str(run.folder))} --lr RATE --output NEW"
+            f"steps: optimizer.decay {run.config.optimizer.decay} is laid over train.max_steps"
         )
+        weights = f"--init-from {shlex.quote(str(run.folder))} --lr RATE --output NEW"
+        way = f". To learn on from these weights at a rate of your own: {weights}"
+        warn(jump + way * (not learned_upon(run.config)))
 
 
 def environment(config: Any, accelerator: Accelerator) -> dict[str, Any]:

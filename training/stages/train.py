@@ -17,7 +17,7 @@ from training.messages import answer, say, tell
 from training.next_step import tell_next
 from training.settings import decoding
 from training.settings.upgrading import run_version
-from training.settings.upon import FOLDER, load_upon, missing_config, refuse_without_base
+from training.settings.upon import FOLDER, load_upon, missing_config, refuse_name_without_base, refuse_without_base
 from training.settings.without_use import without_use
 
 if TYPE_CHECKING:
@@ -45,11 +45,14 @@ def train(args: argparse.Namespace, stage: str) -> int:
     args.steps_proposed = False
     upon_base = bool(getattr(args, "base", None))
     if args.config is None:
-        from training.stages.proposing import settle_config
+        from training.stages.proposing import settle_config, take_own
 
-        if upon_base:
+        if not upon_base:
+            settle_config(args, stage)
+        elif not take_own(args, stage):
             raise missing_config()
-        settle_config(args, stage)
+    if stage == "denoiser" and not upon_base:
+        refuse_name_without_base(args.config)
     _take_precision(args, FOLDER if upon_base else stage)
     if upon_base:
         from training.models.adapters import config_of_base
