@@ -233,7 +233,7 @@ def test_a_resume_upon_another_base_is_refused(trained: dict[str, Path], base: P
     tiny.shake(other / "final")
     problem = tiny.refused("train_denoiser", "--base", other, "--latents", hinted, "--output", run, *TRAINING,
                            "--adapter.rank", 2, "--resume", "auto", "--max-steps", 8)  # fmt: skip
-    assert "made with base denoiser" in problem.what
+    assert "made with base denoiser" in problem.what and "another with --output" in problem.hint
 
 
 def test_new_words_of_the_captions_are_learned_beside(base: Path, autoencoder: Path, tmp_path: Path) -> None:
