@@ -194,6 +194,14 @@ def cut_extras(extras: Extras, part: slice, count: int, sizes: Sequence[tuple[in
     return {name: extra.to(device).expand(count, *extra.shape[1:]) for name, extra in own.items()}
 
 
+def joined_extras(given: Extras, shown: Extras) -> dict[str, Tensor]:
+    """What is given and what a task shows. Raises ValueError where both have the same name."""
+    if both := [name for name in given if name in shown]:
+        raise ValueError(f"the task shows the extra {both[0]!r} itself, and one of that name is given besides: leave "
+                         "it out, or name it otherwise")
+    return {**given, **shown}
+
+
 def each_weight(also: Also) -> list[tuple[str, float]]:
     """Further captions and their weights. Raises ValueError for anything else."""
     for pair in also:

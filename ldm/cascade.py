@@ -17,7 +17,7 @@ from ldm.arguments import Captions, each_caption, each_seed, one_each
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline
 from ldm.tasks import Tasks
-from ldm.upscaling import low_res_of, upscaling
+from ldm.upscaling import level_of, low_res_of, upscaling
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Cascade:
                              f"of kind {kind}: begin with one that is not")
         for number, (before, after) in enumerate(pairwise(self.stages), 2):
             _check(number, before.pipeline, after.pipeline)
+            level_of(after.pipeline, after.level)
 
     def pixels(self, captions: Captions, seeds: int | Sequence[int] = 0, *, negative: str = "",
                batch_size: int = 64) -> Iterator[list[Tensor]]:

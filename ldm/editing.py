@@ -83,13 +83,14 @@ def windows_of(x: Tensor, size: tuple[int, int], stride: int) -> list[Span2]:
 
 def averaged(windows: Sequence[Span2], x: Tensor, call: Callable[[slice, slice], Mapping[str, Tensor]],
              ) -> dict[str, Tensor]:
-    """sum_i w_i call(window i) / sum_i w_i, by name: of the sides of x, with as many channels as there are."""
+    """sum_i w_i call(window i) / sum_i w_i, by name: of the sides of x, with as many channels as there are; summed in
+    the dtype of x, for answers under autocast have eight bits."""
     weight, sums = torch.zeros_like(x[:1, :1]), dict[str, Tensor]()
     for rows, columns in windows:
         tent = _tent(rows, x)[:, None] * _tent(columns, x)
         weight[..., rows, columns] += tent
         for name, part in call(rows, columns).items():
-            whole = sums.setdefault(name, part.new_zeros(*part.shape[:2], *x.shape[2:]))
+            whole = sums.setdefault(name, x.new_zeros(*part.shape[:2], *x.shape[2:]))
             whole[..., rows, columns] += tent * part
     return {name: total / weight for name, total in sums.items()}
 

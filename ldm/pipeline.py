@@ -25,6 +25,7 @@ from ldm.arguments import (
     each_caption,
     each_seed,
     each_weight,
+    joined_extras,
     one_each,
     translated,
 )
@@ -157,7 +158,7 @@ class Pipeline:
                 own = task(part) if task else NO_TASK
                 texts, others, noise = captions[part], negatives[part], Noise.from_seeds(seeds[part], self.device)
                 seen = self.cut(extras, part, own.shape or shape, len(texts))
-                seen |= {} if own.extras is None else own.extras(noise)
+                seen = joined_extras(seen, {} if own.extras is None else own.extras(noise))
                 if beside := own.reference:
                     pairs = zip(one_each(beside.captions, len(texts)), texts, strict=True)
                     texts = [text for pair in pairs for text in pair]

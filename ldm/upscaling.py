@@ -34,16 +34,13 @@ def upscaling(pipeline: Pipeline, pictures: Pictures, *, level: float | None = N
     """The pictures, larger by the factor of the pipeline's `low-res` condition: one for all captions, or one each, all
     of one size.
 
-    `level`: the noise that is added to them and told to the network, in [0, 1]; None, the condition's own. Sides that
-    the model has no canvas for are reflected up to one, and cut again. `consistent`: every step in pixels, and the
-    finished picture, is brought to what the small one says (DDNM). Larger pictures than the trained ones are drawn by
-    the pipeline `in_windows`. Raises ValueError for a level outside [0, 1], and for a model without that condition.
+    `level`: the noise that is added to them and told to the network (`level_of`). Sides that the model has no canvas
+    for are reflected up to one, and cut again. `consistent`: every step in pixels, and the finished picture, is brought
+    to what the small one says (DDNM). Larger pictures than the trained ones are drawn by the pipeline `in_windows`.
+    Raises ValueError for a level that the model was not trained with, and for a model without that condition.
     """
     condition, small = low_res_of(pipeline), as_pixels(pipeline, pictures)
-    factor = condition.factor
-    u = condition.level if level is None else level
-    if not 0 <= u <= 1:
-        raise ValueError(f"the level of noise on a small picture must lie in [0, 1], got {u}")
+    factor, u = condition.factor, level_of(pipeline, level)
     height, width = canvas(pipeline, (small.shape[-2], small.shape[-1]))
     whole = reflected(small, (height, width))
     shape = pipeline.latent_shape((height * factor, width * factor))
@@ -75,6 +72,17 @@ def low_res_of(pipeline: Pipeline) -> LowRes:
         raise ValueError(f"this model was trained with image.kind {pipeline.image.kind}, and enlarges no pictures: "
                          "give one of image.kind low-res")
     return pipeline.image
+
+
+def level_of(pipeline: Pipeline, level: float | None) -> float:
+    """The level of noise on small pictures, None being the condition's own. Raises ValueError for one that is not in
+    [0, augment]."""
+    condition = low_res_of(pipeline)
+    u = condition.level if level is None else level
+    if not 0 <= u <= condition.augment:
+        raise ValueError(f"the level of noise on a small picture must lie in [0, {condition.augment:g}], which this "
+                         f"model was trained with, got {u:g}")
+    return u
 
 
 def canvas(pipeline: Pipeline, size: tuple[int, int]) -> tuple[int, int]:

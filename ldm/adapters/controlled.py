@@ -72,9 +72,12 @@ class Control(Adapter):
         """What is added in the backbone, by the argument of its `predict` that takes it."""
 
     def attach(self, backbone: Backbone, text: TextEncoder) -> tuple[Backbone, TextEncoder]:
-        """See `Adapter.attach`: around the backbone, or beside the branches that are there."""
+        """See `Adapter.attach`: around the backbone, or beside the branches that are there. Raises ValueError where
+        it is one of them."""
         if not isinstance(backbone, Controlled):
             return Controlled(backbone, [self]), text
+        if self in backbone.branches:
+            raise ValueError("the adapter is attached already")
         backbone.branches.append(self)
         return backbone, text
 
@@ -112,13 +115,15 @@ class Control(Adapter):
             got, must = ("x".join(map(str, shape)) for shape in (hint.shape[1:], wanted))
             raise ValueError(f"the hint {self.hint!r} is {got} (channels, height, width) and must be {must} for these "
                              f"latents: set adapter.hint_channels, and adapter.factor to the autoencoder's")
+        read, device = hint.to(next(self.parameters()).dtype), hint.device.type
         if torch.is_grad_enabled() or hint.is_inference() or torch.compiler.is_compiling():
-            return self.encode(hint)
+            self._last = None  # a fused optimizer changes weights without a new version of them
+            return self.encode(read)
         # Of a hint unchanged, by weights unchanged: averaged weights stand in for others in the same parameter.
-        state = (hint._version, torch.is_autocast_enabled(hint.device.type),
+        state = (hint._version, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
                  *((p.data_ptr(), p._version) for p in self.parameters()))
         if self._last is None or self._last[1] is not hint or self._last[0] != state:
-            self._last = state, hint, self.encode(hint)
+            self._last = state, hint, self.encode(read)
         return self._last[2]
 
 
@@ -141,7 +146,7 @@ class Controlled(Backbone):
         for branch in self.branches:
             assert isinstance(branch, Control)
             weight = branch.weight(noise_level)
-            if isinstance(weight, float) and weight == 0:
+            if not isinstance(weight, Tensor) and weight == 0:
                 continue
             for name, maps in branch.residuals(self.base, x, noise_level, cond).items():
                 scaled = [times(residual, weight) for residual in maps]

@@ -38,6 +38,8 @@ class ControlNet(ControlConfig):
 
     def beside(self, base: Steerable) -> Control:
         if isinstance(base, CrossAttentionUNet):
+            if self.blocks:
+                raise ValueError("controlnet blocks are those of a `dit`: a `unet` is copied down to its middle, set 0")
             return UNetBranch(self, base)
         if self.blocks > len(base.blocks):
             raise ValueError(f"controlnet blocks must be at most the backbone's {len(base.blocks)}, got {self.blocks}")

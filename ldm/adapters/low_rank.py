@@ -144,7 +144,7 @@ class LowRank(Adapter):
     def attach(self, backbone: Backbone, text: TextEncoder) -> tuple[Backbone, TextEncoder]:
         """See `Adapter.attach`: the same modules, their weights the sums. Raises ValueError for a base of other layers,
         and where this adapter is at work already."""
-        base = nn.ModuleDict({"backbone": backbone, "text": text})
+        base, found = nn.ModuleDict({"backbone": backbone, "text": text}), list[tuple[Layer, Delta]]()
         for name, delta in self.deltas():
             try:
                 layer = base.get_submodule(name)
@@ -152,6 +152,8 @@ class LowRank(Adapter):
                 layer = base
             if not isinstance(layer, Layer) or not delta.fits(_weight(layer)):
                 raise ValueError(f"the adapter is of another base: this one has no layer {name} of its shape")
+            found.append((layer, delta))
+        for layer, delta in found:  # all of them or none
             _sum(layer).add(self, delta)
         return backbone, text
 

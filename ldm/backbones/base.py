@@ -70,14 +70,14 @@ class Backbone(nn.Module, ABC):
         dtype = next(self.parameters()).dtype
         if x.dtype == cond.context.dtype == dtype or torch.is_autocast_enabled(x.device.type):
             return self.predict(joint, noise_level, cond)
-        cast = cond.to(x.device, dtype)
-        levels = {name: extra for name, extra in cond.extras.items() if extra.ndim == 1}
-        cast = cast._replace(extras={**cast.extras, **levels})
+        given = cond.to(x.device)  # extras are cast where they are read: a level must not be rounded
+        cast = given.to(x.device, dtype)._replace(extras=given.extras)
         return self.predict(joint.to(dtype), noise_level, cast).to(x.dtype)
 
     @abstractmethod
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """What `forward` gives, of latents with the image behind them and a condition in the dtype of the weights."""
+        """What `forward` gives, of latents with the image behind them and a condition in the dtype of the weights, its
+        extras as they were given."""
 
     def joined(self, x: Tensor, cond: Cond) -> Tensor:
         """What the input layer reads: x, and behind its channels those of `cond.extras["image"]`."""

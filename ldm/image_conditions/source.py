@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
@@ -54,7 +55,7 @@ class ImageGuided(Conditional):
 
     Under classifier-free guidance by s_T that is InstructPix2Pix's D(nothing) + scale (D(image) - D(nothing)) +
     s_T (D(image, words) - D(image)), eq. 3. `null`: the empty caption, batch 1. A call is one of three times the batch;
-    scale 1 is the denoiser itself.
+    scale 1 is the denoiser itself. Raises ValueError, when it is called at another, for a condition without an image.
     """
 
     denoiser: Conditional
@@ -72,9 +73,10 @@ class ImageGuided(Conditional):
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
         if self.scale == 1:
             return self.denoiser(x, t, cond)
+        if (picture := cond.image) is None:
+            raise ValueError("image_scale guides by the extra 'image', and none is given: give one, or set it to 1")
         shown = cond.absence(self.null)
-        blank = shown._replace(extras={**shown.extras, "image": shown.extras["image"].new_zeros(()).expand_as(
-            shown.extras["image"])})
+        blank = shown._replace(extras={**shown.extras, "image": torch.zeros_like(picture)})
         told, image, nothing = together(self.denoiser, [cond, shown, blank])(x, t)
         return told._replace(x0=told.x0 + (self.scale - 1) * (image.x0 - nothing.x0),
                              eps=told.eps + (self.scale - 1) * (image.eps - nothing.eps))

@@ -181,8 +181,8 @@ class ScratchTextEncoder(TextEncoder):
         return self.own.with_words(tuple(word for part in self._at_work() for word in part.words))
 
     def table(self) -> Tensor:
-        """The rows of the tokenizer's words (V, width)."""
-        more = [part.rows for part in self._at_work()]
+        """The rows of the tokenizer's words (V, width), where this encoder is: taught ones do not move with it."""
+        more = [part.rows.to(self.words.weight) for part in self._at_work()]
         return torch.cat([self.words.weight, *more]) if more else self.words.weight
 
     def teach(self, part: Taught) -> None:

@@ -103,6 +103,7 @@ def test_no_two_stages_begin_from_the_same_noise() -> None:
     (lambda s: [s[0], s[2]], "stage 2 of the cascade makes 32x32 pixels of 8x8, and the stage before it draws 4x4: "
                              "give one that draws 8x8, or an upscaler to 16x16"),
     (lambda s: [s[0], Stage(pipeline(8, LowRes(factor=2), 1))], "of 1 channels, .* before it draws 3"),
+    (lambda s: [s[0], Stage(pipeline(8, LowRes(factor=2, augment=0.4)), 0.5)], r"must lie in \[0, 0.4\], which"),
 ])
 def test_stages_that_cannot_follow_each_other_are_refused(changed: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):

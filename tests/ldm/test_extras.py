@@ -189,6 +189,14 @@ def test_a_task_of_another_size_asks_for_extras_of_its_size() -> None:
         drawn("a", 1, task=task, extras={"image": torch.zeros(1, 1, 8, 8)})
 
 
+def test_what_a_task_shows_is_not_given_besides() -> None:
+    """A control's hint under the name of the image that the model is shown: one of them would be lost."""
+    task = lambda part: Task(extras=lambda noise: {"image": images(1)})  # noqa: E731
+    assert len(drawn("a", 1, task=task)) == 1
+    with pytest.raises(ValueError, match="the task shows the extra 'image' itself"):
+        drawn("a", 1, task=task, extras={"image": images(1)})
+
+
 def test_copies_of_a_caption_have_its_extra() -> None:
     hints, whole = images(2), pipeline()
     made = whole(["a", "bb"], num_images_per_prompt=2, seed=3, extras={"image": hints}, batch_size=4)

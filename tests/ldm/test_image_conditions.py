@@ -236,5 +236,7 @@ def test_an_image_scale_of_1_is_the_denoiser_and_costs_nothing() -> None:
     plain = Told()
     wrapped = ImageGuided(plain, cond.select(slice(1))._replace(extras={}), 1.0)
     assert torch.equal(wrapped(x, t, cond).x0, plain(x, t, cond).x0) and plain.calls == [2, 2]
+    with pytest.raises(ValueError, match="image_scale .* 'image', and none is given"):
+        replace(wrapped, scale=2.0)(x, t, cond._replace(extras={}))
     replace(wrapped, scale=2.0)(x, t, cond)
     assert plain.calls[2:] == [6] and wrapped.schedule == plain.schedule

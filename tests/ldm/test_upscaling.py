@@ -110,6 +110,8 @@ def test_a_level_is_noise_of_the_seed_and_is_told() -> None:
     for level in (-0.1, 1.1):
         with pytest.raises(ValueError, match="must lie in"):
             upscaling(pipe, small, level=level)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 0.5\], which this model was trained with, got 0.6"):
+        upscaling(pipeline(), small, level=0.6)
 
 
 @pytest.mark.parametrize("pixels", [True, False], ids=["pixels", "latents"])

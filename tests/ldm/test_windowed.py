@@ -65,6 +65,18 @@ def test_each_window_is_shown_its_own_part(factor: int) -> None:
     torch.testing.assert_close(got, torch.nn.functional.avg_pool2d(image, factor))
 
 
+def test_answers_of_bfloat16_are_summed_in_the_latents_precision() -> None:
+    """As under autocast: where all windows say the same, so does their mean, to the bit."""
+    x = X.float()
+
+    class Rounded(nn.Module):
+        def forward(self, x: Tensor, level: Tensor, told: Cond) -> Tensor:
+            return x.bfloat16()
+
+    got = InWindows(Rounded(), (4, 4), 1)(x, torch.ones(2), cond(2))
+    torch.testing.assert_close(got, x.bfloat16().float(), rtol=1e-6, atol=0)
+
+
 def test_one_window_is_none_bit_for_bit() -> None:
     level, told = torch.ones(2, dtype=torch.float64), cond(2, X)
     assert torch.equal(InWindows(Net(), (9, 8), 3)(X, level, told), Net()(X, level, told))

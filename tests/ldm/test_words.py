@@ -90,6 +90,16 @@ def test_training_moves_the_new_rows_alone() -> None:
     assert torch.allclose(adapter.rows[1], first[1] * (1 - 5e-3 * 0.5) ** 100)  # by the decay, which is its own
 
 
+def test_new_words_follow_their_encoder() -> None:
+    """To another dtype or device: the encoder of a stage of a cascade is moved, and does not hold its words."""
+    text = base()
+    adapter = taught(text, "dax", "blicket")
+    wanted = told(text, NEW)
+    torch.testing.assert_close(told(text.bfloat16(), NEW).float(), wanted, rtol=0.1, atol=0.1)
+    assert adapter.rows.dtype == torch.float32 and text.table().dtype == torch.bfloat16
+    assert text.to("meta").table().is_meta and not adapter.rows.is_meta
+
+
 def test_a_caption_gives_gradient_to_the_new_words_that_it_has() -> None:
     text = base()
     text.requires_grad_(True)

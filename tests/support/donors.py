@@ -122,7 +122,10 @@ def theirs(pipeline: Any, start: Tensor, scale: float = SCALE) -> tuple[Tensor, 
     pipeline.set_progress_bar_config(disable=True)
     told: dict[str, Any] = {"use_resolution_binning": False} if "PixArt" in type(pipeline).__name__ else {}
     told |= {"num_inference_steps": STEPS, "guidance_scale": scale, "latents": start, "height": 16, "width": 16}
-    return tuple(pipeline(PROMPTS, output_type=kind, **told).images for kind in ("latent", "pt"))  # type: ignore[return-value]
+    latents = pipeline(PROMPTS, output_type="latent", **told).images
+    with torch.no_grad():
+        pictures = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    return latents, pipeline.image_processor.postprocess(pictures, output_type="pt")
 
 
 def frozen_encoder(folder: Path, seed: int) -> Path:

@@ -19,7 +19,7 @@ from autoencoder.base import Autoencoder
 from training.data.images import Images
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.exchange.autoencoder_layouts import LAYOUTS
-from training.exchange.donor_weights import NAME, PART, WEIGHTS, folder_weights
+from training.exchange.diffusers_weights import NAME, PART, WEIGHTS, folder_weights
 from training.files import write_json
 from training.guarding import make_folder, read_record
 from training.messages import note, tell

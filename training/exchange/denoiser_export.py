@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.guiding import AgainstNull
 from ldm.text import TextEncoder
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import UserError
-from training.exchange import stable_diffusion
+from training.exchange import single_file_export
 from training.exchange.autoencoders import VERSION, export_autoencoder
 from training.exchange.denoiser_layouts import LAYOUTS
-from training.exchange.denoiser_limits import CLASSES, Facts, Obstacle, network, obstacles, refuse
-from training.exchange.denoiser_schedulers import scheduler
-from training.exchange.denoiser_text import is_clip, lower_cases, save_text
-from training.exchange.donor_weights import WEIGHTS
+from training.exchange.denoiser_sources import DEFAULTS
+from training.exchange.diffusers_weights import WEIGHTS
+from training.exchange.export_limits import NULL_CLASS, PIPELINES, Facts, Obstacle, diffusers_class, obstacles, refuse
 from training.exchange.layout import Network
-from training.exchange.stable_diffusion import reasons
+from training.exchange.scheduler_export import scheduler
+from training.exchange.single_file_export import reasons
+from training.exchange.text_export import is_clip, lower_cases, save_text
 from training.files import write_bytes, write_json
 from training.guarding import make_folder
 from training.messages import tell
@@ -35,7 +37,8 @@ from training.settings.decoding import AutoencoderConfig, DenoiserConfig, to_val
 from training.tensors import save_tensors
 
 Against = Callable[[DenoiserConfig, Facts], list[Obstacle]]
-LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens that a call pads to unless told otherwise
+# Tokens that a call pads to unless told otherwise.
+LENGTHS = {name: DEFAULTS[name][2] for name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline")}
 # Each network's folder, its part of the index, and the pipelines that have it.
 HOMES = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer",
          "DiTTransformer2DModel": "transformer"}  # fmt: skip
@@ -66,7 +69,7 @@ def export_denoiser(
 
 
 def _pipeline(folder: Path, model: Opened) -> str:
-    from training.exchange.denoiser_reopened import compare
+    from training.exchange.export_check import compare
 
     make_folder(folder)
     write(folder, *model)
@@ -74,10 +77,10 @@ def _pipeline(folder: Path, model: Opened) -> str:
 
 
 def _single_file(path: Path, model: Opened) -> str:
-    from training.exchange.denoiser_reopened import compare_file
+    from training.exchange.export_check import compare_file
 
     make_folder(path.parent)
-    stable_diffusion.write(path, model.config, facts(model.found).model, model.pipeline)
+    single_file_export.write(path, model.config, facts(model.found).model, model.pipeline)
     return compare_file(path, model.pipeline, model.config)
 
 
@@ -115,7 +118,7 @@ def facts(found: Found, text: TextEncoder | None = None) -> Facts:
 
 def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPipeline) -> None:
     """All parts of a pipeline, and the index that names their classes."""
-    name = network(config)
+    name = diffusers_class(config)
     index: dict[str, Any] = {HOMES[name]: ["diffusers", name], "vae": ["diffusers", "AutoencoderKL"]}
     about, tensors = LAYOUTS[name].write(described(config, pipeline))
     _model(folder / HOMES[name], name, about, tensors)
@@ -131,9 +134,9 @@ def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPi
 
 def pipeline_class(config: DenoiserConfig) -> str:
     """The pipeline that draws with a network. Of PixArt's two, which differ in the length of a prompt, the nearer."""
-    name = network(config)
+    name = diffusers_class(config)
     if name != "PixArtTransformer2DModel":
-        return {"UNet2DConditionModel": "StableDiffusionPipeline", "DiTTransformer2DModel": "DiTPipeline"}[name]
+        return PIPELINES[name]
     return "PixArtAlphaPipeline" if config.text.length <= LENGTHS["PixArtAlphaPipeline"] else "PixArtSigmaPipeline"
 
 
@@ -143,7 +146,7 @@ def described(config: DenoiserConfig, pipeline: HashedPipeline) -> Network:
     assert isinstance(backbone, torch.nn.Module)
     if isinstance(text, LabelEncoder):
         rows = text.embedding.weight.detach()
-        labels = torch.cat([rows, rows[:1].expand(CLASSES + 1 - len(rows), -1)])
+        labels = torch.cat([rows, rows[:1].expand(NULL_CLASS + 1 - len(rows), -1)])
     return Network(
         backbone=to_values(config)["backbone"],
         tensors={key: value.clone() for key, value in backbone.state_dict().items()},
@@ -179,8 +182,8 @@ def _model(home: Path, name: str, settings: dict[str, Any], tensors: dict[str, T
 def call(config: DenoiserConfig, text: Any) -> dict[str, str]:
     """What a call of the pipeline must be told to draw as the run does, as source text."""
     words = {"num_inference_steps": str(config.sample.steps)}
-    if scale := getattr(config.guidance, "scale", None):
-        words["guidance_scale"] = f"{scale:g}"
+    scale = config.guidance.scale if isinstance(config.guidance, AgainstNull) else 1.0  # 1: no guidance
+    words["guidance_scale"] = f"{scale:g}"
     height, width = config.sample.size
     name = pipeline_class(config)
     if name == "DiTPipeline":

@@ -16,7 +16,7 @@ from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.exchange.autoencoders import Imported, keep_autoencoder
 from training.exchange.denoiser_sources import Asked, Donor, download, read_folder
-from training.exchange.single_files import fill_text, read_file
+from training.exchange.single_file_import import fill_text, read_file
 from training.ledger import Ledger
 from training.messages import note
 from training.models import text_encoders

@@ -3,11 +3,8 @@ tensors change."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from training.exchange import transformer_layouts, unet_layout
-from training.exchange.layout import IN_DIFFUSERS, Layout, foreign
+from training.exchange.layout import Layout
 
 LAYOUTS: dict[str, Layout] = {
     "UNet2DConditionModel": Layout(unet_layout.read, unet_layout.write),
@@ -16,13 +13,3 @@ LAYOUTS: dict[str, Layout] = {
 }
 # Before diffusers 0.29 one class was both, by its norm_type.
 OLDER = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}
-
-
-def class_for(backbone: Mapping[str, Any]) -> str:
-    """The class of diffusers' that a `[backbone]` may be one of; its writer says whether it is. Raises UserError where
-    none is near."""
-    if backbone["kind"] == "unet":
-        return "UNet2DConditionModel"
-    if backbone["kind"] == "dit":
-        return "PixArtTransformer2DModel" if backbone["text"] != "none" else "DiTTransformer2DModel"
-    raise foreign(f"a backbone of kind {backbone['kind']}", f"unet and dit have: {', '.join(LAYOUTS)}", IN_DIFFUSERS)

@@ -10,20 +10,21 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from training.errors import CHECKPOINT, UserError
-from training.exchange import autoencoders as exchange
+from training.exchange import autoencoders
 from training.exchange.denoiser_layouts import LAYOUTS, OLDER
-from training.exchange.donor_weights import WEIGHTS, folder_weights
+from training.exchange.diffusers_weights import WEIGHTS, folder_weights
 from training.exchange.layout import Network, Settings, foreign
-from training.exchange.scheduler_layouts import Process, need_prediction, read_scheduler
+from training.exchange.scheduler_import import Process, need_prediction, read_scheduler
 from training.guarding import read_record
 from training.ledger import Ledger
 from training.models.pretrained import tell_download
+from training.tensors import load_tensors
 
 NETWORKS = ("unet", "transformer")  # what the denoiser's folder is called in a pipeline
 READ = {*NETWORKS, "vae", "vqvae", "scheduler", "text_encoder", "tokenizer"}
 # Steps and guidance of a pipeline where the caller says nothing, and the length of its captions.
-PIPELINES = {"StableDiffusionPipeline": (50, 7.5, 77), "PixArtAlphaPipeline": (20, 4.5, 120),
-             "PixArtSigmaPipeline": (20, 4.5, 300), "DiTPipeline": (50, 4.0, 1)}  # fmt: skip
+DEFAULTS = {"StableDiffusionPipeline": (50, 7.5, 77), "PixArtAlphaPipeline": (20, 4.5, 120),
+            "PixArtSigmaPipeline": (20, 4.5, 300), "DiTPipeline": (50, 4.0, 1)}  # fmt: skip
 LONGEST = 10_000  # tokens; more in a tokenizer's file stands for no limit
 ROOT = ("model_index.json", "config.json", WEIGHTS)
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -46,7 +47,7 @@ class Donor:
 
     network: Network
     process: Process
-    autoencoder: exchange.Imported | str
+    autoencoder: autoencoders.Imported | str
     text: Settings
     encoder: str = ""
     text_tensors: Mapping[str, Tensor] | None = None
@@ -78,20 +79,23 @@ def download(name: str) -> Path:
         ) from None
 
 
-def read_folder(folder: Path, asked: Asked, ledger: Ledger) -> Donor:
-    """A pipeline's folder, or one of a network alone. Raises UserError naming the first part that is missing."""
+def read_folder(folder: Path, asked: Asked, ledger: Ledger, file: Path | None = None) -> Donor:
+    """A pipeline's folder, or one of a network alone, whose weights are `file`'s where one is told. Raises UserError
+    naming the first part that is missing."""
     index = read_record(folder / "model_index.json", {}) if (folder / "model_index.json").is_file() else {}
     homes = [folder / name for name in (*NETWORKS, "") if (folder / name / "config.json").is_file()]
     if not homes:
         hint = "give the folder of a pipeline that diffusers wrote, with its unet/ or transformer/"
         raise UserError(f"{folder}: no denoiser's config.json in it", hint=hint, code=CHECKPOINT)
+    if asked.heads:
+        raise UserError(f"--heads is of a single file: {folder} says its own", hint="leave --heads out")
     for name, part in sorted(index.items()):
         if name not in READ and isinstance(part, list) and part[:1] != [None]:
             ledger.add("ignored", "parts of the pipeline that are not read", name)
-    network = read_network(homes[0])
+    network = read_network(homes[0], file)
     pipeline = str(index.get("_class_name", ""))
-    steps, guidance, length = PIPELINES.get(pipeline, (50, 7.5, 0))
-    if pipeline not in PIPELINES:
+    steps, guidance, length = DEFAULTS.get(pipeline, (50, 7.5, 0))
+    if pipeline not in DEFAULTS:
         ledger.add("guessed", "50 steps and guidance 7.5, since no pipeline that is known states others", pipeline)
     process = _process(folder, network, asked, ledger)
     donor: dict[str, Any] = {"network": network, "process": process, "steps": steps, "guidance": guidance,
@@ -104,7 +108,7 @@ def read_folder(folder: Path, asked: Asked, ledger: Ledger) -> Donor:
     return Donor(**donor, encoder=encoder, text=_text(network, Path(encoder), length, ledger))
 
 
-def read_network(home: Path) -> Network:
+def read_network(home: Path, file: Path | None = None) -> Network:
     """The denoising network of a folder as `save_pretrained` writes it. Raises UserError for classes and settings that
     have no counterpart here, by name."""
     about = read_record(home / "config.json", {})
@@ -114,7 +118,8 @@ def read_network(home: Path) -> Network:
     if not isinstance(name, str) or name not in LAYOUTS:
         said = f"a {name:.80}" if isinstance(name, str) else "what its config.json describes"
         raise foreign(f"{home}: {said}", f"{', '.join(LAYOUTS)} are read")
-    tensors = {key: value.float() for key, value in folder_weights(home).items()}
+    weights = load_tensors(file) if file else folder_weights(home)
+    tensors = {key: value.float() for key, value in weights.items()}
     return read_class(name, about, tensors, home)
 
 
@@ -154,13 +159,13 @@ def usual_process(network: Network, prediction: str | None, ledger: Ledger, tabl
     return Process(table, {"kind": prediction or "eps"}, {"kind": "ddim"}, {"kind": "trailing"})
 
 
-def _autoencoder(folder: Path, asked: Asked) -> exchange.Imported | str:
+def _autoencoder(folder: Path, asked: Asked) -> autoencoders.Imported | str:
     if asked.autoencoder:
         return asked.autoencoder
     home = next((folder / name for name in ("vae", "vqvae") if (folder / name / "config.json").is_file()), None)
     if home is None:
         raise no_autoencoder(folder)
-    return exchange.read_folder(home)
+    return autoencoders.read_folder(home)
 
 
 def no_autoencoder(source: Path) -> UserError:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Cond
 from ldm.schedules import Table
 from training.errors import CHECKPOINT, UserError, missing_extra
-from training.exchange.denoiser_reopened import captions, error, probe
+from training.exchange.export_check import captions, error, probe
 from training.files import write_bytes
 from training.guarding import make_folder
 from training.models.assembly import HashedPipeline

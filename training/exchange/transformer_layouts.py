@@ -36,6 +36,12 @@ OLDER_FIXED = {"double_self_attention": False, "only_cross_attention": False, "a
 GELU = "the text's projection is tanh GELU in diffusers and exact GELU here: outputs differ by about 3e-4"
 # Stored by older files: a table that is computed, and the learned null that pipelines have no use for.
 NOT_READ = ("pos_embed.pos_embed", "caption_projection.y_embedding")
+# What of `[backbone]` each class can be.
+OURS = {"mlp_ratio": 4.0, "qk_norm": False, "norm": "layer", "position": "sincos"}
+PIXART_OURS = {"conditioning": "adaln-single", "text": "cross", "cross_norm": False, "pooled": False,
+               "frequency_shift": 0.0} | OURS  # fmt: skip
+DIT_OURS = {"conditioning": "adaln-zero", "text": "none", "pooled": True, "pooled_projection": False,
+            "frequency_shift": 1.0} | OURS  # fmt: skip
 # Our names -> diffusers', in this order; a fused projection is several of theirs, one below the other.
 SHARED_KEYS = ((r"^patch_embedding\.", "pos_embed.proj."), (r"^blocks\.", "transformer_blocks."),
                (r"\.attention\.", ".attn1."), (r"\.cross\.", ".attn2."), (r"(attn\d)\.q\.", r"\1.to_q."),
@@ -68,7 +74,6 @@ def _shared(said: Settings) -> Settings:
 def _shared_written(network: Network) -> Settings:
     """The other way. Raises UserError for networks that neither of the classes is."""
     ours = network.backbone
-    expect(ours, {"norm": "layer", "position": "sincos", "qk_norm": False, "mlp_ratio": 4.0}, IN_DIFFUSERS)
     if ours["mlp"] == "swiglu":
         raise foreign("mlp = 'swiglu'", "gelu-tanh and gelu have", IN_DIFFUSERS)
     return {
@@ -103,9 +108,8 @@ def read_pixart(about: Mapping[str, Any], tensors: Tensors) -> Network:
 
 
 def write_pixart(network: Network) -> tuple[Settings, Tensors]:
+    expect(network.backbone, PIXART_OURS, IN_DIFFUSERS)
     ours, said = network.backbone, _shared_written(network)
-    expect(ours, {"conditioning": "adaln-single", "text": "cross", "cross_norm": False, "pooled": False,
-                  "frequency_shift": 0.0}, IN_DIFFUSERS)  # fmt: skip
     if ours["mlp"] == "gelu":
         note(GELU)
     scale = network.size / ours["base_size"]
@@ -143,12 +147,8 @@ def _drop_repeated(tensors: Tensors, depth: int) -> None:
 
 
 def write_dit(network: Network) -> tuple[Settings, Tensors]:
+    expect(network.backbone, DIT_OURS, IN_DIFFUSERS)
     ours, said = network.backbone, _shared_written(network)
-    expect(ours, {"conditioning": "adaln-zero", "text": "none", "pooled": True, "pooled_projection": False},
-           IN_DIFFUSERS)  # fmt: skip
-    if ours["frequency_shift"] != 1:
-        hint = "train with --backbone.frequency_shift 1, as diffusers' class has it"
-        raise foreign(f"backbone.frequency_shift = {ours['frequency_shift']:g}", hint, IN_DIFFUSERS)
     if network.labels is None or ours["base_size"] != network.size:
         reason = "a DiT without labels, or one drawn at another size than base_size"
         raise foreign(reason, "those whose text is label have", IN_DIFFUSERS)

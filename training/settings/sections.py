@@ -174,9 +174,11 @@ class Prior:
     weight: float = 0.0  # 0: none are drawn
     count: int = 200
     captions: str | tuple[str, ...] = ()  # one, or several
+    dropout: float = 0.1  # of their captions: what guidance moves away from is held, too
 
     def __post_init__(self) -> None:
         positive("", count=self.count)
+        fraction("", dropout=self.dropout)
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight: must be >= 0 (got {self.weight})")
 

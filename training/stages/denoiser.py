@@ -126,7 +126,8 @@ class DenoiserStage(Stage):
         latents = self.sample(batch, noise)
         # By slot, like all that is drawn here: which captions are dropped does not depend on how the batch is split.
         # Drawn on the CPU, where captions are: on a GPU they would wait for the device to say which of them are kept.
-        keep = Noise(batch.slots).fold(*key).uniform((1,), "dropout")[:, 0] >= self.config.conditioning.dropout
+        dropout = self.config.prior.dropout if purpose else self.config.conditioning.dropout
+        keep = Noise(batch.slots).fold(*key).uniform((1,), "dropout")[:, 0] >= dropout
         batch = self.shown(batch, latents, noise)
         if (lost := self.config.image.left_out(Noise(batch.slots).fold(*key))) is not None:
             batch, keep = batch._replace(extras=without(batch.extras, lost[0])), keep & ~lost[1]

@@ -124,9 +124,10 @@ def test_sums_strengths_and_their_absence(config: Any, kind: type) -> None:
     torch.testing.assert_close(both(*x), alone, rtol=0, atol=1e-12)
     halves[0].strength, halves[1].strength = 0.0, 1.0
     assert torch.equal(both(*x), alone)
-    halves[1].strength = 0.0
-    assert torch.equal(both(*x), base(*x))
-    assert torch.equal(both(*inputs()), base(*inputs()))  # nobody asks for a hint
+    for off in (0.0, 0):  # as `load_pipeline(RUN, adapters=[(CONTROL, 0)])` gives it
+        halves[0].strength = halves[1].strength = off
+        assert torch.equal(both(*x), base(*x))
+        assert torch.equal(both(*inputs()), base(*inputs()))  # nobody asks for a hint
 
 
 def test_two_hints_are_read_by_name() -> None:
@@ -174,6 +175,12 @@ def test_a_missing_or_ill_fitting_hint_is_refused() -> None:
         branch_on(frozen(NETWORKS["dit"]), blocks=3)
     with pytest.raises(ValueError, match="takes residuals"):
         branch_on(nn.Identity())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="blocks are those of a `dit`"):
+        branch_on(base, blocks=1)
+    branch = branch_on(base)
+    both = beside(base, branch)
+    with pytest.raises(ValueError, match="attached already"):
+        branch.attach(both, TEXT)
 
 
 def test_controlled_presents_its_base(config: Any) -> None:
@@ -302,6 +309,38 @@ def test_the_hint_is_encoded_once_a_picture(kind: type, monkeypatch: pytest.Monk
         assert len(calls) == count
     branch.residuals(base, x, level, cond)
     assert len(calls) == count + 1  # a graph is never taken from another call
+
+
+@pytest.mark.parametrize("kind", [ControlNet, T2IAdapter], ids=lambda kind: kind.kind)
+def test_a_step_of_any_optimizer_is_seen(kind: type) -> None:
+    """A fused one changes parameters without a new version of them."""
+    base = frozen(NETWORKS["unet"]).float()
+    branch: Any = branch_on(base, learned=True, kind=kind)
+    x, level, cond = hinted()
+    x, cond = x.float(), cond.to("cpu", torch.float32)
+    optimizer = torch.optim.AdamW(branch.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        branch.residuals(base, x, level, cond)
+    beside(base, branch)(x, level, cond).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for kept, fresh in zip(branch.features(x, cond), branch.encode(cond.extras["image"]), strict=True):
+            assert torch.equal(kept, fresh)
+
+
+@pytest.mark.parametrize("context", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_bfloat16_read_a_hint_once_too(context: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = frozen(NETWORKS["unet"])
+    branch: Any = branch_on(base, learned=True)
+    controlled, calls, encode = beside(base, branch).bfloat16(), [], type(branch).encode
+    monkeypatch.setattr(type(branch), "encode", lambda self, hint: calls.append(hint.dtype) or encode(self, hint))
+    x, level, cond = hinted()
+    hint = cond.extras["image"].float()
+    cond = cond.to("cpu", context)._replace(extras={"image": hint})
+    with torch.no_grad():
+        answers = [controlled(x.to(context), level, cond) for _ in range(3)]
+    assert calls == [torch.bfloat16]
+    assert all(torch.equal(answer, answers[0]) and answer.dtype == context for answer in answers)
 
 
 def swap(parameter: nn.Parameter) -> None:

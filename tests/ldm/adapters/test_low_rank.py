@@ -314,6 +314,11 @@ def test_what_is_refused() -> None:
         adapter.attach(other.build(channels=CHANNELS, context_dim=CONTEXT, pooled_dim=POOLED), encoder)
     with pytest.raises(ValueError, match="of another base"):
         adapter.attach(build(SMALL["dit"]), encoder)
+    deeper, shallow = (DiT(width=32, depth=depth, heads=2).build(channels=2, context_dim=8, pooled_dim=8)
+                       for depth in (2, 1))
+    with pytest.raises(ValueError, match="of another base: this one has no layer backbone.blocks.1"):
+        LoRA().build(deeper, encoder).attach(shallow, encoder)
+    assert set(plain_state(shallow)) == set(shallow.state_dict())  # none of its layers was changed
     encoder.trainable = False
     with pytest.raises(ValueError, match="adapter text must be empty: this text encoder is frozen"):
         LoRA(text=("layers.*.attention.*",)).build(backbone, encoder)

@@ -16,14 +16,15 @@ from portable import CLIP, DIT, EPS, FLOW, PIXART, T5, UNET
 
 from autoencoder.kl import KL
 from autoencoder.vq import VQ
+from ldm.grids import Leading, Trailing
+from ldm.guidance import Autoguidance, ByClassifier, ClassifierFree
 from ldm.noise import Noise
 from ldm.samplers import prior
-from ldm.schedules import Table
 from training.errors import UserError
-from training.exchange import denoiser_export, denoiser_reopened
+from training.exchange import denoiser_export, export_check
 from training.exchange.denoiser_export import export_denoiser
-from training.exchange.denoiser_limits import Facts, obstacles
-from training.exchange.denoiser_schedulers import scheduler
+from training.exchange.export_limits import Facts, obstacles
+from training.exchange.scheduler_export import scheduler
 from training.files import file_sha256
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.settings import decoding
@@ -72,22 +73,26 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, encoders: dict[str, Path]) -> Any:
-    """(run, written folder) of a shape, each made once."""
-    home, made = tmp_path_factory.mktemp("exported"), {}
+    """(run, written folder, what was found by comparing them) of a shape, each made once."""
+    home, made, compared = tmp_path_factory.mktemp("exported"), {}, export_check._by_diffusers
 
-    def give(name: str) -> tuple[Path, Path]:
+    def give(name: str) -> tuple[Path, Path, export_check.Errors]:
         if name not in made:
             _, kind, sections = SHAPES[name]
-            source = portable.run(home / f"run-{len(made)}", encoders[kind], **sections)
-            made[name] = source, home / f"out-{len(made)}"
-            export_denoiser(str(source), made[name][1])
-        return made[name]
+            source, folder = (home / f"{what}-{len(made)}" for what in ("run", "out"))
+            portable.run(source, encoders[kind], **sections)
+            found = list[export_check.Errors]()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(export_check, "_by_diffusers", lambda *given: found.append(compared(*given)) or found[0])
+                export_denoiser(str(source), folder)
+            made[name] = source, folder, found[0]
+        return made[name]  # type: ignore[no-any-return]
 
     return give
 
 
 def theirs(folder: Path) -> Any:
-    with denoiser_reopened.quiet(diffusers):
+    with export_check.quiet(diffusers):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -98,7 +103,8 @@ def drawn(ours: HashedPipeline, peer: Any, config: decoding.DenoiserConfig) -> t
     captions = ["a red circle", "the blue square"] if config.text.kind != "label" else ["blue", "red"]
     noise = prior(ours.denoiser.schedule, ours.latent_shape(ours.size), Noise.from_seeds([5, 6]))
     words: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "np"}
-    plan = dataclasses.replace(ours.sampling, steps=8, guidance=dataclasses.replace(config.guidance, scale=3.0))
+    guidance = dataclasses.replace(config.guidance, scale=3.0)
+    plan = dataclasses.replace(ours.sampling, steps=8, grid=config.grid, guidance=guidance)
     if config.backbone.kind == "dit":
         words |= {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": config.text.length}
     got = peer(captions, latents=noise, **words).images
@@ -109,35 +115,28 @@ def drawn(ours: HashedPipeline, peer: Any, config: decoding.DenoiserConfig) -> t
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_opened_whole_and_answers_as_ours(name: str, exported: Any) -> None:
     """No key is missing or over, and text, one call at three levels, encoder, decoder and table are within 1e-5."""
-    source, folder = exported(name)
-    assert type(theirs(folder)).__name__ == SHAPES[name][0]
+    _, folder, errors = exported(name)
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == SHAPES[name][0]
-    pipeline = load_pipeline(source, "cpu")
-    config = decoding.decode_stored("denoiser", json.loads((source / "final" / "config.json").read_text()))
-    assert isinstance(config, decoding.DenoiserConfig)
-    with torch.no_grad():
-        errors = denoiser_reopened._by_diffusers(diffusers, folder, pipeline, config)
     assert 0 <= max(errors) < 1e-5 and errors.decode > 0
     assert not list(folder.parent.glob(".*")) and (folder / "README.md").is_file()
 
 
-@pytest.mark.parametrize("grid", [{"kind": "trailing"}, {"kind": "leading", "offset": 1}], ids=["trailing", "leading"])
 @pytest.mark.parametrize("name", ["unet", "unet, everything", "pixart", "pixart, learned variance"])
-def test_pipelines_draw_the_same_pictures(name: str, grid: Any, encoders: dict[str, Path], tmp_path: Path) -> None:
-    _, kind, sections = SHAPES[name]
-    source = portable.run(tmp_path / "run", encoders[kind], **sections | {"grid": grid})
-    export_denoiser(str(source), tmp_path / "out")
-    ours = load_pipeline(source, "cpu")
-    config = decoding.decode_stored("denoiser", json.loads((source / "final" / "config.json").read_text()))
-    assert isinstance(config, decoding.DenoiserConfig)
-    own, got = drawn(ours, theirs(tmp_path / "out"), config)
-    assert own.std() > 10
-    assert float((own - got).abs().max()) <= 1.5, "a rounding, and no more"
+def test_pipelines_draw_the_same_pictures(name: str, exported: Any) -> None:
+    source, folder, _ = exported(name)
+    ours, peer = load_pipeline(source, "cpu"), theirs(folder)
+    config: Any = decoding.decode_stored("denoiser", json.loads((source / "final" / "config.json").read_text()))
+    for grid in (Trailing(), Leading(offset=1)):
+        kind, settings = scheduler(dataclasses.replace(config, grid=grid))
+        peer.scheduler = getattr(diffusers, kind)(**settings)
+        own, got = drawn(ours, peer, dataclasses.replace(config, grid=grid))
+        assert own.std() > 10
+        assert float((own - got).abs().max()) <= 1.5, "a rounding, and no more"
 
 
 def test_a_pipeline_saved_and_opened_again_is_the_same(exported: Any, tmp_path: Path) -> None:
-    _, folder = exported("pixart")
-    with denoiser_reopened.quiet(diffusers):
+    folder = exported("pixart")[1]
+    with export_check.quiet(diffusers):
         theirs(folder).save_pretrained(tmp_path / "saved")
         theirs(tmp_path / "saved").save_pretrained(tmp_path / "again")
     files = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
@@ -158,12 +157,20 @@ def test_it_is_opened_without_a_network(exported: Any, monkeypatch: pytest.Monke
 
 def test_the_card_says_how_it_is_called(exported: Any) -> None:
     """The call of README.md, run as it stands."""
-    source, folder = exported("dit")
+    source, folder, _ = exported("dit")
     text = (folder / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0].replace("PATH OF THIS FOLDER", str(folder))
-    with denoiser_reopened.quiet(diffusers):
+    with export_check.quiet(diffusers):
         exec(code.replace("picture.png", str(source / "picture.png")), {})
     assert (source / "picture.png").is_file()
+
+
+def test_the_call_has_the_guidance_that_pipelines_know() -> None:
+    """Of other rules none: not their scale, and not the pipeline's own."""
+    base: Any = decoding.decode_stored("denoiser", {"backbone": UNET, "text": CLIP, "format": {"version": 3}, **EPS})
+    for guidance, said in ((ClassifierFree(scale=3), "3"), (Autoguidance(scale=3), "1"), (ByClassifier(), "1")):
+        config = dataclasses.replace(base, guidance=guidance)
+        assert denoiser_export.call(config, None)["guidance_scale"] == said
 
 
 @pytest.mark.parametrize("name", decoding.names("denoiser"))
@@ -224,7 +231,7 @@ def test_a_tokenizer_that_lower_cases_serves_as_well(tmp_path: Path) -> None:
 
 def test_labels_are_numbered_as_diffusers_counts(exported: Any) -> None:
     """Class 1000 is none, whatever the number of labels."""
-    _, folder = exported("dit")
+    folder = exported("dit")[1]
     peer = theirs(folder)
     assert peer.labels == {"blue": 0, "green square": 1, "red": 2}
     table = peer.transformer.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight
@@ -251,45 +258,10 @@ def test_an_export_that_draws_otherwise_leaves_nothing(
 def test_without_diffusers_our_own_reader_compares(
     encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = portable.run(tmp_path / "run", encoders["t5"], backbone=PIXART, text=T5, **EPS)
+    """Of a table, too, that diffusers has no name for."""
+    table = {"schedule": {"kind": "ddpm-sigmoid"}}
+    source = portable.run(tmp_path / "run", encoders["t5"], backbone=PIXART, text=T5, **EPS | table)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     export_denoiser(str(source), tmp_path / "out")
     assert "diffusers is not installed here" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
-
-
-TABLES: dict[str, dict[str, Any]] = {
-    "linear": {"kind": "ddpm-linear"},
-    "scaled": {"kind": "ddpm-scaled-linear", "beta_max": 0.02, "steps": 200},
-    "cosine": {"kind": "ddpm-cosine"},
-    "cosine of its own": {"kind": "ddpm-cosine", "s": 0.02},
-    "sigmoid": {"kind": "ddpm-sigmoid"},
-    "shifted": {"kind": "ddpm-cosine", "shift": 3.0},
-    "zero": {"kind": "ddpm-scaled-linear", "zero_terminal_snr": True},
-    "zero, sigmoid and shifted": {"kind": "ddpm-sigmoid", "zero_terminal_snr": True, "shift": 0.5},
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_a_scheduler_has_our_table(name: str) -> None:
-    values = {"backbone": PIXART, "schedule": TABLES[name], "prediction": {"kind": "v"}, "format": {"version": 3}}
-    config: Any = decoding.decode_stored("denoiser", values)
-    kind, settings = scheduler(config)
-    peer = getattr(diffusers, kind)(**settings)
-    assert isinstance(config.schedule, Table)
-    wanted = config.schedule.alpha_bar().float()
-    torch.testing.assert_close(peer.alphas_cumprod, wanted, rtol=0, atol=2e-6)
-    assert float(peer.alphas_cumprod[-1]) < 1e-12 or not config.schedule.zero_terminal_snr
-    assert (peer.config.clip_sample, float(peer.final_alpha_cumprod)) == (False, 1.0)
-    assert ("trained_betas" in settings) == ("own" in name or "sigmoid" in name or "shifted" in name)
-
-
-def test_a_flow_scheduler_has_our_shift() -> None:
-    values = {"backbone": PIXART, **FLOW, "grid": {"kind": "uniform", "shift": 3.0}, "format": {"version": 3}}
-    config: Any = decoding.decode_stored("denoiser", values)
-    kind, settings = scheduler(config)
-    peer = getattr(diffusers, kind)(**settings)
-    peer.set_timesteps(8)
-    wanted = config.grid(8, config.schedule).float()
-    torch.testing.assert_close(peer.sigmas, wanted, rtol=0, atol=2e-3)  # it begins at 0.999
-    assert (peer.sigmas[0], peer.sigmas[-1]) == (pytest.approx(0.9997, abs=1e-3), 0)

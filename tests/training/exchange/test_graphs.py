@@ -12,7 +12,7 @@ import tiny
 import torch
 from portable import EPS, FLOW
 
-from training.exchange import denoiser_reopened
+from training.exchange import export_check
 from training.models.assembly import load_pipeline
 
 SMALL = {"kind": "kl", "channels": [8, 8], "groups": 4, "blocks": 1, "mid_attention": False}
@@ -33,7 +33,7 @@ def written(model: str, home: Path, *flags: str) -> tuple[Path, Any, dict[str, t
     source = portable.run(home / "run", model=SMALL, **MODELS[model])
     assert tiny.call("convert_denoiser", "export", source, "--output", home / "out", *flags) == 0
     pipeline = load_pipeline(source, "cpu")
-    x, levels, _ = denoiser_reopened.probe(pipeline)
+    x, levels, _ = export_check.probe(pipeline)
     cond = pipeline.text(["red", "", "blue", "a red", "red blue"])
     given = {"x": torch.cat([x, x[:2]]), "noise_level": torch.cat([levels, levels[:2] + 5]),
              "context": cond.context, "mask": cond.mask}  # fmt: skip

@@ -31,7 +31,7 @@ OF_KIND = {  # what each kind is told besides its name
 }
 HINTED = ("controlnet", "t2i-adapter")
 UNET = "--backbone.kind unet --backbone.channels 8,16 --backbone.attention 0,1 --backbone.heads 2 --backbone.groups 4"
-BASE = ["--config", "smoke", *UNET.split(), "--backbone.blocks", "1", "--text.width", "16", "--text.depth", "1",
+BASE = ["--config", "smoke", *UNET.split(), "--backbone.blocks", "1", "--backbone.depth", "1", "--text.width", "16", "--text.depth", "1",
         "--sample.steps", "2", *tiny.SHORT]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_another_base_is_refused(trained: dict[str, Path], base: Path, unshaken:
     problem = tiny.refused("generate", *words)
     assert "was learned upon base, whose denoiser is" in problem.what and problem.code == 4
     assert "--model" in problem.hint
-    assert at_work(plain := load_pipeline(base, "cpu"), plain.hashes, [Chosen(trained["lora"])])
+    assert load_pipeline(base, "cpu", adapters=[trained["lora"]]).hashes["adapter-1"]
 
 
 def test_a_base_that_is_gone_is_named(base: Path, hinted: Path, tmp_path: Path) -> None:
@@ -187,8 +187,8 @@ def test_what_is_no_adapter_and_what_is_no_base(trained: dict[str, Path], base: 
     assert f"{run} is an adapter upon base, not a whole model" in begun.what
     both = tiny.refused("train_denoiser", "--base", base, "--init-from", base, "--config", "lora", *given)
     assert both.what == "--base and --init-from are two ways to begin"
-    changed = tiny.refused("train_denoiser", "--base", base, "--config", "lora", *given, "--backbone.depth", 2)
-    assert "backbone.depth: 1 -> 2" in changed.what and "--init-from" in changed.hint
+    changed = tiny.refused("train_denoiser", "--base", base, "--config", "lora", *given, "--backbone.heads", 4)
+    assert "backbone.heads: 2 -> 4" in changed.what and "--init-from" in changed.hint
     whole = tiny.refused("train_denoiser", "--base", base, "--config", base / "final" / "config.json", *given)
     assert "has no [adapter]" in whole.what
     assert "name it with --base RUN" in tiny.refused("train_denoiser", "--config", run, *given).hint

@@ -10,23 +10,18 @@ from typing import Any, NamedTuple
 from ldm.schedules import Flow, Table
 from ldm.text import HuggingFace
 from training.errors import CHECKPOINT, UserError
+from training.exchange import scheduler_import
+from training.exchange.transformer_layouts import DIT_OURS, PIXART_OURS
 from training.settings.decoding import DenoiserConfig
 
 # What diffusers calls our predictions, on a table and on `flow`.
-PREDICTIONS = (
-    {"eps": "epsilon", "v": "v_prediction", "x0": "sample"},
-    {"velocity": "flow_prediction", "x0": "sample"},
-)
-CLASSES = 1000  # DiTPipeline's null class is row 1000, whatever the model
+PREDICTIONS = tuple({ours: theirs for theirs, ours in known.items()} for known in scheduler_import.PREDICTIONS)
+NULL_CLASS = 1000  # DiTPipeline's, whatever the model: so many classes come before it
 PIPELINES = {
     "UNet2DConditionModel": "StableDiffusionPipeline",
     "PixArtTransformer2DModel": "PixArtAlphaPipeline",
     "DiTTransformer2DModel": "DiTPipeline",
 }
-# Of a transformer of ours, what each class of diffusers' can be.
-PIXART = {"conditioning": "adaln-single", "cross_norm": False, "pooled": False, "frequency_shift": 0.0}
-DIT = {"conditioning": "adaln-zero", "pooled": True, "pooled_projection": False, "frequency_shift": 1.0}
-COMMON = {"mlp": "gelu-tanh", "mlp_ratio": 4.0, "qk_norm": False, "norm": "layer", "position": "sincos"}
 WHY = {
     "conditioning": "its blocks are modulated otherwise",
     "cross_norm": "its cross-attention reads tokens that are not normalised",
@@ -63,7 +58,7 @@ class Facts(NamedTuple):
     clip: bool = True
 
 
-def network(config: DenoiserConfig) -> str:
+def diffusers_class(config: DenoiserConfig) -> str:
     """The class of diffusers' that comes nearest to the backbone; empty where none does."""
     backbone = config.backbone
     if backbone.kind == "unet":
@@ -82,7 +77,7 @@ def refuse(found: list[Obstacle], where: str) -> None:
 
 def obstacles(config: DenoiserConfig, facts: Facts) -> list[Obstacle]:
     """Every reason, in the order of a config's sections; none where diffusers' pipeline draws the same."""
-    name = network(config)
+    name = diffusers_class(config)
     found = [*_backbone(config, name), *_text(config, name, facts), *_additions(config), *_process(config)]
     found += _size(config, name, facts.model.factor)
     if facts.model.kind != "kl":
@@ -114,7 +109,7 @@ def _backbone(config: DenoiserConfig, name: str) -> Iterator[Obstacle]:
             why = "StableDiffusionPipeline tells its U-Net no pooled text"
             yield Obstacle("backbone.pooled", True, why, "false can be written")
     else:
-        wanted = (PIXART if name == "PixArtTransformer2DModel" else DIT) | COMMON
+        wanted = (PIXART_OURS if name == "PixArtTransformer2DModel" else DIT_OURS) | {"mlp": "gelu-tanh"}
         for key, value in wanted.items():
             if (ours := getattr(backbone, key, None)) != value:
                 yield Obstacle(f"backbone.{key}", ours, f"{name}: {WHY[key]}", f"{json.dumps(value)} can be written")
@@ -125,9 +120,9 @@ def _text(config: DenoiserConfig, name: str, facts: Facts) -> Iterator[Obstacle]
     if name == "DiTTransformer2DModel":
         if text.kind != "label":
             yield Obstacle("text.kind", text.kind, "DiTPipeline is told class numbers", '"label" can be written')
-        elif facts.labels > CLASSES:
-            why = f"DiTPipeline takes class {CLASSES} for none"
-            yield Obstacle("text.kind", f"label of {facts.labels}", why, f"up to {CLASSES} labels can be written")
+        elif facts.labels > NULL_CLASS:
+            why = f"DiTPipeline takes class {NULL_CLASS} for none"
+            yield Obstacle("text.kind", f"label of {facts.labels}", why, f"up to {NULL_CLASS} labels can be written")
         return
     if not isinstance(text, HuggingFace):
         why = "transformers has no such text encoder"

@@ -15,7 +15,7 @@ from portable import CLIP, EPS
 from safetensors.torch import load_file
 
 from training.errors import UserError
-from training.exchange import denoiser_reopened
+from training.exchange import export_check
 from training.exchange.denoiser_export import export_denoiser
 from training.models.assembly import load_pipeline
 
@@ -48,11 +48,11 @@ def test_diffusers_reads_the_file(name: str, clip: Path, tmp_path: Path) -> None
     export_denoiser(str(source), tmp_path / "folder")
     pipeline, path = load_pipeline(source, "cpu"), tmp_path / "out" / "model.safetensors"
     given = {"config": str(tmp_path / "folder"), "local_files_only": True}
-    with denoiser_reopened.quiet(diffusers):
+    with export_check.quiet(diffusers):
         unet = diffusers.UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **given)
         vae = diffusers.AutoencoderKL.from_single_file(str(path), subfolder="vae", **given)
-    x, levels, picture = denoiser_reopened.probe(pipeline)
-    cond = pipeline.text(denoiser_reopened.captions(pipeline))
+    x, levels, picture = export_check.probe(pipeline)
+    cond = pipeline.text(export_check.captions(pipeline))
     wanted = pipeline.denoiser.backbone(x, levels, cond)
     torch.testing.assert_close(unet(x, levels, cond.context).sample, wanted, rtol=0, atol=1e-5)
     latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(picture))

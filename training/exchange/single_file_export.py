@@ -22,7 +22,8 @@ from ldm.text import HuggingFace
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.exchange.autoencoder_layouts import fold
 from training.exchange.autoencoders import ATTENTION, RENAMED
-from training.exchange.denoiser_limits import Facts, Obstacle, obstacles
+from training.exchange.export_limits import Facts, Obstacle, obstacles
+from training.exchange.single_file_import import OUTSIDE, RESNET
 from training.files import write_bytes
 from training.messages import note
 from training.models.assembly import HashedPipeline
@@ -30,10 +31,9 @@ from training.settings.decoding import DenoiserConfig
 from training.tensors import save_tensors
 
 FACTOR = 0.18215  # what programs multiply latents of Stable Diffusion 1 by, whatever a file says
-UNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-        "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "conv_out": "out.2",
-        "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0"}  # fmt: skip
+# diffusers' names -> LDM's: of the parts of a residual block, and of what is outside the numbered blocks.
+PARTS, ENDS = ({ours.removesuffix("."): ldm.removesuffix(".") for ldm, ours in names.items()}
+               for names in (RESNET, OUTSIDE))  # fmt: skip
 # Shapes that other programs know by their tensors: heads, channels a head, and the width of the text.
 KNOWN = {"Stable Diffusion 1": (8, 0, 768, False), "Stable Diffusion 2": (8, 64, 1024, True)}
 
@@ -152,7 +152,7 @@ def unet_name(key: str, backbone: Any) -> str:
     half, level, kind, j, inner = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
     if kind == "resnets":
         name, _, end = inner.rpartition(".")
-        inner = f"{UNET[name]}.{end}"
+        inner = f"{PARTS[name]}.{end}"
     if half == "mid":
         return f"model.diffusion_model.middle_block.{2 * j if kind == 'resnets' else 1}.{inner}"
     stride, place = backbone.blocks + 1, int(kind == "attentions")

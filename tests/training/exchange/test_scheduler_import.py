@@ -15,7 +15,7 @@ from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.samplers import sample
 from training.errors import UserError
-from training.exchange.scheduler_layouts import SAMPLERS, Process, need_prediction, read_scheduler
+from training.exchange.scheduler_import import SAMPLERS, Process, need_prediction, read_scheduler
 from training.ledger import Ledger
 from training.settings import decoding
 
@@ -167,7 +167,8 @@ def test_a_learned_variance_is_kept() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "class": ({"_class_name": "KarrasVeScheduler"}, "scheduler KarrasVeScheduler"),
     "none": ({}, "without a _class_name"),
-    "table": ({"_class_name": "DDIMScheduler", "trained_betas": [0.1]}, "trained_betas"),
+    "steps of flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500},
+                      "num_train_timesteps = 500 on flow matching"),
     "rule": ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule = 'laplace'"),
     "prediction": ({"_class_name": "DDIMScheduler", "prediction_type": "other"}, "prediction_type = 'other'"),
     "flow on a table": ({"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"}, "on a table of betas"),

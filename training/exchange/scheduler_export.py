@@ -6,12 +6,12 @@ from typing import Any
 
 from ldm.grids import Leading, Linspace, Trailing, Uniform
 from ldm.schedules import DDPMCosine, DDPMLinear, DDPMScaledLinear, Flow, Table
-from training.exchange.denoiser_limits import PREDICTIONS
+from training.exchange.export_limits import PREDICTIONS
+from training.exchange.scheduler_import import OWN_TABLE, TABLES
 from training.messages import note
 from training.settings.decoding import DenoiserConfig
 
-# Tables that diffusers builds itself, to float32, by the name of its rule.
-NAMED = {DDPMLinear: "linear", DDPMScaledLinear: "scaled_linear"}
+RULES = {kind: rule for rule, kind in TABLES.items()}  # of tables that diffusers builds itself, to float32
 SPACINGS: dict[type, str] = {Leading: "leading", Trailing: "trailing", Linspace: "linspace"}
 
 
@@ -63,17 +63,19 @@ def _offset(config: DenoiserConfig) -> int:
 
 
 def _betas(table: Table) -> dict[str, Any]:
-    """The rule of a table by its name where diffusers has it, else all of its betas."""
+    """The rule of a table by its name where DDIMScheduler has it; else all of its betas, and beside them our settings,
+    for our own import."""
     if table.shift == 1:
         ends: dict[str, Any] = {"rescale_betas_zero_snr": table.zero_terminal_snr}
         if isinstance(table, DDPMCosine) and (table.s, table.max_beta) == (0.008, 0.999):
-            return ends | {"beta_schedule": "squaredcos_cap_v2"}
+            return ends | {"beta_schedule": RULES[table.kind]}
         if isinstance(table, DDPMLinear | DDPMScaledLinear):
             ends |= {"beta_start": table.beta_min, "beta_end": table.beta_max}
-            return ends | {"beta_schedule": NAMED[type(table)]}
+            return ends | {"beta_schedule": RULES[table.kind]}
     kept = table.alpha_bar()
     ratios = kept / kept.roll(1).index_fill(0, kept.new_zeros(1).long(), 1.0)
-    return {"trained_betas": (1 - ratios).tolist(), "rescale_betas_zero_snr": False}
+    return {"trained_betas": (1 - ratios).tolist(), "rescale_betas_zero_snr": False,
+            OWN_TABLE: vars(table)}  # fmt: skip
 
 
 def _spacing(config: DenoiserConfig) -> str:

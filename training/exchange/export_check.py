@@ -18,7 +18,8 @@ from ldm.noise import Noise
 from ldm.schedules import Table
 from ldm.text.encoders import LabelEncoder
 from training.errors import CHECKPOINT, UserError
-from training.exchange.denoiser_text import save_text
+from training.exchange.export_limits import NULL_CLASS
+from training.exchange.text_export import save_text
 from training.guarding import read_record
 from training.messages import SAID, hush
 from training.models.assembly import HashedPipeline, load_pipeline
@@ -131,7 +132,7 @@ def _whole(diffusers: Any, folder: Path, name: str) -> Any:
 def _text(theirs: Any, pipeline: HashedPipeline, cond: Cond) -> tuple[dict[str, Any], float]:
     """How their pipeline tells its network of the captions, and how far that is from `cond`."""
     if isinstance(pipeline.text, LabelEncoder):
-        labels = [theirs.labels.get(caption, 1000) for caption in captions(pipeline)]
+        labels = [theirs.labels.get(caption, NULL_CLASS) for caption in captions(pipeline)]
         return {"class_labels": torch.tensor(labels)}, 0.0
     length, given = cond.context.shape[1], captions(pipeline)
     if "Alpha" in type(theirs).__name__ or "Sigma" in type(theirs).__name__:

@@ -10,22 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, UserError
-from training.exchange import autoencoders as exchange
+from training.exchange import autoencoders
 from training.exchange.denoiser_sources import Asked, Donor, no_autoencoder, read_class, read_folder, usual_process
-from training.exchange.donor_weights import PART
+from training.exchange.diffusers_weights import PART
 from training.exchange.layout import Network, Settings, Tensors, foreign
-from training.exchange.scheduler_layouts import Process
+from training.exchange.scheduler_import import Process, rule_of
 from training.ledger import Ledger
 from training.tensors import check_weights, load_tensors
 
 UNET, TEXT, OPENCLIP = "model.diffusion_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
-TIME = {"time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
-        "label_emb.0.0.": "class_embedding.linear_1.", "label_emb.0.2.": "class_embedding.linear_2.",
-        "out.0.": "conv_norm_out.", "out.2.": "conv_out.", "input_blocks.0.0.": "conv_in."}  # fmt: skip
+OUTSIDE = {"time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
+           "label_emb.0.0.": "class_embedding.linear_1.", "label_emb.0.2.": "class_embedding.linear_2.",
+           "out.0.": "conv_norm_out.", "out.2.": "conv_out.", "input_blocks.0.0.": "conv_in."}  # fmt: skip
 RESNET = {"in_layers.0.": "norm1.", "in_layers.2.": "conv1.", "emb_layers.1.": "time_emb_proj.",
           "out_layers.0.": "norm2.", "out_layers.3.": "conv2.", "skip_connection.": "conv_shortcut."}  # fmt: skip
 MIDDLE = {"0.": "resnets.0.", "1.": "attentions.0.", "2.": "resnets.1."}
@@ -51,7 +50,7 @@ def read_file(path: Path, asked: Asked, ledger: Ledger) -> Donor:
     tensors = load_tensors(path)
     if f"{UNET}input_blocks.0.0.weight" not in tensors:
         if (path.parent / "config.json").is_file():
-            return read_folder(path.parent, asked, ledger)
+            return read_folder(path.parent, asked, ledger, path)
         hint = "expected tensors model.diffusion_model.*, or a config.json of diffusers beside it"
         raise UserError(f"{path} holds no denoiser of Stable Diffusion's", hint=hint, code=CHECKPOINT)
     if odd := sorted(key for key in tensors if not key.startswith(PASSED_OVER)):
@@ -68,7 +67,7 @@ def read_file(path: Path, asked: Asked, ledger: Ledger) -> Donor:
         ledger.add("replaced", "the text encoder, which the file lacks", asked.text_encoder)
     if not asked.autoencoder and not any(key.startswith("first_stage_model.") for key in tensors):
         raise no_autoencoder(path)
-    inner = asked.autoencoder or exchange.read_tensors(path, tensors)
+    inner = asked.autoencoder or autoencoders.read_tensors(path, tensors)
     text = {"kind": "huggingface", "length": 77, "masked": False, "pooling": "auto" if network.pooled_dim else "none"}
     return Donor(network=network, process=_process(tensors, network, asked, ledger), autoencoder=inner, text=text,
                  encoder=asked.text_encoder, text_tensors=own or None)  # fmt: skip
@@ -106,7 +105,7 @@ def _places(ldm: Mapping[str, Tensor]) -> dict[str, str]:
         places[f"output_blocks.{n}.{sampler}."] = f"up_blocks.{up}.upsamplers.0."
         if sampler != 1:
             places[f"output_blocks.{n}.1."] = f"up_blocks.{up}.attentions.{j}."
-    return places | {f"middle_block.{old}": f"mid_block.{new}" for old, new in MIDDLE.items()} | TIME
+    return places | {f"middle_block.{old}": f"mid_block.{new}" for old, new in MIDDLE.items()} | OUTSIDE
 
 
 def _count(ldm: Mapping[str, Tensor], blocks: str) -> int:
@@ -176,20 +175,12 @@ def _heads(widths: list[int], linear: bool, asked: Asked, ledger: Ledger) -> Any
 
 
 def _process(tensors: Mapping[str, Tensor], network: Network, asked: Asked, ledger: Ledger) -> Process:
-    """On the file's own table, where it stores one that is linear in beta or in its root; else on the usual one."""
+    """On the file's own table where it stores one, else on the usual one. Raises UserError for one by no known rule."""
     own = None if asked.prediction == "velocity" else tensors.get("alphas_cumprod")
-    return usual_process(network, asked.prediction, ledger, None if own is None else _table(own.double()))
-
-
-def _table(table: Tensor) -> Settings:
-    """[schedule] of a table of alpha_bar. Raises UserError for one by another rule."""
-    betas = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
-    ends = [round(float(beta), 8) for beta in (betas[0], betas[-1])]
-    for kind, root in (("ddpm-scaled-linear", 0.5), ("ddpm-linear", 1.0)):
-        rule = torch.linspace(ends[0] ** root, ends[1] ** root, len(table), dtype=torch.float64) ** (1 / root)
-        if torch.allclose((1 - rule).cumprod(0), table, rtol=1e-3, atol=1e-5):
-            return {"kind": kind, "steps": len(table), "beta_min": ends[0], "beta_max": ends[1]}
-    raise foreign("the table alphas_cumprod of the file", "tables linear in beta or in its root are read")
+    rule = None if own is None else rule_of(own.double())
+    if own is not None and rule is None:
+        raise foreign("the table alphas_cumprod of the file", "tables linear in beta or in its root are read")
+    return usual_process(network, asked.prediction, ledger, rule)
 
 
 def _text_tensors(tensors: Mapping[str, Tensor]) -> Tensors:

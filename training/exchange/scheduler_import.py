@@ -7,15 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ldm.schedules import Table
 from training.errors import CHECKPOINT, UserError
 from training.exchange.layout import foreign
 from training.ledger import Ledger
+from training.settings import decoding
 
 Settings = dict[str, Any]
 
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
+# prediction_type -> ours, on a table and on flow matching; the first is meant where none is said.
+PREDICTIONS = ({"epsilon": "eps", "v_prediction": "v", "sample": "x0"},
+               {"flow_prediction": "velocity", "sample": "x0"})  # fmt: skip
 TABLES = {"linear": "ddpm-linear", "scaled_linear": "ddpm-scaled-linear", "squaredcos_cap_v2": "ddpm-cosine",
           "sigmoid": "ddpm-sigmoid"}  # fmt: skip
+OWN_TABLE = "_schedule"  # [schedule] beside trained_betas, of our export; diffusers passes such names over
 SIGMA = {"variable": "sigma"}
 # Each class's sampler here, and its timestep_spacing where config.json states none.
 SAMPLERS: dict[str, tuple[Settings, str]] = {
@@ -63,19 +71,26 @@ def read_scheduler(about: Mapping[str, Any], ledger: Ledger, learned_variance: b
     if name not in SAMPLERS:
         ledger.add("replaced", "a scheduler that is not known here, by DDIM", name)
     return Process(
-        schedule={"kind": "flow"} if flow else _schedule(about),
+        schedule=_flow_schedule(about) if flow else _schedule(about),
         prediction={"kind": _prediction(about, flow)},
         sampler=_sampler(name, dict(sampler), about, learned_variance, ledger),
         grid=_flow_grid(about, ledger) if flow else _grid(name, about.get("timestep_spacing", spacing), about, ledger),
     )
 
 
+def _flow_schedule(about: Mapping[str, Any]) -> Settings:
+    """Raises UserError where the network is told another multiple of sigma: 1000 t is fixed here."""
+    if (steps := about.get("num_train_timesteps", 1000)) != 1000:
+        raise foreign(f"num_train_timesteps = {steps!r} on flow matching", "1000 is read")
+    return {"kind": "flow"}
+
+
 def _schedule(about: Mapping[str, Any]) -> Settings:
-    """The table. Raises UserError for one that is given entry by entry, or by a rule that is not known."""
-    if about.get("trained_betas"):
-        raise foreign("trained_betas", f"beta_schedule is read: {', '.join(TABLES)}")
+    """The table. Raises UserError for one by a rule that is not known."""
     if about.get("timestep_type") == "continuous":
         raise foreign("timestep_type = 'continuous'", "networks that are told the entry of a table are read")
+    if about.get("trained_betas"):
+        return _listed(about)
     rule = about.get("beta_schedule", "linear")
     if rule not in TABLES:
         raise foreign(f"beta_schedule = {rule!r}", f"{', '.join(TABLES)} are read")
@@ -86,14 +101,55 @@ def _schedule(about: Mapping[str, Any]) -> Settings:
     return table if rule == "squaredcos_cap_v2" else table | ends
 
 
+def _listed(about: Mapping[str, Any]) -> Settings:
+    """trained_betas by the rule that gives them: what our export says beside them, or one of `rule_of`. Raises
+    UserError where there is none."""
+    hint = "tables by a beta_schedule are read, and those that our export wrote"
+    try:
+        alpha_bar = (1 - torch.tensor(about["trained_betas"], dtype=torch.float64)).cumprod(0)
+    except (TypeError, ValueError, RuntimeError):
+        raise foreign("trained_betas that are not a list of numbers", hint) from None
+    if (steps := about.get("num_train_timesteps", 1000)) != len(alpha_bar):
+        raise foreign(f"trained_betas of {len(alpha_bar)} entries where num_train_timesteps is {steps!r}", hint)
+    own, zero = about.get(OWN_TABLE), bool(about.get("rescale_betas_zero_snr"))
+    if isinstance(own, dict) and not zero and _gives(own, alpha_bar):
+        return own
+    if rule := rule_of(alpha_bar):
+        return rule | {"zero_terminal_snr": zero}
+    raise foreign("the table trained_betas", hint)
+
+
+def _gives(own: Settings, alpha_bar: Tensor) -> bool:
+    """Whether a `[schedule]` is this table."""
+    try:  # any prediction that every table can have
+        table = decoding.decode("denoiser", {"schedule": own, "prediction": {"kind": "v"}}).schedule  # type: ignore[union-attr]
+    except UserError:
+        return False
+    if not isinstance(table, Table) or table.steps != len(alpha_bar):
+        return False
+    return torch.allclose(table.alpha_bar(), alpha_bar, rtol=1e-6, atol=1e-9)
+
+
+def rule_of(alpha_bar: Tensor) -> Settings | None:
+    """[schedule] of a table of alpha_bar, float64, that is linear in beta or in its root; None of any other."""
+    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    ends = [round(float(beta), 8) for beta in (betas[0], betas[-1])]
+    for kind, root in (("ddpm-scaled-linear", 0.5), ("ddpm-linear", 1.0)):
+        rule = torch.linspace(ends[0] ** root, ends[1] ** root, len(betas), dtype=torch.float64) ** (1 / root)
+        if torch.allclose((1 - rule).cumprod(0), alpha_bar, rtol=1e-3, atol=1e-5):
+            return {"kind": kind, "steps": len(betas), "beta_min": ends[0], "beta_max": ends[1]}
+    return None
+
+
 def _prediction(about: Mapping[str, Any], flow: bool) -> str:
-    said = about.get("prediction_type", "flow_prediction" if flow else "epsilon")
-    if flow and str(about.get("_class_name")).startswith("FlowMatch"):
+    known = PREDICTIONS[flow]
+    said = about.get("prediction_type", next(iter(known)))
+    if str(about.get("_class_name")).startswith("FlowMatch"):
         said = "flow_prediction"
-    if said not in PREDICTIONS or flow != (said == "flow_prediction"):
+    if said not in known:
         where = "flow matching" if flow else "a table of betas"
-        raise foreign(f"prediction_type = {said!r} on {where}", f"{', '.join(PREDICTIONS)} are read")
-    return PREDICTIONS[said]
+        raise foreign(f"prediction_type = {said!r} on {where}", f"{', '.join(known)} are read")
+    return known[said]
 
 
 def _sampler(name: str, sampler: Settings, about: Mapping[str, Any], learned: bool, ledger: Ledger) -> Settings:
@@ -173,8 +229,8 @@ def need_prediction(said: str | None, process: Process, ledger: Ledger, source: 
     """The process with what `--prediction` says. Raises UserError where its schedule has no such prediction."""
     if said is None or said == process.prediction["kind"]:
         return process
-    if (said == "velocity") != (process.schedule["kind"] == "flow"):
-        hint = "leave --prediction out, or give velocity for flow matching and eps, v or x0 for a table of betas"
+    if said not in PREDICTIONS[process.schedule["kind"] == "flow"].values():
+        hint = "leave --prediction out, or give velocity or x0 for flow matching and eps, v or x0 for a table of betas"
         raise UserError(f"--prediction {said}: {source} is on schedule {process.schedule['kind']}", hint=hint,
                         code=CHECKPOINT)  # fmt: skip
     ledger.add("replaced", f"the prediction, by --prediction {said}", process.prediction["kind"])
