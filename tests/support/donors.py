@@ -126,3 +126,17 @@ def theirs(pipeline: Any, start: Tensor, scale: float = SCALE) -> tuple[Tensor, 
     with torch.no_grad():
         pictures = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     return latents, pipeline.image_processor.postprocess(pictures, output_type="pt")
+
+
+def frozen_encoder(folder: Path, seed: int) -> Path:
+    """A tiny T5 encoder, as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=8, **shape)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "red": 2, "circle": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return folder

@@ -118,9 +118,11 @@ class AdapterJob(DenoiserJob):
         stored, theirs = (text_encoders.stored_record(folder) for folder in (Path(self.args.latents), final))
         if change := difference(theirs, stored, ["hash"] if theirs else []):
             what = f"the base reads captions by text encoder {change.before}, the embeddings of these latents are of"
-            again = door("encode_latents --text-encoder BASE/final/text_encoder --autoencoder BASE --data PICTURES")
-            raise UserError(f"{what} {change.now}", hint=f"encode them again: {again} --output DIR", code=CHECKPOINT)
-        return self.args.text_encoder
+            with_its = "--text-encoder BASE/final/text_encoder --autoencoder BASE/final/autoencoder"
+            again = door(f"encode_latents {with_its} --data PICTURES --output DIR")
+            raise UserError(f"{what} {change.now}", hint=f"encode them again: {again}", code=CHECKPOINT)
+        given: str | None = self.args.text_encoder
+        return given
 
     def _same_autoencoder(self, base: Mapping[str, Any], ours: Mapping[str, str]) -> None:
         """Raises UserError where the latents are not those of the base."""

@@ -80,9 +80,12 @@ def check_steps(run: Run, step: int) -> None:
             f"the learning rate at step {step} is {now:.3g}, where it was {was:.3g} for {run.before.train.max_steps} "
             f"steps: optimizer.decay {run.config.optimizer.decay} is laid over train.max_steps"
         )
-        weights = f"--init-from {shlex.quote(str(run.folder))} --lr RATE --output NEW"
-        way = f". To learn on from these weights at a rate of your own: {weights}"
-        warn(jump + way * (not learned_upon(run.config)))
+        if learned_upon(run.config):
+            warn(jump)
+        else:
+            own = shlex.quote(str(run.folder))
+            warn(f"{jump}. To learn on from these weights at a rate of your own: "
+                 f"--init-from {own} --lr RATE --output NEW")
 
 
 def environment(config: Any, accelerator: Accelerator) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_seeds_and_epochs_differ() -> None:
 def test_too_few_samples() -> None:
     with pytest.raises(UserError, match=r"7 samples, fewer than one global batch \(8\)") as caught:
         DataOrder(7, 8, 0)
-    assert caught.value.code == 3
+    assert caught.value.code == 3 and caught.value.hint.startswith("--batch-size 7 at the most")
 
 
 @settings(deadline=None)

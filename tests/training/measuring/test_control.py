@@ -69,7 +69,8 @@ def test_overlap_of_a_hint_with_that_of_the_drawing() -> None:
     assert "no such hint can be made" in "\n".join(ledger.lines())
 
 
-def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencoder: Path, tmp_path: Path) -> None:
+def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencoder: Path, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     data, latents, run = (tmp_path / name for name in ("data", "latents", "run"))
     packing = ["pack", "shapes", "--samples", 40, "--val-fraction", 0.3]
     assert tiny.call("make_shards", *packing, "--hint", "edges", "--output", data) == 0
@@ -90,6 +91,10 @@ def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencode
         assert {"obedience", "centre_error", "extent_error"} <= numbers.keys()
     assert [numbers["adapters"] for numbers in answers] == [[["run", 1.0]], [["run", 0.0]]]
     assert answers[0]["protocol_hash"] == answers[1]["protocol_hash"]
+    unshown = tiny.refused("evaluate", "--model", denoiser, "--adapter", run, "--obedience", "shapes", *asked[-4:-2])
+    assert "only --hints shows it" in unshown.what
+    assert tiny.call("evaluate", *asked) == 0
+    assert "ignored 8: hints, which neither the model nor an adapter reads" in capsys.readouterr().err
     assert tiny.call("make_shards", *packing, "--output", tmp_path / "bare") == 0
     bare = ("--data", tmp_path / "bare", "--device", "cpu")
     assert "no hints beside the pictures" in tiny.refused("evaluate", "--model", denoiser, "--hints", *bare).what

@@ -31,8 +31,8 @@ OF_KIND = {  # what each kind is told besides its name
 }
 HINTED = ("controlnet", "t2i-adapter")
 UNET = "--backbone.kind unet --backbone.channels 8,16 --backbone.attention 0,1 --backbone.heads 2 --backbone.groups 4"
-BASE = ["--config", "smoke", *UNET.split(), "--backbone.blocks", "1", "--backbone.depth", "1", "--text.width", "16", "--text.depth", "1",
-        "--sample.steps", "2", *tiny.SHORT]  # fmt: skip
+UNET += " --backbone.blocks 1 --backbone.depth 1 --text.width 16 --text.depth 1 --sample.steps 2"
+BASE = ["--config", "smoke", *UNET.split(), *tiny.SHORT]
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_resume_upon_another_base_is_refused(trained: dict[str, Path], base: P
     tiny.shake(other / "final")
     problem = tiny.refused("train_denoiser", "--base", other, "--latents", hinted, "--output", run, *TRAINING,
                            "--adapter.rank", 2, "--resume", "auto", "--max-steps", 8)  # fmt: skip
-    assert "made with base denoiser" in problem.what
+    assert "made with base denoiser" in problem.what and "another with --output" in problem.hint
 
 
 def test_new_words_of_the_captions_are_learned_beside(base: Path, autoencoder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
+from donors import frozen_encoder
 from stopped import same, stop_at
 
 from training.drills.verify_resume import launch
@@ -217,20 +217,6 @@ def test_other_data(shapes: Path, latents: Path, tmp_path: Path, monkeypatch: py
     problem = tiny.refused("train_denoiser", *words, mended)
     assert problem.code == 4 and "made with hashes autoencoder" in problem.what
     assert tiny.call("train_denoiser", *words, latents) == 0
-
-
-def frozen_encoder(folder: Path, seed: int) -> Path:
-    """A tiny T5 encoder, as transformers saves it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    torch.manual_seed(seed)
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    T5EncoderModel(T5Config(vocab_size=8, **shape)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "red": 2, "circle": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
-    return folder
 
 
 def test_another_text_encoder(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
