@@ -121,7 +121,8 @@ class AdapterJob(DenoiserJob):
             with_its = "--text-encoder BASE/final/text_encoder --autoencoder BASE/final/autoencoder"
             again = door(f"encode_latents {with_its} --data PICTURES --output DIR")
             raise UserError(f"{what} {change.now}", hint=f"encode them again: {again}", code=CHECKPOINT)
-        return self.args.text_encoder
+        given: str | None = self.args.text_encoder
+        return given
 
     def _same_autoencoder(self, base: Mapping[str, Any], ours: Mapping[str, str]) -> None:
         """Raises UserError where the latents are not those of the base."""

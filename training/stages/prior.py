@@ -5,6 +5,7 @@ A run keeps in prior/ the moments of what was drawn, with their captions and has
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from autoencoder.images import to_uint8
 from autoencoder.posterior import LOGVAR_RANGE
+from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
 from training.data.latents import joined
 from training.data.samples import Batch
@@ -98,13 +100,14 @@ def keep_drawn(folder: Path, prior: Prior, pipeline: Pipeline, seed: int, *, emb
 
 @torch.no_grad()
 def _draw(pipeline: Pipeline, captions: list[str], seed: int) -> Tensor:
-    """Normalised latents (N, C, h, w), on the CPU."""
-    plan, shape, parts = pipeline.sampling, pipeline.latent_shape(pipeline.size), []
+    """Normalised latents (N, C, h, w), on the CPU; without guidance, so that the base is where their loss is least."""
+    plan = replace(pipeline.sampling, guidance=ClassifierFree(scale=1.0))
+    shape, parts = pipeline.latent_shape(pipeline.size), []
     with Progress("drawing prior pictures", len(captions)) as told:
         for first in range(0, len(captions), AT_ONCE):
             texts = captions[first : first + AT_ONCE]
             noise = Noise(torch.arange(first, first + len(texts), device=pipeline.device)).fold(seed, "prior")
-            parts.append(pipeline.latents(pipeline.guided(texts), noise, shape, plan).cpu())
+            parts.append(pipeline.latents(pipeline.guided(texts, plan=plan), noise, shape, plan).cpu())
             told.add(len(texts))
     return torch.cat(parts)
 

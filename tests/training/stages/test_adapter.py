@@ -31,8 +31,8 @@ OF_KIND = {  # what each kind is told besides its name
 }
 HINTED = ("controlnet", "t2i-adapter")
 UNET = "--backbone.kind unet --backbone.channels 8,16 --backbone.attention 0,1 --backbone.heads 2 --backbone.groups 4"
-BASE = ["--config", "smoke", *UNET.split(), "--backbone.blocks", "1", "--backbone.depth", "1", "--text.width", "16", "--text.depth", "1",
-        "--sample.steps", "2", *tiny.SHORT]  # fmt: skip
+UNET += " --backbone.blocks 1 --backbone.depth 1 --text.width 16 --text.depth 1 --sample.steps 2"
+BASE = ["--config", "smoke", *UNET.split(), *tiny.SHORT]
 
 
 @pytest.fixture(scope="module")
