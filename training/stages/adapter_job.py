@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.adapters import joined
+from ldm.adapters.controlled import ControlConfig
 from ldm.adapters.low_rank import plain_state
 from ldm.text import HuggingFace
 from training.commands import door
@@ -49,6 +50,9 @@ class AdapterJob(DenoiserJob):
             hint = "leave one of them out: --base learns an adapter upon a model, --init-from goes on with all of it"
             raise UserError("--base and --init-from are two ways to begin", hint=hint)
         refuse_new_words(self.args, self.config.text)
+        if isinstance(self.config.adapter, ControlConfig) and self.config.image.kind != "none":
+            what = f"a control reads a hint, and this base is itself shown an image (image.kind {self.config.image.kind})"
+            raise UserError(what, hint="give a base that is shown captions alone, or learn a --config lora upon it")
         self._take_size()
         super().settle()
         if self.args.new_words:

@@ -196,6 +196,16 @@ def test_what_is_no_adapter_and_what_is_no_base(trained: dict[str, Path], base: 
     assert tiny.call("train_denoiser", "--base", base, "--config", run, *dry) == 0
 
 
+def test_a_control_is_not_put_on_a_model_that_is_shown_an_image(hinted: Path, tmp_path: Path) -> None:
+    """Both would read the same extra; a low-rank adapter reads none."""
+    run, dry = tmp_path / "masked", ("--dry-run", "--batch-size", 8, "--device", "cpu", "--latents", hinted)
+    given = ("--latents", hinted, "--output", run, *BASE, "--image.kind", "masked", "--max-steps", 1)
+    assert tiny.call("train_denoiser", *given) == 0
+    problem = tiny.refused("train_denoiser", "--base", run, "--config", "controlnet", *dry)
+    assert "is itself shown an image (image.kind masked)" in problem.what
+    assert tiny.call("train_denoiser", "--base", run, "--config", "lora", *dry) == 0
+
+
 def test_words_that_are_none_are_named(base: Path, hinted: Path, tmp_path: Path) -> None:
     """More new words than the config has room for are left out by their frequency; a mark is no word."""
     given = ("--base", base, "--config", "lora", "--latents", hinted, "--dry-run", "--batch-size", 8, "--device", "cpu")
