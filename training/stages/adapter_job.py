@@ -51,7 +51,8 @@ class AdapterJob(DenoiserJob):
             raise UserError("--base and --init-from are two ways to begin", hint=hint)
         refuse_new_words(self.args, self.config.text)
         if isinstance(self.config.adapter, ControlConfig) and self.config.image.kind != "none":
-            what = f"a control reads a hint, and this base is itself shown an image (image.kind {self.config.image.kind})"
+            kind = self.config.image.kind
+            what = f"a control reads a hint, and this base is itself shown an image (image.kind {kind})"
             raise UserError(what, hint="give a base that is shown captions alone, or learn a --config lora upon it")
         self._take_size()
         super().settle()
