@@ -34,7 +34,7 @@ def train(work: Path) -> None:
     show(work / "pictures")
     door("make_shards", "pack", work / "pictures", "--output", work / "data", "--resolution", 32)
     door("encode_latents", "--autoencoder", "demo", "--data", work / "data", "--output", work / "latents")
-    given = ["--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents", "--lr", "2e-3"]
+    given = ["--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents", "--lr", "1e-3"]
     given += ["--adapter.targets", '["*.attentions.*", "*.resnets.*"]']  # a new outline is the convolutions' work, too
     for weight in (1, 0):
         prior = ("--prior.weight", weight, "--prior.captions", json.dumps(old(200, 2_000_000)))
