@@ -194,23 +194,26 @@ def test_a_preview_is_measured(autoencoder: Path, shapes: Path, tmp_path: Path, 
     assert "psnr" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("count", "split", "measured"), [(10, "val", True), (9, "val", False), (90, "train", False)])
-def test_what_evaluate_would_refuse_is_not_proposed(
-    count: int, split: str, measured: bool, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("count", "split", "image", "verbs"), [
+    (10, "val", "none", ["generate", "evaluate"]), (9, "val", "none", ["generate"]), (90, "train", "none", ["generate"]),
+    (10, "val", "low-res", ["evaluate"]), (10, "val", "masked", [])])  # fmt: skip
+def test_what_would_be_refused_is_not_proposed(
+    count: int, split: str, image: str, verbs: list[str], latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer held-out pictures than are compared, or none, so that training ones stand in for them; the prompt has
-    words that the model knows."""
+    """Fewer held-out pictures than are compared, or none, so that training ones stand in for them; drawings of a model
+    that is shown a picture. The prompt has words that the model knows."""
     captions = {"captions.side_effect": lambda place: ["a cat" if place else "a dog"]}
     held_out = {"__len__.return_value": count, "shards.split": split, **captions}
     monkeypatch.setattr("training.stages.denoiser_job.noted_pictures", lambda folder: "data")
     job = object.__new__(DenoiserJob)
-    job.args, job.config = Namespace(latents=latents, device="cpu", text_encoder=None), SimpleNamespace(text=None)
+    job.args = Namespace(latents=latents, device="cpu", text_encoder=None)
+    job.config = SimpleNamespace(text=None, image=SimpleNamespace(kind=image))  # type: ignore[assignment]
     job.dataset, job.held_out = Latents(ShardSet(latents)), MagicMock(**held_out)
     keep_vocabulary(WordTokenizer.build(["a cat"], 8, 100).to_json(), tmp_path / "run" / "final")
-    drawing, *others = map(shlex.split, job.next_steps(tmp_path / "run"))
-    assert value(drawing, "--prompt") == "a cat"
-    verbs = [drawing[1], *(words[1] for words in others)]
-    assert [Path(verb).stem for verb in verbs] == ["generate", "evaluate"][: 1 + measured]
+    commands = [shlex.split(command) for command in job.next_steps(tmp_path / "run")]
+    assert [Path(words[1]).stem for words in commands] == verbs
+    assert all(value(words, "--prompt") == "a cat" for words in commands if "--prompt" in words)
+    assert ("--upscale" in sum(commands, [])) == (image == "low-res")
 
 
 def test_a_finished_run_needs_no_next_step(

@@ -156,14 +156,16 @@ class DenoiserJob(Job):
 
     def next_steps(self, run: Path) -> list[str]:
         """To draw, with a held-out caption of known words as prompt (of labels, a trained one), and to measure on
-        enough."""
+        enough; of a model that is shown pictures what needs none but those of the data."""
         args, summary = self.args, self.dataset.shards.summary
         shown = self.dataset if isinstance(self.config.text, Label) else self.held_out
         captions = (caption for place in range(len(shown)) for caption in shown.captions(place)[:1])
         also = again({"device": args.device, "text-encoder": args.text_encoder})
         words = ["--model", run, *prompt(captions, known_words(run / "final")), "--output", beside(run, "pictures")]
         words += ["--hint", run / "final" / HINT] if self.config.image.kind == "hint" else []
-        commands = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
-        if self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
-            commands.append(door("evaluate", "--model", run, "--data", data, *also))
+        measures, kind = {"none": [], "hint": ["--hints"], "low-res": ["--upscale"]}, self.config.image.kind
+        drawn = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
+        commands = drawn if kind in ("none", "hint") else []
+        if kind in measures and self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
+            commands.append(door("evaluate", "--model", run, "--data", data, *measures[kind], *also))
         return commands
