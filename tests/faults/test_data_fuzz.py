@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from training.drawing import replay
+from training.drawing.flags import add_flags
 from training.drawing.prompts import prompts
 from training.drawing.requests import ask, parse_also, parse_size
 from training.errors import UserError
@@ -32,6 +33,7 @@ from training.packing.sources import Sample
 from training.pictures import grids
 from training.pictures.decoding import encode_png, load_image
 from training.settings import decoding
+from training.settings.flags import Parser
 from training.shards.captions import clean_captions, decode_text
 from training.shards.index import write_index
 from training.shards.offset_index import open_index
@@ -289,9 +291,11 @@ HASHES = {"autoencoder": "a" * 64, "denoiser": "b" * 64, "text_encoder": "c" * 6
 FACTS = {"prompt": "a circle", "negative_prompt": "", "seed": 3, "settings": {}, "size": [32, 32], "hashes": HASHES,
          "also": [["a square", 0.5]], "invert": None, "tile": 0, "batch": 1, "precision": "no",
          "image": {"sha256": "d", "strength": 0.5, "start_time": None, "windows": 0}, "inpaint": None,
-         "outpaint": None, "style": None, "restore": None,
+         "outpaint": None, "style": None, "restore": None, "adapters": [["run", 0.5]],
          "coupling": {"prompt": "a square", "settings": {"kind": "masactrl"}}, "versions": {"torch": "2"}}  # fmt: skip
 GIVEN = dict.fromkeys(("image", "mask", "invert", "style", "measurement"), "picture.png")
+add_flags(parser := Parser())
+PLAIN = vars(parser.parse_args(["--model", "model", "--output", "output"]))
 
 
 def told(image: Image.Image, path: Path, facts: Any) -> None:
@@ -303,7 +307,7 @@ def told(image: Image.Image, path: Path, facts: Any) -> None:
 
 def recalled(path: Path) -> None:
     """What `generate --like` takes from a picture, each part where it goes; refusals have one of three codes."""
-    args = Namespace(like=str(path), num_images=1, **GIVEN, **dict.fromkeys(replay.TAKEN))
+    args = Namespace(**PLAIN | dict.fromkeys(replay.TAKEN) | GIVEN | {"like": str(path), "adapter": ["run"]})
     try:
         original = replay.recall(args)
         assert [request.prompt for request in ask(prompts(args, Ledger()), 1, args.seed)] == args.prompt

@@ -121,7 +121,8 @@ def test_every_verb_is_listed_with_a_line(words: tuple[str, ...], tmp_path: Path
     rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()[4:]]
     assert done.returncode == 0 and not done.stderr
     assert [name.replace("-", "_") for name, _ in rows] == DOORS
-    assert ["train-denoiser", "Stage two: train a denoiser on encoded latents."] in rows
+    stage_two = "Stage two: train a denoiser on encoded latents; or, with --base, an adapter upon a trained one."
+    assert ["train-denoiser", stage_two] in rows
     assert all(text[0].isupper() and text.endswith(".") for _, text in rows)
 
 

@@ -191,9 +191,9 @@ def test_new_words_get_rows_after_those_of_the_donor(
 
 def test_a_frozen_text_encoder_takes_no_new_words() -> None:
     for given, config in ((True, Scratch()), (False, HuggingFace())):
-        refuse_new_words(Namespace(new_words=given, init_from="RUN"), config)
+        refuse_new_words(Namespace(new_words=given, init_from="RUN", base=None), config)
     with pytest.raises(UserError, match="--new-words: a frozen text encoder learns no words") as refused:
-        refuse_new_words(Namespace(new_words=True, init_from="RUN"), HuggingFace())
+        refuse_new_words(Namespace(new_words=True, init_from="RUN", base=None), HuggingFace())
     assert refused.value.code == 2 and refused.value.hint.startswith("leave --new-words out")
 
 

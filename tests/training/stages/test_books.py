@@ -142,7 +142,8 @@ def test_captions_of_which_no_word_is_known_are_refused(
     words = ("--latents", own, "--output", tmp_path / "run", *tiny.DENOISER, "--init-from", denoiser)
     problem = tiny.refused("train_denoiser", *words)
     assert problem.code == 3 and "no caption has a word that the text encoder knows" in problem.what
-    assert "'krasny krug'" in problem.what and "leave --init-from out" in problem.hint
+    assert "'krasny krug'" in problem.what and "give --new-words" in problem.hint
+    assert tiny.call("train_denoiser", *words, "--new-words", "--max-steps", 1, "--resume", "auto") == 0
     assert tiny.call("train_denoiser", *words[:2], "--output", tmp_path / "fresh", *tiny.DENOISER) == 0
 
 

@@ -158,7 +158,7 @@ def test_validation_by_hand(make: Make, tmp_path: Path) -> None:
     assert numbers == pytest.approx({"loss": sum(wanted.values()) / 5, **wanted}, rel=1e-5)
     captions = list(dict.fromkeys(stage.held_out.captions(i)[0] for i in range(len(stage.held_out))))
     shown = [captions[i % len(captions)] for i in range(SHOWN)]
-    assert asked == [(shown, {"seeds": 0, "batch_size": SHOWN})]
+    assert asked == [(shown, {"seeds": 0, "extras": {}, "batch_size": SHOWN})]
     grid = np.asarray(grids.grid(images, 8, captions=shown))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)
 
