@@ -52,8 +52,11 @@ class Cond(NamedTuple):
                     {name: change(extra) for name, extra in self.extras.items()}, self.share)
 
     def select(self, index: slice | Tensor) -> Cond:
-        """The samples at `index`."""
-        return self.map(lambda part: part[index])
+        """The samples at `index`: a slice, their numbers or a mask."""
+        if isinstance(index, slice) or index.dtype == torch.bool:
+            return self.map(lambda part: part[index])
+        # Its gradient is summed in order; that of part[index] in any, by several threads: other bits in every run.
+        return self.map(lambda part: part.index_select(0, index))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
         """Moved to `device`; `dtype` applies to the floating-point parts."""
