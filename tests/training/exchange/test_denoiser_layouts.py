@@ -8,6 +8,7 @@ from typing import Any
 import peers
 import pytest
 import torch
+from donors import network as peer
 from torch import Tensor, nn
 
 from ldm.backbones import DiT, UNet
@@ -42,19 +43,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dit": ("DiTTransformer2DModel", DIT),
     "dit, one variance": ("DiTTransformer2DModel", DIT | {"out_channels": None, "patch_size": 4}),
 }  # fmt: skip
-
-
-def peer(name: str, settings: dict[str, Any]) -> Any:
-    """A network of diffusers' whose every weight counts: none is zero, and none at its initial size."""
-    torch.manual_seed(0)
-    network = getattr(diffusers, name)(**settings).eval()
-    for key, parameter in network.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if key.endswith("weight") and parameter.ndim == 1 else 0.0, std=0.1)
-    if name.startswith("DiT"):  # one embedder, as all that were published have
-        first = network.transformer_blocks[0].norm1.emb.state_dict()
-        for block in network.transformer_blocks:
-            block.norm1.emb.load_state_dict(first)
-    return network
 
 
 def about(network: Any) -> dict[str, Any]:
