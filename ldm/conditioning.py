@@ -56,7 +56,8 @@ class Cond(NamedTuple):
         if isinstance(index, slice) or index.dtype == torch.bool:
             return self.map(lambda part: part[index])
         # Its gradient is summed in order; that of part[index] in any, by several threads: other bits in every run.
-        return self.map(lambda part: part.index_select(0, index))
+        places = index.to(self.context.device)
+        return self.map(lambda part: part.index_select(0, places))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
         """Moved to `device`; `dtype` applies to the floating-point parts."""
