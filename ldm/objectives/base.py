@@ -55,6 +55,11 @@ class Objective(ABC):
         """What a batch costs at the times and with the noise drawn for it."""
 
     @abstractmethod
+    def answered(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Draw]:
+        """Latents and a draw that are as noisy as these, and whose target is this network's answer to them: what a
+        network loses on them is its distance to the answer. Raises ValueError where its variance is learned."""
+
+    @abstractmethod
     def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
         """The unweighted error at given times (B,) and noise, (B,) float32: what validation by noise level reads."""
 

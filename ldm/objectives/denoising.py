@@ -65,19 +65,31 @@ class Denoising(Objective):
             loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (schedule.steps / 1000)
         return Losses(match(draw.factor, loss) * loss, loss)
 
+    def answered(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Draw]:
+        if self.diffusion.learned_variance:
+            raise ValueError("a learned variance is that of data around the answer: the answer alone teaches none")
+        x_t, answer = self._asked(backbone, x0, cond, draw.t, draw.eps)
+        ends = self.diffusion.recover(x_t, answer[0] if isinstance(answer, Weighed) else answer, draw.t)
+        return ends.x0, draw._replace(eps=ends.eps)
+
     def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
         return self._compared(backbone, x0, cond, t, eps)[0]
 
     def _compared(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,
                   eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """The error, the prediction and its expected loss where there is one, and x_t."""
-        x_t = self.diffusion.perturb(x0, eps, t)
-        inputs, level = self.diffusion.condition(x_t, t)
-        answer = backbone(inputs, per_sample(level, x_t), cond)
+        x_t, answer = self._asked(backbone, x0, cond, t, eps)
         y, log_var = answer if isinstance(answer, Weighed) else (answer, None)
         told = y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y
         error = told.float() - self.diffusion.target(x0, eps, t).float()
         return error.square().flatten(1).mean(1), y, log_var, x_t
+
+    def _asked(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,
+               eps: Tensor) -> tuple[Tensor, Tensor | Weighed]:
+        """x_t, and what the network says of it."""
+        x_t = self.diffusion.perturb(x0, eps, t)
+        inputs, level = self.diffusion.condition(x_t, t)
+        return x_t, backbone(inputs, per_sample(level, x_t), cond)
 
 
 @dataclass(frozen=True, kw_only=True)

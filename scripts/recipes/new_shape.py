@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bars import NEW, check, old, show
+from bars import FIVE, NEW, check, old, show
 
 from training.models.assembly import load_pipeline
 from training.settings.flags import Parser, run_main
+
+WEIGHTS = 20, 0  # of the prior pictures
 
 
 def obeyed(model: str, captions: list[str]) -> Any:
@@ -34,9 +36,9 @@ def train(work: Path) -> None:
     show(work / "pictures")
     door("make_shards", "pack", work / "pictures", "--output", work / "data", "--resolution", 32)
     door("encode_latents", "--autoencoder", "demo", "--data", work / "data", "--output", work / "latents")
-    given = ["--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents", "--lr", "1e-3"]
-    given += ["--adapter.targets", '["*.attentions.*", "*.resnets.*"]']  # a new outline is the convolutions' work, too
-    for weight in (1, 0):
+    given = ["--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents"]
+    given += ["--batch-size", len(FIVE), "--adapter.text", '["*"]']  # which learns: the word is read by its layers, too
+    for weight in WEIGHTS:
         prior = ("--prior.weight", weight, "--prior.captions", json.dumps(old(200, 2_000_000)))
         door("train_denoiser", *given, *prior, "--output", work / f"weight-{weight}")
 
@@ -50,7 +52,7 @@ def main() -> None:
         train(work)
     before = obeyed("demo", captions := old(args.count, 1_000_000))
     print(f"demo: {before.mean():.1%} of {args.count} old captions")
-    for weight in (1, 0):
+    for weight in WEIGHTS:
         run = str(work / f"weight-{weight}")
         new, change = obeyed(run, NEW).mean(), obeyed(run, captions) - before
         mean, spread = 100 * change.mean(), 196 * change.std() / len(change) ** 0.5

@@ -189,3 +189,38 @@ def test_denoising_score_matching_is_least_at_the_true_score(t: float) -> None:
 def test_nonsense_is_refused(make: object) -> None:
     with pytest.raises(ValueError):
         make()  # type: ignore[operator]
+
+
+@each
+def test_what_is_lost_on_an_answer_is_the_distance_to_it(schedule: NoiseSchedule) -> None:
+    """With every prediction: weight(t) ||mine - theirs||^2 at the same noisy latents, and for who answered nothing."""
+    noise = Noise.from_seeds(list(range(5)))
+    x0 = noise.normal((2, 4, 4), "x0", dtype=F64)
+    seen: list[Tensor] = []
+
+    def theirs(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        seen.append(x)
+        return torch.sin(3 * x) + 1
+
+    def mine(x: Tensor, level: Tensor, cond: Cond) -> Tensor:
+        seen.append(x)
+        return torch.cos(x)
+
+    for diffusion in processes(schedule):
+        loss = objective(diffusion, weighting.P2())
+        draw = loss.draw(x0, noise)._replace(t=torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=F64))
+        seen.clear()
+        latents, told = loss.answered(theirs, x0, NOTHING, draw)
+        assert loss.losses(theirs, latents, NOTHING, told).total.max() < 1e-9
+        lost = loss.losses(mine, latents, NOTHING, told).total
+        torch.testing.assert_close(seen[2], seen[0], rtol=1e-9, atol=1e-9)
+        error = (torch.sin(3 * seen[0]) + 1 - torch.cos(seen[0])).square().flatten(1).mean(1)
+        torch.testing.assert_close(lost, (loss.weighting(diffusion, draw.t) * error).float(), rtol=1e-5, atol=1e-8)
+        assert torch.equal(told.t, draw.t) and torch.equal(told.factor, draw.factor)
+
+
+def test_an_answer_teaches_no_variance() -> None:
+    loss = objective(Diffusion(schedule=DDPMLinear(), prediction=Eps(), learned_variance=True))
+    draw = loss.draw(x0 := torch.zeros(1, 1, 2, 2), Noise.from_seeds([0]))
+    with pytest.raises(ValueError, match="a learned variance is that of data around the answer"):
+        loss.answered(lambda x, level, cond: torch.cat([x, x], 1), x0, NOTHING, draw)

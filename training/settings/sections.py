@@ -169,12 +169,17 @@ class Conditioning:
 @dataclass(frozen=True, kw_only=True)
 class Prior:
     """Prior preservation (DreamBooth, Ruiz et al. 2023, 2208.12242): `count` pictures of the class, which the base
-    draws once of `captions`, in turn, are trained on beside those given; their mean loss counts `weight` times."""
+    draws once of `captions`, in turn, are trained on beside those given; their mean loss counts `weight` times.
+
+    `target` "answers": not the pictures are predicted of them, but what the base predicts, noise level by noise level
+    (learning without forgetting, Li & Hoiem 2016, 1606.09282). Nothing is lost on it before something is learned.
+    """
 
     weight: float = 0.0  # 0: none are drawn
     count: int = 200
     captions: str | tuple[str, ...] = ()  # one, or several
     dropout: float = 0.1  # of their captions: what guidance moves away from is held, too
+    target: Literal["pictures", "answers"] = "pictures"
 
     def __post_init__(self) -> None:
         positive("", count=self.count)

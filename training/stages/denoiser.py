@@ -105,7 +105,8 @@ class DenoiserStage(Stage):
         self.tally.note(batch)
         parts = [self.drawn(batch, step)]
         if self.prior:
-            parts.append(self.drawn(self.prior.batch(batch.slots), step, "prior"))
+            beside = self.drawn(self.prior.batch(batch.slots), step, "prior")
+            parts.append(self.answered(beside) if self.config.prior.target == "answers" else beside)
         latents, cond, draw = together(parts)
         with self.accelerator.autocast():
             # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
@@ -113,7 +114,8 @@ class DenoiserStage(Stage):
             own, *prior = (part.mean() for part in losses.total.chunk(len(parts)))
             loss = own + self.config.prior.weight * prior[0] if prior else own
         if self.seen is not None:
-            self.losses.append((draw.t, losses.seen.detach()))
+            own_ones = slice(len(batch.slots))
+            self.losses.append((draw.t[own_ones], losses.seen.detach()[own_ones]))
         self.accelerator.backward(loss * share)
         return {"loss": loss.detach(), **({"loss_prior": prior[0].detach()} if prior else {})}
 
@@ -140,6 +142,15 @@ class DenoiserStage(Stage):
             # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
         return Sampled(latents, cond, draw)
+
+    def answered(self, sampled: Sampled) -> Sampled:
+        """As noisy, and their targets what the base answers without the adapter."""
+        assert self.adapter is not None
+        self.adapter.strength = 0.0
+        with torch.no_grad(), self.accelerator.autocast():
+            latents, draw = self.objective.answered(self.network, *sampled)
+        self.adapter.strength = 1.0
+        return Sampled(latents, sampled.cond, draw)
 
     def look_at_pairs(self, cond: Cond | Sequence[str] | None, batch: int) -> None:
         """Say once where the pairing of noise with data has no choice."""

@@ -66,6 +66,12 @@ def refuse_prior(config: DenoiserConfig, args: Any, extras: list[str]) -> None:
     if not (getattr(args, "base", None) or args.init_from):
         raise UserError("prior.weight is above 0, but there is no base that could draw the prior pictures",
                         hint="give it with --base RUN, or with --init-from RUN to train all of it; or --prior.weight 0")
+    if prior.target == "answers" and not getattr(args, "base", None):
+        raise UserError("prior.target is answers, those of the base, and what --init-from trains is the base itself",
+                        hint="learn an adapter upon it with --base RUN --config lora, or give --prior.target pictures")
+    if prior.target == "answers" and config.backbone.learned_variance:
+        raise UserError("prior.target is answers, which teach no variance, and this base has a learned one",
+                        hint="give --prior.target pictures")
     if extras or config.image.kind != "none":
         what = f"prior pictures have no {next(iter(extras), 'image')}, which the denoiser is shown besides its captions"
         raise UserError(what, hint="give --prior.weight 0")

@@ -18,11 +18,13 @@ from denoiser_steps import gradients, make  # noqa: F401
 from stopped import same, stop_at
 from torch import Tensor
 
+from ldm.adapters.low_rank import LoRA
 from training.data.order import Slot
 from training.errors import UserError
 from training.models.assembly import load_pipeline
 from training.settings.decoding import load
 from training.settings.sections import Prior
+from training.stages.captioned import Adapted
 from training.stages.prior import Drawn, keep_drawn, load_drawn, refuse_prior
 from training.tensors import load_tensors, save_tensors
 
@@ -67,6 +69,58 @@ def test_loss_and_gradient_are_the_sum_of_both(make: Make) -> None:  # noqa: F81
     torch.testing.assert_close(both["loss_prior"], loss.detach(), rtol=0, atol=1e-6)
     torch.testing.assert_close(taken(stage), own + 0.3 * theirs, rtol=0, atol=1e-6)
     assert theirs.norm() > 1e-3
+
+
+def stir(module: torch.nn.Module) -> None:
+    """Add noise to all weights."""
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=noise))
+
+
+@pytest.fixture
+def adapted(make: Make) -> Any:  # noqa: F811
+    """A stage whose adapter has learned something, held to what its base answers."""
+    stage, _ = make(prior__weight="0.3", prior__target="answers")
+    stir(stage.network.backbone)  # whose output layers are zero at the start
+    adapter = LoRA(rank=2, targets=("*",), text=("*",)).build(stage.network.backbone.requires_grad_(False), stage.text)
+    adapter.attach(stage.network.backbone, stage.text.requires_grad_(False))
+    stage.adapter, stage.forward = adapter, Adapted(adapter, stage.network)
+    stage.network, stage.prior = stage.forward, drawn(stage)
+    return stage
+
+
+def test_held_to_the_answers_of_the_base(adapted: Any) -> None:
+    """Nothing at the start, and then the distance of both answers to the same noisy latents; the rest as without."""
+    slots = list(range(24, 32))
+    assert passed(adapted, slots)["loss_prior"] < 1e-10
+    assert taken(adapted).norm() > 1e-3
+    stir(adapted.adapter)
+    latents, cond, draw = adapted.drawn(adapted.prior.batch(torch.tensor(slots)), 3, "prior")
+    x_t = adapted.objective.diffusion.perturb(latents, draw.eps, draw.t)
+    level = adapted.objective.diffusion.condition(x_t, draw.t)[1].float()
+    with torch.no_grad():
+        mine = adapted.network(x_t, level, cond)
+        adapted.adapter.strength = 0.0
+        theirs = adapted.network(x_t, level, cond)
+    adapted.adapter.strength = 1.0
+    expected = (mine - theirs).square().mean()
+    found = passed(adapted, slots)
+    torch.testing.assert_close(found["loss_prior"], expected, rtol=1e-4, atol=0)
+    held = taken(adapted)
+    prior, adapted.prior = adapted.prior, None
+    own = passed(adapted, slots)["loss"]
+    torch.testing.assert_close(found["loss"], own + 0.3 * expected, rtol=1e-5, atol=0)
+    assert expected > 1e-3 and not torch.allclose(held, taken(adapted), atol=1e-4)
+    assert adapted.adapter.strength == 1 and prior
+
+
+def test_times_lie_where_the_losses_of_the_pictures_given_do(make: Make) -> None:  # noqa: F811
+    stage, loop = make(prior__weight="1", times__kind="loss-aware")
+    stage.prior = drawn(stage)
+    passed(stage, list(range(8)))
+    assert [len(part) for part in stage.losses[-1]] == [8, 8]
 
 
 def test_prior_samples_have_noise_and_dropout_of_their_own(make: Make) -> None:  # noqa: F811
@@ -164,6 +218,16 @@ def test_what_is_shown_besides_captions_is_refused() -> None:
         refuse_prior(config, Namespace(init_from="run"), ["image"])
 
 
+def test_answers_teach_no_variance() -> None:
+    given = {"prior.weight": "1", "prior.captions": "a dog", "prior.target": "answers", "schedule.kind": "ddpm-linear",
+             "prediction.kind": "eps", "backbone.learned_variance": "true"}
+    config: Any = load("denoiser", "smoke", given)
+    with pytest.raises(UserError, match="this base has a learned one") as refused:
+        refuse_prior(config, Namespace(base="run", init_from=None), [])
+    refuse_prior(load("denoiser", "smoke", given | {"prior.target": "pictures"}), Namespace(base="run"), [])  # type: ignore[arg-type]
+    assert "--prior.target pictures" in str(refused.value.hint)
+
+
 def test_a_stopped_run_goes_on_with_the_same_pictures(
     straight: Path, latents: Path, denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +274,11 @@ def test_other_pictures_are_refused(
     assert refused.value.code == 4
 
 
+ANSWERS = [*PRIOR, "--prior.target", "answers"]
+
+
 @pytest.mark.parametrize(("words", "said"), [
+    (ANSWERS, "what --init-from trains is the base itself"),
     (["--prior.weight", "1"], "prior.captions is empty"),
     (["--prior.weight", "-1"], "weight: must be >= 0"),
     (["--prior.weight", "1", "--prior.captions", "a dog", "--prior.count", "0"], "count: must be > 0"),
