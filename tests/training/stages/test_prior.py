@@ -117,7 +117,7 @@ def test_held_to_the_answers_of_the_base(adapted: Any) -> None:
 
 
 def test_times_lie_where_the_losses_of_the_pictures_given_do(make: Make) -> None:  # noqa: F811
-    stage, loop = make(prior__weight="1", times__kind="loss-aware")
+    stage, _ = make(prior__weight="1", times__kind="loss-aware")
     stage.prior = drawn(stage)
     passed(stage, list(range(8)))
     assert [len(part) for part in stage.losses[-1]] == [8, 8]
