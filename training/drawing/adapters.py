@@ -43,7 +43,22 @@ def recall(args: argparse.Namespace, path: Path, told: Any) -> None:
         names = ", ".join(name for name, _ in told or []) or "none"
         what = f"{path} was drawn with {len(told or [])} adapters ({names}), {len(args.adapter)} are given"
         raise UserError(what, hint="give the same ones in the same order with --adapter", code=CHECKPOINT)
-    args.adapter = [f"{run}:{weight}" for (run, _), (_, weight) in zip(chosen(args), told or [], strict=True)]
+    args.adapter = reweighed("--adapter", args.adapter, [weight for _, weight in told or []])
+
+
+def reweighed(flag: str, given: list[str], weights: list[float]) -> list[str]:
+    """The runs that a flag gives, with the weights that a picture tells. Raises UserError where the flag says another.
+    """
+    from training.models.adapters import parse_chosen
+
+    words = list[str]()
+    for text, weight in zip(given, weights, strict=True):
+        run, own = parse_chosen(flag, text)
+        if text != run and own != weight:
+            what = f"--like takes the weight from its picture, which says {weight}: {flag} {text} says {own}"
+            raise UserError(what, hint=f"leave the weight out: {flag} {run}")
+        words.append(f"{run}:{weight}")
+    return words
 
 
 def sound(told: Any) -> bool:

@@ -270,10 +270,9 @@ def recall(args: argparse.Namespace, path: Path, told: Any) -> None:
         names = ", ".join(name for name, _ in told["hints"])
         what = f"{path} was drawn by hints {'made of pictures' if told['made'] else 'in files'} ({names})"
         raise UserError(what, hint=f"give them in the same order with --{flag.replace('_', '-')}", code=DATA)
-    from training.models.adapters import parse_chosen
+    from training.drawing import adapters
 
-    given = [parse_chosen("--control", text).run for text in args.control]
-    args.control = [f"{run}:{weight}" for run, (_, weight) in zip(given, runs, strict=True)]
+    args.control = adapters.reweighed("--control", args.control, [weight for _, weight in runs])
     args.control_interval = told["interval"] if told["interval"] != [0.0, 1.0] else None
 
 

@@ -101,6 +101,8 @@ def read_folder(folder: Path, asked: Asked, ledger: Ledger, file: Path | None = 
     donor: dict[str, Any] = {"network": network, "process": process, "steps": steps, "guidance": guidance,
              "autoencoder": _autoencoder(folder, asked)}  # fmt: skip
     if network.labels is not None:
+        if asked.text_encoder:
+            ledger.add("ignored", "the text encoder, since this network is told classes", asked.text_encoder)
         classes = _classes(index, len(network.labels) - 1, ledger)
         text = {"kind": "label", "width": network.labels.shape[1], "max_classes": max(len(classes), 10_000)}
         return Donor(**donor, text=text, classes=classes)

@@ -31,7 +31,8 @@ def folder_weights(home: Path) -> dict[str, Tensor]:
         return load_tensors(found[0]) if files else _sharded(indices[0])
     if found:
         reason = f"{home} holds no {WEIGHTS} but {' and '.join(path.name for path in found)}"
-        raise UserError(reason, hint=f"say which one: import {found[0]}", code=CHECKPOINT)
+        hint = f"leave one of them in the folder, and move {' and '.join(path.name for path in found[1:])} elsewhere"
+        raise UserError(reason, hint=hint, code=CHECKPOINT)
     if pickled := next((p.name for p in sorted(home.iterdir()) if p.suffix in PICKLES), None):
         reason = f"{home} holds {pickled}, a pickle, which is not read"
         raise UserError(reason, hint="where you trust it, save it with safe_serialization=True", code=CHECKPOINT)

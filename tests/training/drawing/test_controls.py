@@ -137,6 +137,9 @@ def test_a_picture_can_be_drawn_again_by_its_hint_alone(control: Path, hint: Pat
     assert "drawn with 1 controls (run), 0 are given" in refused(tmp_path / "x", *like).what
     assert "--hint" in refused(tmp_path / "x", *like, "--control", control).hint
     assert "leave out --control-scale" in refused(tmp_path / "x", *like, *both, "--control-scale", 1).what
+    weighed = refused(tmp_path / "x", *like, "--control", f"{control}:0.5", "--hint", hint)
+    assert "its picture, which says 0.7: --control" in weighed.what and f"--control {control}" in weighed.hint
+    draw(tmp_path / "same", *like, "--control", f"{control}:0.7", "--hint", hint)
     other = tmp_path / "other.png"
     Image.open(hint).rotate(180).transpose(Image.Transpose.FLIP_LEFT_RIGHT).point(lambda v: v // 2).save(other)
     problem = refused(tmp_path / "x", *like, "--control", control, "--hint", other)

@@ -342,7 +342,9 @@ def test_what_of_files_is_missing_is_told(saved: Path, tmp_path: Path) -> None:
     shutil.copyfile(given["file"], tmp_path / "forms" / "bare" / "other.safetensors")
     what, hint = refused(given["bare"])
     assert "my_vae.safetensors and other.safetensors" in what
-    convert("import", Path(hint.removeprefix("say which one: import ")), tmp_path / "chosen")
+    assert hint == "leave one of them in the folder, and move other.safetensors elsewhere"
+    (tmp_path / "forms" / "bare" / "other.safetensors").unlink()
+    convert("import", given["bare"], tmp_path / "chosen")
     given["shard"].rename(tmp_path / "gone")
     assert given["shard"].name in refused(given["sharded"])[0]
     (tmp_path / "gone").rename(given["shard"])

@@ -277,6 +277,8 @@ def test_a_picture_says_with_what_it_was_drawn(trained: dict[str, Path], base: P
     assert facts["adapters"] == [["run", 0.5]] and "adapter-1" in facts["hashes"]
     assert tiny.call("generate", *how, "--adapter", run, "--like", picture) == 0
     assert f"the same pixels as {picture}" in capsys.readouterr().err
+    weighed = tiny.refused("generate", *how, "--overwrite", "--adapter", f"{run}:0.8", "--like", picture)
+    assert "which says 0.5" in weighed.what and weighed.hint == f"leave the weight out: --adapter {run}"
     none = tiny.refused("generate", *how, "--overwrite", "--like", picture)
     assert "was drawn with 1 adapters (run), 0 are given" in none.what and "--adapter" in none.hint
     other = tiny.refused("generate", *how, "--overwrite", "--adapter", trained["dora"], "--like", picture)
