@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ldm.checks import Checked
 from ldm.conditioning import Cond, Share
-from ldm.denoiser import Conditional, Denoiser
+from ldm.denoiser import Around, Denoiser
 from ldm.diffusion import Denoised
 from ldm.guiding import place
-from ldm.schedules import NoiseSchedule
 from ldm.text import TextEncoder
 from ldm.text.tokenizer import split
 
@@ -97,7 +96,7 @@ class Style(KeysAndValues):
 
 
 @dataclass(frozen=True)
-class Coupled(Conditional):
+class Coupled(Around):
     """A network's denoiser on pairs: samples 0, 2, 4, ... are sources, each followed by its target.
 
     Where nothing is shared it is the denoiser, bit for bit. Raises ValueError, when it is built, for what has no such
@@ -113,14 +112,6 @@ class Coupled(Conditional):
             lacks = " and ".join(words[name] for name in sorted(missing, reverse=True))
             raise ValueError(f"{self.coupling.kind} needs a backbone with {lacks}, which this one does not have: "
                              'take a `unet`, or a `dit` with text = "cross"')
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.denoiser.schedule
-
-    @property
-    def learned_variance(self) -> bool:
-        return self.denoiser.learned_variance
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
         if len(x) % 2:

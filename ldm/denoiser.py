@@ -33,8 +33,7 @@ class Denoise(Protocol):
 class Conditional(Protocol):
     """Both ends of x_t under a condition: a network's own `Denoiser`, or anything that wraps one.
 
-    A class that derives from it has `bind`, and answers no learned variance unless it says so: one that wraps a
-    denoiser hands that property on.
+    A class that derives from it has `bind`, and answers no learned variance unless it says so.
     """
 
     @property
@@ -50,6 +49,21 @@ class Conditional(Protocol):
     def bind(self, cond: Cond) -> Denoise:
         """This denoiser with its condition closed over, ready for a sampler."""
         return Bound(self.schedule, lambda x, t: self(x, t, cond))
+
+
+class Around(Conditional):
+    """What stands around another conditional denoiser, its field `denoiser`: on the same schedule, with its variance.
+    """
+
+    denoiser: Conditional
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.denoiser.learned_variance
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.checks import Checked
 from ldm.conditioning import Cond
-from ldm.denoiser import Bound, Conditional, Denoise
+from ldm.denoiser import Around, Bound, Conditional, Denoise
 from ldm.diffusion import Denoised
 from ldm.schedules import Level, NoiseSchedule
 
@@ -43,21 +43,13 @@ class Guidance(Checked, ABC):
 
 
 @dataclass(frozen=True)
-class Guided(Conditional):
+class Guided(Around):
     """A denoiser under a guidance whose condition is still open, for another guidance or a mask to wrap."""
 
     guidance: Guidance
     denoiser: Conditional
     null: Cond | None = None
     helpers: Helpers = ALONE
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.denoiser.schedule
-
-    @property
-    def learned_variance(self) -> bool:
-        return self.denoiser.learned_variance
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
         return self.guidance(self.denoiser, cond, self.null, self.helpers)(x, t)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
-from ldm.denoiser import Conditional
+from ldm.denoiser import Around, Conditional
 from ldm.diffusion import Denoised
 from ldm.guiding import together
 from ldm.image_conditions.base import Extras, ImageCondition, need_stored
 from ldm.noise import Noise
-from ldm.schedules import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Source(ImageCondition):
 
 
 @dataclass(frozen=True, repr=False)
-class ImageGuided(Conditional):
+class ImageGuided(Around):
     """D'(x, c) = D(x, c) + (scale - 1) (D(x, image) - D(x, nothing)), both without words, for guidance around it.
 
     Under classifier-free guidance by s_T that is InstructPix2Pix's D(nothing) + scale (D(image) - D(nothing)) +
@@ -61,14 +60,6 @@ class ImageGuided(Conditional):
     denoiser: Conditional
     null: Cond
     scale: float = 1.5
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.denoiser.schedule
-
-    @property
-    def learned_variance(self) -> bool:
-        return self.denoiser.learned_variance
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
         if self.scale == 1:
