@@ -15,8 +15,6 @@ from bars import FIVE, NEW, check, old, show
 from training.models.assembly import load_pipeline
 from training.settings.flags import Parser, run_main
 
-WEIGHTS = 20, 0  # of the prior pictures
-
 
 def obeyed(model: str, captions: list[str]) -> Any:
     """Of each caption, whether `model`'s picture of it, drawn by its number in ten steps, is one of it: 1 or 0."""
@@ -38,9 +36,9 @@ def train(work: Path) -> None:
     door("encode_latents", "--autoencoder", "demo", "--data", work / "data", "--output", work / "latents")
     given = ["--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents"]
     given += ["--batch-size", len(FIVE), "--adapter.text", '["*"]']  # which learns: the word is read by its layers, too
-    for weight in WEIGHTS:
-        prior = ("--prior.weight", weight, "--prior.captions", json.dumps(old(200, 2_000_000)))
-        door("train_denoiser", *given, *prior, "--output", work / f"weight-{weight}")
+    given += ["--prior.captions", json.dumps(old(200, 2_000_000))]
+    for weight in (20, 0):
+        door("train_denoiser", *given, "--prior.weight", weight, "--output", work / f"weight-{weight}")
 
 
 def main() -> None:
@@ -52,7 +50,7 @@ def main() -> None:
         train(work)
     before = obeyed("demo", captions := old(args.count, 1_000_000))
     print(f"demo: {before.mean():.1%} of {args.count} old captions")
-    for weight in WEIGHTS:
+    for weight in (20, 0):
         run = str(work / f"weight-{weight}")
         new, change = obeyed(run, NEW).mean(), obeyed(run, captions) - before
         mean, spread = 100 * change.mean(), 196 * change.std() / len(change) ** 0.5
