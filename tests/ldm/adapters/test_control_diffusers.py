@@ -121,3 +121,13 @@ def test_the_hint_network_ends_at_the_size_of_the_latents(factor: int, patch: in
     network = HintNetwork(3, 24, factor, patch)
     assert network(torch.rand(1, 3, 4 * factor, 6 * factor)).shape == (1, 24, 4 // (patch or 1), 6 // (patch or 1))
     assert not network(torch.rand(1, 3, 2 * factor, 2 * factor)).any()
+
+
+@pytest.mark.parametrize(("factor", "least"), [(1, 0.12), (4, 0.03), (8, 0.012)])
+def test_a_hint_does_not_fade_in_its_network(factor: int, least: float) -> None:
+    """How far features differ from place to place, before the layer that is 0: the outline of a square, of 1."""
+    torch.manual_seed(0)
+    network, hint, side = HintNetwork(1, 24, factor), torch.zeros(1, 1, 32, 32), slice(8, 24)
+    hint[..., 8, side] = hint[..., 23, side] = hint[..., side, 8] = hint[..., side, 23] = 1
+    network.conv_out = nn.Identity()
+    assert network(hint).std(dim=(2, 3)).pow(2).mean().sqrt() > least
