@@ -81,7 +81,8 @@ class DenoiserJob(Job):
             added = init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
             if added:
                 announce(accelerator, f"input widened by {added} channels for the image, zero at first")
-            tell_unknown(parts.text, self.dataset, args.init_from)
+            hint = "raise text.max_words, which leaves no room" if args.new_words else "--new-words adds rows for them"
+            tell_unknown(parts.text, self.dataset, args.init_from, hint)
         refuse_unread(parts.text, self.dataset)
         self.trained.prior_home = prior_home(config.prior, final)
         self.refuse_without_image()

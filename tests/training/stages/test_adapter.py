@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from packs import retold
 from PIL import Image
 
 from ldm.adapters import ADAPTERS
@@ -53,13 +54,13 @@ def base(unshaken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hinted(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Latents of shapes with their edges, as of `latents`."""
+    """Latents of shapes with their edges, as of `latents`, and a word in their captions that the base does not know."""
     root = tmp_path_factory.mktemp("hinted")
     words = "pack shapes --samples 96 --val-fraction 0.2 --samples-per-shard 40 --hint edges"
     assert tiny.call("make_shards", *words.split(), "--output", root / "shapes") == 0
     given = ("--autoencoder", autoencoder, "--data", root / "shapes", "--output", root / "latents", "--device", "cpu")
     assert tiny.call("encode_latents", *given) == 0
-    return root / "latents"
+    return retold(root / "latents", root / "told", lambda caption: f"blicket, {caption}")
 
 
 def train(kind: str, base: Path, latents: Path, run: Path, *words: object) -> int:
@@ -207,11 +208,12 @@ def test_a_control_is_not_put_on_a_model_that_is_shown_an_image(hinted: Path, tm
 
 
 def test_words_that_are_none_are_named(base: Path, hinted: Path, tmp_path: Path) -> None:
-    """More new words than the config has room for are left out by their frequency; a mark is no word."""
+    """Those of the captions are found by --new-words, beside one that is named or not."""
     given = ("--base", base, "--config", "lora", "--latents", hinted, "--dry-run", "--batch-size", 8, "--device", "cpu")
     problem = tiny.refused("train_denoiser", *given, "--adapter.words", "two words")
     assert "words" in problem.what
     assert tiny.call("train_denoiser", *given, "--adapter.words", "blicket", "--new-words") == 0
+    assert tiny.call("train_denoiser", *given, "--new-words") == 0
 
 
 def test_the_command_that_is_proposed_draws(trained: dict[str, Path], base: Path, hinted: Path, tmp_path: Path,

@@ -15,6 +15,7 @@ import ranks
 import tiny
 import torch
 from denoiser_steps import gradients, make  # noqa: F401
+from packs import retold
 from stopped import same, stop_at
 from torch import Tensor
 
@@ -185,7 +186,8 @@ def test_what_is_drawn_is_kept_with_its_hash(straight: Path) -> None:
 def test_the_base_draws_them_alone_and_stays_as_it_is(latents: Path, denoiser: Path, tmp_path: Path) -> None:
     """Bit for bit as without an adapter, also of captions with the word that it is to learn."""
     before = {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
-    words = ("--base", denoiser, "--latents", latents, "--config", "lora", "--output", tmp_path / "run", *tiny.SHORT)
+    told = retold(latents, tmp_path / "latents", lambda caption: f"{caption} blicket")
+    words = ("--base", denoiser, "--latents", told, "--config", "lora", "--output", tmp_path / "run", *tiny.SHORT)
     new = ("--adapter.words", '["blicket"]', "--prior.captions", "a blicket circle at the top")
     assert tiny.call("train_denoiser", *words, *PRIOR, *new) == 0
     assert before == {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
