@@ -36,7 +36,7 @@ from training.runs.ingredients import difference
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.job import parameters
-from training.stages.prior import prior_home
+from training.stages.prior import prior_home, tell_captions
 from training.tensors import content_hash
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class AdapterJob(DenoiserJob):
         with as_user_error("see the keys of [adapter] with --print-config"):
             self.adapter = joined.build(config.adapter, parts.backbone, parts.text).to(accelerator.device)
         self.frozen = {"denoiser": parts.backbone, "text_encoder": parts.text}
+        of_prior = tell_captions(config.prior, parts.text)  # which it draws without the words to come
         backbone, text = self.adapter.attach(parts.backbone, parts.text)
         self._look_at_words(text)
         pipeline = assembly.draw_with(config, parts.autoencoder, backbone, text, parts.hashes)
@@ -130,6 +131,7 @@ class AdapterJob(DenoiserJob):
         norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
         self.trained = DenoiserStage(config, backbone, text, norm, *data, pipeline, parts.null, self.adapter)
         self.trained.prior_home = prior_home(config.prior, final)
+        self.trained.tally.counted.merge(of_prior.report())
         return self.trained
 
     def _look_at_words(self, text: TextEncoder) -> None:

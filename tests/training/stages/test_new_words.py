@@ -132,3 +132,22 @@ def test_textual_inversion_without_words_says_how_they_are_named(told: Path, lat
     assert "--new-words finds none in the captions" in what and "write the new word into the captions" in hint
     dry = ("--base", denoiser, "--latents", told, *INVERSION, *SHORT, "--dry-run")
     assert tiny.call("train_denoiser", *dry, "--new-words") == 0
+
+
+PRIOR = ("--prior.weight", 1, "--prior.count", 2, "--dry-run")
+
+
+@pytest.mark.parametrize("how", ["--base", "--init-from"])
+def test_what_the_base_does_not_know_of_prior_captions_is_told(how: str, told: Path, denoiser: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the words that an adapter is to learn: it draws them as it is."""
+    kind = [*LORA, "--adapter.words", "blicket", *SHORT] if how == "--base" else [*tiny.DENOISER]
+    words = (how, denoiser, "--latents", told, *kind, *PRIOR, "--prior.captions")
+    for caption, said in (
+        ("a zebra blicket", "note: words of 'a zebra blicket' that the model does not know: zebra, blicket"),
+        ("zebra", "warning: the model knows no word of 'zebra' (zebra)"), ("a red circle", ""),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert tiny.call("train_denoiser", *words, caption) == 0
+        heard = capsys.readouterr().err
+        assert said in heard and ("zebra" in heard) == bool(said)

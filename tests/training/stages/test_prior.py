@@ -20,13 +20,14 @@ from stopped import same, stop_at
 from torch import Tensor
 
 from ldm.adapters.low_rank import LoRA
+from ldm.text import Label
 from training.data.order import Slot
 from training.errors import UserError
 from training.models.assembly import load_pipeline
 from training.settings.decoding import load
 from training.settings.sections import Prior
 from training.stages.captioned import Adapted
-from training.stages.prior import Drawn, keep_drawn, load_drawn, refuse_prior
+from training.stages.prior import Drawn, keep_drawn, load_drawn, refuse_prior, tell_captions
 from training.tensors import load_tensors, save_tensors
 
 TEXTS = ["a red circle at the top", "a blue square in the centre", "a pink cross at the left"]
@@ -158,6 +159,14 @@ def test_captions_are_drawn_in_turn() -> None:
     assert Prior().texts == Prior(captions="").texts == []
 
 
+def test_captions_that_labels_are_not_are_refused_before_anything_is_drawn() -> None:
+    text = Label(width=4).build(json.dumps({"classes": ["dog", "cat"]}))
+    for prior in (Prior(captions="cow"), Prior(weight=1, captions="cat")):
+        assert not tell_captions(prior, text).report()
+    with pytest.raises(UserError, match="'cow' is not one of the 2 captions trained on"):
+        tell_captions(Prior(weight=1, captions=("dog", "cow")), text)
+
+
 def train(latents: Path, base: Path, run: Path, *words: object) -> int:
     given = ("--latents", latents, "--init-from", base, "--output", run)
     return tiny.call("train_denoiser", *given, *tiny.DENOISER, *words)
@@ -191,11 +200,28 @@ def test_the_base_draws_them_alone_and_stays_as_it_is(latents: Path, denoiser: P
     new = ("--adapter.words", '["blicket"]', "--prior.captions", "a blicket circle at the top")
     assert tiny.call("train_denoiser", *words, *PRIOR, *new) == 0
     assert before == {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
+    replaced = json.loads((tmp_path / "run" / "run.json").read_text())["ledger"]["replaced"]
+    assert [entry["first"] for entry in replaced.values()] == [["blicket"]]  # of the prior captions alone
     pipeline = load_pipeline(denoiser, "cpu")
     pipeline = dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, steps=2))
     prior = Prior(weight=1.0, count=5, captions=new[-1])
     keep_drawn(tmp_path / "alone", prior, pipeline, 0, embedded=False, begun=False)
     assert load_drawn(tmp_path / "alone").hash == load_drawn(tmp_path / "run" / "prior").hash
+
+
+def test_other_seeds_draw_other_pictures(denoiser: Path, tmp_path: Path) -> None:
+    """And the same seed the same ones; no picture of one seed is one of another."""
+    pipeline = load_pipeline(denoiser, "cpu")
+    pipeline = dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, steps=2))
+    drawn = []
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        keep_drawn(tmp_path / name, Prior(weight=1.0, count=3, captions=TEXTS[0]), pipeline, seed, embedded=False,
+                   begun=False)  # fmt: skip
+        drawn.append(load_drawn(tmp_path / name).moments)
+    assert torch.equal(drawn[0], drawn[1])
+    assert len({tuple(row.flatten().tolist()) for row in torch.cat([drawn[0], drawn[2]])}) == 6
+
+
 
 
 @pytest.mark.timeout(600)
