@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import ranks
 import tiny
 import torch
 from packs import retold
@@ -126,6 +127,17 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(kind: str, trained: dic
     assert tiny.last_checkpoint(tmp_path / "run") == tiny.last_checkpoint(trained[kind])
     for name in ("model.safetensors", "config.json", "base.json"):
         assert (tmp_path / "run" / "final" / name).read_bytes() == (trained[kind] / "final" / name).read_bytes()
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_a_control_as_one(trained: dict[str, Path], base: Path, hinted: Path,
+                                              tmp_path: Path) -> None:
+    words = ("--base", base, "--latents", hinted, *TRAINING, "--adapter.kind", "controlnet")
+    codes = ranks.start(2, tmp_path, "train_denoiser", *words, "--output", tmp_path / "run")
+    assert codes == [0, 0], ranks.said(tmp_path)
+    for ours, theirs in zip(tiny.rows(tmp_path / "run"), tiny.rows(trained["controlnet"]), strict=True):
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)
+    ranks.same_weights(tmp_path / "run", trained["controlnet"])
 
 
 def test_only_the_adapter_is_trained_averaged_and_saved(trained: dict[str, Path]) -> None:

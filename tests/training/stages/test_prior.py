@@ -32,6 +32,7 @@ from training.tensors import load_tensors, save_tensors
 
 TEXTS = ["a red circle at the top", "a blue square in the centre", "a pink cross at the left"]
 PRIOR = ["--prior.weight", "0.5", "--prior.count", "5", "--prior.captions", json.dumps(TEXTS), "--sample.steps", "2"]
+ANSWERS = [*PRIOR, "--prior.target", "answers"]
 Make = Callable[..., tuple[Any, Any]]
 
 
@@ -222,6 +223,22 @@ def test_other_seeds_draw_other_pictures(denoiser: Path, tmp_path: Path) -> None
     assert len({tuple(row.flatten().tolist()) for row in torch.cat([drawn[0], drawn[2]])}) == 6
 
 
+@pytest.mark.timeout(600)
+def test_two_processes_train_an_adapter_as_one(latents: Path, denoiser: Path, tmp_path: Path) -> None:
+    """DoRA with another rate for B and a new word, held to the answers of its base."""
+    base = Path(shutil.copytree(denoiser, tmp_path / "base"))
+    tiny.shake(base / "final")
+    told = retold(latents, tmp_path / "latents", lambda caption: f"{caption} blicket")
+    words = ["--base", base, "--latents", told, "--config", "dora", *tiny.SHORT, *ANSWERS, "--train.ema", "0.5"]
+    words += ["--adapter.ratio", "16", "--adapter.words", "blicket"]
+    assert tiny.call("train_denoiser", *words, "--output", tmp_path / "one") == 0
+    codes = ranks.start(2, tmp_path, "train_denoiser", *words, "--output", tmp_path / "two")
+    assert codes == [0, 0], ranks.said(tmp_path)
+    assert load_drawn(tmp_path / "one" / "prior").hash == load_drawn(tmp_path / "two" / "prior").hash
+    for ours, theirs in zip(tiny.rows(tmp_path / "one"), tiny.rows(tmp_path / "two"), strict=True):
+        for name in ("loss", "loss_prior"):
+            assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-5, abs=1e-9)
+    ranks.same_weights(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.timeout(600)
@@ -300,9 +317,6 @@ def test_other_pictures_are_refused(
     with pytest.raises(UserError, match=said) as refused:
         train(latents, denoiser, run, *PRIOR, "--max-steps", "8", "--resume", "auto")
     assert refused.value.code == 4
-
-
-ANSWERS = [*PRIOR, "--prior.target", "answers"]
 
 
 @pytest.mark.parametrize(("words", "said"), [
