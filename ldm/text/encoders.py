@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 from ldm.backbones.attention import FeedForward, SelfAttention, zero
 from ldm.checks import Checked
 from ldm.conditioning import Cond
-from ldm.text.tokenizer import RULE, WordTokenizer
+from ldm.text.tokenizer import RULE, WordTokenizer, is_word
 
 
 class Reading(NamedTuple):
@@ -217,7 +217,7 @@ class ScratchTextEncoder(TextEncoder):
         most, found = self.tokenizer.length - 2, []
         for caption in captions:
             words, unknown = self.tokenizer.words(caption), self.tokenizer.unknown(caption)
-            known = sum(map(str.isalnum, words)) - sum(map(str.isalnum, unknown))
+            known = sum(map(is_word, words)) - sum(map(is_word, unknown))
             found.append(Reading(len(words), min(len(words), most), unknown, known))
         return found
 

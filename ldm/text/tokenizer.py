@@ -39,6 +39,11 @@ def split(caption: str, rule: int = RULE) -> list[str]:
     return words.findall(normalize("NFKC", invisible.sub("", normalize("NFKC", caption).casefold())))
 
 
+def is_word(part: str) -> bool:
+    """Whether a part of a split caption is a word and no punctuation mark; vowel signs belong to words."""
+    return any(map(str.isalnum, part))
+
+
 @cache
 def _second() -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Rule 2: words, and the characters to drop first: formats (Cf) and the marks that select or join a glyph."""

@@ -28,6 +28,12 @@ def test_words_of_a_vocabulary() -> None:
     assert [reading.cut for reading in told] == [False, False]
 
 
+def test_vowel_signs_are_of_words() -> None:
+    config = Scratch(width=16, heads=2)
+    (read,) = config.build(config.vocabulary(["लाल किताब"])).readings(["हरी किताब"])
+    assert read == Reading(2, 2, ["हरी"], 1) and not read.blank
+
+
 @pytest.mark.parametrize("name", ["clip", "t5", "bert"])
 def test_tokens_of_a_frozen_encoder(name: str) -> None:
     model, tokenizer = models.MODELS[name]()

@@ -1,10 +1,13 @@
-"""Small folders and tars of captioned pictures, packed through the command line, and what came of them."""
+"""Small folders and tars of captioned pictures, packed through the command line, and what came of them; latents told
+anew."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from PIL import Image
 
 from training.doors.make_shards import main
 from training.errors import UserError
+from training.shards.index import write_index
 from training.shards.reading import ShardSet
+from training.shards.writing import ShardWriter
 
 SMALL = ("--resolution", "8", "--val-fraction", "0")
 
@@ -86,3 +91,19 @@ def refused(source: object, output: Path, *flags: str) -> UserError:
         main(words(source, output, flags))
     assert not (output / "index.json").exists()
     return caught.value
+
+
+def retold(latents: Path, folder: Path, caption: Callable[[str], str]) -> Path:
+    """The same latents, each of one caption, made of its first."""
+    shutil.copytree(latents / "autoencoder", folder / "autoencoder")
+    infos = []
+    for name in ("train", "val"):
+        source, writer = ShardSet(latents, name), ShardWriter(folder, name)
+        for i in range(len(source)):
+            fields = source.read(i)
+            notes = json.loads(fields["json"])
+            notes["captions"] = [caption(notes["captions"][0])]
+            writer.add(source.key(i), fields | {"json": json.dumps(notes).encode()})
+        infos += writer.finish()
+    write_index(folder, infos, source.summary, "latents")
+    return folder

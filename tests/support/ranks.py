@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from training.drills.verify_resume import launch
+from training.tensors import load_tensors
 
 
 def start(count: int, home: Path, *words: object, wrong: dict[int, str] | None = None, machines: int = 1) -> list[int]:
@@ -42,6 +43,14 @@ def start(count: int, home: Path, *words: object, wrong: dict[int, str] | None =
 def said(home: Path) -> str:
     """All that the processes said."""
     return "".join(path.read_text() for path in sorted(home.glob("rank-*.log")))
+
+
+def same_weights(one: Path, two: Path, bound: float = 1e-5) -> None:
+    """Of two finished runs: no weight differs by more."""
+    ours, theirs = (load_tensors(run / "final" / "model.safetensors") for run in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=bound)
 
 
 def nan_loss(step: int) -> None:

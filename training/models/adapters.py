@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.adapters import Adapter, joined
 from ldm.adapters.low_rank import merge
+from ldm.adapters.words import Words
 from ldm.denoiser import Denoiser
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.files import write_json
 from training.guarding import read_record
+from training.machine.launcher import first_process
+from training.messages import note
 from training.models.cards import BASE
 from training.models.folders import Found, fill, find, name_of, weights
 from training.runs.ingredients import difference
@@ -116,7 +119,8 @@ def at_work(pipeline: Pipeline, hashes: Mapping[str, str],
             chosen: Sequence[Chosen]) -> tuple[Denoiser, TextEncoder, dict[str, str]]:
     """Denoiser and text encoder of a pipeline with the adapters at work in them; the adapters' hashes, by `adapter-N`.
 
-    Those that read a hint read "image", then "image-2" and so on, in their order.
+    Those that read a hint read "image", then "image-2" and so on, in their order. Raises UserError where two have
+    learned the same word.
     """
     backbone: Any = pipeline.denoiser.backbone
     text, built, found_hashes = pipeline.text, list[Adapter](), dict[str, str]()
@@ -124,11 +128,26 @@ def at_work(pipeline: Pipeline, hashes: Mapping[str, str],
         adapter, found_hashes[f"adapter-{number}"] = load_adapter(run, backbone, text, hashes)
         adapter.strength = weight
         built.append(adapter.to(pipeline.device).eval().requires_grad_(False))
+        if isinstance(adapter, Words) and weight not in (0, 1) and first_process():
+            note(f"{run} is of new words alone, whose weight has no effect but 0: {weight:g} draws as 1 does")
+    refuse_same_word([run for run, _ in chosen], built)
     name_hints(built)
     for adapter in sorted(built, key=lambda adapter: bool(adapter.hint)):  # those in place before those around
         backbone, text = adapter.attach(backbone, text)
     merge(backbone, text)  # computed once: strengths are settled
     return Denoiser(backbone, pipeline.denoiser.diffusion), text, found_hashes
+
+
+def refuse_same_word(runs: Sequence[str | Path], adapters: Sequence[Adapter]) -> None:
+    """Raises UserError where two of the runs' adapters have learned the same word, of which only one row is read."""
+    learned = dict[str, str | Path]()
+    for run, adapter in zip(runs, adapters, strict=True):
+        own = [word for part in adapter.modules() if isinstance(part, Words) for word in part.words]
+        if again := [word for word in own if word in learned]:
+            what = f"{learned[again[0]]} and {run} have both learned the word {again[0]!r}"
+            hint = "give one of them; learned as another word, with --adapter.words, it is drawn beside the other"
+            raise UserError(what, hint=hint, code=CHECKPOINT)
+        learned |= dict.fromkeys(own, run)
 
 
 def name_hints(adapters: Sequence[Adapter]) -> None:

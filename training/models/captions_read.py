@@ -4,6 +4,7 @@ they are read, in the first epoch."""
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from ldm.text import TextEncoder
@@ -83,9 +84,9 @@ class CaptionTally:
                 self.noted.add("replaced", WITH_UNKNOWN, short(caption))
 
 
-def tell_unknown(text: TextEncoder, dataset: Latents, donor: str) -> None:
-    """Say which words of the captions a vocabulary that was taken over has not, and how many captions have them; of a
-    stream this is told as they are read."""
+def tell_unknown(text: TextEncoder, dataset: Latents, donor: str, hint: str) -> None:
+    """Say which words of the captions a vocabulary that was taken over has not, how many captions have them, and as
+    `hint` what adds them; of a stream this is told as they are read."""
     if not isinstance(text, ScratchTextEncoder) or not first_process():
         return
     counts, tokenizer = counted(dataset), text.tokenizer
@@ -101,7 +102,32 @@ def tell_unknown(text: TextEncoder, dataset: Latents, donor: str) -> None:
         names = [word for word, _ in Counter(word for words in unknown for word in sorted(words)).most_common()]
         of = "captions" if few is None else "different captions"
         warn(f"{donor} has no row for {len(names)} words of the captions ({few_of(names)}): {len(unknown)} {of} have "
-             "one, read as unknown; --new-words adds rows for them")
+             f"one, read as unknown; {hint}")
+
+
+def refuse_unheard(words: Sequence[str], text: TextEncoder, dataset: Latents) -> None:
+    """Say which of the words that are to be learned no caption has, so that nothing teaches them. Raises UserError
+    (code 3) where no caption has any; of a stream whose captions were not counted it cannot be known."""
+    if not words or not isinstance(text, ScratchTextEncoder):
+        return
+    counts, left = counted(dataset), dict.fromkeys(words)
+    same_rule = counts.get("rule", 1) == text.tokenizer.rule
+    heard: Iterable[Sequence[str]] = [counts["words"]] if same_rule and "words" in counts else []
+    if not (heard and counts["all_words"]):
+        if counts.get("captions") is None and isinstance(dataset.shards, StreamedShards):
+            return
+        heard = chain(heard, map(text.tokenizer.words, _distinct(dataset)))
+    for some in heard:
+        left = {word: None for word in left if word not in some}
+        if not left:
+            return
+    if len(left) == len(words):
+        what = f"no caption has a word that is to be learned ({few_of(words)})"
+        hint = "name words that the captions have with --adapter.words, or leave it out and give --new-words"
+        raise UserError(what, hint=hint, code=DATA)
+    if first_process():
+        names = few_of(list(left))
+        warn(f"no caption has {len(left)} of the {len(words)} words of adapter.words ({names}): nothing teaches them")
 
 
 def refuse_unread(text: TextEncoder, dataset: Latents) -> None:

@@ -38,6 +38,9 @@ def load_upon(base: decoding.DenoiserConfig, source: str, overrides: Mapping[str
         known = ", ".join(reading.names(FOLDER))
         hint = f"--base takes the configs {known}, or a file with an [adapter]"
         raise UserError(f"{where} has no [adapter]", hint=hint)
+    if config.weighting.kind == "learned":
+        what = "weighting.kind learned is learned beside a whole model, and the training of an adapter learns none"
+        raise UserError(what, hint="give --weighting.kind uniform")
     changed = [line for line in decoding.diff(decoding.to_values(base), decoding.to_values(config))
                if line.partition(".")[0] in FIXED]  # fmt: skip
     if changed:

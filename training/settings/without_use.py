@@ -32,6 +32,10 @@ def without_use(config: Any, given: Iterable[str], device: str = "cuda") -> list
         reasons |= dict.fromkeys(LEARNING, "an identity autoencoder learns nothing")
     if config.optimizer.decay == "constant":
         reasons["optimizer.final_lr"] = "optimizer.decay is constant"
+    if (prior := getattr(config, "prior", None)) and not prior.weight:
+        reasons |= {"prior": "prior.weight is 0", "prior.weight": ""}  # which may be given to say so
+    if (adapter := getattr(config, "adapter", None)) and not adapter.words:
+        reasons["adapter.kin"] = "adapter.words is empty"
     if not config.train.ema_lengths:
         reasons["train.ema_every"] = "train.ema_lengths is empty"
     if device == "cpu":

@@ -14,14 +14,16 @@ from torch import Tensor
 from ldm.adapters import joined
 from ldm.adapters.controlled import ControlConfig
 from ldm.adapters.low_rank import plain_state
-from ldm.text import HuggingFace
+from ldm.adapters.words import TextualInversion
+from ldm.text import HuggingFace, Scratch, TextEncoder
+from ldm.text.tokenizer import is_word
 from training.commands import door
 from training.errors import CHECKPOINT, UserError, as_user_error
 from training.machine.launcher import first_process
 from training.messages import note
 from training.models import assembly, text_encoders
 from training.models.adapters import OF_BASE, config_of_base, keep_base, refuse_adapter
-from training.models.captions_read import refuse_unread, tell_unknown
+from training.models.captions_read import few_of, refuse_unheard, refuse_unread, tell_unknown
 from training.models.cards import HINT
 from training.models.folders import find, name_of
 from training.models.hints import keep_hint
@@ -34,7 +36,7 @@ from training.runs.ingredients import difference
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.job import parameters
-from training.stages.prior import prior_home
+from training.stages.prior import prior_home, tell_captions
 from training.tensors import content_hash
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class AdapterJob(DenoiserJob):
         super().settle()
         if self.args.new_words:
             self._take_words()
+        self._refuse_no_words()
         shards = self.dataset.shards
         factor = shards.summary["latent"]["picture"][0] // self.dataset.shape[1]
         hints = 0 if shards.summary.get("image") else (shards.summary.get("hint") or {}).get("channels", 0)
@@ -75,13 +78,28 @@ class AdapterJob(DenoiserJob):
             self.config = dataclasses.replace(self.config, sample=dataclasses.replace(sample, size=size))
 
     def _take_words(self) -> None:
-        """The captions' words that the base does not know become words of the adapter."""
+        """The captions' words that the base does not know become words of the adapter; marks do not."""
         text, adapter = self.config.text, self.config.adapter
         with as_user_error("name the words with --adapter.words, and leave --new-words out"):
             words = text_encoders.stored_vocabulary(find(self.args.base, "denoiser").final)
-            new = added(words, grown(text, self.dataset, words)) or []
-            taken = (*adapter.words, *(word for word in new if word not in adapter.words and word.isalnum()))
-            self.config = dataclasses.replace(self.config, adapter=dataclasses.replace(adapter, words=taken))
+            unknown = added(words, grown(text, self.dataset, words)) or []
+            new = [word for word in unknown if word not in adapter.words and is_word(word)]
+            adapter = dataclasses.replace(adapter, words=(*adapter.words, *new))
+        self.config = dataclasses.replace(self.config, adapter=adapter)
+        if first_process():
+            note(f"--new-words: {len(new)} words of the captions are learned{': ' * bool(new)}{few_of(new)}")
+
+    def _refuse_no_words(self) -> None:
+        """Raises UserError where new words are all that is to be learned, and there are none."""
+        config, learns = self.config, isinstance(self.config.text, Scratch)  # of others it is told that they do not
+        if not learns or not isinstance(config.adapter, TextualInversion) or config.adapter.words:
+            return
+        what = "textual-inversion learns new words, and none is named"
+        hint = "name words of the captions with --adapter.words, or give --new-words: all that the base does not know"
+        if self.args.new_words:
+            what = "textual-inversion learns new words, and --new-words finds none in the captions"
+            hint = "write the new word into the captions and encode them again; --adapter.words names it as well"
+        raise UserError(what, hint=hint)
 
     def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
         """The base with a fresh adapter at work in it, in a stage that trains the adapter."""
@@ -105,15 +123,26 @@ class AdapterJob(DenoiserJob):
         with as_user_error("see the keys of [adapter] with --print-config"):
             self.adapter = joined.build(config.adapter, parts.backbone, parts.text).to(accelerator.device)
         self.frozen = {"denoiser": parts.backbone, "text_encoder": parts.text}
+        of_prior = tell_captions(config.prior, parts.text)  # which it draws without the words to come
         backbone, text = self.adapter.attach(parts.backbone, parts.text)
-        tell_unknown(text, self.dataset, args.base)
-        refuse_unread(text, self.dataset)
+        self._look_at_words(text)
         pipeline = assembly.draw_with(config, parts.autoencoder, backbone, text, parts.hashes)
         self.parts = dataclasses.replace(parts, backbone=backbone, text=text, pipeline=pipeline)
         norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
         self.trained = DenoiserStage(config, backbone, text, norm, *data, pipeline, parts.null, self.adapter)
         self.trained.prior_home = prior_home(config.prior, final)
+        self.trained.tally.counted.merge(of_prior.report())
         return self.trained
+
+    def _look_at_words(self, text: TextEncoder) -> None:
+        """Say which words of the captions are unknown all the same, and which new ones they lack; refuse where those
+        are all."""
+        hint = "--adapter.words learns those that it names"
+        if not self.args.new_words:
+            hint = f"--new-words learns those that are no marks, {hint}"
+        tell_unknown(text, self.dataset, self.args.base, hint)
+        refuse_unread(text, self.dataset)
+        refuse_unheard(self.config.adapter.words, text, self.dataset)
 
     def _text_encoder(self, final: Path) -> str | None:
         """What a frozen text encoder is loaded from: as given, else that of the base; nothing where its embeddings are

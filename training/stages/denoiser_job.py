@@ -28,7 +28,7 @@ from training.shards.reading import COMPARED, ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
 from training.stages.job import Job, parameters
-from training.stages.prior import keep_drawn, prior_home, refuse_prior
+from training.stages.prior import keep_drawn, prior_home, refuse_prior, tell_captions
 from training.stages.streams import stream_latents
 
 if TYPE_CHECKING:
@@ -81,8 +81,10 @@ class DenoiserJob(Job):
             added = init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
             if added:
                 announce(accelerator, f"input widened by {added} channels for the image, zero at first")
-            tell_unknown(parts.text, self.dataset, args.init_from)
+            hint = "raise text.max_words, which leaves no room" if args.new_words else "--new-words adds rows for them"
+            tell_unknown(parts.text, self.dataset, args.init_from, hint)
         refuse_unread(parts.text, self.dataset)
+        self.trained.tally.counted.merge(tell_captions(config.prior, parts.text).report())
         self.trained.prior_home = prior_home(config.prior, final)
         self.refuse_without_image()
         return self.trained

@@ -16,12 +16,16 @@ from autoencoder.images import to_uint8
 from autoencoder.posterior import LOGVAR_RANGE
 from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
+from ldm.text import TextEncoder
 from training.data.latents import joined
 from training.data.samples import Batch
+from training.drawing.prompts import tell_reading
 from training.encoding.shard import embeddings
 from training.errors import CHECKPOINT, UserError
 from training.files import write_json
 from training.guarding import make_folder, read_record
+from training.ledger import Ledger
+from training.machine.launcher import first_process
 from training.pictures import grids
 from training.progress import Progress
 from training.tensors import content_hash, load_tensors, save_tensors
@@ -75,6 +79,15 @@ def refuse_prior(config: DenoiserConfig, args: Any, extras: list[str]) -> None:
     if extras or config.image.kind != "none":
         what = f"prior pictures have no {next(iter(extras), 'image')}, which the denoiser is shown besides its captions"
         raise UserError(what, hint="give --prior.weight 0")
+
+
+def tell_captions(prior: Prior, text: TextEncoder) -> Ledger:
+    """Say what the base does not read of the captions that it is to draw, and write it down. Raises UserError where it
+    cannot take one at all, as labels cannot."""
+    ledger = Ledger()
+    if prior.weight and first_process():  # which draws, and has a text encoder
+        tell_reading(prior.texts, ledger, text)
+    return ledger
 
 
 def keep_drawn(folder: Path, prior: Prior, pipeline: Pipeline, seed: int, *, embedded: bool, begun: bool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from packs import retold
 from PIL import Image
 from torch import Tensor
 
@@ -26,30 +27,12 @@ from training.models.init_from import refuse_new_words
 from training.models.lineage import INGREDIENTS
 from training.models.text_encoders import vocabulary_hash
 from training.pictures import grids
-from training.shards.index import write_index
 from training.shards.reading import ShardSet
-from training.shards.writing import ShardWriter
 from training.tensors import content_hash, load_tensors, save_tensors
 
 LABEL = (
     '[backbone]\nkind = "dit"\nwidth = 16\ndepth = 1\nheads = 2\nbase_size = 8\n[text]\nkind = "label"\nwidth = 16\n'
 )
-
-
-def retold(latents: Path, folder: Path, caption: Callable[[str], str]) -> Path:
-    """The same latents, each of one caption, made of its first."""
-    shutil.copytree(latents / "autoencoder", folder / "autoencoder")
-    infos = []
-    for name in ("train", "val"):
-        source, writer = ShardSet(latents, name), ShardWriter(folder, name)
-        for i in range(len(source)):
-            fields = source.read(i)
-            notes = json.loads(fields["json"])
-            notes["captions"] = [caption(notes["captions"][0])]
-            writer.add(source.key(i), fields | {"json": json.dumps(notes).encode()})
-        infos += writer.finish()
-    write_index(folder, infos, source.summary, "latents")
-    return folder
 
 
 def begun(script: str, *words: object) -> dict[str, Tensor]:

@@ -11,8 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import ranks
 import tiny
 import torch
+from packs import retold
 from PIL import Image
 
 from ldm.adapters import ADAPTERS
@@ -53,13 +55,13 @@ def base(unshaken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hinted(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Latents of shapes with their edges, as of `latents`."""
+    """Latents of shapes with their edges, as of `latents`, and a word in their captions that the base does not know."""
     root = tmp_path_factory.mktemp("hinted")
     words = "pack shapes --samples 96 --val-fraction 0.2 --samples-per-shard 40 --hint edges"
     assert tiny.call("make_shards", *words.split(), "--output", root / "shapes") == 0
     given = ("--autoencoder", autoencoder, "--data", root / "shapes", "--output", root / "latents", "--device", "cpu")
     assert tiny.call("encode_latents", *given) == 0
-    return root / "latents"
+    return retold(root / "latents", root / "told", lambda caption: f"blicket, {caption}")
 
 
 def train(kind: str, base: Path, latents: Path, run: Path, *words: object) -> int:
@@ -125,6 +127,17 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(kind: str, trained: dic
     assert tiny.last_checkpoint(tmp_path / "run") == tiny.last_checkpoint(trained[kind])
     for name in ("model.safetensors", "config.json", "base.json"):
         assert (tmp_path / "run" / "final" / name).read_bytes() == (trained[kind] / "final" / name).read_bytes()
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_a_control_as_one(trained: dict[str, Path], base: Path, hinted: Path,
+                                              tmp_path: Path) -> None:
+    words = ("--base", base, "--latents", hinted, *TRAINING, "--adapter.kind", "controlnet")
+    codes = ranks.start(2, tmp_path, "train_denoiser", *words, "--output", tmp_path / "run")
+    assert codes == [0, 0], ranks.said(tmp_path)
+    for ours, theirs in zip(tiny.rows(tmp_path / "run"), tiny.rows(trained["controlnet"]), strict=True):
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)
+    ranks.same_weights(tmp_path / "run", trained["controlnet"])
 
 
 def test_only_the_adapter_is_trained_averaged_and_saved(trained: dict[str, Path]) -> None:
@@ -207,11 +220,12 @@ def test_a_control_is_not_put_on_a_model_that_is_shown_an_image(hinted: Path, tm
 
 
 def test_words_that_are_none_are_named(base: Path, hinted: Path, tmp_path: Path) -> None:
-    """More new words than the config has room for are left out by their frequency; a mark is no word."""
+    """Those of the captions are found by --new-words, beside one that is named or not."""
     given = ("--base", base, "--config", "lora", "--latents", hinted, "--dry-run", "--batch-size", 8, "--device", "cpu")
     problem = tiny.refused("train_denoiser", *given, "--adapter.words", "two words")
     assert "words" in problem.what
     assert tiny.call("train_denoiser", *given, "--adapter.words", "blicket", "--new-words") == 0
+    assert tiny.call("train_denoiser", *given, "--new-words") == 0
 
 
 def test_the_command_that_is_proposed_draws(trained: dict[str, Path], base: Path, hinted: Path, tmp_path: Path,

@@ -113,6 +113,11 @@ def test_what_no_setting_reads() -> None:
     assert without_use(config, ["optimizer.final_lr", "backbone.width"]) == [
         "optimizer.final_lr: optimizer.decay is constant"
     ]
+    given = ["prior.captions", "prior.target", "prior.weight", "adapter.kin"]
+    said = [*(f"{key}: prior.weight is 0" for key in given[:2]), "adapter.kin: adapter.words is empty"]
+    assert without_use(decoding.load("denoiser", "smoke", {}), given) == said
+    learned = {"prior.weight": "1", "prior.captions": "a dog", "adapter.kind": "lora", "adapter.words": "dax"}
+    assert without_use(decoding.load("denoiser", "smoke", learned), given) == []
     config, given = decoding.load("denoiser", "smoke", {"train.tf32": "true"}), ["train.tf32", "train.cudnn_benchmark"]
     assert without_use(config, given, "cpu") == ["train.tf32: the run is on a CPU"]
     assert without_use(config, given, "cuda") == []

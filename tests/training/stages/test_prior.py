@@ -15,21 +15,24 @@ import ranks
 import tiny
 import torch
 from denoiser_steps import gradients, make  # noqa: F401
+from packs import retold
 from stopped import same, stop_at
 from torch import Tensor
 
 from ldm.adapters.low_rank import LoRA
+from ldm.text import Label
 from training.data.order import Slot
 from training.errors import UserError
 from training.models.assembly import load_pipeline
 from training.settings.decoding import load
 from training.settings.sections import Prior
 from training.stages.captioned import Adapted
-from training.stages.prior import Drawn, keep_drawn, load_drawn, refuse_prior
+from training.stages.prior import Drawn, keep_drawn, load_drawn, refuse_prior, tell_captions
 from training.tensors import load_tensors, save_tensors
 
 TEXTS = ["a red circle at the top", "a blue square in the centre", "a pink cross at the left"]
 PRIOR = ["--prior.weight", "0.5", "--prior.count", "5", "--prior.captions", json.dumps(TEXTS), "--sample.steps", "2"]
+ANSWERS = [*PRIOR, "--prior.target", "answers"]
 Make = Callable[..., tuple[Any, Any]]
 
 
@@ -157,6 +160,14 @@ def test_captions_are_drawn_in_turn() -> None:
     assert Prior().texts == Prior(captions="").texts == []
 
 
+def test_captions_that_labels_are_not_are_refused_before_anything_is_drawn() -> None:
+    text = Label(width=4).build(json.dumps({"classes": ["dog", "cat"]}))
+    for prior in (Prior(captions="cow"), Prior(weight=1, captions="cat")):
+        assert not tell_captions(prior, text).report()
+    with pytest.raises(UserError, match="'cow' is not one of the 2 captions trained on"):
+        tell_captions(Prior(weight=1, captions=("dog", "cow")), text)
+
+
 def train(latents: Path, base: Path, run: Path, *words: object) -> int:
     given = ("--latents", latents, "--init-from", base, "--output", run)
     return tiny.call("train_denoiser", *given, *tiny.DENOISER, *words)
@@ -185,15 +196,49 @@ def test_what_is_drawn_is_kept_with_its_hash(straight: Path) -> None:
 def test_the_base_draws_them_alone_and_stays_as_it_is(latents: Path, denoiser: Path, tmp_path: Path) -> None:
     """Bit for bit as without an adapter, also of captions with the word that it is to learn."""
     before = {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
-    words = ("--base", denoiser, "--latents", latents, "--config", "lora", "--output", tmp_path / "run", *tiny.SHORT)
+    told = retold(latents, tmp_path / "latents", lambda caption: f"{caption} blicket")
+    words = ("--base", denoiser, "--latents", told, "--config", "lora", "--output", tmp_path / "run", *tiny.SHORT)
     new = ("--adapter.words", '["blicket"]', "--prior.captions", "a blicket circle at the top")
     assert tiny.call("train_denoiser", *words, *PRIOR, *new) == 0
     assert before == {file: file.read_bytes() for file in denoiser.rglob("*") if file.is_file()}
+    replaced = json.loads((tmp_path / "run" / "run.json").read_text())["ledger"]["replaced"]
+    assert [entry["first"] for entry in replaced.values()] == [["blicket"]]  # of the prior captions alone
     pipeline = load_pipeline(denoiser, "cpu")
     pipeline = dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, steps=2))
     prior = Prior(weight=1.0, count=5, captions=new[-1])
     keep_drawn(tmp_path / "alone", prior, pipeline, 0, embedded=False, begun=False)
     assert load_drawn(tmp_path / "alone").hash == load_drawn(tmp_path / "run" / "prior").hash
+
+
+def test_other_seeds_draw_other_pictures(denoiser: Path, tmp_path: Path) -> None:
+    """And the same seed the same ones; no picture of one seed is one of another."""
+    pipeline = load_pipeline(denoiser, "cpu")
+    pipeline = dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, steps=2))
+    drawn = []
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        keep_drawn(tmp_path / name, Prior(weight=1.0, count=3, captions=TEXTS[0]), pipeline, seed, embedded=False,
+                   begun=False)  # fmt: skip
+        drawn.append(load_drawn(tmp_path / name).moments)
+    assert torch.equal(drawn[0], drawn[1])
+    assert len({tuple(row.flatten().tolist()) for row in torch.cat([drawn[0], drawn[2]])}) == 6
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_an_adapter_as_one(latents: Path, denoiser: Path, tmp_path: Path) -> None:
+    """DoRA with another rate for B and a new word, held to the answers of its base."""
+    base = Path(shutil.copytree(denoiser, tmp_path / "base"))
+    tiny.shake(base / "final")
+    told = retold(latents, tmp_path / "latents", lambda caption: f"{caption} blicket")
+    words = ["--base", base, "--latents", told, "--config", "dora", *tiny.SHORT, *ANSWERS, "--train.ema", "0.5"]
+    words += ["--adapter.ratio", "16", "--adapter.words", "blicket"]
+    assert tiny.call("train_denoiser", *words, "--output", tmp_path / "one") == 0
+    codes = ranks.start(2, tmp_path, "train_denoiser", *words, "--output", tmp_path / "two")
+    assert codes == [0, 0], ranks.said(tmp_path)
+    assert load_drawn(tmp_path / "one" / "prior").hash == load_drawn(tmp_path / "two" / "prior").hash
+    for ours, theirs in zip(tiny.rows(tmp_path / "one"), tiny.rows(tmp_path / "two"), strict=True):
+        for name in ("loss", "loss_prior"):
+            assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-5, abs=1e-9)
+    ranks.same_weights(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.timeout(600)
@@ -272,9 +317,6 @@ def test_other_pictures_are_refused(
     with pytest.raises(UserError, match=said) as refused:
         train(latents, denoiser, run, *PRIOR, "--max-steps", "8", "--resume", "auto")
     assert refused.value.code == 4
-
-
-ANSWERS = [*PRIOR, "--prior.target", "answers"]
 
 
 @pytest.mark.parametrize(("words", "said"), [
