@@ -181,6 +181,7 @@ def test_hints_of_other_depths(photos: Path, tmp_path: Path) -> None:
         for n in range(COUNT):
             Image.fromarray(values).save(hints / f"{n}.{'tif' if form == 'TIFF' else 'png'}", form)
         shards = pack(photos, tmp_path / f"{name}-out", "--hint", "depth", "--hint-files", str(hints), *flags)
+        assert shards.summary["hint"].get("range", []) == [float(word) for word in flags[1:]]
         hint = decode(shards.read(0)["hint.png"]).astype(int)
         wanted = ramp[:, 16:80].reshape(32, 2, 32, 2).mean((1, 3)) * 255
         assert abs(hint - wanted).max() < 1.5, name
