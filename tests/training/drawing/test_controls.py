@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,12 @@ def test_a_model_that_is_itself_shown_a_hint(
     """By further input channels: the hint is the model's own, and no control is needed."""
     run = tmp_path / "run"
     words = ("--latents", latents, "--output", run, *tiny.DENOISER, "--max-steps", 1, "--sample-every", 10)
-    tiny.call("train_denoiser", *words, "--batch-size", 8, "--image.kind", "hint", "--image.hint_channels", 1)
+    words = (*words, "--batch-size", 8, "--image.kind", "hint")
+    problem = tiny.refused("train_denoiser", *words, "--image.hint_channels", 3)
+    assert problem.what == "image.hint_channels is 3, the hints of these latents have 1" and not run.exists()
+    assert "leave image.hint_channels out" in problem.hint
+    tiny.call("train_denoiser", *words)
+    assert json.loads((run / "config.json").read_text())["image"]["hint_channels"] == 1
     assert hint_read(run) == (1, "edges", True, None) and (run / "final" / "hint.png").is_file()
     first = draw(tmp_path / "first", "--model", run, "--hint", hint)
     facts = grids.facts(tmp_path / "first" / "00000.png")["controls"]
