@@ -59,7 +59,8 @@ class OwnNoise(Start):
         if size and size != pipeline.size and not self.windows:
             asked, trained = ("x".join(map(str, sides)) for sides in (size, pipeline.size))
             repeats = f"drawn at {asked}, while the model was trained at {trained}: things may be repeated or torn"
-            note(f"{repeats}; --windows N draws a larger picture in windows of the trained size")
+            larger = "; --windows N draws a larger picture in windows of the trained size"
+            note(repeats if pipeline.hints else repeats + larger)  # which have no windows
         held = Task(hold=windowed(pipeline, self.windows))
         return lambda requests: iter([(requests, lambda part: held)])
 

@@ -113,6 +113,10 @@ def test_what_reaches_the_network(control: Path, hint: Path, tmp_path: Path) -> 
     values = torch.from_numpy(np.asarray(Image.open(hint)).copy())[None, None] / 255
     (picture,) = pipeline("a red square", seeds=0, extras={"image": values}, num_inference_steps=2)
     assert abs(np.asarray(picture).astype(int) - shown).max() <= 1
+    for wrong in (values * 2 - 1, values * 255, values * float("nan")):
+        with pytest.raises(ValueError, match=r"'image' is a hint, which has values in \[0, 1\]"):
+            pipeline("a red square", seeds=0, extras={"image": wrong})
+    pipeline("a red square", seeds=0, extras={"image": values * 1.0005}, num_inference_steps=1)
     with pytest.raises(ValueError, match="reads the hint 'image'"):
         pipeline("a red square", seeds=0, num_inference_steps=2)
 
@@ -205,6 +209,9 @@ def test_hints_of_other_sizes_are_resized_and_told(
     wide = save(tmp_path / "wide.png", np.pad(small, ((0, 0), (8, 8))))
     assert np.array_equal(draw(tmp_path / "wide", "--control", control, "--hint", wide), wanted)
     assert "cut 1: hint of --hint, its middle resized to 32x32 (wide.png 48x32)" in "".join(capsys.readouterr())
+    draw(tmp_path / "larger", "--control", control, "--hint", hint, "--size", "40x40")
+    said = "".join(capsys.readouterr())
+    assert "things may be repeated or torn" in said and "--windows" not in said  # which are refused beside a hint
     deep = save(tmp_path / "deep.png", small.astype(np.uint16) * 257)
     assert np.array_equal(draw(tmp_path / "deep", "--control", control, "--hint", deep), wanted)
     blank = save(tmp_path / "blank.png", np.zeros((32, 32), np.uint8))
@@ -257,7 +264,9 @@ def test_a_run_that_does_not_say_what_its_hints_are(control: Path, hint: Path, t
     assert "--hint FILE" in refused(tmp_path / "x", "--control", silent, "--hint-of", large).hint
 
 
-def test_hints_go_with_the_pictures_of_a_folder(control: Path, hint: Path, tmp_path: Path) -> None:
+def test_hints_go_with_the_pictures_of_a_folder(
+    control: Path, hint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By name, at the size of each picture, whose sides nothing divides."""
     for name in ("pictures", "hints"):
         (tmp_path / name).mkdir()
@@ -270,6 +279,8 @@ def test_hints_go_with_the_pictures_of_a_folder(control: Path, hint: Path, tmp_p
     output = tmp_path / "out"
     asked = ("--model", "demo", "--device", "cpu", "--output", output, *words, "--hint", tmp_path / "hints")
     assert tiny.call("generate", *asked) == 0
+    said = "".join(capsys.readouterr())
+    assert "drawn at another size than the trained 32x32: --size (30x34)" in said and "--windows" not in said
     made = sorted(output.glob("0*.png"))
     assert [Image.open(path).size for path in made] == [(30, 34), (32, 32)]
     assert [grids.facts(path)["controls"]["hints"][0][0] for path in made] == ["0.png", "1.png"]

@@ -70,6 +70,11 @@ def test_overlap_of_a_hint_with_that_of_the_drawing() -> None:
     assert "no such hint can be made" in "\n".join(ledger.lines())
 
 
+def test_a_control_as_that_of_a_drawing_is_answered() -> None:
+    problem = tiny.refused("evaluate", "--model", "demo", "--control", "RUN")
+    assert "measured with evaluate --adapter CONTROL --hints" in problem.what
+
+
 def test_hints_that_a_run_did_not_learn_from_are_told() -> None:
     """As where their kind or their range is another: nothing else shows it."""
     depth = HintRead(1, "depth", False, (0.0, 4.0))

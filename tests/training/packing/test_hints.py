@@ -200,6 +200,9 @@ def test_what_is_told_of_hints_that_say_nothing(photos: Path, tmp_path: Path) ->
 def test_flags_that_do_not_go_together(photos: Path, tmp_path: Path) -> None:
     hints, out = folder(tmp_path / "lines", lines), tmp_path / "out"
     assert "--hint-files DIR" in refused(photos, out, "--hint", "depth").hint
+    for meant in (str(hints), f"{hints}/none"):
+        assert f"--hint-files {meant} where they lie" in refused(photos, out, "--hint", meant).hint
+    assert "invalid choice" in refused(photos, out, "--hint", "canny").what
     assert "--hint edges" in refused(photos, out, "--hint-files", str(hints)).hint
     assert "--hint-files" in refused(photos, out, "--hint", "edges", "--hint-range", "0", "1").what
     assert "LOW must be below" in refused(

@@ -18,6 +18,7 @@ from denoiser_steps import gradients, make  # noqa: F401
 from stopped import same, stop_at
 from torch import Tensor
 
+from ldm.adapters.controlnet import ControlNet
 from ldm.adapters.low_rank import LoRA
 from training.data.order import Slot
 from training.errors import UserError
@@ -210,12 +211,26 @@ def test_two_processes_train_as_one(straight: Path, latents: Path, denoiser: Pat
 
 
 def test_what_is_shown_besides_captions_is_refused() -> None:
-    """The base would have to be shown it too."""
+    """The base would have to be shown it too: what the network reads, and no more."""
     given = {"prior.weight": "1", "prior.captions": "a dog"}
     config: Any = load("denoiser", "smoke", given)
-    refuse_prior(config, Namespace(init_from="run"), [])
-    with pytest.raises(UserError, match="prior pictures have no image, which the denoiser is shown"):
-        refuse_prior(config, Namespace(init_from="run"), ["image"])
+    refuse_prior(config, Namespace(init_from="run"), ["image"])
+    control = dataclasses.replace(config, adapter=ControlNet())
+    masked: Any = load("denoiser", "smoke", given | {"image.kind": "masked"})
+    for name, reading, beside in (("image", control, ["image"]), ("image", masked, []), ("depth", config, ["depth"])):
+        with pytest.raises(UserError, match=f"prior pictures have no {name}, which the denoiser is shown"):
+            refuse_prior(reading, Namespace(init_from="run"), beside)
+
+
+def test_an_image_that_nothing_reads_may_lie_beside(make: Make) -> None:  # noqa: F811
+    """As of latents with hints, on which a control was trained: the step is the one without."""
+    steps = []
+    for beside in ({}, {"image": torch.ones(8, 1, 4, 4)}):
+        stage, _ = make(prior__weight="1")
+        stage.prior = drawn(stage)
+        batch = stage.dataset.__getitems__([Slot(slot, 0, slot) for slot in range(8)])
+        steps.append(stage.backward(batch._replace(extras=beside), 3, 1.0)["loss"])
+    assert torch.equal(*steps)
 
 
 def test_answers_teach_no_variance() -> None:
