@@ -256,6 +256,19 @@ def test_a_stopped_run_goes_on_with_the_same_pictures(
     assert load_drawn(run / "prior").hash == load_drawn(straight / "prior").hash
 
 
+def test_a_stopped_dreambooth_with_a_new_word_goes_on_byte_for_byte(
+    latents: Path, denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train_denoiser", "--base", denoiser, "--latents", latents, "--config", "dreambooth", *tiny.SHORT, *PRIOR]
+    words += ["--adapter.rank", 2, "--adapter.words", '["blicket"]', "--output"]
+    assert tiny.call(*words, tmp_path / "straight") == 0
+    stop_at(monkeypatch, 3)
+    assert tiny.call(*words, tmp_path / "run") == 143
+    monkeypatch.undo()
+    assert tiny.call(*words, tmp_path / "run", "--resume", "auto") == 0
+    same(tmp_path / "run", tmp_path / "straight")
+
+
 def test_weight_0_is_plain_training(latents: Path, denoiser: Path, tmp_path: Path) -> None:
     plain, zero = tmp_path / "plain", tmp_path / "zero"
     assert train(latents, denoiser, plain, "--sample.steps", "2") == 0
