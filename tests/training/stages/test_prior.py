@@ -222,12 +222,13 @@ def test_what_is_shown_besides_captions_is_refused() -> None:
             refuse_prior(reading, Namespace(init_from="run"), beside)
 
 
-def test_an_image_that_nothing_reads_may_lie_beside(make: Make) -> None:  # noqa: F811
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_image_that_nothing_reads_may_lie_beside(make: Make, learns: bool) -> None:  # noqa: F811
     """As of latents with hints, on which a control was trained: the step is the one without."""
     steps = []
     for beside in ({}, {"image": torch.ones(8, 1, 4, 4)}):
         stage, _ = make(prior__weight="1")
-        stage.prior = drawn(stage)
+        stage.prior, stage.text.trainable = drawn(stage), learns
         batch = stage.dataset.__getitems__([Slot(slot, 0, slot) for slot in range(8)])
         steps.append(stage.backward(batch._replace(extras=beside), 3, 1.0)["loss"])
     assert torch.equal(*steps)
