@@ -23,6 +23,7 @@ Seeds = int | Sequence[int]  # the first of a run, or one per picture
 Also = Sequence[tuple[str, float]]  # further captions of every picture, each with its weight
 Extras = Mapping[str, Tensor]  # by name, as `Cond.extras` has them: one for all pictures, or one each
 NO_EXTRAS: Extras = {}
+SLACK = 1e-3  # by which rounding may take a hint out of [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,16 @@ def check_extras(extras: Extras, count: int) -> None:
                              f"picture in [0, 1], got {kind}.")
         if len(extra) not in (1, count):
             raise ValueError(f"{count} captions but {len(extra)} of the extra {name!r}: give one, or one each.")
+
+
+def check_hints(extras: Extras, names: Iterable[str]) -> None:
+    """Raises ValueError where a hint among `names` is not finite or leaves [0, 1]: once a drawing, for a GPU is waited
+    for."""
+    for name in {*names} & extras.keys():
+        low, high = (end.item() for end in extras[name].aminmax())  # of a NaN both are
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            raise ValueError(f"the extra {name!r} is a hint, which has values in [0, 1], and these are from {low:g} to "
+                             f"{high:g}: divide those of 0 to 255 by 255, those of [-1, 1] are (x + 1) / 2.")
 
 
 def cut_extras(extras: Extras, part: slice, count: int, sizes: Sequence[tuple[int, int]],

@@ -21,6 +21,7 @@ from ldm.arguments import (
     Seeds,
     Words,
     check_extras,
+    check_hints,
     cut_extras,
     each_caption,
     each_seed,
@@ -36,6 +37,7 @@ from ldm.coupling import Coupled, Coupling
 from ldm.denoiser import Conditional, Denoise, Denoiser
 from ldm.guiding import Helpers, Scaled
 from ldm.image_conditions import ImageCondition, NoImage
+from ldm.image_conditions.hint import Hint
 from ldm.image_conditions.source import ImageGuided, Source
 from ldm.noise import Noise
 from ldm.samplers import sample
@@ -91,6 +93,12 @@ class Pipeline:
         """Pixels: what both sides of a picture are multiples of."""
         return self.autoencoder.factor * int(getattr(self.denoiser.backbone, "multiple", 1))
 
+    @property
+    def hints(self) -> set[str]:
+        """The names of the extras that are read as hints."""
+        own = {"image"} if isinstance(self.image, Hint) else set[str]()
+        return own | {branch.hint for branch in getattr(self.denoiser.backbone, "branches", ())}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n  " + ",\n  ".join(self._facts()) + "\n)"
 
@@ -131,8 +139,8 @@ class Pipeline:
         `also`: further captions for every picture, each with its weight (`ldm.composition`); `extras`: what
         `Cond.extras` is to hold by name, (1 or N, ...), a hint (N, C, height, width) in [0, 1]: it stays with the
         picture, its null and its reference alike; `task`: of `ldm.image_tasks`, to edit or to restore; `size`: pixels
-        (height, width). Raises ValueError, before anything is drawn, for a size that does not fit, and where what is
-        given per caption is more or fewer than the captions.
+        (height, width). Raises ValueError, before anything is drawn, for a size that does not fit, where what is given
+        per caption is more or fewer than the captions, and for hints outside of [0, 1].
         """
         captions, negatives = each_caption(captions), each_caption(negative)
         seeds = each_seed(seeds, len(captions))
@@ -142,6 +150,7 @@ class Pipeline:
                 raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
         also = each_weight(also)
         check_extras(extras, len(captions))
+        check_hints(extras, self.hints)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ class ImageCondition(Checked, ABC):
     @abstractmethod
     def channels(self, latent_channels: int, image_channels: int) -> int:
         """Input channels of the backbone besides the latents'; 0 where it reads none."""
+
+    def settled(self, hint_channels: int) -> Self:
+        """With what the data decide: the channels of the hints beside them, 0 where nothing tells. Raises ValueError
+        for others than the config names."""
+        return self
 
     def inputs(self, latent_channels: int, image_channels: int) -> ImageInputs:
         """What a backbone is built with; nothing where it reads no image."""

@@ -187,6 +187,14 @@ def test_sources_are_left_out_as_often_as_said_and_captions_with_them() -> None:
         Source().extras(latents[..., ::2, ::2], stored, noise)
 
 
+def test_the_channels_of_a_hint_are_those_of_the_data() -> None:
+    one = Hint(hint_channels=1)
+    assert Hint().settled(1) == one == one.settled(1) == one.settled(0)
+    assert Hint().settled(0).channels(4, 3) == 3 and Masked().settled(1) == Masked()
+    with pytest.raises(ValueError, match="image.hint_channels is 3, the hints of these latents have 1"):
+        Hint(hint_channels=3).settled(1)
+
+
 def test_a_line_of_one_pixel_stays_in_a_hint() -> None:
     hint = torch.zeros(1, 3, 32, 32)
     hint[..., 13, :] = 1

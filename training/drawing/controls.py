@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.drawing.given import Given, Size, beside
+from training.drawing.hints import Shown
 from training.drawing.start import Start
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.ledger import Ledger
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from training.drawing.requests import Request
     from training.models.adapters import Chosen
-    from training.pictures.hints import Bytes, Hint
+    from training.pictures.hints import Bytes
 
 FACT = "controls"  # runs, weights and hints; the runs' hashes stand among those of the model
 MOST = 16  # controls that a picture may tell of
@@ -44,74 +45,6 @@ def add_flags(add: Callable[..., Any]) -> None:
     add("--control-scale", metavar="X", type=float, nargs="+", default=[], help=text)
     text = "controls work at shares of noise sigma / (alpha + sigma) in LOW ... HIGH alone"
     add("--control-interval", metavar=("LOW", "HIGH"), type=float, nargs=2, help=text)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A run that is shown a hint, and the file that gives that of each request; `chosen`: the control and its weight,
-    None where it is the model itself; `kind`: what its hints are, None where the run does not say; `made`: of the
-    picture in that file, not what it holds."""
-
-    run: str
-    chosen: Chosen | None
-    channels: int
-    kind: str | None
-    flag: str
-    of: Callable[[Given], Given]
-    made: bool
-
-    def values(self, given: Given, size: Size, ledger: Ledger) -> Bytes:
-        """The hint (height, width, C) of a file for a drawing of `size` (height, width), told where it was resized.
-
-        Raises UserError for what is no such hint, and where nothing says how it may be resized.
-        """
-        values, height_width = self._read(given, size, ledger), f"{size[1]}x{size[0]}"
-        across, down = values.shape[1], values.shape[0]
-        if values.min() == values.max():
-            ledger.add("ignored", "hint of one value everywhere, which says nothing", given.name)
-        if (down, across) == size:
-            return values
-        if self.kind is None:
-            what = f"{self.flag} {given.name}: {across}x{down} for drawings of {height_width}, and {self.run} "
-            hint = "give it in that size: lines are resized otherwise than depths"
-            raise UserError(f"{what}does not say what its hints are", hint=hint, code=DATA)
-        cut = abs(across * size[0] - down * size[1]) > max(size)
-        effect = f"its middle resized to {height_width}" if cut else f"resized to {height_width}"
-        ledger.add("cut" if cut else "replaced", f"hint of {self.flag}, {effect}", f"{given.name} {across}x{down}")
-        scale = min(down / size[0], across / size[1])
-        half = (across - size[1] * scale) / 2, (down - size[0] * scale) / 2
-        return self.hint.resized(values, size, (half[0], half[1], across - half[0], down - half[1]))
-
-    @cached_property
-    def hint(self) -> Hint:
-        """The member of the family that reads it."""
-        from training.pictures.hints import hint_of
-
-        return hint_of(self.kind or ("depth" if self.channels == 1 else "picture"))
-
-    def _read(self, given: Given, size: Size, ledger: Ledger) -> Bytes:
-        try:
-            if self.made:
-                return self._made(given, size, ledger)
-            values, notes = self.hint.decoded(given.data)
-        except UserError as problem:
-            hint = f"this control reads hints of {self.kind or 'its own kind'}, of {self.channels} channels"
-            raise UserError(f"{self.flag} {given.name}: {problem.what}", hint=hint, code=DATA) from None
-        for effect, why in notes:
-            ledger.add(effect, why, given.name)
-        return values
-
-    def _made(self, given: Given, size: Size, ledger: Ledger) -> Bytes:
-        """The hint of a picture, whose middle is brought to the size of the drawing first."""
-        import numpy as np
-        from PIL import Image, ImageOps
-
-        def fitted(picture: Image.Image) -> Any:
-            return np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS))
-
-        clear = given.decoded(4, Ledger()).getchannel("A")
-        alpha = None if clear.getextrema()[0] == 255 else fitted(clear)
-        return self.hint.made(fitted(given.decoded(3, ledger)), alpha).values
 
 
 @dataclass(frozen=True)
@@ -228,7 +161,7 @@ def _shown(model: str, chosen: Chosen | None, flag: str, file: str, start: Start
         what = f"{flag} {file}: is a folder, and nothing says which picture of it"
         raise UserError(what, hint="give one file; folders go with --image DIR, by name", code=DATA)
     of = beside(flag, file, list(start.sources), ledger)
-    shown = Shown(run, chosen, reads.channels, reads.kind, flag, of, flag == "--hint-of")
+    shown = Shown(run, chosen, reads, flag, of, flag == "--hint-of")
     if shown.made and not (reads.kind and shown.hint.of_pixels):
         what = f"--hint-of {file}: {run} reads hints of {reads.kind or 'a kind it does not say'}"
         raise UserError(what, hint="only edges and masks are made of a picture: give it with --hint FILE")

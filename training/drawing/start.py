@@ -121,5 +121,6 @@ def tell_size(pipeline: Pipeline, size: Size, windows: int, ledger: Ledger) -> N
         ledger.add("replaced", f"pictures drawn on a canvas that {pipeline.multiple} divides, then cut back",
                    f"{width}x{height}")
     if (height, width) != pipeline.size and not windows:
+        larger = "" if pipeline.hints else ", or --windows for larger ones"
         ledger.add("guessed", f"drawn at another size than the trained {pipeline.size[1]}x{pipeline.size[0]}: "
-                              "--size, or --windows for larger ones", f"{width}x{height}")
+                              f"--size{larger}", f"{width}x{height}")

@@ -59,7 +59,10 @@ class OwnNoise(Start):
         if size and size != pipeline.size and not self.windows:
             asked, trained = ("x".join(map(str, sides)) for sides in (size, pipeline.size))
             repeats = f"drawn at {asked}, while the model was trained at {trained}: things may be repeated or torn"
-            note(f"{repeats}; --windows N draws a larger picture in windows of the trained size")
+            if pipeline.hints:  # which go with no windows
+                note(repeats)
+            else:
+                note(f"{repeats}; --windows N draws a larger picture in windows of the trained size")
         held = Task(hold=windowed(pipeline, self.windows))
         return lambda requests: iter([(requests, lambda part: held)])
 

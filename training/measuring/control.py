@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.controlled import Controlled
+from training.drawing import adapters
 from training.errors import DATA, UserError
 from training.measuring.distances import share
 from training.measuring.held_out import even_indices, held_out
 from training.measuring.obedience import sampling_errors
+from training.models.folders import name_of
+from training.models.hints import HintRead, hint_read
 from training.models.judge import caption
 from training.models.reconstructions import reconstructed
 from training.pictures.hints import EXTRA, FIELD, HALF, Bytes, Hint, hint_of, loaded
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 UNREAD = "hints, which neither the model nor an adapter reads"
 UNMADE = "drawing of which no such hint can be made"
+OTHERS = "hints, of another kind or range than a run learned from"
 
 
 def control(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace, ledger: Ledger) -> dict[str, Any]:
@@ -41,6 +46,8 @@ def control(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace, le
     kind, places = hint_of(told["kind"]), even_indices(images, args.count)
     reads = pipeline.image.kind == "hint" or isinstance(pipeline.denoiser.backbone, Controlled)
     ledger.add("ignored", UNREAD, count=0 if reads else len(places))
+    for run in (args.model, *(one.run for one in adapters.chosen(args))):
+        ledger.add("guessed", OTHERS, name_of(run), len(places) * others(hint_read(run), told))
     drawn, ceiling, truths = list[Bytes](), list[float](), list[Bytes]()
     overlaps, captions = list[float](), [caption(images, place) for place in places]
     with Progress("drawing", len(places)) as progress:
@@ -61,6 +68,13 @@ def control(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace, le
     numbers: dict[str, Any] = {"pictures": len(places), "hint": kind.kind, "hint_iou": float(np.mean(overlaps))}
     numbers["hint_iou_of_reconstructions"] = float(np.mean(ceiling))
     return numbers | (placed(drawn, truths, captions) if args.obedience == "shapes" else {})
+
+
+def others(reads: HintRead | None, told: Mapping[str, Any]) -> bool:
+    """Whether what a run reads is known to be another hint than what the summary of pictures has `told`."""
+    if reads is None or reads.kind is None:
+        return False
+    return (reads.kind, [*(reads.range or ())]) != (told["kind"], told.get("range", []))
 
 
 def hint_beside(images: Images, place: int, channels: int) -> Bytes:

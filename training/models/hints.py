@@ -10,21 +10,25 @@ from ldm.adapters.controlled import ControlConfig
 from ldm.image_conditions.hint import Hint
 from training.data.latents import Latents
 from training.data.order import Slot
+from training.errors import CHECKPOINT, UserError
 from training.files import write_bytes, write_json
 from training.guarding import read_record
 from training.models.cards import HINT
 from training.models.folders import find
+from training.pictures.flags import is_range
 from training.pictures.hints import EXTRA, KINDS, as_bytes, stored
 
-NOTED = "hint.json"  # in final/, beside `HINT`, the first held-out one: kind and channels
+NOTED = "hint.json"  # in final/, beside `HINT`, the first held-out one: kind, channels, range
 
 
 class HintRead(NamedTuple):
-    """A hint's channels, its kind, None where the run does not say, and whether a whole model is shown it."""
+    """A hint's channels, its kind, None where the run does not say, whether a whole model is shown it, and what was
+    black and white in files of more than 8 bits that it learned from, where that was not the range of their type."""
 
     channels: int
     kind: str | None
     by_model: bool
+    range: tuple[float, float] | None = None
 
 
 def keep_hint(final: Path, told: Mapping[str, Any] | None, held_out: Latents) -> None:
@@ -44,5 +48,16 @@ def hint_read(run: str | Path) -> HintRead | None:
             noted = read_record(found.final / NOTED, {}) if (found.final / NOTED).is_file() else {}
             known = noted.get("kind") if noted.get("kind") in KINDS else None
             channels = part.hint_channels or noted.get("channels") or 3
-            return HintRead(int(channels), known, part is config.image)
+            return HintRead(int(channels), known, part is config.image, _range(found.final, noted.get("range")))
     return None
+
+
+def _range(final: Path, noted: Any) -> tuple[float, float] | None:
+    """The range that a run's note tells, which anyone may have written. Raises UserError for what is none."""
+    if noted is None:
+        return None
+    pair = isinstance(noted, list) and [type(end) for end in noted] in ([float, float], [int, int])
+    if not (pair and is_range(noted)):
+        what = f"{final / NOTED}: its range is not LOW HIGH, black and white of the hints"
+        raise UserError(what, hint="fetch the run again, or take the range out", code=CHECKPOINT)
+    return float(noted[0]), float(noted[1])

@@ -17,7 +17,7 @@ from training.packing.settings import Settings
 from training.packing.sources import safe_key
 from training.packing.trees import Directory
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES, Crop, fit, load_image, refuse, square
-from training.pictures.hints import BLANK, BY_BACKGROUND, Bytes, Hint, hint_of
+from training.pictures.hints import BLANK, BY_BACKGROUND, Bytes, Decoded, Hint, hint_of
 
 UNUSED = "hint of no picture that was packed"
 File = tuple[bytes, str]  # a file's bytes and suffix
@@ -96,7 +96,7 @@ def hint_beside(
         raise given
     if given:
         size = image.size if isinstance(image, Image.Image) else _load(image, settings, 3, suffix).size
-        values, notes = _decoded(hint, given, settings)
+        values, notes, _ = _decoded(hint, given, settings)
         values, rule = _cropped(hint, values, size, settings, crop, rng), "files"
     else:
         pixels = np.asarray(packed).reshape(packed.height, packed.width, -1)
@@ -106,7 +106,7 @@ def hint_beside(
     return values, rule, [*notes, ("ignored", BLANK)] if values.min() == values.max() else notes
 
 
-def _decoded(hint: Hint, given: File, settings: Settings) -> tuple[Bytes, list[tuple[Effect, str]]]:
+def _decoded(hint: Hint, given: File, settings: Settings) -> Decoded:
     try:
         return hint.decoded(given[0], settings.max_pixels, settings.hint_range, given[1])
     except UserError as problem:

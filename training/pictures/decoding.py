@@ -61,7 +61,8 @@ def load_image(
     CMYK, Lab, palette, grey, 16-bit and float pictures are converted, embedded colour profiles applied. Of grey wider
     than 8 bits, `limits` say what is black and white. `ignore_alpha` takes all as opaque. `suffix` is of the file's
     name, for formats without a mark. Nothing of the file's metadata is kept; `info["animated"]` says whether it has
-    more frames, `info["remarks"]` lists (effect, kind) of what was not used as it was given, for the ledger.
+    more frames, `info["deep"]` whether its numbers were wider than 8 bits, `info["remarks"]` lists (effect, kind) of
+    what was not used as it was given, for the ledger.
     Raises UserError(code 3) with a one-sentence reason for what is broken, too large, of no known format, of numbers
     that nothing gives a range, or all transparent.
     """
@@ -120,11 +121,11 @@ def _finished(image: Image.Image, data: bytes, wanted: _Wanted) -> Image.Image:
     remarks: Remarks = [("cut", ANIMATED)] if animated else []
     remarks += signalled(data, image)
     unused, turn = image.format in ALPHA_UNUSED, turn_of(image, remarks)
-    if depths.deep(image):
+    if deep := depths.deep(image):
         image = depths.eight_bits(image, wanted.limits, remarks)
     image = _to_mode(image if turn is None else image.transpose(turn), wanted, unused, remarks)
     # No more: a profile holds the time it was made, which would be other bytes for each packing.
-    image.info = {"animated": animated, "remarks": list(dict.fromkeys(remarks))}
+    image.info = {"animated": animated, "deep": deep, "remarks": list(dict.fromkeys(remarks))}
     return image
 
 

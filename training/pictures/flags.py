@@ -28,11 +28,19 @@ def add_hint_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--hint`, `--hint-files` and `--hint-range`."""
     add = parser.add_argument
     text = "a hint beside each picture, for a control: made of its pixels (edges, mask), or a file of --hint-files"
-    add("--hint", choices=KINDS, help=text)
+    add("--hint", type=_kind, choices=KINDS, help=text)
     text = "hints are the files of this folder, named as their pictures are, and cropped and resized with them"
     add("--hint-files", type=Path, metavar="DIR", help=text)
     text = "black and white of hints of more than 8 bits"
     add("--hint-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+
+
+def _kind(text: str) -> str:
+    """As it is given. Raises UserError for a folder, which is meant for another flag."""
+    if text not in KINDS and (Path(text).is_dir() or Path(text).name != text):
+        hint = f"--hint {'|'.join(KINDS)} says what they are, --hint-files {text} where they lie"
+        raise UserError(f"--hint {text}: is a folder, and no kind of hints", hint=hint)
+    return text
 
 
 def check_pictures(channels: int, limits: Sequence[float] | None, form: str) -> None:

@@ -30,7 +30,9 @@ NEAR = 20  # a pixel is background where no channel differs by more from it
 HALF = 128  # the alpha from which on a pixel is of the silhouette
 EVEN = 0.5  # the share of the border that must be background for there to be one
 BY_BACKGROUND = "silhouette of what differs from the border's colour"
+BY_ALPHA = "colours of a picture whose silhouette is its transparency"
 BLANK = "hint of one value everywhere, which says nothing"
+RULES: dict[str, tuple[Effect, str]] = {"background": ("guessed", BY_BACKGROUND), "alpha": ("ignored", BY_ALPHA)}
 
 
 class Made(NamedTuple):
@@ -38,6 +40,15 @@ class Made(NamedTuple):
 
     values: Bytes
     rule: str
+
+
+class Decoded(NamedTuple):
+    """A hint's file as (H, W, C) uint8, what of it was not used as it was given, and whether its numbers were `deep`,
+    wider than 8 bits."""
+
+    values: Bytes
+    notes: list[tuple[Effect, str]]
+    deep: bool
 
 
 class Hint(ABC):
@@ -55,8 +66,8 @@ class Hint(ABC):
         Unusable where the picture has none."""
 
     def decoded(self, data: bytes, max_pixels: int = MAX_PIXELS, limits: Sequence[float] | None = None,
-                suffix: str = "") -> tuple[Bytes, list[tuple[Effect, str]]]:
-        """A hint's file as (H, W, channels), transparency laid on black, and what of it was not used as it was given.
+                suffix: str = "") -> Decoded:
+        """A hint's file, transparency laid on black; of more than 8 bits, `limits` say what is black and white.
 
         Raises Unusable for what is no picture, and for colour where the kind is grey.
         """
@@ -64,7 +75,9 @@ class Hint(ABC):
         values = np.asarray(image)
         if self.channels == 1 and (values != values[..., :1]).any():
             raise refuse(f"colour in a hint of {self.kind}, which is grey", "--hint picture takes hints in colour")
-        return values[..., : self.channels], [(effect, f"hint: {why}") for effect, why in image.info["remarks"]]
+        remarks: list[tuple[Effect, str]] = image.info["remarks"]
+        notes = [(effect, f"hint: {why}".replace("--range", "the range of hints")) for effect, why in remarks]
+        return Decoded(values[..., : self.channels], notes, image.info["deep"])
 
     def resized(self, values: Bytes, size: tuple[int, int], box: Box | None = None) -> Bytes:
         """The `box` of a hint (H, W, C), or all of it, brought to `size` (height, width): thin ones by the greatest

@@ -26,6 +26,10 @@ LOGGING = "--train.log_every N"
 PICTURES = "pictures are drawn every --sample-every steps from held-out captions"
 PLACE = "give it as --output DIR"
 SAVED = "safetensors in float32 is always written; leave it out"
+CONTROL = (
+    "a control is learned with train_denoiser --base RUN --config controlnet, measured with evaluate --adapter CONTROL "
+    "--hints, and drawn by with generate --control CONTROL --hint FILE"
+)
 NOT_HERE = "there is no such thing here"
 
 MEANINGS = {  # what it is here -> the flags of other programs
@@ -129,6 +133,7 @@ MEANINGS = {  # what it is here -> the flags of other programs
     "--num-images N": "n-samples n-iter num-samples num-images-per-prompt n-images images-per-prompt",
     "--prompts FILE": "from-file prompt-file prompts-file",
     "generate from a run's folder: --model RUN": "model-path model-id model-name",
+    CONTROL: "control controlnet controlnet-model-name-or-path",
     NOT_HERE: (
         "push-to-hub hub-token hub-model-id revision max-train-samples prior-loss-weight lowram "
         "with-prior-preservation max-token-length highvram no-half-vae color-aug skip-grid skip-save"

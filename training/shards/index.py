@@ -95,10 +95,12 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
 
 def hint_summary(settings: Mapping[str, Any], made: Mapping[str, int] | None = None) -> dict[str, Any]:
     """What the summary of pictures says of the hints beside them, by the settings they were packed with: their kind,
-    their channels, and how many were `made` by each rule; nothing where there are none."""
+    their channels, the range of their files where one was given, and how many were `made` by each rule; nothing where
+    there are none."""
     if not (kind := settings.get("hint")):
         return {}
     known = {"kind": kind, "channels": hint_of(kind).channels, "of": "files" if settings["hint_given"] else "pixels"}
+    known |= {"range": limits} if (limits := settings.get("hint_range")) else {}
     return {"hint": known | ({"made": dict(sorted(made.items()))} if made else {})}
 
 

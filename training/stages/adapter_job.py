@@ -61,11 +61,10 @@ class AdapterJob(DenoiserJob):
         if self.args.new_words:
             self._take_words()
         self._refuse_no_words()
-        shards = self.dataset.shards
-        factor = shards.summary["latent"]["picture"][0] // self.dataset.shape[1]
-        hints = 0 if shards.summary.get("image") else (shards.summary.get("hint") or {}).get("channels", 0)
+        factor = self.dataset.shards.summary["latent"]["picture"][0] // self.dataset.shape[1]
         with as_user_error("make_shards pack --hint KIND, then encode_latents, store them beside the pictures"):
-            self.config = dataclasses.replace(self.config, adapter=self.config.adapter.settled(factor, hints))
+            adapter = self.config.adapter.settled(factor, self.hint_channels())
+        self.config = dataclasses.replace(self.config, adapter=adapter)
 
     def _take_size(self) -> None:
         """Pictures are drawn in the size of these latents where the config says no other than that of the base."""

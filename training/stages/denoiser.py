@@ -103,6 +103,7 @@ class DenoiserStage(Stage):
         """One micro-batch; with prior pictures, as many of them beside it, whose mean loss counts `prior.weight` times.
         """
         self.tally.note(batch)
+        batch = batch._replace(extras={}) if self.prior else batch  # prior pictures have none, and nothing reads them
         parts = [self.drawn(batch, step)]
         if self.prior:
             beside = self.drawn(self.prior.batch(batch.slots), step, "prior")

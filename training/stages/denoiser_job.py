@@ -59,11 +59,19 @@ class DenoiserJob(Job):
             args.latents.bring_models(text=self.dataset.text)
 
     def settle(self) -> None:
-        """The size of pictures to draw, where the config leaves it to the latents; refuse prior pictures of no base."""
+        """The size of pictures to draw and the channels of hints that are shown, where the config leaves them to the
+        latents; refuse prior pictures of no base."""
         if self.config.sample.size == (0, 0):
             size = tuple(self.dataset.shards.summary["latent"]["picture"])
             self.config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, size=size))
+        with as_user_error("leave image.hint_channels out: it is taken from the latents"):
+            self.config = dataclasses.replace(self.config, image=self.config.image.settled(self.hint_channels()))
         refuse_prior(self.config, self.args, self.dataset.extras)
+
+    def hint_channels(self) -> int:
+        """Those of the hints beside the latents; 0 for none, also where they are encoded."""
+        summary = self.dataset.shards.summary
+        return 0 if summary.get("image") else (summary.get("hint") or {}).get("channels", 0)
 
     def build(self, accelerator: Accelerator, final: Path | None) -> DenoiserStage:
         """Backbone, text encoder and frozen autoencoder in a stage."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autoencoder.images import to_uint8
 from autoencoder.posterior import LOGVAR_RANGE
+from ldm.adapters.controlled import ControlConfig
 from ldm.guidance import ClassifierFree
 from ldm.noise import Noise
 from ldm.text import TextEncoder
@@ -27,6 +28,7 @@ from training.guarding import make_folder, read_record
 from training.ledger import Ledger
 from training.machine.launcher import first_process
 from training.pictures import grids
+from training.pictures.hints import EXTRA
 from training.progress import Progress
 from training.tensors import content_hash, load_tensors, save_tensors
 
@@ -76,8 +78,9 @@ def refuse_prior(config: DenoiserConfig, args: Any, extras: list[str]) -> None:
     if prior.target == "answers" and config.backbone.learned_variance:
         raise UserError("prior.target is answers, which teach no variance, and this base has a learned one",
                         hint="give --prior.target pictures")
-    if extras or config.image.kind != "none":
-        what = f"prior pictures have no {next(iter(extras), 'image')}, which the denoiser is shown besides its captions"
+    shown = [EXTRA] if config.image.kind != "none" or isinstance(config.adapter, ControlConfig) else []
+    if shown := shown or [name for name in extras if name != EXTRA]:  # an image that nothing reads may lie beside
+        what = f"prior pictures have no {shown[0]}, which the denoiser is shown besides its captions"
         raise UserError(what, hint="give --prior.weight 0")
 
 

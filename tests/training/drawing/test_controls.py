@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import tiny
 import torch
 from PIL import Image
 
+from training.data.latents import Latents
+from training.drawing.given import Given
+from training.drawing.hints import Shown
 from training.errors import UserError
+from training.ledger import Ledger
 from training.models.adapters import Chosen
 from training.models.assembly import load_pipeline
-from training.models.hints import hint_read
+from training.models.hints import HintRead, hint_read, keep_hint
 from training.pictures import grids
-from training.pictures.hints import Edges, edges
+from training.pictures.hints import RULES, Edges, edges
 from training.shards.reading import ShardSet
 from training.tensors import load_tensors, save_tensors
 
@@ -74,7 +79,7 @@ def refused(output: Path, *words: object) -> UserError:
 
 
 def test_a_control_says_what_it_is_shown(control: Path, latents: Path) -> None:
-    assert hint_read(control) == (1, "edges", False)
+    assert hint_read(control) == (1, "edges", False, None)
     kept = Image.open(control / "final" / "hint.png")
     first = np.load(io.BytesIO(ShardSet(latents, "val").read_field(0, "extra-image.npy")))
     assert np.array_equal(np.asarray(kept)[None], first)
@@ -108,6 +113,10 @@ def test_what_reaches_the_network(control: Path, hint: Path, tmp_path: Path) -> 
     values = torch.from_numpy(np.asarray(Image.open(hint)).copy())[None, None] / 255
     (picture,) = pipeline("a red square", seeds=0, extras={"image": values}, num_inference_steps=2)
     assert abs(np.asarray(picture).astype(int) - shown).max() <= 1
+    for wrong in (values * 2 - 1, values * 255, values * float("nan")):
+        with pytest.raises(ValueError, match=r"'image' is a hint, which has values in \[0, 1\]"):
+            pipeline("a red square", seeds=0, extras={"image": wrong})
+    pipeline("a red square", seeds=0, extras={"image": values * 1.0005}, num_inference_steps=1)
     with pytest.raises(ValueError, match="reads the hint 'image'"):
         pipeline("a red square", seeds=0, num_inference_steps=2)
 
@@ -120,9 +129,34 @@ def test_a_hint_is_made_of_a_picture(control: Path, tmp_path: Path, capsys: pyte
     made = draw(tmp_path / "made", "--control", control, "--hint-of", tmp_path / "photo.png")
     assert np.array_equal(made, draw(tmp_path / "given", "--control", control, "--hint", tmp_path / "edges.png"))
     assert "resized" not in capsys.readouterr().err
+    photo.resize((96, 64)).save(tmp_path / "wide.png")
+    draw(tmp_path / "wide", "--control", control, "--hint-of", tmp_path / "wide.png")
+    assert "cut 1: picture of --hint-of, its middle resized to 32x32 (wide.png 96x64)" in "".join(capsys.readouterr())
     again = ("--like", tmp_path / "made" / "00000.png", "--control", control)
     assert "--hint-of" in refused(tmp_path / "x", *again, "--hint", tmp_path / "edges.png").hint
     assert np.array_equal(draw(tmp_path / "again", *again, "--hint-of", tmp_path / "photo.png"), made)
+
+
+@pytest.mark.parametrize("rule", ["background", "alpha"])
+def test_the_rule_that_made_a_silhouette_is_told(rule: str) -> None:
+    """And a larger picture's resizing; the silhouette is that of the picture, not of what it is laid on."""
+    photo = Image.new("RGBA", (64, 64), "white")
+    photo.paste((255, 255, 250, 0) if rule == "alpha" else (200, 0, 0), (16, 16, 48, 48))
+    given, ledger = Given("hint-of", "photo.png", file_of(photo)), Ledger()
+    shown = Shown("RUN", None, HintRead(1, "mask", False), "--hint-of", lambda source: source, made=True)
+    values = shown.values(given, (32, 32), ledger)[..., 0]
+    inside = np.zeros((32, 32), bool)
+    inside[8:24, 8:24] = True
+    assert ((values > 0) == (inside != (rule == "alpha"))).mean() > 0.9
+    effect, why = RULES[rule]
+    resized = "replaced 1: picture of --hint-of, resized to 32x32 (photo.png 64x64)"
+    assert sorted(ledger.lines()) == sorted([resized, f"{effect} 1: {why} (photo.png)"])
+
+
+def file_of(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
 
 
 def test_a_picture_can_be_drawn_again_by_its_hint_alone(control: Path, hint: Path, tmp_path: Path) -> None:
@@ -175,11 +209,48 @@ def test_hints_of_other_sizes_are_resized_and_told(
     wide = save(tmp_path / "wide.png", np.pad(small, ((0, 0), (8, 8))))
     assert np.array_equal(draw(tmp_path / "wide", "--control", control, "--hint", wide), wanted)
     assert "cut 1: hint of --hint, its middle resized to 32x32 (wide.png 48x32)" in "".join(capsys.readouterr())
+    draw(tmp_path / "larger", "--control", control, "--hint", hint, "--size", "40x40")
+    said = "".join(capsys.readouterr())
+    assert "things may be repeated or torn" in said and "--windows" not in said  # which are refused beside a hint
     deep = save(tmp_path / "deep.png", small.astype(np.uint16) * 257)
     assert np.array_equal(draw(tmp_path / "deep", "--control", control, "--hint", deep), wanted)
     blank = save(tmp_path / "blank.png", np.zeros((32, 32), np.uint8))
     draw(tmp_path / "blank", "--control", control, "--hint", blank)
     assert "one value everywhere" in "".join(capsys.readouterr())
+
+
+def test_deep_hints_are_read_as_those_that_were_learned_from(
+    control: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the range that they were packed with, which data, latents and run say; else that of their type, and told."""
+    depths = (np.arange(1024).reshape(32, 32) * 9 + np.arange(3)[:, None, None] * 200).astype(np.uint16)
+    for number, values in enumerate(depths):
+        for folder, picture in (("photos", Image.new("RGB", (32, 32), (9 * number, 0, 0))), ("depths", values)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            file = tmp_path / folder / f"{number}.png"
+            picture.save(file) if isinstance(picture, Image.Image) else save(file, picture)
+    words = f"pack {tmp_path}/photos --output {tmp_path}/data --resolution 32 --val-fraction 0.9 --hint depth"
+    also = f"--hint-files {tmp_path}/depths --hint-range 0 10000 --missing-caption empty"
+    tiny.call("make_shards", *words.split(), *also.split())
+    words = f"--autoencoder demo --data {tmp_path}/data --output {tmp_path}/latents --device cpu --num-workers 0"
+    tiny.call("encode_latents", *words.split())
+    packed = ShardSet(tmp_path / "latents", "val")
+    run = shutil.copytree(control, tmp_path / "run")
+    keep_hint(run / "final", packed.summary["hint"], Latents(packed))
+    assert hint_read(run) == (1, "depth", False, (0.0, 10000.0))
+    source = tmp_path / "depths" / f"{packed.key(0)}.png"
+    shown = draw(tmp_path / "deep", "--control", run, "--hint", source)
+    how = "hint of more than 8 bits, read from 0 to 10000, that of the hints it learned from"
+    assert f"replaced 1: {how} ({source.name})" in "".join(capsys.readouterr())
+    assert np.array_equal(shown, draw(tmp_path / "kept", "--control", run, "--hint", run / "final" / "hint.png"))
+    noted = run / "final" / "hint.json"
+    noted.write_text(noted.read_text().replace("10000", "65535"))
+    assert not np.array_equal(shown, draw(tmp_path / "other", "--control", run, "--hint", source))
+    noted.write_text(noted.read_text().replace("65535", "-1"))
+    assert "not LOW HIGH" in refused(tmp_path / "x", "--control", run, "--hint", source).what
+    capsys.readouterr()
+    draw(tmp_path / "unsaid", "--control", control, "--hint", source)
+    assert "guessed 1: hint of more than 8 bits, read from 0 to 65535" in "".join(capsys.readouterr())
 
 
 def test_a_run_that_does_not_say_what_its_hints_are(control: Path, hint: Path, tmp_path: Path) -> None:
@@ -193,7 +264,9 @@ def test_a_run_that_does_not_say_what_its_hints_are(control: Path, hint: Path, t
     assert "--hint FILE" in refused(tmp_path / "x", "--control", silent, "--hint-of", large).hint
 
 
-def test_hints_go_with_the_pictures_of_a_folder(control: Path, hint: Path, tmp_path: Path) -> None:
+def test_hints_go_with_the_pictures_of_a_folder(
+    control: Path, hint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By name, at the size of each picture, whose sides nothing divides."""
     for name in ("pictures", "hints"):
         (tmp_path / name).mkdir()
@@ -206,6 +279,8 @@ def test_hints_go_with_the_pictures_of_a_folder(control: Path, hint: Path, tmp_p
     output = tmp_path / "out"
     asked = ("--model", "demo", "--device", "cpu", "--output", output, *words, "--hint", tmp_path / "hints")
     assert tiny.call("generate", *asked) == 0
+    said = "".join(capsys.readouterr())
+    assert "drawn at another size than the trained 32x32: --size (30x34)" in said and "--windows" not in said
     made = sorted(output.glob("0*.png"))
     assert [Image.open(path).size for path in made] == [(30, 34), (32, 32)]
     assert [grids.facts(path)["controls"]["hints"][0][0] for path in made] == ["0.png", "1.png"]
@@ -224,8 +299,13 @@ def test_a_model_that_is_itself_shown_a_hint(
     """By further input channels: the hint is the model's own, and no control is needed."""
     run = tmp_path / "run"
     words = ("--latents", latents, "--output", run, *tiny.DENOISER, "--max-steps", 1, "--sample-every", 10)
-    tiny.call("train_denoiser", *words, "--batch-size", 8, "--image.kind", "hint", "--image.hint_channels", 1)
-    assert hint_read(run) == (1, "edges", True) and (run / "final" / "hint.png").is_file()
+    words = (*words, "--batch-size", 8, "--image.kind", "hint")
+    problem = tiny.refused("train_denoiser", *words, "--image.hint_channels", 3)
+    assert problem.what == "image.hint_channels is 3, the hints of these latents have 1" and not run.exists()
+    assert "leave image.hint_channels out" in problem.hint
+    tiny.call("train_denoiser", *words)
+    assert json.loads((run / "config.json").read_text())["image"]["hint_channels"] == 1
+    assert hint_read(run) == (1, "edges", True, None) and (run / "final" / "hint.png").is_file()
     first = draw(tmp_path / "first", "--model", run, "--hint", hint)
     facts = grids.facts(tmp_path / "first" / "00000.png")["controls"]
     assert facts["runs"] == [] and facts["hints"][0][0] == "square.png"

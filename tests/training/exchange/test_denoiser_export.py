@@ -58,7 +58,7 @@ LISTS = (
     ("dit-s dit-b dit-l dit-xl gpu-64 gpu-128 gpu-256 gpus-256 smoke", SCRATCH),
     ("laptop-64 laptop-128 laptop-256 quickstart shapes fashion fashion-pixels", OWN_UNET),
     ("emoji-dit", [*SCRATCH[:-1], "text.lower"]),
-    ("upscale-shapes inpaint edit", [*OWN_UNET, "image.kind"]),
+    ("upscale-shapes inpaint edit hint", [*OWN_UNET, "image.kind"]),
     ("upscale-emoji", [*OWN_UNET[:-1], "text.masked", "image.kind"]),
     ("emoji-unet", [*OWN_UNET[:-1], "text.masked"]),
 )

@@ -13,7 +13,8 @@ import pytest
 import tiny
 
 from training.ledger import Ledger
-from training.measuring.control import followed, placed
+from training.measuring.control import followed, others, placed
+from training.models.hints import HintRead
 from training.pictures.hints import hint_of
 from training.shapes.rendering import render
 from training.shapes.scenes import Scene, scene
@@ -67,6 +68,21 @@ def test_overlap_of_a_hint_with_that_of_the_drawing() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     assert followed(hint_of("mask"), noise, hint, ledger) == 0
     assert "no such hint can be made" in "\n".join(ledger.lines())
+
+
+def test_a_control_as_that_of_a_drawing_is_answered() -> None:
+    problem = tiny.refused("evaluate", "--model", "demo", "--control", "RUN")
+    assert "measured with evaluate --adapter CONTROL --hints" in problem.what
+
+
+def test_hints_that_a_run_did_not_learn_from_are_told() -> None:
+    """As where their kind or their range is another: nothing else shows it."""
+    depth = HintRead(1, "depth", False, (0.0, 4.0))
+    assert not others(depth, {"kind": "depth", "range": [0, 4]}) and not others(None, {"kind": "depth"})
+    assert not others(HintRead(1, None, False), {"kind": "depth"})
+    assert not others(HintRead(1, "mask", True), {"kind": "mask"})
+    for told in ({"kind": "depth"}, {"kind": "depth", "range": [0, 5]}, {"kind": "mask", "range": [0, 4]}):
+        assert others(depth, told)
 
 
 def test_evaluate_tells_how_far_a_control_is_followed(denoiser: Path, autoencoder: Path, tmp_path: Path,

@@ -181,6 +181,7 @@ def test_hints_of_other_depths(photos: Path, tmp_path: Path) -> None:
         for n in range(COUNT):
             Image.fromarray(values).save(hints / f"{n}.{'tif' if form == 'TIFF' else 'png'}", form)
         shards = pack(photos, tmp_path / f"{name}-out", "--hint", "depth", "--hint-files", str(hints), *flags)
+        assert shards.summary["hint"].get("range", []) == [float(word) for word in flags[1:]]
         hint = decode(shards.read(0)["hint.png"]).astype(int)
         wanted = ramp[:, 16:80].reshape(32, 2, 32, 2).mean((1, 3)) * 255
         assert abs(hint - wanted).max() < 1.5, name
@@ -199,6 +200,9 @@ def test_what_is_told_of_hints_that_say_nothing(photos: Path, tmp_path: Path) ->
 def test_flags_that_do_not_go_together(photos: Path, tmp_path: Path) -> None:
     hints, out = folder(tmp_path / "lines", lines), tmp_path / "out"
     assert "--hint-files DIR" in refused(photos, out, "--hint", "depth").hint
+    for meant in (str(hints), f"{hints}/none"):
+        assert f"--hint-files {meant} where they lie" in refused(photos, out, "--hint", meant).hint
+    assert "invalid choice" in refused(photos, out, "--hint", "canny").what
     assert "--hint edges" in refused(photos, out, "--hint-files", str(hints)).hint
     assert "--hint-files" in refused(photos, out, "--hint", "edges", "--hint-range", "0", "1").what
     assert "LOW must be below" in refused(

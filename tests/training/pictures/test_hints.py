@@ -137,8 +137,11 @@ def test_files_of_any_depth_and_channels() -> None:
     assert np.array_equal(DEPTH.decoded(file(deep))[0][..., 0], grey)
     assert DEPTH.decoded(file(deep), limits=(0, 257))[0].tolist() == (np.minimum(grey[..., None], 1) * 255).tolist()
     clear = Image.merge("LA", [Image.new("L", (6, 5), 255), Image.fromarray(grey)])
-    values, notes = EDGES.decoded(file(clear))
+    values, notes, wide = EDGES.decoded(file(clear))
     assert abs(values[..., 0].astype(int) - grey).max() <= 1 and notes[0][1].startswith("hint: transparency")
+    assert not wide and DEPTH.decoded(file(deep)).deep
+    notes = DEPTH.decoded(file(deep), limits=(0, 257)).notes
+    assert notes == [("cut", "hint: brightness outside of the range of hints")]
     colour = Image.fromarray(noise(5, 5, 6, 3))
     assert hint_of("picture").decoded(file(colour))[0].shape == (5, 6, 3)
     with pytest.raises(UserError, match="colour in a hint of depth"):

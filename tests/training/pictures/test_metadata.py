@@ -159,10 +159,11 @@ def test_several_pictures_in_one_file() -> None:
     red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
     for form in ("GIF", "TIFF", "PNG", "WEBP"):
         image = load_image(saved(red, form, save_all=True, append_images=[blue]))
-        assert image.info == {"animated": True, "remarks": [("cut", ANIMATED)]}, form
+        assert image.info == {"animated": True, "deep": False, "remarks": [("cut", ANIMATED)]}, form
     image = load_image(saved(red, "MPO", save_all=True, append_images=[blue]))
-    assert image.info == {"animated": False, "remarks": [("ignored", VIEWS)]} and image.getpixel((5, 5))[0] > 250
-    assert load_image(saved(red, "JPEG")).info == {"animated": False, "remarks": []}
+    assert image.info == {"animated": False, "deep": False, "remarks": [("ignored", VIEWS)]}
+    assert image.getpixel((5, 5))[0] > 250
+    assert load_image(saved(red, "JPEG")).info == {"animated": False, "deep": False, "remarks": []}
 
 
 def test_one_bit_is_black_and_white() -> None:

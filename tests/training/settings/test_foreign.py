@@ -12,7 +12,8 @@ from training.settings import foreign
 from training.settings.decoding import STAGES, sections
 from training.settings.flags import ALIASES, TrainParser
 
-DOORS = ("train_autoencoder", "train_denoiser", "generate", "make_shards", "encode_latents", "convert_autoencoder")
+DOORS = ("train_autoencoder", "train_denoiser", "generate", "make_shards", "encode_latents", "convert_autoencoder",
+         "evaluate")  # fmt: skip
 FLAGS = set().union(*map(hints.options, DOORS))
 KEYS = {f"--{s}.{f.name}" for stage in STAGES for s, members in sections(stage).items() for m in members
         for f in dataclasses.fields(m)}  # fmt: skip

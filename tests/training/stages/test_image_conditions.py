@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ranks
 import tiny
 import torch
 from denoiser_steps import gradients, make, step, weights
+from stopped import same, stop_at
 from torch import Tensor
 
 from ldm.conditioning import Cond
@@ -88,3 +90,44 @@ def test_begun_from_a_run_without_image_it_is_widened_with_zeros(
     assert own[name].shape[1] == 4 * (2 * channels + 1) and own[name][:, 4 * channels :].abs().max() < 1e-20
     pipeline = load_pipeline(run, "cpu")
     assert pipeline.denoiser.backbone.image_channels == channels + 1  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def straight(
+    request: pytest.FixtureRequest, shapes: Path, autoencoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[object], Path]:
+    """The words of a training by the kind of image condition that is asked for, and their run, not interrupted."""
+    root, kind = tmp_path_factory.mktemp("straight"), request.param
+    if kind == "hint":
+        packing = "pack shapes --samples 96 --val-fraction 0.2 --samples-per-shard 40 --hint edges"
+        assert tiny.call("make_shards", *packing.split(), "--output", root / "shapes") == 0
+    data, also = (root / "shapes", []) if kind == "hint" else (shapes, ["--low-res", 4] if kind == "low-res" else [])
+    given = ["--autoencoder", autoencoder, "--data", data, "--output", root / "latents", "--device", "cpu"]
+    assert tiny.call("encode_latents", *given, *also) == 0
+    words: list[object] = ["train_denoiser", "--latents", root / "latents", *tiny.DENOISER, "--image.kind", kind]
+    assert tiny.call(*words, "--output", root / "run") == 0  # type: ignore[arg-type]
+    return words, root / "run"
+
+
+@pytest.mark.parametrize("straight", ["masked", "hint"], indirect=True)
+def test_a_stopped_run_goes_on_byte_for_byte(
+    straight: tuple[list[object], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (script, *words), whole = straight
+    stop_at(monkeypatch, 3)
+    assert tiny.call(str(script), *words, "--output", tmp_path / "run") == 143
+    monkeypatch.undo()
+    assert tiny.call(str(script), *words, "--output", tmp_path / "run", "--resume", "auto") == 0
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("straight", ["masked", "hint", "low-res"], indirect=True)
+def test_two_processes_train_as_one(straight: tuple[list[object], Path], tmp_path: Path) -> None:
+    words, whole = straight
+    assert ranks.start(2, tmp_path, *words, "--output", tmp_path / "run") == [0, 0], ranks.said(tmp_path)
+    for ours, theirs in zip(tiny.rows(tmp_path / "run"), tiny.rows(whole), strict=True):
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)
+    before = load_tensors(whole / "final" / "model.safetensors")
+    for name, weight in load_tensors(tmp_path / "run" / "final" / "model.safetensors").items():
+        torch.testing.assert_close(weight, before[name], rtol=1e-3, atol=1e-4)

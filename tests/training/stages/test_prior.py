@@ -19,6 +19,7 @@ from packs import retold
 from stopped import same, stop_at
 from torch import Tensor
 
+from ldm.adapters.controlnet import ControlNet
 from ldm.adapters.low_rank import LoRA
 from ldm.text import Label
 from training.data.order import Slot
@@ -255,12 +256,27 @@ def test_two_processes_train_as_one(straight: Path, latents: Path, denoiser: Pat
 
 
 def test_what_is_shown_besides_captions_is_refused() -> None:
-    """The base would have to be shown it too."""
+    """The base would have to be shown it too: what the network reads, and no more."""
     given = {"prior.weight": "1", "prior.captions": "a dog"}
     config: Any = load("denoiser", "smoke", given)
-    refuse_prior(config, Namespace(init_from="run"), [])
-    with pytest.raises(UserError, match="prior pictures have no image, which the denoiser is shown"):
-        refuse_prior(config, Namespace(init_from="run"), ["image"])
+    refuse_prior(config, Namespace(init_from="run"), ["image"])
+    control = dataclasses.replace(config, adapter=ControlNet())
+    masked: Any = load("denoiser", "smoke", given | {"image.kind": "masked"})
+    for name, reading, beside in (("image", control, ["image"]), ("image", masked, []), ("depth", config, ["depth"])):
+        with pytest.raises(UserError, match=f"prior pictures have no {name}, which the denoiser is shown"):
+            refuse_prior(reading, Namespace(init_from="run"), beside)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_image_that_nothing_reads_may_lie_beside(make: Make, learns: bool) -> None:  # noqa: F811
+    """As of latents with hints, on which a control was trained: the step is the one without."""
+    steps = []
+    for beside in ({}, {"image": torch.ones(8, 1, 4, 4)}):
+        stage, _ = make(prior__weight="1")
+        stage.prior, stage.text.trainable = drawn(stage), learns
+        batch = stage.dataset.__getitems__([Slot(slot, 0, slot) for slot in range(8)])
+        steps.append(stage.backward(batch._replace(extras=beside), 3, 1.0)["loss"])
+    assert torch.equal(*steps)
 
 
 def test_answers_teach_no_variance() -> None:
@@ -284,6 +300,19 @@ def test_a_stopped_run_goes_on_with_the_same_pictures(
     assert train(latents, denoiser, run, *PRIOR, "--resume", "auto") == 0
     same(run, straight)
     assert load_drawn(run / "prior").hash == load_drawn(straight / "prior").hash
+
+
+def test_a_stopped_dreambooth_with_a_new_word_goes_on_byte_for_byte(
+    latents: Path, denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train_denoiser", "--base", denoiser, "--latents", latents, "--config", "dreambooth", *tiny.SHORT, *PRIOR]
+    words += ["--adapter.rank", 2, "--adapter.words", '["blicket"]', "--output"]
+    assert tiny.call(*words, tmp_path / "straight") == 0
+    stop_at(monkeypatch, 3)
+    assert tiny.call(*words, tmp_path / "run") == 143
+    monkeypatch.undo()
+    assert tiny.call(*words, tmp_path / "run", "--resume", "auto") == 0
+    same(tmp_path / "run", tmp_path / "straight")
 
 
 def test_weight_0_is_plain_training(latents: Path, denoiser: Path, tmp_path: Path) -> None:
