@@ -113,6 +113,7 @@ class AdapterJob(DenoiserJob):
         norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
         self.trained = DenoiserStage(config, backbone, text, norm, *data, pipeline, parts.null, self.adapter)
         self.trained.prior_home = prior_home(config.prior, final)
+        self.tell_unread_image(accelerator)
         return self.trained
 
     def _text_encoder(self, final: Path) -> str | None:

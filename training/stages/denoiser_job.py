@@ -14,8 +14,10 @@ from ldm.adapters.controlled import ControlConfig
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
+from training.encoding.shown import trained
 from training.errors import DATA, UserError, as_user_error
 from training.machine.processes import announce
+from training.messages import note
 from training.models import assembly, init_from
 from training.models.captions_read import refuse_unread, tell_unknown
 from training.models.cards import HINT
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from training.settings.decoding import DenoiserConfig
 
+UNREAD = "images beside the latents, which nothing in this training reads"
 CAPTIONS = 5  # that a model card shows
 
 
@@ -85,7 +88,21 @@ class DenoiserJob(Job):
         refuse_unread(parts.text, self.dataset)
         self.trained.prior_home = prior_home(config.prior, final)
         self.refuse_without_image()
+        self.tell_unread_image(accelerator)
         return self.trained
+
+    def tell_unread_image(self, accelerator: Accelerator) -> None:
+        """Say, and write into the books, that the latents hold images which this training does not read, and what
+        would."""
+        image, adapter, summary = self.config.image, self.trained.adapter, self.dataset.shards.summary
+        hint = summary.get("hint")
+        held = summary.get("image") or (hint and {"kind": "hint", "hint_channels": hint["channels"]})
+        if not held or image.stored or (adapter and adapter.hint):
+            return
+        upon = "--config controlnet" if held["kind"] == "hint" else f"a --base of image.kind {held['kind']}"
+        how = f"{upon if adapter else ' '.join(trained(held))} has them read"
+        self.trained.tally.counted.add("ignored", UNREAD, how)
+        announce(accelerator, f"{UNREAD}: {how}", note)
 
     def refuse_without_image(self) -> None:
         """Raises UserError where an image condition is made of what these latents do not hold (code 3), and where
