@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def base(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tiny.call("train_denoiser", *tiny.DENOISER, *train) == 0
     tiny.shake(root / "run" / "final")
     return root / "run"
+
+
+@pytest.fixture(scope="module")
+def hinted(base: Path) -> Path:
+    """The latents of that base, with edges beside them."""
+    root = base.parent
+    pack = ("pack", root / "in", "--output", root / "edges", "--resolution", 8, "--val-fraction", 0.3)
+    assert tiny.call("make_shards", *pack, "--hint", "edges") == 0
+    encode = ("--autoencoder", root / "pixels", "--data", root / "edges", "--output", root / "hinted")
+    assert tiny.call("encode_latents", *encode, "--device", "cpu") == 0
+    return root / "hinted"
 
 
 def small(path: Path, size: tuple[int, int] = (8, 8), seed: int = 0, mode: str = "RGB") -> Path:
@@ -281,3 +293,37 @@ def test_a_cascade_has_the_size_of_its_last_model(base: Path, upscaler: Path, tm
     words = ("--cascade", base, "--cascade", upscaler, "--prompt", "x", "--output", tmp_path / "none", *FAST)
     assert "--size" in tiny.refused("generate", *words, "--size", 64).what
     assert "--level" in tiny.refused("generate", *words, "--level", 1.5).what
+
+
+def test_a_level_beyond_what_was_trained_is_refused_for_what_it_is(
+    base: Path, upscaler: Path, tmp_path: Path
+) -> None:
+    """The order of the models is not the trouble."""
+    timid = shutil.copytree(upscaler, tmp_path / "timid")
+    for home in (timid, timid / "final"):
+        values = json.loads((home / "config.json").read_text())
+        values["image"] |= {"augment": 0.1, "level": 0.1}
+        (home / "config.json").write_text(json.dumps(values))
+    words = ("--cascade", base, "--cascade", timid, "--prompt", "x", "--output", tmp_path / "out", *FAST, "--level")
+    problem = tiny.refused("generate", *words, 0.15)
+    assert "must lie in [0, 0.1]" in problem.what and problem.hint.startswith("give a --level within it")
+    assert tiny.call("generate", *words, 0.1) == 0
+
+
+def test_a_control_makes_no_cascade(base: Path, upscaler: Path, hinted: Path, tmp_path: Path) -> None:
+    control = tmp_path / "control"
+    learn = ("--base", base, "--config", "controlnet", "--latents", hinted, "--output", control, "--max-steps", 1)
+    assert tiny.call("train_denoiser", *learn, "--batch-size", 8, "--device", "cpu", "--sample.steps", 2) == 0
+    words = ("--cascade", upscaler, "--prompt", "x", "--output", tmp_path / "none", *FAST)
+    problem = tiny.refused("generate", "--cascade", control, *words)
+    assert "is a control, which is shown a hint" in problem.what and "give its base in its place" in problem.hint
+    assert tiny.call("generate", "--cascade", base, *words) == 0
+    alone = ("--model", base, "--control", control, "--hint", control / "final" / "hint.png", "--prompt", "x", *FAST)
+    assert tiny.call("generate", *alone, "--output", tmp_path / "alone") == 0
+    upscale(upscaler, tmp_path / "alone" / "00000.png", tmp_path / "large")
+
+
+def test_the_size_is_that_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures are not packed to be enlarged."""
+    problem = tiny.refused("upscale", "x.png", "--model", "m", "--output", "o", "--size", 64)
+    assert "--size; here: pictures become as many times larger" in problem.what and "make_shards" not in problem.what
