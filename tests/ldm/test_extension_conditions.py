@@ -1,6 +1,7 @@
-"""A guidance, a prediction, a weighting, a backbone and a text encoder from outside pass every test of their family.
+"""A guidance, a prediction, a weighting, a backbone, a text encoder and an adapter from outside pass every test of
+their family.
 
-The first three stand in for a member wherever a test is run over the family's tuple; the last two are one new file
+The first three stand in for a member wherever a test is run over the family's tuple; the last three are one new file
 each, written into a folder of the family's package and found there.
 """
 
@@ -23,9 +24,11 @@ import test_objective
 import test_predictions
 import test_text
 import torch
+from adapters import test_family
 from torch import Tensor
 
-from ldm import backbones, text
+from ldm import adapters, backbones, text
+from ldm.backbones import BACKBONES
 from ldm.conditioning import Cond
 from ldm.denoiser import Conditional
 from ldm.diffusion import Denoised, Diffusion
@@ -196,6 +199,35 @@ class Sums(TextEncoder):
 
 TEXT_ENCODERS = (Letters,)
 '''
+ADAPTER = '''
+from dataclasses import dataclass
+import torch
+from torch import nn
+from ldm.adapters.base import Adapter, AdapterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain(AdapterConfig):
+    kind: str = "gain"
+
+    def build(self, backbone, text):
+        return Louder(next(backbone.parameters()).device)
+
+
+class Louder(Adapter):
+    """What the backbone says, a learned share of it more."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros((), device=device))
+
+    def attach(self, backbone, text):
+        backbone.register_forward_hook(lambda module, given, said: said + self.strength * self.share * said)
+        return backbone, text
+
+
+ADAPTERS = (Gain,)
+'''
 
 
 def found(package: ModuleType, family: str, name: str, source: str, folder: Path, patch: pytest.MonkeyPatch) -> Any:
@@ -225,6 +257,18 @@ def test_a_backbone_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             test(config, **({} if dtype is None else {"dtype": dtype}))
             ran += 1
     assert ran >= 8
+
+
+def test_an_adapter_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gain = found(adapters, "ADAPTERS", "gain", ADAPTER, tmp_path, monkeypatch)
+    config, ran = test_family.settings(gain), 0
+    test_family.test_each_is_for_some_backbone(gain)
+    for name, test in vars(test_family).items():
+        if name.startswith("test_") and list(inspect.signature(test).parameters) == ["case"]:
+            for backbone in BACKBONES:
+                test((config, backbone.kind))
+                ran += 1
+    assert ran >= 5 * len(BACKBONES)
 
 
 def test_a_text_encoder_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

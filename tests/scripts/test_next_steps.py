@@ -30,7 +30,7 @@ HURRIED = {
     "train_autoencoder": [*QUICK, "--model.channels", "8,8,8", "--model.groups", "4", "--discriminator.width", "4"],
     "encode_latents": ["--num-workers", "0"],
     "train_denoiser": [*QUICK, "--backbone.width", "16", "--backbone.depth", "1", "--sample.steps", "2"],
-    "generate": ["--steps", "2"],
+    "generate": ["--steps", "2"], "upscale": ["--steps", "2"],
     "evaluate": ["--count", "10", "--steps", "2"],
     "make_shards": ["--missing-caption", "empty"],
 }
@@ -46,9 +46,14 @@ def told(said: str) -> list[list[str]]:
 
 def paste(words: list[str], *more: object) -> None:
     """Run a command that was told, in this process, with what makes it short."""
-    start = 4 if words[1:3] == ["-m", "training"] else 2  # or a script of this folder
-    name = Path(words[start - 1]).stem.replace("-", "_")
+    name, start = verb(words)
     assert tiny.call(name, *words[start:], *HURRIED[name], *more) == 0
+
+
+def verb(words: list[str]) -> tuple[str, int]:
+    """The door that a command opens, and where its own words begin."""
+    start = 4 if words[1:3] == ["-m", "training"] else 2  # or a script of this folder
+    return Path(words[start - 1]).stem.replace("-", "_"), start
 
 
 def value(words: list[str], flag: str) -> str:
@@ -214,6 +219,78 @@ def test_what_would_be_refused_is_not_proposed(
     assert [Path(words[1]).stem for words in commands] == verbs
     assert all(value(words, "--prompt") == "a cat" for words in commands if "--prompt" in words)
     assert any("--upscale" in words for words in commands) == (image == "low-res")
+
+
+PROPOSED = {"low-res": ["upscale", "evaluate"], "masked": ["generate"], "source": ["generate"],
+            "hint": ["generate", "evaluate"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PROPOSED)
+def test_a_model_that_is_shown_pictures_ends_with_one_to_draw_by(
+    kind: str, shapes: Path, autoencoder: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which lies in final/, is that of the caption which is proposed, and goes with the model where it is exported."""
+    monkeypatch.chdir(tmp_path)
+    data, more = shapes, {"low-res": ["--low-res", "4"], "source": ["--encode-hint"]}.get(kind, [])
+    own = {"low-res": ["--image.factor", "4"], "hint": ["--image.hint_channels", "1"]}.get(kind, [])
+    if kind in ("source", "hint"):
+        before = ["--hint", "picture", "--hint-files", tmp_path / "before"] if kind == "source" else ["--hint", "edges"]
+        after, data = tmp_path / "after", tmp_path / "data"
+        for folder in (after, tmp_path / "before"):
+            folder.mkdir()
+            for number in range(40):
+                (folder / f"{number}.png").write_bytes(grey(5 * number + (folder == after)))
+        words = ["--output", data, *before, "--missing-caption", "filename", "--resolution", "32"]
+        assert tiny.call("make_shards", "pack", after, *words, "--val-fraction", "0.4") == 0
+    encode = ["--autoencoder", autoencoder, "--data", data, "--output", tmp_path / "latents", *more]
+    assert tiny.call("encode_latents", *encode, "--device", "cpu", "--num-workers", "0") == 0
+    train = [*tiny.DENOISER, "--latents", tmp_path / "latents", "--output", "runs/it", "--max-steps", "1"]
+    train += ["--batch-size", "8", "--image.kind", kind, *own]
+    capsys.readouterr()
+    assert tiny.call("train_denoiser", *train) == 0
+    commands = told(capsys.readouterr().err)
+    assert [verb(words)[0] for words in commands] == PROPOSED[kind]
+    held_out = Latents(ShardSet(tmp_path / "latents", "val"))
+    assert value(commands[0], "--prompt") == held_out.captions(0)[0]
+    files = [word for word in commands[0] if word.endswith(".png")]
+    assert files and all(Path(word).is_file() for word in files)
+    size = (8, 8) if kind == "low-res" else (32, 32)
+    assert {Image.open(word).size for word in files} == {size}
+    for words in commands:
+        paste(words)
+    assert len(list(Path(value(commands[0], "--output")).glob("00000*.png"))) == 1
+    assert tiny.call("export_model", "runs/it", "--output", "given") == 0
+    assert all((Path("given") / Path(word).name).is_file() for word in files)
+    [command] = [line for line in Path("given/README.md").read_text().splitlines() if line.startswith("latent-")]
+    script, *rest = shlex.split(command.replace("FOLDER", "given"))
+    door = script.removeprefix("latent-diffusion-")
+    assert tiny.call(door, *rest, *HURRIED[door], "--device", "cpu") == 0
+    for file in files:
+        Path(file).unlink()
+    assert tiny.call("train_denoiser", *train, "--resume", "auto") == 0  # as of an earlier version, which kept none
+    said = capsys.readouterr().err
+    assert [verb(words)[0] for words in (told(said) if "next: " in said else [])] == PROPOSED[kind][1:]
+
+
+@pytest.mark.parametrize(("image", "verbs"), [("masked", ["generate"]), ("low-res", [])])
+def test_what_is_learned_upon_a_model_that_is_shown_pictures_is_drawn_with_one(
+    image: str, verbs: list[str], latents: Path, upscaler: Path, tmp_path: Path, capsys: Said
+) -> None:
+    """None of the door that takes no adapter."""
+    base, data = upscaler, upscaler.parent / "latents"
+    if image == "masked":
+        base, data = tmp_path / "base", latents
+        words = [*tiny.DENOISER, "--latents", data, "--output", base, "--max-steps", "1", "--image.kind", image]
+        assert tiny.call("train_denoiser", *words) == 0
+    learn = ["--base", base, "--config", "lora", "--latents", data, "--output", tmp_path / "lora", "--device", "cpu"]
+    learn += ["--max-steps", "1", "--batch-size", "8", "--sample.steps", "2"]
+    capsys.readouterr()
+    assert tiny.call("train_denoiser", *learn) == 0
+    said = capsys.readouterr().err
+    commands = told(said) if verbs else []
+    assert [verb(words)[0] for words in commands] == verbs and ("next: " in said) == bool(verbs)
+    for words in commands:
+        paste(words)
 
 
 def test_a_finished_run_needs_no_next_step(

@@ -36,7 +36,10 @@ def main() -> None:
     how("--dynamic-threshold", metavar="P", type=float, help=text)
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--overwrite", action="store_true", help="replace pictures that are there")
+    text = "pictures that cannot be used: stop before any is drawn and name them, or leave them out and count them"
+    add("--on-bad-data", choices=("error", "skip"), default="error", help=text)
+    text = "draw all pictures again; without it those that the same command drew are kept, and the missing ones drawn"
+    add("--overwrite", action="store_true", help=text)
     add("--batch-size", metavar="N", type=int, default=16, help="pictures of one size at once")
     add("--tile", metavar="N", type=int, default=0, help="decode in overlapping tiles of N x N latents; 0 = whole")
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")

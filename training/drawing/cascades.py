@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -93,7 +93,9 @@ class Cascaded(Start):
             for part in parts:
                 part.to(pipeline.device)
         with as_user_error("give the models of --cascade from the smallest pictures to the largest"):
-            whole = Cascade([*map(Stage, self.before), Stage(pipeline, self.level)])
+            whole = Cascade([*map(Stage, self.before), Stage(pipeline)])
+        with as_user_error("give a --level within it, or leave it out: the model has its own"):
+            whole = replace(whole, stages=[*whole.stages[:-1], Stage(pipeline, self.level)])
 
         def tasks(requests: list[Request]) -> Iterator[Group]:
             captions, seeds = [request.prompt for request in requests], [request.seed for request in requests]
@@ -138,9 +140,20 @@ def settle(args: argparse.Namespace) -> None:
             raise UserError(what, hint="give it once for each: --cascade BASE --cascade UPSCALER")
         for run in args.cascade:
             check_model(run)
+            refuse_control(run)
         args.model = args.cascade[-1]
     if not args.model:
         raise UserError("the following arguments are required: --model", hint="name a run: --model RUN")
+
+
+def refuse_control(run: str) -> None:
+    """Raises UserError for the run of a control, which draws by a hint that a cascade does not give it."""
+    from ldm.adapters.controlled import ControlConfig
+
+    if isinstance(config_of(run).adapter, ControlConfig):
+        what = f"--cascade {run}: is a control, which is shown a hint, and a cascade shows none"
+        hint = "give its base in its place; or draw by it alone, generate --model BASE --control RUN --hint FILE"
+        raise UserError(what, hint=f"{hint}, and enlarge that")
 
 
 def config_of(run: str) -> decoding.DenoiserConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -251,11 +251,11 @@ def name(request: Request) -> str:
     return f"{request.number:05d}{own}.png"
 
 
-def refuse_overwriting(output: Path, allowed: bool) -> None:
-    """Pictures already made are never replaced unless asked."""
+def refuse_overwriting(output: Path, allowed: bool, own: Container[str] = ()) -> None:
+    """Pictures already made are never replaced unless asked; those of `own` names are not going to be."""
     try:
         there, folder = output.exists(), output.is_dir()
-        holds = folder and any(output.glob("[0-9]*.png"))
+        holds = folder and any(path.name not in own for path in output.glob("[0-9]*.png"))
     except OSError as failure:  # a name over 255 bytes, say
         raise disk_error(output, failure) from None
     if holds and not allowed:

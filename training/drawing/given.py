@@ -18,6 +18,7 @@ from training.ledger import Ledger
 if TYPE_CHECKING:
     from PIL import Image
 
+    from training.packing.problems import Problems
 
 Size = tuple[int, int]
 
@@ -45,19 +46,35 @@ class Given:
 
     def decoded(self, channels: int, ledger: Ledger) -> Image.Image:
         """The picture, what of it is not used as it was given told to the `ledger`. Raises UserError for no picture."""
-        from training.pictures.decoding import load_image
-
         try:
-            picture = load_image(self.data, channels=channels)
+            return self.read(channels, ledger)
         except UserError as problem:
             raise _refused(self.flag, self.name, problem) from None
+
+    def read(self, channels: int, ledger: Ledger) -> Image.Image:
+        """As `decoded`; the error is the bare reason, for the file to be named by who counts them."""
+        from training.pictures.decoding import load_image
+
+        picture = load_image(self.data, channels=max(3, channels))
         for effect, kind in picture.info["remarks"]:
             ledger.add(effect, kind, self.name)
-        return picture
+        if channels > 1:
+            return picture
+        if _coloured(picture):
+            ledger.add("replaced", "colours, by their brightness: the model is of grey pictures", self.name)
+        return picture.convert("L")
 
 
-def given(flag: str, where: str, ledger: Ledger) -> list[Given]:
-    """The picture that `flag` names, or those of the folder. Raises UserError where there is none."""
+def _coloured(picture: Image.Image) -> bool:
+    from PIL import ImageChops
+
+    red, *others = picture.split()
+    return any(ImageChops.difference(red, other).getbbox() for other in others)
+
+
+def given(flag: str, where: str, ledger: Ledger, problems: Problems | None = None) -> list[Given]:
+    """The picture that `flag` names, or those of the folder; files that cannot be read are left out, and told to
+    `problems` too. Raises UserError where there is none."""
     from training.packing.folder import Folder
     from training.packing.sources import Sample
     from training.pictures.formats import LARGEST_FILE, read_file
@@ -76,6 +93,8 @@ def given(flag: str, where: str, ledger: Ledger) -> list[Given]:
             found.append(Given(flag, part.key + part.suffix, part.image, part.captions, True))
         else:
             ledger.add(part.effect, part.reason, part.key, part.count)
+            if problems and part.effect == "left out":
+                problems.add(part.key, part.reason, "")
     return found
 
 
@@ -99,10 +118,15 @@ def beside(flag: str, where: str, sources: list[Given], ledger: Ledger) -> Calla
     return lambda source: named[Path(source.name).stem]
 
 
+def instead(problem: UserError) -> str:
+    """What helps where pictures are not packed, whose flags are not there."""
+    return getattr(problem, "otherwise", "") or problem.hint
+
+
 def _refused(flag: str, name: str, problem: UserError) -> UserError:
     from training.pictures.formats import SUFFIXES
 
-    hint = problem.hint or f"give a picture file, as {', '.join(SUFFIXES[:3])}"
+    hint = instead(problem) or f"give a picture file, as {', '.join(SUFFIXES[:3])}"
     return UserError(f"{flag} {name}: {problem.what}", hint=hint, code=DATA)
 
 

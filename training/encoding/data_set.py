@@ -85,7 +85,7 @@ def encode(args: argparse.Namespace) -> int:
             left_out = _finish(source, target, plan, shards, model.latent_channels, worker.waiting())
             if left_out and args.on_bad_data is None:
                 raise unasked(left_out, total, target)
-            tell_next(_training(args, target))
+            tell_next(_training(args, target, plan["image"]))
         meeting.meet()
     return 0
 
@@ -107,10 +107,10 @@ def _plan(
     }
 
 
-def _training(args: argparse.Namespace, target: Path) -> str:
+def _training(args: argparse.Namespace, target: Path, image: dict[str, Any] | None) -> str:
     """The training of a denoiser on what was encoded."""
     words = ["--latents", target, "--output", beside(target, "denoiser")]
-    words += [*trained(args), *again({"device": args.device, "train.flip": "true" if args.flip else ""})]
+    words += [*trained(image), *again({"device": args.device, "train.flip": "true" if args.flip else ""})]
     if args.text_encoder:
         words += ["--text.kind", "huggingface", "--text.length", args.text_length, "--text.pooling", args.text_pooling]
         words += again({"text.lower": "true" if args.text_lower else "", "text-encoder": args.text_encoder})

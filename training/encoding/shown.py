@@ -50,11 +50,9 @@ def said(plan: Mapping[str, Any]) -> str:
     return f", hints of {plan['hint']['kind']}" if plan["hint"] else ""
 
 
-def trained(args: argparse.Namespace) -> list[str]:
-    """The flags of a training on it."""
-    if args.low_res:
-        return ["--image.kind", "low-res", "--image.factor", str(args.low_res)]
-    return ["--image.kind", "source"] if args.encode_hint else []
+def trained(image: Mapping[str, Any] | None) -> list[str]:
+    """The flags of a training that is shown what `planned` says; none where hints are copied, or there are none."""
+    return [word for key, value in (image or {}).items() for word in (f"--image.{key}", str(value))]
 
 
 def made_small(pixels: Tensor, factor: int) -> Tensor:

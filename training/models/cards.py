@@ -24,6 +24,12 @@ from training.runs.folder import logged
 FACTS, SAMPLES, VOCABULARY = "card.json", "samples.png", "tokenizer/vocabulary.json"
 BASE = "base.json"  # of an adapter, in final/: name and hashes of its base; in the run's folder: where that was found
 HINT = "hint.png"  # in a control's final/: one to draw by
+SHOWN, HOLE = "shown.png", "hole.png"  # in final/ of a model that is shown pictures: one to draw by, of a mask its hole
+# How such a model draws by these, by its image.kind: the door, and its words, of which files are in final/.
+EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "none": ("generate", ()), "hint": ("generate", ("--hint", HINT)), "low-res": ("upscale", (SHOWN,)),
+    "masked": ("generate", ("--image", SHOWN, "--mask", HOLE)), "source": ("generate", ("--image", SHOWN)),
+}  # fmt: skip
 LONGEST_SIDE = 1024  # pixels of `SAMPLES`
 MEANINGS = {
     "psnr": "dB, reconstructions against held-out pictures; higher is nearer",
@@ -46,6 +52,16 @@ def stored_facts(folder: Path) -> dict[str, Any]:
     """What `write_card` was told; empty for a model of an earlier version."""
     path = folder / FACTS
     return read_record(path, {}) if path.is_file() else {}
+
+
+def example(folder: Path, kind: str, place: str | Path) -> tuple[str, list[str]]:
+    """The door that draws by what `folder` keeps for a model of an image.kind, and its words, files as in `place`; ""
+    where nothing is kept."""
+    verb, words = EXAMPLES.get(kind, ("", ()))
+    files = {word for word in words if word.endswith(".png")}
+    if not all((folder / file).is_file() for file in files):
+        return "", []
+    return verb, [f"{place}/{word}" if word in files else word for word in words]
 
 
 def keep_samples(run: Path, step: int, folder: Path) -> None:
@@ -78,7 +94,7 @@ def text(folder: Path, facts: Mapping[str, Any]) -> str:
         _front_matter(denoiser),
         _what(values, facts, denoiser, base),
         _picture(folder, denoiser),
-        _use(folder, facts, denoiser, base),
+        _use(folder, values, facts, base),
         _data(facts),
         _training(values, facts),
         _numbers(facts),
@@ -146,14 +162,17 @@ def _picture(folder: Path, denoiser: bool) -> str:
     return f"![{shown}]({SAMPLES})\n\n*{shown}, as they came: none was chosen.*"
 
 
-def _use(folder: Path, facts: Mapping[str, Any], denoiser: bool, base: str) -> str:
+def _use(folder: Path, values: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> str:
+    denoiser, kind = "backbone" in values, values.get("image", {}).get("kind", "none")
     captions = facts.get("data", {}).get("captions") or ["a caption"]
     prompt = " ".join(min(captions, key=len).split())
     if denoiser:
         hinted = base and (folder / HINT).is_file()
         at_work = f"BASE --control FOLDER --hint FOLDER/{HINT}" if hinted else "BASE --adapter FOLDER"
         model = at_work if base else "FOLDER"
-        command = f"latent-diffusion-generate --model {model} --prompt {shlex.quote(prompt)} --output pictures"
+        verb, shown = example(folder, kind, "FOLDER")
+        words = ["--model", model, *shown, "--prompt", shlex.quote(prompt), "--output", "pictures"]
+        command = " ".join([f"latent-diffusion-{verb or 'generate'}", *words])
         given = '"BASE", adapters=["FOLDER"]' if base else '"FOLDER"'
         python = ["from training import load_pipeline", "", f"pipeline = load_pipeline({given})"]
         python.append(f"images = pipeline([{json.dumps(prompt, ensure_ascii=False)}], seeds=[0])  # PIL images")
@@ -162,7 +181,7 @@ def _use(folder: Path, facts: Mapping[str, Any], denoiser: bool, base: str) -> s
         python = ["from training import load_autoencoder", "", 'autoencoder = load_autoencoder("FOLDER")']
     shell = fenced([f"pip install {PACKAGE}", command], "bash")
     where = f"FOLDER is this folder, BASE that of {escaped(base)}." if base else "FOLDER is this folder."
-    if denoiser and hinted:
+    if denoiser and (hinted or kind != "none"):
         return f"## Use\n\n{where}\n\n{shell}"
     return f"## Use\n\n{where}\n\n{shell}\n\n{fenced(python, 'python')}"
 

@@ -1,4 +1,4 @@
-"""What a model or an adapter is shown as a hint: kept beside its weights, with an example, and read to draw by it."""
+"""What a model or an adapter is shown: an example kept beside its weights to draw by; of hints, what they are, too."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from autoencoder.images import to_uint8
 from ldm.adapters.controlled import ControlConfig
+from ldm.image_conditions import ImageCondition
 from ldm.image_conditions.hint import Hint
+from ldm.pipeline import Pipeline
 from training.data.latents import Latents
 from training.data.order import Slot
 from training.errors import CHECKPOINT, UserError
 from training.files import write_bytes, write_json
 from training.guarding import read_record
-from training.models.cards import HINT
+from training.models.cards import HINT, HOLE, SHOWN
 from training.models.folders import find
+from training.pictures import grids
 from training.pictures.flags import is_range
 from training.pictures.hints import EXTRA, KINDS, as_bytes, stored
 
@@ -37,6 +43,25 @@ def keep_hint(final: Path, told: Mapping[str, Any] | None, held_out: Latents) ->
         write_json(final / NOTED, dict(told))
     (hint,) = held_out.__getitems__([Slot(0, 0, 0)]).extras[EXTRA]
     write_bytes(final / HINT, stored(as_bytes(hint[None])[0]))
+
+
+def keep_shown(final: Path, condition: ImageCondition, held_out: Latents, pipeline: Pipeline) -> None:
+    """Write down the first held-out picture as who draws gives it to the model: small, before its change, or whole with
+    the middle as the hole. Of the latter two there are latents alone, which are decoded."""
+    batch = held_out.__getitems__([Slot(0, 0, 0)])
+    if condition.kind == "low-res":
+        pixels = to_uint8(2 * batch.extras[EXTRA] - 1)
+    else:
+        norm, device = pipeline.autoencoder.norm, pipeline.device
+        latents = batch.extras[EXTRA] if condition.kind == "source" else norm.mean_latents(batch.data.to(device))
+        with torch.no_grad():
+            pixels = to_uint8(pipeline.decode(latents.to(device)))
+    grids.write(grids.to_pil(pixels.cpu())[0], final / SHOWN)
+    if condition.kind == "masked":
+        height, width = pixels.shape[-2:]
+        hole = torch.zeros(1, 1, height, width, dtype=torch.uint8)
+        hole[..., height // 4 : height - height // 4, width // 4 : width - width // 4] = 255
+        grids.write(grids.to_pil(hole)[0], final / HOLE)
 
 
 def hint_read(run: str | Path) -> HintRead | None:

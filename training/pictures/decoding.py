@@ -43,6 +43,7 @@ PROFILE = "colour profile that cannot be used, numbers as they are"
 INKS = "CMYK without a colour profile"
 UNUSED_ALPHA = "transparency of zeros alone, taken as unused"
 LAID = "transparency, laid on the background"
+SMALLER = "make it smaller first"
 
 
 def load_image(
@@ -117,8 +118,9 @@ def _finished(image: Image.Image, data: bytes, wanted: _Wanted) -> Image.Image:
     """The opened picture as it is wanted."""
     # A phone's JPEG holds a preview or a depth map beside the picture.
     animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    image.load()
     remarks: Remarks = [("cut", ANIMATED)] if animated else []
+    remarks += [("cut", depths.ROUNDED)] if depths.wide(image) and wanted.limits is None else []
+    image.load()
     remarks += signalled(data, image)
     unused, turn = image.format in ALPHA_UNUSED, turn_of(image, remarks)
     if deep := depths.deep(image):
@@ -137,14 +139,14 @@ def _broken(data: bytes, error: Exception) -> Unusable:
 
 def _too_many(limit: int, image: Image.Image | None = None) -> Unusable:
     """The error for more than `limit` pixels, with the flag that helps where one does."""
-    hint, shown = "make it smaller first", ""
+    hint, shown = SMALLER, ""
     if image:
         times = HEAVY.get(image.format or "", 1)
         shown = f"{image.width}x{image.height}{f' in {image.format}, where each counts {times}-fold' * (times > 1)}; "
         if (needed := image.width * image.height * times) <= MOST_PIXELS:
             hint = f"--max-pixels {needed} decodes it"
     what = f"too many pixels ({shown}at most {limit:,} are decoded)"
-    return refuse(what, f"{hint}; --max-pixels goes up to {MOST_PIXELS}")
+    return refuse(what, f"{hint}; --max-pixels goes up to {MOST_PIXELS}", SMALLER)
 
 
 def _open(data: bytes, max_pixels: int, known: tuple[str, ...]) -> Image.Image:
@@ -178,7 +180,8 @@ def _opaque(image: Image.Image, wanted: _Wanted, unused: bool, remarks: Remarks)
         image.paste((0, 0, 0, 0), mask=image.getchannel("A").point([255] + [0] * 255))
         return image
     if most == 0:
-        raise refuse("fully transparent image", "--ignore-alpha takes the colours of all pictures as opaque")
+        hint = "--ignore-alpha takes the colours of all pictures as opaque"
+        raise refuse("fully transparent image", hint, "save it without transparency")
     remarks += [("replaced", LAID)] if least < 255 else []
     return _flat(image, background_colour(wanted.background))
 

@@ -3,6 +3,7 @@ never by the picture's own greatest value, which differs from picture to picture
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,11 +18,19 @@ ROWS = 1 << 20  # pixels converted at once: as float64 the whole would take eigh
 DIM = 16  # a picture that uses less than one part in so many of its range is told of
 DARK = f"dark picture, under 1/{DIM} of its numbers' range in use"
 OUTSIDE = "brightness outside of --range"
+WIDE = re.compile(";16[BLN]")  # in Pillow's words for the stored bytes; ";16" alone is of 5 or 6 bits a channel
+ROUNDED = "more than 8 bits a channel, rounded to 8"
 
 
 def deep(image: Image.Image) -> bool:
     """Whether the picture's numbers are wider than 8 bits."""
     return str(image.mode).startswith(("I", "F"))
+
+
+def wide(image: Image.Image) -> bool:
+    """Whether an opened picture, whose data are not loaded yet, has more than 8 bits a channel, also where Pillow keeps
+    no more of them: of colours in PNG and TIFF."""
+    return deep(image) or any(WIDE.search(str(tile)) for tile in getattr(image, "tile", ()))
 
 
 def eight_bits(
@@ -40,6 +49,7 @@ def eight_bits(
         raise refuse(
             f"nothing says what is black and white in {kind.name} (found {low:.6g} to {high:.6g})",
             f"pack with --range {_proposed(low, high)}, one range for all pictures",
+            "save it with 8 or 16 bits, in which black is 0 and white the greatest number",
         )
     black, white = limits or (0.0, 65535.0)
     if limits is None and (high - low) * DIM < white:

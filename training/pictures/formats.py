@@ -52,12 +52,19 @@ BRANDS = {b"avif": ".avif", b"avis": ".avif", **dict.fromkeys((b"heic", b"heix",
 
 
 class Unusable(UserError):
-    """A picture that cannot be used, for a reason that starts with a few words fit for counting."""
+    """A picture that cannot be used, for a reason that starts with a few words fit for counting.
+
+    `otherwise`: what helps where the hint names a flag of packing, and pictures are not packed.
+    """
+
+    otherwise = ""
 
 
-def refuse(reason: str, hint: str = "") -> Unusable:
+def refuse(reason: str, hint: str = "", otherwise: str = "") -> Unusable:
     """The error for `reason`."""
-    return Unusable(reason, hint=hint, code=DATA)
+    problem = Unusable(reason, hint=hint, code=DATA)
+    problem.otherwise = otherwise
+    return problem
 
 
 def size_words(count: int) -> str:

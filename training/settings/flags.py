@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         bare = flag.lstrip("-").replace("_", "-")
         if keys := foreign.keys_named(bare.replace("-", "_"), self.part):
             return f"; did you mean '--{keys[0]}'?" if not keys[1:] else f"; is it {', '.join(f'--{k}' for k in keys)}?"
-        if here := foreign.meaning(bare):
+        if here := foreign.meaning(bare, own_verb()):
             return f"; here: {here}"
         return suggestion(name, options, cutoff=0.8)
 

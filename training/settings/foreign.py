@@ -9,6 +9,7 @@ from pathlib import Path
 
 PACK = "pictures are packed first: make_shards pack FOLDER --output DIR"
 SIZE = "pictures have the size they were packed with: make_shards pack --resolution N"
+ENLARGED = "pictures become as many times larger as the model was trained to make them (image.factor)"
 WEIGHTS = "begin with the weights of a run: --init-from RUN; autoencoders: convert_autoencoder import"
 EMA = "averaged weights are always kept: --train.ema 0.999 (0 = off)"
 ADAM = "AdamW: --optimizer.betas 0.9,0.99"
@@ -157,9 +158,11 @@ SECTIONS = {
 }
 
 
-def meaning(flag: str) -> str:
-    """What another program's flag is here, its name spelled with hyphens and without dashes; else empty."""
-    return HERE.get(flag, "")
+def meaning(flag: str, verb: str) -> str:
+    """What another program's flag is here, at the door of a verb, its name spelled with hyphens and without dashes;
+    else empty."""
+    here = HERE.get(flag, "")
+    return ENLARGED if (here, verb) == (SIZE, "upscale") else here
 
 
 def keys_named(name: str, part: str) -> list[str]:

@@ -24,7 +24,7 @@ from training.messages import note
 from training.models import assembly, text_encoders
 from training.models.adapters import OF_BASE, config_of_base, keep_base, refuse_adapter
 from training.models.captions_read import few_of, refuse_unheard, refuse_unread, tell_unknown
-from training.models.cards import HINT
+from training.models.cards import HINT, example
 from training.models.folders import find, name_of
 from training.models.hints import keep_hint
 from training.models.init_from import fill_network, refuse_new_words, vocabulary_home
@@ -34,7 +34,7 @@ from training.models.vocabulary import added, grown
 from training.next_step import again, beside, prompt
 from training.runs.ingredients import difference
 from training.stages.denoiser import DenoiserStage
-from training.stages.denoiser_job import DenoiserJob
+from training.stages.denoiser_job import DenoiserJob, first_captions
 from training.stages.job import parameters
 from training.stages.prior import prior_home, tell_captions
 from training.tensors import content_hash
@@ -131,6 +131,7 @@ class AdapterJob(DenoiserJob):
         self.trained = DenoiserStage(config, backbone, text, norm, *data, pipeline, parts.null, self.adapter)
         self.trained.prior_home = prior_home(config.prior, final)
         self.trained.tally.counted.merge(of_prior.report())
+        self.tell_unread_image(accelerator)
         return self.trained
 
     def _look_at_words(self, text: TextEncoder) -> None:
@@ -189,6 +190,7 @@ class AdapterJob(DenoiserJob):
         keep_base(final, self.args.base, self.base)
         if self.adapter.hint:
             keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
+        self.keep_example(final)
         self.adapter.strength = 0.0
         self.draw_prior(final)
         self.adapter.strength = 1.0
@@ -203,12 +205,12 @@ class AdapterJob(DenoiserJob):
         return tensors
 
     def next_steps(self, run: Path) -> list[str]:
-        """To draw with it."""
-        every = (caption for place in range(len(self.dataset)) for caption in self.dataset.captions(place)[:1])
+        """To draw with it; upscale takes no adapter."""
         hint = run / "final" / HINT  # of a control: the first held-out one, drawn with its caption
-        captions = chain(self.held_out.captions(0) if hint.is_file() else [], every)
+        verb, shown = example(run / "final", self.config.image.kind, run / "final")
+        captions = chain(self.held_out.captions(0) if shown or hint.is_file() else [], first_captions(self.dataset))
         also = again({"device": self.args.device, "text-encoder": self.args.text_encoder})
         known = known_words(find(self.args.base, "denoiser").final)
         at_work = ["--control", run, "--hint", hint] if hint.is_file() else ["--adapter", run]
-        words = ["--model", self.args.base, *at_work, *prompt(captions, known)]
-        return [door("generate", *words, "--output", beside(run, "pictures"), *also)]
+        words = ["--model", self.args.base, *at_work, *shown, *prompt(captions, known)]
+        return [door(verb, *words, "--output", beside(run, "pictures"), *also)] if verb == "generate" else []

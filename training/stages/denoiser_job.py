@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,12 +15,14 @@ from ldm.adapters.controlled import ControlConfig
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
+from training.encoding.shown import trained
 from training.errors import DATA, UserError, as_user_error
 from training.machine.processes import announce
+from training.messages import note
 from training.models import assembly, init_from
 from training.models.captions_read import refuse_unread, tell_unknown
-from training.models.cards import HINT
-from training.models.hints import keep_hint
+from training.models.cards import EXAMPLES, example
+from training.models.hints import keep_hint, keep_shown
 from training.models.text_encoders import known_words
 from training.next_step import again, beside, prompt
 from training.runs.checkpoints import Checkpoints
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
     from training.settings.decoding import DenoiserConfig
 
+UNREAD = "images beside the latents, which nothing in this training reads"
 CAPTIONS = 5  # that a model card shows
 
 
@@ -95,7 +99,20 @@ class DenoiserJob(Job):
         self.trained.tally.counted.merge(tell_captions(config.prior, parts.text).report())
         self.trained.prior_home = prior_home(config.prior, final)
         self.refuse_without_image()
+        self.tell_unread_image(accelerator)
         return self.trained
+
+    def tell_unread_image(self, accelerator: Accelerator) -> None:
+        """Say, and write into the books, that the latents hold images which this training does not read, and what
+        would."""
+        image, adapter, summary = self.config.image, self.trained.adapter, self.dataset.shards.summary
+        held = summary.get("image") or (summary.get("hint") and {"kind": "hint"})
+        if not held or image.stored or (adapter and adapter.hint):
+            return
+        upon = "--config controlnet" if held["kind"] == "hint" else f"a --base of image.kind {held['kind']}"
+        how = f"{upon if adapter else ' '.join(trained(held))} has them read"
+        self.trained.tally.counted.add("ignored", UNREAD, how)
+        announce(accelerator, f"{UNREAD}: {how}", note)
 
     def refuse_without_image(self) -> None:
         """Raises UserError where an image condition is made of what these latents do not hold (code 3), and where
@@ -148,9 +165,16 @@ class DenoiserJob(Job):
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
         assembly.store(self.parts, Path(self.args.latents), final)
-        if self.config.image.kind == "hint":
-            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
+        self.keep_example(final)
         self.draw_prior(final)
+
+    def keep_example(self, final: Path) -> None:
+        """What the model is shown of the first held-out sample, to draw by."""
+        image = self.config.image
+        if image.kind == "hint":
+            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
+        elif image.kind in EXAMPLES and image.kind != "none":
+            keep_shown(final, image, self.held_out, self.parts.pipeline)
 
     def draw_prior(self, final: Path) -> None:
         """Have the base draw, before the first step, what it is to go on drawing, where the config asks for it."""
@@ -166,16 +190,21 @@ class DenoiserJob(Job):
 
     def next_steps(self, run: Path) -> list[str]:
         """To draw, with a held-out caption of known words as prompt (of labels, a trained one), and to measure on
-        enough; of a model that is shown pictures what needs none but those of the data."""
-        args, summary = self.args, self.dataset.shards.summary
-        shown = self.dataset if isinstance(self.config.text, Label) else self.held_out
-        captions = (caption for place in range(len(shown)) for caption in shown.captions(place)[:1])
+        enough; a model that is shown pictures is shown that of the first held-out sample, with its caption."""
+        args, summary, kind = self.args, self.dataset.shards.summary, self.config.image.kind
+        verb, shown = example(run / "final", kind, run / "final")
+        every = self.dataset if isinstance(self.config.text, Label) else self.held_out
+        captions = chain(self.held_out.captions(0) if shown else [], first_captions(every))
         also = again({"device": args.device, "text-encoder": args.text_encoder})
-        words = ["--model", run, *prompt(captions, known_words(run / "final")), "--output", beside(run, "pictures")]
-        words += ["--hint", run / "final" / HINT] if self.config.image.kind == "hint" else []
-        measures, kind = {"none": [], "hint": ["--hints"], "low-res": ["--upscale"]}, self.config.image.kind
-        drawn = [door("generate", *words, *again({"tile": summary.get("tile")}), *also)]
-        commands = drawn if kind in ("none", "hint") else []
+        words = ["--model", run, *shown, *prompt(captions, known_words(run / "final"))]
+        words += ["--output", beside(run, "pictures"), *again({"tile": summary.get("tile")}), *also]
+        commands = [door(verb, *words)] if verb else []
+        measures = {"none": [], "hint": ["--hints"], "low-res": ["--upscale"]}
         if kind in measures and self.holds_out(COMPARED) and (data := noted_pictures(Path(args.latents))):
             commands.append(door("evaluate", "--model", run, "--data", data, *measures[kind], *also))
         return commands
+
+
+def first_captions(dataset: Latents) -> Iterator[str]:
+    """One of each sample."""
+    return (caption for place in range(len(dataset)) for caption in dataset.captions(place)[:1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shlex
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from PIL import Image
 from training.doors.make_shards import main
 from training.errors import UserError
 from training.pictures.decoding import load_image
-from training.pictures.depths import DARK, OUTSIDE
+from training.pictures.depths import DARK, OUTSIDE, ROUNDED
 from training.shards.reading import ShardSet
 
 RAMP = np.tile(np.linspace(0, 1, 96), (80, 1))
 UNREAD = {("u4", ">"), ("f8", "<"), ("f8", ">")}  # by some Pillow
+CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by the kind of a PNG
 CODES = {"u": 1, "i": 2, "f": 3}  # sample formats of a TIFF
 
 
@@ -113,10 +115,27 @@ def test_without_a_range_the_hint_names_one_that_works(
 def test_dark_pictures_are_told_of() -> None:
     """Twelve bits in sixteen; a range that is given says that it is meant."""
     values = (RAMP * 4095).astype(np.uint16)
-    assert load_image(png(values)).info["remarks"] == [("guessed", DARK)]
-    assert load_image(png(values * 2)).info["remarks"] == []
+    assert load_image(png(values)).info["remarks"] == [("cut", ROUNDED), ("guessed", DARK)]
+    assert load_image(png(values * 2)).info["remarks"] == [("cut", ROUNDED)]
     assert load_image(png(values), limits=[0, 4095]).info["remarks"] == []
     assert grey(png(values), limits=[0, 4095]).max() == 255
+
+
+@pytest.mark.parametrize("kind", [0, 2, 4, 6])  # of a PNG: grey, colours, and each with transparency
+def test_more_than_eight_bits_are_told_of(kind: int) -> None:
+    """Of colours too, of which Pillow keeps eight by itself."""
+    for bits, told in ((16, [("cut", ROUNDED)]), (8, [])):
+        rows = b"".join(b"\0" + b"\x80" * (8 * bits // 8 * CHANNELS[kind]) for _ in range(8))
+        head, parts = struct.pack(">IIBBBBB", 8, 8, bits, kind, 0, 0, 0), b""
+        for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            parts += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        image = load_image(b"\x89PNG\r\n\x1a\n" + parts)
+        assert [remark for remark in image.info["remarks"] if remark[0] == "cut"] == told
+    buffer = io.BytesIO()  # five bits a channel are fewer
+    Image.new("RGB", (8, 8)).save(buffer, "BMP")
+    plain = buffer.getvalue()
+    narrow = plain[:28] + struct.pack("<H", 16) + plain[30:54] + plain[54 : 54 + 128]
+    assert load_image(narrow).info["remarks"] == []
 
 
 def test_a_turn_does_not_change_the_type() -> None:

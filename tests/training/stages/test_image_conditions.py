@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from training.data.order import Slot
 from training.loop.loop import Loop
 from training.models.assembly import load_pipeline
 from training.stages.denoiser import DenoiserStage
+from training.stages.denoiser_job import UNREAD
 from training.tensors import load_tensors
 
 __all__ = ["make"]
@@ -131,3 +133,35 @@ def test_two_processes_train_as_one(straight: tuple[list[object], Path], tmp_pat
     before = load_tensors(whole / "final" / "model.safetensors")
     for name, weight in load_tensors(tmp_path / "run" / "final" / "model.safetensors").items():
         torch.testing.assert_close(weight, before[name], rtol=1e-3, atol=1e-4)
+
+
+def test_images_that_nothing_reads_are_told(
+    upscaler: Path, autoencoder: Path, denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the start, a dry run's too, and in the books; with the words that have them read, which work."""
+    hinted, small = tmp_path / "latents", upscaler.parent / "latents"
+    pack = ("pack", "shapes", "--samples", 24, "--val-fraction", 0.3, "--hint", "edges", "--output", tmp_path / "data")
+    assert tiny.call("make_shards", *pack) == 0
+    encode = ("--autoencoder", autoencoder, "--data", tmp_path / "data", "--output", hinted, "--device", "cpu")
+    assert tiny.call("encode_latents", *encode) == 0
+
+    def told(latents: Path, *words: object) -> list[str]:
+        capsys.readouterr()
+        assert tiny.call("train_denoiser", "--latents", latents, *words, "--batch-size", 8) == 0
+        lines = capsys.readouterr().err.splitlines()
+        return [line.removeprefix(f"note: {UNREAD}: ") for line in lines if line.startswith(f"note: {UNREAD}")]
+
+    upon = ("--base", denoiser, "--config", "lora", "--dry-run", "--device", "cpu")
+    shape = "--image.kind low-res --image.factor 4"
+    assert told(small, *tiny.DENOISER, "--dry-run") == [f"{shape} has them read"]
+    assert told(small, *tiny.DENOISER, "--dry-run", *shape.split()) == []
+    assert told(small, *upon) == ["a --base of image.kind low-res has them read"]
+    assert told(hinted, *upon) == ["--config controlnet has them read"]
+    assert told(hinted, *upon, "--config", "controlnet") == []
+    own = "--image.kind hint"
+    assert told(hinted, *tiny.DENOISER, "--image.kind", "masked", "--dry-run") == [f"{own} has them read"]
+    short = (*tiny.DENOISER, "--max-steps", 1)
+    assert told(hinted, *short, *own.split(), "--output", tmp_path / "hint") == []
+    assert told(hinted, *short, "--output", tmp_path / "plain")
+    books = json.loads((tmp_path / "plain" / "run.json").read_text())["ledger"]
+    assert books["ignored"][UNREAD] == {"count": 1, "first": [f"{own} has them read"]}
