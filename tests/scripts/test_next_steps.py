@@ -232,7 +232,7 @@ def test_a_model_that_is_shown_pictures_ends_with_one_to_draw_by(
     """Which lies in final/, is that of the caption which is proposed, and goes with the model where it is exported."""
     monkeypatch.chdir(tmp_path)
     data, more = shapes, {"low-res": ["--low-res", "4"], "source": ["--encode-hint"]}.get(kind, [])
-    own = {"low-res": ["--image.factor", "4"], "hint": ["--image.hint_channels", "1"]}.get(kind, [])
+    own = ["--image.factor", "4"] if kind == "low-res" else []
     if kind in ("source", "hint"):
         before = ["--hint", "picture", "--hint-files", tmp_path / "before"] if kind == "source" else ["--hint", "edges"]
         after, data = tmp_path / "after", tmp_path / "data"
