@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.adapters.controlled import ControlConfig
+from ldm.adapters.low_rank import LowRankConfig
 from ldm.guiding import AgainstNull
 from ldm.text import TextEncoder
 from ldm.text.encoders import LabelEncoder
@@ -97,7 +99,7 @@ def opened(source: str, text_encoder: str, against: Against | None = None, where
     found = find(source, "denoiser")
     config = found.config()
     assert isinstance(config, DenoiserConfig)
-    refuse_adapter(source, found, "export the model that it was learned upon")
+    refuse_adapter(source, found, _instead(config))
     known = facts(found)
     if against and against(config, known._replace(lowers=True)):  # whatever its tokenizer does
         refuse(against(config, known), where)
@@ -105,6 +107,15 @@ def opened(source: str, text_encoder: str, against: Against | None = None, where
     if against:
         refuse(against(config, facts(found, pipeline.text)), where)
     return Opened(found, config, pipeline)
+
+
+def _instead(config: DenoiserConfig) -> str:
+    """What to export in the place of an adapter's run."""
+    if isinstance(config.adapter, ControlConfig):
+        return "a control is a network of its own beside the denoiser's: export the model that it was learned upon"
+    alone = "; --lora kohya writes it alone" if isinstance(config.adapter, LowRankConfig) else ""
+    hint = f"make one model of both, export_model BASE --adapter RUN --dtype float32, and export that{alone}"
+    return hint
 
 
 def facts(found: Found, text: TextEncoder | None = None) -> Facts:
