@@ -20,7 +20,8 @@ from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import UserError
 from training.exchange import single_file_export
-from training.exchange.autoencoders import VERSION, export_autoencoder
+from training.exchange.autoencoder_export import write_autoencoder
+from training.exchange.autoencoders import VERSION
 from training.exchange.denoiser_layouts import LAYOUTS
 from training.exchange.denoiser_sources import DEFAULTS
 from training.exchange.diffusers_weights import WEIGHTS
@@ -133,7 +134,7 @@ def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPi
     index: dict[str, Any] = {HOMES[name]: ["diffusers", name], "vae": ["diffusers", "AutoencoderKL"]}
     about, tensors = LAYOUTS[name].write(described(config, pipeline))
     _model(folder / HOMES[name], name, about, tensors)
-    export_autoencoder(str(found.final / "autoencoder"), folder / "vae")
+    write_autoencoder(str(found.final / "autoencoder"), folder / "vae")
     kind, settings = scheduler(config)
     index["scheduler"] = ["diffusers", kind]
     _config(folder / "scheduler" / "scheduler_config.json", kind, settings)

@@ -18,7 +18,7 @@ from training.errors import CHECKPOINT, UserError
 from training.exchange.autoencoders import check_unused
 from training.exchange.export_check import REPORT
 from training.exchange.lora_files import Part, taken, theirs
-from training.guarding import staged
+from training.guarding import disk_error, staged
 from training.messages import note, tell
 from training.models.captions_read import few_of
 from training.models.folders import find, weights
@@ -55,6 +55,8 @@ def export_lora(run: str, style: Style, output: Path) -> None:
         save_tensors(partial, tensors)
         told = compare(partial, own, *about)
         partial.replace(output)
+    except OSError as failure:
+        raise disk_error(output, failure) from None
     finally:
         partial.unlink(missing_ok=True)
     tell(told)
