@@ -15,7 +15,7 @@ def main() -> None:
         epilog="import reads diffusers' AutoencoderKL, VQModel, AutoencoderTiny and AutoencoderDC (a folder, a\n"
         "pipeline's, ORG/NAME, or a .safetensors file beside its config.json; sharded and fp16 ones too) and\n"
         "LDM's single safetensors files; what it writes serves wherever an autoencoder's run does.\n"
-        "export writes kl, vq, tiny and dc models as those four classes.",
+        "export writes kl, vq, tiny and dc models as those four classes, and compares what it wrote with the run.",
     )
     parser.add_argument("verb", choices=("import", "export"), help="which way")
     parser.add_argument("source", metavar="SOURCE", help="import: a folder, file or ORG/NAME; export: a run")
@@ -30,11 +30,13 @@ def main() -> None:
         raise UserError("--data and --scale-factor belong to import", hint="leave them out")
     from pathlib import Path
 
-    from training.exchange.autoencoders import export_autoencoder, import_autoencoder
-
     if args.verb == "import":
+        from training.exchange.autoencoders import import_autoencoder
+
         import_autoencoder(args.source, Path(args.output), args.data, args.scale_factor)
     else:
+        from training.exchange.autoencoder_export import export_autoencoder
+
         export_autoencoder(args.source, Path(args.output))
     tell(f"wrote {args.output}")
     if args.verb == "import" and args.data:

@@ -72,12 +72,12 @@ def main() -> None:
 
     output, following = Path(args.output), ""
     if args.base or args.lora:
-        from training.exchange import lora_files
+        from training.exchange import lora_export, lora_files
 
         if args.base:
             lora_files.import_lora(args.source, args.base, output, args.text_encoder or None)
         else:
-            lora_files.export_lora(args.source, args.lora, output)
+            lora_export.export_lora(args.source, args.lora, output)
     elif args.verb == "import":
         from training.exchange.denoiser_import import import_denoiser
 

@@ -1,4 +1,4 @@
-"""Autoencoders of other programs: diffusers' folders and LDM's single files, read; diffusers' folders, written.
+"""Autoencoders of other programs: diffusers' folders and LDM's single files, read.
 
 Our keys are those of diffusers' classes, plus `norm`, the latent normaliser. Only safetensors is read. diffusers itself
 is not needed.
@@ -20,16 +20,15 @@ from training.data.images import Images
 from training.errors import CHECKPOINT, DATA, UserError, as_user_error
 from training.exchange.autoencoder_layouts import LAYOUTS
 from training.exchange.diffusers_weights import NAME, PART, WEIGHTS, folder_weights
-from training.files import write_json
-from training.guarding import make_folder, read_record
+from training.guarding import read_record
 from training.messages import note, tell
-from training.models.autoencoders import autoencoder_hashes, load_autoencoder
-from training.models.folders import export, fill, find
+from training.models.autoencoders import autoencoder_hashes
+from training.models.folders import export, fill
 from training.models.latent_scale import fit_norm
 from training.models.pretrained import tell_download
 from training.settings import decoding
 from training.shards.reading import ShardSet
-from training.tensors import load_tensors, save_tensors
+from training.tensors import load_tensors
 
 HOMES = ("", "vae", "vqvae")  # where the autoencoder lies in a folder or a pipeline's
 VERSION = "0.35.0"  # of diffusers', whose config.json is written
@@ -75,7 +74,7 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
         raise UserError("--data measures what --scale-factor states", hint="give one of them")
     path = Path(source) if Path(source).exists() else _download(source)
     donor = read_file(path) if path.is_file() else read_folder(path)
-    config, model = _built(donor, path)
+    config, model = built(donor, path)
     if data:
         _measure(model, data)
     elif scale_factor:
@@ -92,7 +91,7 @@ def import_autoencoder(source: str, output: Path, data: str = "", scale_factor: 
 
 def keep_autoencoder(donor: Imported, source: Path, output: Path) -> Autoencoder:
     """Write an autoencoder as a model folder, its latents as its source has them; returns it."""
-    config, model = _built(donor, source)
+    config, model = built(donor, source)
     hint = "import it alone, convert_autoencoder import with --scale-factor X, and give that run: --autoencoder RUN"
     with as_user_error(hint, CHECKPOINT):
         model.norm.set_(model.norm.shift.clone(), model.norm.scale.clone())
@@ -102,7 +101,8 @@ def keep_autoencoder(donor: Imported, source: Path, output: Path) -> Autoencoder
     return model.requires_grad_(False)
 
 
-def _built(donor: Imported, path: Path) -> tuple[decoding.AutoencoderConfig, Autoencoder]:
+def built(donor: Imported, path: Path) -> tuple[decoding.AutoencoderConfig, Autoencoder]:
+    """The config and the model of what was read."""
     config = decoding.decode("autoencoder", {"model": donor.model})
     assert isinstance(config, decoding.AutoencoderConfig)
     model: Autoencoder = config.model.build().eval()
@@ -258,22 +258,3 @@ def modernise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             value = value.flatten(1)
         result[key] = value.float()
     return result
-
-
-def export_autoencoder(path: str, output: Path) -> None:
-    """Write a run's autoencoder as diffusers does. Raises UserError for kinds diffusers has no class for.
-
-    What of the latents' normaliser its pipelines cannot say is said as a note.
-    """
-    check_unused(output)
-    model = decoding.to_values(find(path, "autoencoder").config())["model"]
-    layout = next(((name, write) for name, (kind, _, _, write) in LAYOUTS.items() if kind == model["kind"]), None)
-    if layout is None:
-        kinds = ", ".join(kind for kind, *_ in LAYOUTS.values())
-        raise UserError(f"diffusers has no class for autoencoders of kind {model['kind']}", hint=kinds, code=CHECKPOINT)
-    tensors = {key: value.clone() for key, value in load_autoencoder(path).state_dict().items()}
-    shift, scale = tensors.pop("norm.shift").flatten(), tensors.pop("norm.scale").flatten()
-    about, tensors = layout[1](model, tensors, shift, scale)
-    make_folder(output)
-    save_tensors(output / WEIGHTS, tensors, {"format": "pt"})
-    write_json(output / "config.json", {"_class_name": layout[0], "_diffusers_version": VERSION} | about)

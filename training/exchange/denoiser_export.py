@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.adapters.controlled import ControlConfig
+from ldm.adapters.low_rank import LowRankConfig
 from ldm.guiding import AgainstNull
 from ldm.text import TextEncoder
 from ldm.text.encoders import LabelEncoder
 from ldm.text.huggingface import HuggingFaceTextEncoder
 from training.errors import UserError
 from training.exchange import single_file_export
-from training.exchange.autoencoders import VERSION, export_autoencoder
+from training.exchange.autoencoder_export import write_autoencoder
+from training.exchange.autoencoders import VERSION
 from training.exchange.denoiser_layouts import LAYOUTS
 from training.exchange.denoiser_sources import DEFAULTS
 from training.exchange.diffusers_weights import WEIGHTS
@@ -97,7 +100,7 @@ def opened(source: str, text_encoder: str, against: Against | None = None, where
     found = find(source, "denoiser")
     config = found.config()
     assert isinstance(config, DenoiserConfig)
-    refuse_adapter(source, found, "export the model that it was learned upon")
+    refuse_adapter(source, found, _instead(config))
     known = facts(found)
     if against and against(config, known._replace(lowers=True)):  # whatever its tokenizer does
         refuse(against(config, known), where)
@@ -105,6 +108,15 @@ def opened(source: str, text_encoder: str, against: Against | None = None, where
     if against:
         refuse(against(config, facts(found, pipeline.text)), where)
     return Opened(found, config, pipeline)
+
+
+def _instead(config: DenoiserConfig) -> str:
+    """What to export in the place of an adapter's run."""
+    if isinstance(config.adapter, ControlConfig):
+        return "a control is a network of its own beside the denoiser's: export the model that it was learned upon"
+    alone = "; --lora kohya writes it alone" if isinstance(config.adapter, LowRankConfig) else ""
+    hint = f"make one model of both, export_model BASE --adapter RUN --dtype float32, and export that{alone}"
+    return hint
 
 
 def facts(found: Found, text: TextEncoder | None = None) -> Facts:
@@ -122,7 +134,7 @@ def write(folder: Path, found: Found, config: DenoiserConfig, pipeline: HashedPi
     index: dict[str, Any] = {HOMES[name]: ["diffusers", name], "vae": ["diffusers", "AutoencoderKL"]}
     about, tensors = LAYOUTS[name].write(described(config, pipeline))
     _model(folder / HOMES[name], name, about, tensors)
-    export_autoencoder(str(found.final / "autoencoder"), folder / "vae")
+    write_autoencoder(str(found.final / "autoencoder"), folder / "vae")
     kind, settings = scheduler(config)
     index["scheduler"] = ["diffusers", kind]
     _config(folder / "scheduler" / "scheduler_config.json", kind, settings)

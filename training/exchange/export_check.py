@@ -28,6 +28,7 @@ from training.settings.decoding import DenoiserConfig
 REPORT = "this is a mistake of the program: please report it with config.json"
 CLOSE = 1e-5  # the largest difference, in float32, by the largest number that is compared or 1
 PROMPTS = ["a red circle above a blue square", "", "A photo"]
+NETWORKS = ("unet", "transformer", "vae")  # their folders
 LEVELS = (1.0, 401.0, 998.0)
 
 
@@ -87,12 +88,12 @@ def captions(pipeline: HashedPipeline) -> list[str]:
 
 def _by_diffusers(diffusers: Any, folder: Path, pipeline: HashedPipeline, config: DenoiserConfig) -> Errors:
     with quiet(diffusers):
-        parts = {name: _whole(diffusers, folder, name) for name in ("unet", "transformer", "vae")}
+        parts = {home.name: opened_whole(diffusers, home) for home in map(folder.joinpath, NETWORKS) if home.is_dir()}
         theirs = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     vae, (x, levels, picture) = parts["vae"], probe(pipeline)
     ours, backbone, cond = pipeline.autoencoder, pipeline.denoiser.backbone, pipeline.text(captions(pipeline))
     given, text = _text(theirs, pipeline, cond)
-    network = parts["unet"] or parts["transformer"]
+    network = parts.get("unet") or parts["transformer"]
     answer = network(x, timestep=levels, **given, return_dict=False)[0]
     moments, posterior = ours.encode(picture), vae.encode(picture).latent_dist
     spread = moments.chunk(2, dim=1)[1] - 2 * ours.norm.scale.log()  # of normalised latents
@@ -117,11 +118,8 @@ def quiet(diffusers: Any) -> Iterator[None]:
         yield
 
 
-def _whole(diffusers: Any, folder: Path, name: str) -> Any:
-    """A part by the class of its config.json, all of its weights in their places; None where there is no such part."""
-    home = folder / name
-    if not home.is_dir():
-        return None
+def opened_whole(diffusers: Any, home: Path) -> Any:
+    """A part by the class of its config.json, all of its weights in their places."""
     kind = read_record(home / "config.json", {"_class_name": str})["_class_name"]
     model, outcome = getattr(diffusers, kind).from_pretrained(home, output_loading_info=True, local_files_only=True)
     if wrong := {what: keys for what, keys in outcome.items() if keys}:

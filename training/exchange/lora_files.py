@@ -1,7 +1,7 @@
-"""LoRA files of other programs, both ways: safetensors by the names of diffusers and PEFT, or of kohya's scripts.
+"""LoRA files of other programs, read: safetensors by the names of diffusers and PEFT, or of kohya's scripts.
 
 A layer W (out, in) has A (r, in) and B (out, r) there, and its change is (alpha / r) B A. kohya's files say alpha,
-which is often 1: then the change is B A / r. diffusers' say none, and mean alpha = r.
+which is often 1: then the change is B A / r. diffusers' say none, and mean alpha = r; PEFT's say it beside them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.low_rank import DoRA, Layer, LoRA, LowRank, LowRankConfig, MagnitudeDelta
+from ldm.adapters.low_rank import DoRA, Layer, LoRA, LowRank, MagnitudeDelta
 from training.errors import CHECKPOINT, UserError
 from training.exchange.autoencoders import check_unused
 from training.exchange.transformer_layouts import DIT_KEYS, PIXART_KEYS, their_names
@@ -25,12 +25,11 @@ from training.messages import note
 from training.models.adapters import OF_BASE, config_of_base, keep_base
 from training.models.assembly import load_pipeline
 from training.models.captions_read import few_of
-from training.models.folders import export, find, weights, whole_folder
+from training.models.folders import export, whole_folder
 from training.models.lineage import store_ingredients
 from training.settings import decoding
-from training.tensors import content_hash, load_tensors, save_tensors, stored_metadata
+from training.tensors import content_hash, load_tensors, stored_metadata
 
-Style = Literal["diffusers", "kohya"]
 Part = dict[str, Tensor]  # A, B and, where a file has them, alpha and m, of one layer as another program names it
 WHOLE = r"^(base_model\.model\.)?(unet\.|transformer\.|lora_unet_|lora_transformer_)?"
 RIGHT = "give the model that it was trained for with --base"
@@ -56,66 +55,6 @@ def flat(name: str) -> str:
     return plain if not plain.endswith("_to_out") else f"{plain}_0"  # diffusers' attention processors, before PEFT
 
 
-def export_lora(run: str, style: Style, output: Path) -> None:
-    """Write the LoRA or DoRA of an adapter's run as one file. Raises UserError for a run of something else.
-
-    For diffusers the scale alpha / r is multiplied into B; kohya's names come with alpha. A fused projection becomes
-    its parts: each has the same A and its rows of B.
-    """
-    check_unused(output)
-    folder = find(run, "denoiser")
-    config: Any = folder.config()
-    if not isinstance(config.adapter, LowRankConfig):
-        what = f"{run} holds no LoRA or DoRA but adapter.kind {config.adapter.kind}"
-        raise UserError(what, hint="give the run of one: train_denoiser --base RUN --config lora", code=CHECKPOINT)
-    tensors, left = written(weights(folder.weights, "denoiser"), vars(config.backbone), config.adapter.scale, style)
-    if left:
-        note(f"left out {len(left)} layers or words of the text encoder, which only we have: {few_of(left)}")
-    save_tensors(output, tensors)
-
-
-def written(
-    tensors: Mapping[str, Tensor], backbone: Mapping[str, Any], scale: float, style: Style
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a file, of those of an adapter upon `[backbone]`; and what of it has no name there."""
-    found, left = dict[str, Tensor](), []
-    for layer, part in _layers(tensors).items():
-        if not layer.startswith("backbone."):
-            left.append(layer)
-            continue
-        names = theirs(layer.removeprefix("backbone."), backbone)
-        if layer == "backbone.patch_embedding":  # a convolution there
-            part["A"] = part["A"].view(len(part["A"]), -1, backbone["patch"], backbone["patch"])
-            part["B"] = part["B"][..., None, None]
-        split = [part.get(key, part["B"]).chunk(len(names)) for key in ("B", "m")]
-        for name, up, stretch in zip(names, *split, strict=True):
-            given = {"A": part["A"], "B": up, **({"m": stretch} if "m" in part else {})}
-            found |= _named(name, given, scale, style, backbone["kind"])
-    return {name: tensor.clone() for name, tensor in found.items()}, left
-
-
-def _layers(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-    """The tensors of an adapter by layer; those of words come as layers, too."""
-    found: dict[str, Part] = {}
-    for name, tensor in tensors.items():
-        layer, _, kind = re.sub(r"^(adapter\.)?(parts\.\w+\.)?", "", name).rpartition(".")
-        found.setdefault(layer or kind, {})[kind] = tensor
-    return found
-
-
-def _named(name: str, part: Part, scale: float, style: Style, kind: str) -> dict[str, Tensor]:
-    if style == "diffusers":
-        prefix = f"{'unet' if kind == 'unet' else 'transformer'}.{name}"
-        more = {f"{prefix}.lora_magnitude_vector": part["m"]} if "m" in part else {}
-        return {f"{prefix}.lora_A.weight": part["A"], f"{prefix}.lora_B.weight": scale * part["B"], **more}
-    prefix = f"lora_unet_{name.replace('.', '_')}"
-    ones = [1] * (part["A"].ndim - 1)
-    more = {f"{prefix}.dora_scale": part["m"].view(-1, *ones)} if "m" in part else {}
-    alpha = torch.tensor(scale * len(part["A"]))
-    return {f"{prefix}.lora_down.weight": part["A"], f"{prefix}.lora_up.weight": part["B"],
-            f"{prefix}.alpha": alpha, **more}  # fmt: skip
-
-
 def import_lora(source: str, base: str, output: Path, text_encoder: str | None = None) -> str:
     """Make the run of an adapter upon `base` of a LoRA file. Returns its content hash.
 
@@ -126,7 +65,7 @@ def import_lora(source: str, base: str, output: Path, text_encoder: str | None =
     check_unused(output)
     config, pipeline = config_of_base(base), load_pipeline(base, "cpu", text_encoder)
     backbone: Any = pipeline.denoiser.backbone
-    found, left = taken(Path(source), backbone, vars(config.backbone))
+    found, left = taken(Path(source), layers(backbone), vars(config.backbone))
     if left:
         note(f"left out {len(left)} layers or tensors of {source} that {base} has no place for: {few_of(left)}")
     if not found:
@@ -143,55 +82,80 @@ def import_lora(source: str, base: str, output: Path, text_encoder: str | None =
     return identity
 
 
-def taken(path: Path, backbone: nn.Module, settings: Mapping[str, Any]) -> tuple[dict[str, Part], list[str]]:
-    """A, B and, of DoRA, m of the layers of a backbone that a file changes, in float32, alpha / r multiplied into B;
-    and what the file has besides. Raises UserError where they do not fit."""
-    parts, left = _parts(load_tensors(path))
+def layers(backbone: nn.Module) -> dict[str, Tensor]:
+    """The weights of a backbone that a LoRA can change, by the names of their layers."""
+    return {name: layer.weight.detach() for name, layer in backbone.named_modules() if isinstance(layer, Layer)}
+
+
+def taken(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[dict[str, Part], list[str]]:
+    """A, B and, of DoRA, m of those of the `weights` of `[backbone]` that a file changes, in float32, alpha / r
+    multiplied into B; and what the file has besides. Raises UserError where they do not fit."""
+    parts, left = _parts(load_tensors(path), _scales(path))
     fused: dict[str, list[Part]] = {}
-    for name, layer in backbone.named_modules():
-        if isinstance(layer, Layer):
-            own = [parts.pop(flat(part), {}) for part in theirs(name, settings)]
-            if any(own):
-                fused[name] = own
-    how = _usual_scale(path), any({"m", "dora_scale"} & part.keys() for own in fused.values() for part in own)
+    for name in weights:
+        own = [parts.pop(flat(part), {}) for part in theirs(name, settings)]
+        if any(own):
+            fused[name] = own
+    dora = any({"m", "dora_scale"} & part.keys() for own in fused.values() for part in own)
     found = {}
     for name, own in fused.items():
         try:
-            found[name] = _fuse(backbone.get_submodule(name).get_parameter("weight").detach(), own, *how)
+            found[name] = _fuse(weights[name], own, dora)
         except ValueError as why:
             raise UserError(f"{path}: {name}: {why}", hint=RIGHT, code=CHECKPOINT) from None
     return found, sorted([*left, *parts])
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Part], list[str]]:
-    """The tensors of a file by layer, in one spelling, as float32; and the names of those that are none of a LoRA's."""
+def _parts(tensors: Mapping[str, Tensor], scales: Scales) -> tuple[dict[str, Part], list[str]]:
+    """The tensors of a file by layer, in one spelling, as float32, with the scale of a layer that says no alpha; and
+    the names of those that are none of a LoRA's."""
     found: dict[str, Part] = {}
     left = []
     for name, tensor in tensors.items():
         for ending, kind in ENDINGS:
-            if match := re.fullmatch(f"(.+?){ending}", name):
-                found.setdefault(flat(match[1]), {})[kind] = tensor.float()
+            match = re.fullmatch(f"(.+?){ending}", name)
+            if match and (kind not in "AB" or (tensor.ndim > 1 and len(tensor))):
+                part = found.setdefault(flat(match[1]), {})
+                part[kind] = tensor.float()
+                if kind == "A":
+                    part["scale"] = torch.tensor(scales.of(re.sub(WHOLE, "", match[1]), len(tensor)))
                 break
         else:
             left.append(name)
     return found, left
 
 
-def _usual_scale(path: Path) -> float:
-    """alpha / r of layers that say no alpha: 1, or what PEFT wrote beside the file or diffusers into it. Raises
-    UserError where that is not one number for all."""
+class Scales(NamedTuple):
+    """What PEFT wrote beside a file, or diffusers into it, of the scale of its layers: `alpha` of all but those that
+    `patterns` name, and whether `root` of the rank divides it (rsLoRA)."""
+
+    alpha: float | None
+    patterns: Mapping[re.Pattern[str], float]
+    root: bool
+
+    def of(self, layer: str, rank: int) -> float:
+        """That of one layer, whose rank its weights tell: what PEFT wrote of ranks are the same ones."""
+        named = (alpha for pattern, alpha in self.patterns.items() if pattern.match(layer))
+        alpha = next(named, rank if self.alpha is None else self.alpha)
+        return alpha / (rank**0.5 if self.root else rank)
+
+
+def _scales(path: Path) -> Scales:
+    """Raises UserError where what PEFT wrote is not what it writes."""
     beside = path.parent / "adapter_config.json"
     inside = stored_metadata(path).get("lora_adapter_metadata", "{}")
-    told = read_record(beside, {}) if beside.is_file() else json.loads(inside)
-    told = {key.rpartition(".")[2]: value for key, value in told.items()}
-    if told.get("alpha_pattern"):
-        what = f"{path} has another alpha for some layers (alpha_pattern)"
-        raise UserError(what, hint="save it by kohya's names, with the alpha of each layer", code=CHECKPOINT)
-    rank = told.get("r", 1)
-    return float(told.get("lora_alpha", rank) / (rank**0.5 if told.get("use_rslora") else rank))
+    try:
+        told = read_record(beside, {}) if beside.is_file() else json.loads(inside)
+        told = {re.sub(WHOLE, "", key): value for key, value in told.items()}  # a text encoder's keep their prefix
+        alpha, named = told.get("lora_alpha"), told.get("alpha_pattern") or {}
+        patterns = {re.compile(rf"(.*\.)?({key})$"): float(value) for key, value in named.items()}
+        return Scales(None if alpha is None else float(alpha), patterns, bool(told.get("use_rslora")))
+    except (AttributeError, TypeError, ValueError, OverflowError, RecursionError, re.error) as failure:
+        what = f"{path}: what PEFT wrote of its scale is not readable ({type(failure).__name__}: {failure})"
+        raise UserError(what, hint="save it again, or take another copy", code=CHECKPOINT) from None
 
 
-def _fuse(weight: Tensor, parts: list[Part], usual: float, dora: bool) -> Part:
+def _fuse(weight: Tensor, parts: list[Part], dora: bool) -> Part:
     """A, B and m of one layer of ours; a part that the file has not is not changed. Raises ValueError for a misfit."""
     downs, ups, stretches = list[Tensor](), list[Tensor](), list[Tensor]()
     for part, own in zip(parts, weight.chunk(len(parts)), strict=True):
@@ -200,7 +164,7 @@ def _fuse(weight: Tensor, parts: list[Part], usual: float, dora: bool) -> Part:
         down, up = part.get("A", own[:0]), part.get("B", own.new_zeros(len(own), 0))
         if down[:1].numel() != own[: len(down[:1])].numel() or up.flatten(1).shape != (len(own), len(down)):
             raise ValueError(f"{tuple(down.shape)} and {tuple(up.shape)} are of another shape")
-        scale = float(part["alpha"]) / len(down) if "alpha" in part else usual
+        scale = float(part["alpha"]) / len(down) if "alpha" in part else float(part.get("scale", 1))
         downs.append(down.reshape(len(down), *own.shape[1:]))
         ups.append(scale * up.flatten(1))
         stretches += [_magnitude(part, own)] if dora else []

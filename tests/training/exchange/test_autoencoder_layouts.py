@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from peers import CLOSE, convert, diffusers, images, stored
 from torch.nn import functional as F
 
 from autoencoder.base import Autoencoder
+from training.exchange.autoencoder_layouts import LAYOUTS
 from training.guarding import read_json
 from training.models.autoencoders import load_autoencoder
 
@@ -127,6 +130,42 @@ def test_a_tiny_or_deep_run_is_written(name: str, tmp_path: Path, capsys: pytest
     assert peer.config.scaling_factor == pytest.approx(1 / rms, rel=1e-6)
     latents = ours.norm(ours.encode(x))
     torch.testing.assert_close(peer.decode(ours.norm.inverse(latents)).sample, ours.decode(latents), **CLOSE)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "kl": {"channels": [8, 16], "groups": 4, "blocks": 1},
+    "vq": {"channels": [8, 16], "groups": 4, "blocks": 1, "codes": 32, "latent_channels": 3},
+    "tiny": UNREGULARISED["tiny"][1], "dc": UNREGULARISED["dc"][1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_was_written_is_opened_again_and_compared(
+    kind: str, installed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By our own import, and by diffusers; a layer, or the scale, that is another one leaves nothing."""
+    home, _ = stored(tmp_path / "ours", {"kind": kind} | KINDS[kind], shift=0.0 if kind == "vq" else 0.7)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+    (tmp_path / "out").mkdir()  # an empty one is as none
+    convert("export", home, tmp_path / "out")
+    by = r"our own import and diffusers \S+" if installed else "our own import"
+    numbers = r"largest differences encode (\S+), decode (\S+), scale (\S+)\n"
+    (found,) = re.findall(rf"opened again by {by}: {numbers}", capsys.readouterr().err)
+    assert all(0 <= float(number) < 1e-5 for number in found)
+    name, (_, usual, read, write) = next((name, one) for name, one in LAYOUTS.items() if one[0] == kind)
+    for key, by_how_much in (("encoder.", 1.01), ("decoder.", 1.01), ("scale", 1.01)):
+
+        def wrong(*given: Any, key: str = key, by: float = by_how_much) -> Any:
+            about, tensors = write(*given)
+            scale = {"scaling_factor": about["scaling_factor"] * by} if key == "scale" else {}
+            return about | scale, {n: by * value if n.startswith(key) else value for n, value in tensors.items()}
+
+        monkeypatch.setitem(LAYOUTS, name, (kind, usual, read, wrong))
+        problem = tiny.refused("convert_autoencoder", "export", home, "--output", tmp_path / "bad")
+        assert "what was written answers otherwise than the run" in problem.what and problem.code == 4
+        assert {path.name for path in tmp_path.iterdir()} == {"ours", "out"}
 
 
 def test_kinds_without_a_class_are_refused(tmp_path: Path) -> None:

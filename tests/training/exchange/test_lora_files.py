@@ -1,4 +1,4 @@
-"""LoRA files of other programs, both ways: what a file changes of a network, here and by diffusers' own readers."""
+"""LoRA files of other programs: what a file changes of a network; and runs made of files, and files of runs."""
 
 from __future__ import annotations
 
@@ -10,105 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lora import SETTINGS, STYLES, TEXT, dit, learned, shaken, unet
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.adapters.low_rank import DoRA, LoRA, LowRankConfig
-from ldm.backbones import DiT, UNet
-from ldm.conditioning import Cond
+from ldm.adapters.low_rank import LoRA
 from training.errors import UserError
-from training.exchange import unet_layout
-from training.exchange.layout import Network
-from training.exchange.lora_files import flat, taken, theirs, written
+from training.exchange.lora_export import written
+from training.exchange.lora_files import flat, layers, taken, theirs
 from training.models.adapters import Chosen
 from training.models.assembly import load_pipeline
-
-diffusers = pytest.importorskip("diffusers")
-SETTINGS: dict[str, Any] = {"kind": "unet", "channels": [32, 64], "attention": [0, 1], "blocks": 1, "groups": 8,
-                            "heads": 4, "depth": 1}  # fmt: skip
-WIDE = ("*.to_q", "*.to_out.0", "*.proj_in", "*.ff.net.*", "conv_in", "*.time_emb_proj", "*.conv1")
-STYLES = ("diffusers", "kohya")
-TEXT: Any = nn.Identity()  # no layer of a text encoder is changed here
-
-
-def unet(**settings: Any) -> nn.Module:
-    torch.manual_seed(0)
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in (SETTINGS | settings).items()}
-    return shaken(UNet(**given).build(channels=4, context_dim=16))
-
-
-def dit(**settings: Any) -> tuple[nn.Module, DiT]:
-    torch.manual_seed(0)
-    config = DiT(width=32, depth=2, heads=2, base_size=8, **settings)
-    return shaken(config.build(channels=4, context_dim=16, pooled_dim=16)), config
-
-
-def shaken(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return module.requires_grad_(False).eval()
-
-
-def learned(config: LowRankConfig, backbone: Any) -> Any:
-    """An adapter that has learned something; not attached."""
-    adapter = config.build(backbone, TEXT)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return adapter
-
-
-def answer(backbone: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    x, context, pooled = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (5, 16), (16,)))
-    with torch.no_grad():
-        told: Tensor = backbone(x, torch.tensor([10.0, 700.0]), Cond(context, torch.ones(2, 5).bool(), pooled))
-    return told
-
-
-def weights_by_hand(found: dict[str, dict[str, Tensor]], backbone: nn.Module) -> None:
-    """Put W + B A, or m V / ||V||, in the place of each weight."""
-    for name, part in found.items():
-        weight = backbone.get_submodule(name).get_parameter("weight")
-        v = weight.flatten(1) + part["B"] @ part["A"].flatten(1)
-        if "m" in part:
-            v = part["m"][:, None] * v / v.norm(dim=1, keepdim=True)
-        weight.data = v.view_as(weight)
-
-
-def changed(config: LowRankConfig, style: Any, path: Path, backbone: Any, other: Any, settings: Any) -> float:
-    """The largest difference between an adapter at work, and its file read and laid upon the same base by hand."""
-    adapter = learned(config, backbone)
-    tensors, left = written(adapter.state_dict(), settings, config.scale, style)
-    assert not left
-    save_file(tensors, path)
-    found, left = taken(path, other, settings)
-    assert not left and set(found) == {name.removeprefix("backbone.") for name, _ in adapter.deltas()}
-    before = answer(other)
-    weights_by_hand(found, other)
-    adapter.attach(backbone, TEXT)
-    assert (answer(backbone) - before).abs().max() > 0.1
-    return float((answer(backbone) - answer(other)).abs().max())
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("kind", [LoRA, DoRA])
-def test_what_is_written_is_read_as_the_same_change(kind: Any, style: str, tmp_path: Path) -> None:
-    config = kind(rank=3, alpha=7.5, targets=WIDE)
-    assert changed(config, style, tmp_path / "lora.safetensors", unet(), unet(), SETTINGS) < 1e-4
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("conditioning", ["adaln-single", "adaln-zero"])
-def test_fused_projections_come_apart_and_together(conditioning: Any, style: str, tmp_path: Path) -> None:
-    for kind in (LoRA, DoRA):
-        (backbone, config), (other, _) = (dit(conditioning=conditioning) for _ in range(2))
-        adapter = kind(rank=3, alpha=7.5, targets=("*.attention.*", "*.cross.*", "*.mlp.*", "patch_embedding"))
-        path = tmp_path / f"{kind.__name__}.safetensors"
-        assert changed(adapter, style, path, backbone, other, vars(config)) < 1e-4
-    assert len(taken(path, other, vars(config))[0]["blocks.0.attention.qkv"]["A"]) == 3  # the same A is kept once
 
 
 def test_parts_with_matrices_of_their_own_stay_apart(tmp_path: Path) -> None:
@@ -119,52 +30,15 @@ def test_parts_with_matrices_of_their_own_stay_apart(tmp_path: Path) -> None:
         {"q": (32, 2), "v": (32, 5)}, {"q": (2, 32), "v": (5, 32)}))
     tensors = {f"transformer.{name}{key}.lora_A.weight": downs[key] for key in "qv"}
     save_file(tensors | {f"transformer.{name}{key}.lora_B.weight": ups[key] for key in "qv"}, tmp_path / "file")
-    found, left = taken(tmp_path / "file", backbone, vars(config))
+    found, left = taken(tmp_path / "file", layers(backbone), vars(config))
     (part,) = found.values()
     wanted = torch.cat([ups["q"] @ downs["q"], torch.zeros(32, 32), ups["v"] @ downs["v"]])
     assert not left and torch.allclose(part["B"] @ part["A"], wanted, atol=1e-5) and len(part["A"]) == 7
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_diffusers_reads_the_same_change(style: Any, tmp_path: Path) -> None:
-    """By its own converters of names, into its own U-Net: W + (alpha / r) B A there is our answer."""
-    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers as from_kohya
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft as to_peft
-
-    backbone, config = unet(), LoRA(rank=3, alpha=7.5, targets=("*.to_?", "*.to_out.0", "*.proj_in", "*.ff.net.*"))
-    whole = SETTINGS | {"head_dim": 0, "linear_projection": False, "pooled": False, "scale_shift": False,
-                        "position": False, "learned_variance": False}  # fmt: skip
-    network = Network(backbone=whole, tensors=backbone.state_dict(), channels=4, context_dim=16)
-    about, tensors = unet_layout.write(network)
-    other = diffusers.UNet2DConditionModel(**about).eval()
-    other.load_state_dict(tensors)
-    adapter = learned(config, backbone)
-    file, _ = written(adapter.state_dict(), SETTINGS, config.scale, style)
-    alphas: dict[str, float] = {}
-    if style == "kohya":
-        file, alphas = from_kohya(dict(file))
-    peft = {key.removeprefix("unet.").replace(".processor", ""): value for key, value in to_peft(file).items()}
-    for key in [key for key in peft if "lora_A" in key]:
-        name = key.removesuffix(".lora_A.weight")
-        down, up = peft.pop(key), peft.pop(f"{name}.lora_B.weight")
-        scale = 1.0
-        if alphas:
-            assert set(alphas.values()) == {7.5}
-            scale = 7.5 / len(down)
-        weight = other.get_submodule(name).weight
-        weight.data += scale * (up.flatten(1) @ down.flatten(1)).view_as(weight)
-    assert not peft
-    adapter.attach(backbone, TEXT)
-    generator = torch.Generator().manual_seed(2)
-    x, context = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (5, 16)))
-    with torch.no_grad():
-        told = other(x, torch.tensor([10.0, 700.0]), context).sample
-    assert (told - answer(backbone)).abs().max() < 1e-4
-
-
 def one(tensors: dict[str, Tensor], path: Path, **metadata: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     save_file(tensors, path, metadata=metadata)
-    return taken(path, unet(), SETTINGS)
+    return taken(path, layers(unet()), SETTINGS)
 
 
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -180,14 +54,51 @@ def test_alpha_is_what_the_file_says(tmp_path: Path) -> None:
         assert not left and torch.equal(found[NAME]["B"], scale * B) and torch.equal(found[NAME]["A"], A)
     assert torch.equal(one(pair, tmp_path / "file")[0][NAME]["B"], B)
     peft = {f"base_model.model.unet.{NAME}.lora_A.weight": A, f"base_model.model.unet.{NAME}.lora_B.weight": B}
-    told = {"unet.r": 2, "unet.lora_alpha": 6}
+    told = {"unet.r": 2, "unet.lora_alpha": 6, "text_encoder.lora_alpha": 1, "text_encoder.use_rslora": True}
     found, _ = one(peft, tmp_path / "file", lora_adapter_metadata=json.dumps(told))
     assert torch.equal(found[NAME]["B"], 3 * B)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": True}))
-    assert torch.equal(one(peft, tmp_path / "file")[0][NAME]["B"], 3 * B)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {"to_q": 4}}))
-    with pytest.raises(UserError, match="another alpha for some layers"):
-        one(peft, tmp_path / "file")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "use_rslora": True}))
+    assert torch.allclose(one(peft, tmp_path / "file")[0][NAME]["B"], 6 / 2**0.5 * B)
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_the_rank_of_a_layer_is_that_of_its_weights_and_its_alpha_that_of_its_pattern(
+    root: bool, tmp_path: Path
+) -> None:
+    """As PEFT means `rank_pattern`, whose ranks the weights have, and `alpha_pattern`: the end of a name, or from ^."""
+    other, deep = NAME.replace("to_q", "to_v"), NAME.replace("attn1.to_q", "attn2.to_q")
+    tensors = {f"base_model.model.{name}.lora_{half}.weight": value.clone() for name, up, down in (
+        (NAME, B, A), (other, torch.cat([B, B], 1), torch.cat([A, A])), (deep, B, A)
+    ) for half, value in (("A", down), ("B", up))}  # fmt: skip
+    told = {"r": 2, "lora_alpha": 2, "rank_pattern": {"to_v": 4}, "use_rslora": root}
+    config = tmp_path / "adapter_config.json"
+    for patterns, alphas in (
+        ({}, (2, 2, 2)), ({"to_q": 6}, (6, 2, 6)), ({"attn2.to_q": 5, "to_q": 6}, (6, 2, 5)),
+        ({f"^{NAME}": 8, "to_": 7}, (8, 2, 2)), ({"mid_block.to_q": 9}, (2, 2, 2)), ({".*attn1.*": 3}, (3, 3, 2)),
+    ):  # fmt: skip
+        config.write_text(json.dumps(told | {"alpha_pattern": patterns}))
+        found, left = one(tensors, tmp_path / "file")
+        assert not left
+        for name, alpha, rank in zip((NAME, other, deep), alphas, (2, 4, 2), strict=True):
+            wanted = alpha / (rank**0.5 if root else rank) * tensors[f"base_model.model.{name}.lora_B.weight"]
+            assert torch.allclose(found[name]["B"], wanted), (name, patterns)
+
+
+@pytest.mark.parametrize("told", ['{"lora_alpha": "much"}', "[1]", '{"alpha_pattern": {"to_(q": 1}}', "{"])
+def test_a_scale_that_cannot_be_read_is_refused(told: str, tmp_path: Path) -> None:
+    pair = {f"{NAME}.lora_A.weight": A, f"{NAME}.lora_B.weight": B}
+    with pytest.raises(UserError, match="what PEFT wrote of its scale is not readable") as refused:
+        one(pair, tmp_path / "file", lora_adapter_metadata=told)
+    assert refused.value.code == 4
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64, 1, 1)])
+def test_magnitudes_are_read_along_rows_and_along_channels(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """PEFT's are of either shape, as the layer is linear or a convolution."""
+    lengths = torch.arange(64.0)
+    pair = {f"unet.{NAME}.lora_A.weight": A, f"unet.{NAME}.lora_B.weight": B}
+    found, left = one(pair | {f"unet.{NAME}.lora_magnitude_vector": lengths.view(shape)}, tmp_path / "file")
+    assert not left and torch.equal(found[NAME]["m"], lengths)
 
 
 @pytest.mark.parametrize(("down", "up"), [
@@ -217,10 +128,11 @@ def test_what_the_base_has_not_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("tensors", "reason"), [
     ({"lora_down.weight": A}, "one of its two matrices is missing"),
+    ({"lora_down.weight": A[:0], "lora_up.weight": B[:, :0]}, "one of its two matrices is missing"),
     ({"lora_down.weight": A, "lora_up.weight": B[:32]}, "of another shape"),
     ({"lora_down.weight": A[:, :32], "lora_up.weight": B}, "of another shape"),
     ({"lora_down.weight": A, "lora_up.weight": B, "dora_scale": torch.ones(1, 64)}, "of columns, not of rows"),
-], ids=["half", "rows", "columns", "dora"])
+], ids=["half", "no rank", "rows", "columns", "dora"])
 def test_what_does_not_fit_is_refused(tensors: dict[str, Tensor], reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason) as refused:
         one({f"{KOHYA}.{key}": value.clone() for key, value in tensors.items()}, tmp_path / "file")
@@ -238,9 +150,9 @@ def test_magnitudes_of_some_layers_alone_are_refused(tmp_path: Path) -> None:
 def test_no_two_layers_have_one_name() -> None:
     backbone, config = dit(conditioning="adaln-single")
     for module, given in ((unet(), SETTINGS), (backbone, vars(config))):
-        layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        names = [flat(part) for layer in layers for part in theirs(layer, given)]
-        assert len(set(names)) == len(names) >= len(layers)
+        ours = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        names = [flat(part) for layer in ours for part in theirs(layer, given)]
+        assert len(set(names)) == len(names) >= len(ours)
 
 
 def test_a_file_becomes_a_run_and_a_run_a_file(
