@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peers
 import portable
 import pytest
 import tiny
 import torch
 from portable import EPS, FLOW
 
-from training.exchange import export_check
+from autoencoder import AUTOENCODERS
+from training.exchange import export_check, graphs
 from training.models.assembly import load_pipeline
 
 SMALL = {"kind": "kl", "channels": [8, 8], "groups": 4, "blocks": 1, "mid_attention": False}
@@ -25,6 +27,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "dit": {"backbone": DIT | {"learned_variance": True}, "text": SCRATCH, **EPS},
     "dit in context": {"backbone": DIT | {"text": "in-context", "position": "rope", "pooled": False}, "text": SCRATCH,
                        **FLOW},
+}  # fmt: skip
+
+
+NARROW = {"channels": [8, 8], "groups": 4, "blocks": 1, "mid_attention": False}
+DECODERS: dict[str, dict[str, Any]] = {
+    "kl": {"kind": "kl", **NARROW}, "vq": {"kind": "vq", "codes": 16, **NARROW},
+    "vq, normalised": {"kind": "vq", "codes": 16, "normalize": True, "codebook_decay": 0.9, **NARROW},
+    "fsq": {"kind": "fsq", "levels": [5, 5, 3], **NARROW}, "lfq": {"kind": "lfq", "latent_channels": 4, **NARROW},
+    "tiny": {"kind": "tiny", "width": 8, "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]},
+    "dc": {"kind": "dc", "channels": [8, 8, 32], "encoder_blocks": [1] * 3, "decoder_blocks": [1] * 3,
+           "attention_at": [4], "batch_norm_at": [2], "latent_channels": 4},
+    "identity": {"kind": "identity"},
 }  # fmt: skip
 
 
@@ -55,6 +69,24 @@ def test_a_graph_of_torch_answers_as_the_run(model: str, tmp_path: Path) -> None
             torch.testing.assert_close(decoder(latents=latents), pipeline.decode(latents), rtol=0, atol=1e-5)
     text = (folder / "README.md").read_text()
     assert "`denoiser`: x (B, 4, 8, 8) float32, noise_level (B) float32" in text and '"kind":' in text
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_decoder_of_every_autoencoder_is_a_graph(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those with a codebook too, for any number of pictures, however many are compared with the codes at once."""
+    monkeypatch.setattr("autoencoder.quantizer.SCORES_AT_ONCE", 16 * 64)  # the positions of one picture
+    assert {model["kind"] for model in DECODERS.values()} == {kind().kind for kind in AUTOENCODERS}
+    _, network = peers.stored(tmp_path / "ae", DECODERS[name])
+    latents = torch.randn(5, network.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        graph = graphs.Graph(graphs.DecoderGraph(network), {"latents": latents[:3]})
+        found = graphs.WRITERS["pt2"](tmp_path / "a.pt2", graph)
+        again = torch.export.load(tmp_path / "a.pt2").module()
+        pictures = network.decode(latents)
+        torch.testing.assert_close(again(latents=latents), pictures, rtol=0, atol=1e-5)
+    assert found < 1e-5 and pictures.flatten(1).std(0).max() > 0.01
 
 
 def test_onnx_that_is_not_installed_is_told_before_anything_is_written(
