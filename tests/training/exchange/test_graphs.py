@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peers
 import portable
@@ -14,6 +18,8 @@ import torch
 from portable import EPS, FLOW
 
 from autoencoder import AUTOENCODERS
+from ldm.guidance import ClassifierFree
+from ldm.noise import Noise
 from training.exchange import export_check, graphs
 from training.models.assembly import load_pipeline
 
@@ -27,9 +33,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "dit": {"backbone": DIT | {"learned_variance": True}, "text": SCRATCH, **EPS},
     "dit in context": {"backbone": DIT | {"text": "in-context", "position": "rope", "pooled": False}, "text": SCRATCH,
                        **FLOW},
+    "unet, masked": {"backbone": UNET | {"pooled": False}, "text": SCRATCH, "image": {"kind": "masked"}, **FLOW},
+    "dit, low-res": {"backbone": DIT, "text": SCRATCH, "image": {"kind": "low-res", "factor": 2}, **EPS},
+    "dit, labels": {"backbone": portable.DIT | {"learned_variance": True}, "text": {"kind": "label", "width": 32},
+                    "schedule": {"kind": "edm"}, "prediction": {"kind": "edm"}, "grid": {"kind": "karras"}},
 }  # fmt: skip
 
 
+CAPTIONS = ["blue", "", "red", "blue", "red"]
 NARROW = {"channels": [8, 8], "groups": 4, "blocks": 1, "mid_attention": False}
 DECODERS: dict[str, dict[str, Any]] = {
     "kl": {"kind": "kl", **NARROW}, "vq": {"kind": "vq", "codes": 16, **NARROW},
@@ -42,25 +53,52 @@ DECODERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def written(model: str, home: Path, *flags: str) -> tuple[Path, Any, dict[str, torch.Tensor], torch.Tensor]:
-    """The folder, the pipeline, inputs of five pictures, and what its denoiser answers."""
+class Written(NamedTuple):
+    """The folder, the pipeline, inputs of five pictures by name, and what its denoiser answers."""
+
+    folder: Path
+    pipeline: Any
+    given: dict[str, torch.Tensor]
+    wanted: torch.Tensor
+
+
+def written(model: str, home: Path, *flags: str) -> Written:
     source = portable.run(home / "run", model=SMALL, **MODELS[model])
     assert tiny.call("convert_denoiser", "export", source, "--output", home / "out", *flags) == 0
     pipeline = load_pipeline(source, "cpu")
     x, levels, _ = export_check.probe(pipeline)
-    cond = pipeline.text(["red", "", "blue", "a red", "red blue"])
-    given = {"x": torch.cat([x, x[:2]]), "noise_level": torch.cat([levels, levels[:2] + 5]),
-             "context": cond.context, "mask": cond.mask}  # fmt: skip
+    given = {"x": torch.cat([x, x[:2]]), "noise_level": torch.cat([levels, levels[:2] + 5])}
+    cond = pipeline.text(CAPTIONS)._replace(extras=shown(pipeline, 5))
+    given |= {"context": cond.context, "mask": cond.mask, **cond.extras}
     with torch.no_grad():
         wanted = pipeline.denoiser.backbone(given["x"], given["noise_level"], cond)
     assert wanted.std() > 0.01
-    return home / "out", pipeline, given | ({"pooled": cond.pooled} if model != "dit in context" else {}), wanted
+    pooled = {"pooled": cond.pooled} if model in ("unet", "dit", "dit, low-res", "dit, labels") else {}
+    return Written(home / "out", pipeline, given | pooled, wanted)
+
+
+def shown(pipeline: Any, count: int) -> dict[str, torch.Tensor]:
+    """What is shown beside the captions of so many pictures, as the pipeline's image condition has it."""
+    generator = torch.Generator().manual_seed(3)
+    if pipeline.image.kind == "masked":
+        return {"image": torch.randn(count, 5, 8, 8, generator=generator)}
+    if pipeline.image.kind == "low-res":
+        image = torch.randn(count, 3, 8, 8, generator=generator)
+        return {"image": image, "image_level": torch.rand(count, generator=generator)}
+    return {}
+
+
+@pytest.fixture(scope="module")
+def of_torch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    """What --pt2 writes of a model, each written once."""
+    return functools.cache(lambda model: written(model, tmp_path_factory.mktemp("graphs"), "--pt2"))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_graph_of_torch_answers_as_the_run(model: str, tmp_path: Path) -> None:
-    folder, pipeline, given, wanted = written(model, tmp_path, "--pt2")
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "decoder.pt2", "denoiser.pt2"]
+def test_a_graph_of_torch_answers_as_the_run(model: str, of_torch: Callable[[str], Written]) -> None:
+    folder, pipeline, given, wanted = of_torch(model)
+    names = ["README.md", "decoder.pt2", "denoiser.pt2", "steps.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     denoiser, decoder = (torch.export.load(folder / f"{name}.pt2").module() for name in ("denoiser", "decoder"))
     with torch.no_grad():
         torch.testing.assert_close(denoiser(**given), wanted, rtol=0, atol=1e-5)
@@ -69,6 +107,37 @@ def test_a_graph_of_torch_answers_as_the_run(model: str, tmp_path: Path) -> None
             torch.testing.assert_close(decoder(latents=latents), pipeline.decode(latents), rtol=0, atol=1e-5)
     text = (folder / "README.md").read_text()
     assert "`denoiser`: x (B, 4, 8, 8) float32, noise_level (B) float32" in text and '"kind":' in text
+    assert ("is read behind the channels of x (masked): The mask, 1 in the hole" in text) == ("masked" in model)
+    assert ("`image_level`, 0 to 1" in text) == ("image_level (B)" in text) == ("low-res" in model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_draw_as_the_run_by_what_stands_beside_them(model: str, of_torch: Callable[[str], Written]) -> None:
+    """The numbers of steps.json in the lines of README.md, under guidance: DDIM's latents of the same noise."""
+    folder, pipeline, given, _ = of_torch(model)
+    numbers = json.loads((folder / "steps.json").read_text())
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    network, decoder = (torch.export.load(folder / f"{name}.pt2").module() for name in ("denoiser", "decoder"))
+    text = {name: value for name, value in given.items() if name not in ("x", "noise_level")}
+    null = pipeline.text([""]).expand(5)
+    empty = text | {"context": null.context, "mask": null.mask} | ({"pooled": null.pooled} if "pooled" in text else {})
+    noise, plan = Noise.from_seeds(range(5)), dataclasses.replace(pipeline.sampling, guidance=ClassifierFree(scale=3.0))
+
+    def denoiser(x: torch.Tensor, noise_level: torch.Tensor, **told: torch.Tensor) -> Any:
+        absent = network(x=x, noise_level=noise_level, **empty)
+        return absent + 3 * (network(x=x, noise_level=noise_level, **told) - absent)
+
+    given_to_it = {"denoiser": denoiser, "decoder": decoder, "numbers": numbers, "text": text, "B": 5, "torch": torch}
+    denoise = pipeline.guided(CAPTIONS, plan=plan, extras=shown(pipeline, 5))
+    with torch.no_grad():
+        wanted = pipeline.latents(denoise, noise, (4, 8, 8), plan)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda count, *shape: noise.normal(shape, "prior"))
+            exec(code, given_to_it)
+    assert plan.sampler.kind == "ddim" and len(numbers["steps"]) == plan.steps == 8
+    spread = float(wanted.std())
+    torch.testing.assert_close(given_to_it["x"], wanted, rtol=0, atol=1e-4 * spread)
+    torch.testing.assert_close(given_to_it["pictures"], pipeline.decode(wanted), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", DECODERS)
