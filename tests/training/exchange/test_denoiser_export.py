@@ -14,8 +14,10 @@ import torch
 from peers import diffusers
 from portable import CLIP, DIT, EPS, FLOW, PIXART, T5, UNET
 
+from autoencoder.dc import DC
 from autoencoder.kl import KL
-from autoencoder.vq import VQ
+from autoencoder.tiny import Tiny
+from autoencoder.vq import FSQ, VQ
 from ldm.denoiser import Bound
 from ldm.grids import Leading, Trailing
 from ldm.guidance import Autoguidance, ByClassifier, ClassifierFree
@@ -308,6 +310,10 @@ def test_what_diffusers_cannot_hold_is_named(name: str) -> None:
     assert [reason.key for reason in obstacles(config, Facts(KL()))] == keys
     facts = Facts(VQ(), labels=1001, lowers=True)
     assert [reason.key for reason in obstacles(config, facts)][-1] == "model.kind (autoencoder)"
+    for model, peer in ((VQ(), "VQModel"), (Tiny(), "AutoencoderTiny"), (DC(), "AutoencoderDC"), (FSQ(), "")):
+        instead = obstacles(config, facts._replace(model=model))[-1].instead
+        end = f", and RUN/final/autoencoder alone as {peer} by convert_autoencoder export" if peer else ""
+        assert instead == f'"kl" can be written{end}'
 
 
 def test_all_reasons_are_told_at_once_and_nothing_is_written(tmp_path: Path) -> None:
