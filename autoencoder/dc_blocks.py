@@ -100,11 +100,11 @@ class LinearAttention(nn.Module):
         qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], -1).movedim(-1, 1)
         both = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], 1)
         with torch.autocast(x.device.type, enabled=False):  # sums over all positions
-            q, k, v = full_precision(both).reshape(len(x), -1, 3 * HEAD, x.shape[2] * x.shape[3]).chunk(3, 2)
+            q, k, v = full_precision(both).reshape(x.shape[0], -1, 3 * HEAD, x.shape[2] * x.shape[3]).chunk(3, 2)
             q, k = F.relu(q), F.relu(k)
             sums = F.pad(v, (0, 0, 0, 1), value=1.0) @ k.transpose(-1, -2) @ q  # the last row is the denominator
             mixed = sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)
-        mixed = mixed.reshape(len(x), -1, *x.shape[2:]).to(x.dtype)
+        mixed = mixed.reshape(x.shape[0], -1, *x.shape[2:]).to(x.dtype)
         y: Tensor = x + self.norm_out(self.to_out(mixed.movedim(1, -1)).movedim(-1, 1))
         return y
 
@@ -141,7 +141,7 @@ class AttentionBlock(Block):
 
 def fold(x: Tensor, outputs: int) -> Tensor:
     """Channels to fewer by the mean of neighbours: (B, C, H, W) -> (B, outputs, H, W)."""
-    return x.reshape(len(x), outputs, -1, *x.shape[2:]).mean(2)
+    return x.reshape(x.shape[0], outputs, -1, *x.shape[2:]).mean(2)
 
 
 def spread(x: Tensor, outputs: int) -> Tensor:

@@ -104,8 +104,9 @@ class Quantizer(Codebook):
         answer is kept for as long as neither z nor the codes have been written to.
         """
         weight = self.embedding.weight
+        unknown = z.is_meta or z.is_inference() or torch.compiler.is_exporting()  # what is traced has no memory
         # The storage of z is held, so that its address stays its own.
-        asked = (_identity(z), _identity(weight)) if not (z.is_meta or z.is_inference()) else ()
+        asked = () if unknown else (_identity(z), _identity(weight))
         if self.found and asked and self.found[0] == asked:
             return self.found[2]
         nearest = self._search(z)
@@ -120,7 +121,10 @@ class Quantizer(Codebook):
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             codes = self.codebook().float()
             half = 0.5 * codes.square().sum(1)
-            chunks = torch.split(_vectors(self.prepare(z).float()), max(1, SCORES_AT_ONCE // len(codes)))
+            vectors = _vectors(self.prepare(z).float())
+            # A graph has as many parts as it was traced with, whatever the number of pictures.
+            most = max(1, SCORES_AT_ONCE // len(codes))
+            chunks = [vectors] if torch.compiler.is_exporting() else torch.split(vectors, most)
             found = [torch.addmm(half, chunk, codes.T, alpha=-1).argmin(1) for chunk in chunks]
             return torch.cat(found).reshape(z.shape[0], *z.shape[2:])
 

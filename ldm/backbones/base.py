@@ -83,7 +83,7 @@ class Backbone(nn.Module, ABC):
         """What the input layer reads: x, and behind its channels those of `cond.extras["image"]`."""
         if not self.image_channels:
             return x
-        image = need_extra(cond, "image", (len(x), self.image_channels, *x.shape[2:]))
+        image = need_extra(cond, "image", (x.shape[0], self.image_channels, *x.shape[2:]))
         return torch.cat([x, image.to(x.dtype)], dim=1)
 
     def check(self, x: Tensor) -> None:

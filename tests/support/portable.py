@@ -79,6 +79,7 @@ def run(home: Path, text_from: Path | None = None, model: dict[str, Any] | None 
         text_encoders.keep_vocabulary(words, final)
     torch.manual_seed(seed)
     width = {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+    width |= config.image.inputs(inner.latent_channels, inner.image_channels)
     backbone = config.backbone.build(channels=inner.latent_channels, **width)
     for parameter in backbone.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

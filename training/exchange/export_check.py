@@ -15,10 +15,13 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.noise import Noise
+from ldm.samplers import mix
 from ldm.schedules import Table
 from ldm.text.encoders import LabelEncoder
+from ldm.times import shifted
 from training.errors import CHECKPOINT, UserError
 from training.exchange.export_limits import NULL_CLASS
+from training.exchange.scheduler_export import walked
 from training.exchange.text_export import save_text
 from training.guarding import read_record
 from training.messages import SAID, hush
@@ -30,6 +33,7 @@ CLOSE = 1e-5  # the largest difference, in float32, by the largest number that i
 PROMPTS = ["a red circle above a blue square", "", "A photo"]
 NETWORKS = ("unet", "transformer", "vae")  # their folders
 LEVELS = (1.0, 401.0, 998.0)
+STEPS = 8  # which divides a table's length to numbers that no arithmetic rounds
 
 
 class Errors(NamedTuple):
@@ -40,12 +44,14 @@ class Errors(NamedTuple):
     encode: float
     decode: float
     betas: float
+    steps: float
 
 
 def compare(folder: Path, pipeline: HashedPipeline, config: DenoiserConfig) -> str:
     """One line of how near `folder` is to the run. Raises UserError where it is not within `CLOSE`, or does not open.
 
-    The text's encoding, one call of the denoiser at three noise levels, the encoder's mean, the decoder, the table.
+    The text's encoding, one call of the denoiser at three noise levels, the encoder's mean, the decoder, the table; of
+    the scheduler as it is written, its times and a step (without diffusers, what is made of an answer).
     """
     try:
         import diffusers
@@ -103,7 +109,31 @@ def _by_diffusers(diffusers: Any, folder: Path, pipeline: HashedPipeline, config
     betas, table = 0.0, config.schedule
     if isinstance(table, Table):
         betas = error(table.alpha_bar().float(), theirs.scheduler.alphas_cumprod)
-    return Errors(text, error(backbone(x, levels, cond), answer), encoded, decoded, betas)
+    steps = scheduled(theirs.scheduler, pipeline, config)
+    return Errors(text, error(backbone(x, levels, cond), answer), encoded, decoded, betas, steps)
+
+
+def scheduled(peer: Any, pipeline: HashedPipeline, config: DenoiserConfig) -> float:
+    """How far the times of a scheduler of diffusers' are from those of the grid that was to be written, and its step
+    from the middle one of them from DDIM's."""
+    process, grid = pipeline.denoiser.diffusion, walked(config)
+    schedule = process.schedule
+    count = max(1, min(STEPS, schedule.steps // 2))
+    peer.set_timesteps(count)
+    if isinstance(schedule, Table):
+        times = grid(count, schedule)
+        wanted, found = times[:-1] * schedule.steps - 1, peer.timesteps
+    else:  # diffusers begins at 0.999
+        even = 0.999 * torch.arange(count, -1, -1, dtype=torch.float64) / count
+        times = wanted = shifted(even, getattr(grid, "shift", 1.0), schedule)
+        found = peer.sigmas
+    x, t, s = probe(pipeline)[0], times[count // 2], times[count // 2 + 1]
+    y, both = x.flip(0), torch.cat([x.flip(0)] * 2, dim=1)  # of a variance that is learned only one of theirs knows
+    ends = process.recover(x, both if process.learned_variance else y, t)
+    draws = type(peer).__name__ == "DDPMScheduler"  # so that of its step x0 alone can be compared
+    answer = peer.step(both if draws else y, peer.timesteps[count // 2], x)
+    ours, theirs = (ends.x0, answer.pred_original_sample) if draws else (mix(schedule(s), ends), answer.prev_sample)
+    return max(error(wanted, found.double()), error(ours, theirs))
 
 
 @contextmanager
@@ -189,9 +219,12 @@ def between(pipeline: HashedPipeline, again: HashedPipeline) -> Errors:
     given = captions(pipeline)
     cond, told = pipeline.text(given), again.text(given)
     ours, theirs = pipeline.autoencoder, again.autoencoder
-    answers = [p.denoiser.backbone(x, levels, c) for p, c in ((pipeline, cond), (again, told))]
+    both = (pipeline, again)
+    answers = [p.denoiser.backbone(x, levels, c) for p, c in zip(both, (cond, told), strict=True)]
     encoded = [a.norm.mean_latents(a.encode(picture)) for a in (ours, theirs)]
     times = torch.linspace(0.01, 1, 100, dtype=torch.float64)
-    tables = [p.denoiser.schedule(times).alpha for p in (pipeline, again)]
+    tables = [p.denoiser.schedule(times).alpha for p in both]
+    meant = [p.denoiser.diffusion.recover(x, y, times[50]).x0 for p, y in zip(both, answers, strict=True)]
     text = error(cond.context[cond.mask], told.context[told.mask])  # padding may be of another length
-    return Errors(text, error(*answers), error(*encoded), error(ours.decode(x), theirs.decode(x)), error(*tables))
+    decoded = error(ours.decode(x), theirs.decode(x))
+    return Errors(text, error(*answers), error(*encoded), decoded, error(*tables), error(*meant))

@@ -11,6 +11,7 @@ from ldm.schedules import Flow, Table
 from ldm.text import HuggingFace
 from training.errors import CHECKPOINT, UserError
 from training.exchange import scheduler_import
+from training.exchange.autoencoder_layouts import LAYOUTS
 from training.exchange.transformer_layouts import DIT_OURS, PIXART_OURS
 from training.settings.decoding import DenoiserConfig
 
@@ -82,8 +83,14 @@ def obstacles(config: DenoiserConfig, facts: Facts) -> list[Obstacle]:
     found += _size(config, name, facts.model.factor)
     if facts.model.kind != "kl":
         why = "its pipelines have one scaling_factor; our normaliser, per channel, folds into kl's layers alone"
-        found.append(Obstacle("model.kind (autoencoder)", facts.model.kind, why, '"kl" can be written'))
+        found.append(Obstacle("model.kind (autoencoder)", facts.model.kind, why, f'"kl" can be written{_alone(facts)}'))
     return found
+
+
+def _alone(facts: Facts) -> str:
+    """How an autoencoder that no pipeline takes is written by itself, where diffusers has a class for it."""
+    names = [name for name, (kind, *_) in LAYOUTS.items() if kind == facts.model.kind]
+    return "".join(f", and RUN/final/autoencoder alone as {name} by convert_autoencoder export" for name in names)
 
 
 def _size(config: DenoiserConfig, name: str, factor: int) -> Iterator[Obstacle]:

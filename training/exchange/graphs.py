@@ -1,11 +1,12 @@
 """The denoiser and the decoder as graphs that run without this package: torch.export's .pt2, or ONNX.
 
 The number of pictures is free, their size and the length of the text are those trained at. Text is encoded, and steps
-are taken, by whoever runs them: README.md beside them says on what inputs.
+are taken, by whoever runs them: README.md beside them says on what inputs, steps.json by which numbers.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.backbones import Backbone
 from ldm.conditioning import Cond
-from ldm.schedules import Table
+from ldm.noise import Noise
 from training.errors import CHECKPOINT, UserError, missing_extra
 from training.exchange.export_check import captions, error, probe
-from training.files import write_bytes
+from training.files import write_bytes, write_json
 from training.guarding import make_folder
 from training.models.assembly import HashedPipeline
 
@@ -27,16 +29,20 @@ CLOSE = {"pt2": 1e-5, "onnx": 1e-4}  # of what is compared, by its largest numbe
 
 
 class DenoiserGraph(nn.Module):
-    """Latents, noise level, text, its mask and the pooled text, as many as the network reads -> what it predicts."""
+    """Latents, noise level, text, its mask, the pooled text, an image and its level, as many as the network reads ->
+    what it predicts."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(
-        self, x: Tensor, noise_level: Tensor, context: Tensor, mask: Tensor, pooled: Tensor | None = None
-    ) -> Tensor:
-        y: Tensor = self.backbone(x, noise_level, Cond(context, mask, pooled))
+        self, x: Tensor, noise_level: Tensor, context: Tensor, mask: Tensor, pooled: Tensor | None = None,
+        image: Tensor | None = None, image_level: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        shown = {"image": image, "image_level": image_level}
+        extras = {name: value for name, value in shown.items() if value is not None}
+        y: Tensor = self.backbone(x, noise_level, Cond(context, mask, pooled, extras))
         return y
 
 
@@ -77,6 +83,7 @@ def write_graphs(folder: Path, pipeline: HashedPipeline, kinds: Sequence[str]) -
                     what = f"{path.name} gives other numbers than the run: differences up to {found:.1g}"
                     raise UserError(what, hint="please report it with config.json", code=CHECKPOINT)
     write_bytes(folder / "README.md", _card(pipeline, parts).encode())
+    write_json(folder / "steps.json", steps(pipeline))
     return f"run again: largest differences {', '.join(told)}"
 
 
@@ -91,12 +98,18 @@ def need_onnx() -> None:
 
 def graphs(pipeline: HashedPipeline) -> dict[str, Graph]:
     """Both networks with inputs that a run has seen: three pictures."""
-    x, levels, _ = probe(pipeline)
+    (x, levels, _), backbone = probe(pipeline), pipeline.denoiser.backbone
+    assert isinstance(backbone, Backbone)
     cond = pipeline.text(captions(pipeline))
     inputs = {"x": x, "noise_level": levels, "context": cond.context, "mask": cond.mask}
-    if cond.pooled is not None and pipeline.denoiser.backbone.config.pooled:  # type: ignore[attr-defined]
+    if cond.pooled is not None and backbone.config.pooled:  # type: ignore[union-attr]
         inputs["pooled"] = cond.pooled
-    network, decoder = DenoiserGraph(pipeline.denoiser.backbone), DecoderGraph(pipeline.autoencoder)
+    if backbone.image_channels:
+        noise = Noise.from_seeds(range(len(x))).fold("export")
+        inputs["image"] = noise.normal((backbone.image_channels, *x.shape[2:]), "image")
+    if backbone.level_embedding:
+        inputs["image_level"] = torch.linspace(0, 1, len(x))
+    network, decoder = DenoiserGraph(backbone), DecoderGraph(pipeline.autoencoder)
     return {"denoiser": Graph(network.eval(), inputs), "decoder": Graph(decoder.eval(), {"latents": x})}
 
 
@@ -138,27 +151,64 @@ def _onnx(path: Path, graph: Graph) -> float:
 WRITERS = {"pt2": _pt2, "onnx": _onnx}
 
 
+def steps(pipeline: HashedPipeline) -> dict[str, Any]:
+    """What takes pure noise to a picture, in numbers: each time that the run visits, and the clean end. README.md says
+    what each is.
+    """
+    plan, process = pipeline.sampling, pipeline.denoiser.diffusion
+    schedule = process.schedule
+    times = plan.grid(plan.steps, schedule)[:-1]
+    level = schedule(times)
+    a, b = process.prediction.coefficients(level, schedule.rates(times))
+    numbers = {"t": times, "alpha": level.alpha, "sigma": level.sigma, "input_scale": schedule.input_scale(times),
+               "noise_level": schedule.noise_level(times), "a": a, "b": b}  # fmt: skip
+    each = [dict(zip(numbers, row, strict=True)) for row in torch.stack(list(numbers.values()), 1).tolist()]
+    return {"prior_std": schedule.prior_std, "steps": each, "end": {"t": 0.0, "alpha": 1.0, "sigma": 0.0}}
+
+
 def _card(pipeline: HashedPipeline, parts: dict[str, Graph]) -> str:
     """README.md: the inputs, and what the numbers mean."""
-    process = pipeline.denoiser.diffusion
+    process, plan, inputs = pipeline.denoiser.diffusion, pipeline.sampling, parts["denoiser"].inputs
     lines = [f"`{name}`: {', '.join(map(_shape, graph.inputs.items()))}" for name, graph in parts.items()]
-    told = json.dumps({"schedule": vars(process.schedule), "prediction": vars(process.prediction),
-                       "learned_variance": process.learned_variance})  # fmt: skip
-    table = isinstance(process.schedule, Table)
-    level = "the entry of the table, 0 to T - 1" if table else "what schedule.noise_level(t) gives: 1000 t on flow"
+    told = json.dumps({name: vars(part) for name, part in (
+        ("schedule", process.schedule), ("prediction", process.prediction), ("sampler", plan.sampler),
+        ("grid", plan.grid), ("guidance", plan.guidance))})  # fmt: skip
+    half = ".chunk(2, 1)[0]  # the other half says the variance" if process.learned_variance else ""
+    about = " ".join((inspect.getdoc(pipeline.image) or "").split("\n\n")[0].split())
+    image = f"\n`image` is read behind the channels of x ({pipeline.image.kind}): {about}" if "image" in inputs else ""
+    level = " `image_level`, 0 to 1: the share of noise in it." if "image_level" in inputs else ""
     return f"""# A denoiser and its decoder
 
 {lines[0]}
 
 {lines[1]}
 
-B is the number of pictures. The denoiser predicts, of x at a noise level and with text as the run's encoder gives it,
-what its process says: {told}.
-The noise level is {level}. The decoder gives pictures in [-1, 1].
+B is the number of pictures; the text is given as the run's text encoder answers it.{image}{level}
+
+steps.json has the `numbers` of a drawing, by which x_t = alpha x0 + sigma eps at each of `steps`, and the network,
+given input_scale x_t and noise_level, answers y = a x0 + b eps. Told `text`, the other inputs by name, it draws so:
+
+```python
+x = numbers["prior_std"] * torch.randn({_sides(inputs["x"])})
+for now, after in zip(numbers["steps"], [*numbers["steps"][1:], numbers["end"]]):
+    level = torch.full((len(x),), now["noise_level"])
+    y = denoiser(x=now["input_scale"] * x, noise_level=level, **text){half}
+    scale = now["alpha"] * now["b"] - now["sigma"] * now["a"]
+    x0 = (now["b"] * x - now["sigma"] * y) / scale
+    eps = (now["alpha"] * y - now["a"] * x) / scale
+    x = after["alpha"] * x0 + after["sigma"] * eps
+pictures = decoder(latents=x)  # in [-1, 1]
+```
+
+Classifier-free guidance of scale s takes two calls, of the caption and of the empty one: y_empty + s (y - y_empty).
+Those are DDIM's steps, on the run's grid. What the run was trained on and draws with: {told}
 """
 
 
 def _shape(given: tuple[str, Tensor]) -> str:
     name, value = given
-    sides = ", ".join(map(str, ("B", *value.shape[1:])))
-    return f"{name} ({sides}) {str(value.dtype).removeprefix('torch.')}"
+    return f"{name} ({_sides(value)}) {str(value.dtype).removeprefix('torch.')}"
+
+
+def _sides(value: Tensor) -> str:
+    return ", ".join(map(str, ("B", *value.shape[1:])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm.grids import Leading, Linspace, Trailing, Uniform
+from ldm.grids import Grid, Leading, Linspace, Trailing, Uniform
 from ldm.schedules import DDPMCosine, DDPMLinear, DDPMScaledLinear, Flow, Table
 from training.exchange.export_limits import PREDICTIONS
 from training.exchange.scheduler_import import OWN_TABLE, TABLES
@@ -22,13 +22,14 @@ def scheduler(config: DenoiserConfig) -> tuple[str, dict[str, Any]]:
     `flow` by DPMSolverMultistepScheduler, which has the sigmas of flow matching and which pipelines take.
     """
     prediction = PREDICTIONS[type(config.schedule) is Flow][config.prediction.kind]
+    _tell_grid(config)
     if isinstance(config.schedule, Table):
         return _table(config, config.schedule, prediction)
     return "DPMSolverMultistepScheduler", {
         "num_train_timesteps": config.schedule.steps,
         "prediction_type": prediction,
         "use_flow_sigmas": True,
-        "flow_shift": getattr(config.grid, "shift", 1.0),
+        "flow_shift": getattr(walked(config), "shift", 1.0),
         "algorithm_type": "dpmsolver++",
         "solver_order": 2,
         "final_sigmas_type": "zero",
@@ -43,7 +44,7 @@ def _table(config: DenoiserConfig, table: Table, prediction: str) -> tuple[str, 
         "num_train_timesteps": table.steps,
         "prediction_type": prediction,
         "clip_sample": False,
-        "timestep_spacing": _spacing(config),
+        "timestep_spacing": SPACINGS[type(walked(config))],
         "steps_offset": _offset(config),
     }
     # Pipelines for text split the variance off for PixArt alone; DDIMScheduler would take it for channels.
@@ -52,14 +53,34 @@ def _table(config: DenoiserConfig, table: Table, prediction: str) -> tuple[str, 
     return "DDIMScheduler", common | {"set_alpha_to_one": True}
 
 
+def walked(config: DenoiserConfig) -> Grid:
+    """The grid that is written: the run's own, or the nearest that the pipeline's scheduler has."""
+    grid = config.grid
+    if not isinstance(config.schedule, Table):
+        return grid if isinstance(grid, Uniform) else Uniform()
+    if isinstance(grid, Leading) and config.backbone.kind == "unet":
+        return Leading(offset=1)
+    return grid if type(grid) in SPACINGS else Trailing()
+
+
+def _tell_grid(config: DenoiserConfig) -> None:
+    """What is walked otherwise than on the run's grid; not where only the rounding of times differs."""
+    grid, theirs = config.grid, walked(config)
+    if isinstance(grid, Leading) and isinstance(theirs, Leading) and grid != theirs:
+        note("StableDiffusionPipeline has no grid leading with offset 0: each of its steps visits the entry after ours")
+    even = isinstance(grid, Trailing) or (isinstance(grid, Uniform) and grid.shift == 1)  # but for rounding
+    if type(grid) is type(theirs) or even:
+        return
+    if isinstance(config.schedule, Table):
+        note(f"diffusers' DDIMScheduler has no grid {grid.kind}: timestep_spacing trailing is written")
+    else:
+        note(f"diffusers' sigmas of flow matching have no grid {grid.kind}: flow_shift 1, equal steps of t, is written")
+
+
 def _offset(config: DenoiserConfig) -> int:
     """What `leading` adds to each entry; other rules pass it over. StableDiffusionPipeline sets it to 1, whatever it is
     given, and advises so."""
-    if config.backbone.kind != "unet":
-        return int(getattr(config.grid, "offset", 0))
-    if isinstance(config.grid, Leading) and config.grid.offset != 1:
-        note("StableDiffusionPipeline has no grid leading with offset 0: each of its steps visits the entry after ours")
-    return 1
+    return 1 if config.backbone.kind == "unet" else int(getattr(config.grid, "offset", 0))
 
 
 def _betas(table: Table) -> dict[str, Any]:
@@ -77,11 +98,3 @@ def _betas(table: Table) -> dict[str, Any]:
     return {"trained_betas": (1 - ratios).tolist(), "rescale_betas_zero_snr": False,
             OWN_TABLE: vars(table)}  # fmt: skip
 
-
-def _spacing(config: DenoiserConfig) -> str:
-    """Which entries are visited. A grid of another rule is told, and walked as `trailing`: from pure noise, evenly."""
-    grid = config.grid
-    even = isinstance(grid, Uniform) and grid.shift == 1  # trailing's, but for rounding
-    if type(grid) not in SPACINGS and not even:
-        note(f"diffusers' DDIMScheduler has no grid {grid.kind}: timestep_spacing trailing is written")
-    return SPACINGS.get(type(grid), "trailing")

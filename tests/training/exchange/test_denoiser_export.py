@@ -14,12 +14,16 @@ import torch
 from peers import diffusers
 from portable import CLIP, DIT, EPS, FLOW, PIXART, T5, UNET
 
+from autoencoder.dc import DC
 from autoencoder.kl import KL
-from autoencoder.vq import VQ
+from autoencoder.tiny import Tiny
+from autoencoder.vq import FSQ, VQ
+from ldm.denoiser import Bound
 from ldm.grids import Leading, Trailing
 from ldm.guidance import Autoguidance, ByClassifier, ClassifierFree
 from ldm.noise import Noise
-from ldm.samplers import prior
+from ldm.samplers import DDIM, prior, sample
+from ldm.samplers.multistep import DPMpp2M
 from training.errors import UserError
 from training.exchange import denoiser_export, export_check
 from training.exchange.denoiser_export import export_denoiser
@@ -40,12 +44,14 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "text": CLIP, **V, "grid": {"kind": "trailing"}}),
     "unet, older mask rule": ("StableDiffusionPipeline", "bert", {
         "backbone": UNET, "text": CLIP | {"mask_rule": 1}, **EPS}),
-    "unet, flow": ("StableDiffusionPipeline", "clip", {"backbone": UNET, "text": CLIP, **FLOW}),
+    "unet, flow": ("StableDiffusionPipeline", "clip", {
+        "backbone": UNET, "text": CLIP, **FLOW, "grid": {"kind": "uniform", "shift": 3.0}}),
     "unet, learned variance": ("StableDiffusionPipeline", "clip", {
         "backbone": UNET | {"learned_variance": True}, "text": CLIP, **EPS}),
     "pixart": ("PixArtAlphaPipeline", "t5", {"backbone": PIXART, "text": T5, **EPS}),
     "pixart, learned variance": ("PixArtAlphaPipeline", "bert", {
-        "backbone": PIXART | {"learned_variance": True, "base_size": 4}, "text": T5, **EPS}),
+        "backbone": PIXART | {"learned_variance": True, "base_size": 4}, "text": T5, **EPS,
+        "grid": {"kind": "leading", "offset": 1}}),
     "pixart, flow": ("PixArtAlphaPipeline", "t5", {"backbone": PIXART, "text": T5, **FLOW}),
     "dit": ("DiTPipeline", "", {"backbone": DIT, "text": LABEL, **EPS}),
     "dit, learned variance": ("DiTPipeline", "", {"backbone": DIT | {"learned_variance": True}, "text": LABEL, **EPS}),
@@ -98,9 +104,13 @@ def theirs(folder: Path) -> Any:
     return pipeline
 
 
+def asked(config: decoding.DenoiserConfig) -> list[str]:
+    return ["blue", "red"] if config.text.kind == "label" else ["a red circle", "the blue square"]
+
+
 def drawn(ours: HashedPipeline, peer: Any, config: decoding.DenoiserConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The pictures of two captions from the same noise, ours and theirs, as 0 to 255."""
-    captions = ["a red circle", "the blue square"] if config.text.kind != "label" else ["blue", "red"]
+    captions = asked(config)
     noise = prior(ours.denoiser.schedule, ours.latent_shape(ours.size), Noise.from_seeds([5, 6]))
     words: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "np"}
     guidance = dataclasses.replace(config.guidance, scale=3.0)
@@ -132,6 +142,97 @@ def test_pipelines_draw_the_same_pictures(name: str, exported: Any) -> None:
         own, got = drawn(ours, peer, dataclasses.replace(config, grid=grid))
         assert own.std() > 10
         assert float((own - got).abs().max()) <= 1.5, "a rounding, and no more"
+
+
+def as_written(folder: Path, ours: HashedPipeline, config: decoding.DenoiserConfig) -> torch.Tensor:
+    """The latents after each of 8 steps (8, 2, C, h, w) of two captions, by a pipeline as it stands in a folder."""
+    peer, seen = theirs(folder), list[torch.Tensor]()
+    noise = prior(ours.denoiser.schedule, ours.latent_shape(ours.size), Noise.from_seeds([5, 6]))
+    words: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 3.0}
+    step = peer.scheduler.step
+
+    def watched(*given: Any, **words: Any) -> Any:
+        answer = step(*given, **words)
+        seen.append(answer[0][:2] if isinstance(answer, tuple) else answer.prev_sample[:2])  # DiTPipeline: both twice
+        return answer
+
+    peer.scheduler.step = watched
+    if config.text.kind == "label":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: noise)
+            peer(peer.get_label_ids(asked(config)), **words)
+        return torch.stack(seen)
+    if config.backbone.kind == "dit":
+        words |= {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": config.text.length}
+    peer(asked(config), latents=noise, output_type="latent", **words)
+    return torch.stack(seen)
+
+
+def by_ours(
+    ours: HashedPipeline, captions: list[str], sampler: Any, times: torch.Tensor, level: Any
+) -> torch.Tensor:
+    """The same by a sampler of ours at these times, whose network is told `level` of each."""
+    seen, noise = list[torch.Tensor](), Noise.from_seeds([5, 6])
+    network, process = ours.denoiser.backbone, ours.denoiser.diffusion
+    told, null = ours.text(captions), ours.text([""]).expand(2)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Any:
+        absent, answer = (network(x, torch.full((2,), float(level(t))), cond) for cond in (null, told))
+        return process.recover(x, absent + 3 * (answer - absent), t)
+
+    x = prior(ours.denoiser.schedule, ours.latent_shape(ours.size), noise)
+    bound = Bound(ours.denoiser.schedule, denoise)
+    with torch.no_grad():
+        sample(sampler, bound, x, times, noise, lambda shot: seen.append(shot.x))
+    return torch.stack(seen)
+
+
+def stored(source: Path) -> Any:
+    return decoding.decode_stored("denoiser", json.loads((source / "final" / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("name", [
+    "unet", "unet, everything", "pixart", "pixart, learned variance", "dit", "dit, learned variance",
+])  # fmt: skip
+def test_tables_are_walked_as_they_are_written(name: str, exported: Any) -> None:
+    """The scheduler of the folder, not one of the test's: eps and v, trailing and leading, every step's latents."""
+    source, folder, _ = exported(name)
+    ours, config = load_pipeline(source, "cpu"), stored(source)
+    found = as_written(folder, ours, config)
+    times, total = config.grid(8, config.schedule), config.schedule.steps
+    wanted = by_ours(ours, asked(config), DDIM(), times, lambda t: t * total - 1)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * float(wanted.std()))
+
+
+def test_flow_is_walked_as_it_is_written(exported: Any) -> None:
+    """By dpmpp-2m along our shifted times from 0.999 on, where its network is told whole numbers."""
+    source, folder, _ = exported("unet, flow")
+    ours, config = load_pipeline(source, "cpu"), stored(source)
+    found = as_written(folder, ours, config)
+    even = 0.999 * torch.arange(8, -1, -1, dtype=torch.float64) / 8
+    wanted = by_ours(ours, asked(config), DPMpp2M(), 3 * even / (1 + 2 * even), lambda t: (1000 * t).floor())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * float(wanted.std()))
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("unet", {"prediction_type": "sample"}), ("unet", {"timestep_spacing": "leading"}),
+    ("unet", {"set_alpha_to_one": False, "timestep_spacing": "linspace"}),
+    ("unet, learned variance", {"prediction_type": "v_prediction"}),
+    ("pixart, learned variance", {"steps_offset": 0}), ("unet, flow", {"flow_shift": 1.0}),
+    ("unet, flow", {"prediction_type": "sample"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes"), WRONG)
+def test_a_scheduler_that_walks_otherwise_is_found(
+    name: str, changes: dict[str, Any], exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the export itself: the scheduler that was written is asked for its times and a step."""
+    source = exported(name)[0]
+    kind, settings = scheduler(stored(source))
+    monkeypatch.setattr(denoiser_export, "scheduler", lambda config: (kind, settings | changes))
+    with pytest.raises(UserError, match="draws otherwise than the run"):
+        export_denoiser(str(source), tmp_path / "out")
 
 
 def test_a_pipeline_saved_and_opened_again_is_the_same(exported: Any, tmp_path: Path) -> None:
@@ -209,6 +310,10 @@ def test_what_diffusers_cannot_hold_is_named(name: str) -> None:
     assert [reason.key for reason in obstacles(config, Facts(KL()))] == keys
     facts = Facts(VQ(), labels=1001, lowers=True)
     assert [reason.key for reason in obstacles(config, facts)][-1] == "model.kind (autoencoder)"
+    for model, peer in ((VQ(), "VQModel"), (Tiny(), "AutoencoderTiny"), (DC(), "AutoencoderDC"), (FSQ(), "")):
+        instead = obstacles(config, facts._replace(model=model))[-1].instead
+        end = f", and RUN/final/autoencoder alone as {peer} by convert_autoencoder export" if peer else ""
+        assert instead == f'"kl" can be written{end}'
 
 
 def test_all_reasons_are_told_at_once_and_nothing_is_written(tmp_path: Path) -> None:

@@ -75,8 +75,11 @@ def test_pixart_draws_what_it_drew(kind: str, tmp_path: Path) -> None:
     assert run.sampling.steps == 20 and run.sampling.guidance.scale == 4.5
 
 
-def test_a_dit_draws_its_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its captions are the names of its classes; the null is diffusers' last row."""
+def test_a_dit_draws_its_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its captions are the names of its classes; the null is diffusers' last row. Pictures of the same noise are those
+    of DiTPipeline, whose null is told as that row."""
     names = {0: "red circle", 1: "crane", 2: "blue", 3: "crane", 4: "green"}
     pipeline = diffusers.DiTPipeline(
         transformer=donors.network("DiTTransformer2DModel", donors.DIT), vae=peers.kl(),
@@ -96,6 +99,17 @@ def test_a_dit_draws_its_classes(tmp_path: Path, capsys: pytest.CaptureFixture[s
             wanted = pipeline.transformer(start, timestep=1000 * times, class_labels=number).sample
             torch.testing.assert_close(network(start, 1000 * times, told), wanted, atol=1e-4, rtol=1e-4)
     assert run.sampling.guidance.scale == 4.0
+
+    def last_row(network: Any, given: Any, words: dict[str, Any]) -> Any:
+        return given, words | {"class_labels": words["class_labels"].clamp(max=5)}  # 1000 where there are 1000 classes
+
+    pipeline.transformer.register_forward_pre_hook(last_row, with_kwargs=True)
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: start)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline([3, 4], guidance_scale=4.0, num_inference_steps=STEPS, output_type="np").images
+    latents, drawn = ours(run, 4.0, ["crane (3)", "green"])
+    assert latents.std() > 0.1 and (latents[0] - latents[1]).std() > 0.1
+    torch.testing.assert_close(drawn, torch.from_numpy(wanted).movedim(-1, 1), atol=1e-4, rtol=0)
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}

@@ -53,6 +53,24 @@ def test_a_flow_scheduler_has_our_shift() -> None:
     torch.testing.assert_close(peer.sigmas, wanted, rtol=0, atol=2e-3)  # it begins at 0.999
     assert (peer.sigmas[0], peer.sigmas[-1]) == (pytest.approx(0.9997, abs=1e-3), 0)
 
+
+@pytest.mark.parametrize(("sections", "said"), [
+    (FLOW | {"grid": {"kind": "karras"}}, "have no grid karras: flow_shift 1, equal steps of t, is written"),
+    (FLOW | {"grid": {"kind": "leading"}}, "have no grid leading: flow_shift 1"),
+    (FLOW | {"grid": {"kind": "uniform", "shift": 3.0}}, ""), (FLOW | {"grid": {"kind": "trailing"}}, ""),
+    ({"grid": {"kind": "karras"}}, "has no grid karras: timestep_spacing trailing is written"),
+    ({"grid": {"kind": "uniform"}}, ""), ({"grid": {"kind": "leading", "offset": 0}}, ""),
+    ({"grid": {"kind": "leading", "offset": 0}, "backbone": UNET}, "no grid leading with offset 0"),
+])  # fmt: skip
+def test_a_grid_that_is_not_held_is_told(
+    sections: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"backbone": PIXART, "schedule": {"kind": "ddpm-linear"}, "prediction": {"kind": "eps"}} | sections
+    scheduler(decoding.decode_stored("denoiser", given | {"format": {"version": 3}}))  # type: ignore[arg-type]
+    told = capsys.readouterr().err
+    assert said in told and bool(told) == bool(said)
+
+
 PROCESSES: dict[str, dict[str, Any]] = {
     **{name: {"schedule": table, "prediction": {"kind": "v"}} for name, table in TABLES.items()},
     "eps": {}, "x0": {"prediction": {"kind": "x0"}, "grid": {"kind": "linspace"}},
