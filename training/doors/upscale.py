@@ -6,6 +6,7 @@ it is to the small one.
 
 from __future__ import annotations
 
+from training.drawing.adapters import add_flags as add_adapters
 from training.settings.families import SAMPLING, listing
 from training.settings.flags import Parser
 
@@ -16,6 +17,7 @@ def main() -> None:
     add = parser.add_argument
     add("pictures", metavar="FILE|DIR", help="a picture, or each of a folder with the caption beside it")
     add("--model", metavar="RUN", required=True, help="a denoiser's run whose config has image.kind low-res")
+    add_adapters(add)
     add("--output", metavar="DIR", required=True, help="where the pictures and upscaled.json go")
     add("--prompt", metavar="TEXT", help="the caption of all of them, in place of those beside them")
     add("--negative-prompt", metavar="TEXT", default="", help="what guidance moves away from")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ldm.image_tasks import stacked
 from ldm.pipeline import Pipeline, Sampling
 from ldm.upscaling import canvas, larger, low_res_of, projected, residual, upscaling
+from training.drawing import adapters
 from training.drawing.generate import name, refuse_overwriting
 from training.drawing.given import Given, given, instead
 from training.drawing.prompts import tell_reading
@@ -123,7 +124,8 @@ def upscale(args: argparse.Namespace) -> list[Path]:
 
 def opened(args: argparse.Namespace) -> Upscaler:
     """The model, and how it draws. Raises UserError for one that enlarges no pictures."""
-    pipeline = load_pipeline(args.model, resolve(args.device), args.text_encoder)
+    at_work = adapters.chosen(args)
+    pipeline = load_pipeline(args.model, resolve(args.device), args.text_encoder, adapters=at_work)
     with as_user_error("name a run that enlarges pictures: --model RUN"):
         factor = low_res_of(pipeline).factor
     sampling, settings = choose(args)
@@ -131,6 +133,7 @@ def opened(args: argparse.Namespace) -> Upscaler:
         "settings": settings, "negative_prompt": args.negative_prompt, "tile": args.tile,
         "precision": args.mixed_precision, "model": name_of(args.model), "hashes": pipeline_hashes(pipeline),
         "versions": {**versions(), "device": pipeline.device.type}, "samples": args.samples,
+        adapters.FACT: adapters.facts(args),
     }  # fmt: skip
     return Upscaler(dataclasses.replace(pipeline, tile=args.tile), factor, sampling, args, facts)
 

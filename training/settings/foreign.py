@@ -22,7 +22,9 @@ CUTS = "pictures are cut when packed: make_shards pack --crop"
 CAPTIONS = "captions are found when packed: make_shards pack --help"
 ATTENTION = "torch's own attention is always used; leave it out"
 TEXT_LEARNS = "the text encoder learns with --text.kind scratch, and is frozen with --text.kind huggingface"
-ALL = "networks are trained whole; there is no LoRA here"
+LORA = "a LoRA is learned upon a run: --base RUN --config lora, with --adapter.rank R and --adapter.alpha A"
+PRIOR = "pictures that the base draws are trained on beside: --base RUN --config dreambooth --prior.captions TEXT"
+WORDS = "a word is learned upon a run: --base RUN --config textual-inversion --adapter.words WORD --adapter.kin WORD"
 LOGGING = "--train.log_every N"
 PICTURES = "pictures are drawn every --sample-every steps from held-out captions"
 PLACE = "give it as --output DIR"
@@ -36,11 +38,11 @@ NOT_HERE = "there is no such thing here"
 MEANINGS = {  # what it is here -> the flags of other programs
     PACK: (
         "train-data-dir dataset-name dataset-config-name instance-data-dir data-path data-dir train-data-meta "
-        "dataset-config in-json class-data-dir data-root"
+        "dataset-config in-json data-root"
     ),
     CAPTIONS: (
         "caption-column image-column caption-extension caption-separator shuffle-caption keep-tokens "
-        "instance-prompt class-prompt caption-dropout-every-n-epochs caption-tag-dropout-rate"
+        "instance-prompt caption-dropout-every-n-epochs caption-tag-dropout-rate"
     ),
     SIZE: (
         "resolution image-size size train-image-size img-size enable-bucket bucket-reso-steps min-bucket-reso "
@@ -83,7 +85,11 @@ MEANINGS = {  # what it is here -> the flags of other programs
         "train-text-encoder text-encoder-lr unet-lr stop-text-encoder-training train-unet-only "
         "network-train-unet-only clip-skip learning-rate-te"
     ),
-    ALL: "rank network-module network-dim network-alpha network-args lora-rank use-lora lora-alpha",
+    LORA: "network-module network-dim network-alpha network-args lora-rank use-lora lora-alpha r",
+    PRIOR: "with-prior-preservation class-prompt class-data-dir",
+    "--prior.weight W, of --config dreambooth": "prior-loss-weight",
+    "--prior.count N, of --config dreambooth": "num-class-images",
+    WORDS: "placeholder-token initializer-token num-vectors learnable-property",
     LOGGING: "logging-steps log-interval print-freq log-steps log-freq",
     "--save-every N": (
         "save-steps save-every-n-steps ckpt-every save-interval save-every-n-epochs save-freq every-n-train-steps"
@@ -136,8 +142,8 @@ MEANINGS = {  # what it is here -> the flags of other programs
     "generate from a run's folder: --model RUN": "model-path model-id model-name",
     CONTROL: "control controlnet controlnet-model-name-or-path",
     NOT_HERE: (
-        "push-to-hub hub-token hub-model-id revision max-train-samples prior-loss-weight lowram "
-        "with-prior-preservation max-token-length highvram no-half-vae color-aug skip-grid skip-save"
+        "push-to-hub hub-token hub-model-id revision max-train-samples lowram max-token-length highvram no-half-vae "
+        "color-aug skip-grid skip-save"
     ),
 }
 HERE = {flag: meaning for meaning, flags in MEANINGS.items() for flag in flags.split()}
@@ -152,8 +158,8 @@ PLACES = {
 }
 SECTIONS = {
     "autoencoder": "model loss latent discriminator optimizer train",
-    "denoiser": "backbone text conditioning schedule prediction times weighting pairing objective optimizer train "
-    "sample sampler grid guidance",
+    "denoiser": "backbone text conditioning schedule prediction times weighting pairing objective adapter prior image "
+    "optimizer train sample sampler grid guidance",
     "sampling": "sampler grid guidance",
 }
 

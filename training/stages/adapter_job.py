@@ -205,7 +205,7 @@ class AdapterJob(DenoiserJob):
         return tensors
 
     def next_steps(self, run: Path) -> list[str]:
-        """To draw with it; upscale takes no adapter."""
+        """To draw with it."""
         hint = run / "final" / HINT  # of a control: the first held-out one, drawn with its caption
         verb, shown = example(run / "final", self.config.image.kind, run / "final")
         captions = chain(self.held_out.captions(0) if shown or hint.is_file() else [], first_captions(self.dataset))
@@ -213,4 +213,4 @@ class AdapterJob(DenoiserJob):
         known = known_words(find(self.args.base, "denoiser").final)
         at_work = ["--control", run, "--hint", hint] if hint.is_file() else ["--adapter", run]
         words = ["--model", self.args.base, *at_work, *shown, *prompt(captions, known)]
-        return [door(verb, *words, "--output", beside(run, "pictures"), *also)] if verb == "generate" else []
+        return [door(verb, *words, "--output", beside(run, "pictures"), *also)] if verb else []

@@ -28,6 +28,9 @@ COMMANDS = {
     "kohya": "--train_data_dir d --network_module lora --network_dim 8 --optimizer_type AdamW8bit --max_train_epochs 3"
     " --save_every_n_epochs 1 --cache_latents --xformers --clip_skip 2 --min_snr_gamma 5 --enable_bucket --flip_aug"
     " --caption_extension .txt --shuffle_caption --keep_tokens 1 --save_precision fp16 --max_data_loader_n_workers 4",
+    "dreambooth": "--instance_data_dir d --instance_prompt sks --class_data_dir c --class_prompt dog --rank 4"
+    " --with_prior_preservation --prior_loss_weight 1.0 --num_class_images 200 --placeholder_token x"
+    " --initializer_token dog --learnable_property object",
     "compvis": "--base x.yaml -t --gpus 0, --logdir logs --scale_lr False --ckpt x.ckpt",
     "dit": "--data-path d --image-size 256 --global-batch-size 256 --epochs 1400 --ckpt-every 5000 --vae ema"
     " --num-classes 9",
@@ -82,6 +85,8 @@ def test_the_keys_of_a_section_are_read_without_importing_it(stage: str) -> None
         ("--width 3", "is it --backbone.width, --text.width, --schedule.width?"),
         ("--log-with x", "; here: --report-to tensorboard,wandb; metrics.jsonl is always in the run folder"),
         ("--max-stps 5", "--max-stps; did you mean '--max-steps'?"),
+        ("--rank 8", "--rank; did you mean '--adapter.rank'?"),
+        ("--network_dim 8", "upon a run: --base RUN --config lora, with --adapter.rank R and --adapter.alpha A"),
         ("--frobnicate", "unrecognized argument: --frobnicate"),
     ],
 )
