@@ -19,23 +19,23 @@ done
 [ -n "$out" ] || { echo "error: --output is needed; see the head of $0" >&2; exit 2; }
 cd "$project"
 
-# measured DIR BASE WEIGHT GUIDANCE FLAGS...: with the control, and without
+# measured DIR BASE WEIGHT GUIDANCE COUNT FLAGS...: with the control, and without
 measured() {
-    local place=$1 base=$2 weight=$3 guidance=$4
-    shift 4
+    local place=$1 base=$2 weight=$3 guidance=$4 count=$5
+    shift 5
     run scripts/evaluate.py --overwrite --model "$base" --adapter "$place/controlnet:$weight" --hints --data "$place/data" \
-        --count 200 --batch-size 50 --guidance-scale "$guidance" --output "$place/with.json" "$@"
+        --count "$count" --batch-size 50 --guidance-scale "$guidance" --output "$place/with.json" "$@"
     run scripts/evaluate.py --overwrite --model "$base" --adapter "$place/controlnet:0" --hints --data "$place/data" \
-        --count 200 --batch-size 50 --output "$place/without.json" "$@"
+        --count "$count" --batch-size 50 --output "$place/without.json" "$@"
 }
 
 run scripts/make_shards.py pack shapes --samples 120000 --val-fraction 0.01 --hint edges --output "$out/shapes/data"
 run scripts/encode_latents.py --autoencoder demo --data "$out/shapes/data" --output "$out/shapes/latents"
 run scripts/train_denoiser.py --base demo --config controlnet --latents "$out/shapes/latents" --output "$out/shapes/controlnet" --max-steps "$steps" --resume auto
-measured "$out/shapes" demo 1.5 1 --obedience shapes
+measured "$out/shapes" demo 1.5 1 1000 --obedience shapes
 
 [ -n "$emoji" ] || exit 0
 run scripts/make_shards.py pack emoji --root "$root" --output "$out/emoji/data" --resolution 64 --val-fraction 0.05 --order source --hint mask
 run scripts/encode_latents.py --autoencoder "$emoji/autoencoder" --data "$out/emoji/data" --output "$out/emoji/latents" --text-encoder "$text" --text-length 32
 run scripts/train_denoiser.py --base "$emoji/unet" --config controlnet --latents "$out/emoji/latents" --output "$out/emoji/controlnet" --text-encoder "$text" --max-steps 800 --train.batch_size 32 --resume auto
-measured "$out/emoji" "$emoji/unet" 1 1.5 --text-encoder "$text"
+measured "$out/emoji" "$emoji/unet" 1 1.5 100 --text-encoder "$text"
