@@ -26,12 +26,10 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(autouse=True)
 def unvisited() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     faults.visits.clear()
-    yield
+    with tiny.heard(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        yield
     faults.visits.clear()
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,10 @@ ENDS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 @pytest.fixture(autouse=True)
 def unvisited() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (*ENDS, signal.SIGUSR1)}
     faults.visits.clear()
-    yield
+    with tiny.heard(*ENDS, signal.SIGUSR1):
+        yield
     faults.visits.clear()
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -200,11 +198,15 @@ def start(*command: str, folder: Path, **more: str) -> subprocess.Popen[str]:
 def stop_after_a_step(process: subprocess.Popen[str], run: Path, number: signal.Signals = signal.SIGHUP) -> str:
     """What a training says that is sent a signal once it has taken steps."""
     deadline = time.monotonic() + 200
-    while not (run / "timing.jsonl").exists():
-        assert time.monotonic() < deadline and process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.05)
-    os.killpg(process.pid, number)  # as the system sends it to all of a terminal
-    said = process.communicate(timeout=120)[1]
+    try:
+        while not (run / "timing.jsonl").exists():
+            assert time.monotonic() < deadline and process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, number)  # as the system sends it to all of a terminal
+        said = process.communicate(timeout=120)[1]
+    finally:
+        if process.poll() is None:  # it was told to train for hours
+            os.killpg(process.pid, signal.SIGKILL)
     return next(line for line in said.splitlines() if "; resume with: " in line)
 
 

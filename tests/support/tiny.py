@@ -9,6 +9,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -55,6 +57,19 @@ DENOISER = [
     ],
     *SHORT,
 ]
+
+
+@contextmanager
+def heard(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals as a program in a terminal has them: under nohup and behind a shell's & some are ignored, here and by all
+    that a test starts. Handlers are put back."""
+    usual = {number: signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL for number in numbers}
+    kept = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    try:
+        yield
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before)
 
 
 def call(script: str, *words: object) -> int:

@@ -161,7 +161,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_ctrl_c_leaves_no_process_and_no_traceback(classes: Path, tmp_path: Path, number: int) -> None:
     script = str(tiny.SCRIPTS / "make_shards.py")
     command = [sys.executable, "-c", SLOW, script, *words(classes, tmp_path / "out", "--num-workers", number)]
-    run = subprocess.Popen(command, env=tiny.ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with tiny.heard(signal.SIGINT):
+        run = subprocess.Popen(command, env=tiny.ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (tmp_path / "out" / "packing.json").exists():
         time.sleep(0.01)
     time.sleep(1)

@@ -305,7 +305,8 @@ def test_a_stopped_run_goes_on_with_the_same_pictures(
 def test_a_stopped_dreambooth_with_a_new_word_goes_on_byte_for_byte(
     latents: Path, denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["train_denoiser", "--base", denoiser, "--latents", latents, "--config", "dreambooth", *tiny.SHORT, *PRIOR]
+    told = retold(latents, tmp_path / "told", lambda caption: f"{caption} blicket")
+    words = ["train_denoiser", "--base", denoiser, "--latents", told, "--config", "dreambooth", *tiny.SHORT, *PRIOR]
     words += ["--adapter.rank", 2, "--adapter.words", '["blicket"]', "--output"]
     assert tiny.call(*words, tmp_path / "straight") == 0
     stop_at(monkeypatch, 3)
