@@ -15,7 +15,7 @@ from training.errors import CHECKPOINT, UserError
 from training.exchange.autoencoder_layouts import LAYOUTS
 from training.exchange.autoencoders import VERSION, built, check_unused, read_folder
 from training.exchange.diffusers_weights import WEIGHTS
-from training.exchange.export_check import REPORT, error, opened_whole, quiet
+from training.exchange.export_check import CLOSE, REPORT, error, opened_whole, quiet
 from training.files import write_json
 from training.guarding import make_folder
 from training.messages import tell
@@ -24,7 +24,6 @@ from training.models.folders import find, whole_folder
 from training.settings import decoding
 from training.tensors import save_tensors
 
-CLOSE = 1e-4  # sums of wide layers, in another order, are 1e-5 apart in float32 (512 channels)
 SIDE = 4  # latents a side of the pictures that are compared
 
 
