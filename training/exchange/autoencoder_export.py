@@ -15,7 +15,7 @@ from training.errors import CHECKPOINT, UserError
 from training.exchange.autoencoder_layouts import LAYOUTS
 from training.exchange.autoencoders import VERSION, built, check_unused, read_folder
 from training.exchange.diffusers_weights import WEIGHTS
-from training.exchange.export_check import CLOSE, REPORT, error, opened_whole, quiet
+from training.exchange.export_check import error, opened_whole, quiet, verdict
 from training.files import write_json
 from training.guarding import make_folder
 from training.messages import tell
@@ -65,7 +65,7 @@ def write_autoencoder(path: str, folder: Path) -> None:
 def compare(folder: Path, ours: Autoencoder) -> str:
     """One line of how near `folder` is to a model: its moments of two pictures, pictures of its latents, its scale.
 
-    By our own import and, where it is installed, by diffusers. Raises UserError where it is not within `CLOSE`.
+    By our own import and, where it is installed, by diffusers. Raises UserError where it is not as near as `verdict` asks.
     """
     try:
         import diffusers
@@ -78,11 +78,7 @@ def compare(folder: Path, ours: Autoencoder) -> str:
                 theirs = _by_diffusers(opened_whole(diffusers, folder))
             found[f"diffusers {diffusers.__version__}"] = _errors(ours, theirs)
     errors = Errors(*(max(one, key=lambda value: (isnan(value), value)) for one in zip(*found.values(), strict=True)))
-    by, told = " and ".join(found), ", ".join(f"{name} {value:.1g}" for name, value in errors._asdict().items())
-    if any(not value <= CLOSE for value in errors):
-        what = f"what was written answers otherwise than the run (opened by {by}; largest differences: {told})"
-        raise UserError(what, hint=REPORT, code=CHECKPOINT)
-    return f"opened again by {by}: largest differences {told}"
+    return verdict(errors._asdict(), " and ".join(found), "answers")
 
 
 class Peer(NamedTuple):
