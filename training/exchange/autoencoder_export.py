@@ -65,7 +65,7 @@ def write_autoencoder(path: str, folder: Path) -> None:
 def compare(folder: Path, ours: Autoencoder) -> str:
     """One line of how near `folder` is to a model: its moments of two pictures, pictures of its latents, its scale.
 
-    By our own import and, where it is installed, by diffusers. Raises UserError where it is not near enough (`verdict`).
+    By our own import and, where it is installed, by diffusers. Raises UserError where it is not near (`verdict`).
     """
     try:
         import diffusers
