@@ -26,7 +26,7 @@ def obeyed(model: str, captions: list[str]) -> Any:
     return np.array(verdicts, dtype=float)
 
 
-def train(work: Path) -> None:
+def train(work: Path, seed: int) -> None:
     """Five pictures, encoded, and learned upon `demo`, with its own pictures of the four shapes beside and without."""
 
     def door(name: str, *words: object) -> None:
@@ -35,8 +35,8 @@ def train(work: Path) -> None:
     door("make_shards", "pack", work / "pictures", "--output", work / "data", "--resolution", 32)
     door("encode_latents", "--autoencoder", "demo", "--data", work / "data", "--output", work / "latents")
     given = ["--base", "demo", "--config", "dreambooth", "--new-words", "--latents", work / "latents"]
-    given += ["--batch-size", len(FIVE), "--adapter.text", '["*"]']  # which learns: the word is read by its layers, too
-    given += ["--prior.captions", json.dumps(old(200, 2_000_000))]
+    given += ["--seed", seed, "--batch-size", len(FIVE), "--adapter.text", '["*"]']  # the word is read by its layers
+    given += ["--prior.captions", json.dumps(old(800, 2_000_000)), "--prior.count", 800, "--sample.steps", 8]
     for weight in (20, 0):
         door("train_denoiser", *given, "--prior.weight", weight, "--output", work / f"weight-{weight}")
 
@@ -45,16 +45,16 @@ def main() -> None:
     """Train, then measure; or measure what is trained."""
     add = (parser := Parser(__doc__ or "")).add_argument
     add("--output", metavar="DIR", required=True, help="where all of it goes")
+    add("--seed", metavar="N", type=int, default=0, help="of the training")
     add("--count", metavar="N", type=int, default=1000, help="old captions that are measured")
     if not (work := Path((args := parser.read()).output)).exists():
-        train(work)
-    before = obeyed("demo", captions := old(args.count, 1_000_000))
+        train(work, args.seed)
+    new, before = 3 * NEW, obeyed("demo", captions := old(args.count, 1_000_000))
     print(f"demo: {before.mean():.1%} of {args.count} old captions")
-    for weight in (20, 0):
-        run = str(work / f"weight-{weight}")
-        new, change = obeyed(run, NEW).mean(), obeyed(run, captions) - before
+    for run in (f"{work}/weight-{weight}" for weight in (20, 0)):
+        learned, change = obeyed(run, new).mean(), obeyed(run, captions) - before
         mean, spread = 100 * change.mean(), 196 * change.std() / len(change) ** 0.5
-        print(f"prior.weight {weight}: {new:.1%} of {len(NEW)} new, old {mean:+.1f} +- {spread:.1f} points")
+        print(f"{run}: {learned:.1%} of {len(new)} new, old {mean:+.1f} +- {spread:.1f} points")
 
 if __name__ == "__main__":
     run_main(main)
