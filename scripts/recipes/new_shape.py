@@ -44,14 +44,14 @@ def train(work: Path, seed: int) -> None:
 def main() -> None:
     """Train, then measure; or measure what is trained."""
     add = (parser := Parser(__doc__ or "")).add_argument
-    add("--output", metavar="DIR", required=True, help="where all of it goes")
+    add("--output", metavar="DIR", required=True, help="where all of it goes, each seed's in a folder of its own")
     add("--seed", metavar="N", type=int, default=0, help="of the training")
     add("--count", metavar="N", type=int, default=1000, help="old captions that are measured")
-    if not (work := Path((args := parser.read()).output)).exists():
+    if not (work := Path((args := parser.read()).output) / f"seed-{args.seed}").exists():
         train(work, args.seed)
     new, before = 3 * NEW, obeyed("demo", captions := old(args.count, 1_000_000))
     print(f"demo: {before.mean():.1%} of {args.count} old captions")
-    for run in (f"{work}/weight-{weight}" for weight in (20, 0)):
+    for run in (f"{work}/weight-20", f"{work}/weight-0"):
         learned, change = obeyed(run, new).mean(), obeyed(run, captions) - before
         mean, spread = 100 * change.mean(), 196 * change.std() / len(change) ** 0.5
         print(f"{run}: {learned:.1%} of {len(new)} new, old {mean:+.1f} +- {spread:.1f} points")
