@@ -100,9 +100,13 @@ class Denoiser(Conditional):
     def learned_variance(self) -> bool:
         return self.diffusion.learned_variance
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
+    def check(self, t: Tensor) -> None:
+        """Raises ValueError at a time () below t_min."""
         if t.ndim == 0 and t.item() < self.schedule.t_min * (1 - 1e-9):
             raise ValueError(f"a network is called on [t_min = {self.schedule.t_min:g}, 1], not at t = {t.item():g}; "
                              "t = 0 is only landed on")
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
+        self.check(t)
         inputs, level = self.diffusion.condition(x, t)
         return self.diffusion.recover(x, self.backbone(inputs, per_sample(level, x), cond), t)

@@ -18,6 +18,7 @@ from ldm.conditioning import Cond
 from ldm.denoiser import Bound, Conditional, Denoise
 from ldm.diffusion import Denoised, dot
 from ldm.guiding import ALONE, AgainstNull, Guidance, Helpers, Scaled, place
+from ldm.jumps import SCALE, beside
 from ldm.schedules import Level, match
 
 
@@ -162,6 +163,25 @@ class Autoguidance(Scaled):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embedded(Scaled):
+    """The scale told to a student that was taught to answer as its guided teacher does: one call, and no null.
+
+    Meng et al. 2022 (arXiv 2210.03142). Raises ValueError where there is a null that is not the empty caption: what a
+    student moves away from was settled by its training. Unlike others, it is told at scale 1 too.
+    """
+
+    kind: Literal["embedded"] = "embedded"
+    scale: float = 3.0
+
+    def __call__(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers = ALONE) -> Denoise:
+        return self.close(denoiser, cond, null, helpers)
+
+    def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
+        scale = torch.full((len(cond.mask),), self.scale, device=cond.mask.device)
+        return denoiser.bind(beside(cond, SCALE, scale))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ByClassifier(Guidance):
     """`classifier_guided` by the log p(condition | x_t) of the helpers, on top of the condition.
 
@@ -200,4 +220,4 @@ def classifier_guided(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Ten
     return Bound(denoise.schedule, call)
 
 
-GUIDANCES = (ClassifierFree, Projected, CFGZeroStar, Autoguidance, ByClassifier)
+GUIDANCES = (ClassifierFree, Projected, CFGZeroStar, Autoguidance, Embedded, ByClassifier)

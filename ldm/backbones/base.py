@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from ldm.backbones.image import ImageInputs, LevelEmbedding, Widened, need_extra
+from ldm.backbones.image import NUMBERS, ImageInputs, LevelEmbedding, Widened, need_extra
 from ldm.checks import Checked
 from ldm.conditioning import Cond
 
@@ -31,32 +31,39 @@ class Backbone(nn.Module, ABC):
         self.channels, self.out_channels, self.multiple = channels, out_channels, multiple
         self.image_channels = 0
         self.level_embedding: LevelEmbedding | None = None
+        self.number_embeddings: nn.ModuleDict | None = None
 
-    def shown(self, image_channels: int = 0, image_level: bool = False) -> Self:
-        """Itself, made to read `Cond.extras["image"]` (B, image_channels, H, W) and "image_level" (B,) in [0, 1] too.
+    def shown(self, image_channels: int = 0, image_level: bool = False, numbers: tuple[str, ...] = ()) -> Self:
+        """Itself, made to read `Cond.extras["image"]` (B, image_channels, H, W), "image_level" (B,) in [0, 1], and
+        further extras (B,) by the names of `numbers` too.
 
         What is new is zero at first: it answers as before, bit for bit, whatever the image and its level. Raises
         ValueError where it has no layers that could be made to.
         """
-        if (image_channels or image_level) and not hasattr(self, self.input_layer):
-            raise ValueError(f"{type(self).__name__} reads no image condition: set image.kind to none")
+        if (image_channels or image_level or numbers) and not hasattr(self, self.input_layer):
+            raise ValueError(f"{type(self).__name__} reads no image condition, no span and no guidance scale: set "
+                             "image.kind to none, and objective.kind to denoising")
         if image_channels:
             layer = getattr(self, self.input_layer)
             setattr(self, self.input_layer, Widened(layer, image_channels * layer.weight.shape[1] // self.channels))
             self.image_channels = image_channels
         if image_level:
             self.level_embedding = LevelEmbedding(len(self.get_parameter("time_embedding.linear_2.weight")))
+        if numbers:
+            width = len(self.get_parameter("time_embedding.linear_2.weight"))
+            self.number_embeddings = nn.ModuleDict({name: LevelEmbedding(width, NUMBERS) for name in numbers})
         return self
 
     def extended(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of one that reads no image, for this one that does: zeros for what the image adds, so that it
-        answers as theirs does. Weights of the same inputs come back as they are."""
+        """The weights of one that reads no image and no further numbers, for this one that does: zeros for what these
+        add, so that it answers as theirs does. Weights of the same inputs come back as they are."""
         own, name, wide = self.state_dict(), f"{self.input_layer}.weight", dict(weights)
         theirs = weights.get(name)
         if self.image_channels and theirs is not None and theirs.shape[1] < own[name].shape[1]:
             more = own[name].shape[1] - theirs.shape[1]
             wide[name] = torch.cat([theirs, theirs.new_zeros(len(theirs), more, *theirs.shape[2:])], dim=1)
-        return {**{key: part for key, part in own.items() if key.startswith("level_embedding.")}, **wide}
+        added = ("level_embedding.", "number_embeddings.")
+        return {**{key: part for key, part in own.items() if key.startswith(added)}, **wide}
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x (B, channels, H, W), noise_level (B,) as the schedule shows it to a network -> (B, out_channels, H, W).

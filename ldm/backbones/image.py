@@ -1,4 +1,5 @@
-"""What a backbone is made to read of an image condition: channels behind those of the latents, and a level of noise."""
+"""What a backbone is made to read besides text: channels of an image condition behind those of the latents, a level of
+its noise, and other numbers."""
 
 from __future__ import annotations
 
@@ -12,13 +13,16 @@ from ldm.backbones.embed import Projection, sinusoid
 from ldm.conditioning import Cond
 
 FEATURES, LEVELS = 256, 1000.0  # of a level in [0, 1]: it is embedded as the noise levels 0 to 1000 are
+NUMBERS = 30.0  # of another number: smooth enough for what is learned of its derivative
 
 
 class ImageInputs(TypedDict, total=False):
-    """The channels of `Cond.extras["image"]` that are joined to the latents, and whether "image_level" is read."""
+    """The channels of `Cond.extras["image"]` that are joined to the latents, whether "image_level" is read, and the
+    names of further extras (B,) that are."""
 
     image_channels: int
     image_level: bool
+    numbers: tuple[str, ...]
 
 
 class Widened(nn.Module):
@@ -49,16 +53,17 @@ class Widened(nn.Module):
 
 
 class LevelEmbedding(nn.Module):
-    """A level in [0, 1], (B,) -> (B, width), added to the embedding of time; 0 at first."""
+    """A number, such as a level in [0, 1], (B,) -> (B, width), added to the embedding of time; 0 at first."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, unit: float = LEVELS) -> None:
         super().__init__()
+        self.unit = unit
         self.projection = Projection(FEATURES, width)
         for parameter in self.projection.linear_2.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, level: Tensor) -> Tensor:
-        y: Tensor = self.projection(sinusoid(level * LEVELS, FEATURES))
+        y: Tensor = self.projection(sinusoid(level * self.unit, FEATURES))
         return y
 
 
@@ -68,6 +73,16 @@ def with_level(time: Tensor, embedding: LevelEmbedding | None, cond: Cond) -> Te
         return time
     added: Tensor = embedding(need_extra(cond, "image_level", (time.shape[0],)))
     return time + added
+
+
+def with_numbers(time: Tensor, embeddings: nn.ModuleDict | None, cond: Cond) -> Tensor:
+    """The embedding of time (B, width), and those of the extras (B,) that are read, by their names."""
+    for name, embedding in (embeddings or {}).items():
+        number = cond.extras.get(name)
+        if number is None:
+            raise ValueError(f"this model was taught to read {name}, and is told none: draw with its own denoiser")
+        time = time + embedding(number)
+    return time
 
 
 def need_extra(cond: Cond, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -4,9 +4,14 @@ its `OBJECTIVES`."""
 from __future__ import annotations
 
 from ldm.families import members
-from ldm.objectives.base import LEVELS, Draw, Losses, Objective, ObjectiveConfig
+from ldm.objectives.base import ALONE, LEVELS, Beside, Companion, Draw, Losses, Objective, ObjectiveConfig
 from ldm.objectives.denoising import Denoising, DenoisingConfig
 
 OBJECTIVES: tuple[type[ObjectiveConfig], ...] = members(__name__, "OBJECTIVES", ("denoising",))  # first: default
 
-__all__ = ["LEVELS", "OBJECTIVES", "Denoising", "DenoisingConfig", "Draw", "Losses", "Objective", "ObjectiveConfig"]
+FEW_STEP = tuple(kind for kind in OBJECTIVES if kind.reading is not None)  # those whose models jump
+
+__all__ = [
+    "ALONE", "FEW_STEP", "LEVELS", "OBJECTIVES", "Beside", "Companion", "Denoising", "DenoisingConfig", "Draw",
+    "Losses", "Objective", "ObjectiveConfig",
+]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from ldm.conditioning import Cond
-from ldm.denoiser import Network
+from ldm.denoiser import Denoiser, Network
 from ldm.diffusion import Diffusion
+from ldm.jumps import SPAN, Jumping, Reading
 from ldm.noise import Noise
 from ldm.pairing import Pairing
+from ldm.teacher import Teacher
 from ldm.times import Places, TimeSampling
 from ldm.uncertainty import Weighed
 from ldm.weighting import Weighting
@@ -23,11 +26,42 @@ Trained = Network | Callable[[Tensor, Tensor, Cond], Tensor | Weighed]
 
 
 class Draw(NamedTuple):
-    """What a batch is trained on: times (B,) float64, noise (B, ...), and the factor (B,) that undoes their choice."""
+    """What a batch is trained on: times (B,) float64, noise (B, ...), the factor (B,) that undoes their choice; and, by
+    name, what else an objective draws."""
 
     t: Tensor
     eps: Tensor
     factor: Tensor
+    more: Mapping[str, Tensor] = {}
+
+
+class Beside(NamedTuple):
+    """What an objective may ask beside the network that learns, in the 0-based `step` of `steps`.
+
+    `bare`: that network outside its process wrapper, for what nothing is learned of; `networks`: its companions by
+    name, each in its wrapper; `teacher`: the guided model that a student learns from.
+    """
+
+    step: int = 0
+    steps: int = 1
+    bare: Trained | None = None
+    networks: Mapping[str, Trained] = {}
+    teacher: Teacher | None = None
+
+
+ALONE = Beside()
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A network beside the one that learns, begun as its copy and kept in checkpoints.
+
+    It keeps the share `kept(step, steps)` of itself at each step, and takes the rest from the one that learns; or, with
+    none, it learns by gradients of its own, at `rate` times the learning rate.
+    """
+
+    kept: Callable[[int, int], float] | None = None
+    rate: float = 1.0
 
 
 class Losses(NamedTuple):
@@ -51,7 +85,7 @@ class Objective(ABC):
         the samples are conditioned on, encoded or as captions: noise is paired among equals."""
 
     @abstractmethod
-    def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
+    def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw, beside: Beside = ALONE) -> Losses:
         """What a batch costs at the times and with the noise drawn for it."""
 
     @abstractmethod
@@ -60,7 +94,7 @@ class Objective(ABC):
         network loses on them is its distance to the answer. Raises ValueError where its variance is learned."""
 
     @abstractmethod
-    def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
+    def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor, beside: Beside = ALONE) -> Tensor:
         """The unweighted error at given times (B,) and noise, (B,) float32: what validation by noise level reads."""
 
 
@@ -68,6 +102,19 @@ class ObjectiveConfig(ABC):
     """The config of an objective: a frozen dataclass with a `kind`, in the `OBJECTIVES` of its module."""
 
     kind: str
+    reads: ClassVar[tuple[str, ...]] = ()  # the extras of a condition, (B,) numbers, that its network is made to read
+    taught: ClassVar[Literal["no", "either", "yes"]] = "no"  # whether it learns from a teacher, or from data as well
+    reading: Reading | None = None  # how its network's answers are understood, where they are jumps
+
+    def companions(self) -> Mapping[str, Companion]:
+        """The networks that are trained or averaged beside the one that learns, by name."""
+        return {}
+
+    def denoiser(self, backbone: Network, diffusion: Diffusion) -> Denoiser:
+        """The denoiser that its network is: one that jumps, where it says how it is read."""
+        if self.reading is None:
+            return Denoiser(backbone, diffusion)
+        return Jumping(backbone, diffusion, self.reading, SPAN in self.reads)
 
     @abstractmethod
     def build(self, *, diffusion: Diffusion, times: TimeSampling, weighting: Weighting, pairing: Pairing) -> Objective:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
-from ldm.objectives.base import Draw, Losses, Objective, ObjectiveConfig, Trained
+from ldm.objectives.base import ALONE, Beside, Draw, Losses, Objective, ObjectiveConfig, Trained
 from ldm.pairing import Independent, Pairing
 from ldm.schedules import match, per_sample
 from ldm.times import Places, TimeSampling
@@ -54,7 +54,7 @@ class Denoising(Objective):
         t, factor = self.times.draw(u, self.diffusion.schedule, seen)
         return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype), cond), factor)
 
-    def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> Losses:
+    def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw, beside: Beside = ALONE) -> Losses:
         error, y, log_var, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
         loss = match(self.weighting(self.diffusion, draw.t), error) * error
         if log_var is not None:
@@ -72,7 +72,7 @@ class Denoising(Objective):
         ends = self.diffusion.recover(x_t, answer[0] if isinstance(answer, Weighed) else answer, draw.t)
         return ends.x0, draw._replace(eps=ends.eps)
 
-    def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> Tensor:
+    def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor, beside: Beside = ALONE) -> Tensor:
         return self._compared(backbone, x0, cond, t, eps)[0]
 
     def _compared(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,

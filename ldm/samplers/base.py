@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.checks import Checked
 from ldm.denoiser import Bound, Denoise
 from ldm.diffusion import Denoised
+from ldm.jumps import BoundJump, jumping
 from ldm.noise import Noise
 from ldm.schedules import Level, NoiseSchedule
 
@@ -28,11 +29,12 @@ class Sampler(Checked, ABC):
 
     `order` is the power of the step with which its error falls (the variance's, where it adds noise), 0 where that is
     not what sets it; `calls` the number of network calls a step away from the ends, 0 where it depends on grid or data;
-    `rises` whether it also walks away from the data, as rules without noise can: s > t. Where settings change them they
-    are of the instance.
+    `rises` whether it also walks away from the data, as rules without noise can: s > t; `jumps` whether it asks a
+    few-step model where x goes (`ldm.jumps`), and refuses others. Where settings change them they are of the instance.
     """
 
     rises = False
+    jumps = False
 
     @property
     def order(self) -> int:
@@ -95,7 +97,15 @@ def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Tensor, noise: N
         x0 = ends.x0
         return ends
 
-    asked = Bound(denoise.schedule, watched) if watch else denoise
+    def jumped(x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        nonlocal calls, x0
+        calls, ends = calls + 1, jumping(denoise).jump(x, t, s)
+        x0 = ends.x0
+        return ends
+
+    asked = denoise
+    if watch:
+        asked = BoundJump(denoise.schedule, jumped) if sampler.jumps else Bound(denoise.schedule, watched)
     with torch.no_grad():
         for index, (t, s) in enumerate(pairwise(times)):
             x, memory = sampler.step(asked, x, t, s, memory, noise.fold("step", index))
