@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -135,7 +136,7 @@ def at_work(pipeline: Pipeline, hashes: Mapping[str, str],
     for adapter in sorted(built, key=lambda adapter: bool(adapter.hint)):  # those in place before those around
         backbone, text = adapter.attach(backbone, text)
     merge(backbone, text)  # computed once: strengths are settled
-    return Denoiser(backbone, pipeline.denoiser.diffusion), text, found_hashes
+    return replace(pipeline.denoiser, backbone=backbone), text, found_hashes
 
 
 def refuse_same_word(runs: Sequence[str | Path], adapters: Sequence[Adapter]) -> None:

@@ -23,6 +23,7 @@ from training.runs.folder import logged
 
 FACTS, SAMPLES, VOCABULARY = "card.json", "samples.png", "tokenizer/vocabulary.json"
 BASE = "base.json"  # of an adapter, in final/: name and hashes of its base; in the run's folder: where that was found
+TEACHER = "teacher.json"  # in final/: by whom a model was taught, a tiny autoencoder or a few-step denoiser
 HINT = "hint.png"  # in a control's final/: one to draw by
 SHOWN, HOLE = "shown.png", "hole.png"  # in final/ of a model that is shown pictures: one to draw by, of a mask its hole
 # How such a model draws by these, by its image.kind: the door, and its words, of which files are in final/.

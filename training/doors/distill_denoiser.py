@@ -1,0 +1,24 @@
+"""Few steps: teach a student to draw in one to eight calls what a trained denoiser draws in many."""
+
+from __future__ import annotations
+
+import sys
+
+from training.settings.families import STUDENTS, listing
+from training.settings.flags import TrainParser
+
+
+def main() -> None:
+    """Read the flags and train."""
+    parser = TrainParser(__doc__ or "", "denoiser", "student")
+    parser.epilog = f"{parser.epilog}\n\n{listing(STUDENTS)}"
+    text = "the trained denoiser that the student begins as and learns from, which stays as it is; or demo"
+    parser.data.add_argument("--teacher", metavar="RUN", required=True, help=text)
+    parser.data.add_argument("--latents", metavar="DIR", help="encoded latents of its autoencoder (encode_latents)")
+    text = "where the teacher's frozen text encoder lies, where it has one that is not stored with it"
+    parser.data.add_argument("--text-encoder", metavar="NAME|DIR", help=text)
+    parser.set_defaults(new_words=False)
+    args = parser.read_training()
+    from training.stages.train import train
+
+    sys.exit(train(args, "denoiser"))
