@@ -106,6 +106,11 @@ class ObjectiveConfig(ABC):
     taught: ClassVar[Literal["no", "either", "yes"]] = "no"  # whether it learns from a teacher, or from data as well
     reading: Reading | None = None  # how its network's answers are understood, where they are jumps
 
+    @property
+    def drawn_in(self) -> tuple[int, ...]:
+        """The numbers of steps that its model is taught to be drawn in; none where any will do."""
+        return ()
+
     def companions(self) -> Mapping[str, Companion]:
         """The networks that are trained or averaged beside the one that learns, by name."""
         return {}

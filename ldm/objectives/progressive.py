@@ -83,6 +83,11 @@ class ProgressiveConfig(FewStepConfig, Checked):
         """How many students there are, one after the other."""
         return round(math.log2(self.from_steps / self.steps)) + 1
 
+    @property
+    def drawn_in(self) -> tuple[int, ...]:
+        """Those of the last student."""
+        return (self.steps,)
+
     def round(self, step: int, steps: int) -> int:
         """Which of them learns at a step of the training."""
         rounds: int = self.rounds

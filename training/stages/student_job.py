@@ -140,7 +140,7 @@ def with_guidance(config: Any, teacher: Any) -> Any:
     elif len(scales) == 2:
         middle = getattr(own, "scale", 1.0)
         guidance = Embedded(scale=min(max(middle, scales[0]), scales[1]))
-    steps = getattr(config.objective, "drawn_in", ())
+    steps = config.objective.drawn_in
     sample = config.sample
     if steps and sample.steps not in steps:
         sample = dataclasses.replace(sample, steps=steps[-1])
