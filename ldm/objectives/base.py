@@ -104,6 +104,7 @@ class ObjectiveConfig(ABC):
     kind: str
     reads: ClassVar[tuple[str, ...]] = ()  # the extras of a condition, (B,) numbers, that its network is made to read
     taught: ClassVar[Literal["no", "either", "yes"]] = "no"  # whether it learns from a teacher, or from data as well
+    pairs: int = 0  # the pairs of noise and data that a teacher draws before, which it learns on
     reading: Reading | None = None  # how its network's answers are understood, where they are jumps
 
     @property

@@ -75,14 +75,16 @@ def parted(cond: Any, x0: Tensor) -> tuple[Any, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReflowConfig(FewStepConfig, Checked):
-    """Config of `Reflow`: `at_noise` is the share of samples that is trained at t = 1, 1 for one step alone."""
+    """Config of `Reflow`: `at_noise` is the share of samples that is trained at t = 1, 1 for one step alone; `pairs`
+    the number that the teacher draws."""
 
     kind: Literal["reflow"] = "reflow"
+    pairs: int = 10_000
     at_noise: float = 0.0
     taught = "yes"
     reading = staticmethod(plainly)
     made = Reflow
-    limits: ClassVar = {"at_noise": "[0, 1]"}
+    limits: ClassVar = {"at_noise": "[0, 1]", "pairs": "[1, inf)"}
 
     def build(self, *, diffusion: Diffusion, times: TimeSampling, weighting: Weighting, pairing: Pairing) -> FewStep:
         """See `FewStepConfig.build`; ValueError also for a weighting by which t = 1 does not count, where it is trained

@@ -17,6 +17,8 @@ def main() -> None:
     parser.data.add_argument("--latents", metavar="DIR", help="encoded latents of its autoencoder (encode_latents)")
     text = "where the teacher's frozen text encoder lies, where it has one that is not stored with it"
     parser.data.add_argument("--text-encoder", metavar="NAME|DIR", help=text)
+    text = "of --config reflow: where the teacher's pairs are, or are written; OUTPUT-pairs when not given"
+    parser.data.add_argument("--pairs", metavar="DIR", help=text)
     parser.set_defaults(new_words=False)
     args = parser.read_training()
     from training.stages.train import train

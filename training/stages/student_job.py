@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.guidance import ClassifierFree, Embedded
+from ldm.guiding import Scaled
 from ldm.jumps import SCALE
 from ldm.teacher import Teacher
 from ldm.text import HuggingFace
@@ -35,6 +36,32 @@ if TYPE_CHECKING:
 
 class StudentJob(DenoiserJob):
     """A teacher, which is loaded, frozen and never written, and the student that begins as its copy."""
+
+    def open_data(self) -> None:
+        """Pairs of noise and what the teacher draws of it, where the student learns on those: drawn first, unless they
+        are there."""
+        if self.config.objective.pairs and not self.args.dry_run:
+            self.write_pairs()
+        super().open_data()
+
+    def write_pairs(self) -> None:
+        """Have the teacher draw them, and train on them in place of --latents."""
+        from training.encoding.pairs import write_pairs
+        from training.machine import processes
+
+        args, train, count = self.args, self.config.train, self.config.objective.pairs
+        device = processes.start(args.device, train.mixed_precision, compiles=train.compile).device
+        teacher = assembly.load_pipeline(args.teacher, device, args.text_encoder)
+        guided = with_guidance(self.config, config_of_base(args.teacher)).student.scales
+        if len(guided) == 2:
+            what = f"objective.kind {self.config.objective.kind} learns on pairs of one guidance scale"
+            raise UserError(what, hint=f"--student.guidance_scale {guided[0]:g}")
+        plan = teacher.sampling
+        if guided and isinstance(plan.guidance, Scaled) and len(teacher.student.scales) != 1:  # else it has its own
+            plan = dataclasses.replace(plan, guidance=dataclasses.replace(plan.guidance, scale=guided[0]))
+        place = Path(args.pairs or f"{Path(args.output)}-pairs")
+        write_pairs(teacher, Path(args.latents), place, count=count, seed=train.seed, sampling=plan, batch_size=64)
+        args.latents = str(place)
 
     def settle(self) -> None:
         """Also the guidance that the student takes in, and how it is drawn for it."""
