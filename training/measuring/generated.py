@@ -137,17 +137,17 @@ def held_against(args: argparse.Namespace, device: torch.device) -> Truth:
     return Truth(images, train, features, device, count, real, few)
 
 
-def witness_of(args: argparse.Namespace, device: torch.device) -> Witness:
+def witness_of(obedience: str | None, clip: str | None, device: torch.device) -> Witness:
     """The judges of `--obedience CLASSIFIER` and `--clip`."""
-    judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
-    return Witness(judge, load_clip_score(args.clip, device) if args.clip else None)
+    judge = load_classifier(obedience, device) if obedience not in (None, "shapes") else None
+    return Witness(judge, load_clip_score(clip, device) if clip else None)
 
 
 def distances(
     pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device, ledger: Ledger
 ) -> dict[str, Any]:
     """The `MEASURES` between `count` generated pictures and the held-out ones, captions evenly from theirs."""
-    witness, truth = witness_of(args, device), held_against(args, device)
+    witness, truth = witness_of(args.obedience, args.clip, device), held_against(args, device)
     requests = ask(truth.captions, 1, args.seed)
     tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
     drawn = draw_batches(pipeline, sampling, requests, args.batch_size)
