@@ -104,6 +104,7 @@ class ObjectiveConfig(ABC):
     kind: str
     reads: ClassVar[tuple[str, ...]] = ()  # the extras of a condition, (B,) numbers, that its network is made to read
     taught: ClassVar[Literal["no", "either", "yes"]] = "no"  # whether it learns from a teacher, or from data as well
+    paired: ClassVar[bool] = False  # whether it is trained on pairs of a teacher, which are written beforehand
     reading: Reading | None = None  # how its network's answers are understood, where they are jumps
 
     def companions(self) -> Mapping[str, Companion]:

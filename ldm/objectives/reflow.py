@@ -80,6 +80,7 @@ class ReflowConfig(FewStepConfig, Checked):
     kind: Literal["reflow"] = "reflow"
     at_noise: float = 0.0
     taught = "yes"
+    paired = True
     reading = staticmethod(plainly)
     made = Reflow
     limits: ClassVar = {"at_noise": "[0, 1]"}
