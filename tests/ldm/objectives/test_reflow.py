@@ -17,7 +17,7 @@ from ldm.diffusion import Denoised, Diffusion
 from ldm.exact import F64, Mixture, end_of_ode
 from ldm.jumps import beside
 from ldm.noise import Noise
-from ldm.objectives import Beside, Denoising
+from ldm.objectives import OBJECTIVES, Beside, Denoising
 from ldm.objectives.base import Draw
 from ldm.objectives.few_step import FewStep
 from ldm.objectives.reflow import NOISE, Reflow, ReflowConfig
@@ -249,4 +249,5 @@ def test_what_is_refused() -> None:
 def test_what_the_config_says() -> None:
     config = ReflowConfig()
     assert (config.taught, config.at_noise, config.companions(), config.reads) == ("yes", 0.0, {}, ())
+    assert [kind().kind for kind in OBJECTIVES if kind().pairs] == ["reflow"]
     assert objective().student(lambda x, *_: x).spans is False
