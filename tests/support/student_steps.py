@@ -40,7 +40,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "dmd": {"objective.fake_steps": "1"},
     "progressive": {"objective.from_steps": "4"},
 }
-PAIRED = ("reflow",)  # members whose latents are pairs, with the noise of each beside it
 SHAPE = {"backbone.width": "16", "backbone.depth": "1", "text.width": "16", "text.depth": "1"}
 DATA = {**SHAPE, "train.ema": "0.9", "train.validation_size": "8"}
 
@@ -145,8 +144,8 @@ def job_of(case: Case, config: decoding.DenoiserConfig, latents: Path, teacher: 
     """The job, its data open."""
     given = {"latents": latents, "text_encoder": None, "init_from": init_from, "new_words": False, "stream": False}
     job = (StudentJob if case.source == "teacher" else DenoiserJob)(Namespace(**given, teacher=str(teacher)), config)
-    kind = Pairs if case.kind in PAIRED else Latents
-    job.dataset, job.held_out = (kind(ShardSet(latents, split)) for split in ("train", "val"))
+    opened = Pairs if getattr(config.objective, "pairs", 0) else Latents
+    job.dataset, job.held_out = (opened(ShardSet(latents, split)) for split in ("train", "val"))
     job.settle()
     return job
 

@@ -132,6 +132,7 @@ def test_bf16_is_of_the_passes_alone(case: Case, make: Make) -> None:
 def test_a_step_that_is_skipped_moves_nothing(case: Case, make: Make) -> None:
     """No companion either, nor its moments."""
     _, loop, _ = make(case, train__spike_factor="2")
+    shake(loop)
     skipped_leaves_all_as_it_was(loop, 2)
 
 

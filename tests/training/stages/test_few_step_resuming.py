@@ -129,7 +129,11 @@ def test_before_a_run(teacher: Path, latents: Path, tmp_path: Path, capsys: pyte
     told, theirs = json.loads(capsys.readouterr().out), json.loads((teacher / "final" / "config.json").read_text())
     assert told["objective"] == {"kind": "progressive", "from_steps": 4, "steps": 1}
     assert all(told[part] == theirs[part] for part in ("backbone", "text", "schedule", "prediction"))
-    assert told["train"]["max_steps"] == 6 != theirs["train"]["batch_size"]
+    assert told["train"]["max_steps"] == 6 and told["format"] == theirs["format"]
+    old = shutil.copytree(teacher / "final", tmp_path / "old")  # as an earlier version of the program wrote it
+    (old / "config.json").write_text(json.dumps({**theirs, "format": {"version": 1}}))
+    assert train(old, latents, tmp_path / "run", "--print-config") == 0
+    assert json.loads(capsys.readouterr().out)["format"]["version"] == 1
 
 
 def test_a_model_of_data_alone(latents: Path, tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch,
