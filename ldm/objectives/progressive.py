@@ -89,13 +89,17 @@ class ProgressiveConfig(FewStepConfig, Checked):
         return (self.steps,)
 
     def round(self, step: int, steps: int) -> int:
-        """Which of them learns at a step of the training."""
+        """Which of them learns at a step of the training; past its end, the last."""
         rounds: int = self.rounds
-        return step * rounds // max(steps, 1)
+        return min(step * rounds // max(steps, 1), rounds - 1)
 
     def count(self, step: int, steps: int) -> int:
         """The steps that it takes from noise to data."""
         return self.from_steps >> self.round(step, steps)
+
+    def plan(self, step: int, steps: int) -> str:
+        """The student that learns."""
+        return f"the student of {self.count(step, steps)} steps"
 
     def companions(self) -> Mapping[str, Companion]:
         def kept(step: int, steps: int) -> float:

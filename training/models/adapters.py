@@ -73,10 +73,10 @@ def refuse_adapter(path: str | Path, found: Found, instead: str) -> None:
         raise UserError(f"{path} is an adapter upon {base}, not a whole model", hint=instead, code=CHECKPOINT)
 
 
-def config_of_base(base: str) -> decoding.DenoiserConfig:
-    """The config of a trained denoiser that an adapter is to be learned upon."""
+def config_of_base(base: str, flag: str = "--base") -> decoding.DenoiserConfig:
+    """The config of a trained denoiser that an adapter is to be learned upon, or a student from."""
     found = find(base, "denoiser")
-    refuse_adapter(base, found, "give the model that it was learned upon with --base")
+    refuse_adapter(base, found, f"give the model that it was learned upon with {flag}")
     config = found.config()
     assert isinstance(config, decoding.DenoiserConfig)
     return config

@@ -27,14 +27,14 @@ class FewStepStage(DenoiserStage):
         super().__init__(*args)
         self.teacher, self.guided = teacher, guided  # the scale at which a validation asks, where it is told one
         self.frozen_text = not any(p.requires_grad for p in self.text.parameters())
+        self.unused_gradients = self.unused_gradients and not self.frozen_text
         self.companions = dict(self.config.objective.companions())
         for name, companion in self.companions.items():
-            network = deepcopy(self.network)
-            network.requires_grad_(companion.kept is None)
+            network = deepcopy(self.network).requires_grad_(companion.kept is None)
+            if self.frozen_text:
+                network.text = None  # captions are encoded before
             if companion.kept is None:
                 self.optimizers[name] = ([name], companion.rate)
-                if network.text is not None and self.frozen_text:
-                    network.text.requires_grad_(False)
             self.networks = {**self.networks, name: network}
         self.averaged = {"denoiser": self.network}
         if teacher is not None:
@@ -42,9 +42,13 @@ class FewStepStage(DenoiserStage):
             self.frozen = [*self.frozen, *(part for part in parts if isinstance(part, nn.Module))]
 
     def connect(self) -> None:
-        """Also the companions, in their wrappers."""
+        """Also the companions, in their wrappers; they begin with the weights that the network has been given since."""
         super().connect()
         self.asked = {name: self.wrapped[name] for name in self.companions}
+        given = self.network.state_dict()
+        for name in self.companions:
+            own = self.networks[name]
+            own.load_state_dict({key: given[key] for key in own.state_dict()})
 
     def beside(self, step: int) -> Beside:
         """Teacher, companions and the bare network, in a step of all."""
@@ -70,10 +74,13 @@ class FewStepStage(DenoiserStage):
         return beside(cond, SCALE, scale)
 
     @torch.no_grad()
-    def after_backward(self, step: int) -> None:
-        """Also what companions keep of themselves."""
-        super().after_backward(step)
+    def after_step(self, step: int, *, taken: bool) -> None:
+        """Companions as the next step asks them. A step that was skipped moves none, but where one becomes a copy: a
+        plan that says so of the next step says it of no other."""
+        super().after_step(step, taken=taken)
+        learning = dict(self.network.named_parameters())
         for name, companion in self.companions.items():
-            if companion.kept is not None and (share := companion.kept(step, self.config.train.max_steps)) < 1:
-                own, learning = self.networks[name].parameters(), self.network.parameters()
-                torch._foreach_lerp_(list(own), [p.detach() for p in learning], 1 - share)
+            share = 1.0 if companion.kept is None else companion.kept(step + 1, self.config.train.max_steps)
+            if share < 1 and (taken or share == 0):
+                own = dict(self.networks[name].named_parameters())
+                torch._foreach_lerp_(list(own.values()), [learning[key].detach() for key in own], 1 - share)

@@ -17,6 +17,7 @@ from ldm.teacher import Teacher
 from ldm.text import HuggingFace
 from training.errors import UserError, as_user_error
 from training.files import write_json
+from training.machine.meeting import agree, is_distributed
 from training.models import assembly
 from training.models.adapters import config_of_base
 from training.models.cards import TEACHER
@@ -69,7 +70,7 @@ class StudentJob(DenoiserJob):
             raise UserError("--init-from and --new-words change what a student begins with, which is its teacher",
                             hint="leave them out")
         super().settle()
-        self.of_teacher = config_of_base(self.args.teacher)
+        self.of_teacher = config_of_base(self.args.teacher, "--teacher")
         self.config = with_guidance(self.config, self.of_teacher)
 
     def build(self, accelerator: Accelerator, final: Path | None) -> FewStepStage:
@@ -88,6 +89,8 @@ class StudentJob(DenoiserJob):
         fill_network(config, parts, self.dataset, args.teacher, args.text_encoder)
         parts.text.eval().requires_grad_(False)
         teacher = self.load_teacher(found, accelerator.device)
+        if is_distributed():  # each may have read a file of its own
+            agree({"teacher": self.taught_by["denoiser"]})
         with as_user_error("see the keys of [objective] and [student] with --print-config"):
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
             asked = teacher if config.student.learns_from == "teacher" and config.objective.taught != "no" else None

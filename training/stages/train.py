@@ -59,7 +59,7 @@ def train(args: argparse.Namespace, stage: str) -> int:
         from training.models.adapters import config_of_base
 
         model = args.base if upon is ADAPTER else args.teacher
-        config: Any = load_upon(upon, config_of_base(model), args.config, args.overrides)
+        config: Any = load_upon(upon, config_of_base(model, upon.flag), args.config, args.overrides)
     else:
         config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
         refuse_without_base(config)
