@@ -65,10 +65,12 @@ class Companion:
 
 
 class Losses(NamedTuple):
-    """(B,) float32 each: what is minimised, and the same before the factor that undoes the choice of times."""
+    """(B,) float32 each: what is minimised, and the same before the factor that undoes the choice of times; and, by
+    name, parts of it to be told on their own, where they differ in kind or from step to step."""
 
     total: Tensor
     seen: Tensor
+    parts: Mapping[str, Tensor] = {}
 
 
 class Objective(ABC):
