@@ -152,6 +152,11 @@ class DMDConfig(FewStepConfig, Checked):
     limits: ClassVar = {"steps": "[1, inf)", "fake_steps": "[1, inf)", "fake_rate": "(0, inf)", "low": "(0, high)",
                         "high": "(low, 1)", "regression": "[0, inf)"}
 
+    @property
+    def drawn_in(self) -> tuple[int, ...]:
+        """As many as it is trained with."""
+        return (self.steps,)
+
     def generates(self, step: int) -> bool:
         """Whether a step of the training is the generator's turn."""
         return step % (self.fake_steps + 1) == 0
