@@ -97,8 +97,9 @@ def check_plan(student: Student, plan: Sampling, denoiser: Denoiser) -> None:
     if isinstance(guidance, Embedded) != student.embedded:
         raise ValueError(_other_guidance(student))
     if student.baked is not None and not (isinstance(guidance, Scaled) and guidance.scale == 1):
+        instead = "give --guidance-scale 1" if isinstance(guidance, Scaled) else "leave --guidance.kind out"
         raise ValueError(f"guidance at scale {student.baked:g} is baked into this student, and a second one would "
-                         "count twice: give --guidance-scale 1")
+                         f"count twice: {instead}")
     if isinstance(guidance, Embedded) and not student.scales[0] <= guidance.scale <= student.scales[1]:
         low, high = student.scales
         raise ValueError(f"this student was taught guidance scales from {low:g} to {high:g}, not {guidance.scale:g}: "
@@ -215,7 +216,8 @@ def _other_guidance(student: Student) -> str:
     if student.embedded:
         return ("this student is told its guidance scale, and another guidance around it would count twice: give "
                 "--guidance.kind embedded")
-    return "only a student that was taught to be told its guidance scale takes guidance embedded: give --guidance-scale"
+    return ("guidance embedded tells a student its scale, and this model was not taught to be told one: leave "
+            "--guidance.kind out, or give --guidance.kind classifier-free")
 
 
 def check_negatives(student: Student, plan: Sampling, denoiser: Denoiser, negatives: Sequence[str],

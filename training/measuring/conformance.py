@@ -246,7 +246,7 @@ def run_table(args: Any) -> Iterator[str]:
     """How the samplers agree on a trained network."""
     pipeline = load_pipeline(args.model, text_encoder=args.text_encoder)
     with as_user_error("check the model that taught it: --model TEACHER"):
-        check_denoises(pipeline.denoiser, "what samplers have in common")
+        check_denoises(pipeline.denoiser, "a comparison of samplers")
     bench = Bench(pipeline, args.prompt, args.steps, args.seeds)
     samplers, others = list[Any](), list[str]()
     for kind, sampler in select(every("sampler"), args.samplers, "--samplers").items():

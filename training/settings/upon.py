@@ -57,6 +57,7 @@ def load_upon(upon: Upon, base: decoding.DenoiserConfig, source: str,
     """
     text, where = reading.read(upon.folder, source)
     own, values = reading.parse(text, where), decoding.to_values(base)
+    own.pop("format", None)  # which is that of the model: a run keeps the version it began with
     if base.weighting.kind == "learned" and "weighting" not in upon.anew:
         note("the base's learned weighting is not part of its model: the adapter is trained with weighting uniform")
         values["weighting"] = {"kind": "uniform"}

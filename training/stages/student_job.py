@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.guidance import ClassifierFree, Embedded
 from ldm.jumps import SCALE, SPAN
-from ldm.students import Student
+from ldm.students import Student, in_steps
 from ldm.teacher import Teacher
 from ldm.text import HuggingFace
 from training.errors import UserError, as_user_error
@@ -27,7 +27,7 @@ from training.runs.ingredients import difference
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.few_step import FewStepStage
 from training.stages.job import parameters
-from training.stages.of_base import same_autoencoder, text_encoder_of
+from training.stages.of_base import in_size_of, same_autoencoder, text_encoder_of
 from training.tensors import content_hash
 
 if TYPE_CHECKING:
@@ -42,9 +42,16 @@ class StudentJob(DenoiserJob):
         if self.args.init_from or self.args.new_words:
             raise UserError("--init-from and --new-words change what a student begins with, which is its teacher",
                             hint="leave them out")
-        super().settle()
         self.of_teacher = config_of_teacher(self.args.teacher)
-        self.config = with_guidance(self.config, self.of_teacher)
+        self.config = in_size_of(self.config, self.of_teacher, self.dataset, "teacher")
+        super().settle()
+        given, self.config = self.config, with_guidance(self.config, self.of_teacher)
+        if any(key.startswith("guidance.") for key in self.args.overrides):
+            what = "the guidance of a student is what it takes in while it is taught"
+            raise UserError(what, hint="--student.guidance_scale W, or LOW,HIGH for a range; leave --guidance out")
+        if "sample.steps" in self.args.overrides and given.sample.steps != self.config.sample.steps:
+            what = f"sample.steps {given.sample.steps}: it is taught to draw in {in_steps(self.config.student.steps)}"
+            raise UserError(what, hint="leave it out, or change the steps that it is taught: --objective.steps N")
 
     def build(self, accelerator: Accelerator, final: Path | None) -> FewStepStage:
         """Teacher and student, which share a frozen text encoder, in a stage that trains the student."""
