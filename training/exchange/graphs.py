@@ -226,7 +226,7 @@ def _of_student(pipeline: HashedPipeline, inputs: dict[str, Tensor]) -> tuple[st
               "s (y - y_empty).\nThose are DDIM's steps, on the run's grid.")
     if not isinstance(denoiser, Jumping):
         return "", "eps", guided
-    values = {SPAN: 'now["span"]', SCALE: f"{scale:g}"}
+    values = {SPAN: 'now["span"]', SCALE: str(float(scale))}  # a whole number would make a tensor of those
     told = "".join(f", {name}=torch.full((len(x),), {values[name]})" for name in values if name in inputs)
     sampler = pipeline.sampling.sampler
     noise = "torch.randn_like(x)" if sampler.kind == "consistency" else "eps"
