@@ -143,7 +143,7 @@ def job_of(case: Case, config: decoding.DenoiserConfig, latents: Path, teacher: 
            init_from: str | None = None) -> DenoiserJob:
     """The job, its data open."""
     given = {"latents": latents, "text_encoder": None, "init_from": init_from, "new_words": False, "stream": False}
-    job = (StudentJob if case.source == "teacher" else DenoiserJob)(Namespace(**given, teacher=str(teacher)), config)
+    job = (StudentJob if case.source == "teacher" else DenoiserJob)(Namespace(**given, overrides={}, teacher=str(teacher)), config)
     opened = Pairs if getattr(config.objective, "pairs", 0) else Latents
     job.dataset, job.held_out = (opened(ShardSet(latents, split)) for split in ("train", "val"))
     job.settle()
