@@ -79,7 +79,15 @@ class Table(Bounded):
 
     def __call__(self, t: Tensor) -> Level:
         logsnr = self.logsnr(t)
-        return Level((logsigmoid(logsnr) / 2).exp(), (logsigmoid(-logsnr) / 2).exp())
+        level = Level((logsigmoid(logsnr) / 2).exp(), (logsigmoid(-logsnr) / 2).exp())
+        if not self.zero_terminal_snr:
+            return level
+        # From alpha / sigma itself in its last interval: its logarithm has no derivative at t = 1.
+        position, below, above = self._interval(t)
+        ratio = (1 - position) * (below / 2).exp()
+        sigma = (1 + ratio**2).rsqrt()
+        return Level(torch.where(above.isneginf(), ratio * sigma, level.alpha),
+                     torch.where(above.isneginf(), sigma, level.sigma))
 
     def rates(self, t: Tensor) -> Level:
         # With r = alpha / sigma: alpha = r / sqrt(1 + r^2), so d alpha = sigma^3 dr and d sigma = -alpha sigma^2 dr.

@@ -68,6 +68,14 @@ def test_rates_are_the_derivatives(schedule: NoiseSchedule) -> None:
 
 
 @every
+def test_forward_derivatives_are_the_rates(schedule: NoiseSchedule) -> None:
+    """Up to pure noise, of which the logarithm of a table's last signal-to-noise ratio has none."""
+    t = times(schedule)
+    _, slopes = torch.func.jvp(lambda t: torch.stack(list(schedule(t))), (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(slopes, torch.stack(list(schedule.rates(t))), rtol=1e-9, atol=1e-11)
+
+
+@every
 @settings(max_examples=25)
 @given(t=st.floats(0, 1))
 def test_time_inverts_logsnr(schedule: NoiseSchedule, t: float) -> None:
