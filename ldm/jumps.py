@@ -97,6 +97,11 @@ def noise_share(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return sigma / (alpha + sigma)
 
 
+def share_time(schedule: NoiseSchedule, share: Tensor) -> Tensor:
+    """The time in [0, 1] of a share of noise in [0, 1]: the inverse of `noise_share`, 0 below what the process has."""
+    return schedule.time(2 * ((1 - share) / share).log()).clamp(0, 1)
+
+
 def mixed(schedule: NoiseSchedule, ends: Denoised, s: Tensor) -> Tensor:
     """x at s (), or (B,) one for each sample: alpha_s x0 + sigma_s eps."""
     alpha, sigma = schedule(s)
@@ -113,3 +118,10 @@ def chord(schedule: NoiseSchedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tenso
     d = a_s * b_t - a_t * b_s
     return Denoised(match(b_t / d, x_t) * x_s - match(b_s / d, x_t) * x_t,
                     match(a_s / d, x_t) * x_t - match(a_t / d, x_t) * x_s)
+
+
+def averaged(schedule: NoiseSchedule, x_t: Tensor, u: Tensor, t: Tensor) -> Denoised:
+    """The pair that makes up x_t and has eps - x0 = u, an average velocity: x0 = (x_t - sigma u) / (alpha + sigma)."""
+    alpha, sigma = schedule(t)
+    x0 = match(1 / (alpha + sigma), x_t) * x_t - match(sigma / (alpha + sigma), x_t) * u
+    return Denoised(x0, x0 + u)

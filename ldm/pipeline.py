@@ -41,6 +41,7 @@ from ldm.image_conditions.hint import Hint
 from ldm.image_conditions.source import ImageGuided, Source
 from ldm.noise import Noise
 from ldm.samplers import sample
+from ldm.students import NO_STUDENT, Student, check_negatives, check_plan
 from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
 from ldm.thresholding import Thresholded
@@ -57,7 +58,8 @@ class Pipeline:
     guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their captions. `tile`, 0 or at least 16:
     the side, in latents, of the overlapping tiles that the autoencoder works in, so that its memory is that of one
     tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal). `image`: what the denoiser was
-    trained to be shown besides captions. Nothing of it changes: `dataclasses.replace(pipeline, tile=16)` is another.
+    trained to be shown besides captions. `student`: what a few-step model was taught.
+    Nothing of it changes: `dataclasses.replace(pipeline, tile=16)` is another.
     Raises ValueError where the schedule has no such grid of so many steps.
     """
 
@@ -70,11 +72,13 @@ class Pipeline:
     judge: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     tile: int = 0
     image: ImageCondition = NO_IMAGE
+    student: Student = NO_STUDENT
 
     def __post_init__(self) -> None:
         self._check(self.sampling)
 
     def _check(self, plan: Sampling) -> None:
+        check_plan(self.student, plan, self.denoiser)
         plan.grid(plan.steps, self.denoiser.schedule)
         if plan.dynamic_threshold and not isinstance(self.autoencoder, IdentityAutoencoder):
             raise ValueError("dynamic_threshold scales pixels into their range, and these are latents, which have "
@@ -149,6 +153,7 @@ class Pipeline:
             if len(given) != len(captions):
                 raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
         also = each_weight(also)
+        check_negatives(self.student, negatives, bool(also))
         check_extras(extras, len(captions))
         check_hints(extras, self.hints)
         if batch_size < 1:

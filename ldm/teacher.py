@@ -13,7 +13,7 @@ from ldm.denoiser import Around, Conditional
 from ldm.diffusion import Denoised
 from ldm.guidance import ClassifierFree, rescaled
 from ldm.guiding import place, together
-from ldm.jumps import SCALE, mixed
+from ldm.jumps import SCALE, beside, mixed
 from ldm.schedules import match
 
 
@@ -22,16 +22,21 @@ class Teacher(Around):
     """absent + w (told - absent) of (x (B, ...), t () or (B,), cond), as `ClassifierFree` has it.
 
     w is the condition's extra "guidance_scale" (B,), and the scale of `guidance` where there is none. `null` (batch 1
-    or B) is the condition's absence; without it, and at scale 1, the denoiser answers alone.
+    or B) is the condition's absence; without it, and at scale 1, the denoiser answers alone. One that is a student with
+    `embedded` guidance itself is told the scale instead.
     """
 
     denoiser: Conditional
     guidance: ClassifierFree = ClassifierFree(scale=1.0)  # noqa: RUF009  # frozen, without state
     null: Cond | None = None
+    embedded: bool = False
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
         scale = cond.extras.get(SCALE)
+        if self.embedded:
+            own = torch.full((len(x),), self.guidance.scale, device=x.device) if scale is None else scale
+            return self.denoiser(x, t, beside(cond, SCALE, own))
         bare = cond._replace(extras={name: extra for name, extra in cond.extras.items() if name != SCALE})
         if self.null is None or (scale is None and self.guidance.scale == 1):
             return self.denoiser(x, t, bare)

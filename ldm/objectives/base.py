@@ -56,8 +56,9 @@ ALONE = Beside()
 class Companion:
     """A network beside the one that learns, begun as its copy and kept in checkpoints.
 
-    It keeps the share `kept(step, steps)` of itself at each step, and takes the rest from the one that learns; or, with
-    none, it learns by gradients of its own, at `rate` times the learning rate.
+    Between the 0-based `step` of `steps` and the one before it keeps the share `kept(step, steps)` of itself, and takes
+    the rest from the one that learns, as it is by then; or, with none, it learns by gradients of its own, at `rate`
+    times the learning rate.
     """
 
     kept: Callable[[int, int], float] | None = None
@@ -65,10 +66,12 @@ class Companion:
 
 
 class Losses(NamedTuple):
-    """(B,) float32 each: what is minimised, and the same before the factor that undoes the choice of times."""
+    """(B,) float32 each: what is minimised, and the same before the factor that undoes the choice of times; and, by
+    name, parts of it to be told on their own, where they differ in kind or from step to step."""
 
     total: Tensor
     seen: Tensor
+    parts: Mapping[str, Tensor] = {}
 
 
 class Objective(ABC):
@@ -104,7 +107,18 @@ class ObjectiveConfig(ABC):
     kind: str
     reads: ClassVar[tuple[str, ...]] = ()  # the extras of a condition, (B,) numbers, that its network is made to read
     taught: ClassVar[Literal["no", "either", "yes"]] = "no"  # whether it learns from a teacher, or from data as well
+    pairs: int = 0  # the pairs of noise and data that a teacher draws before, which it learns on
     reading: Reading | None = None  # how its network's answers are understood, where they are jumps
+
+    @property
+    def drawn_in(self) -> tuple[int, ...]:
+        """The numbers of steps that its model is taught to be drawn in; none where any will do."""
+        return ()
+
+    def plan(self, step: int, steps: int) -> str:
+        """Where it is at a 0-based step of all, in words, where it does one thing after the other: a training that goes
+        on with other `steps` must be there, too."""
+        return ""
 
     def companions(self) -> Mapping[str, Companion]:
         """The networks that are trained or averaged beside the one that learns, by name."""

@@ -83,14 +83,23 @@ class ProgressiveConfig(FewStepConfig, Checked):
         """How many students there are, one after the other."""
         return round(math.log2(self.from_steps / self.steps)) + 1
 
+    @property
+    def drawn_in(self) -> tuple[int, ...]:
+        """Those of the last student."""
+        return (self.steps,)
+
     def round(self, step: int, steps: int) -> int:
-        """Which of them learns at a step of the training."""
+        """Which of them learns at a step of the training; past its end, the last."""
         rounds: int = self.rounds
-        return step * rounds // max(steps, 1)
+        return min(step * rounds // max(steps, 1), rounds - 1)
 
     def count(self, step: int, steps: int) -> int:
         """The steps that it takes from noise to data."""
         return self.from_steps >> self.round(step, steps)
+
+    def plan(self, step: int, steps: int) -> str:
+        """The student that learns."""
+        return f"the student of {self.count(step, steps)} steps"
 
     def companions(self) -> Mapping[str, Companion]:
         def kept(step: int, steps: int) -> float:

@@ -220,6 +220,25 @@ def test_verify_resume_finds_what_is_not_exact(
     assert problem.code == 4 and problem.what == "the interrupted training differs in metrics.jsonl"
 
 
+def test_verify_resume_of_a_student(latents: Path, denoiser: Path, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the training of distill_denoiser that is interrupted. Finished runs stand for the trainings."""
+    started: list[list[str]] = []
+
+    def trained(words: list[str], log: Path, *, fault: str = "") -> int:
+        started.append(words)
+        shutil.copytree(denoiser, Path(words[-1]), dirs_exist_ok=True, symlinks=True)
+        return 0
+
+    monkeypatch.setattr("training.drills.verify_resume.run", trained)
+    words = ["--teacher", denoiser, "--config", "progressive", "--folder", tmp_path, "--steps", "4"]
+    assert tiny.call("verify_resume", "--latents", latents, *words, "--batch-size", "8") == 0
+    begins = ["distill_denoiser", "--teacher", str(denoiser), "--latents", str(latents), "--config", "progressive"]
+    assert len(started) == 7 and all(words[:7] == begins and "--batch-size" in words for words in started)
+    problem = tiny.refused("verify_resume", "--data", latents, *words)
+    assert problem.code == 2 and "student" in problem.what
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_a_kill_at_a_random_moment(stage: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert tiny.call("soak", "--kills", 1, "--steps", "8", "--stage", stage, "--folder", tmp_path) == 0

@@ -80,6 +80,12 @@ MISTAKES = {
     ),
     "no run": ("generate", ["--model", "nowhere", "--prompt", "x", "--output", "x"], 4, "nowhere: no such run"),
     "no run to measure": ("evaluate", ["--model", "nowhere"], 4, "nowhere: no such run"),
+    "nothing to compare by": ("compare_steps", ["demo", "--output", "x"], 2, "nothing to measure"),
+    "no sampler to compare": (
+        *("compare_steps", ["demo", "--output", "x", "--sampler", "eulr"]),
+        *(2, "sampler.kind: unknown kind \"eulr\"; did you mean 'euler'?"),
+    ),
+    "no run to compare": ("compare_steps", ["T=nowhere", "--output", "x"], 4, "nowhere: no such run"),
     "no autoencoder": (
         *("encode_latents", ["--autoencoder", "nowhere", "--data", "x", "--output", "y"]),
         *(4, "nowhere: no such run"),

@@ -16,7 +16,7 @@ from ldm.jumps import SPAN, chord, noise_share
 from ldm.objectives import Draw
 from ldm.objectives.base import ObjectiveConfig
 from ldm.predictions import Prediction, Velocity
-from ldm.schedules import EDM, Flow, NoiseSchedule, match
+from ldm.schedules import EDM, Flow, NoiseSchedule, Table, match
 
 NOTHING = Cond(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
 
@@ -79,7 +79,9 @@ class Exact(Conditional):
 
 
 def time_of(schedule: NoiseSchedule, level: Tensor) -> Tensor:
-    """The time that a network was told as `level`."""
+    """The time that a network was told as `level`; of a table it is told the index, from 0."""
+    if isinstance(schedule, Table):
+        return (level + 1) / schedule.steps
     return (4 * level).exp() / 80 if isinstance(schedule, EDM) else level / 1000
 
 

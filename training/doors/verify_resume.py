@@ -18,6 +18,7 @@ def main() -> None:
     add("--config", metavar="NAME|FILE", default="smoke", help="the config to train")
     add("--data", metavar="DIR", help="packed images: proves stage one")
     add("--latents", metavar="DIR", help="encoded latents: proves stage two")
+    add("--teacher", metavar="RUN", help="with --latents: proves the training of a student, as --config progressive")
     add("--steps", metavar="N", type=int, default=9, help="steps of each training")
     add("--folder", metavar="DIR", help="where to keep both trainings; removed when not given")
     parser.machine(device="")

@@ -23,7 +23,7 @@ from training.drawing.requests import Request, ask_of, check_scale, choose, pars
 from training.drawing.shown import settled
 from training.drawing.start import Group, Start
 from training.drawing.starts import TOLD, start_of_flags, unread
-from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes
+from training.drawing.steering import add_weak, flags_without_use, pipeline_hashes, refuse_untaught, student_facts
 from training.errors import UserError, as_user_error
 from training.guarding import disk_error, make_folder, refuse_link
 from training.ledger import Ledger
@@ -168,6 +168,7 @@ def prepare(
     pipeline = loaded(args, opened, device, shown, chosen_tile(args, original))
     start = settled(start, pipeline, args)
     sampling, settings = choose(args, original.facts["settings"] if original else None)
+    refuse_untaught(pipeline, sampling, [args.negative_prompt], bool(also))
     size = asked if asked and not start.sources else tuple(settings["sample"]["size"])
     with as_user_error("give it with --size"):
         pipeline.latent_shape(size)
@@ -215,6 +216,7 @@ def facts_of(args: argparse.Namespace, pipeline: HashedPipeline, own: dict[str, 
         "precision": args.mixed_precision,
         "model": name_of(args.model),
         "hashes": hashes,
+        **student_facts(pipeline),
         "preview": hashes["autoencoder"] if args.preview else None,
         adapters.FACT: adapters.facts(args),
         "versions": {**versions(), "device": own["device"]},

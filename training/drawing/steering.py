@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.guidance import Autoguidance, ByClassifier
 from ldm.guiding import AgainstNull, Guidance
+from ldm.jumps import Jumping
+from ldm.students import check_negatives, check_plan
 from training.errors import CHECKPOINT, UserError
 from training.models.assembly import HashedPipeline, load_pipeline
 from training.models.judge import Judge
@@ -16,6 +19,7 @@ from training.tensors import content_hash
 if TYPE_CHECKING:
     import argparse
 
+    from ldm.pipeline import Sampling
     from ldm.text import TextEncoder
 
 
@@ -54,6 +58,24 @@ def flags_without_use(args: argparse.Namespace, text: TextEncoder, guidance: Gui
         "--text-encoder: only a frozen one is loaded": args.text_encoder and text.trainable,
     }
     return [why for why, given in unused.items() if given]
+
+
+def refuse_untaught(pipeline: HashedPipeline, sampling: Sampling, negatives: Sequence[str], also: bool) -> None:
+    """Raises UserError where a few-step model is asked for steps, guidance or prompts that it was not taught."""
+    try:
+        check_plan(pipeline.student, sampling, pipeline.denoiser)
+        check_negatives(pipeline.student, negatives, also)
+    except ValueError as refused:
+        what, _, hint = str(refused).rpartition(": ")
+        raise UserError(what, hint=hint) from None
+
+
+def student_facts(pipeline: HashedPipeline) -> dict[str, Any]:
+    """What a picture of a few-step model says of how that was taught; nothing of any other."""
+    if not isinstance(pipeline.denoiser, Jumping):
+        return {}
+    student = pipeline.student
+    return {"student": {"steps": list(student.steps), "guidance_scale": list(student.scales)}}
 
 
 def pipeline_hashes(pipeline: HashedPipeline) -> dict[str, str]:

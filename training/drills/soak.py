@@ -72,7 +72,7 @@ def kill_until_done(words: list[str], output: Path, span: float, moments: random
 def twice_or_never(output: Path, steps: int) -> None:
     """Raise UserError (exit 4) where metrics.jsonl tells a step twice or not at all."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    told = [row["step"] for row in rows if "loss" in row]
+    told = [row["step"] for row in rows if "lr" in row]
     if told != list(range(1, steps + 1)):
         raise UserError(f"{output}/metrics.jsonl holds the steps {told}", code=CHECKPOINT)
 

@@ -61,7 +61,10 @@ def command(args: argparse.Namespace, flags: list[str]) -> list[str]:
     if bool(args.data) == bool(args.latents):
         raise UserError("give --data DIR (stage one) or --latents DIR (stage two)", code=USAGE)
     stage, source = ("autoencoder", ["--data", args.data]) if args.data else ("denoiser", ["--latents", args.latents])
-    return [f"train_{stage}", *source, "--config", args.config, *flags]
+    if args.teacher and args.data:
+        raise UserError("--teacher is of a denoiser's student, which learns from --latents DIR", code=USAGE)
+    verb = ["distill_denoiser", "--teacher", args.teacher] if args.teacher else [f"train_{stage}"]
+    return [*verb, *source, "--config", args.config, *flags]
 
 
 def run(words: list[str], log: Path, *, fault: str = "") -> int:

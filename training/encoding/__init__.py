@@ -1,1 +1,1 @@
-"""Image shards to latent shards, restartable shard by shard."""
+"""Image shards to latent shards, and pairs of a teacher as such shards; restartable shard by shard."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
@@ -20,10 +19,11 @@ from training.commands import door
 from training.data.images import Images
 from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
+from training.encoding.plan import claim, told_from
 from training.encoding.shard import Encoder, embeddings, refuse_many
 from training.encoding.shown import hint_beside, planned, said, trained
-from training.errors import CHECKPOINT, DATA, UserError, as_user_error
-from training.files import remove_partials, write_json
+from training.errors import DATA, UserError, as_user_error
+from training.files import write_json
 from training.guarding import check_output, disk_error, make_folder, read_record, refuse_links
 from training.ledger import Ledger
 from training.machine import launcher, meeting, processes
@@ -34,8 +34,8 @@ from training.models.folders import copy_model
 from training.models.vocabulary import count_captions
 from training.next_step import again, beside, tell_next
 from training.progress import Progress
-from training.shards.claims import LOCK, claimed
-from training.shards.index import ENCODING, ShardInfo, is_mixed, read_index, write_index
+from training.shards.claims import claimed
+from training.shards.index import ShardInfo, is_mixed, read_index, write_index
 from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import NULL, Remote, open_address
@@ -117,16 +117,6 @@ def _training(args: argparse.Namespace, target: Path, image: dict[str, Any] | No
     return door("train_denoiser", *words)
 
 
-def _from(source: Path | Remote, target: Path) -> str:
-    """Where the pictures lie, as the folder of latents may say it to whom it is given: an address, without what may be
-    secret, or a path from this folder on; "" for one that names the user's home."""
-    if isinstance(source, Remote):
-        return str(source)
-    path = os.path.relpath(os.path.realpath(source), os.path.realpath(target))
-    home = Path(os.path.expanduser("~")).name
-    return "" if home in Path(path).parts else path
-
-
 def _check(args: argparse.Namespace) -> None:
     check_tile(args.tile)
     if args.num_workers < 0:
@@ -197,7 +187,7 @@ def _prepare(
     present = sum(path.stat().st_size for path in target.glob("*.tar"))
     check_output(target, total * size - present)
     # Claimed before anything is put there: a folder of other latents is refused as it was.
-    _claim(target, plan, _from(args.data, target))
+    claim(target, plan, told_from(args.data, target))
     try:
         copy_model(home, target / "autoencoder")
         if encoder:
@@ -207,26 +197,6 @@ def _prepare(
         raise disk_error(target, failure) from None
 
 
-def _claim(target: Path, plan: dict[str, Any], pictures: str) -> None:
-    """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
-    plan_file = target / ENCODING
-    if plan_file.is_file():
-        before = {"tile": 0, "hint": None, "image": None, **read_record(plan_file, {})}
-        differences = [
-            f"{key} {_short(before.get(key))}, now {_short(plan[key])}" for key in plan if before.get(key) != plan[key]
-        ]
-        if differences:
-            raise UserError(
-                f"{target} holds latents made from something else ({'; '.join(differences)})",
-                hint="choose another --output, or remove that folder",
-                code=CHECKPOINT,
-            )
-        remove_partials(target)
-    elif any(path.name != LOCK for path in target.iterdir()):
-        raise UserError(f"{target} is not empty and holds no latents", hint="choose another --output", code=CHECKPOINT)
-    write_json(plan_file, {**plan, "pictures": pictures})
-
-
 def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
     """What one stored latent is: shape, type, and the size of its picture."""
     picture = tuple(images[0].data.shape[2:])
@@ -234,13 +204,6 @@ def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
         model.check_images(torch.empty(1, images.channels, *picture, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
-
-
-def _short(value: object) -> str:
-    """A hash by its beginning, anything else as it is, a table by the hash of all its entries."""
-    if isinstance(value, dict) and all(isinstance(part, str) and len(part) == 64 for part in value.values()):
-        return f"{len(value)} shards {sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]}"
-    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _finish(

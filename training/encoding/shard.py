@@ -127,7 +127,7 @@ class Encoder:
             moments |= self._image("mirror", pixels.flip(-1), None if hints is None else hints.flip(-1), keys)
         embeddings_of = self._texts([picture.notes["captions"] for picture in pictures], keys) if self.text else []
         for i, (key, _, notes, _) in enumerate(pictures):
-            fields = {name: _npy(values[i]) for name, values in moments.items()}
+            fields = {name: npy(values[i]) for name, values in moments.items()}
             fields["txt"] = notes["captions"][0].encode()
             fields["json"] = json.dumps(notes, ensure_ascii=False).encode("utf-8", "replace")
             if embeddings_of:
@@ -272,7 +272,8 @@ def _notes(key: str, record: dict[str, bytes]) -> dict[str, Any]:
     return {**notes, "captions": list(captions) or [""]}
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy(array: np.ndarray) -> bytes:
+    """The bytes of an npy file."""
     out = io.BytesIO()
     np.save(out, np.ascontiguousarray(array), allow_pickle=False)
     return out.getvalue()

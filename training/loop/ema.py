@@ -22,6 +22,10 @@ class EMA:
         self._live = averaged_parameters(modules)
         self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
 
+    def due(self) -> bool:
+        """Whether a step moves any of what is averaged, which then has a gradient."""
+        return any(p.grad is not None for p in self._live.values())
+
     @torch.no_grad()
     def update(self) -> None:
         """Take one step towards the live weights."""

@@ -1,7 +1,7 @@
 """The one training loop: all that learns runs through these lines.
 
 A step: micro-batches backward -> gradients averaged over processes -> clipped -> judged -> what the stage measured ->
-optimisers -> averages.
+optimisers -> averages -> what follows the weights in the stage.
 Around it: journal, validation (and the way back from a wreck), checkpoints, signals.
 """
 
@@ -175,7 +175,8 @@ class Loop:
                 if guard is not None:  # the fused kernel reads it on the device, and moves nothing where it is 1
                     optimizer.found_inf = guard  # type: ignore[attr-defined]
                 scaler.step(optimizer) if scaler else optimizer.step()
-            self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
+            if self.ema.due():  # not in the turn of a network beside: the decay is that of a step of its own
+                self.ema.update()  # with decay 0 a copy: what checkpoints call averaged is always what was trained
             self.powers.update(step + 1)
         else:
             self.passes.undo()
@@ -183,17 +184,18 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)  # of a skipped step, too: its gradients must not enter the next
         if scaler:
             scaler.update()  # once, after all optimisers: they share one scale
+        self.stage.after_step(step, taken=sound)
         return norms if sound else {**norms, "skipped": torch.ones((), device=self.accelerator.device)}
 
     def clip(self, rate: float) -> dict[str, Tensor]:
         """Ready gradients and optimisers for a step of `rate`; the norms of the gradients before the clip."""
         norms = {}
         for name, optimizer in self.optimizers.items():
-            moving = learning(optimizer)
-            if self.accelerator.scaler and moving:
-                self.accelerator.scaler.unscale_(optimizer)  # first, for limit and norms are those of true gradients
-            norm = nn.utils.clip_grad_norm_(moving, self.settings.clip or math.inf)
-            norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
+            if moving := learning(optimizer):  # a network whose turn it is not has no norm
+                if self.accelerator.scaler:
+                    self.accelerator.scaler.unscale_(optimizer)  # first, for limit and norms are of true gradients
+                norm = nn.utils.clip_grad_norm_(moving, self.settings.clip or math.inf)
+                norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
         return norms
 

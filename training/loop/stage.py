@@ -53,6 +53,9 @@ class Stage(ABC):
     def after_backward(self, step: int) -> None:
         """Called once a step that is taken, gradients complete, before the optimisers; does nothing a second time."""
 
+    def after_step(self, step: int, *, taken: bool) -> None:  # noqa: B027  # in most stages nothing follows the weights
+        """Called at the end of every step, its weights moved where it was `taken`: to ready what the next one asks."""
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Plain state beyond weights, for checkpoints."""

@@ -118,7 +118,7 @@ class Watchdogs:
     def _spike(self, name: str, value: float) -> str:
         """Why the norm is a spike; empty where it is none. Notes it either way."""
         if not self.factor or not value:
-            return ""  # a network that does not learn yet has no usual norm
+            return ""  # no usual norm is one of 0
         recent = self.recent.setdefault(name, deque(maxlen=WINDOW))
         usual = median(recent) if len(recent) >= LEAST else math.inf
         recent.append(value)

@@ -24,7 +24,10 @@ def wrap(stage: Stage, accelerator: Accelerator, *, compiles: bool) -> None:
         from accelerate import DistributedDataParallelKwargs
 
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    stage.wrapped = {name: accelerator.prepare(network) for name, network in stage.networks.items()}  # in one order
+    for network in stage.networks.values():  # one that only follows another has no gradients to be averaged
+        network.to(accelerator.device)
+    stage.wrapped = {name: accelerator.prepare(network) if any(p.requires_grad for p in network.parameters())
+                     else network for name, network in stage.networks.items()}  # in one order
     for part in stage.compiled_parts() if compiles else ():
         part.compile()
     stage.connect()

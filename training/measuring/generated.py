@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ from training.tensors import content_hash
 if TYPE_CHECKING:
     import argparse
 
+    from autoencoder.base import Autoencoder
     from training.data.images import Images
     from training.ledger import Ledger
 
@@ -73,49 +74,93 @@ class Witness:
         return numbers
 
 
-def distances(
-    pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device, ledger: Ledger
-) -> dict[str, Any]:
-    """The `MEASURES` between `count` generated pictures and the held-out ones, captions evenly from theirs."""
+@dataclass(frozen=True)
+class Truth:
+    """What drawn pictures are held against, in a feature space: held-out pictures, and others that no model drew."""
+
+    images: Images
+    train: Images | None
+    features: Features
+    device: torch.device
+    count: int
+    real: Tensor  # features of all held-out pictures
+    few: dict[str, list[str]]  # what to say of so few pictures
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """What is drawn, evenly from the captions of the held-out pictures."""
+        return even_captions(self.images, self.count)
+
+    @cached_property
+    def places(self) -> list[int]:
+        """The held-out pictures that are reconstructed."""
+        return even_indices(self.images, self.count)
+
+    def beside(self, autoencoder: Autoencoder) -> dict[str, Tensor]:
+        """The features of as many pictures that cost no drawing: reconstructions, and training pictures."""
+        features, images, places, device = self.features, self.images, self.places, self.device
+        copies = (reconstructed(autoencoder, p) for p in chunks(images, places, device, "reconstructing"))
+        sets = {"reconstructed": gather(features, copies)}
+        if self.train:
+            trained = chunks(self.train, even_indices(self.train, self.count), device, "measuring training pictures")
+            sets["training"] = gather(features, trained)
+        return sets
+
+    def compared(self, sets: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
+        """Every measure of every set against the held-out pictures; reconstructions of all of them are in order."""
+        numbers: dict[str, Any] = {}
+        whole = len(self.places) == len(self.images)
+        for name, rows in sets.items():
+            tell(f"comparing {len(rows)} {name} pictures with {len(self.real)} held-out ones")
+            pair = measures.Pair(self.real, rows, seed, paired=whole and name == "reconstructed")
+            numbers |= measures.compare(self.features, pair, partial(named, name))
+        return numbers
+
+    def counts(self, sets: Mapping[str, Tensor]) -> dict[str, Any]:
+        """How many pictures of each kind the numbers rest on, and the network that they were seen in."""
+        numbers: dict[str, Any] = {"features": self.features.name, "pictures": self.count}
+        numbers |= {"real_pictures": len(self.real), **{f"{name}_pictures": len(rows) for name, rows in sets.items()}}
+        numbers |= self.few | {"kernel_real_pictures": min(len(self.real), measures.PAIRS)}
+        return numbers | {"kernel_pictures": min(self.count, measures.PAIRS), "network": self.features.about()}
+
+
+def held_against(args: argparse.Namespace, device: torch.device) -> Truth:
+    """The truth of `--data`, `--count` and `--features`. Raises UserError for fewer pictures than are compared."""
     images, features = held_out(args), load_features(args.features, device)
     train = trained_on(args.data)
     check_held_out(len(images), len(train or ()))
-    judge = load_classifier(args.obedience, device) if args.obedience not in (None, "shapes") else None
-    witness = Witness(judge, load_clip_score(args.clip, device) if args.clip else None)
     count = args.count or len(images)
     smallest = min(count, len(images), len(train) if train else count)
     check_count(smallest)
     few = warn_of_few(features.dim, smallest)
-    requests, places = ask(even_captions(images, count), 1, args.seed), even_indices(images, count)
+    real = gather(features, chunks(images, range(len(images)), device))
+    return Truth(images, train, features, device, count, real, few)
+
+
+def witness_of(obedience: str | None, clip: str | None, device: torch.device) -> Witness:
+    """The judges of `--obedience CLASSIFIER` and `--clip`."""
+    judge = load_classifier(obedience, device) if obedience not in (None, "shapes") else None
+    return Witness(judge, load_clip_score(clip, device) if clip else None)
+
+
+def distances(
+    pipeline: Any, sampling: Any, args: argparse.Namespace, device: torch.device, ledger: Ledger
+) -> dict[str, Any]:
+    """The `MEASURES` between `count` generated pictures and the held-out ones, captions evenly from theirs."""
+    witness, truth = witness_of(args.obedience, args.clip, device), held_against(args, device)
+    requests = ask(truth.captions, 1, args.seed)
     tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
     drawn = draw_batches(pipeline, sampling, requests, args.batch_size)
-    copies = (reconstructed(pipeline.autoencoder, p) for p in chunks(images, places, device, "reconstructing"))
-    real = gather(features, chunks(images, range(len(images)), device))
-    sets = {
-        "generated": gather(features, (witness.see(*batch) for batch in drawn)),
-        "reconstructed": gather(features, copies),
-    }
-    if train:
-        trained = chunks(train, even_indices(train, count), device, "measuring training pictures")
-        sets["training"] = gather(features, trained)
-    numbers = compared(features, real, sets, args.seed, len(places) == len(images))
-    numbers |= {"features": features.name, "pictures": len(requests), "real_pictures": len(real)}
-    numbers |= {f"{name}_pictures": len(rows) for name, rows in sets.items() if name != "generated"} | few
-    numbers |= {"kernel_real_pictures": min(len(real), measures.PAIRS), "kernel_pictures": min(count, measures.PAIRS)}
-    return numbers | {"network": features.about()} | witness.numbers(images, places, device, ledger)
+    generated = gather(truth.features, (witness.see(*batch) for batch in drawn))
+    beside = truth.beside(pipeline.autoencoder)
+    numbers = rated(truth.compared({"generated": generated, **beside}, args.seed)) | truth.counts(beside)
+    return numbers | witness.numbers(truth.images, truth.places, device, ledger)
 
 
-def compared(
-    features: Features, real: Tensor, sets: dict[str, Tensor], seed: int, whole: bool
-) -> dict[str, Any]:
-    """Every measure of every set against `real`. `whole`: all of the real pictures were reconstructed, in order."""
-    numbers: dict[str, Any] = {}
-    for name, rows in sets.items():
-        tell(f"comparing {len(rows)} {name} pictures with {len(real)} held-out ones")
-        pair = measures.Pair(real, rows, seed, paired=whole and name == "reconstructed")
-        numbers |= measures.compare(features, pair, partial(named, name))
-    numbers["frechet_ratio"] = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
-    return numbers
+def rated(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Beside the Frechet distances, how many times that of reconstructions the generated pictures' is."""
+    ratio = numbers["frechet_generated"] / max(1e-12, numbers["frechet_reconstructed"])
+    return numbers | {"frechet_ratio": ratio}
 
 
 def named(group: str, measure: str) -> str:

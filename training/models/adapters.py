@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,10 +73,10 @@ def refuse_adapter(path: str | Path, found: Found, instead: str) -> None:
         raise UserError(f"{path} is an adapter upon {base}, not a whole model", hint=instead, code=CHECKPOINT)
 
 
-def config_of_base(base: str) -> decoding.DenoiserConfig:
-    """The config of a trained denoiser that an adapter is to be learned upon."""
+def config_of_base(base: str, flag: str = "--base") -> decoding.DenoiserConfig:
+    """The config of a trained denoiser that an adapter is to be learned upon, or a student from."""
     found = find(base, "denoiser")
-    refuse_adapter(base, found, "give the model that it was learned upon with --base")
+    refuse_adapter(base, found, f"give the model that it was learned upon with {flag}")
     config = found.config()
     assert isinstance(config, decoding.DenoiserConfig)
     return config
@@ -135,7 +136,7 @@ def at_work(pipeline: Pipeline, hashes: Mapping[str, str],
     for adapter in sorted(built, key=lambda adapter: bool(adapter.hint)):  # those in place before those around
         backbone, text = adapter.attach(backbone, text)
     merge(backbone, text)  # computed once: strengths are settled
-    return Denoiser(backbone, pipeline.denoiser.diffusion), text, found_hashes
+    return replace(pipeline.denoiser, backbone=backbone), text, found_hashes
 
 
 def refuse_same_word(runs: Sequence[str | Path], adapters: Sequence[Adapter]) -> None:

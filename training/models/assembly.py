@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from autoencoder.base import Autoencoder
 from ldm.backbones import Backbone
 from ldm.conditioning import Cond
-from ldm.denoiser import Denoiser
 from ldm.diffusion import Diffusion
 from ldm.pipeline import Pipeline, Sampling
 from ldm.text import HuggingFace, TextEncoder
@@ -106,8 +105,9 @@ def assemble(
 def backbone_for(config: decoding.DenoiserConfig, autoencoder: Autoencoder, text: TextEncoder) -> Backbone:
     """A freshly initialised backbone for such latents and text. Raises ValueError on a misfit."""
     channels, sizes = autoencoder.latent_channels, {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
+    numbers = *config.objective.reads, *config.student.reads
     backbone: Backbone = config.backbone.build(
-        channels=channels, **sizes, **config.image.inputs(channels, autoencoder.image_channels)
+        channels=channels, **sizes, **config.image.inputs(channels, autoencoder.image_channels), numbers=numbers
     )
     return backbone
 
@@ -158,9 +158,9 @@ def draw_with(
     diffusion = Diffusion(
         schedule=config.schedule, prediction=config.prediction, learned_variance=config.backbone.learned_variance
     )
-    denoiser, sampling = Denoiser(backbone, diffusion), sampling_of(config)
+    denoiser, sampling = config.objective.denoiser(backbone, diffusion), sampling_of(config)
     parts = autoencoder, denoiser, text, sampling, config.sample.size
-    return HashedPipeline(*parts, image=config.image, hashes=hashes)
+    return HashedPipeline(*parts, image=config.image, student=config.student, hashes=hashes)
 
 
 def sampling_of(config: decoding.DenoiserConfig) -> Sampling:

@@ -23,6 +23,7 @@ from training.runs.folder import logged
 
 FACTS, SAMPLES, VOCABULARY = "card.json", "samples.png", "tokenizer/vocabulary.json"
 BASE = "base.json"  # of an adapter, in final/: name and hashes of its base; in the run's folder: where that was found
+TEACHER = "teacher.json"  # in final/: by whom a model was taught, a tiny autoencoder or a few-step denoiser
 HINT = "hint.png"  # in a control's final/: one to draw by
 SHOWN, HOLE = "shown.png", "hole.png"  # in final/ of a model that is shown pictures: one to draw by, of a mask its hole
 # How such a model draws by these, by its image.kind: the door, and its words, of which files are in final/.
@@ -92,7 +93,7 @@ def text(folder: Path, facts: Mapping[str, Any]) -> str:
     base = read_record(folder / BASE, {"name": str})["name"] if (folder / BASE).is_file() else ""
     parts = [
         _front_matter(denoiser),
-        _what(values, facts, denoiser, base),
+        _what(values, facts, denoiser, base, _teacher(folder) if denoiser else ""),
         _picture(folder, denoiser),
         _use(folder, values, facts, base),
         _data(facts),
@@ -139,7 +140,7 @@ def _size(values: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return f"{width}x{height}" if width else ""
 
 
-def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool, base: str) -> str:
+def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool, base: str, teacher: str) -> str:
     count = f" of {facts['parameters']:,} weights" if "parameters" in facts else ""
     size, kind = _size(values, facts), escaped(values["backbone" if denoiser else "model"]["kind"])
     origin = f" {escaped(facts['origin'])}" if "origin" in facts else ""
@@ -149,9 +150,29 @@ def _what(values: Mapping[str, Any], facts: Mapping[str, Any], denoiser: bool, b
         return f"# Adapter of {escaped(base)}\n\n{body} Its hashes are in [{BASE}]({BASE})."
     if denoiser:
         body = f"A denoiser ({kind}{count}) that draws pictures from captions in the latents of autoencoder/."
-        return f"# Text to image{f', {size}' if size else ''}\n\n{body}{origin}"
+        return f"# Text to image{f', {size}' if size else ''}\n\n{body}{_student(values, teacher)}{origin}"
     body = f"Stage one of latent diffusion ({kind}{count}): pictures to latents and back"
     return f"# Autoencoder{f', {size}' if size else ''}\n\n{body}.{origin}"
+
+
+def _teacher(folder: Path) -> str:
+    path = folder / TEACHER
+    return str(read_record(path, {"name": str})["name"]) if path.is_file() else ""
+
+
+def _student(values: Mapping[str, Any], teacher: str) -> str:
+    """What a few-step model says of itself: by whom and how it was taught, its steps and its guidance."""
+    student, kind = values.get("student", {}), values.get("objective", {}).get("kind", "denoising")
+    if kind == "denoising":
+        return ""
+    scales = student.get("guidance_scale", [])
+    scales = scales if isinstance(scales, list) else [scales]
+    steps = " or ".join(map(str, student.get("steps", []))) or "any number of"
+    by = f" by {escaped(teacher)}, whose hashes are in [{TEACHER}]({TEACHER})" if teacher else " by data alone"
+    guided = {0: "No guidance was taken in.", 1: "Guidance at scale {:g} is baked in: give no other.",
+              2: "It is told its guidance scale, {:g} to {:g}, and needs no second call."}[len(scales)].format(*scales)
+    drawn = f"It draws in {steps} steps, and by default in {values['sample']['steps']}."
+    return f" It is a few-step model ({escaped(kind)}), taught{by}. {drawn} {guided}"
 
 
 def _picture(folder: Path, denoiser: bool) -> str:

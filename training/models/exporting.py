@@ -12,7 +12,6 @@ from torch import nn
 
 from ldm.adapters.controlled import Controlled
 from ldm.adapters.low_rank import plain_state
-from ldm.denoiser import Denoiser
 from ldm.text.encoders import ScratchTextEncoder
 from training.errors import UserError
 from training.guarding import make_folder
@@ -63,7 +62,7 @@ def as_one(source: Found, pipeline: HashedPipeline) -> HashedPipeline:
     backbone = backbone_for(config, pipeline.autoencoder, text)
     backbone.load_state_dict(plain_state(denoiser.backbone))
     hashes = {name: value for name, value in pipeline.hashes.items() if not name.startswith("adapter-")}
-    whole = replace(pipeline, denoiser=Denoiser(backbone.eval(), denoiser.diffusion), text=text.eval(), hashes=hashes)
+    whole = replace(pipeline, denoiser=replace(denoiser, backbone=backbone.eval()), text=text.eval(), hashes=hashes)
     return replace(whole, hashes=hashes | networks(whole))
 
 

@@ -12,9 +12,8 @@ from training.errors import CHECKPOINT, UserError
 from training.files import write_json
 from training.guarding import make_folder, read_record
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
+from training.models.cards import TEACHER
 from training.models.folders import find
-
-TEACHER = "teacher.json"  # in final/: the autoencoder whose latents this one decodes
 
 
 def teacher_hash(teacher: Autoencoder | None) -> dict[str, str]:

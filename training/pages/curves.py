@@ -37,6 +37,10 @@ MEANINGS = (
         log=True,
     ),
     Meaning(
+        r"loss_\w+", "Parts of the training loss",
+        "Each by itself; of networks that take turns, over the steps of its own turns.",
+    ),
+    Meaning(
         "val/loss(_train)?", "Validation loss",
         "With averaged weights: of held-out samples, and as loss_train of as many training samples, measured alike. "
         "These falling while held-out ones rise is over-fitting. The training loss weighs noise levels otherwise.",

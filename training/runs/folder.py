@@ -151,10 +151,14 @@ class Run(RunView):
         """How to go on where a resume asks for another config than the run's."""
         own = f"repeat the run's own with --config {shlex.quote(str(self.folder / 'config.json'))}"
         same_weights = {conflict.partition(".")[0] for conflict in conflicts} <= SAME_WEIGHTS
-        if same_weights and not learned_upon(self.config):
+        if same_weights and not self.begins_with_another():
             weights = f"--init-from {shlex.quote(str(self.folder))} --output NEW"
             return f"{own}; or begin another run from its weights: {weights}"
         return f"{own}, or use another --output"
+
+    def begins_with_another(self) -> bool:
+        """Whether it is learned upon, or from, a model that it begins with, so that no --init-from can be given."""
+        return learned_upon(self.config) or (self.stage == "denoiser" and "teacher" in record(self.folder))
 
     def describe(self, status: str, step: int, facts: Mapping[str, Any]) -> None:
         """Write config.json and run.json: versions, hashes and where the run stands."""
@@ -184,7 +188,7 @@ class Run(RunView):
         """Refuse to go on with other data or frozen parts than before. Raises UserError naming both hashes."""
         old = record(self.folder)
         hint = "give what the run began with, or start another from its weights with --init-from"
-        if learned_upon(self.config):
+        if self.begins_with_another():
             hint = "give what the run began with, or begin another with --output"
         for group, identities in facts.items():
             if change := difference(old.get(group, {}), identities):

@@ -129,14 +129,21 @@ class Journal:
         row = {"step": step, "images_per_second": rate, "data_wait": share, "memory_bytes": memory}
         worked, self.worked = self.worked, time.process_time()
         self._append("timing.jsonl", [{**row, "processor_seconds": self.worked - worked}])  # of all its threads
-        mean = sum(row["loss"] for row in rows) / len(rows)
         left = duration(seconds * (self.train.max_steps - step))
         tell(
-            f"step {step}/{self.train.max_steps}  loss {mean:.4f}  lr {rows[-1]['lr']:.2e}  "
+            f"step {step}/{self.train.max_steps}  {losses(rows)}  lr {rows[-1]['lr']:.2e}  "
             f"{per_second(1 / seconds, 'step')}  {per_second(rate)}  {left} left  "
             f"memory {memory / 2**30:.2f} GiB  waiting for data {share:.0%}"
         )
         self.progress.told()
+
+
+def losses(rows: list[dict[str, Any]]) -> str:
+    """The mean loss of the steps; where networks take turns, or several losses are told and no sum of them, of each by
+    itself, over the steps that have it."""
+    names = ["loss"] if all("loss" in row for row in rows) else sorted({name for row in rows for name in row})
+    found = {name: [row[name] for row in rows if name in row] for name in names if name.startswith("loss")}
+    return "  ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in found.items())
 
 
 def _cut_after(path: Path, step: int) -> None:

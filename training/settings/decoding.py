@@ -25,6 +25,7 @@ from training.settings.upgrading import upgrade, version
 if TYPE_CHECKING:
     from autoencoder.discriminator import Discriminator
     from ldm.schedules import NoiseSchedule
+    from ldm.students import Student
 
 DRAWING = ("sampler", "grid", "guidance")
 ASKED = "command line"  # where a value of a flag stands
@@ -59,6 +60,7 @@ class DenoiserConfig:
     weighting: Any
     pairing: Any
     objective: Any
+    student: Student
     prior: Prior
     optimizer: Optimizer
     train: Train

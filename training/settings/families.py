@@ -21,6 +21,7 @@ FAMILIES = {  # section: a module or package of ldm, and the tuple there that li
     "grid": ("grids", "GRIDS"),
     "sampler": ("samplers", "SAMPLERS"),
     "guidance": ("guidance", "GUIDANCES"),
+    "objective": ("objectives", "OBJECTIVES"),
     "operator": ("inverse/operators", "OPERATORS"),
     "measurement": ("inverse/measurement", "MEASUREMENTS"),
     "posterior": ("inverse/posterior", "POSTERIORS"),
@@ -72,6 +73,14 @@ RESTORING = Part(
         "posterior samples that are calibrated": "--posterior.kind split-gibbs",
     },
 )
+STUDENTS = Part(
+    ("objective", "times", "sampler", "grid"),
+    {
+        "guidance baked in at another scale than the teacher's own": "--student.guidance_scale 4",
+        "a range of guidance scales, told when it draws": "--student.guidance_scale 1,8",
+        "nothing of the teacher but its weights": "--student.learns_from data",
+    },
+)
 COUPLING = Part(
     ("coupling",),
     {"a word swapped, all else kept": "--coupling.kind prompt-to-prompt --coupling.self_until 0.6"},
@@ -107,6 +116,7 @@ def families(stage: str) -> Families:
     from ldm.predictions import PREDICTIONS
     from ldm.samplers import SAMPLERS
     from ldm.schedules import SCHEDULES
+    from ldm.students import Student
     from ldm.text import TEXT_ENCODERS
     from ldm.times import TIMES
     from ldm.weighting import WEIGHTINGS
@@ -115,7 +125,7 @@ def families(stage: str) -> Families:
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
     networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "adapter": ADAPTERS}
     conditions: Families = {"conditioning": (Conditioning,), "image": IMAGE_CONDITIONS}
-    learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES, "prior": (Prior,)}
+    learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES, "student": (Student,), "prior": (Prior,)}
     return {**networks, **conditions, **process, **learning, **common, **sampling, "format": (Format,)}
 
 

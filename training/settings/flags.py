@@ -225,19 +225,21 @@ def check_inputs(args: argparse.Namespace) -> None:
 class TrainParser(Parser):
     """The flags of both training scripts, plus any config key as `--section.key value`."""
 
-    def __init__(self, description: str, stage: str) -> None:
+    def __init__(self, description: str, stage: str, configs: str = "") -> None:
         super().__init__(
             description,
             epilog="Any config key can be set: --section.key value. See them all, as resolved, with --print-config.",
         )
         self.stage, self.part, self.source = stage, stage, {"autoencoder": "data", "denoiser": "latents"}[stage]
+        self.configs = configs or stage
         self.data = self.add_argument_group("data")
         text = "a sample that cannot be read: stop, or fill its place with another (up to 1 %%)"
         self.data.add_argument("--on-bad-data", choices=("error", "skip"), default="skip", help=text)
         add_cache(self.data)
         add_stream(self.data, stage)
         run = self.add_argument_group("run")
-        text = f"a config of configs/{stage}/, or a file; when not given, one is proposed for the data and the device"
+        proposed = "" if configs else "; when not given, one is proposed for the data and the device"
+        text = f"a config of configs/{self.configs}/, or a file{proposed}"
         run.add_argument("--config", metavar="NAME|FILE", help=text)
         run.add_argument("--output", metavar="DIR", help="the run folder")
         text = "auto: newest sound checkpoint, or start fresh; latest: it must exist"
@@ -265,7 +267,7 @@ class TrainParser(Parser):
         flags = {KEYS[f][0]: text for f in KEYS if (text := getattr(args, f.replace("-", "_"), None)) is not None}
         args.overrides = flags | args.overrides
         check_keys(args.overrides)
-        stage = "adapter" if getattr(args, "base", None) else self.stage
+        stage = "adapter" if getattr(args, "base", None) else self.configs
         known = not args.config or Path(args.config).exists() or args.config.removesuffix(".toml") in names(stage)
         if known and not args.print_config:  # a config that is not there is told first, when it is read
             self._check_paths(args)

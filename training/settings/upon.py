@@ -1,8 +1,11 @@
-"""The config of an adapter: its own few sections over the config of the base that it is learned upon."""
+"""The config of what is learned upon another model: its own few sections over the config of that one. An adapter has
+a base, which it leaves as it is; a student a teacher, as whose copy it begins."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +13,57 @@ from training.errors import UserError
 from training.messages import note
 from training.settings import decoding, reading
 
-FOLDER = "adapter"  # of configs/
-TRAINING = ("optimizer", "train")  # what the base was trained with says nothing of its adapters
-FIXED = ("backbone", "text", "image", "schedule", "prediction", "objective", "format")  # what the base is
+TRAINING = ("optimizer", "train")  # what the other was trained with says nothing of what is learned upon it
+MODEL = ("backbone", "text", "image", "schedule", "prediction", "format")  # what it is
 
 
-def load_upon(base: decoding.DenoiserConfig, source: str, overrides: Mapping[str, str]) -> decoding.DenoiserConfig:
-    """Config NAME or FILE over that of the base, with `section.key -> text` overrides over both.
+@dataclass(frozen=True)
+class Upon:
+    """A kind of such training: its folder of configs/, its flag, what it learns, the sections that begin anew and those
+    that are the other model's."""
 
-    Raises UserError where there is no adapter in it, or where it would change what the base is.
+    folder: str
+    flag: str
+    what: str
+    anew: tuple[str, ...]
+    fixed: tuple[str, ...]
+    instead: str
+
+    def missing_config(self) -> UserError:
+        """What to say where the flag comes without a config."""
+        what = f"{self.flag} needs the config of {self.what}: nothing is proposed for one"
+        return UserError(what, hint=f"give one with --config: {', '.join(reading.names(self.folder))}, or a file")
+
+
+ADAPTER = Upon("adapter", "--base", "an adapter", TRAINING, (*MODEL, "objective", "student"),
+               "leave these keys out; --init-from trains a whole model of another config")
+LEARNED = ("objective", "student", "pairing", "weighting", "prior")  # what a student learns in another way
+STUDENT = Upon("student", "--teacher", "a student", (*TRAINING, *LEARNED), (*MODEL, "adapter", "prior"),
+               "leave these keys out; train_denoiser trains a model of another shape")
+
+
+def upon_another(args: argparse.Namespace, stage: str) -> Upon | None:
+    """Which of them a training is, by its flags."""
+    if stage == "denoiser" and getattr(args, "teacher", None):
+        return STUDENT
+    return ADAPTER if getattr(args, "base", None) else None
+
+
+def load_upon(upon: Upon, base: decoding.DenoiserConfig, source: str,
+              overrides: Mapping[str, str]) -> decoding.DenoiserConfig:
+    """Config NAME or FILE over that of the other model, with `section.key -> text` overrides over both.
+
+    Raises UserError where nothing of the kind is in it, or where it would change what that model is.
     """
-    text, where = reading.read(FOLDER, source)
+    text, where = reading.read(upon.folder, source)
     own, values = reading.parse(text, where), decoding.to_values(base)
-    if base.weighting.kind == "learned":
+    if base.weighting.kind == "learned" and "weighting" not in upon.anew:
         note("the base's learned weighting is not part of its model: the adapter is trained with weighting uniform")
         values["weighting"] = {"kind": "uniform"}
-    merged = {**values, **{name: {} for name in TRAINING}}
+    merged = {**values, **{name: {} for name in upon.anew}}
     for name, section in own.items():
+        if name == "format":
+            continue  # the other's, whose settings are all written out: a model keeps the version it began with
         before = merged.get(name, {})
         other = isinstance(section, dict) and section.get("kind", before.get("kind")) != before.get("kind")
         merged[name] = section if other or not isinstance(section, dict) else {**before, **section}
@@ -34,19 +71,31 @@ def load_upon(base: decoding.DenoiserConfig, source: str, overrides: Mapping[str
     laid = decoding.lay_over("denoiser", merged, overrides, where)
     config = decoding.decode("denoiser", laid, lines | dict.fromkeys(overrides, decoding.ASKED))
     assert isinstance(config, decoding.DenoiserConfig)
+    _check_kind(upon, config, where)
+    before, after = decoding.to_values(base), decoding.to_values(config)
+    changed = [line for line in decoding.diff(before, after) if line.partition(".")[0] in upon.fixed]
+    if upon is STUDENT:
+        changed = [line for line in changed if not line.startswith("backbone.gradient_checkpointing")]
+    if changed:
+        is_as = "leaves its base as it is" if upon is ADAPTER else "begins as its teacher is"
+        what = f"{upon.what} {is_as}, but the config would change\n       " + "\n       ".join(changed)
+        raise UserError(what, hint=upon.instead)
+    return config
+
+
+def _check_kind(upon: Upon, config: decoding.DenoiserConfig, where: str) -> None:
+    known = ", ".join(reading.names(upon.folder))
+    if upon is STUDENT:
+        if config.objective.reading is None:
+            what = f"{where} has no [objective] that teaches a student"
+            raise UserError(what, hint=f"--teacher takes the configs {known}, or a file with such an [objective]")
+        return
     if config.adapter.kind == "none":
-        known = ", ".join(reading.names(FOLDER))
         hint = f"--base takes the configs {known}, or a file with an [adapter]"
         raise UserError(f"{where} has no [adapter]", hint=hint)
     if config.weighting.kind == "learned":
         what = "weighting.kind learned is learned beside a whole model, and the training of an adapter learns none"
         raise UserError(what, hint="give --weighting.kind uniform")
-    changed = [line for line in decoding.diff(decoding.to_values(base), decoding.to_values(config))
-               if line.partition(".")[0] in FIXED]  # fmt: skip
-    if changed:
-        what = "an adapter leaves its base as it is, but the config would change\n       " + "\n       ".join(changed)
-        raise UserError(what, hint="leave these keys out; --init-from trains a whole model of another config")
-    return config
 
 
 def learned_upon(config: Any) -> bool:
@@ -55,19 +104,21 @@ def learned_upon(config: Any) -> bool:
 
 
 def refuse_without_base(config: Any) -> None:
-    """Raises UserError for a config with an adapter and no base for it."""
+    """Raises UserError for a config with an adapter and no base for it, and one that asks for a teacher."""
     if learned_upon(config):
         what = f"adapter.kind {config.adapter.kind} is learned upon a trained model"
         raise UserError(what, hint="name it with --base RUN")
+    if getattr(getattr(config, "objective", None), "taught", "no") == "yes":
+        what = f"objective.kind {config.objective.kind} is learned from a trained model"
+        raise UserError(what, hint="teach a student: distill_denoiser --teacher RUN")
 
 
 def refuse_name_without_base(source: str) -> None:
-    """Raises UserError for the name of an adapter's config where there is no base for it."""
-    if source in reading.names(FOLDER) and not Path(source).exists():
+    """Raises UserError for the name of an adapter's or a student's config where there is no model for it."""
+    if Path(source).exists() or source in reading.names("denoiser"):
+        return
+    if source in reading.names(ADAPTER.folder):
         raise UserError(f"--config {source} is learned upon a trained model", hint="name it with --base RUN")
-
-
-def missing_config() -> UserError:
-    """What to say where --base comes without a config of an adapter."""
-    what = "--base needs the config of an adapter: nothing is proposed for one"
-    return UserError(what, hint=f"give one with --config: {', '.join(reading.names(FOLDER))}, or a file")
+    if source in reading.names(STUDENT.folder):
+        what = f"--config {source} is learned from a trained model"
+        raise UserError(what, hint="teach a student: distill_denoiser --teacher RUN")

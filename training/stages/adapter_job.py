@@ -18,7 +18,7 @@ from ldm.adapters.words import TextualInversion
 from ldm.text import HuggingFace, Scratch, TextEncoder
 from ldm.text.tokenizer import is_word
 from training.commands import door
-from training.errors import CHECKPOINT, UserError, as_user_error
+from training.errors import UserError, as_user_error
 from training.machine.launcher import first_process
 from training.messages import note
 from training.models import assembly, text_encoders
@@ -36,6 +36,7 @@ from training.runs.ingredients import difference
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob, first_captions
 from training.stages.job import parameters
+from training.stages.of_base import same_autoencoder, text_encoder_of
 from training.stages.prior import prior_home, tell_captions
 from training.tensors import content_hash
 
@@ -109,11 +110,11 @@ class AdapterJob(DenoiserJob):
         torch.manual_seed(config.train.seed)
         frozen = isinstance(config.text, HuggingFace)
         home = found.final if frozen else vocabulary_home(config.text, None, args.base)
-        text_encoder = self._text_encoder(found.final) if frozen else None
+        text_encoder = text_encoder_of(args, self.dataset, found.final) if frozen else None
         with as_user_error("change the config"):
             given = config, Path(args.latents), self.dataset, home, text_encoder, accelerator.device
             parts = assembly.assemble(*given, draws=accelerator.is_main_process)
-        self._same_autoencoder(stored_ingredients(found.final), parts.hashes)
+        same_autoencoder(args.base, stored_ingredients(found.final), parts.hashes)
         fill_network(config, parts, self.dataset, args.base, args.text_encoder)
         hashes = parts.hashes | assembly.networks(parts.pipeline)
         self.base = {name: hashes[name] for name in OF_BASE if name in hashes}
@@ -143,28 +144,6 @@ class AdapterJob(DenoiserJob):
         tell_unknown(text, self.dataset, self.args.base, hint)
         refuse_unread(text, self.dataset)
         refuse_unheard(self.config.adapter.words, text, self.dataset)
-
-    def _text_encoder(self, final: Path) -> str | None:
-        """What a frozen text encoder is loaded from: as given, else that of the base; nothing where its embeddings are
-        stored. Raises UserError where those are of another one."""
-        if not self.dataset.text:
-            return self.args.text_encoder or text_encoders.stored_whole(final)
-        stored, theirs = (text_encoders.stored_record(folder) for folder in (Path(self.args.latents), final))
-        if change := difference(theirs, stored, ["hash"] if theirs else []):
-            what = f"the base reads captions by text encoder {change.before}, the embeddings of these latents are of"
-            with_its = "--text-encoder BASE/final/text_encoder --autoencoder BASE/final/autoencoder"
-            again = door(f"encode_latents {with_its} --data PICTURES --output DIR")
-            raise UserError(f"{what} {change.now}", hint=f"encode them again: {again}", code=CHECKPOINT)
-        given: str | None = self.args.text_encoder
-        return given
-
-    def _same_autoencoder(self, base: Mapping[str, Any], ours: Mapping[str, str]) -> None:
-        """Raises UserError where the latents are not those of the base."""
-        if base.get("autoencoder", ours["autoencoder"]) != ours["autoencoder"]:
-            own, other = base["autoencoder"][:12], ours["autoencoder"][:12]
-            what = f"the base {self.args.base} draws with autoencoder {own}, the latents were made by {other}"
-            again = door("encode_latents --autoencoder BASE/final/autoencoder --data PICTURES --output DIR")
-            raise UserError(what, hint=f"encode the pictures with that of the base: {again}", code=CHECKPOINT)
 
     def description(self) -> str:
         """Parameters of the adapter and of its base, and the number of latents."""

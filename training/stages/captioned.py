@@ -43,7 +43,9 @@ def together(parts: Sequence[Sampled]) -> Sampled:
     latents, conds, draws = zip(*parts, strict=True)
     told = isinstance(conds[0], Captions)
     cond: Any = Captions([text for cond in conds for text in cond.texts], {}) if told else Cond.cat(conds)
-    return Sampled(torch.cat(latents), cond, Draw(*map(torch.cat, zip(*draws, strict=True))))
+    t, eps, factor = (torch.cat(part) for part in zip(*(draw[:3] for draw in draws), strict=True))
+    more = {name: torch.cat([draw.more[name] for draw in draws]) for name in draws[0].more}
+    return Sampled(torch.cat(latents), cond, Draw(t, eps, factor, more))
 
 
 class Captioned(nn.Module):

@@ -14,7 +14,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.image_conditions.base import without
 from ldm.noise import Noise
-from ldm.objectives import LEVELS, Objective
+from ldm.objectives import ALONE, LEVELS, Beside, Objective
 from ldm.pipeline import Pipeline
 from ldm.text import TextEncoder
 from ldm.times import Places
@@ -111,13 +111,15 @@ class DenoiserStage(Stage):
         latents, cond, draw = together(parts)
         with self.accelerator.autocast():
             # Through the process wrapper, text encoder included: it averages only what it has seen the forward pass of.
-            losses = self.objective.losses(self.forward, latents, cond, draw)
+            losses = self.objective.losses(self.forward, latents, cond, draw, self.beside(step))
             own, *prior = (part.mean() for part in losses.total.chunk(len(parts)))
             loss = own + self.config.prior.weight * prior[0] if prior else own
         if self.seen is not None:
             own_ones = slice(len(batch.slots))
             self.losses.append((draw.t[own_ones], losses.seen.detach()[own_ones]))
         self.accelerator.backward(loss * share)
+        if losses.parts:  # told in place of a sum that says nothing from step to step
+            return {f"loss_{name}": part.detach().mean() for name, part in losses.parts.items()}
         return {"loss": loss.detach(), **({"loss_prior": prior[0].detach()} if prior else {})}
 
     def drawn(self, batch: Batch, step: int, *purpose: str) -> Sampled:
@@ -142,7 +144,15 @@ class DenoiserStage(Stage):
             self.look_at_pairs(paired_by, len(latents))
             # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
-        return Sampled(latents, cond, draw)
+        return Sampled(latents, self.told(cond, noise), draw)
+
+    def beside(self, step: int) -> Beside:
+        """What the objective may ask besides the network that learns: nothing."""
+        return ALONE
+
+    def told(self, cond: Any, noise: Noise | None) -> Any:
+        """The condition as the network is told it; `noise` is a step's, none that of a validation."""
+        return cond
 
     def answered(self, sampled: Sampled) -> Sampled:
         """As noisy, and their targets what the base answers without the adapter."""
@@ -243,9 +253,9 @@ class DenoiserStage(Stage):
             cond = self.condition(self.shown(batch, latents, noise), whole)
             for t in LEVELS:
                 at = torch.full((len(latents),), t, dtype=torch.float64, device=double_device(latents.device))
-                losses[f"loss_t{t}"].append(
-                    self.objective.at(self.network, latents, cond, at, noise.normal(latents.shape[1:], "eps", str(t)))
-                )
+                eps = noise.normal(latents.shape[1:], "eps", str(t))
+                told = self.told(cond, None)
+                losses[f"loss_t{t}"].append(self.objective.at(self.network, latents, told, at, eps, self.beside(0)))
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 

@@ -30,6 +30,7 @@ from training.shards.index import data_facts, noted_pictures, pictures_facts
 from training.shards.reading import COMPARED, ShardSet, held_out_shards
 from training.shards.remote import Remote, open_address
 from training.stages.denoiser import DenoiserStage
+from training.stages.few_step import FewStepStage
 from training.stages.job import Job, parameters
 from training.stages.prior import keep_drawn, prior_home, refuse_prior, tell_captions
 from training.stages.streams import stream_latents
@@ -88,7 +89,8 @@ class DenoiserJob(Job):
             given = config, Path(args.latents), self.dataset, home, args.text_encoder, accelerator.device
             self.parts = parts = assembly.assemble(*given, draws=accelerator.is_main_process, grows=grows)
             norm, data = parts.autoencoder.norm, (self.dataset, self.held_out)
-            self.trained = DenoiserStage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
+            stage = DenoiserStage if config.objective.reading is None else FewStepStage
+            self.trained = stage(config, parts.backbone, parts.text, norm, *data, parts.pipeline, parts.null)
         if args.init_from:
             added = init_from.fill_network(config, parts, self.dataset, args.init_from, args.text_encoder)
             if added:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from training.errors import USAGE, UserError
 from training.machine.processes import announce, meet
 from training.messages import warn
-from training.settings.upon import learned_upon
+from training.settings.decoding import DenoiserConfig
 
 if TYPE_CHECKING:
     import argparse
@@ -60,8 +60,8 @@ def begin(args: argparse.Namespace, run: RunView, accelerator: Accelerator, fact
 
 
 def check_steps(run: Run, step: int) -> None:
-    """Refuse a resume past the last step, and say aloud where the rate jumps for another `max_steps`: the schedule is
-    laid over all of them. Raises UserError.
+    """Refuse a resume past the last step, or at another place of an objective's plan, and say aloud where the rate
+    jumps for another `max_steps`: plan and schedule are laid over all of them. Raises UserError.
     """
     from training.loop.optim import learning_rate
 
@@ -74,18 +74,31 @@ def check_steps(run: Run, step: int) -> None:
         )
     if not run.before or not step:
         return
+    _same_plan(run.before, run.config, step)
     was, now = (learning_rate(c.optimizer, step, c.train.max_steps) for c in (run.before, run.config))
     if not math.isclose(was, now, rel_tol=1e-6, abs_tol=1e-15):
         jump = (
             f"the learning rate at step {step} is {now:.3g}, where it was {was:.3g} for {run.before.train.max_steps} "
             f"steps: optimizer.decay {run.config.optimizer.decay} is laid over train.max_steps"
         )
-        if learned_upon(run.config):
+        if run.begins_with_another():
             warn(jump)
         else:
             own = shlex.quote(str(run.folder))
             warn(f"{jump}. To learn on from these weights at a rate of your own: "
                  f"--init-from {own} --lr RATE --output NEW")
+
+
+def _same_plan(before: Any, now: Any, step: int) -> None:
+    """Raises UserError where other `max_steps` put a step elsewhere in what the objective does one after the other."""
+    if not isinstance(now, DenoiserConfig):
+        return
+    was, would_be = (c.objective.plan(step, c.train.max_steps) for c in (before, now))
+    if was != would_be:
+        what = f"objective.kind {now.objective.kind} goes by the share of train.max_steps: at step {step} this run has"
+        what = f"{what} come to {was}, and of {now.train.max_steps} steps it would be at {would_be}"
+        hint = f"go on with --max-steps {before.train.max_steps}, or begin another run with --output"
+        raise UserError(what, hint=hint, code=USAGE)
 
 
 def environment(config: Any, accelerator: Accelerator) -> dict[str, Any]:

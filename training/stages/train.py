@@ -17,7 +17,7 @@ from training.messages import answer, say, tell
 from training.next_step import tell_next
 from training.settings import decoding
 from training.settings.upgrading import run_version
-from training.settings.upon import FOLDER, load_upon, missing_config, refuse_name_without_base, refuse_without_base
+from training.settings.upon import ADAPTER, load_upon, refuse_name_without_base, refuse_without_base, upon_another
 from training.settings.without_use import without_use
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ JOBS = {
     "autoencoder": ("training.stages.autoencoder_job", "AutoencoderJob"),
     "denoiser": ("training.stages.denoiser_job", "DenoiserJob"),
     "adapter": ("training.stages.adapter_job", "AdapterJob"),  # of the stage denoiser, upon a base
+    "student": ("training.stages.student_job", "StudentJob"),  # of the same, taught by a teacher
 }
 
 
@@ -43,21 +44,22 @@ def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
     _take_accumulation(args)
     args.steps_proposed = False
-    upon_base = bool(getattr(args, "base", None))
+    upon = upon_another(args, stage)
     if args.config is None:
         from training.stages.proposing import settle_config, take_own
 
-        if not upon_base:
+        if upon is None:
             settle_config(args, stage)
         elif not take_own(args, stage):
-            raise missing_config()
-    if stage == "denoiser" and not upon_base:
+            raise upon.missing_config()
+    if stage == "denoiser" and upon is None:
         refuse_name_without_base(args.config)
-    _take_precision(args, FOLDER if upon_base else stage)
-    if upon_base:
+    _take_precision(args, upon.folder if upon else stage)
+    if upon:
         from training.models.adapters import config_of_base
 
-        config: Any = load_upon(config_of_base(args.base), args.config, args.overrides)
+        model = args.base if upon is ADAPTER else args.teacher
+        config: Any = load_upon(upon, config_of_base(model, upon.flag), args.config, args.overrides)
     else:
         config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
         refuse_without_base(config)
@@ -68,7 +70,7 @@ def train(args: argparse.Namespace, stage: str) -> int:
 
     again()  # remembered, for the launcher may be gone when the command is told
     with together(), ExitStack() as ending:
-        return _train(job_of("adapter" if upon_base else stage)(args, config), ending)
+        return _train(job_of(upon.folder if upon else stage)(args, config), ending)
 
 
 def _take_accumulation(args: argparse.Namespace) -> None:

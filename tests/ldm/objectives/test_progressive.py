@@ -105,6 +105,8 @@ def test_rounds_and_when_the_student_is_copied() -> None:
     assert [config.count(step, 8) for step in range(8)] == [8, 8, 4, 4, 2, 2, 1, 1]
     kept = config.companions()[PREVIOUS].kept
     assert kept is not None and [kept(step, 8) for step in range(8)] == [1, 1, 0, 1, 0, 1, 0, 1]
+    assert kept(8, 8) == 1  # past its end no other round begins
+    assert [config.plan(step, 8) for step in (0, 3, 7)] == [f"the student of {n} steps" for n in (8, 4, 1)]
     assert not ProgressiveConfig(from_steps=4, steps=4).companions()
     with pytest.raises(ValueError, match="power of two"):
         ProgressiveConfig(from_steps=6, steps=4)

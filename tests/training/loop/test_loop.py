@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,10 +74,10 @@ def looped(run: Path, train: Train | None = None, **settings: Any) -> Loop:
     return Loop(Pair(), train, Optimizer(**settings), Accelerator(cpu=True), run, 1, 8)
 
 
-def take(loop: Loop, step: int, rate: float = 0.25) -> dict[str, Tensor]:
-    """One step on the gradients of all networks; returns what it told."""
-    for name, network in loop.stage.networks.items():
-        next(network.parameters()).grad = torch.tensor([GRADIENTS[name]])
+def take(loop: Loop, step: int, rate: float = 0.25, of: Sequence[str] = tuple(GRADIENTS)) -> dict[str, Tensor]:
+    """One step on the gradients of all networks, or some; returns what it told."""
+    for name in of:
+        next(loop.stage.networks[name].parameters()).grad = torch.tensor([GRADIENTS[name]])
     loop.passes.losses = [torch.tensor(1.0)]
     return loop.step(step, rate)
 
@@ -153,3 +153,19 @@ def test_a_spike_moves_nothing_and_is_told(tmp_path: Path) -> None:
     assert torch.equal(loop.stage.weights("first"), before)  # type: ignore[attr-defined]
     assert moments(loop, "first") == kept
     assert all(p.grad is None for network in loop.stage.networks.values() for p in network.parameters())
+
+
+def test_the_average_moves_with_what_it_averages(tmp_path: Path) -> None:
+    """Not in the turn of another network, which is told alone; averages over the time trained go by every step."""
+    stage, train = Pair(), Train(batch_size=8, ema=0.999, ema_lengths=(0.1,))
+    stage.averaged = {"first": stage.networks["first"]}
+    loop = Loop(stage, train, Optimizer(betas=(0.9, 0.99), weight_decay=0.0), Accelerator(cpu=True), tmp_path, 1, 8)
+    take(loop, 0)
+    take(loop, 1)
+    key, live = "first.weight", stage.weights("first")
+    running, power = loop.ema.shadow[key].clone(), loop.powers.shadows["0.100"][key][0].clone()
+    assert take(loop, 2, of=("second",)).keys() == {"grad_norm/second"}
+    assert torch.equal(stage.weights("first"), live) and loop.ema.updates == 2
+    assert torch.equal(loop.ema.shadow[key], running)
+    expected = power + (1 - decay(exponent(0.1), 3)) * (live - power)
+    assert loop.powers.shadows["0.100"][key][0].tolist() == pytest.approx(expected.tolist(), rel=1e-6)

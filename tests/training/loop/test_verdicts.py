@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ import denoiser_steps
 import pytest
 import torch
 from torch import Tensor
+from whole_steps import everything, skipped_leaves_all_as_it_was, take
 
 from training.errors import UserError
 from training.loop.loop import Loop
-from training.loop.watchdogs import LEAST
 
 make_autoencoder, make_denoiser = autoencoder_steps.make, denoiser_steps.make
 Make = Callable[..., tuple[Any, Loop]]
@@ -28,38 +26,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "plateau": {"loss__plateau": "0.5", "loss__plateau_steps": "2"},
     "alignment": {"loss__align": "1", "loss__align_adaptive": "true"},
 }
-
-
-def take(loop: Loop, step: int) -> dict[str, Tensor]:
-    values = loop.gradients(step)
-    return values | loop.step(step, 1e-3)
-
-
-def everything(loop: Loop, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that a checkpoint holds, and what the stage has gathered of a step, but for data position and watchdogs."""
-    snapshot = loop.snapshot(step)
-    tensors = {f"{file}/{k}": v.clone() for file, part in snapshot.tensors.items() for k, v in part.items()}
-    state = {key: copy.deepcopy(part) for key, part in snapshot.state.items() if key not in ("place", "watchdogs")}
-    lists = {key: len(value) for key, value in vars(loop.stage).items() if isinstance(value, list)}
-    gathered = {**lists, "unset": [key for key, value in vars(loop.stage).items() if value is None]}
-    return tensors, {**state, "gathered": gathered}
-
-
-def skipped_leaves_all_as_it_was(loop: Loop, steps: int) -> None:
-    for step in range(steps):
-        assert "skipped" not in take(loop, step)
-    tensors, state = everything(loop, steps)
-    for name in loop.optimizers:
-        loop.watchdogs.recent[f"grad_norm/{name}"] = deque([1e-12] * LEAST)
-    assert take(loop, steps)["skipped"] == 1
-    after, state_after = everything(loop, steps)
-    assert after.keys() == tensors.keys() and state_after == state
-    for key, value in tensors.items():
-        assert torch.equal(after[key], value), key
-    for name in loop.optimizers:
-        loop.watchdogs.recent[f"grad_norm/{name}"].clear()
-    assert "skipped" not in take(loop, steps + 1)
-    assert any(not torch.equal(value, tensors[key]) for key, value in everything(loop, steps)[0].items())
 
 
 @pytest.mark.parametrize("name", CHOICES)

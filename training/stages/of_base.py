@@ -1,0 +1,43 @@
+"""What a training upon another model shares with it: the autoencoder, and a frozen text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.commands import door
+from training.errors import CHECKPOINT, UserError
+from training.models import text_encoders
+from training.runs.ingredients import difference
+
+if TYPE_CHECKING:
+    import argparse
+
+    from training.data.latents import Latents
+
+
+def same_autoencoder(model: str, base: Mapping[str, Any], ours: Mapping[str, str], role: str = "base") -> None:
+    """Raises UserError where the latents are not those of the model, a `role` of this training."""
+    if base.get("autoencoder", ours["autoencoder"]) != ours["autoencoder"]:
+        own, other = base["autoencoder"][:12], ours["autoencoder"][:12]
+        what = f"the {role} {model} draws with autoencoder {own}, the latents were made by {other}"
+        place = f"{role.upper()}/final/autoencoder"
+        again = door(f"encode_latents --autoencoder {place} --data PICTURES --output DIR")
+        raise UserError(what, hint=f"encode the pictures with that of the {role}: {again}", code=CHECKPOINT)
+
+
+def text_encoder_of(args: argparse.Namespace, dataset: Latents, final: Path, role: str = "base") -> str | None:
+    """What a frozen text encoder is loaded from: as given, else that of the model in `final`; nothing where its
+    embeddings are stored. Raises UserError where those are of another one."""
+    if not dataset.text:
+        return args.text_encoder or text_encoders.stored_whole(final)
+    stored, theirs = (text_encoders.stored_record(folder) for folder in (Path(args.latents), final))
+    if change := difference(theirs, stored, ["hash"] if theirs else []):
+        what = f"the {role} reads captions by text encoder {change.before}, the embeddings of these latents are of"
+        home = f"{role.upper()}/final"
+        with_its = f"--text-encoder {home}/text_encoder --autoencoder {home}/autoencoder"
+        again = door(f"encode_latents {with_its} --data PICTURES --output DIR")
+        raise UserError(f"{what} {change.now}", hint=f"encode them again: {again}", code=CHECKPOINT)
+    given: str | None = args.text_encoder
+    return given
