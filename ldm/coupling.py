@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ldm.checks import Checked
 from ldm.conditioning import Cond, Share
-from ldm.denoiser import Around, Denoiser
+from ldm.denoiser import Around, Denoise, Denoiser
 from ldm.diffusion import Denoised
 from ldm.guiding import place
+from ldm.jumps import BoundJump, Jumping
 from ldm.text import TextEncoder
 from ldm.text.tokenizer import split
 
@@ -99,8 +100,9 @@ class Style(KeysAndValues):
 class Coupled(Around):
     """A network's denoiser on pairs: samples 0, 2, 4, ... are sources, each followed by its target.
 
-    Where nothing is shared it is the denoiser, bit for bit. Raises ValueError, when it is built, for what has no such
-    attention; and when it is called, for an odd batch. A weaker model (`Helpers.weak`) is coupled by itself.
+    Where nothing is shared it is the denoiser, bit for bit. A few-step model's jumps share what they do at the time
+    that they go from. Raises ValueError, when it is built, for what has no such attention; and when it is called, for
+    an odd batch. A weaker model (`Helpers.weak`) is coupled by itself.
     """
 
     coupling: Coupling
@@ -114,10 +116,18 @@ class Coupled(Around):
                              'take a `unet`, or a `dit` with text = "cross"')
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Denoised:
+        return self.denoiser(x, t, self._coupled(x, t, cond))
+
+    def bind(self, cond: Cond) -> Denoise:
+        """As one that jumps, where the network does."""
+        if not isinstance(denoiser := self.denoiser, Jumping):
+            return super().bind(cond)
+        return BoundJump(self.schedule, lambda x, t, s: denoiser.jump(x, t, s, self._coupled(x, t, cond)))
+
+    def _coupled(self, x: Tensor, t: Tensor, cond: Cond) -> Cond:
         if len(x) % 2:
             raise ValueError(f"{self.coupling.kind} works on pairs (source, target), not on {len(x)} samples")
-        share = self.coupling.share(place(t, self.schedule, "noise-share").item())
-        return self.denoiser(x, t, cond._replace(share=share))
+        return cond._replace(share=self.coupling.share(place(t, self.schedule, "noise-share").item()))
 
 
 def paired(source: Cond, target: Cond) -> Cond:

@@ -17,6 +17,7 @@ from torch.nn.functional import max_pool2d
 
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised, with_x0
+from ldm.jumps import jumping
 from ldm.schedules import NoiseSchedule
 
 
@@ -25,7 +26,8 @@ class Known(Denoise):
     """Inpainting by replacement: x0 is `latents` outside the hole, and the pair is completed for the same x_t.
 
     `hole` is (B or 1, 1, h, w) and bool, `latents` (B or 1, C, h, w). A hole everywhere changes nothing. Song et al.
-    2021 (arXiv 2011.13456), appendix I.2, in x0 instead of x_t.
+    2021 (arXiv 2011.13456), appendix I.2, in x0 instead of x_t. Of a jump too: outside the hole x goes straight to the
+    latents.
     """
 
     denoise: Denoise
@@ -37,7 +39,13 @@ class Known(Denoise):
         return self.denoise.schedule
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        ends = self.denoise(x, t)
+        return self._held(self.denoise(x, t), t)
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        """See `ldm.jumps.Jump`."""
+        return self._held(jumping(self.denoise).jump(x, t, s), t)
+
+    def _held(self, ends: Denoised, t: Tensor) -> Denoised:
         return with_x0(ends, torch.where(self.hole, ends.x0, self.latents), self.schedule(t))
 
 
@@ -65,12 +73,19 @@ class Windows(Denoise):
         return self.denoise.schedule
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        return self._put_together(x, lambda part: self.denoise(part, t))
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        """See `ldm.jumps.Jump`: a mean of pairs takes x to the mean of where they do."""
+        return self._put_together(x, lambda part: jumping(self.denoise).jump(part, t, s))
+
+    def _put_together(self, x: Tensor, answer: Callable[[Tensor], Denoised]) -> Denoised:
         def call(rows: slice, columns: slice) -> dict[str, Tensor]:
-            ends = self.denoise(x[..., rows, columns], t)._asdict()
+            ends = answer(x[..., rows, columns])._asdict()
             return {name: part for name, part in ends.items() if part is not None}
 
         windows = windows_of(x, self.size, self.stride)
-        return self.denoise(x, t) if len(windows) == 1 else Denoised(**averaged(windows, x, call))
+        return answer(x) if len(windows) == 1 else Denoised(**averaged(windows, x, call))
 
 
 Span2 = tuple[slice, slice]  # rows and columns

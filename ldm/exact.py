@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised, Diffusion
+from ldm.jumps import chord, jumping
 from ldm.noise import Noise
 from ldm.samplers import RK4, Sampler, mix, sample
 from ldm.schedules import Flow, NoiseSchedule
@@ -110,6 +111,14 @@ class Isotropic:
         residual = x - alpha * self.mean
         return Denoised(self.mean + residual * (alpha * self.std**2 / variance), residual * (sigma / variance))
 
+    def jump(self, x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        """The pair of x at t and of where the ODE takes it, on which (x - alpha mean) / sqrt(v) stays what it is."""
+        if s == t:
+            return self(x, t)
+        alpha, after = self.schedule(t).alpha, self.schedule(s).alpha
+        grown = (marginal(self.schedule, s, self.std) / marginal(self.schedule, t, self.std)) ** 0.5
+        return chord(self.schedule, x, after * self.mean + grown * (x - alpha * self.mean), t, s)
+
 
 def two_modes(schedule: NoiseSchedule) -> Mixture:
     """Two unequal, differently shaped modes in the plane."""
@@ -159,8 +168,15 @@ class Beside:
         return self.oracle.schedule
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
+        return self._through(self.oracle(x, t), x, t)
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        """Of an oracle that jumps."""
+        return self._through(jumping(self.oracle).jump(x, t, s), x, t)
+
+    def _through(self, answer: Denoised, x: Tensor, t: Tensor) -> Denoised:
         size = len(x) // (1 + len(self.diffusions))
-        first, *ends = map(Denoised, *(torch.split(part, size) for part in self.oracle(x, t)[:2]))
+        first, *ends = map(Denoised, *(torch.split(part, size) for part in answer[:2]))
         targets = [diffusion.target(end.x0, end.eps, t) for diffusion, end in zip(self.diffusions, ends, strict=True)]
         others = zip(self.diffusions, torch.split(x[size:], size), targets, strict=True)
         parts = [first, *(diffusion.recover(part, target, t) for diffusion, part, target in others)]
@@ -181,6 +197,11 @@ class Counted:
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
         self.times.append(t.item())
         return self.denoise(x, t)
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        """Of a denoiser that jumps."""
+        self.times.append(t.item())
+        return jumping(self.denoise).jump(x, t, s)
 
 
 class Impulses(Noise):
@@ -250,6 +271,10 @@ class Smooth:
         alpha, sigma = self.schedule(t)
         x0 = torch.tanh(x * (alpha / (alpha**2 + sigma**2)))
         return Denoised(x0, (x - alpha * x0) / sigma)
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        """One answer serves every s."""
+        return self(x, t)
 
 
 def final_variance(sampler: Sampler, schedule: NoiseSchedule, grid: Tensor, std: float, start: float) -> float:

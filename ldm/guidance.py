@@ -166,8 +166,8 @@ class Autoguidance(Scaled):
 class Embedded(Scaled):
     """The scale told to a student that was taught to answer as its guided teacher does: one call, and no null.
 
-    Meng et al. 2022 (arXiv 2210.03142). Raises ValueError where there is a null that is not the empty caption: what a
-    student moves away from was settled by its training. Unlike others, it is told at scale 1 too.
+    Meng et al. 2022 (arXiv 2210.03142). A null is not read, a negative prompt neither: what a student moves away from
+    was settled by its training. Unlike others, it is told at scale 1 too.
     """
 
     kind: Literal["embedded"] = "embedded"
@@ -177,8 +177,13 @@ class Embedded(Scaled):
         return self.close(denoiser, cond, null, helpers)
 
     def close(self, denoiser: Conditional, cond: Cond, null: Cond | None, helpers: Helpers) -> Denoise:
-        scale = torch.full((len(cond.mask),), self.scale, device=cond.mask.device)
-        return denoiser.bind(beside(cond, SCALE, scale))
+        return denoiser.bind(told_scale(cond, self.scale))
+
+
+def told_scale(cond: Cond, scale: float) -> Cond:
+    """The condition with the guidance scale that a student is told."""
+    told: Cond = beside(cond, SCALE, torch.full((len(cond.mask),), scale, device=cond.mask.device))
+    return told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from ldm.arguments import NO_EXTRAS, Captions, Extras, Sampling, each_caption, o
 from ldm.coupling import Coupling, Style
 from ldm.denoiser import Denoise
 from ldm.editing import Known, Windows, adain, composite, filled, hole_in_latents
+from ldm.guidance import Embedded, told_scale
 from ldm.image_conditions.masked import Masked
 from ldm.inverse.measurement import Measurement
 from ldm.inverse.operators import Decoded, GivenMask, Operator
@@ -32,6 +33,7 @@ from ldm.inversion import edit_friendly
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline
 from ldm.samplers import DDIMInversion, sample
+from ldm.students import check_denoises
 from ldm.tasks import Reference, Task, Tasks, Watch, unheld
 
 Pictures = Tensor | Sequence[Any]
@@ -67,6 +69,8 @@ def inpainting(pipeline: Pipeline, pictures: Pictures, mask: Tensor, *, strength
     size, and for a posterior with several masks or a part of the walk.
     """
     source = as_pixels(pipeline, pictures)
+    if posterior:
+        check_denoises(pipeline.denoiser, posterior.kind)
     if mask.shape[-2:] != source.shape[-2:]:
         raise ValueError(f"the mask is {_words(mask)} pixels and the picture {_words(source)}: give one of its size")
     if posterior and (len(mask) > 1 or strength != 1 or start_time is not None):
@@ -120,13 +124,17 @@ def inverted(pipeline: Pipeline, images: Tensor, captions: Captions, sampling: S
     """The noise at t = 1 from which `ddim` draws images (B, C, H, W) in [-1, 1] again: DDIM inversion, unguided.
 
     It walks the grid of `sampling` upwards from the encoder's mean; the more steps, and the more fixed-point
-    `iterations` in each, the nearer the way back. Drawn with guidance, or other `extras`, it leads elsewhere.
+    `iterations` in each, the nearer the way back. Drawn with guidance, or other `extras`, it leads elsewhere; the
+    guidance of a student is in its network, and on the way up as well. Raises ValueError for a student that is no
+    denoiser.
     """
     plan = sampling or pipeline.sampling
+    check_denoises(pipeline.denoiser, "inversion")
     pipeline.latent_shape((images.shape[-2], images.shape[-1]))
     texts = each_caption(captions)
     x0, grid = encoded(pipeline, images), plan.grid(plan.steps, pipeline.denoiser.schedule).flip(0)
     told = pipeline.told(texts, pipeline.cut(extras, slice(None), x0.shape[1:], len(x0)))
+    told = told_scale(told, plan.guidance.scale) if isinstance(plan.guidance, Embedded) else told
     walk, denoise = DDIMInversion(iterations=iterations), pipeline.denoiser.bind(told)
     return sample(walk, denoise, x0, grid, Noise.from_seeds([0] * len(x0), x0.device))
 
@@ -140,6 +148,7 @@ def edit_friendly_inversion(pipeline: Pipeline, pictures: Pictures, captions: Ca
     drawing. Huberman-Spiegelglas et al. 2023 (arXiv 2304.06140).
     """
     source, plan = as_pixels(pipeline, pictures), sampling or pipeline.sampling
+    check_denoises(pipeline.denoiser, "inversion")
     whole, texts = padded(source, pipeline.multiple), each_caption(captions)
     plain = Task(shape=_shape(pipeline, whole), strength=strength, finish=lambda made: _cropped(made, source))
 
@@ -195,6 +204,7 @@ def restoration(pipeline: Pipeline, operator: Operator, y: Tensor, sigma_y: floa
     `method` is a member of `MEASUREMENTS`, with any sampler, or of `POSTERIORS`, which takes the sampler's place.
     Raises ValueError where the picture that y is of does not fit the model, and for what the method cannot do.
     """
+    check_denoises(pipeline.denoiser, method.kind)
     channels, height, width = operator.domain(y)
     shape = pipeline.latent_shape((height, width))
     if channels != pipeline.autoencoder.image_channels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ SCALE = "guidance_scale"  # the extra that says by which scale a student's answe
 
 Reading = Callable[[Diffusion, Tensor, Tensor, Tensor], Denoised]
 """(diffusion, x_t, y, t) -> both ends: how what a network answers is understood."""
+Aim = Literal["any", "clean", "next", "none"]
+"""Where its answer at x_t goes: to the time that it is told; to the clean end; to the next time of the grid `uniform`
+that it was taught on; or nowhere: it answers as a denoiser does, and few steps are enough because the way is straight.
+"""
 
 
 class Jump(Denoise, Protocol):
@@ -46,9 +50,15 @@ class BoundJump:
         return self.call(x, t, s)
 
 
+def jumps(denoise: Denoise) -> bool:
+    """Whether it jumps, and what it wraps does: `Known`, `Windows` and `Thresholded` keep the jumps of theirs."""
+    inner: Denoise | None = getattr(denoise, "denoise", None)
+    return hasattr(denoise, "jump") and (inner is None or jumps(inner))
+
+
 def jumping(denoise: Denoise) -> Jump:
     """The same, as one that jumps. Raises ValueError for a plain denoiser, and one whose jumps a wrapper hides."""
-    if not hasattr(denoise, "jump"):
+    if not jumps(denoise):
         raise ValueError("this sampler takes the steps of a few-step model, and what it is given has no jump: draw "
                          "with a model of distill_denoiser, at no guidance but its own, or take --sampler dpmpp-2m")
     return cast(Jump, denoise)
@@ -64,11 +74,19 @@ class Jumping(Denoiser):
     """A backbone that was taught to jump: (x (B, ...), t, s () or (B,), cond) -> both ends.
 
     `reading` says how its answer is understood; where it is told `spans`, it reads how far the jump goes from the
-    condition's extra "span", and its answer at s = t is the denoiser's own; else one answer serves every s.
+    condition's extra "span", and its answer at s = t is the denoiser's own; else one answer serves every s, and is
+    right for those that its `aim` says.
     """
 
     reading: Reading = plainly
     spans: bool = False
+    aim: Aim = "any"
+
+    @property
+    def denoises(self) -> bool:
+        """Whether its answer at s = t is a denoiser's, that of its data or of a guided one: what ODEs, likelihoods and
+        posteriors are made of."""
+        return self.aim in ("any", "none")
 
     def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Denoised:
         return self.jump(x, t, t, cond)

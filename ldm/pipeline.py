@@ -39,9 +39,10 @@ from ldm.guiding import Helpers, Scaled
 from ldm.image_conditions import ImageCondition, NoImage
 from ldm.image_conditions.hint import Hint
 from ldm.image_conditions.source import ImageGuided, Source
+from ldm.jumps import Jumping
 from ldm.noise import Noise
 from ldm.samplers import sample
-from ldm.students import NO_STUDENT, Student, check_negatives, check_plan
+from ldm.students import NO_STUDENT, Student, check_held, check_negatives, check_plan, check_walk
 from ldm.tasks import NO_TASK, Task, Tasks, Watch
 from ldm.text import TextEncoder
 from ldm.thresholding import Thresholded
@@ -113,6 +114,8 @@ class Pipeline:
         yield f"text encoder {type(self.text).__name__}: {size_in_words(self.text)}"
         latents = "x".join(map(str, self.latent_shape(self.size)))
         yield f"pictures of {_size(self.size)} pixels (height x width) from latents of {latents}"
+        if isinstance(self.denoiser, Jumping):
+            yield f"a few-step model, {self.student.words}"
         yield f"{plan.steps} steps of {plan.sampler.kind} on the grid {plan.grid.kind}, guidance {guidance.kind}{scale}"
 
     def __call__(self, captions: Captions | None = None, seeds: Seeds | None = None,
@@ -153,13 +156,13 @@ class Pipeline:
             if len(given) != len(captions):
                 raise ValueError(f"{len(captions)} captions but {len(given)} {name}: give one, or one each.")
         also = each_weight(also)
-        check_negatives(self.student, negatives, bool(also))
         check_extras(extras, len(captions))
         check_hints(extras, self.hints)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         shape, plan = self.latent_shape(size or self.size), sampling or self.sampling
         self._check(plan)
+        check_negatives(self.student, plan, self.denoiser, negatives, bool(also))
         if refuse := getattr(self.text, "check", None):
             refuse([*captions, *negatives, *(caption for caption, _ in also)])
         if not task:  # which may have a shape of its own
@@ -193,6 +196,8 @@ class Pipeline:
         if task.draw:
             return task.draw(denoise, grid, noise, watch)
         times = task.visits(grid, schedule)
+        check_held(self.denoiser, plan.sampler, denoise)
+        check_walk(self.denoiser, task, times, grid)
         x = task.begin(schedule, grid, times, shape, noise)
         return x if len(times) < 2 else sample(plan.sampler, denoise, x, times, noise, watch)
 
@@ -203,6 +208,7 @@ class Pipeline:
         under a `coupling` they are pairs, each caption after that of its reference. `extras` (1 or B, ...) stand beside
         every condition, further captions and null included: guidance removes the words alone."""
         plan, captions = plan or self.sampling, each_caption(captions)
+        self._check(plan)
         denoiser: Conditional = Coupled(coupling, self.denoiser) if coupling else self.denoiser
         if plan.image_scale != 1:
             denoiser = ImageGuided(denoiser, self.text([""]), plan.image_scale)

@@ -66,6 +66,11 @@ class Task:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"the {name} must lie in [0, 1], got {value}")
 
+    @property
+    def parted(self) -> bool:
+        """Whether a part of the walk is asked for, neither all of it nor none."""
+        return 0 < self.strength < 1 if self.start_time is None else 0 < self.start_time < 1
+
     def visits(self, grid: Tensor, schedule: NoiseSchedule) -> Tensor:
         """The times of the grid that are walked: its last ones. Raises ValueError for a start time where the network
         may not be called."""
@@ -83,7 +88,8 @@ class Task:
         """x at the first of the `times` that are walked of `grid`, (B, *shape)."""
         if isinstance(self.start, Tensor):
             return _each(self.start, len(noise), shape)
-        if self.start or self.source is None or len(times) == len(grid):
+        # A start time within the first step leaves as many times as the whole grid has.
+        if self.start or self.source is None or times[0] == grid[0]:
             x = prior(schedule, shape, noise)
             return self.start(x) if self.start else x
         source = _each(self.source, len(noise), shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised, with_x0
+from ldm.jumps import jumping
 from ldm.schedules import NoiseSchedule
 
 USUAL = 0.995  # the paper's p
@@ -21,7 +22,8 @@ class Thresholded(Denoise):
         s = max(1, the quantile p of |x0|),    x0' = clip(x0, -s, s) / s
 
     each sample by itself. It stands around guidance, and a measurement around it. Saharia et al. 2022 (arXiv
-    2205.11487), section 2.3. Raises ValueError for a `quantile` outside (0, 1].
+    2205.11487), section 2.3. Of jumps it scales those that land at t = 0: the x0 of another is no picture. Raises
+    ValueError for a `quantile` outside (0, 1].
     """
 
     denoise: Denoise
@@ -36,7 +38,14 @@ class Thresholded(Denoise):
         return self.denoise.schedule
 
     def __call__(self, x: Tensor, t: Tensor) -> Denoised:
-        ends = self.denoise(x, t)
+        return self._scaled(self.denoise(x, t), t)
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor) -> Denoised:
+        """See `ldm.jumps.Jump`."""
+        ends = jumping(self.denoise).jump(x, t, s)
+        return self._scaled(ends, t) if s == 0 else ends
+
+    def _scaled(self, ends: Denoised, t: Tensor) -> Denoised:
         return with_x0(ends, thresholded(ends.x0, self.quantile), self.schedule(t))
 
 

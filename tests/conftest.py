@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # importlib mode alone would not find `tiny`
 
+import students
 import tiny
 
 from training.messages import hush
@@ -66,6 +68,18 @@ def denoiser(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tiny.call("train_denoiser", "--latents", latents, "--output", run, *tiny.DENOISER) == 0
     tiny.keep()
     return run
+
+
+@pytest.fixture(scope="session")
+def taught(denoiser: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a `teacher` that hears captions, and of students of one step: `baked` its guidance of scale 2 in it,
+    and `told` a scale from 1 to 8."""
+    root = tmp_path_factory.mktemp("taught")
+    tiny.shake(Path(shutil.copytree(denoiser, root / "teacher")) / "final")
+    students.student(root / "teacher", latents, root / "baked")
+    students.student(root / "teacher", latents, root / "told", "--student.guidance_scale", "1,8")
+    tiny.keep()
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser, Network
 from ldm.diffusion import Diffusion
-from ldm.jumps import SPAN, Jumping, Reading
+from ldm.jumps import SPAN, Aim, Jumping, Reading
 from ldm.noise import Noise
 from ldm.pairing import Pairing
 from ldm.teacher import Teacher
@@ -120,6 +120,11 @@ class ObjectiveConfig(ABC):
         on with other `steps` must be there, too."""
         return ""
 
+    @property
+    def aim(self) -> Aim:
+        """Where its model's answer goes, where it jumps: anywhere if it is told how far, else to the clean end."""
+        return "any" if SPAN in self.reads else "clean"
+
     def companions(self) -> Mapping[str, Companion]:
         """The networks that are trained or averaged beside the one that learns, by name."""
         return {}
@@ -128,7 +133,7 @@ class ObjectiveConfig(ABC):
         """The denoiser that its network is: one that jumps, where it says how it is read."""
         if self.reading is None:
             return Denoiser(backbone, diffusion)
-        return Jumping(backbone, diffusion, self.reading, SPAN in self.reads)
+        return Jumping(backbone, diffusion, self.reading, SPAN in self.reads, self.aim)
 
     @abstractmethod
     def build(self, *, diffusion: Diffusion, times: TimeSampling, weighting: Weighting, pairing: Pairing) -> Objective:

@@ -42,8 +42,8 @@ class FewStep(Objective):
 
     def __post_init__(self) -> None:
         if self.diffusion.learned_variance:
-            raise ValueError("a few-step model has no use for a learned variance: set backbone.learned_variance to "
-                             "false, or take as teacher a model without it")
+            raise ValueError("a few-step model has no use for a learned variance: take a model without it, of "
+                             "backbone.learned_variance false, as teacher or to begin with")
 
     def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None,
              cond: Cond | Sequence[str] | None = None) -> Draw:

@@ -68,6 +68,7 @@ class ProgressiveConfig(FewStepConfig, Checked):
     from_steps: int = 8
     steps: int = 1
     taught = "yes"
+    aim = "next"
     reading = staticmethod(plainly)
     made = Progressive
     limits: ClassVar = {"steps": "[1, from_steps]", "from_steps": "[1, inf)"}

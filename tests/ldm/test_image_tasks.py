@@ -122,6 +122,18 @@ def test_a_start_time_is_a_noise_level_whatever_the_steps() -> None:
         drawn(pipe, "a", task=image_to_image(pipe, picture(), start_time=1e-6))
 
 
+def test_a_start_time_within_the_first_step_begins_from_the_picture() -> None:
+    """Which leaves as many times as the whole grid has."""
+    pipe = pipeline(steps=2)
+    task = image_to_image(pipe, picture(), start_time=0.9)(slice(0, 1))
+    grid, noise = pipe.sampling.grid(2, Flow()), Noise.from_seeds([3])
+    times = task.visits(grid, Flow())
+    assert task.source is not None and times.tolist() == [0.9, 0.5, 0] and len(times) == len(grid)
+    x = task.begin(Flow(), grid, times, task.source.shape[1:], noise)
+    eps = noise.normal(task.source.shape[1:], "prior")
+    torch.testing.assert_close(x, 0.1 * task.source + 0.9 * eps)
+
+
 def test_a_weak_edit_is_nearer_to_its_source() -> None:
     pipe, source = pipeline(grid=Trailing(), steps=10), picture()
     off = [(drawn(pipe, "aaa", task=image_to_image(pipe, source, strength=s)).int() - source.int()).abs().float().mean()

@@ -29,7 +29,7 @@ from training.drawing.prompts import tell_reading
 from training.drawing.replay import LARGEST_PICTURE
 from training.drawing.requests import Request, choose
 from training.drawing.start import source_of
-from training.drawing.steering import pipeline_hashes
+from training.drawing.steering import pipeline_hashes, refuse_untaught, student_facts
 from training.errors import DATA, UserError, as_user_error
 from training.files import finite, write_json
 from training.guarding import make_folder
@@ -129,11 +129,12 @@ def opened(args: argparse.Namespace) -> Upscaler:
     with as_user_error("name a run that enlarges pictures: --model RUN"):
         factor = low_res_of(pipeline).factor
     sampling, settings = choose(args)
+    refuse_untaught(pipeline, sampling, [args.negative_prompt])
     facts = {
         "settings": settings, "negative_prompt": args.negative_prompt, "tile": args.tile,
         "precision": args.mixed_precision, "model": name_of(args.model), "hashes": pipeline_hashes(pipeline),
         "versions": {**versions(), "device": pipeline.device.type}, "samples": args.samples,
-        adapters.FACT: adapters.facts(args),
+        adapters.FACT: adapters.facts(args), **student_facts(pipeline, args.model),
     }  # fmt: skip
     return Upscaler(dataclasses.replace(pipeline, tile=args.tile), factor, sampling, args, facts)
 

@@ -151,6 +151,13 @@ def _additions(config: DenoiserConfig) -> Iterator[Obstacle]:
         if (kind := getattr(config, section).kind) != "none":
             why = "its pipelines of text alone have no place for it"
             yield Obstacle(f"{section}.kind", kind, why, '"none" can be written')
+    objective = config.objective
+    if objective.reading is not None and (objective.reads or objective.aim != "none"):
+        why = "its schedulers take the steps of a denoiser, and this model answers where x goes"
+        yield Obstacle("objective.kind", objective.kind, why, "the model that taught it can be written")
+    if config.student.embedded:
+        why = "its pipelines tell a network no guidance scale"
+        yield Obstacle("student.guidance_scale", config.student.scales, why, "one scale, baked in, can be written")
 
 
 def _process(config: DenoiserConfig) -> Iterator[Obstacle]:

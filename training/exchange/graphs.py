@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.backbones import Backbone
 from ldm.conditioning import Cond
+from ldm.jumps import SCALE, SPAN, Jumping, noise_share, plainly
 from ldm.noise import Noise
 from training.errors import CHECKPOINT, UserError, missing_extra
 from training.exchange.export_check import captions, error, probe
@@ -29,8 +30,8 @@ CLOSE = {"pt2": 1e-5, "onnx": 1e-4}  # of what is compared, by its largest numbe
 
 
 class DenoiserGraph(nn.Module):
-    """Latents, noise level, text, its mask, the pooled text, an image and its level, as many as the network reads ->
-    what it predicts."""
+    """Latents, noise level, text, its mask, the pooled text, an image and its level, the numbers that a few-step model
+    is told, as many as the network reads -> what it predicts."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
@@ -38,9 +39,10 @@ class DenoiserGraph(nn.Module):
 
     def forward(
         self, x: Tensor, noise_level: Tensor, context: Tensor, mask: Tensor, pooled: Tensor | None = None,
-        image: Tensor | None = None, image_level: Tensor | None = None,
+        image: Tensor | None = None, image_level: Tensor | None = None, span: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        shown = {"image": image, "image_level": image_level}
+        shown = {"image": image, "image_level": image_level, SPAN: span, SCALE: guidance_scale}
         extras = {name: value for name, value in shown.items() if value is not None}
         y: Tensor = self.backbone(x, noise_level, Cond(context, mask, pooled, extras))
         return y
@@ -70,6 +72,7 @@ def write_graphs(folder: Path, pipeline: HashedPipeline, kinds: Sequence[str]) -
     that. Raises UserError where it gives other numbers, or ONNX is not installed."""
     if "onnx" in kinds:
         need_onnx()
+    refuse_reading(pipeline)
     make_folder(folder)
     told = []
     with torch.no_grad():
@@ -85,6 +88,13 @@ def write_graphs(folder: Path, pipeline: HashedPipeline, kinds: Sequence[str]) -
     write_bytes(folder / "README.md", _card(pipeline, parts).encode())
     write_json(folder / "steps.json", steps(pipeline))
     return f"run again: largest differences {', '.join(told)}"
+
+
+def refuse_reading(pipeline: HashedPipeline) -> None:
+    """Raises UserError for a few-step model whose answers are read by a rule that steps.json has no numbers for."""
+    if getattr(pipeline.denoiser, "reading", plainly) is not plainly:
+        what = "this student's network answers no prediction of its process, and the steps beside a graph read no other"
+        raise UserError(what, hint="export the model that taught it")
 
 
 def need_onnx() -> None:
@@ -109,6 +119,7 @@ def graphs(pipeline: HashedPipeline) -> dict[str, Graph]:
         inputs["image"] = noise.normal((backbone.image_channels, *x.shape[2:]), "image")
     if backbone.level_embedding:
         inputs["image_level"] = torch.linspace(0, 1, len(x))
+    inputs |= {name: torch.linspace(0, 1, len(x)) for name in backbone.number_embeddings or ()}
     network, decoder = DenoiserGraph(backbone), DecoderGraph(pipeline.autoencoder)
     return {"denoiser": Graph(network.eval(), inputs), "decoder": Graph(decoder.eval(), {"latents": x})}
 
@@ -157,11 +168,14 @@ def steps(pipeline: HashedPipeline) -> dict[str, Any]:
     """
     plan, process = pipeline.sampling, pipeline.denoiser.diffusion
     schedule = process.schedule
-    times = plan.grid(plan.steps, schedule)[:-1]
-    level = schedule(times)
+    grid = plan.grid(plan.steps, schedule)
+    times, level = grid[:-1], schedule(grid[:-1])
     a, b = process.prediction.coefficients(level, schedule.rates(times))
     numbers = {"t": times, "alpha": level.alpha, "sigma": level.sigma, "input_scale": schedule.input_scale(times),
                "noise_level": schedule.noise_level(times), "a": a, "b": b}  # fmt: skip
+    if getattr(pipeline.denoiser, "spans", False):
+        ends = torch.zeros_like(times) if plan.sampler.kind == "consistency" else grid[1:]
+        numbers[SPAN] = noise_share(schedule, times) - noise_share(schedule, ends)
     each = [dict(zip(numbers, row, strict=True)) for row in torch.stack(list(numbers.values()), 1).tolist()]
     return {"prior_std": schedule.prior_std, "steps": each, "end": {"t": 0.0, "alpha": 1.0, "sigma": 0.0}}
 
@@ -170,13 +184,14 @@ def _card(pipeline: HashedPipeline, parts: dict[str, Graph]) -> str:
     """README.md: the inputs, and what the numbers mean."""
     process, plan, inputs = pipeline.denoiser.diffusion, pipeline.sampling, parts["denoiser"].inputs
     lines = [f"`{name}`: {', '.join(map(_shape, graph.inputs.items()))}" for name, graph in parts.items()]
-    told = json.dumps({name: vars(part) for name, part in (
+    how = json.dumps({name: vars(part) for name, part in (
         ("schedule", process.schedule), ("prediction", process.prediction), ("sampler", plan.sampler),
         ("grid", plan.grid), ("guidance", plan.guidance))})  # fmt: skip
     half = ".chunk(2, 1)[0]  # the other half says the variance" if process.learned_variance else ""
     about = " ".join((inspect.getdoc(pipeline.image) or "").split("\n\n")[0].split())
     image = f"\n`image` is read behind the channels of x ({pipeline.image.kind}): {about}" if "image" in inputs else ""
     level = " `image_level`, 0 to 1: the share of noise in it." if "image_level" in inputs else ""
+    told, noise, guided = _of_student(pipeline, inputs)
     return f"""# A denoiser and its decoder
 
 {lines[0]}
@@ -192,17 +207,31 @@ given input_scale x_t and noise_level, answers y = a x0 + b eps. Told `text`, th
 x = numbers["prior_std"] * torch.randn({_sides(inputs["x"])})
 for now, after in zip(numbers["steps"], [*numbers["steps"][1:], numbers["end"]]):
     level = torch.full((len(x),), now["noise_level"])
-    y = denoiser(x=now["input_scale"] * x, noise_level=level, **text){half}
+    y = denoiser(x=now["input_scale"] * x, noise_level=level, **text{told}){half}
     scale = now["alpha"] * now["b"] - now["sigma"] * now["a"]
     x0 = (now["b"] * x - now["sigma"] * y) / scale
     eps = (now["alpha"] * y - now["a"] * x) / scale
-    x = after["alpha"] * x0 + after["sigma"] * eps
+    x = after["alpha"] * x0 + after["sigma"] * {noise}
 pictures = decoder(latents=x)  # in [-1, 1]
 ```
 
-Classifier-free guidance of scale s takes two calls, of the caption and of the empty one: y_empty + s (y - y_empty).
-Those are DDIM's steps, on the run's grid. What the run was trained on and draws with: {told}
+{guided} What the run was trained on and draws with: {how}
 """
+
+
+def _of_student(pipeline: HashedPipeline, inputs: dict[str, Tensor]) -> tuple[str, str, str]:
+    """What the network is told besides, what is noise after a step, and what the card says of guidance and steps."""
+    student, denoiser, scale = pipeline.student, pipeline.denoiser, getattr(pipeline.sampling.guidance, "scale", 1.0)
+    guided = ("Classifier-free guidance of scale s takes two calls, of the caption and of the empty one: y_empty + "
+              "s (y - y_empty).\nThose are DDIM's steps, on the run's grid.")
+    if not isinstance(denoiser, Jumping):
+        return "", "eps", guided
+    values = {SPAN: 'now["span"]', SCALE: str(float(scale))}  # a whole number would make a tensor of those
+    told = "".join(f", {name}=torch.full((len(x),), {values[name]})" for name in values if name in inputs)
+    sampler = pipeline.sampling.sampler
+    noise = "torch.randn_like(x)" if sampler.kind == "consistency" else "eps"
+    less = ", but for the noise of its sampler" if getattr(sampler, "noise", 0) else ""
+    return told, noise, f"It is a few-step model, {student.words}: these are its steps{less}; give no other guidance."
 
 
 def _shape(given: tuple[str, Tensor]) -> str:

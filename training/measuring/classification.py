@@ -12,6 +12,7 @@ from torch import Tensor
 from autoencoder.images import to_unit
 from ldm.diffusion_classifier import DiffusionClassifier, posterior
 from ldm.noise import Noise
+from ldm.students import unguided
 from ldm.weighting import ELBO, SNR
 from training.drawing.prompts import listed, tell_reading
 from training.errors import DATA, UserError, as_user_error
@@ -41,9 +42,10 @@ def classification(
     The score of a caption is E over q(z | picture) of the bound of z, whose gaps are those of the bound of the picture:
     so every draw takes its own sample of the posterior, as training did; its mean is less noisy than any data seen.
     """
+    classify = asking(pipeline, args)
     captions, images = choices(Path(args.classify), pipeline, ledger), held_out(args)
     places, truth = shown(images, captions, args.count, ledger)
-    classify, cond, beliefs = asking(pipeline, args), pipeline.text(captions), []
+    cond, beliefs = pipeline.text(captions), []
     for number, pixels in enumerate(chunks(images, places, device, "classifying")):
         part = slice(number * CHUNK, number * CHUNK + len(pixels))
         noise = Noise.from_seeds([args.seed + place for place in places[part]], device)
@@ -101,10 +103,13 @@ def shown(images: Images, captions: list[str], count: int, ledger: Ledger) -> tu
 
 
 def asking(pipeline: Pipeline, args: argparse.Namespace) -> DiffusionClassifier:
-    """The classifier of the flags. Raises UserError where its stages do not fit its draws."""
+    """The classifier of the flags. Raises UserError where its stages do not fit its draws, and for a student whose
+    answers are not those of a denoiser without guidance."""
+    with as_user_error("measure a run that train_denoiser has trained"):
+        denoiser = unguided(pipeline.student, pipeline.denoiser, "--classify")
     with as_user_error("give more --draws, or --eliminate DRAWS:KEEP after fewer"):
         return DiffusionClassifier(
-            denoiser=pipeline.denoiser,
+            denoiser=denoiser,
             diffusion=pipeline.denoiser.diffusion,
             draws=args.draws,
             weightings=tuple(WEIGHTINGS.values()),

@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -35,8 +36,9 @@ from ldm.grids import Given
 from ldm.noise import Noise
 from ldm.samplers import prior, sample
 from ldm.schedules import Table
+from ldm.students import check_denoises
 from training.commands import opener
-from training.errors import UserError
+from training.errors import UserError, as_user_error
 from training.files import write_text
 from training.guarding import check_free
 from training.measuring.sampler_agreement import Bench, table
@@ -78,6 +80,22 @@ def select(members: dict[str, Any], names: str, flag: str) -> dict[str, Any]:
     return {name: members[name] for name in wanted}
 
 
+def denoising(names: str) -> dict[str, Any]:
+    """The samplers of these names, for "all" those of denoisers. Raises UserError for one of few-step models."""
+    samplers = select(every("sampler"), names, "--samplers")
+    few_step = [kind for kind, sampler in samplers.items() if sampler.jumps]
+    if few_step and names != "all":
+        what = f"--samplers: {few_step[0]} takes the steps of a few-step model, and what is exact here is a denoiser"
+        raise UserError(what, hint="name a model of distill_denoiser: --model RUN")
+    return {kind: sampler for kind, sampler in samplers.items() if not sampler.jumps}
+
+
+def left_out() -> str:
+    """Which samplers are not among those of denoisers, in a sentence."""
+    few_step = [kind for kind, sampler in every("sampler").items() if sampler.jumps]
+    return f"Left out: {', '.join(few_step)},\nwhich take the steps of few-step models."
+
+
 def every(section: str) -> dict[str, Any]:
     """The members of a family by their kind, built with their defaults."""
     return {str(member.kind): member() for member in family(section)}
@@ -97,7 +115,7 @@ def processes() -> dict[str, Any]:
 def oracle_tables(args: Any) -> Iterator[str]:
     """Errors of every combination, orders of convergence, and what is refused."""
     schedules = select(processes(), args.processes, "--processes")
-    samplers = select(every("sampler"), args.samplers, "--samplers")
+    samplers = denoising(args.samplers)
     given_grid = Given(times=tuple(torch.linspace(1, 0, args.steps + 1, dtype=torch.float64).tolist()))
     grids = select(every("grid") | {Given.kind: given_grid}, args.grids, "--grids")
     reasons: dict[str, str] = {}
@@ -106,7 +124,7 @@ predictor-corrector, whose steps look at the sample: measured on 2^15 numbers, w
 End error: how far a sampler without noise of its own carries a sample from where the ODE does, root mean square over
 the data's standard deviation; two modes: the same on {SAMPLES} samples of a mixture in the plane, against RK4 in 200
 steps. Predictions: the largest difference their coefficients make to a result (float64). The grid `given` is a list of
-equal steps of t.
+equal steps of t. {left_out()}
 """
     columns = "process | grid | calls | mean - exact | variance / exact - 1 | end error | two modes | predictions"
     yield f"| sampler | {columns} |"
@@ -226,7 +244,19 @@ def convergence_order(sampler: Any, schedule: Any) -> float:
 
 def run_table(args: Any) -> Iterator[str]:
     """How the samplers agree on a trained network."""
-    samplers = list(select(every("sampler"), args.samplers, "--samplers").values())
-    seeds = 2 if all(sampler.rises for sampler in samplers) else args.seeds
     pipeline = load_pipeline(args.model, text_encoder=args.text_encoder)
-    yield from table(Bench(pipeline, args.prompt, args.steps, seeds), samplers)
+    with as_user_error("check the model that taught it: --model TEACHER"):
+        check_denoises(pipeline.denoiser, "a comparison of samplers")
+    bench = Bench(pipeline, args.prompt, args.steps, args.seeds)
+    samplers, others = list[Any](), list[str]()
+    for kind, sampler in select(every("sampler"), args.samplers, "--samplers").items():
+        try:
+            bench.check(sampler)
+            samplers.append(sampler)
+        except ValueError as reason:
+            if args.samplers != "all":
+                raise UserError(f"--samplers: {reason}", hint="leave it out of --samplers") from None
+            others.append(kind)
+    if others:
+        yield f"Left out: {', '.join(others)}, which are not of this kind of model.\n"
+    yield from table(replace(bench, seeds=2) if all(sampler.rises for sampler in samplers) else bench, samplers)

@@ -22,6 +22,7 @@ from autoencoder.images import to_unit
 from ldm.coupling import MasaCtrl, PromptToPrompt
 from ldm.guidance import ClassifierFree
 from ldm.image_tasks import edit_friendly_inversion, extended, image_to_image, inpainting, inverted, referring, styled
+from ldm.jumps import Jumping
 from ldm.samplers import DDIM, DDPM
 from ldm.tasks import Task, Tasks
 from training.drawing.edits import half_window
@@ -93,9 +94,12 @@ class Studio:
 def shapes_edits(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace) -> Numbers:
     """The numbers of all parts; with --grid FILE one sheet of examples for each, named FILE-PART.
 
-    Raises UserError for a model of other pictures than square RGB ones of at least 32 pixels, and for sheets that are
-    there already.
+    Raises UserError for a few-step model, for one of other pictures than square RGB ones of at least 32 pixels, and for
+    sheets that are there already.
     """
+    if isinstance(pipeline.denoiser, Jumping):
+        what = "--edits shapes draws with ddpm and ddim too, in many steps, and this is a few-step model"
+        raise UserError(what, hint="measure its teacher")
     height, width = pipeline.size
     if pipeline.autoencoder.image_channels != 3 or height != width or height < UNIT:
         what = f"edited shapes are square RGB pictures of at least {UNIT:g} pixels, the model draws {width}x{height}"

@@ -15,7 +15,7 @@ from training.commands import door
 from training.drawing import adapters
 from training.drawing.requests import choose
 from training.drawing.shown import shown
-from training.drawing.steering import pipeline_hashes
+from training.drawing.steering import pipeline_hashes, refuse_untaught
 from training.errors import UserError
 from training.files import finite, write_json
 from training.guarding import check_free, make_folder
@@ -156,6 +156,8 @@ def of_denoiser(args: argparse.Namespace) -> dict[str, Any]:
     pipeline = load_pipeline(args.model, device, args.text_encoder, adapters=adapters.chosen(args))
     refuse_unshown(pipeline, args)
     sampling, settings = choose(args)
+    if not (args.likelihood or args.classify):
+        refuse_untaught(pipeline, sampling)
     pipeline = replace(pipeline, size=tuple(settings["sample"]["size"]))
     numbers: dict[str, Any] = {"settings": settings, "seed": args.seed, "batch_size": args.batch_size}
     numbers |= {"hashes": pipeline_hashes(pipeline), "adapters": adapters.facts(args)}

@@ -9,8 +9,10 @@ import torch
 from autoencoder.images import to_unit
 from ldm.likelihood import bits_per_dim, log_likelihood
 from ldm.noise import Noise
+from ldm.students import unguided
 from ldm.variational import bound
 from training.drawing.prompts import tell_reading
+from training.errors import as_user_error
 from training.measuring.held_out import CHUNK, chunks, held_out
 from training.models.judge import caption
 
@@ -25,6 +27,8 @@ def likelihood(
 ) -> dict[str, Any]:
     """log p of held-out pictures' latents given their captions, by the probability-flow ODE; and the bound that a model
     of learned variance was trained on."""
+    with as_user_error("measure a run that train_denoiser has trained"):
+        denoiser = unguided(pipeline.student, pipeline.denoiser, "--likelihood")
     images, exact = held_out(args), args.likelihood_trace == "exact"
     log_likelihoods, bounds = [], []
     places = images.evenly(args.likelihood)
@@ -33,7 +37,7 @@ def likelihood(
     for number, pixels in enumerate(chunks(images, places, device, "log-likelihood")):
         part = slice(number * CHUNK, number * CHUNK + len(pixels))
         latents = pipeline.autoencoder.norm.mean_latents(pipeline.autoencoder.encode(to_unit(pixels)))
-        denoise = pipeline.denoiser.bind(pipeline.text(captions[part]))
+        denoise = denoiser.bind(pipeline.text(captions[part]))
         probe = Noise.from_seeds([args.seed + i for i in places[part]], device)
         grid, probes = sampling.grid(sampling.steps, denoise.schedule), args.likelihood_probes
         log_likelihoods.append(log_likelihood(denoise, latents, grid, None if exact else probe, probes).cpu())

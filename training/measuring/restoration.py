@@ -21,6 +21,7 @@ from ldm import image_tasks
 from ldm.inverse.operators import LinearOperator, Operator, measure, residual
 from ldm.noise import Noise
 from ldm.samplers import Snapshot
+from ldm.students import NO_STUDENT, Student
 from training.commands import door
 from training.drawing.prompts import tell_reading
 from training.drawing.restoration import method_of, operator_of
@@ -160,7 +161,7 @@ def restoration(
     without drawing: the picture itself, its reconstruction, A^+ y, and y enlarged."""
     methods, operator, images = methods_of(args), operator_of(args), held_out(args)
     check_noise(args.sigma_y)
-    tell_limits(args.samples, sampling)
+    tell_limits(args.samples, sampling, pipeline.student)
     places = even_indices(images, args.count or len(images))
     named = [caption(images, place) for place in places]
     captions = [""] * len(named) if args.captions == "empty" else named
@@ -216,12 +217,15 @@ def check_noise(sigma_y: float) -> None:
         raise UserError(what, hint="give a small one for a measurement that has next to none, such as 0.001")
 
 
-def tell_limits(samples: int, sampling: Sampling) -> None:
+def tell_limits(samples: int, sampling: Sampling, student: Student = NO_STUDENT) -> None:
     """Say what coverage will not show."""
     if samples < EXACT:
         share = f"{floor(samples, TOLD[-1]):.2f}"
         note(f"of {samples} samples a value beyond all of them counts as {share} in the coverage of {TOLD[-1]:.0%}; "
              f"of {EXACT} and more it counts as 0")
+    if student.baked is not None:
+        note(f"guidance of scale {student.baked:g} is baked into this student, whose prior is another than the data's, "
+             "and draws less spread; calibration is a question for its teacher")
     if (scale := getattr(sampling.guidance, "scale", 1)) != 1:
         note(f"guidance of scale {scale:g} makes the prior another than the data's, and draws less spread; "
              "calibration is a question for --guidance-scale 1")

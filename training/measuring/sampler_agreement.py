@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ldm.denoiser import Denoise
 from ldm.grids import Karras, Uniform
-from ldm.guidance import ClassifierFree
+from ldm.guidance import ClassifierFree, Embedded
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline, Sampling
 from ldm.samplers import RK4, Memory, Sampler
+from ldm.students import check_plan
 from training.progress import Progress
 
 CLOSE = 0.05  # of the latents' standard deviation
@@ -60,8 +61,9 @@ class Row(NamedTuple):
         return self.apart <= self.allowed
 
 
+@dataclass(frozen=True)
 class Bench:
-    """The samplers of a pipeline, unguided, from the same starts.
+    """The samplers of a pipeline, without guidance but a student's own, from the same starts.
 
     Those without noise of their own must come to the latents of the classic Runge-Kutta rule. Those with an order
     converge to the law of the reverse SDE; the rest must come to that, to the law of the ODE, or between. The two laws
@@ -70,9 +72,15 @@ class Bench:
     (or `WIDER`) and `ERRORS` standard errors.
     """
 
-    def __init__(self, pipeline: Pipeline, caption: str, steps: int, seeds: int) -> None:
-        self.pipeline, self.caption, self.steps, self.seeds = pipeline, caption, steps, seeds
-        self.ode = self._drawn(RK4(), seeds)
+    pipeline: Pipeline
+    caption: str
+    steps: int
+    seeds: int
+
+    @cached_property
+    def ode(self) -> Tensor:
+        """Latents of the ODE."""
+        return self._drawn(RK4(), self.seeds)
 
     @cached_property
     def sde(self) -> Tensor:
@@ -93,16 +101,27 @@ class Bench:
 
     def _drawn(self, sampler: Sampler, seeds: int) -> Tensor:
         """Latents (seeds, C, h, w) in float64 on the CPU, drawn sixteen at a time."""
-        # Equal steps of t are no grid for a process whose sigma grows to 80.
-        grid = Uniform() if self.pipeline.denoiser.schedule.prior_std == 1 else Karras()
-        plan = Sampling(sampler=sampler, grid=grid, guidance=ClassifierFree(scale=1.0), steps=self.steps)
-        shape, parts = self.pipeline.latent_shape(self.pipeline.size), []
+        shape, parts, (pipeline, plan) = self.pipeline.latent_shape(self.pipeline.size), [], self._asked(sampler)
         with torch.no_grad():
             for first in range(0, seeds, 16):
                 noise = Noise.from_seeds(range(first, min(first + 16, seeds)), self.pipeline.device)
-                denoise = self.pipeline.guided([self.caption] * len(noise), plan=plan)
-                parts.append(self.pipeline.latents(denoise, noise, shape, plan).cpu().double())
+                denoise = pipeline.guided([self.caption] * len(noise), plan=plan)
+                parts.append(pipeline.latents(denoise, noise, shape, plan).cpu().double())
         return torch.cat(parts)
+
+    def check(self, sampler: Sampler) -> None:
+        """Raises ValueError for a sampler of another kind of model."""
+        pipeline, plan = self._asked(sampler)
+        check_plan(pipeline.student, plan, pipeline.denoiser)
+
+    def _asked(self, sampler: Sampler) -> tuple[Pipeline, Sampling]:
+        """The pipeline, at as many steps as are asked for, and how it draws."""
+        own = self.pipeline.sampling.guidance
+        # Equal steps of t are no grid for a process whose sigma grows to 80.
+        grid = Uniform() if self.pipeline.denoiser.schedule.prior_std == 1 else Karras()
+        guidance = own if isinstance(own, Embedded) else ClassifierFree(scale=1.0)
+        plan = Sampling(sampler=sampler, grid=grid, guidance=guidance, steps=self.steps)
+        return replace(self.pipeline, sampling=plan, student=replace(self.pipeline.student, steps=())), plan
 
     def _moments(self, x: Tensor) -> Tensor:
         """Of each sample (N, 2 C): what it adds to the mean and the standard deviation of each channel, where the ODE's

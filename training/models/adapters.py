@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.text import TextEncoder
 
+WHOLE_TEACHER = "make one model of both, export_model BASE --adapter RUN --output DIR, and give that with --teacher"
 OF_BASE = ("autoencoder", "denoiser", "text_encoder", "vocabulary")  # the hashes that make a base the same one
 
 
@@ -73,10 +74,17 @@ def refuse_adapter(path: str | Path, found: Found, instead: str) -> None:
         raise UserError(f"{path} is an adapter upon {base}, not a whole model", hint=instead, code=CHECKPOINT)
 
 
-def config_of_base(base: str, flag: str = "--base") -> decoding.DenoiserConfig:
-    """The config of a trained denoiser that an adapter is to be learned upon, or a student from."""
+def config_of_teacher(teacher: str) -> decoding.DenoiserConfig:
+    """The config of a trained denoiser that a student is to learn from."""
+    return config_of_base(teacher, WHOLE_TEACHER)
+
+
+def config_of_base(base: str, instead: str = "give the model that it was learned upon with --base",
+                   ) -> decoding.DenoiserConfig:
+    """The config of a trained denoiser that an adapter is to be learned upon, or a student of. `instead`: what to give
+    in place of an adapter's run."""
     found = find(base, "denoiser")
-    refuse_adapter(base, found, f"give the model that it was learned upon with {flag}")
+    refuse_adapter(base, found, instead)
     config = found.config()
     assert isinstance(config, decoding.DenoiserConfig)
     return config

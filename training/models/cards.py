@@ -166,13 +166,18 @@ def _student(values: Mapping[str, Any], teacher: str) -> str:
     if kind == "denoising":
         return ""
     scales = student.get("guidance_scale", [])
-    scales = scales if isinstance(scales, list) else [scales]
-    steps = " or ".join(map(str, student.get("steps", []))) or "any number of"
+    scales = [scale for scale in (scales if isinstance(scales, list) else [scales]) if scales not in (1, [1])]
+    steps, default = " or ".join(map(str, student.get("steps", []))), values["sample"]["steps"]
+    drawn = f"It draws in {_steps(steps)}." if steps == str(default) else (
+        f"It draws in {_steps(steps or 'any number of')}, and by default in {default}.")
     by = f" by {escaped(teacher)}, whose hashes are in [{TEACHER}]({TEACHER})" if teacher else " by data alone"
     guided = {0: "No guidance was taken in.", 1: "Guidance at scale {:g} is baked in: give no other.",
               2: "It is told its guidance scale, {:g} to {:g}, and needs no second call."}[len(scales)].format(*scales)
-    drawn = f"It draws in {steps} steps, and by default in {values['sample']['steps']}."
     return f" It is a few-step model ({escaped(kind)}), taught{by}. {drawn} {guided}"
+
+
+def _steps(count: str) -> str:
+    return f"{count} step{'' if count == '1' else 's'}"
 
 
 def _picture(folder: Path, denoiser: bool) -> str:

@@ -65,6 +65,14 @@ def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> P
     return folder.final
 
 
+def _refuse_told(config: Any, theirs: Any, path: str) -> None:
+    """Raises UserError for the run of a few-step model that reads numbers which this one does not."""
+    ours = {*config.objective.reads, *config.student.reads}
+    if told := sorted({*theirs.objective.reads, *theirs.student.reads} - ours):
+        what = f"{path} is a few-step model that is told its {' and '.join(told)}, and this one is told none"
+        raise UserError(what, hint="begin with the model that taught it", code=CHECKPOINT)
+
+
 def fill_network(
     config: decoding.DenoiserConfig, parts: Parts, dataset: Latents, path: str, text_encoder: str | None = None
 ) -> int:
@@ -77,6 +85,7 @@ def fill_network(
     """
     folder, text = find(path, "denoiser"), parts.text
     refuse_adapter(path, folder, "give a whole model")
+    _refuse_told(config, folder.config(), path)
     if text_encoder and isinstance(text, HuggingFaceTextEncoder):
         text_encoders.same_encoder(folder.final, text, text_encoder)
     words = text_encoders.stored_vocabulary(folder.final) if text_encoders.holds_vocabulary(folder.final) else ""

@@ -45,8 +45,6 @@ ALIASES = {
 # Sections of one kind, whose keys and numbers can be judged without torch; `configs.decode` judges all the rest.
 PLAIN: dict[str, type] = {"conditioning": Conditioning, "loss": Loss, "optimizer": Optimizer, "sample": Sample,
                           "train": Train}  # fmt: skip
-
-
 STREAM = {
     "autoencoder": "read --data, here tars ('a/{000..123}.tar', addresses, pipe:COMMAND), from front to end, without an"
     " index, in the order they come; a resumed run reads others, so it is not the run that was not stopped",

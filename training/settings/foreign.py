@@ -155,11 +155,12 @@ PLACES = {
     "backbone": ("ldm", "backbones"),
     "text": ("ldm", "text"),
     "objective": ("ldm", "objectives"),
+    "student": ("ldm", "students"),
 }
 SECTIONS = {
     "autoencoder": "model loss latent discriminator optimizer train",
-    "denoiser": "backbone text conditioning schedule prediction times weighting pairing objective adapter prior image "
-    "optimizer train sample sampler grid guidance",
+    "denoiser": "backbone text conditioning schedule prediction times weighting pairing objective student adapter "
+    "prior image optimizer train sample sampler grid guidance",
     "sampling": "sampler grid guidance",
 }
 
@@ -190,7 +191,7 @@ def keys(section: str) -> set[str]:
         for file in place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
             nodes = ast.parse(file.read_text("utf-8")).body
             classes |= {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-    chosen = [node for node in classes.values() if "kind" in _fields(node)]
+    chosen = [node for node in classes.values() if "kind" in _fields(node) or node.name == section.capitalize()]
     for node in chosen:  # and what they inherit, which grows the list
         chosen += [classes[base] for base in map(ast.unparse, node.bases) if base in classes]
     return {field for node in chosen for field in _fields(node)}

@@ -38,7 +38,7 @@ class Upon:
 ADAPTER = Upon("adapter", "--base", "an adapter", TRAINING, (*MODEL, "objective", "student"),
                "leave these keys out; --init-from trains a whole model of another config")
 LEARNED = ("objective", "student", "pairing", "weighting", "prior")  # what a student learns in another way
-STUDENT = Upon("student", "--teacher", "a student", (*TRAINING, *LEARNED), (*MODEL, "adapter", "prior"),
+STUDENT = Upon("student", "--teacher", "a student", (*TRAINING, *LEARNED), (*MODEL, "adapter"),
                "leave these keys out; train_denoiser trains a model of another shape")
 
 
@@ -57,6 +57,7 @@ def load_upon(upon: Upon, base: decoding.DenoiserConfig, source: str,
     """
     text, where = reading.read(upon.folder, source)
     own, values = reading.parse(text, where), decoding.to_values(base)
+    own.pop("format", None)  # which is that of the model: a run keeps the version it began with
     if base.weighting.kind == "learned" and "weighting" not in upon.anew:
         note("the base's learned weighting is not part of its model: the adapter is trained with weighting uniform")
         values["weighting"] = {"kind": "uniform"}
@@ -89,6 +90,7 @@ def _check_kind(upon: Upon, config: decoding.DenoiserConfig, where: str) -> None
         if config.objective.reading is None:
             what = f"{where} has no [objective] that teaches a student"
             raise UserError(what, hint=f"--teacher takes the configs {known}, or a file with such an [objective]")
+        _check_student(config)
         return
     if config.adapter.kind == "none":
         hint = f"--base takes the configs {known}, or a file with an [adapter]"
@@ -96,6 +98,27 @@ def _check_kind(upon: Upon, config: decoding.DenoiserConfig, where: str) -> None
     if config.weighting.kind == "learned":
         what = "weighting.kind learned is learned beside a whole model, and the training of an adapter learns none"
         raise UserError(what, hint="give --weighting.kind uniform")
+    if config.objective.reading is not None:
+        kind = config.objective.kind
+        what = f"the base is a few-step model (objective.kind {kind}), and an adapter learns to denoise"
+        raise UserError(what, hint="learn it upon the teacher, and distill both: export_model makes one model of them")
+
+
+def _check_student(config: decoding.DenoiserConfig) -> None:
+    """Raises UserError for settings that contradict what a student learns from."""
+    kind, taught, student = config.objective.kind, config.objective.taught, config.student
+    if config.prior.weight:
+        what = "prior.weight: prior pictures are drawn by the base of an adapter, and a student learns from its teacher"
+        raise UserError(what, hint="leave it out")
+    if config.pairing.kind != "independent":
+        what = f"pairing.kind {config.pairing.kind}: a few-step model is taught with independent noise"
+        raise UserError(what, hint="leave it out")
+    if student.learns_from == "data" and taught == "yes":
+        what = f"student.learns_from data: objective.kind {kind} learns from a teacher alone"
+        raise UserError(what, hint="leave it out")
+    if student.scales and (student.learns_from == "data" or taught == "no"):
+        what = "student.guidance_scale takes in the guidance of a teacher, and this student learns from data"
+        raise UserError(what, hint="leave it out")
 
 
 def learned_upon(config: Any) -> bool:
@@ -111,6 +134,11 @@ def refuse_without_base(config: Any) -> None:
     if getattr(getattr(config, "objective", None), "taught", "no") == "yes":
         what = f"objective.kind {config.objective.kind} is learned from a trained model"
         raise UserError(what, hint="teach a student: distill_denoiser --teacher RUN")
+    student = getattr(config, "student", None)
+    if student and (student.scales or (student.steps and config.objective.reading is None)):
+        key = "guidance_scale" if student.scales else "steps"
+        what = f"student.{key} says how a few-step model was taught by a trained one, and none is named"
+        raise UserError(what, hint="leave it out, or teach a student: distill_denoiser --teacher RUN")
 
 
 def refuse_name_without_base(source: str) -> None:

@@ -36,6 +36,11 @@ def without_use(config: Any, given: Iterable[str], device: str = "cuda") -> list
         reasons |= {"prior": "prior.weight is 0", "prior.weight": ""}  # which may be given to say so
     if (adapter := getattr(config, "adapter", None)) and not adapter.words:
         reasons["adapter.kin"] = "adapter.words is empty"
+    if objective := getattr(config, "objective", None):
+        if objective.reading is None:
+            reasons["student"] = f"objective.kind is {objective.kind}"
+        elif objective.taught == "no":
+            reasons["student.learns_from"] = f"objective.kind {objective.kind} learns from data alone"
     if not config.train.ema_lengths:
         reasons["train.ema_every"] = "train.ema_lengths is empty"
     if device == "cpu":

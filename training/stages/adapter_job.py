@@ -36,7 +36,7 @@ from training.runs.ingredients import difference
 from training.stages.denoiser import DenoiserStage
 from training.stages.denoiser_job import DenoiserJob, first_captions
 from training.stages.job import parameters
-from training.stages.of_base import same_autoencoder, text_encoder_of
+from training.stages.of_base import in_size_of, same_autoencoder, text_encoder_of
 from training.stages.prior import prior_home, tell_captions
 from training.tensors import content_hash
 
@@ -57,7 +57,7 @@ class AdapterJob(DenoiserJob):
             kind = self.config.image.kind
             what = f"a control reads a hint, and this base is itself shown an image (image.kind {kind})"
             raise UserError(what, hint="give a base that is shown captions alone, or learn a --config lora upon it")
-        self._take_size()
+        self.config = in_size_of(self.config, config_of_base(self.args.base), self.dataset)
         super().settle()
         if self.args.new_words:
             self._take_words()
@@ -66,16 +66,6 @@ class AdapterJob(DenoiserJob):
         with as_user_error("make_shards pack --hint KIND, then encode_latents, store them beside the pictures"):
             adapter = self.config.adapter.settled(factor, self.hint_channels())
         self.config = dataclasses.replace(self.config, adapter=adapter)
-
-    def _take_size(self) -> None:
-        """Pictures are drawn in the size of these latents where the config says no other than that of the base."""
-        sample, base = self.config.sample, config_of_base(self.args.base).sample.size
-        size = tuple(self.dataset.shards.summary["latent"]["picture"])
-        if sample.size == base not in ((0, 0), size):
-            now, before = ("x".join(map(str, sides)) for sides in (size, base))
-            if first_process():
-                note(f"sample.size is {now}, as these latents are, and {before} in the base")
-            self.config = dataclasses.replace(self.config, sample=dataclasses.replace(sample, size=size))
 
     def _take_words(self) -> None:
         """The captions' words that the base does not know become words of the adapter; marks do not."""

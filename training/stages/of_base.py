@@ -1,13 +1,16 @@
-"""What a training upon another model shares with it: the autoencoder, and a frozen text encoder."""
+"""What a training upon another model shares with it: the autoencoder, a frozen text encoder, the size of pictures."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.commands import door
 from training.errors import CHECKPOINT, UserError
+from training.machine.launcher import first_process
+from training.messages import note
 from training.models import text_encoders
 from training.runs.ingredients import difference
 
@@ -15,6 +18,18 @@ if TYPE_CHECKING:
     import argparse
 
     from training.data.latents import Latents
+
+
+def in_size_of(config: Any, theirs: Any, dataset: Latents, role: str = "base") -> Any:
+    """The config, drawn in the size of these latents where it says no other than that of the other model, its `role`.
+    """
+    sample, size = config.sample, tuple(dataset.shards.summary["latent"]["picture"])
+    if sample.size != theirs.sample.size or sample.size in ((0, 0), size):
+        return config
+    now, before = ("x".join(map(str, sides)) for sides in (size, sample.size))
+    if first_process():
+        note(f"sample.size is {now}, as these latents are, and {before} in the {role}")
+    return dataclasses.replace(config, sample=dataclasses.replace(sample, size=size))
 
 
 def same_autoencoder(model: str, base: Mapping[str, Any], ours: Mapping[str, str], role: str = "base") -> None:

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ldm.guidance import ClassifierFree, Embedded
 from ldm.guiding import Scaled
-from ldm.jumps import SCALE
+from ldm.jumps import SCALE, SPAN
+from ldm.students import Student, in_steps
 from ldm.teacher import Teacher
 from ldm.text import HuggingFace
 from training.errors import UserError, as_user_error
 from training.files import write_json
 from training.machine.meeting import agree, is_distributed
 from training.models import assembly
-from training.models.adapters import config_of_base
+from training.models.adapters import config_of_teacher
 from training.models.cards import TEACHER
 from training.models.folders import find, name_of
 from training.models.init_from import fill_network, vocabulary_home
@@ -28,7 +29,7 @@ from training.runs.ingredients import difference
 from training.stages.denoiser_job import DenoiserJob
 from training.stages.few_step import FewStepStage
 from training.stages.job import parameters
-from training.stages.of_base import same_autoencoder, text_encoder_of
+from training.stages.of_base import in_size_of, same_autoencoder, text_encoder_of
 from training.tensors import content_hash
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class StudentJob(DenoiserJob):
         args, train, count = self.args, self.config.train, self.config.objective.pairs
         device = processes.start(args.device, train.mixed_precision, compiles=train.compile).device
         teacher = assembly.load_pipeline(args.teacher, device, args.text_encoder)
-        guided = with_guidance(self.config, config_of_base(args.teacher)).student.scales
+        guided = with_guidance(self.config, config_of_teacher(args.teacher)).student.scales
         if len(guided) == 2:
             what = f"objective.kind {self.config.objective.kind} learns on pairs of one guidance scale"
             raise UserError(what, hint=f"--student.guidance_scale {guided[0]:g}")
@@ -69,9 +70,16 @@ class StudentJob(DenoiserJob):
         if self.args.init_from or self.args.new_words:
             raise UserError("--init-from and --new-words change what a student begins with, which is its teacher",
                             hint="leave them out")
+        self.of_teacher = config_of_teacher(self.args.teacher)
+        self.config = in_size_of(self.config, self.of_teacher, self.dataset, "teacher")
         super().settle()
-        self.of_teacher = config_of_base(self.args.teacher, "--teacher")
-        self.config = with_guidance(self.config, self.of_teacher)
+        given, self.config = self.config, with_guidance(self.config, self.of_teacher)
+        if any(key.startswith("guidance.") for key in self.args.overrides):
+            what = "the guidance of a student is what it takes in while it is taught"
+            raise UserError(what, hint="--student.guidance_scale W, or LOW,HIGH for a range; leave --guidance out")
+        if "sample.steps" in self.args.overrides and given.sample.steps != self.config.sample.steps:
+            what = f"sample.steps {given.sample.steps}: it is taught to draw in {in_steps(self.config.student.steps)}"
+            raise UserError(what, hint="leave it out, or change the steps that it is taught: --objective.steps N")
 
     def build(self, accelerator: Accelerator, final: Path | None) -> FewStepStage:
         """Teacher and student, which share a frozen text encoder, in a stage that trains the student."""
@@ -116,7 +124,7 @@ class StudentJob(DenoiserJob):
         guidance = theirs.guidance if isinstance(theirs.guidance, ClassifierFree) else ClassifierFree(scale=1.0)
         scales = self.config.student.scales
         guidance = dataclasses.replace(guidance, scale=scales[0] if len(scales) == 1 else 1.0)
-        if len(theirs.student.scales) == 1:  # its own is in it
+        if theirs.student.baked is not None:  # its own is in it
             return Teacher(denoiser)
         return Teacher(denoiser, guidance, null, theirs.student.embedded)
 
@@ -146,33 +154,62 @@ class StudentJob(DenoiserJob):
 def with_guidance(config: Any, teacher: Any) -> Any:
     """The config with the guidance that the student takes in: as it says, or the teacher's own; and drawn for it.
 
-    Raises UserError where the teacher is guided in a way that no student learns, or is a student with another scale.
+    Raises UserError where the teacher is no denoiser, is guided in a way that no student learns, or has another scale
+    in it.
     """
     student, own = config.student, teacher.guidance
     scales, theirs = student.scales, teacher.student.scales
-    if not scales and config.objective.taught != "no" and student.learns_from == "teacher":
-        if not theirs and not isinstance(own, ClassifierFree):
+    if config.objective.taught != "no" and student.learns_from == "teacher":
+        refuse_teacher(config, teacher)
+        if not scales and not theirs and not isinstance(own, ClassifierFree):
             what = f"the teacher draws with guidance {own.kind}, and a student takes in classifier-free guidance alone"
             raise UserError(what, hint="say a scale with --student.guidance_scale W, 1 for none")
-        scales = theirs if len(theirs) == 1 else (own.scale,)
-    if len(theirs) == 1 and scales != theirs:
-        what = f"guidance at scale {theirs[0]:g} is baked into the teacher, and a second one would count twice"
-        raise UserError(what, hint="leave --student.guidance_scale out")
-    if len(theirs) == 2 and scales and not theirs[0] <= scales[0] <= scales[-1] <= theirs[1]:
-        what = f"the teacher was taught guidance scales from {theirs[0]:g} to {theirs[1]:g}"
-        raise UserError(what, hint=f"--student.guidance_scale {theirs[0]:g},{theirs[1]:g}, or a scale between them")
+        scales = scales or theirs or (own.scale,)
+        _refuse_scales(scales, teacher.student)
     if SCALE in config.objective.reads and len(scales) != 2:
         what = f"objective.kind {config.objective.kind} teaches a range of guidance scales"
         raise UserError(what, hint="--student.guidance_scale 1,8")
-    guidance = config.guidance
-    if len(scales) == 1 and scales[0] != 1:
-        guidance = ClassifierFree(scale=1.0)
-    elif len(scales) == 2:
-        middle = getattr(own, "scale", 1.0)
-        guidance = Embedded(scale=min(max(middle, scales[0]), scales[1]))
+    guidance: Any = ClassifierFree(scale=1.0)
+    if len(scales) == 2:
+        guidance = Embedded(scale=min(max(getattr(own, "scale", 1.0), scales[0]), scales[1]))
     steps = config.objective.drawn_in
     sample = config.sample
     if steps and sample.steps not in steps:
         sample = dataclasses.replace(sample, steps=steps[-1])
     student = dataclasses.replace(student, guidance_scale=scales, steps=steps or student.steps)
     return dataclasses.replace(config, student=student, guidance=guidance, sample=sample)
+
+
+def _refuse_scales(scales: tuple[float, ...], teacher: Student) -> None:
+    """Raises UserError where a teacher that has taken guidance in has other scales than its student is to have."""
+    theirs = teacher.scales
+    if teacher.baked is not None and scales != theirs:
+        what = f"guidance at scale {theirs[0]:g} is baked into the teacher, and a second one would count twice"
+        raise UserError(what, hint="leave --student.guidance_scale out")
+    if not teacher.embedded:
+        return
+    if not theirs[0] <= scales[0] <= scales[-1] <= theirs[1]:
+        what = f"the teacher was taught guidance scales from {theirs[0]:g} to {theirs[1]:g}"
+        raise UserError(what, hint=f"--student.guidance_scale {theirs[0]:g},{theirs[1]:g}, or a range within it")
+    if len(scales) == 1:
+        what = "the teacher is told its guidance scale, and a student that is told none would not begin as it is"
+        raise UserError(what, hint=f"--student.guidance_scale {theirs[0]:g},{theirs[1]:g}, or leave it out")
+
+
+def refuse_teacher(config: Any, teacher: Any) -> None:
+    """Raises UserError for a teacher that is no denoiser: a student that answers where x goes teaches those alone whose
+    steps are two of its own; and for guidance by a picture, which no student takes in."""
+    theirs, kind = teacher.objective, config.objective.kind
+    halved = getattr(config.objective, "from_steps", 0) * 2 in teacher.student.steps
+    if theirs.reading is not None and theirs.aim in ("clean", "next") and not (
+            kind == theirs.kind == "progressive" and halved):
+        steps = teacher.student.steps[-1:] if kind == theirs.kind == "progressive" else ()
+        what = f"the teacher is a few-step model (objective.kind {theirs.kind}), which is no denoiser to learn from"
+        more = f", or go on with it: --objective.from_steps {steps[0] // 2}" if steps and steps[0] > 1 else ""
+        raise UserError(what, hint=f"give the model that taught it with --teacher{more}")
+    if SPAN in theirs.reads and SPAN not in config.objective.reads:
+        what = f"the teacher is told how far it goes, and a student of objective.kind {kind} is not"
+        raise UserError(what, hint="give the model that taught it with --teacher")
+    if config.sample.image_scale != 1:
+        what = "guidance by the picture (sample.image_scale) is none that a student takes in"
+        raise UserError(what, hint="leave it out of the teacher's drawing: --sample.image_scale 1")

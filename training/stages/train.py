@@ -56,10 +56,10 @@ def train(args: argparse.Namespace, stage: str) -> int:
         refuse_name_without_base(args.config)
     _take_precision(args, upon.folder if upon else stage)
     if upon:
-        from training.models.adapters import config_of_base
+        from training.models.adapters import config_of_base, config_of_teacher
 
-        model = args.base if upon is ADAPTER else args.teacher
-        config: Any = load_upon(upon, config_of_base(model, upon.flag), args.config, args.overrides)
+        theirs = config_of_base(args.base) if upon is ADAPTER else config_of_teacher(args.teacher)
+        config: Any = load_upon(upon, theirs, args.config, args.overrides)
     else:
         config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
         refuse_without_base(config)

@@ -11,7 +11,6 @@ from training.errors import UserError
 from training.files import copy_file
 from training.guarding import make_folder
 from training.pictures import html
-from training.settings.families import all_kinds
 from training.studio import shown
 from training.studio.model import Made, Stopped, Turn, asked
 from training.studio.tab import Tab
@@ -31,12 +30,13 @@ class Compare(Tab):
         """Controls above, the table below."""
         import gradio as gr
 
-        own = page.studio.pipeline.sampling
+        own, fit = page.studio.pipeline.sampling, page.studio.samplers()
         flags = page.caption(shown=True)
         with gr.Row():
-            scales = gr.Textbox("1, 3, 6", label="Guidance scales", info="numbers, with commas between")
-            samplers = gr.Dropdown(all_kinds("sampler"), value=[own.sampler.kind, "euler"], multiselect=True,
-                                   label="Samplers")
+            own_scales = ", ".join(f"{scale:g}" for scale in page.studio.scales())
+            scales = gr.Textbox(own_scales, label="Guidance scales", info="numbers, with commas between")
+            samplers = gr.Dropdown(fit, value=[kind for kind in fit if kind in (own.sampler.kind, "euler")],
+                                   multiselect=True, label="Samplers")
             steps = gr.Slider(1, 200, own.steps, step=1, label="Steps", precision=0)
         controls = flags | page.amount(pictures=2) | {"--steps": steps, "scales": scales, "samplers": samplers}
         start, stop = page.buttons("Compare")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from shutil import copytree, rmtree
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
+from ldm.students import check_plan
 from ldm.text.encoders import LabelEncoder, ScratchTextEncoder
 from ldm.text.tokenizer import SPECIAL
 from training.commands import door
@@ -23,6 +24,7 @@ from training.files import copy_file
 from training.guarding import make_folder
 from training.models.assembly import load_pipeline
 from training.pictures import grids
+from training.settings.decoding import sections
 from training.settings.flags import Parser
 from training.shapes.wording import held_out_prompts
 
@@ -198,6 +200,23 @@ class Studio:
         if isinstance(text, ScratchTextEncoder):
             return [word for word in text.tokenizer.vocabulary[len(SPECIAL) :] if word[0].isalnum()]
         return []
+
+    def samplers(self) -> list[str]:
+        """The kinds that the model is drawn with: of a student those that take its jumps, of another no such."""
+        pipeline, fit = self.pipeline, list[str]()
+        for member in sections("denoiser")["sampler"]:
+            sampler: Any = member()
+            with suppress(ValueError):
+                check_plan(pipeline.student, replace(pipeline.sampling, sampler=sampler), pipeline.denoiser)
+                fit.append(sampler.kind)
+        return fit
+
+    def scales(self) -> list[float]:
+        """Guidance scales to compare: those of a student's range, 1 where it has its own in it."""
+        student = self.pipeline.student
+        if student.embedded:
+            return [student.scales[0], sum(student.scales) / 2, student.scales[1]]
+        return [1.0] if student.guided or self.pipeline.sampling.sampler.jumps else [1.0, 3.0, 6.0]
 
     def examples(self) -> list[str]:
         """Captions to begin with: labels; or of the embedded shapes those held out from training, where every word of

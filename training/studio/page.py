@@ -13,7 +13,6 @@ import gradio as gr
 
 from training.errors import UserError
 from training.messages import tell
-from training.settings.families import all_kinds
 from training.settings.net import explain
 from training.studio import shown
 from training.studio.model import MOST_PICTURES, Made, Stopped, Studio, Turn, Word
@@ -63,7 +62,7 @@ class Page:
         own = self.studio.pipeline.sampling
         with gr.Accordion("Sampler and guidance", open=False):
             with gr.Row():
-                sampler = gr.Dropdown(all_kinds("sampler"), value=own.sampler.kind, label="Sampler")
+                sampler = gr.Dropdown(self.studio.samplers(), value=own.sampler.kind, label="Sampler")
                 steps = gr.Slider(1, SLIDER, min(own.steps, SLIDER), step=1, label="Steps", precision=0)
             scale = gr.Slider(0, 15, getattr(own.guidance, "scale", 1.0), step=0.1, label="Guidance scale",
                               info="1 is no guidance; higher holds more to the caption")

@@ -47,10 +47,19 @@ def _rows(said: Mapping[str, Any]) -> list[tuple[str, Any]]:
     rows = [
         ("caption", said["prompt"]), ("negative", said["negative_prompt"]), ("seed", said["seed"]),
         ("size", "x".join(map(str, said["size"]))), ("sampler", sampler.get("kind")), ("steps", sample.get("steps")),
-        ("grid", grid.get("kind")), ("guidance", steered),
+        ("grid", grid.get("kind")), ("guidance", steered), ("few-step model", _student(said.get("student"))),
         ("hash of the denoiser", str(said["hashes"].get("denoiser", ""))[:16]),
     ]
     return [(name, value) for name, value in rows if value not in ("", None)]
+
+
+def _student(told: Any) -> str:
+    """What a picture says of how its few-step model was taught, which anyone may have written."""
+    if not isinstance(told, Mapping):
+        return ""
+    teacher, scales = told.get("teacher"), html.cell_text(told.get("guidance_scale") or "none")
+    by = f", taught by {html.cell_text(teacher.get('name'))}" if isinstance(teacher, Mapping) else ""
+    return f"guidance scale in it: {scales}{by}"
 
 
 def compared(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], Made | str]) -> str:

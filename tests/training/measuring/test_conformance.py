@@ -110,7 +110,7 @@ def judged(sampler: Sampler) -> sampler_agreement.Row:
 def test_every_stochastic_sampler_has_the_law_of_the_exact_network() -> None:
     bench = sampler_agreement.Bench(exact_pipeline(), "", 100, 32)
     assert bench.gap < 0.15
-    for sampler in (cls() for cls in SAMPLERS if not cls.rises):
+    for sampler in (cls() for cls in SAMPLERS if not cls.rises and not cls.jumps):
         row = bench.judge(sampler)
         assert row.stochastic and (row.agrees or row.sampler == "langevin"), row
 
