@@ -134,6 +134,24 @@ class LogNormal(Stated):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Karras(Stated):
+    """(sigma / alpha)^(1 / rho) uniform from sigma_min to sigma_max, cut to what the schedule has: the levels of that
+    grid equally often, however many they are. Song et al. 2023 (arXiv 2303.01469), algorithm 2."""
+
+    kind: Literal["karras"] = "karras"
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    limits: ClassVar = {"sigma_min": "(0, sigma_max)", "rho": "(0, inf)"}
+
+    def sample(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        alpha, sigma = schedule(torch.tensor([schedule.t_min, 1], dtype=torch.float64))
+        first, last = (sigma / alpha).tolist()
+        low, high = (r ** (1 / self.rho) for r in (max(self.sigma_min, first), min(self.sigma_max, last)))
+        return schedule.trained(schedule.time(-2 * self.rho * (low + u * (high - low)).log()).clamp(0, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossAware(TimeSampling):
     """t in `bins` equal bins, each as probable as the root of its mean squared loss, and every loss divided by that.
 
@@ -182,4 +200,4 @@ class LossAware(TimeSampling):
         return torch.where(count > 0, fresh, seen)
 
 
-TIMES = (LogitNormal, UniformTimes, Cubic, LogNormal, LossAware)
+TIMES = (LogitNormal, UniformTimes, Cubic, LogNormal, Karras, LossAware)

@@ -11,12 +11,13 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.exact import F64, gaussian, scalar
+from ldm.grids import Karras as KarrasGrid
 from ldm.noise import Noise
 from ldm.objectives import Denoising
 from ldm.predictions import EDMF, Velocity
 from ldm.samplers import RK4, sample
 from ldm.schedules import EDM, VP, DDPMLinear, Flow
-from ldm.times import TIMES, Cubic, LossAware, Places, UniformTimes
+from ldm.times import TIMES, Cubic, Karras, LossAware, Places, UniformTimes
 from ldm.uncertainty import Uncertainty, Weighed
 from ldm.weighting import EDMWeight, Learned, UniformWeight
 
@@ -216,3 +217,12 @@ def test_cubic_times_are_four_in_five_above_the_half() -> None:
     assert (t > 0.5).double().mean().item() == pytest.approx(0.5 ** (1 / 3), abs=1e-4)  # .7937
     assert t.mean().item() == pytest.approx(0.75, abs=1e-6)
     assert (t.diff() > 0).all()  # the inverse of a distribution function, as strata need it
+
+
+@pytest.mark.parametrize("schedule", [EDM(), Flow(), VP()], ids=repr)
+def test_karras_times_fall_into_each_step_of_that_grid_equally_often(schedule: EDM) -> None:
+    t = Karras().sample(U, schedule)
+    grid = KarrasGrid()(10, schedule)[:-1].flip(0)  # 10 levels, the uppermost at t = 1
+    counts = torch.histogram(t, torch.cat([grid[:-1] - 1e-9, grid[-1:] + 1e-9])).hist
+    assert (counts - len(U) / 9).abs().max() <= 2
+    assert (t.diff() > 0).all()
