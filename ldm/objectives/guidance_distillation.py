@@ -53,6 +53,7 @@ class GuidanceDistillationConfig(FewStepConfig, Checked):
 
     kind: Literal["guidance"] = "guidance"
     taught = "yes"
+    aim = "none"
     reading = staticmethod(plainly)
     made = GuidanceDistillation
 

@@ -82,6 +82,7 @@ class ReflowConfig(FewStepConfig, Checked):
     pairs: int = 10_000
     at_noise: float = 0.0
     taught = "yes"
+    aim = "none"
     reading = staticmethod(plainly)
     made = Reflow
     limits: ClassVar = {"at_noise": "[0, 1]", "pairs": "[1, inf)"}

@@ -71,6 +71,7 @@ class TurnsConfig(FewStepConfig):
     kind: str = "turns"
     taught = "either"
     reading = staticmethod(plainly)
+    aim = "none"
     made = Turns
 
     def companions(self) -> Mapping[str, Companion]:
@@ -128,12 +129,15 @@ def config_of(case: Case, teacher: Path, home: Path, **changes: str) -> decoding
     overrides = {**SETTINGS.get(case.kind, {}), "train.batch_size": "8", "train.max_steps": str(STEPS)}
     overrides |= {key.replace("__", "."): text for key, text in changes.items()}
     known = case.kind if case.kind != "turns" else "progressive"
+    clean = next(kind for kind in FEW_STEP if kind.kind == known)().aim == "clean"
+    sampler = f'[sampler]\nkind = "{"consistency" if clean else "jump"}"\n'
     if case.source == "teacher":
-        (file := home / "student.toml").write_text(f'[objective]\nkind = "{known}"\n[train]\nema = 0.9\n')
+        (file := home / "student.toml").write_text(f'[objective]\nkind = "{known}"\n[train]\nema = 0.9\n{sampler}')
         config = load_upon(STUDENT, config_of_base(str(teacher)), str(file), overrides)
     else:
         known = case.kind if case.kind != "turns" else "denoising"
-        loaded = decoding.load("denoiser", "smoke", {**DATA, "objective.kind": known, **overrides})
+        own = {"sampler.kind": "consistency", "guidance.scale": "1"} if clean else {}
+        loaded = decoding.load("denoiser", "smoke", {**DATA, "objective.kind": known, **own, **overrides})
         assert isinstance(loaded, decoding.DenoiserConfig)
         config = loaded
     return dataclasses.replace(config, objective=TurnsConfig()) if case.kind == "turns" else config
@@ -143,7 +147,8 @@ def job_of(case: Case, config: decoding.DenoiserConfig, latents: Path, teacher: 
            init_from: str | None = None) -> DenoiserJob:
     """The job, its data open."""
     given = {"latents": latents, "text_encoder": None, "init_from": init_from, "new_words": False, "stream": False}
-    job = (StudentJob if case.source == "teacher" else DenoiserJob)(Namespace(**given, overrides={}, teacher=str(teacher)), config)
+    args = Namespace(**given, overrides={}, teacher=str(teacher))
+    job = (StudentJob if case.source == "teacher" else DenoiserJob)(args, config)
     opened = Pairs if getattr(config.objective, "pairs", 0) else Latents
     job.dataset, job.held_out = (opened(ShardSet(latents, split)) for split in ("train", "val"))
     job.settle()
