@@ -86,7 +86,7 @@ def denoising(names: str) -> dict[str, Any]:
     few_step = [kind for kind, sampler in samplers.items() if sampler.jumps]
     if few_step and names != "all":
         what = f"--samplers: {few_step[0]} takes the steps of a few-step model, and what is exact here is a denoiser"
-        raise UserError(what, hint="name a model of distill_denoiser: --model RUN")
+        raise UserError(what, hint="leave it out: it is compared on a few-step model alone")
     return {kind: sampler for kind, sampler in samplers.items() if not sampler.jumps}
 
 

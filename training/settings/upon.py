@@ -27,7 +27,7 @@ class Upon:
     what: str
     anew: tuple[str, ...]
     fixed: tuple[str, ...]
-    instead: str
+    hint: str
 
     def missing_config(self) -> UserError:
         """What to say where the flag comes without a config."""
@@ -36,10 +36,10 @@ class Upon:
 
 
 ADAPTER = Upon("adapter", "--base", "an adapter", TRAINING, (*MODEL, "objective", "student"),
-               "leave these keys out; --init-from trains a whole model of another config")
+               hint="leave these keys out; --init-from trains a whole model of another config")
 LEARNED = ("objective", "student", "pairing", "weighting", "prior")  # what a student learns in another way
 STUDENT = Upon("student", "--teacher", "a student", (*TRAINING, *LEARNED), (*MODEL, "adapter"),
-               "leave these keys out; train_denoiser trains a model of another shape")
+               hint="leave these keys out; train_denoiser trains a model of another shape")
 
 
 def upon_another(args: argparse.Namespace, stage: str) -> Upon | None:
@@ -80,7 +80,7 @@ def load_upon(upon: Upon, base: decoding.DenoiserConfig, source: str,
     if changed:
         is_as = "leaves its base as it is" if upon is ADAPTER else "begins as its teacher is"
         what = f"{upon.what} {is_as}, but the config would change\n       " + "\n       ".join(changed)
-        raise UserError(what, hint=upon.instead)
+        raise UserError(what, hint=upon.hint)
     return config
 
 

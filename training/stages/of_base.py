@@ -38,7 +38,7 @@ def same_autoencoder(model: str, base: Mapping[str, Any], ours: Mapping[str, str
         own, other = base["autoencoder"][:12], ours["autoencoder"][:12]
         what = f"the {role} {model} draws with autoencoder {own}, the latents were made by {other}"
         place = f"{role.upper()}/final/autoencoder"
-        again = door(f"encode_latents --autoencoder {place} --data PICTURES --output DIR")
+        again = door("encode_latents", "--autoencoder", place, "--data", "PICTURES", "--output", "DIR")
         raise UserError(what, hint=f"encode the pictures with that of the {role}: {again}", code=CHECKPOINT)
 
 
@@ -51,8 +51,8 @@ def text_encoder_of(args: argparse.Namespace, dataset: Latents, final: Path, rol
     if change := difference(theirs, stored, ["hash"] if theirs else []):
         what = f"the {role} reads captions by text encoder {change.before}, the embeddings of these latents are of"
         home = f"{role.upper()}/final"
-        with_its = f"--text-encoder {home}/text_encoder --autoencoder {home}/autoencoder"
-        again = door(f"encode_latents {with_its} --data PICTURES --output DIR")
+        with_its = "--text-encoder", f"{home}/text_encoder", "--autoencoder", f"{home}/autoencoder"
+        again = door("encode_latents", *with_its, "--data", "PICTURES", "--output", "DIR")
         raise UserError(f"{what} {change.now}", hint=f"encode them again: {again}", code=CHECKPOINT)
     given: str | None = args.text_encoder
     return given

@@ -76,7 +76,7 @@ class StudentJob(DenoiserJob):
         given, self.config = self.config, with_guidance(self.config, self.of_teacher)
         if any(key.startswith("guidance.") for key in self.args.overrides):
             what = "the guidance of a student is what it takes in while it is taught"
-            raise UserError(what, hint="--student.guidance_scale W, or LOW,HIGH for a range; leave --guidance out")
+            raise UserError(what, hint="give --student.guidance_scale W, or LOW,HIGH for a range, in place of it")
         if "sample.steps" in self.args.overrides and given.sample.steps != self.config.sample.steps:
             what = f"sample.steps {given.sample.steps}: it is taught to draw in {in_steps(self.config.student.steps)}"
             raise UserError(what, hint="leave it out, or change the steps that it is taught: --objective.steps N")

@@ -61,6 +61,19 @@ def test_a_student_is_measured_by_what_it_draws(
     assert found == 0 if not said else isinstance(found, UserError) and said in found.what and found.hint, found
 
 
+def test_what_a_student_is_not_measured_by_its_teacher_is(taught: Path, shapes: Path, tmp_path: Path) -> None:
+    """As the hints say."""
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
+    for words in (("--likelihood", 2, "--steps", 2), ("--classify", tmp_path / "captions.txt", "--draws", 1)):
+        problem = measured(taught / "baked", "--data", shapes, *words)
+        assert isinstance(problem, UserError) and problem.hint == "measure a run that train_denoiser has trained"
+        others = measured(taught / "teacher", "--data", shapes, *words)
+        assert others == 0 or (isinstance(others, UserError) and "no held-out picture has" in others.what)
+    words = ("--samplers", "midpoint", "--steps", 200)
+    assert "--model TEACHER" in tiny.refused("check_samplers", "--model", taught / "told", *words).hint
+    assert tiny.call("check_samplers", "--model", taught / "teacher", *words) == 0
+
+
 def test_a_range_of_scales_is_measured_at_any(taught: Path, tmp_path: Path) -> None:
     """The numbers say at which."""
     for scale in (1, 8):
@@ -86,7 +99,7 @@ def test_samplers_of_few_step_models_are_left_out_of_exact_tables(capsys: pytest
     assert "Left out: jump, consistency,\nwhich take the steps of few-step models." in capsys.readouterr().out
     assert set(conformance.every("sampler")) - set(conformance.denoising("all")) == {"jump", "consistency"}
     problem = tiny.refused("check_samplers", "--samplers", "heun,consistency", "--processes", "flow")
-    assert "consistency takes the steps of a few-step model" in problem.what and "--model RUN" in problem.hint
+    assert "consistency takes the steps of a few-step model" in problem.what and "leave it out" in problem.hint
 
 
 def test_samplers_of_few_step_models_are_none_of_a_run(denoiser: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[str, str, str]] = {  # of each: the flags, and what is sa
     "an image": ("--image.kind masked", "image.kind: none -> masked", "leave these keys out"),
     "other weights": ("--init-from {teacher}", "--init-from and --new-words change what a student", "leave them out"),
     "a plain sampler": ("--sampler.kind dpmpp-2m", "dpmpp-2m asks what a noisy sample may have been", "the config"),
-    "guidance of its drawings": ("--guidance.scale 5", "the guidance of a student is what it", "--student.guidance_s"),
+    "guidance of its drawings": ("--guidance.scale 5", "the guidance of a student is what it", "give --student.guid"),
     "other steps": ("--sample.steps 5", "sample.steps 5: it is taught to draw in 1 step", "--objective.steps N"),
     "guidance by a picture": ("--sample.image_scale 1.5", "sample.image_scale", "--sample.image_scale 1"),
 }  # fmt: skip
@@ -64,6 +64,7 @@ def test_a_config_of_no_student(taught: Path, latents: Path, tmp_path: Path) -> 
     assert "no [objective] that teaches a student" in problem.what and "progressive" in problem.hint
     for name in ("lora", "smoke"):
         assert f"no config named '{name}'" in tiny.refused("distill_denoiser", *words, "--config", name).what
+    assert students.distill(taught / "teacher", latents, "--dry-run") == 0
     problem = tiny.refused("distill_denoiser", *words)
     assert "nothing is proposed for one" in problem.what and "--config: progressive" in problem.hint
 
@@ -128,6 +129,7 @@ def test_a_student_of_half_the_steps(taught: Path, latents: Path, tmp_path: Path
         assert json.loads((second / "final" / "teacher.json").read_text())["name"] == "first"
     baked, told = (tmp_path / name / "first" for name in ("baked", "told"))
     again = ("--objective.from_steps", 1, "--student.guidance_scale")
+    assert students.distill(baked, latents, *again[:2], "--dry-run") == 0
     problem = refused(taught, latents, "--teacher", baked, *again, 3)
     assert "guidance at scale 2 is baked into the teacher" in problem.what and "leave --student.gui" in problem.hint
     problem = refused(taught, latents, "--teacher", told, *again, "1,9")
@@ -143,6 +145,7 @@ def test_a_learned_variance_is_of_no_use(taught: Path, latents: Path, tmp_path: 
     assert tiny.call("train_denoiser", *words, *process, "--sampler.kind", "ddim", "--output", tmp_path / "run") == 0
     problem = refused(taught, latents, "--teacher", tmp_path / "run")
     assert "no use for a learned variance: take a model without it" in problem.what
+    assert "--print-config" in problem.hint and students.distill(tmp_path / "run", latents, "--print-config") == 0
 
 
 def test_a_run_goes_on_with_its_own_teacher_alone(taught: Path, latents: Path, tmp_path: Path) -> None:

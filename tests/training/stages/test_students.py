@@ -87,6 +87,7 @@ def test_a_teacher_that_is_shown_pictures(kind: str, shapes: Path, autoencoder: 
         again = ("--sample.image_scale", 1.5, "--dry-run")
         problem = tiny.refused("distill_denoiser", "--teacher", base, "--latents", latents, *students.SHORT, *again)
         assert "guidance by the picture" in problem.what and "--sample.image_scale 1" in problem.hint
+        assert students.distill(base, latents, "--sample.image_scale", 1, "--dry-run") == 0
         words = ("--model", run, "--prompt", "a", "--output", tmp_path / "no", "--device", "cpu")
         shown_it = ("--image", run / "final" / "shown.png", "--image-guidance-scale", 2)
         problem = tiny.refused("generate", *words, *shown_it)
