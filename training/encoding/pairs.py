@@ -96,7 +96,7 @@ def write_pairs(
     refuse_other_autoencoder(pipeline, latents)
     counts = {"train": count} | ({split: min(held_out, len(data[split]))} if split != "train" and held_out else {})
     plan = _plan(pipeline, sampling, latents, data["train"]) | {
-        "pairs": facts(pipeline, sampling, latents) | {"seed": seed, "counts": counts}}
+        "pairs": facts(pipeline, sampling, latents) | {"seed": seed, "counts": counts, "per_shard": SHARD}}
     shards = [Shard(f"{name}-{number:06d}", name, first, min(SHARD, total - first))
               for name, total in counts.items() for number, first in enumerate(range(0, total, SHARD))]
     drawing = Drawing(pipeline, sampling, data, seed, batch_size)
@@ -248,15 +248,9 @@ def _prepare(output: Path, latents: Path, plan: dict[str, Any], total: int) -> N
             copy_file(file, output / folder / file.name)
 
 
-def _sound(output: Path, shard: Shard) -> Any:
-    """The shard, where it is there whole."""
-    found = sound_shard(output, shard.name, shard.split)
-    return found if found and found.samples == shard.pairs else None
-
-
 def _write(output: Path, drawing: Drawing, shards: list[Shard], *, aloud: bool) -> None:
     """Draw the shards that are not there yet."""
-    waiting = [shard for shard in shards if not _sound(output, shard)]
+    waiting = [shard for shard in shards if not sound_shard(output, shard.name, shard.split)]
     with Progress("drawing pairs", sum(shard.pairs for shard in shards), "pair", aloud=aloud) as told:
         told.skip(sum(shard.pairs for shard in shards if shard not in waiting))
         if aloud and len(waiting) < len(shards):
@@ -269,7 +263,7 @@ def _write(output: Path, drawing: Drawing, shards: list[Shard], *, aloud: bool) 
 
 def _finish(output: Path, plan: dict[str, Any], shards: list[Shard]) -> None:
     """Write the index, last of the data, and what is counted of the captions."""
-    infos = [info for shard in shards if (info := _sound(output, shard))]
+    infos = [info for shard in shards if (info := sound_shard(output, shard.name, shard.split))]
     write_index(output, infos, latents_summary(plan) | {"order": "mixed", "ledger": {}}, kind="latents")
     count_captions(Latents(ShardSet(output)))
     counts = plan["pairs"]["counts"]

@@ -349,6 +349,14 @@ def test_a_folder_of_other_pairs_is_refused(write: Write, how: dict[str, Any], s
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+def test_shards_of_another_size_are_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version may cut pairs into others: none of an earlier one is left between them."""
+    write()
+    monkeypatch.setattr(pairs, "SHARD", 9)
+    with pytest.raises(UserError, match="pairs.per_shard 8, now 9"):
+        write()
+
+
 def test_other_teachers_and_folders_are_refused(write: Write, denoiser: Path, shapes: Path, autoencoder: Path,
                                                 grey: Path, tmp_path: Path) -> None:
     write()
