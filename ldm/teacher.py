@@ -22,7 +22,7 @@ class Teacher(Around):
     """absent + w (told - absent) of (x (B, ...), t () or (B,), cond), as `ClassifierFree` has it.
 
     w is the condition's extra "guidance_scale" (B,), and the scale of `guidance` where there is none. `null` (batch 1
-    or B) is the condition's absence; without it, and at scale 1, the denoiser answers alone. One that is a student with
+    or B) is the condition's absence; at scale 1, that of `guidance`, the denoiser answers alone. One that is a student with
     `embedded` guidance itself is told the scale instead.
     """
 
@@ -38,8 +38,10 @@ class Teacher(Around):
             own = torch.full((len(x),), self.guidance.scale, device=x.device) if scale is None else scale
             return self.denoiser(x, t, beside(cond, SCALE, own))
         bare = cond._replace(extras={name: extra for name, extra in cond.extras.items() if name != SCALE})
-        if self.null is None or (scale is None and self.guidance.scale == 1):
+        if scale is None and self.guidance.scale == 1:
             return self.denoiser(x, t, bare)
+        if self.null is None:
+            raise ValueError("guidance at another scale than 1 needs a null condition: the empty caption encoded")
         times = t.expand(len(x)).repeat(2) if t.ndim else t
         told, absent = together(self.denoiser, [bare, bare.absence(self.null)])(x, times)
         low, high = self.guidance.interval
