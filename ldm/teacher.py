@@ -22,8 +22,8 @@ class Teacher(Around):
     """absent + w (told - absent) of (x (B, ...), t () or (B,), cond), as `ClassifierFree` has it.
 
     w is the condition's extra "guidance_scale" (B,), and the scale of `guidance` where there is none. `null` (batch 1
-    or B) is the condition's absence; at scale 1, that of `guidance`, the denoiser answers alone. One that is a student with
-    `embedded` guidance itself is told the scale instead.
+    or B) is the condition's absence; at scale 1, that of `guidance`, the denoiser answers alone. One that is a student
+    with `embedded` guidance itself is told the scale instead. Raises ValueError where it needs a null and has none.
     """
 
     denoiser: Conditional

@@ -181,3 +181,12 @@ def test_where_the_guided_ode_ends(scale: float, std: float, mean: float) -> Non
         assert end[0].item() == pytest.approx(mean, abs=1e-6)
         assert (end[1] - end[0]).item() == pytest.approx(std, abs=1e-6)
         assert std == pytest.approx(0.5**scale * 1.25 ** ((1 - scale) / 2), abs=1e-7)
+
+
+def test_guidance_without_a_null_is_refused() -> None:
+    alone, x, t = Exact(Data(Flow())), values(0.3, -0.4), at(0.5, 0.7)
+    with pytest.raises(ValueError, match="null condition"):
+        Teacher(alone, ClassifierFree(scale=2.0))(x, t, nothing(2))
+    with pytest.raises(ValueError, match="null condition"):
+        Teacher(alone)(x, t, beside(nothing(2), SCALE, torch.tensor([1.0, 2.0])))
+    assert torch.equal(Teacher(alone)(x, t, nothing(2)).x0, alone(x, t, nothing(2)).x0)

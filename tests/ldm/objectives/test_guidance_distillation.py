@@ -12,6 +12,7 @@ from few_step import at, drawn, time_of, values
 from torch import Tensor
 
 from ldm.conditioning import Cond
+from ldm.denoiser import Conditional
 from ldm.diffusion import Diffusion
 from ldm.exact import F64, scalar
 from ldm.guidance import ClassifierFree, Embedded
@@ -43,7 +44,7 @@ def objective(schedule: NoiseSchedule = FLOW, prediction: Prediction | None = No
     return built
 
 
-def student(made: GuidanceDistillation, teacher: Teacher) -> Network:
+def student(made: GuidanceDistillation, teacher: Conditional) -> Network:
     """A network that answers, in one call, what a guided teacher does."""
     schedule = made.diffusion.schedule
 
@@ -77,11 +78,11 @@ def test_what_a_perfect_student_and_an_unguided_one_cost(schedule: NoiseSchedule
     gap = made.diffusion.target(told.x0 - absent.x0, told.eps - absent.eps, t).square().flatten(1).mean(1)
     perfect = made.losses(student(made, teacher), x0, cond, draw, Beside(teacher=teacher))
     assert (perfect.total.double() / gap).max() < 1e-10
-    plain = made.losses(student(made, Teacher(denoiser)), x0, cond, draw, Beside(teacher=teacher))
+    plain = made.losses(student(made, denoiser), x0, cond, draw, Beside(teacher=teacher))
     wanted = (SCALES - 1) ** 2 * gap * weighting(made.diffusion, t)
     torch.testing.assert_close(plain.seen.double(), wanted, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(plain.total.double(), wanted * draw.factor, rtol=1e-5, atol=1e-9)
-    found = made.at(student(made, Teacher(denoiser)), x0, cond, t, eps, Beside(teacher=teacher))
+    found = made.at(student(made, denoiser), x0, cond, t, eps, Beside(teacher=teacher))
     torch.testing.assert_close(found.double(), (SCALES - 1) ** 2 * gap, rtol=1e-5, atol=1e-9)
 
 
