@@ -152,6 +152,16 @@ def test_what_a_student_says_of_itself() -> None:
 # What keeps its jumps
 
 
+@processes
+def test_jumps_of_the_judge_are_those_of_the_data(schedule: NoiseSchedule) -> None:
+    """`Isotropic`, beside the same written apart."""
+    oracle, data, x = Isotropic(schedule, 0.5, 0.3), Data(schedule, 0.5, 0.3), torch.tensor([[1.3], [-0.4]], dtype=F64)
+    for t, s in ((1.0, 0.4), (0.7, 0.0), (0.5, 0.5)):
+        for got, wanted in zip(oracle.jump(x, scalar(t), scalar(s))[:2], data.jump(x, scalar(t), scalar(s))[:2],
+                               strict=True):  # fmt: skip
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 def walk(sampler: Sampler, denoise: Denoise, steps: int, shape: tuple[int, ...] = (2, 3, 4)) -> Tensor:
     noise, schedule = Noise.from_seeds([1, 2]), denoise.schedule
     return sample(sampler, denoise, prior(schedule, shape, noise, F64), Uniform()(steps, schedule), noise)
