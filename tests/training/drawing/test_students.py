@@ -205,8 +205,7 @@ def test_the_card_of_a_student_says_its_steps_and_its_guidance(taught: Path) -> 
     assert f"It is a few-step model (progressive), {told} 2 is baked in: give no other." in card
 
 
-def test_a_cascade_of_students(taught: Path, upscaler: Path, shapes: Path, tmp_path: Path) -> None:
-    """A stage that is a student takes no negative prompt."""
+def test_a_student_in_a_cascade_must_fit_as_any_model(taught: Path, upscaler: Path, tmp_path: Path) -> None:
     words = ("--cascade", taught / "baked", "--cascade", upscaler, "--prompt", "red", "--device", "cpu", "--steps", 2)
     problem = tiny.refused("generate", *words, "--output", tmp_path / "out")
     assert "makes 32x32 pixels of 8x8" in problem.what

@@ -41,6 +41,10 @@ def drawn(run: Path, *words: object, prompt: str = "a red circle") -> None:
     assert tiny.call("generate", *where, *words) == 0
 
 
+def evaluated(run: Path, *words: object) -> int:
+    return tiny.call("evaluate", "--model", run, "--device", "cpu", "--count", 4, "--batch-size", 4, *words)
+
+
 def pairs(root: Path) -> Path:
     """Packed pictures of 32 pixels, each with what it was made of beside it."""
     for name in ("pictures", "sources"):
@@ -76,7 +80,10 @@ def test_a_teacher_that_is_shown_pictures(kind: str, shapes: Path, autoencoder: 
              "source": ["--image", "FINAL/shown.png"]}.get(kind)  # fmt: skip
     if shown:
         drawn(run, *(word.replace("FINAL", str(run / "final")) for word in shown))
+        if kind == "hint":
+            assert evaluated(run, "--data", data, "--hints") == 0
     else:
+        assert evaluated(run, "--data", data, "--upscale", "--samples", 2) == 0
         where = ("--model", run, "--output", run / "pictures", "--device", "cpu")
         assert tiny.call("upscale", run / "final" / "shown.png", *where) == 0
         problem = tiny.refused("upscale", run / "final" / "shown.png", *where, "--overwrite", "--steps", 3)
@@ -207,3 +214,14 @@ def test_a_stopped_student_goes_on_byte_for_byte(
     where = ("--output", tmp_path / "run", "--resume", "auto")
     assert students.distill(taught / "teacher", latents, *words, *where) == 0
     same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_command_of_its_page_gives_it_again(taught: Path, latents: Path, tmp_path: Path) -> None:
+    """By its own config, baked scale and all."""
+    words = ("--teacher", taught / "teacher", "--latents", latents, "--device", "cpu")
+    config = taught / "baked" / "config.json"
+    assert tiny.call("distill_denoiser", *words, "--config", config, "--output", tmp_path / "again") == 0
+    ours, theirs = (load_tensors(run / "final" / "model.safetensors") for run in (tmp_path / "again", taught / "baked"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    page = (taught / "baked" / "report.html").read_text()
+    assert "distill-denoiser --config RUN/config.json" in page and "--teacher TEACHER" in page
