@@ -204,8 +204,9 @@ def test_averages_of_another_length_are_those_of_the_student(taught: Path, laten
 
 
 def test_a_stopped_student_goes_on_byte_for_byte(
-    taught: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taught: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also by its own config, which says what it has taken in."""
     words = ("--student.guidance_scale", "1,8", "--max-steps", 6, "--lr", "0.01", "--optimizer.warmup", 0)
     assert students.distill(taught / "teacher", latents, *words, "--output", tmp_path / "whole") == 0
     stop_at(monkeypatch, 3)
@@ -214,6 +215,9 @@ def test_a_stopped_student_goes_on_byte_for_byte(
     where = ("--output", tmp_path / "run", "--resume", "auto")
     assert students.distill(taught / "teacher", latents, *words, *where) == 0
     same(tmp_path / "run", tmp_path / "whole")
+    own = ("--teacher", taught / "teacher", "--latents", latents, "--device", "cpu", *where)
+    assert tiny.call("distill_denoiser", *own) == 0
+    assert "no --config was given: the run's own is used" in capsys.readouterr().err
 
 
 def test_the_command_of_its_page_gives_it_again(taught: Path, latents: Path, tmp_path: Path) -> None:
