@@ -77,7 +77,8 @@ def translated(captions: Captions | None, seeds: Seeds | None, words: Words,
     Each caption is drawn `num_images_per_prompt` times in a row, and so is a negative prompt or an extra of its own.
     `seed`: the
     k-th picture of a caption has seed + k, wherever in the list it stands, as `generate --seed` numbers them; without
-    `seed` and `seeds` all pictures have those from 0 on. `guidance_scale` w: uncond + w (cond - uncond), at least 1.
+    `seed` and `seeds` all pictures have those from 0 on. `guidance_scale` w: uncond + w (cond - uncond), at least 1;
+    a student that has a range is told it, and one that has its own in it takes 1 alone.
     Raises TypeError for an unknown word, ValueError where two say the same, one is missing, or a value means nothing.
     """
     if unknown := [word for word in words if word not in Words.__annotations__]:

@@ -23,8 +23,8 @@ SCALE = "guidance_scale"  # the extra that says by which scale a student's answe
 Reading = Callable[[Diffusion, Tensor, Tensor, Tensor], Denoised]
 """(diffusion, x_t, y, t) -> both ends: how what a network answers is understood."""
 Aim = Literal["any", "clean", "next", "none"]
-"""Where its answer at x_t goes: to the time that it is told; to the clean end; to the next time of the grid `uniform`
-that it was taught on; or nowhere: it answers as a denoiser does, and few steps are enough because the way is straight.
+"""Where its answer at x_t goes: to the time that it is told; to the clean end; to the next time of the grid that it
+was taught on; or nowhere: it answers as a denoiser does, and few steps are enough because the way is straight.
 """
 
 
@@ -75,12 +75,14 @@ class Jumping(Denoiser):
 
     `reading` says how its answer is understood; where it is told `spans`, it reads how far the jump goes from the
     condition's extra "span", and its answer at s = t is the denoiser's own; else one answer serves every s, and is
-    right for those that its `aim` says.
+    right for those that its `aim` says. `own_grid`: it was taught at the times of the grid `uniform` of its steps, and
+    at no others.
     """
 
     reading: Reading = plainly
     spans: bool = False
     aim: Aim = "any"
+    own_grid: bool = False
 
     @property
     def denoises(self) -> bool:

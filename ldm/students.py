@@ -125,10 +125,10 @@ def _check_steps(plan: Sampling, denoiser: Jumping) -> None:
     if several and (kind, aim) == ("jump", "clean"):
         raise ValueError("sampler jump goes on from where it is, and this student was taught to go to the clean end: "
                          "give --sampler consistency, which adds noise on the way back")
-    if aim == "next" and plan.sampler.jumps:
-        if getattr(plan.sampler, "noise", 0):
-            raise ValueError("noise of the sampler jump lets it jump farther than it goes, and this student was taught "
-                             "the steps of its own grid alone: give --sampler.noise 0")
+    if aim == "next" and getattr(plan.sampler, "noise", False):
+        raise ValueError("noise of the sampler jump lets it jump farther than it goes, and this student was taught the "
+                         "steps of its own grid alone: give --sampler.noise 0")
+    if denoiser.own_grid:
         times, taught = (grid(plan.steps, denoiser.schedule) for grid in (plan.grid, Uniform()))
         if not torch.allclose(times, taught, rtol=0, atol=1e-9):
             raise ValueError(f"this student was taught the steps of the grid uniform, and {plan.grid.kind} visits "
@@ -169,14 +169,14 @@ def check_walk(denoiser: Denoiser, task: Task, times: Tensor, grid: Tensor) -> N
     where it would begin between the times of the grid that it was taught."""
     if not isinstance(denoiser, Jumping) or not task.parted:
         return
-    several = [f"{t:g}" for t in grid[1:-1].tolist()] if denoiser.aim == "next" else []
+    several = [f"{t:g}" for t in grid[1:-1].tolist()] if denoiser.own_grid else []
     instead = f"give --start-time {' or '.join(several)}" if several else "draw with its teacher"
-    instead = instead if denoiser.aim == "next" else "give --start-time T, a time between"
+    instead = instead if denoiser.own_grid else "give --start-time T, a time between"
     if task.start_time is None and len(times) in (1, len(grid)):
         share = "all" if len(times) == len(grid) else "none"
         raise ValueError(f"strength {task.strength:g} of {in_steps([len(grid) - 1])} is {share} of the way, from noise "
                          f"alone to the picture itself: {instead}")
-    if denoiser.aim == "next" and task.start_time is not None and not any((times[0] - grid).abs() < 1e-9):
+    if denoiser.own_grid and task.start_time is not None and not any((times[0] - grid).abs() < 1e-9):
         raise ValueError(f"this student was taught to go on from the times of its own grid alone, not from "
                          f"{task.start_time:g}: {instead}")
 

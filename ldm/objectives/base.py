@@ -125,6 +125,11 @@ class ObjectiveConfig(ABC):
         """Where its model's answer goes, where it jumps: anywhere if it is told how far, else to the clean end."""
         return "any" if SPAN in self.reads else "clean"
 
+    @property
+    def own_grid(self) -> bool:
+        """Whether its model is taught at the times of the grid `uniform` of its steps alone."""
+        return self.aim == "next"
+
     def companions(self) -> Mapping[str, Companion]:
         """The networks that are trained or averaged beside the one that learns, by name."""
         return {}
@@ -133,7 +138,7 @@ class ObjectiveConfig(ABC):
         """The denoiser that its network is: one that jumps, where it says how it is read."""
         if self.reading is None:
             return Denoiser(backbone, diffusion)
-        return Jumping(backbone, diffusion, self.reading, SPAN in self.reads, self.aim)
+        return Jumping(backbone, diffusion, self.reading, SPAN in self.reads, self.aim, self.own_grid)
 
     @abstractmethod
     def build(self, *, diffusion: Diffusion, times: TimeSampling, weighting: Weighting, pairing: Pairing) -> Objective:

@@ -20,11 +20,13 @@ from ldm.grids import Uniform
 from ldm.guidance import ClassifierFree
 from ldm.image_conditions import ImageCondition, NoImage
 from ldm.image_conditions.low_res import LowRes
+from ldm.jumps import Jumping
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline, Sampling
 from ldm.predictions import X0
-from ldm.samplers import DDIM
+from ldm.samplers import DDIM, JumpSampler
 from ldm.schedules import Flow
+from ldm.students import Student
 from ldm.upscaling import upscaling
 
 CALLS: list[tuple[tuple[int, ...], float]] = []
@@ -109,3 +111,17 @@ def test_stages_that_cannot_follow_each_other_are_refused(changed: Any, said: st
     with pytest.raises(ValueError, match=said):
         Cascade(changed(stages()))
     assert not CALLS
+
+
+def test_a_stage_that_is_a_student_jumps_and_takes_no_negative_prompt() -> None:
+    """One call of each stage of one step; what the others could do is not asked of it."""
+    first, *others = stages()[:2]
+    plan = Sampling(sampler=JumpSampler(), grid=Uniform(), guidance=ClassifierFree(scale=1.0), steps=1)
+    jumps = Jumping(first.pipeline.denoiser.backbone, first.pipeline.denoiser.diffusion, aim="next")
+    student = Student(steps=(1,), guidance_scale=3.0)
+    one = Stage(replace(first.pipeline, denoiser=jumps, sampling=plan, student=student))
+    CALLS.clear()
+    small, _ = next(iter(Cascade([one, *others]).pixels("a red circle", 3)))
+    assert torch.equal(small, next(one.pipeline.pixels("a red circle", 3))) and len(CALLS) == 1 + 3 + 1
+    with pytest.raises(ValueError, match="a negative prompt does nothing here"):
+        next(iter(Cascade([one, *others]).pixels("a red circle", 3, negative="blue")))

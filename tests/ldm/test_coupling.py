@@ -22,6 +22,7 @@ from ldm.exact import F64, scalar
 from ldm.grids import Uniform
 from ldm.guidance import Autoguidance, ClassifierFree
 from ldm.guiding import Helpers
+from ldm.jumps import Jumping, jumping, jumps
 from ldm.noise import Noise
 from ldm.predictions import Velocity
 from ldm.samplers import DDIM, DDPM, Sampler, prior, sample
@@ -116,6 +117,19 @@ def test_the_source_is_what_it_is_alone_and_the_target_is_not(denoiser: Denoiser
     for one, other in zip(plain[:2], coupled[:2], strict=True):
         assert torch.equal(one[::2], other[::2])
         assert all((one[i] - other[i]).abs().max() > 1e-4 for i in (1, 3))
+
+
+@pytest.mark.parametrize("coupling", ALWAYS, ids=repr)
+def test_jumps_of_pairs_share_as_answers_do(denoiser: Denoiser, coupling: Coupling) -> None:
+    """What a few-step model shares goes by the time that it jumps from; of a plain denoiser there is no jump."""
+    cond, t, student = paired(words(1), words(2)), scalar(0.5), Jumping(denoiser.backbone, denoiser.diffusion)
+    jump = jumping(Coupled(coupling, student).bind(cond)).jump
+    shared = Coupled(coupling, denoiser)(latents(), t, cond)
+    for got, wanted in zip(jump(latents(), t, scalar(0.2))[:2], shared[:2], strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match="works on pairs"):
+        jump(latents(3), t, scalar(0.2))
+    assert not jumps(Coupled(coupling, denoiser).bind(cond))
 
 
 @pytest.mark.parametrize("coupling", NEVER, ids=repr)

@@ -27,6 +27,8 @@ from ldm.inverse.operators import Box
 from ldm.inverse.posterior import RePaint, SplitGibbs
 from ldm.jumps import SCALE, SPAN, Aim, Jumping, jumping, jumps, plainly
 from ldm.noise import Noise
+from ldm.objectives import DenoisingConfig
+from ldm.objectives.progressive import ProgressiveConfig
 from ldm.pipeline import Pipeline, Sampling
 from ldm.samplers import DDIM, DDPM, ConsistencySampler, DPMpp2M, JumpSampler, Sampler, Snapshot, prior, sample
 from ldm.schedules import EDM, VP, Flow, NoiseSchedule
@@ -47,7 +49,7 @@ few_step = each("sampler", [JumpSampler(), JumpSampler(noise=0.5), ConsistencySa
 def model(aim: Aim = "clean", data: Data | None = None) -> Jumping:
     """A few-step model of exact jumps: to where it is told, or to the clean end."""
     config: Any = SimpleNamespace(reads=(SPAN,) if aim == "any" else (), reading=plainly)
-    return Jumping(network(config, data or Data(Flow())), flow_process(), plainly, aim == "any", aim)
+    return Jumping(network(config, data or Data(Flow())), flow_process(), plainly, aim == "any", aim, aim == "next")
 
 
 def plain() -> Denoiser:
@@ -76,6 +78,8 @@ REFUSED: dict[str, tuple[Denoiser, Student, Sampling, str]] = {
     "noise on straight ways": (model("none"), NO_STUDENT, replace(FOUR, sampler=ConsistencySampler()), "step by step"),
     "another grid": (model("next"), NO_STUDENT, replace(FOUR, grid=Karras()), "grid uniform, and karras visits others"),
     "a shifted grid": (model("next"), NO_STUDENT, replace(FOUR, grid=Uniform(shift=3.0)), "without a shift"),
+    "to the end from another grid": (replace(model(), own_grid=True), NO_STUDENT, replace(
+        FOUR, sampler=ConsistencySampler(), grid=Karras()), "grid uniform, and karras visits others"),
     "a jump farther": (model("next"), NO_STUDENT, replace(FOUR, sampler=JumpSampler(noise=0.5)), "--sampler.noise 0"),
     "guided jumps": (model("any"), NO_STUDENT, replace(FOUR, guidance=ClassifierFree(scale=2.0)),
                      "guidance classifier-free mixes .* set its scale to 1, or take --sampler dpmpp-2m with more"),
@@ -106,6 +110,8 @@ DRAWN: dict[str, tuple[Denoiser, Student, Sampling]] = {
     "the end, again and again": (model("clean"), NO_STUDENT, replace(FOUR, sampler=ConsistencySampler())),
     "the end at once": (model("clean"), NO_STUDENT, replace(PLAN, sampler=ConsistencySampler())),
     "its own grid": (model("next"), NO_STUDENT, FOUR),
+    "the end from its own grid": (replace(model(), own_grid=True), NO_STUDENT, replace(
+        FOUR, sampler=ConsistencySampler())),
     "its own grid, as numbers": (model("next"), NO_STUDENT, replace(FOUR, grid=Given(times=(1.0, 0.75, 0.5, 0.25, 0)))),
     "its only step": (model("next"), NO_STUDENT, replace(PLAN, sampler=ConsistencySampler())),
     "no judge": (model(), NO_STUDENT, replace(PLAN, guidance=ByClassifier(strength=0.0))),
@@ -150,6 +156,16 @@ def test_what_a_student_says_of_itself() -> None:
 
 
 # What keeps its jumps
+
+
+@processes
+def test_jumps_of_the_judge_are_those_of_the_data(schedule: NoiseSchedule) -> None:
+    """`Isotropic`, beside the same written apart."""
+    oracle, data, x = Isotropic(schedule, 0.5, 0.3), Data(schedule, 0.5, 0.3), torch.tensor([[1.3], [-0.4]], dtype=F64)
+    for t, s in ((1.0, 0.4), (0.7, 0.0), (0.5, 0.5)):
+        for got, wanted in zip(oracle.jump(x, scalar(t), scalar(s))[:2], data.jump(x, scalar(t), scalar(s))[:2],
+                               strict=True):  # fmt: skip
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def walk(sampler: Sampler, denoise: Denoise, steps: int, shape: tuple[int, ...] = (2, 3, 4)) -> Tensor:
@@ -310,6 +326,15 @@ def test_a_student_of_its_own_grid_begins_there() -> None:
         begun(student, strength=0.9)
     with pytest.raises(ValueError, match="strength 0.5 of 1 step .*: draw with its teacher"):
         begun(pipeline("next"), strength=0.5)
+
+
+def test_the_objective_says_where_its_model_goes() -> None:
+    made = ProgressiveConfig(from_steps=4, steps=2).denoiser(plain().backbone, flow_process())
+    assert isinstance(made, Jumping) and (made.aim, made.own_grid, made.spans, made.denoises) == (
+        "next", True, False, False)  # fmt: skip
+    told = replace(ProgressiveConfig(), from_steps=2)
+    assert (told.aim, told.own_grid, DenoisingConfig().own_grid) == ("next", True, False)
+    assert [model(aim).denoises for aim in AIMS] == [True, False, False, True]
 
 
 def test_a_hole_is_filled_around_what_is_known() -> None:

@@ -15,6 +15,7 @@ from training.settings.families import (
     FAMILIES,
     RESTORING,
     SAMPLING,
+    STUDENTS,
     TRAINING,
     Part,
     families,
@@ -31,7 +32,7 @@ EDITING = RESTORING.sections + COUPLING.sections
 def test_the_listed_kinds_are_the_families_members(section: str) -> None:
     stage = "editing" if section in EDITING else "denoiser"
     assert kinds(section) == decoding.kinds(decoding.sections(stage)[section])
-    assert section in TRAINING.sections + SAMPLING.sections + EDITING
+    assert section in TRAINING.sections + SAMPLING.sections + STUDENTS.sections + EDITING
 
 
 def test_the_guide_lists_them_too() -> None:

@@ -60,9 +60,9 @@ def table(args: Any) -> list[str]:
 
     from ldm.backbones.dit import DiT
     from ldm.conditioning import Cond
-    from ldm.denoiser import Denoiser
     from ldm.diffusion import Diffusion
     from ldm.grids import Uniform
+    from ldm.jumps import Jumping
     from ldm.noise import Noise
     from ldm.predictions import Velocity
     from ldm.samplers import Euler, prior, sample
@@ -82,7 +82,7 @@ def table(args: Any) -> list[str]:
              "|---|---:|---:|---:|---:|---:|---:|"]
     for warm, sampler in enumerate([Euler(), *samplers.values()]):
         timer = Timed(network)
-        denoise = Denoiser(timer, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)
+        denoise = Jumping(timer, Diffusion(schedule=Flow(), prediction=Velocity())).bind(cond)  # a denoiser too
         x, since = prior(Flow(), (4, args.side, args.side), noise), time.process_time()
         sample(sampler, denoise, x, grid, noise)
         outside = time.process_time() - since - timer.seconds

@@ -41,6 +41,7 @@ MEANINGS = {
     "loss_gap": "by how much it is lower on training pictures: the larger, the more they are learnt by heart",
     "loss_t": "the objective at this noise level; lower is better",
 }
+OF_JUMPS = "mean squared distance from where one jump from this noise level lands to where it should; lower is better"
 
 
 def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -98,7 +99,7 @@ def text(folder: Path, facts: Mapping[str, Any]) -> str:
         _use(folder, values, facts, base),
         _data(facts),
         _training(values, facts),
-        _numbers(facts),
+        _numbers(facts, MEANINGS | ({"loss_t": OF_JUMPS} if denoiser and _student(values, "") else {})),
         _limits(folder, values, facts, denoiser),
         _made_of(facts),
     ]
@@ -239,14 +240,14 @@ def _training(values: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return f"## Training\n\n{_table(rows)}\n\nEvery setting is in [config.json](config.json), which repeats the run."
 
 
-def _numbers(facts: Mapping[str, Any]) -> str:
+def _numbers(facts: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
     numbers = facts.get("numbers", {})
     shown = {n: numbers.get(f"{n}_is", v) for n, v in numbers.items() if not n.endswith("_is") and n != "returned_to"}
     if not shown:
         return "## Measured\n\nNothing was kept with this model."
     lines = ["| on held-out data | value | what it means |", "| --- | --- | --- |"]
     for name, value in shown.items():
-        meaning = MEANINGS.get(name) or MEANINGS.get("loss_t" if name.startswith("loss_t") else "", "")
+        meaning = meanings.get(name) or meanings.get("loss_t" if name.startswith("loss_t") else "", "")
         told = escaped(value if isinstance(value, str) else format(value, ".4g"))
         lines.append(f"| {escaped(name)} | {told} | {meaning} |")
     rounded = facts.get("weights", "float32") != "float32"

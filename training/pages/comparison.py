@@ -49,6 +49,7 @@ def lead(records: Sequence[Record]) -> str:
         "stages": [record.stage for record in records],
         "data": [record.run.get("data", {}).get("index_sha256") for record in records],
         "autoencoders": [record.run.get("hashes", {}).get("autoencoder") for record in denoisers],
+        "objectives": [record.config.get("objective", {}).get("kind", "denoising") for record in denoisers],
         "predictions": [record.config.get("prediction", {}).get("kind") for record in denoisers],
     }
     differing = [name for name, values in seen.items() if len(set(values)) > 1]

@@ -13,15 +13,23 @@ from training.pages import curves, data, shown
 from training.pages.record import GONE, Log, Record
 from training.pictures import html
 
-LEVELS = (
+PLACE = (
     "t is the place on the way from the picture, t = 0, to noise, t = 1. Near 1 next to nothing of the picture is "
     "left, and the network settles what is where, by the caption; near 0 all but the finest detail is there, and it "
-    "settles texture and edges.",
+    "settles texture and edges."
+)
+LEVELS = (
     "The value is the mean squared error of what the network predicts ({}) on held-out samples, always with the same "
     "noise, so that validations differ by the weights alone. It reaches 0 nowhere: what noise has hidden can only be "
     "guessed. A level that still falls still learns; one that rises while the training loss falls is overfitted; one "
-    "far above another run's, on the same latents and with the same prediction, shows where this one is worse.",
+    "far above another run's, on the same latents and with the same prediction, shows where this one is worse."
 )
+JUMPS = (
+    "The value is the mean squared distance, on held-out samples and always with the same noise, from where this "
+    "few-step model ({}) lands in one jump from that level to where its teacher's way ends, or to the picture where it "
+    "has none. It is not comparable with a denoiser's loss, and says little of pictures drawn in several steps."
+)
+DENOISES = ("denoising", "its target")  # objectives whose loss by noise level is a denoiser's; early runs name none
 DRAWING = ("sampler", "grid", "guidance")  # of the pictures that are looked at, not of what is trained
 NO_PICTURES = "There are no pictures: samples/ holds no grid.png. They come with the validations, from step 0 on."
 NO_CURVES = "There are no curves: metrics.jsonl is not in this folder."
@@ -56,14 +64,15 @@ def what(record: Record) -> str:
     asked = [f"batch {train['batch_size']}", f"seed {train['seed']}"] if {"batch_size", "seed"} <= train.keys() else []
     weights = record.run.get("outlook", {}).get("parameters")
     asked += [f"{weights:,} parameters"] if weights else []
-    asked += [f"distilled from the autoencoder {teacher(record)[:12]}"] if teacher(record) else []
+    asked += [f"distilled from the {record.stage} {teacher(record)[:12]}"] if teacher(record) else []
     title = "Autoencoder (stage one)" if record.stage == "autoencoder" else "Denoiser of latents (stage two)"
     return f"{title}: {', '.join([*kinds, *asked])}."
 
 
 def teacher(record: Record) -> str:
-    """The hash of the autoencoder that a preview was distilled from; empty for a model without one."""
-    name = str(record.run.get("teacher", {}).get("autoencoder", "none"))
+    """The hash of the autoencoder that a preview was distilled from, or of a student's teacher; empty for a model
+    without one."""
+    name = str(record.run.get("teacher", {}).get(record.stage, "none"))
     return "" if name == "none" else name
 
 
@@ -137,8 +146,10 @@ def level_section(record: Record) -> list[str]:
             [level, value] for level, points in sorted(levels.items()) for at, value in points if at == step
         ]
     meaning = curves.Meaning("", "Held-out loss against the noise level", "")
-    predicted = str(record.config.get("prediction", {}).get("kind", "its target"))
-    told = [html.paragraph(text.format(predicted)) for text in LEVELS]
+    predicted, objective = (str(record.config.get(name, {}).get("kind", "its target"))
+                            for name in ("prediction", "objective"))  # fmt: skip
+    value = LEVELS.format(predicted) if objective in DENOISES else JUMPS.format(objective)
+    told = [html.paragraph(PLACE), html.paragraph(value)]
     return [*told, f'<div class="plots">{curves.plot(meaning, lines, across="t")}</div>']
 
 
@@ -225,7 +236,8 @@ def repetition(record: Record) -> list[str]:
     if not record.run:
         return [html.paragraph("The config that it was trained with:"), config]
     data_flag = "--data DATA" if record.stage == "autoencoder" else "--latents LATENTS"
-    script = f"python -m training train-{record.stage}"
+    taught = record.stage == "denoiser" and teacher(record)
+    script = f"python -m training {'distill' if taught else 'train'}-{record.stage}"
     given = [data_flag, *_frozen_parts(record)]
     again = " ".join([script, "--config RUN/config.json", *given, "--output NEW"])
     going_on = " ".join([script, "--config RUN/config.json", *given, "--output RUN --resume auto"])
@@ -244,6 +256,8 @@ def _frozen_parts(record: Record) -> Iterator[str]:
     """The flags that name other models, for a run that was made with some."""
     if teacher(record):
         yield "--teacher TEACHER"
+    if record.run.get("base"):
+        yield "--base BASE"
     if record.config.get("loss", {}).get("align", 0):
         yield "--align-with VISION"
     if record.config.get("text", {}).get("kind") == "huggingface":

@@ -19,7 +19,7 @@ CHUNK = "parameters"
 SAMPLERS = {
     "euler": "Euler", "heun": "Heun", "lms": "LMS", "ddim": "DDIM", "pndm": "PLMS", "unipc": "UniPC",
     "restart": "Restart", "dpm-solver-2": "DPM2", "dpmpp-2m": "DPM++ 2M", "dpmpp-sde-2m": "DPM++ 2M SDE",
-    "dpmpp-sde-3m": "DPM++ 3M SDE",
+    "dpmpp-sde-3m": "DPM++ 3M SDE", "consistency": "LCM",
 }  # fmt: skip
 SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
 ALONE = {"autoguidance", "classifier"}  # guidances whose scale is none of a negative prompt

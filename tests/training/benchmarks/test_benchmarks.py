@@ -18,8 +18,10 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_samplers_counts_calls_waits_and_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny.call("benchmark", "samplers", "--samplers", "heun,dopri5", "--steps", 2, "--side", 4) == 0
-    heun, pair = rows(capsys.readouterr().out)
+    kinds = "heun,dopri5,jump,consistency"
+    assert tiny.call("benchmark", "samplers", "--samplers", kinds, "--steps", 2, "--side", 4) == 0
+    heun, pair, *few_step = rows(capsys.readouterr().out)
+    assert [(row[0], row[1], row[5]) for row in few_step] == [("jump", "2", "0"), ("consistency", "2", "0")]
     assert heun[0] == "heun" and heun[1] == "3" and heun[5] == "0" and pair[5] == "1"
     for row in (heun, pair):
         early, late = (int(part) for part in row[6].split(","))

@@ -203,10 +203,12 @@ def test_the_card_of_a_student_says_its_steps_and_its_guidance(taught: Path) -> 
     card = (taught / "baked" / "final" / "README.md").read_text()
     told = "taught by teacher, whose hashes are in [teacher.json](teacher.json). It draws in 1 step. Guidance at scale"
     assert f"It is a few-step model (progressive), {told} 2 is baked in: give no other." in card
+    assert "where one jump from this noise level lands" in card and "the objective at this noise level" not in card
+    plain = (taught / "teacher" / "final" / "README.md").read_text()
+    assert "few-step" not in plain and "the objective at this noise level" in plain
 
 
-def test_a_cascade_of_students(taught: Path, upscaler: Path, shapes: Path, tmp_path: Path) -> None:
-    """A stage that is a student takes no negative prompt."""
+def test_a_student_in_a_cascade_must_fit_as_any_model(taught: Path, upscaler: Path, tmp_path: Path) -> None:
     words = ("--cascade", taught / "baked", "--cascade", upscaler, "--prompt", "red", "--device", "cpu", "--steps", 2)
     problem = tiny.refused("generate", *words, "--output", tmp_path / "out")
     assert "makes 32x32 pixels of 8x8" in problem.what

@@ -54,6 +54,10 @@ def test_it_is_said_where_losses_are_not_comparable(tmp_path: Path) -> None:
     assert re.findall("different (.*?):", comparison.lead([*same, named("c", "1", "y")])) == ["autoencoders"]
     told = comparison.lead([*same, named("d", "2", "x", "eps")])
     assert re.findall("different (.*?):", told) == ["data", "predictions"]
+    student = read(run_folder(tmp_path / "e", config={**CONFIG, "objective": {"kind": "progressive"}}))
+    denoiser = read(run_folder(tmp_path / "f", config={**CONFIG, "objective": {"kind": "denoising"}}))
+    assert re.findall("different (.*?):", comparison.lead([student, denoiser])) == ["objectives"]
+    assert comparison.lead([denoiser, read(run_folder(tmp_path / "g"))]) == ""
 
 
 def test_names_tell_runs_apart_without_telling_whose_they_are() -> None:

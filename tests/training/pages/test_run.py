@@ -56,6 +56,23 @@ def test_the_parts_of_a_finished_run(tmp_path: Path) -> None:
     assert profile["lines"][0]["points"] == [[0.1, 1.1], [0.5, 1.5], [0.9, 1.9]]
 
 
+def test_a_student_is_told_by_what_it_is(tmp_path: Path) -> None:
+    """Its loss is of jumps, and its commands name a teacher; those of an adapter name its base."""
+    config = {**CONFIG, "objective": {"kind": "progressive"}}
+    folder = run_folder(tmp_path / "run", config=config, teacher={"denoiser": "a" * 64, "text_encoder": "b" * 64})
+    seen = text(page(folder))
+    assert "objective progressive" in seen and f"distilled from the denoiser {'a' * 12}." in seen
+    assert "this few-step model (progressive) lands in one jump" in seen and "what the network predicts" not in seen
+    command = "python -m training distill-denoiser --config RUN/config.json --latents LATENTS --teacher TEACHER"
+    assert f"{command} --output NEW" in seen and f"{command} --output RUN --resume auto" in seen
+    alone = text(page(run_folder(tmp_path / "alone", config=config)))
+    assert "python -m training train-denoiser --config" in alone and "TEACHER" not in alone
+    adapter = text(page(run_folder(tmp_path / "adapter", base={"denoiser": "c" * 64})))
+    assert "python -m training train-denoiser --config RUN/config.json --latents LATENTS --base BASE" in adapter
+    plain = {**CONFIG, "objective": {"kind": "denoising"}}
+    assert "what the network predicts (velocity)" in text(page(run_folder(tmp_path / "plain", config=plain)))
+
+
 def test_pictures_are_in_the_page_byte_for_byte_the_last_one_shown(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     frames = re.findall(r'<img (hidden )?alt="samples, step (\d+)".*?base64,([^"]*)"', page(folder))

@@ -12,7 +12,9 @@ import pytest
 import tiny
 from PIL import Image
 
+from ldm.samplers import SAMPLERS
 from training.pictures import grids
+from training.pictures.parameters import SAMPLERS as NAMES
 from training.pictures.parameters import parameters, quoted
 
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -107,3 +109,12 @@ def test_pictures_of_generate_carry_them(
     assert f"the same pixels as {first}" in capsys.readouterr().err
     third = read(Image.open(tmp_path / "three" / "00000.png").text["parameters"])  # type: ignore[attr-defined]
     assert third == {**found, "Model": "renamed"}
+
+
+def test_a_few_step_model_is_told_by_the_name_of_its_sampler() -> None:
+    told = facts()
+    told["settings"] |= {"sampler": {"kind": "consistency"}, "sample": {"steps": 4},
+                         "guidance": {"kind": "embedded", "scale": 3.0}}  # fmt: skip
+    assert "Steps: 4, Sampler: LCM, Schedule type: Karras, CFG scale: 3.0" in parameters(told)
+    known = {cls().kind for cls in SAMPLERS}
+    assert set(NAMES) <= known

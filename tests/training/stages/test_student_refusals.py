@@ -13,6 +13,7 @@ import tiny
 from packs import write
 
 from training.errors import UserError
+from training.stages.student_job import StudentJob
 
 
 def refused(taught: Path, latents: Path, *words: object, teacher: str = "teacher") -> UserError:
@@ -137,6 +138,24 @@ def test_a_student_of_half_the_steps(taught: Path, latents: Path, tmp_path: Path
     problem = refused(taught, latents, "--teacher", told, *again, 3)
     assert "would not begin as it is" in problem.what and "--student.guidance_scale 1,8" in problem.hint
     assert students.distill(told, latents, *again, "2,4", "--dry-run") == 0
+
+
+def test_a_teacher_without_guidance_in_it_is_guided(
+    taught: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale of 1 is none: its student may take another in. One that has its own is asked as it is."""
+    asked = list[Any]()
+    load = StudentJob.load_teacher
+    monkeypatch.setattr(StudentJob, "load_teacher", lambda *args: asked.append(load(*args)) or asked[-1])
+    for scale in (1, 2):
+        first = tmp_path / str(scale)
+        steps = ("--objective.from_steps", 2, "--objective.steps", 2, "--student.guidance_scale", scale)
+        students.student(taught / "teacher", latents, first, *steps)
+        again = 3 if scale == 1 else 2
+        how = ("--objective.from_steps", 1, "--student.guidance_scale", again, "--dry-run")
+        assert students.distill(first, latents, *how) == 0
+    assert [teacher.guidance.scale for teacher in asked] == [1, 3, 2, 1]
+    assert [teacher.null is None for teacher in asked] == [False, False, False, True]
 
 
 def test_a_learned_variance_is_of_no_use(taught: Path, latents: Path, tmp_path: Path) -> None:

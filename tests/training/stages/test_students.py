@@ -41,6 +41,10 @@ def drawn(run: Path, *words: object, prompt: str = "a red circle") -> None:
     assert tiny.call("generate", *where, *words) == 0
 
 
+def evaluated(run: Path, *words: object) -> int:
+    return tiny.call("evaluate", "--model", run, "--device", "cpu", "--count", 4, "--batch-size", 4, *words)
+
+
 def pairs(root: Path) -> Path:
     """Packed pictures of 32 pixels, each with what it was made of beside it."""
     for name in ("pictures", "sources"):
@@ -76,7 +80,10 @@ def test_a_teacher_that_is_shown_pictures(kind: str, shapes: Path, autoencoder: 
              "source": ["--image", "FINAL/shown.png"]}.get(kind)  # fmt: skip
     if shown:
         drawn(run, *(word.replace("FINAL", str(run / "final")) for word in shown))
+        if kind == "hint":
+            assert evaluated(run, "--data", data, "--hints") == 0
     else:
+        assert evaluated(run, "--data", data, "--upscale", "--samples", 2) == 0
         where = ("--model", run, "--output", run / "pictures", "--device", "cpu")
         assert tiny.call("upscale", run / "final" / "shown.png", *where) == 0
         problem = tiny.refused("upscale", run / "final" / "shown.png", *where, "--overwrite", "--steps", 3)
@@ -197,8 +204,9 @@ def test_averages_of_another_length_are_those_of_the_student(taught: Path, laten
 
 
 def test_a_stopped_student_goes_on_byte_for_byte(
-    taught: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taught: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also by its own config, which says what it has taken in."""
     words = ("--student.guidance_scale", "1,8", "--max-steps", 6, "--lr", "0.01", "--optimizer.warmup", 0)
     assert students.distill(taught / "teacher", latents, *words, "--output", tmp_path / "whole") == 0
     stop_at(monkeypatch, 3)
@@ -207,3 +215,17 @@ def test_a_stopped_student_goes_on_byte_for_byte(
     where = ("--output", tmp_path / "run", "--resume", "auto")
     assert students.distill(taught / "teacher", latents, *words, *where) == 0
     same(tmp_path / "run", tmp_path / "whole")
+    own = ("--teacher", taught / "teacher", "--latents", latents, "--device", "cpu", *where)
+    assert tiny.call("distill_denoiser", *own) == 0
+    assert "no --config was given: the run's own is used" in capsys.readouterr().err
+
+
+def test_the_command_of_its_page_gives_it_again(taught: Path, latents: Path, tmp_path: Path) -> None:
+    """By its own config, baked scale and all."""
+    words = ("--teacher", taught / "teacher", "--latents", latents, "--device", "cpu")
+    config = taught / "baked" / "config.json"
+    assert tiny.call("distill_denoiser", *words, "--config", config, "--output", tmp_path / "again") == 0
+    ours, theirs = (load_tensors(run / "final" / "model.safetensors") for run in (tmp_path / "again", taught / "baked"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    page = (taught / "baked" / "report.html").read_text()
+    assert "distill-denoiser --config RUN/config.json" in page and "--teacher TEACHER" in page
