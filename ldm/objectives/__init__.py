@@ -7,7 +7,8 @@ from ldm.families import members
 from ldm.objectives.base import ALONE, LEVELS, Beside, Companion, Draw, Losses, Objective, ObjectiveConfig
 from ldm.objectives.denoising import Denoising, DenoisingConfig
 
-OBJECTIVES: tuple[type[ObjectiveConfig], ...] = members(__name__, "OBJECTIVES", ("denoising",))  # first: default
+ORDER = ("denoising",)  # first in help, and the default
+OBJECTIVES: tuple[type[ObjectiveConfig], ...] = members(__name__, "OBJECTIVES", ORDER)
 
 FEW_STEP = tuple(kind for kind in OBJECTIVES if kind.reading is not None)  # those whose models jump
 

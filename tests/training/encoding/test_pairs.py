@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import students
 import tiny
 import torch
 from donors import frozen_encoder
@@ -257,10 +258,21 @@ def test_the_index(write: Write, teacher: HashedPipeline, latents: Path, shapes:
     assert ShardSet(folder).summary["pairs"] == told
 
 
-def test_a_training_opens_them(write: Write, tmp_path: Path) -> None:
-    words = ("--latents", write(count=64), "--output", tmp_path / "run", *tiny.DENOISER, "--max-steps", 2)
-    assert tiny.call("train_denoiser", *words, "--objective.kind", "reflow", "--objective.at_noise", 0.5) == 0
+def test_a_student_has_them_drawn_and_opens_them(denoiser: Path, latents: Path, tmp_path: Path) -> None:
+    """The pairs of the teacher as it draws, beside the run; a second student takes those that are there."""
+    words = ("--teacher", denoiser, "--latents", latents, "--config", "reflow", "--objective.pairs", 16,
+             "--max-steps", 2, "--objective.at_noise", 0.5, *students.SHORT[4:], "--output")
+    assert tiny.call("distill_denoiser", *words, tmp_path / "run") == 0
     assert np.isfinite([row["val/loss"] for row in tiny.rows(tmp_path / "run") if "val/loss" in row]).all()
+    told = ShardSet(tmp_path / "run-pairs").summary["pairs"]
+    own = load_pipeline(denoiser, "cpu")
+    assert told["counts"]["train"] == 16 and told["guidance_scale"] == own.sampling.guidance.scale  # type: ignore[attr-defined]
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run-pairs").glob("*.tar")}
+    assert tiny.call("distill_denoiser", *words, tmp_path / "more", "--pairs", tmp_path / "run-pairs") == 0
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run-pairs").glob("*.tar")}
+    assert not (tmp_path / "more-pairs").exists()
+    refused = tiny.refused("distill_denoiser", *words, tmp_path / "other", "--student.guidance_scale", "1,3")
+    assert "pairs of one guidance scale" in refused.what and refused.hint == "--student.guidance_scale 1"
 
 
 def test_embeddings_go_with_their_captions(shapes: Path, autoencoder: Path, write: Write, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ldm.guidance import ClassifierFree, Embedded
 from ldm.guiding import Guidance
 from ldm.jumps import Jumping
 from ldm.samplers import Euler, Heun, JumpSampler, Sampler
+from ldm.students import NO_STUDENT, Student
 from training.doors.compare_steps import called, numbers
 from training.errors import UserError
 from training.ledger import Ledger
@@ -161,7 +162,10 @@ COSTS: dict[str, tuple[Sampler, Guidance, float]] = {  # calls of a picture in f
 @pytest.mark.parametrize("name", COSTS)
 def test_calls_are_counted_where_they_happen(name: str, denoiser: Path) -> None:
     sampler, guidance, calls = COSTS[name]
-    cost = drawn(metered(load_pipeline(denoiser, "cpu")), sampler, guidance)
+    taught = Student(guidance_scale=(1.0, 6.0)) if isinstance(guidance, Embedded) else NO_STUDENT
+    own = load_pipeline(denoiser, "cpu")
+    plan = dataclasses.replace(own.sampling, sampler=sampler, guidance=guidance)
+    cost = drawn(metered(dataclasses.replace(own, student=taught, sampling=plan)), sampler, guidance)
     assert (cost.pictures, cost.calls) == (3, 3 * calls)
 
 
