@@ -97,13 +97,13 @@ def shapes_edits(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespac
     Raises UserError for a few-step model, for one of other pictures than square RGB ones of at least 32 pixels, and for
     sheets that are there already.
     """
-    if isinstance(pipeline.denoiser, Jumping):
-        what = "--edits shapes draws with ddpm and ddim too, in many steps, and this is a few-step model"
-        raise UserError(what, hint="measure its teacher")
     height, width = pipeline.size
     if pipeline.autoencoder.image_channels != 3 or height != width or height < UNIT:
         what = f"edited shapes are square RGB pictures of at least {UNIT:g} pixels, the model draws {width}x{height}"
         raise UserError(what, hint="measure a model that was trained on the embedded shapes")
+    if isinstance(pipeline.denoiser, Jumping):
+        what = "--edits shapes draws with ddpm and ddim too, in many steps, and this is a few-step model"
+        raise UserError(what, hint="measure its teacher")
     if args.count < 1:
         raise UserError("--edits shapes edits --count pictures of each kind, at least 1", hint="give --count N")
     for name in PARTS if args.grid else ():
