@@ -224,8 +224,8 @@ def check_negatives(student: Student, plan: Sampling, denoiser: Denoiser, negati
                     also: bool) -> None:
     """Raises ValueError for negative prompts and further captions where they would do nothing, or the wrong thing."""
     if student.guided and any(negatives):
-        raise ValueError("a negative prompt does nothing here: what this student moves away from was settled when it "
-                         "was taught; leave it out, or draw with its teacher")
+        raise ValueError("a negative prompt does nothing here, for what this student moves away from was settled when "
+                         "it was taught: leave it out, or draw with its teacher")
     if student.guided and also:
         raise ValueError("further captions are weighed against the empty one, and this student has taken its guidance "
                          "in: leave --also out, or draw with its teacher")
