@@ -147,6 +147,7 @@ class DMDConfig(FewStepConfig, Checked):
     high: float = 0.98
     regression: float = 0.0
     taught = "yes"
+    own_grid = True
     reading = staticmethod(plainly)
     made = DMD
     limits: ClassVar = {"steps": "[1, inf)", "fake_steps": "[1, inf)", "fake_rate": "(0, inf)", "low": "(0, high)",

@@ -298,3 +298,10 @@ def test_nothing_hides_a_number_that_is_none() -> None:
     total = objective().losses(generator, values(1), nothing(1), compared(values(1), at(0.4), values(1)), broken).total
     total.sum().backward()
     assert total.isnan().all() and generator.mean.grad is not None and generator.mean.grad.isnan()
+
+
+def test_it_is_drawn_as_it_is_taught() -> None:
+    """In as many steps, at the times of their uniform grid: what is refused otherwise is in tests/ldm/test_students.py.
+    """
+    two = DMDConfig(steps=2)
+    assert two.drawn_in == (2,) and two.own_grid and two.aim == "clean"
