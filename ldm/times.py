@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoencoder.precision import double, double_device
 from ldm.checks import Checked
+from ldm.noise import Noise
 from ldm.schedules import NoiseSchedule
 
 
@@ -34,6 +35,17 @@ class TimeSampling(Checked, ABC):
     def draw(self, u: Tensor, schedule: NoiseSchedule, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Times (B,) float64 at which a network may be called, and the factors (B,) on their losses that undo how often
         they come; from u (B,) uniform in (0, 1) and what has been `seen`, None for nothing."""
+
+    def drawn(self, noise: Noise, schedule: NoiseSchedule, places: Places | None,
+              seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`draw` by the samples' own noise. Raises ValueError where stratified times lack the places of their samples.
+        """
+        u = noise.uniform((), "time")
+        if self.stratified:
+            if places is None:
+                raise ValueError("stratified times need the places of the samples in their global batch")
+            u = places.stratify(u)
+        return self.draw(u, schedule, seen)
 
     @abstractmethod
     def start(self, device: torch.device | str = "cpu") -> Tensor | None:

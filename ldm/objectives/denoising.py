@@ -46,12 +46,7 @@ class Denoising(Objective):
     def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None,
              cond: Cond | Sequence[str] | None = None) -> Draw:
         """See `Objective.draw`; ValueError where stratified times lack the places of their samples."""
-        u = noise.uniform((), "time")
-        if self.times.stratified:
-            if places is None:
-                raise ValueError("stratified times need the places of the samples in their global batch")
-            u = places.stratify(u)
-        t, factor = self.times.draw(u, self.diffusion.schedule, seen)
+        t, factor = self.times.drawn(noise, self.diffusion.schedule, places, seen)
         return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype), cond), factor)
 
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw, beside: Beside = ALONE) -> Losses:

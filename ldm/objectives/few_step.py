@@ -48,12 +48,7 @@ class FewStep(Objective):
     def draw(self, x0: Tensor, noise: Noise, places: Places | None = None, seen: Tensor | None = None,
              cond: Cond | Sequence[str] | None = None) -> Draw:
         """See `Objective.draw`; ValueError where stratified times lack the places of their samples."""
-        u = noise.uniform((), "time")
-        if self.times.stratified:
-            if places is None:
-                raise ValueError("stratified times need the places of the samples in their global batch")
-            u = places.stratify(u)
-        t, factor = self.times.draw(u, self.diffusion.schedule, seen)
+        t, factor = self.times.drawn(noise, self.diffusion.schedule, places, seen)
         eps = noise.normal(x0.shape[1:], "eps", dtype=x0.dtype)
         return Draw(t, eps, factor, self.further(x0, noise))
 
@@ -105,6 +100,12 @@ class FewStep(Objective):
         clean = torch.zeros_like(t)
         ends, _ = self.jump(backbone, x_t, t, clean, cond)
         return (mixed(self.diffusion.schedule, ends, clean) - end).float().square().flatten(1).mean(1)
+
+
+def unweighed(answer: Any) -> Tensor:
+    """The prediction of an answer that may come with its expected loss."""
+    prediction: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return prediction
 
 
 def need_teacher(beside: Beside, kind: str) -> Teacher:

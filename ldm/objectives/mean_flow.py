@@ -19,8 +19,7 @@ from ldm.jumps import SPAN, averaged, noise_share, plainly
 from ldm.noise import Noise
 from ldm.objectives.base import ALONE, Beside, Draw, Losses, Trained
 from ldm.objectives.derivative import How, along
-from ldm.objectives.few_step import FewStep, FewStepConfig
-from ldm.objectives.progressive import unweighed
+from ldm.objectives.few_step import FewStep, FewStepConfig, unweighed
 from ldm.schedules import match
 from ldm.times import Places
 

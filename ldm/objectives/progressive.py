@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ldm.conditioning import Cond
 from ldm.jumps import chord, mixed, plainly
 from ldm.noise import Noise
 from ldm.objectives.base import ALONE, Beside, Companion, Draw, Losses, Trained
-from ldm.objectives.few_step import FewStep, FewStepConfig, need_teacher
+from ldm.objectives.few_step import FewStep, FewStepConfig, need_teacher, unweighed
 
 PREVIOUS = "previous"
 
@@ -52,12 +52,6 @@ class Progressive(FewStep):
                 x_s = mixed(schedule, before(x_m, middle, cond), s)
         ends, expected = self.jump(backbone, x_t, t, s, cond)
         return self.counted(self.error(ends, chord(schedule, x_t, x_s, t, s), t), draw._replace(t=t), expected)
-
-
-def unweighed(answer: Any) -> Tensor:
-    """The prediction of an answer that may come with its expected loss."""
-    prediction: Tensor = answer[0] if isinstance(answer, tuple) else answer
-    return prediction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,7 @@ from ldm.diffusion import Denoised
 from ldm.jumps import SPAN, chord, mixed, noise_share, plainly, share_time
 from ldm.noise import Noise
 from ldm.objectives.base import ALONE, Beside, Companion, Draw, Losses, Trained
-from ldm.objectives.few_step import FewStep, FewStepConfig
-from ldm.objectives.progressive import unweighed
+from ldm.objectives.few_step import FewStep, FewStepConfig, unweighed
 from ldm.times import Places
 
 TARGET = "target"

@@ -18,8 +18,7 @@ from ldm.diffusion import Denoised
 from ldm.jumps import SPAN, averaged, chord, mixed, noise_share, plainly, share_time
 from ldm.noise import Noise
 from ldm.objectives.base import ALONE, Beside, Companion, Draw, Losses, Trained
-from ldm.objectives.few_step import FewStep, FewStepConfig, need_teacher
-from ldm.objectives.progressive import unweighed
+from ldm.objectives.few_step import FewStep, FewStepConfig, need_teacher, unweighed
 from ldm.objectives.shortcut import TARGET, chosen
 from ldm.schedules import match
 from ldm.teacher import Teacher

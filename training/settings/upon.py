@@ -63,8 +63,6 @@ def load_upon(upon: Upon, base: decoding.DenoiserConfig, source: str,
         values["weighting"] = {"kind": "uniform"}
     merged = {**values, **{name: {} for name in upon.anew}}
     for name, section in own.items():
-        if name == "format":
-            continue  # the other's, whose settings are all written out: a model keeps the version it began with
         before = merged.get(name, {})
         other = isinstance(section, dict) and section.get("kind", before.get("kind")) != before.get("kind")
         merged[name] = section if other or not isinstance(section, dict) else {**before, **section}
