@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,8 @@ def config_of(case: Case, teacher: Path, home: Path, **changes: str) -> decoding
     clean = next(kind for kind in FEW_STEP if kind.kind == known)().aim == "clean"
     sampler = f'[sampler]\nkind = "{"consistency" if clean else "jump"}"\n'
     if case.source == "teacher":
-        (file := home / "student.toml").write_text(f'[objective]\nkind = "{known}"\n[train]\nema = 0.9\n{sampler}')
+        file = home / f"student-{os.getpid()}.toml"  # of processes that share a home, each reads what it wrote itself
+        file.write_text(f'[objective]\nkind = "{known}"\n[train]\nema = 0.9\n{sampler}')
         config = load_upon(STUDENT, config_of_base(str(teacher)), str(file), overrides)
     else:
         known = case.kind if case.kind != "turns" else "denoising"
