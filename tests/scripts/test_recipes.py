@@ -19,9 +19,11 @@ RECIPES = {
     "recipes/shapes": ["--output", "OUT"],
     "recipes/control": ["--output", "OUT", "--emoji", "runs", "--root", "package", "--text-encoder", "encoder"],
     "recipes/upscale": ["--output", "OUT"],
+    "recipes/few_steps": ["--output", "OUT"],
     "recipes/compare_autoencoders": ["--output", "OUT", "--data", "fashion/data"],
 }
 LAST = {"quickstart": "summarize", "recipes/compare_autoencoders": "summarize", "recipes/shapes": "evaluate"}
+LAST["recipes/few_steps"] = "compare_steps"
 LAST["recipes/control"] = "evaluate"
 TEXTS = [*SHELL, tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
 
