@@ -17,6 +17,8 @@ NEEDED = re.compile(
 )
 HOME = Path(__file__).parents[1]  # holds this package, and in a checkout scripts/ too
 INSTALLED = "latent-diffusion"  # the command that takes a verb; with -VERB at its end, that of one door
+DEMO = "demo"
+EMBEDDED = (DEMO, "demo-student")  # models that come with the package: what a command calls them, and their folders
 HIDDEN = "HIDDEN"
 SECRET = re.compile(r"(://)([^/?#]*@)?([^?#]*)([?#].*)?", re.DOTALL)  # user and password, what may be shown, query
 

@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from training.commands import HIDDEN, door
+from training.commands import EMBEDDED, HIDDEN, door
 from training.messages import note, printable, tell
 
 SCRIPTED = "LDM_SCRIPTED"  # in the environment: whoever runs one step after another knows what follows
 ROLES = ("data", "autoencoder", "ae", "latents", "denoiser", "dit", "unet", "pictures")  # how such folders are called
-DEMO = "demo"  # the model that comes with the package
 LONGEST = 200  # characters of a caption that is proposed as a prompt
 LOOKED_AT = 100  # captions, for one that can be pasted
 
@@ -58,7 +57,7 @@ def prompt(captions: Iterable[str], known: Callable[[str], bool] = bool) -> list
 
 def encoding(autoencoder: str | Path, data: str, flags: Mapping[str, object]) -> str:
     """The command that encodes pictures with an autoencoder, `flags` being what was asked for of both."""
-    output = beside(data if autoencoder == DEMO else autoencoder, "latents")
+    output = beside(data if autoencoder in EMBEDDED else autoencoder, "latents")
     return door("encode_latents", "--autoencoder", autoencoder, "--data", data, "--output", output, *again(flags))
 
 

@@ -13,7 +13,7 @@ def main() -> None:
     """Read the flags and serve the page until it is interrupted."""
     parser = Parser(__doc__ or "")
     add = parser.add_argument
-    text = "a denoiser's run (also while it trains), its final/, or a checkpoint; demo: that of the package, of shapes"
+    text = "a denoiser's run (also while it trains), its final/, or a checkpoint; demo or demo-student: of the package"
     add("--model", metavar="RUN", required=True, help=text)
     text = "where to listen; at another than this machine's own, whoever reaches it draws here and sees what is drawn"
     add("--host", metavar="ADDRESS", default="127.0.0.1", help=text)

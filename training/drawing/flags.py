@@ -59,7 +59,7 @@ def where_from_and_to(parser: Parser) -> None:
     """The run, the folder, and what the machine can bear."""
     group = parser.add_argument_group("run")
     add = group.add_argument
-    text = "a denoiser's run (also while it trains), its final/, or a checkpoint; demo: that of the package, of shapes"
+    text = "a denoiser's run (also while it trains), its final/, or a checkpoint; demo or demo-student: of the package"
     add("--model", metavar="RUN", help=text)
     add("--output", metavar="DIR", required=True, help="where 00000.png ... and grid.png go")
     add("--strip", action="store_true", help="also draw strips/: what each picture was on its way")

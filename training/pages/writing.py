@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.commands import EMBEDDED
 from training.errors import CHECKPOINT, USAGE, UserError
 from training.files import write_bytes
 from training.guarding import check_free, gigabytes, read_plain
@@ -16,7 +17,6 @@ from training.pages import comparison, run
 from training.pages.data import is_of
 from training.pages.record import read
 from training.pictures import html
-from training.settings.embedded import DEMO
 
 if TYPE_CHECKING:
     import argparse
@@ -28,8 +28,8 @@ HEAD = 400  # bytes in which a page of ours says so
 def report(args: argparse.Namespace) -> int:
     """The work of `report`: write the page and say where. Returns the exit code."""
     folders = [Path(name) for name in args.run]
-    if DEMO in args.run and not Path(DEMO).exists():
-        what = f"{DEMO} is the model of the package, without the run that trained it"
+    if named := next((name for name in args.run if name in EMBEDDED and not Path(name).exists()), ""):
+        what = f"{named} is the model of the package, without the run that trained it"
         raise UserError(what, hint="give the folder that a training wrote", code=CHECKPOINT)
     if len(folders) > 1 and not args.output:
         raise UserError("a page of several runs belongs to none of them", hint="say where: --output FILE", code=USAGE)

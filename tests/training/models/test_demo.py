@@ -1,7 +1,9 @@
-"""The model that comes with the package: what it is made of, how it is named, and that it does what it is told."""
+"""The models that come with the package: what they are made of, how they are named, and that they do as they are told.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,9 @@ from ldm.noise import Noise
 from ldm.samplers import DDIM
 from ldm.tasks import Task, Tasks
 from training import load_autoencoder, load_pipeline
+from training.commands import EMBEDDED
 from training.models.assembly import HashedPipeline
+from training.models.cards import TEACHER
 from training.models.folders import find
 from training.models.lineage import stored_ingredients
 from training.pictures import grids
@@ -36,7 +40,7 @@ from training.shapes.scenes import Scene, scene
 from training.shapes.wording import captions, held_out_prompts
 from training.tensors import content_hash, load_tensors
 
-LARGEST = 12_000_000  # bytes that a package may be the larger for
+LARGEST = 12_000_000  # bytes that a package may be the larger for each of them
 RELATION = "a red circle above a blue square"
 
 
@@ -80,9 +84,10 @@ def reconstructed(pipe: HashedPipeline, pixels: Tensor) -> Tensor:
         return to_uint8(pipe.decode(encoded(pipe, to_unit(pixels))))
 
 
-def test_it_is_small_rounded_and_complete(demo: HashedPipeline) -> None:
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_it_is_small_rounded_and_complete(name: str) -> None:
     """Stored as bfloat16, loaded as the same numbers in float32, of which the hashes are."""
-    home = located("demo")
+    home, demo = located(name), load_pipeline(name, "cpu")
     assert sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) <= LARGEST
     parts = {"denoiser": (demo.denoiser.backbone, "."), "autoencoder": (demo.autoencoder, "autoencoder"),
              "text_encoder": (demo.text, "text_encoder")}  # fmt: skip
@@ -118,6 +123,18 @@ def test_its_name_is_no_folder(
     assert hashes[0] == demo.hashes and hashes[1] == stored_ingredients(denoiser / "final")
     monkeypatch.chdir(tmp_path / "named")
     assert "./demo: no such run" in tiny.refused("generate", "--model", "./demo", *draw, tmp_path / "no").what
+
+
+def test_the_student_draws_in_one_call_of_the_network(demo: HashedPipeline) -> None:
+    """It was taught by `demo`, and stands on the same autoencoder and words."""
+    student, prompts = load_pipeline("demo-student", "cpu"), held_out_prompts(20, 1)
+    record = json.loads((located("demo-student") / TEACHER).read_text())
+    assert record["name"] == "demo" and record["hashes"].items() <= demo.hashes.items() and len(record["hashes"]) == 2
+    assert all(student.hashes[name] == demo.hashes[name] for name in ("autoencoder", "vocabulary", "text_encoder"))
+    calls = list[int]()
+    student.denoiser.backbone.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    pixels = torch.cat(list(student.pixels(prompts, 0)))
+    assert len(calls) == 1 and obeyed(pixels, prompts) >= 17
 
 
 def test_one_command_draws_what_it_is_told_and_the_same_again(tmp_path: Path) -> None:
