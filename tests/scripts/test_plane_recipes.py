@@ -21,15 +21,14 @@ def told(recipe: str, *words: object) -> str:
 
 def test_clusters_are_counted() -> None:
     """The data's are as many each, what has to come grows by the reward, and learning goes that way."""
-    rows = [line.replace("%", "").split() for line in told("adjoint_matching", "--updates", 10).splitlines()]
+    rows = [line.replace("%", "").split() for line in told("adjoint_matching", "--updates", 5).splitlines()]
     first = {row[0] + row[1] + row[2]: [float(word) for word in row if word.replace(".", "").isdigit()] for row in rows}
-    even, wanted, learned, direct = first.values()
+    even, wanted, learned, _ = first.values()
     assert len(first) == 4 and all(len(row) == 9 and abs(sum(row[:8]) - 100) < 0.5 for row in first.values())
     assert max(even[:8]) - min(even[:8]) < 3 and even[8] == 0
     exact = [34.0, 21.9, 7.6, 2.6, 1.7, 2.6, 7.6, 21.9]
     assert max(abs(a - b) for a, b in zip(wanted[:8], exact, strict=True)) < 2.5
-    assert learned[0] > even[0] + 2 and learned[4] < even[4] - 2 and learned[8] < 5
-    assert direct[8] >= 0
+    assert learned[0] > even[0] + 1 and learned[4] < even[4] - 1 and learned[8] < 5
 
 
 def test_a_sheet_of_four_clusters(tmp_path: Path) -> None:
