@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tiny
 
-SHORT = ["--config", "progressive", "--objective.from_steps", "2", "--device", "cpu", "--batch-size", "8",
+SHORT = ["--config", "progressive", "--objective.from_steps", "2", "--objective.steps", "1",
+         "--device", "cpu", "--batch-size", "8",
          "--save-every", "100", "--sample-every", "100", "--train.validation_size", "4"]  # fmt: skip
 
 

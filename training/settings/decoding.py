@@ -144,8 +144,9 @@ def overlay(values: Values, overrides: Mapping[str, str]) -> Values:
     return result
 
 
-def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -> Config:
-    """Plain sections -> typed config. `lines` names the place of each `section.key` for error messages."""
+def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None, folder: str = "") -> Config:
+    """Plain sections -> typed config. `lines` names the place of each `section.key` for error messages, `folder` where
+    in configs/ there are others, if not in that of the stage."""
     problems: list[str] = []
     parts: dict[str, Any] = {}
     known = sections(stage)
@@ -165,7 +166,7 @@ def decode(stage: str, values: Values, lines: Mapping[str, str] | None = None) -
         more = [f"{len(unknown)} unknown sections in all"] if unknown[MOST_TOLD:] else []
         more += [f"and {len(problems) - MOST_TOLD} more mistakes"] if problems[MOST_TOLD:] else []
         asked = all(problem.startswith(ASKED) for problem in problems)
-        hint = f"see the keys with --print-config, or start from: {', '.join(names(stage))}"
+        hint = f"see the keys with --print-config, or start from: {', '.join(names(folder or stage))}"
         raise UserError("\n       ".join(told + more), hint=ASKED_HINT if asked else hint)
     config: Config = STAGES[stage](**parts)
     if isinstance(config, DenoiserConfig):

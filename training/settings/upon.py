@@ -68,7 +68,7 @@ def load_upon(upon: Upon, base: decoding.DenoiserConfig, source: str,
         merged[name] = section if other or not isinstance(section, dict) else {**before, **section}
     lines = {key: f"{where}:{line}" for key, line in reading.lines(text)}
     laid = decoding.lay_over("denoiser", merged, overrides, where)
-    config = decoding.decode("denoiser", laid, lines | dict.fromkeys(overrides, decoding.ASKED))
+    config = decoding.decode("denoiser", laid, lines | dict.fromkeys(overrides, decoding.ASKED), upon.folder)
     assert isinstance(config, decoding.DenoiserConfig)
     _check_kind(upon, config, where)
     before, after = decoding.to_values(base), decoding.to_values(config)

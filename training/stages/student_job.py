@@ -205,7 +205,8 @@ def refuse_teacher(config: Any, teacher: Any) -> None:
             kind == theirs.kind == "progressive" and halved):
         steps = teacher.student.steps[-1:] if kind == theirs.kind == "progressive" else ()
         what = f"the teacher is a few-step model (objective.kind {theirs.kind}), which is no denoiser to learn from"
-        more = f", or go on with it: --objective.from_steps {steps[0] // 2}" if steps and steps[0] > 1 else ""
+        half = steps[0] // 2 if steps else 0
+        more = f", or go on with it: --objective.from_steps {half} --objective.steps {half}" if half else ""
         raise UserError(what, hint=f"give the model that taught it with --teacher{more}")
     if SPAN in theirs.reads and SPAN not in config.objective.reads:
         what = f"the teacher is told how far it goes, and a student of objective.kind {kind} is not"

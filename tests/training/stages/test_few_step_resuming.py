@@ -19,7 +19,8 @@ from training.models.assembly import load_pipeline
 from training.models.lineage import stored_ingredients
 
 make, teacher, installed = student_steps.make, student_steps.teacher, student_steps.installed
-PROGRESSIVE = ["--config", "progressive", "--objective.from_steps", "4", *tiny.SHORT, "--batch-size", "16"]
+PROGRESSIVE = ["--config", "progressive", "--objective.from_steps", "4", "--objective.steps", "1",
+               *tiny.SHORT, "--batch-size", "16"]
 PROGRESSIVE += ["--lr", "0.01"]
 HALF = 2  # a step before which a round of `progressive` ends, and the turn of a companion that learns
 

@@ -123,14 +123,16 @@ def test_a_student_of_half_the_steps(taught: Path, latents: Path, tmp_path: Path
         given += [] if name == "baked" else ["--student.guidance_scale", "1,8"]
         first, second = tmp_path / name / "first", tmp_path / name / "second"
         students.student(taught / "teacher", latents, first, *given)
-        assert "--objective.from_steps 1" in refused(taught, latents, "--teacher", first).hint
-        students.student(first, latents, second, "--objective.from_steps", 1)
+        hint = refused(taught, latents, "--teacher", first).hint
+        once = ["--objective.from_steps", "1", "--objective.steps", "1"]
+        assert hint.endswith(f", or go on with it: {' '.join(once)}")
+        students.student(first, latents, second, *once)
         values = json.loads((second / "config.json").read_text())
         assert values["student"] == {"steps": [1], "guidance_scale": scale, "learns_from": "teacher"}
         assert json.loads((second / "final" / "teacher.json").read_text())["name"] == "first"
     baked, told = (tmp_path / name / "first" for name in ("baked", "told"))
-    again = ("--objective.from_steps", 1, "--student.guidance_scale")
-    assert students.distill(baked, latents, *again[:2], "--dry-run") == 0
+    again = (*once, "--student.guidance_scale")
+    assert students.distill(baked, latents, *once, "--dry-run") == 0
     problem = refused(taught, latents, "--teacher", baked, *again, 3)
     assert "guidance at scale 2 is baked into the teacher" in problem.what and "leave --student.gui" in problem.hint
     problem = refused(taught, latents, "--teacher", told, *again, "1,9")
