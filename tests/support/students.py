@@ -6,9 +6,10 @@ from pathlib import Path
 
 import tiny
 
-SHORT = ["--config", "progressive", "--objective.from_steps", "2", "--objective.steps", "1",
-         "--device", "cpu", "--batch-size", "8",
-         "--save-every", "100", "--sample-every", "100", "--train.validation_size", "4"]  # fmt: skip
+BRIEF = ["--device", "cpu", "--batch-size", "8", "--save-every", "100", "--sample-every", "100",
+         "--train.validation_size", "4"]  # fmt: skip
+SHORT = ["--config", "progressive", "--objective.from_steps", "2", "--objective.steps", "1", *BRIEF]
+
 
 
 def distill(teacher: Path, latents: Path, *words: object) -> int:

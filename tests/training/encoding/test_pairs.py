@@ -261,7 +261,7 @@ def test_the_index(write: Write, teacher: HashedPipeline, latents: Path, shapes:
 def test_a_student_has_them_drawn_and_opens_them(denoiser: Path, latents: Path, tmp_path: Path) -> None:
     """The pairs of the teacher as it draws, beside the run; a second student takes those that are there."""
     words = ("--teacher", denoiser, "--latents", latents, "--config", "reflow", "--objective.pairs", 16,
-             "--max-steps", 2, "--objective.at_noise", 0.5, *students.SHORT[4:], "--output")
+             "--max-steps", 2, "--objective.at_noise", 0.5, *students.BRIEF, "--output")
     assert tiny.call("distill_denoiser", *words, tmp_path / "run") == 0
     assert np.isfinite([row["val/loss"] for row in tiny.rows(tmp_path / "run") if "val/loss" in row]).all()
     told = ShardSet(tmp_path / "run-pairs").summary["pairs"]
