@@ -71,7 +71,8 @@ class CriticallyDamped(Checked):
         return end.diag() + phi @ (begun - end).diag() @ phi.mT
 
     def perturb(self, x0: Tensor, eps: Phase, t: Tensor) -> Phase:
-        """(x, v) at t of samples x0 (B, ...), by noise of both: Phi (x0, 0) + L eps, L the covariance's lower root."""
+        """(x, v) at t in (0, 1] of samples x0 (B, ...), by noise of both: Phi (x0, 0) + L eps, L the covariance's lower
+        root."""
         mean = Phase(x0, torch.zeros_like(x0)).moved(self.transition(t))
         return mean.plus(eps.moved(torch.linalg.cholesky(self.covariance(t))))
 
