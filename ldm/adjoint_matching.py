@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.denoiser import Denoise
 from ldm.noise import Noise
 from ldm.samplers import DDPM, sample
+from ldm.samplers.ancestral import decay, posterior_mean, posterior_std
 
 Reward = Callable[[Tensor], Tensor]
 """What samples (B, ...) are worth, (B,), by something that can be differentiated."""
@@ -37,20 +38,13 @@ def walked(denoise: Denoise, x: Tensor, grid: Tensor, noise: Noise) -> list[Tens
 
 def mean(denoise: Denoise, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """m(x): the mean of x at s, of x (B, ...) at t. Times are () float64."""
-    ends, level = denoise(x, t), denoise.schedule(s)
-    if s == 0:
-        return ends.x0
-    return level.alpha * ends.x0 + level.sigma * (_decay(denoise, t, s) / 2).exp() * ends.eps
+    ends, schedule = denoise(x, t), denoise.schedule
+    return ends.x0 if s == 0 else posterior_mean(schedule(s), ends, decay(schedule, t, s))
 
 
 def spread(denoise: Denoise, t: Tensor, s: Tensor) -> Tensor:
     """b, () float64: the standard deviation of x at s about that mean, 0 on the step that lands on the data."""
-    return torch.zeros_like(s) if s == 0 else denoise.schedule(s).sigma * (-_decay(denoise, t, s).expm1()).sqrt()
-
-
-def _decay(denoise: Denoise, t: Tensor, s: Tensor) -> Tensor:
-    """logsnr(t) - logsnr(s), minus infinity from pure noise."""
-    return denoise.schedule.logsnr(t) - denoise.schedule.logsnr(s)
+    return torch.zeros_like(s) if s == 0 else posterior_std(denoise.schedule(s), decay(denoise.schedule, t, s))
 
 
 def lean_adjoint(base: Denoise, path: Sequence[Tensor], grid: Tensor, reward: Reward) -> list[Tensor]:
@@ -109,12 +103,8 @@ def direct(denoise: Denoise, x: Tensor, grid: Tensor, noise: Noise, reward: Rewa
     """
     if not 1 <= last <= len(grid) - 1:
         raise ValueError(f"last must be one of the {len(grid) - 1} steps, 1 or more, got {last}")
-    path, early = [x], len(grid) - 1 - last
-    if early:
-        sample(DDPM(), denoise, x, grid[: early + 1], noise, lambda shot: path.append(shot.x))
-    there = path[-1]
+    early = len(grid) - 1 - last
+    there = sample(DDPM(), denoise, x, grid[: early + 1], noise) if early else x
     for i in range(early, len(grid) - 1):
-        t, s = grid[i], grid[i + 1]
-        z = noise.fold("step", i).normal(x.shape[1:], dtype=x.dtype)
-        there = mean(denoise, there, t, s) + spread(denoise, t, s) * z
+        there, _ = DDPM().step(denoise, there, grid[i], grid[i + 1], None, noise.fold("step", i))
     return -reward(there)

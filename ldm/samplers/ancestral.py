@@ -15,18 +15,27 @@ from ldm.denoiser import Denoise
 from ldm.diffusion import Denoised
 from ldm.noise import Noise
 from ldm.samplers.base import Memory, Sampler, Step, mix
-from ldm.schedules import Level
+from ldm.schedules import Level, NoiseSchedule
 
 
-def _decay(denoise: Denoise, t: Tensor, s: Tensor) -> Tensor:
+def decay(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Tensor:
     """ln e^2 = logsnr(t) - logsnr(s), minus infinity from pure noise or onto a clean sample."""
-    return denoise.schedule.logsnr(t) - denoise.schedule.logsnr(s)
+    return schedule.logsnr(t) - schedule.logsnr(s)
+
+
+def posterior_mean(level: Level, ends: Denoised, log_e2: Tensor) -> Tensor:
+    """Of x_s at a level, by `decay`."""
+    return level.alpha * ends.x0 + level.sigma * (log_e2 / 2).exp() * ends.eps
+
+
+def posterior_std(level: Level, log_e2: Tensor) -> Tensor:
+    """Of x_s at its level; with the level of x_t, the standard deviation of the forward step."""
+    return level.sigma * (-log_e2.expm1()).sqrt()
 
 
 def posterior(level: Level, ends: Denoised, h: Tensor, z: Tensor) -> Tensor:
     """x_s at a level, half log-SNR having grown by h, so that e = exp(-h), by the draw z."""
-    x = level.alpha * ends.x0 + (level.sigma * (-h).exp()) * ends.eps
-    return x + (level.sigma * (-(-2 * h).expm1()).sqrt()) * z
+    return posterior_mean(level, ends, -2 * h) + posterior_std(level, -2 * h) * z
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +55,14 @@ class DDPM(Sampler):
         ends, level = denoise(x, t), denoise.schedule(s)
         if s == 0:
             return ends.x0, None
-        std = (-_decay(denoise, t, s).expm1()).sqrt()
-        small, large = level.sigma * std, denoise.schedule(t).sigma * std
+        log_e2 = decay(denoise.schedule, t, s)
+        small, large = posterior_std(level, log_e2), posterior_std(denoise.schedule(t), log_e2)
         spread: Tensor = large if self.variance == "large" else small
         if self.variance == "learned":
             if ends.log_var_frac is None:
                 raise ValueError("ddpm variance 'learned' needs a network that learned it; use small or large")
             spread = small * ((large / small).log() * ends.log_var_frac).exp()
-        mean = level.alpha * ends.x0 + level.sigma * (_decay(denoise, t, s) / 2).exp() * ends.eps
-        return mean + spread * noise.normal(x.shape[1:], dtype=x.dtype), None
+        return posterior_mean(level, ends, log_e2) + spread * noise.normal(x.shape[1:], dtype=x.dtype), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +84,7 @@ class DDIM(Sampler):
             return mix(level, ends), None
         if s > t:
             raise ValueError("ddim steps away from the data only at eta 0")
-        fresh = -self.eta**2 * _decay(denoise, t, s).expm1()
+        fresh = -self.eta**2 * decay(denoise.schedule, t, s).expm1()
         mean = level.alpha * ends.x0 + level.sigma * (1 - fresh).sqrt() * ends.eps
         return mean + level.sigma * fresh.sqrt() * noise.normal(x.shape[1:], dtype=x.dtype), None
 
