@@ -75,7 +75,7 @@ class Loop:
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
         self.optimizers = {
-            name: optim.adamw(optimizer, [stage.networks[n] for n in networks], scale=scale)
+            name: optim.build(optimizer, [stage.networks[n] for n in networks], scale=scale)
             for name, (networks, scale) in stage.optimizers.items()
         }
         self.checkpoints = Checkpoints(run, train.keep_last, keep_best=train.keep_best)

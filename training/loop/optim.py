@@ -1,13 +1,15 @@
-"""AdamW and its learning rate, a pure function of the step."""
+"""The optimiser and its learning rate, a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from training.loop.muon import Muon, matrices
 from training.settings.sections import Optimizer
 
 
@@ -21,26 +23,33 @@ def learning_rate(settings: Optimizer, step: int, max_steps: int) -> float:
     return rate * (settings.final_lr + (1 - settings.final_lr) * fall)
 
 
-def adamw(settings: Optimizer, modules: Iterable[nn.Module], *, scale: float = 1.0) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices and kernels only. `scale` multiplies the rate, and
-    so does what a part of a module says in `rates` of a parameter of its own, by name.
+def build(settings: Optimizer, modules: Iterable[nn.Module], *, scale: float = 1.0) -> torch.optim.AdamW:
+    """AdamW, or `Muon` where `settings` ask for it, over the trainable parameters; weight decay on matrices and kernels
+    only. `scale` multiplies the rate, and so does what a part of a module says in `rates` of a parameter of its own, by
+    name.
 
     The fused kernel is 5x the loop on a CPU and 2x on a GPU; it runs wherever torch offers it.
     """
     modules = list(modules)
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     rates = {p: rate for module in modules for p, rate in _rates(module)}
-    groups = [
+    orthogonal = matrices(modules) if settings.matrices == "muon" else set()
+    parts: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    for p in parameters:
+        parts.setdefault((rates.get(p, 1.0), p.ndim > 1, p in orthogonal), []).append(p)
+    groups: list[dict[str, Any]] = [
         {
-            "params": [p for p in parameters if (p.ndim > 1) == decayed and rates.get(p, 1.0) == rate],
+            "params": part,
             "weight_decay": settings.weight_decay if decayed else 0.0,
-            "scale": scale * rate,
+            "scale": scale * rate * (settings.matrix_lr if turned else 1.0),
+            "matrices": turned,
         }
-        for rate in sorted({1.0, *rates.values()})
-        for decayed in (True, False)
+        for (rate, decayed, turned), part in parts.items()
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=fused)
+    if settings.matrices == "muon":
+        return Muon(groups, lr=settings.lr, betas=settings.betas, momentum=settings.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
 
 
 def _rates(module: nn.Module) -> Iterator[tuple[nn.Parameter, float]]:

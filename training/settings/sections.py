@@ -23,10 +23,17 @@ def fraction(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW; its rate is a pure function of the step: linear warm-up, then constant, cosine or linear decay."""
+    """AdamW; its rate is a pure function of the step: linear warm-up, then constant, cosine or linear decay.
+
+    `matrices` "muon": weights of linear and convolutional layers are moved by Muon instead (Jordan et al. 2024), at
+    `matrix_lr` times the rate.
+    """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
+    matrices: Literal["adamw", "muon"] = "adamw"
+    matrix_lr: float = 1.0
+    momentum: float = 0.95  # of Muon
     weight_decay: float = 0.0
     warmup: int = 100
     decay: Literal["constant", "cosine", "linear"] = "cosine"
@@ -34,8 +41,8 @@ class Optimizer:
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
 
     def __post_init__(self) -> None:
-        positive("", lr=self.lr)
-        fraction("", beta1=self.betas[0], beta2=self.betas[1])
+        positive("", lr=self.lr, matrix_lr=self.matrix_lr)
+        fraction("", momentum=self.momentum, beta1=self.betas[0], beta2=self.betas[1])
         if min(self.warmup, self.weight_decay, self.final_lr, self.clip) < 0:
             raise ValueError("warmup, weight_decay, final_lr and clip must be >= 0")
 

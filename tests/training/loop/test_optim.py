@@ -40,7 +40,7 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed
 
 def test_decay_on_matrices_only_and_scale() -> None:
     network = model()
-    optimizer = optim.adamw(Optimizer(weight_decay=0.1), [network], scale=0.5)
+    optimizer = optim.build(Optimizer(weight_decay=0.1), [network], scale=0.5)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay == {id(p): 0.1 if p.ndim > 1 else 0.0 for p in network.parameters()}
     optim.set_learning_rate(optimizer, 3.0)
@@ -50,13 +50,13 @@ def test_decay_on_matrices_only_and_scale() -> None:
 def test_pack_and_unpack_continue_exactly() -> None:
     whole, cut, again = model(), model(), model()
     settings = Optimizer(lr=0.1, weight_decay=0.01)
-    ours, theirs = optim.adamw(settings, [whole]), optim.adamw(settings, [cut])
+    ours, theirs = optim.build(settings, [whole]), optim.adamw(settings, [cut])
     train(whole, ours, 3, 1), train(cut, theirs, 3, 1)
     names = {id(p): name for name, p in cut.named_parameters()}
     packed = optim.pack(theirs, names)
     assert set(packed) == {f"{n}.{m}" for n in names.values() for m in ("step", "exp_avg", "exp_avg_sq")}
     again.load_state_dict(cut.state_dict())
-    fresh = optim.adamw(settings, [again])
+    fresh = optim.build(settings, [again])
     optim.unpack(fresh, {id(p): name for name, p in again.named_parameters()}, packed)
     train(whole, ours, 4, 2), train(again, fresh, 4, 2)
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
@@ -68,11 +68,11 @@ def test_pack_and_unpack_continue_exactly() -> None:
 def test_a_module_tells_the_rates_of_its_own_parameters() -> None:
     """As LoRA+ does of B; by what it leaves unsaid nothing changes."""
     network = model()
-    plain = optim.adamw(Optimizer(weight_decay=0.1), [network], scale=0.5)
+    plain = optim.build(Optimizer(weight_decay=0.1), [network], scale=0.5)
     assert [(g["scale"], g["weight_decay"], len(g["params"])) for g in plain.param_groups] == [(0.5, 0.1, 2),
                                                                                                (0.5, 0.0, 4)]
     setattr(network[2], "rates", {"weight": 16.0})  # noqa: B010
-    told = optim.adamw(Optimizer(weight_decay=0.1), [nn.Sequential(network)], scale=0.5)
+    told = optim.build(Optimizer(weight_decay=0.1), [nn.Sequential(network)], scale=0.5)
     scales = {id(p): (g["scale"], g["weight_decay"]) for g in told.param_groups for p in g["params"]}
     assert scales.pop(id(network[2].weight)) == (8.0, 0.1)
     assert {scale for scale, _ in scales.values()} == {0.5}

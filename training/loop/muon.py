@@ -1,0 +1,80 @@
+"""Muon: momentum of matrices with its singular values made equal; AdamW for all that is no matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5 takes (0, 1] near 1 in few steps (Jordan et al. 2024)
+LEAST = 32  # rows and columns of a matrix: what is narrower maps to or from data, whose scale counts
+RMS = 0.2  # of an update at rate 1, as AdamW's is: rate and decay serve both (Liu et al. 2025, arXiv 2502.16982)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices (..., n, m) with their singular values brought to 0.7 to 1.2, by Newton-Schulz; zeros stay zeros.
+
+    In float32 on a CPU, whose bfloat16 products are slower, in bfloat16 elsewhere (Jordan et al. 2024, "Muon").
+    """
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices.float() if wide else matrices.float().mT
+    x = x / x.flatten(-2).norm(dim=-1)[..., None, None].clamp(min=1e-30)
+    x = x if x.device.type == "cpu" else x.bfloat16()
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+def matrices(modules: list[nn.Module]) -> set[nn.Parameter]:
+    """The trainable weights that Muon moves: of linear and convolutional layers, kernels flattened, no side below
+    `LEAST`."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    found = {layer.weight for layer in layers if layer.weight.requires_grad}
+    return {weight for weight in found if min(weight.flatten(1).shape) >= LEAST}
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but in groups that say `matrices`: m <- momentum m + (1 - momentum) g, u = momentum m + (1 - momentum) g,
+    w <- w - rate (0.2 sqrt(max(n, m)) orthogonal(u) + decay w); Nesterov's u, weights (n, ...) flattened to (n, m)."""
+
+    _step_supports_amp_scaling = False  # a scaler leaves out a step that overflows, as of AdamW's loop
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], momentum: float,
+                 fused: bool) -> None:
+        super().__init__([{"matrices": False, **group} for group in groups], lr=lr, betas=betas, fused=fused)
+        self.momentum, self._step_supports_amp_scaling = momentum, False
+        self.defaults["fused"] = False  # only AdamW's kernel can be held back on the device
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move all that has a gradient."""
+        whole = self.param_groups
+        try:
+            self.param_groups = [group for group in whole if not group["matrices"]]
+            super().step(closure)
+        finally:
+            self.param_groups = whole
+        for group in whole:
+            if group["matrices"]:
+                self._move(group)
+
+    def _move(self, group: dict[str, Any]) -> None:
+        """Those of one shape in one stack: a hundred small products of their own would wait for each other."""
+        stacks: dict[torch.Size, list[Tensor]] = {}
+        for weight in group["params"]:
+            if weight.grad is not None:
+                stacks.setdefault(weight.flatten(1).shape, []).append(weight)
+        for (rows, columns), weights in stacks.items():
+            momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+            gradients = [w.grad.to(w.dtype) for w in weights]  # type: ignore[union-attr]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+            ahead = torch._foreach_lerp(gradients, momenta, self.momentum)
+            updates = orthogonal(torch.stack([u.flatten(1) for u in ahead])).unbind()
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            size = -group["lr"] * RMS * max(rows, columns) ** 0.5
+            torch._foreach_add_(weights, [u.view_as(w) for u, w in zip(updates, weights, strict=True)], alpha=size)
