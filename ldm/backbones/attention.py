@@ -67,10 +67,12 @@ class HeadNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with one fused projection to q, k, v; optional RMS norm of q and k and rotary positions."""
+    """Self-attention with one fused projection to q, k, v; optional RMS norm of q and k, rotary positions, and values
+    that are mixed with those of the first layer by two learned numbers (Zhou et al. 2024, arXiv 2410.17897, eq. 8)."""
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False, value_residual: bool = False) -> None:
         super().__init__()
+        self.mix = nn.Parameter(torch.full((2,), 0.5)) if value_residual else None
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -78,14 +80,23 @@ class SelfAttention(nn.Module):
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
-                shared: Parts = "") -> Tensor:
-        """x (B, N, width), mask (B, 1, 1, N), rope as `rope_table` gives it, shared as in `attend` -> (B, N, width)."""
+                shared: Parts = "", first: Tensor | None = None) -> Tensor:
+        """x (B, N, width), mask (B, 1, 1, N), rope as `rope_table` gives it, shared as in `attend`, `first` the values
+        (B, heads, N, d) of the first layer -> (B, N, width)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
+        if self.mix is not None and first is not None:
+            v = self.mix[0] * v + self.mix[1] * first
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         y: Tensor = self.out(attend(q, k, v, mask, shared))
         return y
+
+    def values(self, x: Tensor) -> Tensor:
+        """The values (B, heads, N, d) of x (B, N, width)."""
+        width = x.shape[2]
+        v = F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :])
+        return v.view(*v.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):

@@ -15,6 +15,7 @@ from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, Se
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
 from ldm.backbones.image import ImageInputs, with_level, with_numbers
+from ldm.backbones.routing import ROUTE, at, kept, put_back
 from ldm.conditioning import NOTHING, Cond, Share
 
 LEVEL_FEATURES = 256
@@ -30,6 +31,8 @@ class DiT(BackboneConfig):
     cross-attention reads un-normalised tokens, as PixArt's does. `mlp = "gelu-tanh"` is what was published; exact GELU
     is five times faster on a CPU. SwiGLU keeps the parameter count with 2/3 of the hidden width. `frequency_shift`: the
     frequencies of the noise level are 10000^(-i / (half - shift)); diffusers' class-conditional DiT has 1.
+    `value_residual`: see `SelfAttention`. `route`: the share of a picture's tokens that pass by the blocks from
+    `route_from` to `depth - route_until` while it is trained (TREAD, Krause et al. 2025, arXiv 2501.04765).
     """
 
     small: ClassVar[Mapping[str, Any]] = {"width": 32, "depth": 2, "heads": 2, "base_size": 8}
@@ -46,6 +49,10 @@ class DiT(BackboneConfig):
     pooled: bool = True
     pooled_projection: bool = True
     qk_norm: bool = False
+    value_residual: bool = False
+    route: float = 0.0
+    route_from: int = 1
+    route_until: int = 1
     norm: Literal["layer", "rms"] = "layer"
     position: Literal["sincos", "rope"] = "sincos"
     base_size: int = 32
@@ -54,6 +61,7 @@ class DiT(BackboneConfig):
     gradient_checkpointing: bool = False
 
     limits: ClassVar = {**dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)"),
+                        "route": "[0, 1)", "route_from": "[0, inf)", "route_until": "[1, inf)",
                         "frequency_shift": f"[0, {LEVEL_FEATURES // 2})"}
 
     def __post_init__(self) -> None:
@@ -63,6 +71,14 @@ class DiT(BackboneConfig):
         divided, dim = ("width", self.width) if self.position == "sincos" else ("width/heads", self.width // self.heads)
         if dim % 4:
             raise ValueError(f"{divided} ({dim}) must be divisible by 4 for two-dimensional {self.position} positions")
+        if self.route and not self.inner:
+            raise ValueError(f"route: no block lies between the first {self.route_from} and the last "
+                             f"{self.route_until} of {self.depth}; make them fewer, or the depth larger")
+
+    @property
+    def inner(self) -> range:
+        """The blocks that routed tokens pass by."""
+        return range(self.route_from, self.depth - self.route_until)
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,
               **image: Unpack[ImageInputs]) -> DiffusionTransformer:
@@ -107,12 +123,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(nn.Module):
     """x + g₁·attention(mod₁(norm x)), + cross-attention, + g₂·mlp(mod₂(norm x)); the identity at initialisation."""
 
-    def __init__(self, config: DiT) -> None:
+    def __init__(self, config: DiT, *, residual: bool = False) -> None:
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.modulation = MODULATIONS[config.conditioning](width, 6)
         self.norm = _norm(config)
-        self.attention = SelfAttention(width, config.heads, qk_norm=config.qk_norm)
+        self.attention = SelfAttention(width, config.heads, qk_norm=config.qk_norm, value_residual=residual)
         self.cross = CrossAttention(width, config.heads, qk_norm=config.qk_norm) if config.text == "cross" else None
         self.cross_norm = _norm(config) if config.cross_norm else nn.Identity()
         if config.mlp == "swiglu":  # three matrices instead of two; the multiple of 8 keeps matrix kernels aligned
@@ -120,14 +136,20 @@ class Block(nn.Module):
         self.mlp = FeedForward(width, hidden, config.mlp)
 
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor | None, mask: Tensor | None,
-                rope: tuple[Tensor, Tensor] | None, share: Share = NOTHING) -> Tensor:
+                rope: tuple[Tensor, Tensor] | None, share: Share = NOTHING, first: Tensor | None = None) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(modulation).chunk(6, dim=1)
         own_mask = mask if context is None else None
-        attended = self.attention(modulate(self.norm(x), shift, scale), own_mask, rope, share.own)
+        attended = self.attention(modulate(self.norm(x), shift, scale), own_mask, rope, share.own, first)
         x = torch.addcmul(x, gate, attended)
         if self.cross is not None and context is not None:
             x = x + self.cross(self.cross_norm(x), context, mask, share.cross)
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(self.norm(x), mlp_shift, mlp_scale)))
+
+    def values(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The values (B, heads, N, d) of its self-attention."""
+        shift, scale = self.modulation(modulation)[:, :2].chunk(2, dim=1)
+        values: Tensor = self.attention.values(modulate(self.norm(x), shift, scale))
+        return values
 
 
 MODULATIONS: dict[str, type[nn.Module]] = {"adaln-zero": OwnModulation, "adaln-single": TableModulation}
@@ -153,6 +175,14 @@ class Given(NamedTuple):
     rope: tuple[Tensor, Tensor] | None
     prefix: int
     share: Share
+    first: Tensor | None = None
+
+    def among(self, kept: Tensor) -> Given:
+        """For the tokens at `kept` (B, K) alone."""
+        mask = self.mask if self.mask is None or self.context is not None else at(self.mask, kept[:, None, None], dim=3)
+        rope = self.rope and (self.rope[0][kept][:, None], self.rope[1][kept][:, None])
+        first = None if self.first is None else at(self.first, kept[:, None, :, None], dim=2)
+        return self._replace(mask=mask, rope=rope, first=first)
 
 
 class DiffusionTransformer(Backbone):
@@ -173,7 +203,8 @@ class DiffusionTransformer(Backbone):
         activation, _ = ACTIVATIONS["gelu-tanh" if config.mlp == "gelu-tanh" else "gelu"]
         self.caption_projection = Projection(context_dim, width, activation) if config.text != "none" else None
         self.shared = OwnModulation(width, 6) if config.conditioning == "adaln-single" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config, residual=config.value_residual and place > 0) for place in range(config.depth))
         self.norm = _norm(config)
         self.modulation = MODULATIONS[config.conditioning](width, 2)
         self.out = nn.Linear(width, out_channels * config.patch**2)
@@ -195,8 +226,14 @@ class DiffusionTransformer(Backbone):
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond, outputs: Sequence[Tensor] = ()) -> Tensor:
         """See `Backbone.predict`. Residuals: of `outputs` (B, N, D) for what the first blocks give."""
         tokens, given = self.begin(x, noise_level, cond)
+        passing, told, inner, routes = tokens, given, self.config.inner, ROUTE in cond.extras
+        going = kept(cond.extras[ROUTE], self.config.route, given.prefix) if routes else given.of_end
         for i, block in enumerate(self.blocks):
-            tokens = self.step(block, i, tokens, given)
+            if routes and i == inner.start:
+                passing, tokens, told = tokens, at(tokens, going[..., None], dim=1), given.among(going)
+            if routes and i == inner.stop:
+                tokens, told = put_back(tokens, going, passing), given
+            tokens = self.step(block, i, tokens, told)
             tokens = tokens + outputs[i] if i < len(outputs) else tokens
         shift, scale = self.modulation(given.of_end).chunk(2, dim=1)
         tokens = modulate(self.norm(tokens[:, given.prefix :]), shift, scale)
@@ -215,13 +252,18 @@ class DiffusionTransformer(Backbone):
         of_blocks, of_end = (active, active) if self.shared is None else (self.shared(active), embedding[:, None])
         rows, columns = (side // self.config.patch for side in x.shape[2:])
         tokens, rope = self._place(self.patch_embedding(patches(x, self.config.patch)), rows, columns)
-        return self._tell(tokens, Given(of_blocks, of_end, None, None, rope, 0, cond.share), cond)
+        tokens, given = self._tell(tokens, Given(of_blocks, of_end, None, None, rope, 0, cond.share), cond)
+        if self.config.value_residual:
+            first = self.blocks[0]
+            assert isinstance(first, Block)
+            given = given._replace(first=first.values(tokens, of_blocks))
+        return tokens, given
 
     def step(self, block: nn.Module, i: int, tokens: Tensor, given: Given) -> Tensor:
         """A block in the place i of all."""
         share = given.share.at(i / len(self.blocks))
         return run(block, self.config.gradient_checkpointing, tokens, given.of_blocks, given.context, given.mask,
-                   given.rope, share)
+                   given.rope, share, given.first)
 
     def _place(self, tokens: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         base = self.config.base_size / self.config.patch

@@ -126,6 +126,11 @@ class ObjectiveConfig(ABC):
         return "any" if SPAN in self.reads else "clean"
 
     @property
+    def group(self) -> int:
+        """Consecutive samples that are held against each other: every micro-batch is a multiple of it."""
+        return 1
+
+    @property
     def own_grid(self) -> bool:
         """Whether its model is taught at the times of the grid `uniform` of its steps alone."""
         return self.aim == "next"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.checks import Checked
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.noise import Noise
@@ -24,6 +26,8 @@ from ldm.uncertainty import Weighed
 from ldm.variational import bound_at
 from ldm.weighting import Weighting
 
+GROUP = 8  # consecutive places of a global batch that are held against each other, wherever it is split
+
 
 @dataclass(frozen=True, kw_only=True)
 class Denoising(Objective):
@@ -33,12 +37,19 @@ class Denoising(Objective):
     a learned variance T / 1000 times the variational bound is added, through which only the variance learns (Nichol &
     Dhariwal 2021, arXiv 2102.09672, eq. 16); where the network answers `Weighed` the loss is divided by exp(u) and u
     is added. Raises ValueError where the schedule has no such times.
+
+    `direction` times 1 - cos of the answer and y, over the channels of each place, is added (Yao et al. 2025,
+    arXiv 2501.01423, section 3.3); `contrastive` times the squared distance to the target of another sample is
+    taken off: the one before it in its group of `GROUP` places (Stoica et al. 2025, arXiv 2506.05350). The best answer
+    is then (y - contrastive E[y'])/(1 - contrastive), not y: samples move away from what all have in common.
     """
 
     diffusion: Diffusion
     times: TimeSampling
     weighting: Weighting
     pairing: Pairing = Independent()  # noqa: RUF009  # frozen, without state
+    direction: float = 0.0
+    contrastive: float = 0.0
 
     def __post_init__(self) -> None:
         self.times.draw(torch.full((1,), 0.5, dtype=torch.float64), self.diffusion.schedule)
@@ -51,6 +62,7 @@ class Denoising(Objective):
 
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw, beside: Beside = ALONE) -> Losses:
         error, y, log_var, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
+        error = error + self._beside(y, x0, draw)
         loss = match(self.weighting(self.diffusion, draw.t), error) * error
         if log_var is not None:
             loss = loss * (-log_var).exp() + log_var
@@ -79,6 +91,19 @@ class Denoising(Objective):
         error = told.float() - self.diffusion.target(x0, eps, t).float()
         return error.square().flatten(1).mean(1), y, log_var, x_t
 
+    def _beside(self, y: Tensor, x0: Tensor, draw: Draw) -> Tensor | float:
+        """What direction and contrast add to the error."""
+        if not (self.direction or self.contrastive):
+            return 0.0
+        told = (y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y).float()
+        target, more = self.diffusion.target(x0, draw.eps, draw.t).float(), torch.zeros(len(y), device=y.device)
+        if self.direction:
+            more = more + self.direction * (1 - F.cosine_similarity(told, target, dim=1)).flatten(1).mean(1)
+        if self.contrastive:
+            other = target.view(-1, GROUP, *target.shape[1:]).roll(1, 1).flatten(0, 1)
+            more = more - self.contrastive * (told - other).square().flatten(1).mean(1)
+        return more
+
     def _asked(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,
                eps: Tensor) -> tuple[Tensor, Tensor | Weighed]:
         """x_t, and what the network says of it."""
@@ -88,13 +113,21 @@ class Denoising(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoisingConfig(ObjectiveConfig):
-    """Config of `Denoising`, which has no key of its own."""
+class DenoisingConfig(ObjectiveConfig, Checked):
+    """Config of `Denoising`: the weights of what is added to the squared error."""
 
     kind: Literal["denoising"] = "denoising"
+    direction: float = 0.0
+    contrastive: float = 0.0
+    limits: ClassVar = {"direction": "[0, inf)", "contrastive": "[0, 1)"}
+
+    @property
+    def group(self) -> int:
+        return GROUP if self.contrastive else 1
 
     def build(self, *, diffusion: Diffusion, times: TimeSampling, weighting: Weighting, pairing: Pairing) -> Denoising:
-        return Denoising(diffusion=diffusion, times=times, weighting=weighting, pairing=pairing)
+        return Denoising(diffusion=diffusion, times=times, weighting=weighting, pairing=pairing,
+                         direction=self.direction, contrastive=self.contrastive)
 
 
 OBJECTIVES = (DenoisingConfig,)

@@ -27,15 +27,16 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(STEPS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
+    y: Tensor = (x if wide else x.mT).to(matrices.dtype)
+    return y
 
 
-def matrices(modules: list[nn.Module]) -> set[nn.Parameter]:
+def matrices(modules: list[nn.Module]) -> set[Tensor]:
     """The trainable weights that Muon moves: of linear and convolutional layers, kernels flattened, no side below
     `LEAST`."""
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    found = {layer.weight for layer in layers if layer.weight.requires_grad}
-    return {weight for weight in found if min(weight.flatten(1).shape) >= LEAST}
+    weights = {weight for layer in layers if (weight := layer.weight).requires_grad}
+    return {weight for weight in weights if min(weight.flatten(1).shape) >= LEAST}
 
 
 class Muon(torch.optim.AdamW):

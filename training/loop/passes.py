@@ -177,7 +177,8 @@ class Passes:
 
     def _shrink(self, step: int, reason: str) -> None:
         """Halve the micro-batch (to a number that divides it) at equal global batch, and read again from `step`."""
-        smaller = next((n for n in range(self.micro // 2, 0, -1) if self.micro % n == 0), 0)
+        fitting = (n for n in range(self.micro // 2, 0, -1) if self.micro % n == 0 and n % self.stage.group == 0)
+        smaller = next(fitting, 0)
         if not smaller:
             raise torch.OutOfMemoryError(reason)
         now = f"going on with {smaller} (the global batch stays {self.train.batch_size})"

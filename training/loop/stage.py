@@ -35,6 +35,7 @@ class Stage(ABC):
     audit = ""  # what is added to the advice against over-fitting
     rollback: Rollback | None = None  # what brings a run back whose score has become worse
     tally: CaptionTally | None = None  # of captions, where there are some
+    group: int = 1  # consecutive samples that a loss couples: every micro-batch is a multiple of it
     unused_gradients: bool = False  # whether a step may leave parameters without gradients: processes must look
 
     @abstractmethod

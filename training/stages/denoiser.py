@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.precision import double_device
+from ldm.backbones.routing import ROUTE
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.image_conditions.base import without
+from ldm.jumps import beside
 from ldm.noise import Noise
 from ldm.objectives import ALONE, LEVELS, Beside, Objective
 from ldm.pipeline import Pipeline
@@ -80,6 +83,7 @@ class DenoiserStage(Stage):
         self.objective: Objective = config.objective.build(
             diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
         )
+        self.group = config.objective.group
         self.seen = config.times.start()
         self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
         self.paired = True  # until a batch was seen in which nothing is
@@ -144,7 +148,7 @@ class DenoiserStage(Stage):
             self.look_at_pairs(paired_by, len(latents))
             # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
-        return Sampled(latents, self.told(cond, noise), draw)
+        return Sampled(latents, self.routed(self.told(cond, noise), latents, noise), draw)
 
     def beside(self, step: int) -> Beside:
         """What the objective may ask besides the network that learns: nothing."""
@@ -153,6 +157,14 @@ class DenoiserStage(Stage):
     def told(self, cond: Any, noise: Noise | None) -> Any:
         """The condition as the network is told it; `noise` is a step's, none that of a validation."""
         return cond
+
+    def routed(self, cond: Any, latents: Tensor, noise: Noise) -> Any:
+        """With the scores by which tokens pass by blocks, where the backbone that learns routes them."""
+        backbone = self.config.backbone
+        if self.adapter or not getattr(backbone, "route", 0):
+            return cond
+        count = math.prod(side // backbone.patch for side in latents.shape[2:])
+        return beside(cond, ROUTE, noise.uniform((count,), ROUTE))
 
     def answered(self, sampled: Sampled) -> Sampled:
         """As noisy, and their targets what the base answers without the adapter."""

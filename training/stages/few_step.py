@@ -73,6 +73,10 @@ class FewStepStage(DenoiserStage):
             scale = (low + (high - low) * noise.uniform((), SCALE)).to(scale)
         return beside(cond, SCALE, scale)
 
+    def routed(self, cond: Any, latents: torch.Tensor, noise: Noise) -> Any:
+        """A student learns with all tokens, as its teacher answers."""
+        return cond
+
     @torch.no_grad()
     def after_step(self, step: int, *, taken: bool) -> None:
         """Companions as the next step asks them. A step that was skipped moves none, but where one becomes a copy: a

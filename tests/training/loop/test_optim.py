@@ -50,7 +50,7 @@ def test_decay_on_matrices_only_and_scale() -> None:
 def test_pack_and_unpack_continue_exactly() -> None:
     whole, cut, again = model(), model(), model()
     settings = Optimizer(lr=0.1, weight_decay=0.01)
-    ours, theirs = optim.build(settings, [whole]), optim.adamw(settings, [cut])
+    ours, theirs = optim.build(settings, [whole]), optim.build(settings, [cut])
     train(whole, ours, 3, 1), train(cut, theirs, 3, 1)
     names = {id(p): name for name, p in cut.named_parameters()}
     packed = optim.pack(theirs, names)

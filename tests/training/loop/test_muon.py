@@ -1,0 +1,113 @@
+"""Muon: what orthogonalisation makes of a matrix, one step by its formula, and exact continuation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from training.loop import optim
+from training.loop.muon import Muon, matrices, orthogonal
+from training.settings.sections import Optimizer
+
+SETTINGS = Optimizer(lr=0.1, matrices="muon", weight_decay=0.01, matrix_lr=0.5)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    narrow_and_wide = nn.Conv2d(3, 32, 3), nn.GroupNorm(8, 32), nn.Conv2d(32, 48, 3), nn.Flatten()
+    return nn.Sequential(*narrow_and_wide, nn.Linear(48, 64), nn.Embedding(40, 40), nn.Linear(64, 4))
+
+
+def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layers = [layer for layer in network if not isinstance(layer, nn.Embedding)]  # type: ignore[union-attr]
+    for _ in range(steps):
+        y = torch.randn(5, 3, 5, 5, generator=generator)
+        for layer in layers:
+            y = layer(y)
+        y.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (40, 96), (96, 40)])
+def test_singular_values_become_equal_and_their_vectors_stay(shape: tuple[int, int]) -> None:
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    x = u @ torch.diag_embed(s.clamp(min=0.1 * s.max().item())) @ v
+    y = orthogonal(x)
+    assert torch.linalg.svdvals(y).min() > 0.65 and torch.linalg.svdvals(y).max() < 1.25
+    turned = u.mT @ y @ v.mT
+    torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(orthogonal(1000 * x), y, rtol=1e-4, atol=1e-5)
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_hidden_matrices_alone() -> None:
+    network = model()
+    assert matrices([network]) == {network[2].weight, network[4].weight}  # neither 3 -> 32 nor 64 -> 4, no embedding
+    network[4].requires_grad_(False)
+    assert matrices([network]) == {network[2].weight}
+
+
+def test_one_step_by_the_formula() -> None:
+    """At rate r = 0.5 lr: w - r (0.2 sqrt(max side) orthogonal(g) + decay w); the rest moves as AdamW moves it."""
+    network, other = model(), model()
+    optimizer = optim.build(SETTINGS, [network])
+    plain = optim.build(Optimizer(lr=0.1, weight_decay=0.01), [other])
+    assert isinstance(optimizer, Muon)
+    for o in (optimizer, plain):
+        optim.set_learning_rate(o, 0.1)
+    before = [p.detach().clone() for p in network.parameters()]
+    train(network, optimizer, 1, 1), train(other, plain, 1, 1)
+    again = model()
+    y = torch.randn(5, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    again[6](again[4](again[3](again[2](again[1](again[0](y)))))).square().mean().backward()
+    gradients = {name: p.grad for name, p in again.named_parameters()}
+    for (name, p), was, moved in zip(network.named_parameters(), before, other.parameters(), strict=True):
+        if name not in ("2.weight", "4.weight"):
+            assert torch.equal(p, moved)
+            continue
+        gradient = gradients[name]
+        assert gradient is not None
+        turned = orthogonal(gradient.flatten(1)).view_as(p)  # of g, of which u is a multiple
+        size = 0.2 * max(p.flatten(1).shape) ** 0.5
+        torch.testing.assert_close(p.detach(), was - 0.05 * (size * turned + 0.01 * was), rtol=1e-4, atol=1e-5)
+
+
+def test_momentum_is_nesterovs() -> None:
+    weight = nn.Linear(32, 32, bias=False)
+    start = weight.weight.detach().clone()
+    optimizer = optim.build(Optimizer(matrices="muon", momentum=0.9), [weight])
+    optim.set_learning_rate(optimizer, 1.0)
+    first, second = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(3))
+    for gradient in (first, second):
+        weight.weight.grad = gradient.clone()
+        optimizer.step()
+    m = 0.9 * 0.1 * first + 0.1 * second
+    expected = start - 0.2 * 32**0.5 * (orthogonal(first) + orthogonal(0.9 * m + 0.1 * second))
+    torch.testing.assert_close(weight.weight.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_parameter_without_a_gradient_stays() -> None:
+    network = model()
+    optimizer = optim.build(SETTINGS, [network])
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+
+
+def test_pack_and_unpack_continue_exactly() -> None:
+    whole, cut, again = model(), model(), model()
+    ours, theirs = optim.build(SETTINGS, [whole]), optim.build(SETTINGS, [cut])
+    train(whole, ours, 3, 1), train(cut, theirs, 3, 1)
+    names = {id(p): name for name, p in cut.named_parameters()}
+    packed = optim.pack(theirs, names)
+    assert "2.weight.momentum" in packed and "2.weight.exp_avg" not in packed and "6.weight.exp_avg" in packed
+    again.load_state_dict(cut.state_dict())
+    fresh = optim.build(SETTINGS, [again])
+    optim.unpack(fresh, {id(p): name for name, p in again.named_parameters()}, packed)
+    train(whole, ours, 4, 2), train(again, fresh, 4, 2)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
