@@ -15,20 +15,41 @@ RMS = 0.2  # of an update at rate 1, as AdamW's is: rate and decay serve both (L
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (..., n, m) with their singular values brought to 0.7 to 1.2, by Newton-Schulz; zeros stay zeros.
+    """Matrices (k, n, m) with their singular values brought to 0.7 to 1.2, by Newton-Schulz; zeros stay zeros.
 
-    In float32 on a CPU, whose bfloat16 products are slower, in bfloat16 elsewhere (Jordan et al. 2024, "Muon").
+    On a CPU, whose bfloat16 products are slow, in float32, from the smaller square X X' alone: half the time.
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices.float() if wide else matrices.float().mT
     x = x / x.flatten(-2).norm(dim=-1)[..., None, None].clamp(min=1e-30)
-    x = x if x.device.type == "cpu" else x.bfloat16()
+    x = by_squares(x) if x.device.type == "cpu" else by_products(x.bfloat16())
+    y: Tensor = (x if wide else x.mT).to(matrices.dtype)
+    return y
+
+
+def by_products(x: Tensor) -> Tensor:
+    """`STEPS` times x <- (a + b X + c X^2) x with X = x x', in any precision (Jordan et al. 2024, "Muon")."""
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    y: Tensor = (x if wide else x.mT).to(matrices.dtype)
-    return y
+    return x
+
+
+def by_squares(x: Tensor) -> Tensor:
+    """The same of x (k, n, m), n <= m: with q = a + b X + c X^2 the square becomes q X q, and x all q times x.
+
+    Needs float32: in less, what is left of the smallest singular values would grow.
+    """
+    a, b, c = COEFFICIENTS
+    square, whole = x @ x.mT, None
+    for step in range(STEPS):
+        q = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
+        whole = q if whole is None else q @ whole
+        square = square if step == STEPS - 1 else q @ square @ q
+    assert whole is not None
+    return whole @ x
 
 
 def matrices(modules: list[nn.Module]) -> set[Tensor]:
@@ -76,6 +97,7 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
             ahead = torch._foreach_lerp(gradients, momenta, self.momentum)
             updates = orthogonal(torch.stack([u.flatten(1) for u in ahead])).unbind()
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             size = -group["lr"] * RMS * max(rows, columns) ** 0.5
             torch._foreach_add_(weights, [u.view_as(w) for u, w in zip(updates, weights, strict=True)], alpha=size)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from training.loop import optim
-from training.loop.muon import Muon, matrices, orthogonal
+from training.loop.muon import Muon, by_products, by_squares, matrices, orthogonal
 from training.settings.sections import Optimizer
 
 SETTINGS = Optimizer(lr=0.1, matrices="muon", weight_decay=0.01, matrix_lr=0.5)
@@ -41,7 +41,14 @@ def test_singular_values_become_equal_and_their_vectors_stay(shape: tuple[int, i
     turned = u.mT @ y @ v.mT
     torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
     torch.testing.assert_close(orthogonal(1000 * x), y, rtol=1e-4, atol=1e-5)
-    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+    assert torch.equal(orthogonal(torch.zeros(1, *shape)), torch.zeros(1, *shape))
+
+
+def test_both_ways_to_it_are_one() -> None:
+    """Also of matrices with singular values from 1 to 1e-6."""
+    u, s, v = torch.linalg.svd(torch.randn(2, 24, 70, generator=torch.Generator().manual_seed(2)), full_matrices=False)
+    x = u @ torch.diag_embed(torch.logspace(0, -6, 24).expand_as(s)) @ v / 2
+    torch.testing.assert_close(by_squares(x), by_products(x), rtol=1e-3, atol=3e-4)
 
 
 def test_hidden_matrices_alone() -> None:
@@ -71,7 +78,7 @@ def test_one_step_by_the_formula() -> None:
             continue
         gradient = gradients[name]
         assert gradient is not None
-        turned = orthogonal(gradient.flatten(1)).view_as(p)  # of g, of which u is a multiple
+        turned = orthogonal(gradient.flatten(1)[None]).view_as(p)  # of g, of which u is a multiple
         size = 0.2 * max(p.flatten(1).shape) ** 0.5
         torch.testing.assert_close(p.detach(), was - 0.05 * (size * turned + 0.01 * was), rtol=1e-4, atol=1e-5)
 
@@ -86,7 +93,7 @@ def test_momentum_is_nesterovs() -> None:
         weight.weight.grad = gradient.clone()
         optimizer.step()
     m = 0.9 * 0.1 * first + 0.1 * second
-    expected = start - 0.2 * 32**0.5 * (orthogonal(first) + orthogonal(0.9 * m + 0.1 * second))
+    expected = start - 0.2 * 32**0.5 * orthogonal(torch.stack([first, 0.9 * m + 0.1 * second])).sum(0)
     torch.testing.assert_close(weight.weight.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
