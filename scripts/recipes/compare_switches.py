@@ -46,14 +46,14 @@ def main() -> None:
     print("| switch | Frechet | plain's less this | obeyed, % | s of a core |\n| --- | --- | --- | --- | --- |")
     for name in ["plain", *(name for name in args.switches.split(",") if name != "plain")]:
         flags = [word for switch in name.split("+") for word in SWITCHES[switch].split()]
-        outs = {str(seed): Path(args.output) / f"{name}-{seed}" for seed in range(args.seeds)}
-        rows = [trial(out, [*flags, "--seed", seed], given, judge) for seed, out in outs.items()]
-        distance, obeyed, seconds = zip(*rows, strict=True)
-        plain = distance if name == "plain" else plain
+        trials = ((Path(args.output) / f"{name}-{seed}", [*flags, "--seed", str(seed)]) for seed in range(args.seeds))
+        distance, obeyed, seconds = zip(*(trial(*each, given, judge) for each in trials), strict=True)
+        if name == "plain":
+            plain = distance
         less = [one - other for one, other in zip(plain, distance, strict=True)]
-        between = f"{statistics.mean(less):+.3f} ({min(less):+.3f} to {max(less):+.3f})"
+        told = f"{statistics.mean(less):+.3f} ({min(less):+.3f} to {max(less):+.3f})"
         far, share, spent_on = (statistics.mean(part) for part in (distance, obeyed, seconds))
-        print(f"| {name} | {far:.3f} | {between} | {100 * share:.1f} | {spent_on:.0f} |", flush=True)
+        print(f"| {name} | {far:.3f} | {told} | {100 * share:.1f} | {spent_on:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
