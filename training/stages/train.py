@@ -121,8 +121,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     args, settings = job.args, job.config.train
     args.report_to = choose(args.report_to)
     job.open_data()
-    asked = {"compiles": settings.compile, "shards": settings.sharding == "full"}
-    accelerator = processes.start(args.device, settings.mixed_precision, **asked)
+    accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile, shards=True)
     processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
     if processes.is_distributed():
         meeting.agree(shared_facts(job, accelerator))
