@@ -127,4 +127,5 @@ def _load(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
             load(flat, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
         except CheckpointException as failure:
             hint = "use --resume auto to take the newest sound one"
-            raise UserError(f"{folder}: parts are missing ({failure})", hint=hint, code=CHECKPOINT) from None
+            reason = next(str(reason) for reason, _ in failure.failures.values())
+            raise UserError(f"{folder}: cannot be read ({reason})", hint=hint, code=CHECKPOINT) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -17,6 +18,7 @@ from torch import nn
 from ldm.backbones import BACKBONES
 from ldm.conditioning import Cond
 from training.errors import UserError
+from training.loop.sharding import shard
 from training.models.folders import find, weights
 from training.runs.checkpoint import TENSOR_FILES
 from training.runs.checkpoints import Checkpoints
@@ -202,3 +204,33 @@ def test_a_checkpoint_of_other_tensors_is_refused(shared: Path) -> None:
     del targets[first]
     with pytest.raises(UserError, match=f"does not fit its config: model {first}"):
         parts.read_into(path, "model", targets)
+
+
+def test_a_part_that_cannot_be_read_is_told(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raises there is no Exception, which would pass by whoever tells of one."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    def broken(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", broken)
+    with pytest.raises(UserError, match=r"cannot be read \(the disk is gone\)") as caught:
+        weights_of(shared, 6, "model")
+    assert caught.value.code == 4 and caught.value.hint == "use --resume auto to take the newest sound one"
+
+
+def test_units_are_shared_out_before_what_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And autocast keeps no rounded weights beyond a call."""
+    from torch.distributed import device_mesh, fsdp
+
+    block = nn.Linear(2, 2)
+    network, done = nn.Sequential(block, nn.Linear(2, 2)), list[nn.Module]()
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda kind, sizes: (kind, sizes))
+    monkeypatch.setattr(fsdp, "fully_shard", lambda part, mesh: done.append(part) or mesh)
+    prepared = {"device_placement": False, "evaluation_mode": True}
+    prepare = lambda part, **how: part if how == prepared else None  # noqa: E731
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2, prepare_model=prepare)
+    stage = SimpleNamespace(networks={"denoiser": network}, units=lambda: [block])
+    shard(stage, accelerator)  # type: ignore[arg-type]
+    assert done == [block, network] and stage.wrapped == {"denoiser": network}
+    assert not accelerator.autocast_handler.cache_enabled
