@@ -233,4 +233,4 @@ def test_units_are_shared_out_before_what_holds_them(monkeypatch: pytest.MonkeyP
     stage = SimpleNamespace(networks={"denoiser": network}, units=lambda: [block])
     shard(stage, accelerator)  # type: ignore[arg-type]
     assert done == [block, network] and stage.wrapped == {"denoiser": network}
-    assert not accelerator.autocast_handler.cache_enabled
+    assert accelerator.autocast_handler.cache_enabled is False
