@@ -25,7 +25,9 @@ KEYS = {
     for member in members for key in member.__dataclass_fields__
 }  # fmt: skip
 # Of bash, pip, pytest, torchrun, accelerate, and names with a part to be filled in.
-OF_OTHERS = hints.OF_LAUNCHERS | {"--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help"}
+OF_TORCHRUN = {"--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint", "--local-addr"}
+OF_SLURM = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue", "--open-mode"}
+OF_OTHERS = hints.OF_LAUNCHERS | OF_TORCHRUN | OF_SLURM | {"--help"}
 PLACEHOLDERS = {"--flags", "--section.key", "--backbone"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_]\w*)?")
 

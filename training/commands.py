@@ -13,7 +13,8 @@ from pathlib import Path
 
 # Of the environment, what decides what runs, and where; nothing that may be secret.
 NEEDED = re.compile(
-    r"(CUDA_VISIBLE_DEVICES|PYTHONPATH|HF_HOME|HF_HUB_OFFLINE|OMP_NUM_THREADS|(ACCELERATE|NCCL|GLOO)_\w+)=(.*)", re.S
+    r"(CUDA_VISIBLE_DEVICES|PYTHONPATH|HF_HOME|HF_HUB_OFFLINE|OMP_NUM_THREADS|(ACCELERATE|FSDP|NCCL|GLOO)_\w+)=(.*)",
+    re.S,
 )
 HOME = Path(__file__).parents[1]  # holds this package, and in a checkout scripts/ too
 INSTALLED = "latent-diffusion"  # the command that takes a verb; with -VERB at its end, that of one door

@@ -81,6 +81,11 @@ class Backbone(nn.Module, ABC):
         cast = given.to(x.device, dtype)._replace(extras=given.extras)
         return self.predict(joint.to(dtype), noise_level, cast).to(x.dtype)
 
+    def units(self) -> list[nn.Module]:
+        """The parts that hold most of the weights and are each called as a whole, of which one after the other is at
+        work: what devices that share out the weights bring together at a time. None: all at once."""
+        return []
+
     @abstractmethod
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """What `forward` gives, of latents with the image behind them and a condition in the dtype of the weights, its

@@ -223,6 +223,10 @@ class DiffusionTransformer(Backbone):
             if isinstance(module, CrossAttention | DiffusionTransformer):
                 zero(module.out)
 
+    def units(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.blocks)
+
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond, outputs: Sequence[Tensor] = ()) -> Tensor:
         """See `Backbone.predict`. Residuals: of `outputs` (B, N, D) for what the first blocks give."""
         tokens, given = self.begin(x, noise_level, cond)

@@ -203,6 +203,10 @@ class CrossAttentionUNet(Backbone, WayDown):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         zero(self.conv_out)
 
+    def units(self) -> list[nn.Module]:
+        """Resnets and text transformers."""
+        return [part for part in self.modules() if isinstance(part, ResnetBlock | SpatialTransformer)]
+
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond, levels: Sequence[Tensor] = (),
                 kept: Sequence[Tensor] = ()) -> Tensor:
         """See `Backbone.predict`. Residuals: of `levels` on the way `down`, of `kept` for what `up` takes in."""

@@ -70,19 +70,12 @@ def spike(step: int) -> None:
     """The gradient of this process alone is enormous at `step`, on its way to the others."""
     from training.stages.denoiser import DenoiserStage
 
-    # Not on the stage, whose values a skipped step gives up.
-    kept, hooks, seen = DenoiserStage.condition, list[Any](), [0]
+    kept = DenoiserStage.backward  # not on the stage, whose values a skipped step gives up
 
-    def condition(self: Any, batch: Any, keep: Any) -> Any:
-        seen[0] += 1
-        if seen[0] == step + 1:
-            hooks.extend(p.register_hook(lambda g: g * 1e6) for p in self.network.backbone.parameters())
-        elif hooks:
-            [hook.remove() for hook in hooks]
-            hooks.clear()
-        return kept(self, batch, keep)
+    def backward(self: Any, batch: Any, number: int, share: float) -> Any:
+        return kept(self, batch, number, share * 1e6 if number == step else share)
 
-    DenoiserStage.condition = condition  # type: ignore[method-assign]
+    DenoiserStage.backward = backward  # type: ignore[method-assign]
 
 
 def bad_sample(step: int) -> None:

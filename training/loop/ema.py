@@ -8,17 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from training.loop.sharding import is_sharded, lend, whole
+from training.runs.parts import local
+
 
 class EMA:
     """Exponential moving average of parameters: e <- e + (1 - d)(p - e), d = min(decay, (1 + n)/(10 + n)), n updates.
 
     Of those that gradients move, and those that a module names in `followers`, which move with them by other means.
     The warm-up keeps early averages short, so that a run of any length ends with sound weights (as in EMA of TF's
-    `ExponentialMovingAverage(num_updates)`). Shadows are float32 whatever the model's dtype.
+    `ExponentialMovingAverage(num_updates)`). Shadows are float32 whatever the model's dtype, and shared out over the
+    processes as the parameters are.
     """
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
-        self.decay, self.updates = decay, 0
+        self.decay, self.updates, self.modules = decay, 0, modules
         self._live = averaged_parameters(modules)
         self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
 
@@ -31,12 +35,19 @@ class EMA:
         """Take one step towards the live weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        live = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+        live = [local(p.detach()).float() for p in self._live.values()]
+        torch._foreach_lerp_([local(shadow) for shadow in self.shadow.values()], live, 1 - decay)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the modules hold the averaged weights; outside, their own again. Off (decay 0) changes nothing."""
+        """Inside, the modules hold the averaged weights; outside, their own again. Off (decay 0) changes nothing.
+
+        Where processes share them out, they are whole inside, in this process, while the others `lend`.
+        """
+        if is_sharded(self.shadow):
+            with whole(self.modules, self._averages()):
+                yield
+            return
         if not self.decay:
             yield
             return
@@ -48,6 +59,14 @@ class EMA:
         finally:
             for key, p in self._live.items():
                 p.data = live[key]
+
+    def lend(self) -> None:
+        """Do a process's part while another enters `averaged_weights`: none, where nothing is shared out."""
+        if is_sharded(self.shadow):
+            lend(self.modules, self._averages())
+
+    def _averages(self) -> dict[Tensor, Tensor]:
+        return {p: self.shadow[key] for key, p in self._live.items()} if self.decay else {}
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Take back saved shadows and their counter; after the weights, from which what was not averaged is taken."""

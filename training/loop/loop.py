@@ -26,6 +26,7 @@ from training.loop.pace import Pace
 from training.loop.passes import Passes
 from training.loop.power_ema import PowerAverages, drop_after
 from training.loop.rollback import Rollback
+from training.loop.sharding import together
 from training.loop.stage import Stage
 from training.loop.state import TrainingState
 from training.loop.validation import validate
@@ -34,7 +35,7 @@ from training.loop.wrapping import wrap
 from training.machine.processes import announce, meet
 from training.machine.signals import Signals
 from training.messages import note, warn
-from training.runs.checkpoint import SCORED_BY, Checkpoint
+from training.runs.checkpoint import OTHER_SCORES, SCORED_BY, Checkpoint
 from training.runs.checkpoints import Checkpoints
 from training.runs.journal import Journal
 from training.runs.writer import Writer
@@ -43,11 +44,6 @@ from training.settings.sections import Optimizer, Train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-OTHER_SCORES = (
-    "note: this run was begun by a version that validated on the first held-out samples, in the precision of the "
-    "training; from here on they lie evenly over the split and are measured in float32. Scores of both kinds are not "
-    "compared: the best checkpoint of each is kept"
-)
 AGREED_EVERY = 8  # steps after which several GPUs tell each other what signals they were sent
 COMPARED_EVERY = 100  # steps after which processes compare their weights, besides the first step and each save
 
@@ -71,7 +67,7 @@ class Loop:
         with the run folder in the main process, once a validation is written there."""
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.watchers, self.rate = watchers, rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
-        wrap(stage, accelerator, compiles=train.compile)
+        wrap(stage, accelerator, compiles=train.compile, shards=train.sharding == "full")
         self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
         self.optimizers = {
@@ -137,8 +133,8 @@ class Loop:
             if step_count % train.sample_every == 0 or final:
                 self.validate(step_count)
             stop_signal = self._poll_signals()  # after validation, which may take long: what came meanwhile counts
-            if self.accelerator.is_main_process and (step_count % train.ema_every == 0 or final):
-                self.powers.keep(self.run, step_count)
+            if step_count % train.ema_every == 0 or final:
+                self.powers.keep(self.run, step_count, main=self.accelerator.is_main_process)
             saving = step_count % train.save_every == 0 or final or bool(stop_signal) or self.saving
             # Compared before each save: weights on which processes do not agree never become a checkpoint.
             if saving or step == start or step_count % COMPARED_EVERY == 0:
@@ -195,7 +191,7 @@ class Loop:
                 if self.accelerator.scaler:
                     self.accelerator.scaler.unscale_(optimizer)  # first, for limit and norms are of true gradients
                 norm = nn.utils.clip_grad_norm_(moving, self.settings.clip or math.inf)
-                norms[f"grad_norm/{name}"] = norm.to(self.accelerator.device)
+                norms[f"grad_norm/{name}"] = together(norm).to(self.accelerator.device)
             optim.set_learning_rate(optimizer, rate)
         return norms
 
@@ -237,6 +233,8 @@ class Loop:
             self.state.overfitting.watch(step, numbers, self.stage, self.checkpoints)
             for watcher in self.watchers:
                 watcher(self.run)
+        else:
+            self.ema.lend()
         meet()  # pictures may take longer than any limit of the process group
         if rollback:
             self._roll_back(rollback, step, target)
@@ -257,11 +255,13 @@ class Loop:
         announce(self.accelerator, f"{verdict}: back to its weights; {rollback.prospect(step)}", warn)
 
     def save(self, step: int, *, wait: bool) -> None:
-        """Write a checkpoint (main process), or begin to, unless to `wait` for it; the others wait as long."""
+        """Write a checkpoint, or begin to, unless to `wait`: in the main process, or in all, each its own parts."""
         self.settle()
         self.journal.flush(step)
         self.state.books.gather()
-        if self.accelerator.is_main_process:
+        if self.state.shared:
+            self.checkpoints.save_parts(self.snapshot(step), main=self.accelerator.is_main_process)
+        elif self.accelerator.is_main_process:
             self.writer.save(self.snapshot(step), wait=wait)
         meet()
 

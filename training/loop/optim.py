@@ -87,6 +87,16 @@ def unpack(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dic
                 optimizer.state[p] = {moment: _laid_out(value, p) for moment, value in state.items()}
 
 
+def blank(optimizer: torch.optim.Optimizer, names: dict[int, str], moments: Iterable[str]) -> None:
+    """Give the optimiser zeros for the named `parameter.moment`, in the parts that processes hold of the parameters:
+    to be read into."""
+    parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    split = {moment: moment.rpartition(".") for moment in moments}
+    zeros = {moment: torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
+             for moment, (name, _, kind) in split.items()}
+    unpack(optimizer, names, zeros)
+
+
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
     """A copy with the memory layout of the parameter: the fused kernel walks both by address."""
     if value.shape != like.shape:

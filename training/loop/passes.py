@@ -149,6 +149,8 @@ class Passes:
             with self.journal.waiting():
                 batch = next(self.incoming)
             with ExitStack() as stack:
+                # Nothing to hold back where weights are shared out: every pass averages, and no process holds whole
+                # gradients.
                 if self.shrinks or part < self.accumulation - 1:
                     for network in self.stage.wrapped.values():
                         stack.enter_context(self.accelerator.no_sync(network))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from training.errors import CHECKPOINT, USAGE, UserError
 from training.guarding import make_folder
+from training.loop.sharding import gathered
+from training.runs.parts import local
 from training.tensors import load_tensors, save_tensors
 
 FOLDER = "ema"  # of a run: step-00001000.safetensors, with `LENGTH/parameter` in it
@@ -79,9 +81,10 @@ class PowerAverages:
         """Take in the live weights after optimiser step number `step`, from 1."""
         if not self.shadows:
             return
-        live = [p.detach().float() for p in self._live.values()]
+        live = [local(p.detach()).float() for p in self._live.values()]
         for length, gamma in self.exponents.items():
-            torch._foreach_lerp_(list(self.shadows[length].values()), live, 1 - decay(gamma, step))
+            shadows = [local(shadow) for shadow in self.shadows[length].values()]
+            torch._foreach_lerp_(shadows, live, 1 - decay(gamma, step))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every average by `LENGTH/parameter`."""
@@ -92,13 +95,15 @@ class PowerAverages:
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
 
-    def keep(self, run: Path, step: int) -> None:
-        """Store a snapshot in the run's folder, whole or not at all; nothing where nothing is averaged."""
-        if not self.shadows:
+    def keep(self, run: Path, step: int, *, main: bool = True) -> None:
+        """Store a snapshot in the run's folder, whole or not at all, in the `main` process; nothing where nothing is
+        averaged. Collective where averages are shared out."""
+        tensors = gathered(self.tensors(), keep=main)
+        if not tensors:
             return
         folder = run / FOLDER
         make_folder(folder)
-        save_tensors(folder / f"step-{step:08d}.safetensors", self.tensors())
+        save_tensors(folder / f"step-{step:08d}.safetensors", tensors)
 
 
 def drop_after(run: Path, step: int) -> list[str]:

@@ -46,6 +46,10 @@ class Stage(ABC):
     def compiled_parts(self) -> Iterable[nn.Module]:
         """The modules that `train.compile` compiles in place."""
 
+    def units(self) -> Iterable[nn.Module]:
+        """The parts whose weights processes bring together one after the other, where they share them out."""
+        return ()
+
     @abstractmethod
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """Add the gradients of one micro-batch, `share` of the global batch's; return its mean losses (0-dim)."""

@@ -6,20 +6,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from training.loop.sharding import shard
 from training.loop.stage import Stage
+from training.machine.processes import announce
+from training.messages import note
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def wrap(stage: Stage, accelerator: Accelerator, *, compiles: bool) -> None:
-    """Put a stage on the accelerator's device and behind its process wrappers, which average gradients.
+def wrap(stage: Stage, accelerator: Accelerator, *, compiles: bool, shards: bool = False) -> None:
+    """Put a stage on the accelerator's device and behind its process wrappers, which average gradients; where it
+    `shards`, its networks are shared out over the processes instead.
 
     Parts are compiled inside their wrappers, so that a checkpoint's names stay those of the bare networks.
     """
     stage.accelerator = accelerator
     for module in stage.frozen:
         module.to(accelerator.device)
+    if shards and accelerator.num_processes > 1:
+        shard(stage, accelerator)
+        return stage.connect()
+    if shards:
+        announce(accelerator, "train.sharding full: one process holds all that several would share out", note)
     if stage.unused_gradients:
         from accelerate import DistributedDataParallelKwargs
 

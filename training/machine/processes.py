@@ -26,15 +26,21 @@ PEER = re.compile("gloo|nccl|peer|connection (closed|reset|refused)|broken pipe|
 
 
 def start(
-    device: str = "auto", mixed_precision: str | None = None, *, compiles: bool = False, autocasts: bool = False
+    device: str = "auto",
+    mixed_precision: str | None = None,
+    *,
+    compiles: bool = False,
+    autocasts: bool = False,
+    shards: bool = False,
 ) -> Accelerator:
     """The Accelerator of this process, the same under python, torchrun and accelerate launch, on CPU (gloo) and GPU.
 
-    A door that `autocasts` itself takes the launcher's precision into account, and one with a `mixed_precision`.
+    A door that `autocasts` itself takes the launcher's precision into account, and one with a `mixed_precision`; one
+    that `shards` has taken into account whether weights are to be shared out.
     Raises UserError for a device, precision or (where the run `compiles`) compiler that is not there, for what the
     launcher asks and is not done here, and where processes were started but not joined.
     """
-    launcher.check()
+    launcher.check(shards=shards)
     keep_memory()
     allow_open_files()
     torch.set_flush_denormal(True)  # denormals slow a CPU 50-fold and mean nothing here
@@ -93,13 +99,14 @@ def _accelerator(mixed_precision: str, *, on_cpu: bool) -> Accelerator:
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     meeting.join("gloo" if on_cpu else "nccl")
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        cpu=on_cpu,
-        # As a plugin: a plain number gives way to one in the environment, by which every gradient would be divided.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=meeting.COLLECTIVE)],
-    )
+    with launcher.unshared():
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=on_cpu,
+            # As a plugin: a plain number gives way to one in the environment, by which gradients would be divided.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=meeting.COLLECTIVE)],
+        )
     launch_count = int(os.environ.get("WORLD_SIZE", "1"))
     if launch_count != accelerator.num_processes:
         raise UserError(

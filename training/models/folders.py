@@ -15,6 +15,7 @@ from training.guarding import disk_error, make_folder, read_record, refuse_links
 from training.machine.faults import fault
 from training.models.cards import stored_facts, write_card
 from training.runs.checkpoints import Checkpoints
+from training.runs.parts import in_parts
 from training.settings import decoding
 from training.settings.embedded import HUB, WANTED, located
 from training.tensors import check_weights, content_hash, in_dtype, load_tensors, save_tensors
@@ -101,7 +102,7 @@ def find(path: str | Path, stage: str | None = None) -> Found:
         raise UserError(f"{path}: no such run", hint=WANTED, code=CHECKPOINT)
     in_checkpoints = path.parent.name == "checkpoints"
     refuse_links(path.parent.parent if in_checkpoints else path)
-    if in_checkpoints and (path / "ema.safetensors").is_file():
+    if in_checkpoints and ((path / "ema.safetensors").is_file() or in_parts(path)):
         home, weights = path.parent.parent, path
     elif (path / "model.safetensors").is_file() and (path / "config.json").is_file():
         home, weights = path, path / "model.safetensors"

@@ -2,6 +2,7 @@
 
     step-00000200/manifest.json    format, step, bytes and sha256 of every other file; written last
     step-00000200/model.safetensors ema.safetensors optimizer.safetensors state.json
+    step-00000200/shard-….safetensors state.json    in format 2, of processes that share out their tensors (parts.py)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +18,24 @@ from typing import TYPE_CHECKING, Any
 from training.errors import CHECKPOINT, NUMERICAL, UserError
 from training.files import file_sha256
 from training.guarding import read_plain, read_record, unreadable
+from training.runs import parts
 from training.tensors import load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT, WHOLE = 2, 1  # the newest, of parts, and that of whole tensors
 TENSOR_FILES = ("model", "ema", "optimizer")
 LARGEST_STATE = 64 << 20  # bytes of state.json
 NAME = re.compile(r"step-\d{8,}")
 # How a score was measured, 1 where a checkpoint does not say: 1, on the first held-out samples, in the precision of
 # the training; 2, on held-out samples evenly, in float32. Numbers of two rules are not compared.
 SCORED_BY = 2
+OTHER_SCORES = (
+    "note: this run was begun by a version that validated on the first held-out samples, in the precision of the "
+    "training; from here on they lie evenly over the split and are measured in float32. Scores of both kinds are not "
+    "compared: the best checkpoint of each is kept"
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class Stored(Mapping[str, Mapping[str, "Tensor"]]):
         self.path = path
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        return load_tensors(self.path / f"{name}.safetensors")
+        whole = self.path / f"{name}.safetensors"
+        return parts.read(self.path, name) if parts.in_parts(self.path) else load_tensors(whole)
 
     def __iter__(self) -> Iterator[str]:
         return iter(TENSOR_FILES)
@@ -94,7 +102,7 @@ def damage(path: Path) -> str:
             )
         if NAME.fullmatch(path.name) and path.name != f"step-{step:08d}":
             return f"its manifest is that of step {step}"
-        for name in (*(f"{t}.safetensors" for t in TENSOR_FILES), "state.json"):
+        for name in (*tensor_files(files, version), "state.json"):
             if name not in files:
                 return f"{name} is not in the manifest"
             if not (path / name).is_file() or (path / name).is_symlink():
@@ -110,9 +118,27 @@ def damage(path: Path) -> str:
     return ""
 
 
+def tensor_files(files: Iterable[str], version: int) -> list[str]:
+    """The files of tensors of a checkpoint whose manifest names `files`."""
+    whole = [f"{name}.safetensors" for name in TENSOR_FILES]
+    shares = [name for name in files if name not in whole and name.endswith(".safetensors")]
+    return shares if version > WHOLE and shares else whole
+
+
+def non_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """The weights and averages whose part that this process holds has NaN or infinity in it."""
+    held = ((name, parts.local(value)) for kind in ("model", "ema") for name, value in tensors[kind].items())
+    bad = (name for name, value in held if value.is_floating_point() and not value.isfinite().all())
+    return [*dict.fromkeys(bad)]
+
+
 def refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise UserError (exit 5) where any tensor holds NaN or infinity: bad weights never rotate good ones away."""
-    bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    refuse(non_finite({"model": tensors, "ema": {}}))
+
+
+def refuse(bad: list[str]) -> None:
+    """Raise UserError (exit 5) where tensors are `bad`, which hold NaN or infinity."""
     if bad:
         raise UserError(
             f"refusing to save: {len(bad)} tensors are not finite (first: {bad[0]})",

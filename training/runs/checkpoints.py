@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from training.errors import CHECKPOINT, UserError
-from training.files import file_sha256, finite, sync_folder, write_bytes, write_json
+from training.files import finite, sync_folder, write_bytes, write_json
 from training.guarding import disk_error, read_record, read_whole, refuse_link
 from training.machine.faults import fault
+from training.machine.meeting import meet
 from training.messages import note, warn
 from training.runs.checkpoint import (
     FORMAT,
@@ -18,13 +21,17 @@ from training.runs.checkpoint import (
     NAME,
     SCORED_BY,
     TENSOR_FILES,
+    WHOLE,
     Checkpoint,
     Stored,
     damage,
+    non_finite,
     own,
-    refuse_non_finite,
+    refuse,
     score,
+    tensor_files,
 )
+from training.runs.parts import described, write_parts
 from training.tensors import check_safetensors, save_tensors
 
 
@@ -45,9 +52,36 @@ class Checkpoints:
         Raises UserError for weights that are not finite (older checkpoints stay as they are) and for a full disk.
         """
         # Refused before anything is written, so that what lies there stays untouched.
-        refuse_non_finite({**checkpoint.tensors["model"], **checkpoint.tensors["ema"]})
+        refuse(non_finite(checkpoint.tensors))
+        return self._save(checkpoint, f"{os.getpid()}", _write_whole, WHOLE)
+
+    def save_parts(self, checkpoint: Checkpoint, *, main: bool) -> None:
+        """The same by all processes, of which each writes its parts, and the `main` one all else. Collective.
+
+        What one process is refused ends all, and older checkpoints stay as they are.
+        """
+        from accelerate.utils import gather_object
+
+        def write(staging: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+            meet()  # the folder is there
+            return write_parts(staging, checkpoint.tensors)
+
+        refuse(sorted({*gather_object(non_finite(checkpoint.tensors))}))
+        if main:
+            self._save(checkpoint, "parts", write, FORMAT)
+            return
+        staging = self.folder / f".tmp-step-{checkpoint.step:08d}-parts"
+        try:
+            write(staging, checkpoint)
+        except OSError as failure:
+            raise disk_error(staging, failure) from None
+
+    def _save(
+        self, checkpoint: Checkpoint, by: str, write: Callable[[Path, Checkpoint], dict[str, Any]], version: int
+    ) -> Path:
+        """Stage with `write`, which tells what the manifest says of its files, as far as it knows; see `save`."""
         target = self.folder / f"step-{checkpoint.step:08d}"
-        staging = self.folder / f".tmp-{target.name}-{os.getpid()}"
+        staging = self.folder / f".tmp-{target.name}-{by}"
         refuse_link(self.folder)
         try:
             if not self.folder.is_dir():
@@ -57,14 +91,12 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             fault("checkpoint.staging")
-            for name in TENSOR_FILES:
-                save_tensors(staging / f"{name}.safetensors", checkpoint.tensors[name])
-                fault("checkpoint.file")
+            known = write(staging, checkpoint)
             write_json(staging / "state.json", finite(checkpoint.state))
             fault("checkpoint.file")
             # The manifest is last: it hashes the other files as they lie on the disk.
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staging.iterdir())}
-            write_json(staging / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+            files = {p.name: known.get(p.name) or described(p) for p in sorted(staging.iterdir())}
+            write_json(staging / "manifest.json", {"format": version, "step": checkpoint.step, "files": files})
             fault("checkpoint.manifest")
             if target.exists():  # the same step again, after a resume from an earlier one
                 self._remove(target) if target.is_symlink() or own(target) else self._put_aside(target)
@@ -86,10 +118,10 @@ class Checkpoints:
         has been `verified`: of several processes one does that, or each would read every byte once more."""
         if not verified:
             self._refuse_damaged(path)
-        for name in TENSOR_FILES:
-            check_safetensors(path / f"{name}.safetensors")
-        step = read_record(path / "manifest.json", {"step": int})["step"]
-        return Checkpoint(step, Stored(path), read_record(path / "state.json", {}, limit=LARGEST_STATE))
+        manifest = read_record(path / "manifest.json", {"step": int, "format": int, "files": dict})
+        for name in tensor_files(manifest["files"], manifest["format"]):
+            check_safetensors(path / name)
+        return Checkpoint(manifest["step"], Stored(path), read_record(path / "state.json", {}, limit=LARGEST_STATE))
 
     def _refuse_damaged(self, path: Path) -> None:
         if reason := damage(path):
@@ -212,3 +244,10 @@ class Checkpoints:
         shutil.rmtree(gone, ignore_errors=True)
         path.replace(gone)
         shutil.rmtree(gone)
+
+
+def _write_whole(staging: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    for name in TENSOR_FILES:
+        save_tensors(staging / f"{name}.safetensors", checkpoint.tensors[name])
+        fault("checkpoint.file")
+    return {}

@@ -27,6 +27,7 @@ MUTABLE = {"model.gradient_checkpointing", "backbone.gradient_checkpointing"} | 
         "micro_batch_size",
         "num_workers",
         "compile",
+        "sharding",
         "tf32",
         "cudnn_benchmark",
         "log_every",
@@ -45,7 +46,8 @@ MUTABLE_SECTIONS = {"sample", "sampler", "grid", "guidance"}
 # What run.json may hold besides stage, status and step, as far as it is read again.
 KINDS = {**dict.fromkeys(("versions", "environment", "data", "hashes", "teacher", "vision"), dict), "resumes": list}
 KINDS["ledger"] = dict
-LATER = {"tf32": False, "cudnn_benchmark": False}  # what the environment was in a run.json that does not name it
+# What the environment was in a run.json that does not name it.
+LATER = {"tf32": False, "cudnn_benchmark": False, "sharding": "none"}
 
 
 LEFT_BY_A_START = (

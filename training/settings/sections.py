@@ -71,6 +71,8 @@ class Train:
     # in several processes until a size has held for 50 steps.
     micro_batch_size: int | Literal["auto"] = 0
     seed: int = 0
+    # "full": processes share out weights, gradients, moments and averages, of which each holds all with "none".
+    sharding: Literal["none", "full"] = "none"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0
     window_shards: int = 16  # shards at an address are mixed so many at a time; those of a folder all together
@@ -107,6 +109,11 @@ class Train:
             raise ValueError("micro_batch_size, num_workers and validation_size must be >= 0")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed: must lie in [0, 2^63) (got {self.seed})")
+        unshared = {"compile": (True, "false"), "save_async": (True, "false"), "mixed_precision": ("fp16", "bf16"),
+                    "micro_batch_size": ("auto", "a number")}  # auto: a process may not come to an exchange of parts
+        for key, (value, way) in unshared.items() if self.sharding == "full" else ():
+            if getattr(self, key) == value:
+                raise ValueError(f"sharding: full does not go with {key} {str(value).lower()}; set {key} to {way}")
 
 
 @dataclass(frozen=True, kw_only=True)

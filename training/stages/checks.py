@@ -116,6 +116,24 @@ def settle_channels(config: decoding.AutoencoderConfig, channels: int, given: Ma
     return config
 
 
+def check_sharding(config: Any) -> None:
+    """Refuse to share out the weights of what is not one denoiser that learns alone. Raises UserError."""
+    if config.train.sharding == "none":
+        return
+    adapter, objective = getattr(config, "adapter", None), getattr(config, "objective", None)
+    if isinstance(config, decoding.AutoencoderConfig):
+        why = "an autoencoder, which is balanced against its critic by gradients within it"
+    elif adapter and adapter.kind != "none":
+        why = "an adapter, whose base would still be whole in every process"
+    elif objective is None or objective.reading is not None:
+        why = f"objective.kind {objective and objective.kind}, which asks several networks"
+    elif config.optimizer.matrices == "muon":
+        why = "optimizer.matrices muon, which turns whole matrices"
+    else:
+        return
+    raise UserError(f"train.sharding full: not with {why}", hint="leave it out, or give --train.sharding none")
+
+
 def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:
     """Refuse pictures that the networks cannot take, before anything is built."""
     channels, height, width = dataset[0].data.shape[-3:]

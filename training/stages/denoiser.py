@@ -103,6 +103,10 @@ class DenoiserStage(Stage):
         """The backbone alone."""
         return [self.network.backbone]
 
+    def units(self) -> list[nn.Module]:
+        """Those of the backbone."""
+        return self.network.backbone.units()  # type: ignore[no-any-return, operator]
+
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """One micro-batch; with prior pictures, as many of them beside it, whose mean loss counts `prior.weight` times.
         """

@@ -104,7 +104,7 @@ def _same_plan(before: Any, now: Any, step: int) -> None:
 def environment(config: Any, accelerator: Accelerator) -> dict[str, Any]:
     """What, besides the versions of packages, the last bits of a run may depend on."""
     device, processes = accelerator.device.type, accelerator.num_processes
-    kernels = {key: getattr(config.train, key) for key in ("compile", "tf32", "cudnn_benchmark")}
+    kernels = {key: getattr(config.train, key) for key in ("compile", "tf32", "cudnn_benchmark", "sharding")}
     return {"device": device, "processes": processes, **kernels}
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def train(args: argparse.Namespace, stage: str) -> int:
             raise upon.missing_config()
     if stage == "denoiser" and upon is None:
         refuse_name_without_base(args.config)
-    _take_precision(args, upon.folder if upon else stage)
+    _take_asked(args, upon.folder if upon else stage)
     if upon:
         from training.models.adapters import config_of_base, config_of_teacher
 
@@ -67,7 +68,9 @@ def train(args: argparse.Namespace, stage: str) -> int:
         answer(*json.dumps(decoding.to_values(config), indent=1).splitlines())
         return 0
     from training.machine.processes import together
+    from training.stages.checks import check_sharding
 
+    check_sharding(config)
     again()  # remembered, for the launcher may be gone when the command is told
     with together(), ExitStack() as ending:
         return _train(job_of(upon.folder if upon else stage)(args, config), ending)
@@ -83,15 +86,18 @@ def _take_accumulation(args: argparse.Namespace) -> None:
         args.gradient_accumulation_steps = accumulation
 
 
-def _take_precision(args: argparse.Namespace, stage: str) -> None:
-    """The precision that `accelerate launch` asks for, where neither a flag nor the config says it."""
+def _take_asked(args: argparse.Namespace, stage: str) -> None:
+    """Precision and sharding that `accelerate launch` asks for, where neither a flag nor the config says it."""
     from training.machine import launcher
 
-    key = "train.mixed_precision"
-    given = args.overrides.get(key) or decoding.stated(stage, args.config, key)
-    taken = launcher.precision(given)
-    if given is None and taken != "no":
-        args.overrides = {**args.overrides, key: taken}
+    for key, ask, usual in (
+        ("train.mixed_precision", partial(launcher.precision, shards=True), "no"),
+        ("train.sharding", launcher.sharding, "none"),
+    ):
+        given = args.overrides.get(key) or decoding.stated(stage, args.config, key)
+        taken = ask(given)
+        if given is None and taken != usual:
+            args.overrides = {**args.overrides, key: taken}
 
 
 def job_of(kind: str) -> type[Job]:
@@ -115,7 +121,7 @@ def _train(job: Job, ending: ExitStack) -> int:
     args, settings = job.args, job.config.train
     args.report_to = choose(args.report_to)
     job.open_data()
-    accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile)
+    accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile, shards=True)
     processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
     if processes.is_distributed():
         meeting.agree(shared_facts(job, accelerator))
@@ -161,6 +167,8 @@ def last_act(job: Job, run: RunView, loop: Loop, facts: dict[str, Any]) -> int:
                 tensors = job.export(run.folder, facts)
                 finish(run, tensors, job.about(), close_books(loop, facts))
                 tell_next_steps(job, run)
+        else:
+            loop.ema.lend()
         meeting.meet()  # measuring what is exported takes as long as it takes
     except Stopped as stopped:
         code = 0 if run.finished() else 128 + stopped.number  # 0: it came too late to stop anything

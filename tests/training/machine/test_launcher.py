@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -13,6 +15,7 @@ from training.errors import UserError
 from training.machine import launcher
 from training.machine.processes import start
 
+NONE = SimpleNamespace(num_processes=1)
 OWN = re.compile("ACCELERATE_|FSDP_|MEGATRON_LM_|PARALLELISM_CONFIG_")
 
 
@@ -38,6 +41,69 @@ def test_every_variable_is_in_a_table() -> None:
         if name == "ACCELERATE_DYNAMO_BACKEND":  # the one of its kind that starts something
             places.pop()
         assert sum(map(bool, places)) == 1, f"{name}: say in training/machine/launcher.py what is done with it"
+
+
+OF_FSDP = {  # as `accelerate launch --use_fsdp --fsdp_version 2` sets them
+    "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false", "FSDP_MIN_NUM_PARAMS": "100000000", "FSDP_FORWARD_PREFETCH": "false",
+    "FSDP_USE_ORIG_PARAMS": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
+}
+
+
+def asks_for_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {launcher.SHARDING: "true", **OF_FSDP}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_fsdp_is_done_where_ours_is_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asks_for_shares(monkeypatch)
+    words = ["train_denoiser", "--config", "smoke", "--print-config"]
+    assert tiny.call(*words) == 0
+    said = capsys.readouterr()
+    assert '"sharding": "full"' in said.out
+    assert said.err == f"note: --train.sharding full, as {launcher.SHARDING} asks\n"
+    assert tiny.call(*words, "--train.sharding", "full") == 0 and not capsys.readouterr().err
+    problem = tiny.refused(*words, "--train.sharding", "none")
+    assert problem.what == f"--train.sharding is none here, and {launcher.SHARDING} asks for it"
+    own = tmp_path / "own.toml"
+    own.write_text('[train]\nsharding = "none"\n')
+    assert tiny.refused("train_denoiser", "--config", own, "--print-config").what == problem.what
+
+
+def test_accelerate_shares_nothing_out_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asks_for_shares(monkeypatch)
+    asked = list[str | None]()
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **_: asked.append(os.environ.get(launcher.SHARDING)) or NONE)
+    start("cpu", shards=True)
+    assert asked == [None] and os.environ[launcher.SHARDING] == "true" and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("FSDP_VERSION", "1"), ("FSDP_VERSION", ""), ("FSDP_SHARDING_STRATEGY", "SHARD_GRAD_OP"),
+     ("FSDP_RESHARD_AFTER_FORWARD", "false"), ("FSDP_OFFLOAD_PARAMS", "true"), ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP"),
+     ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP"), ("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block"),
+     ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"), ("FSDP_FORWARD_PREFETCH", "true"),
+     ("FSDP_BACKWARD_PREFETCH", "BACKWARD_POST"), ("FSDP_ACTIVATION_CHECKPOINTING", "true"),
+     ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true"), ("FSDP_IGNORED_MODULES", "text")],
+)  # fmt: skip
+def test_another_kind_of_fsdp_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks_for_shares(monkeypatch)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^error: {name}={value} is not supported") as caught:
+        launcher.sharding(None)
+    assert caught.value.code == 2 and caught.value.hint == launcher.SHARES[name][1]
+
+
+def test_every_variable_of_fsdp_is_looked_at() -> None:
+    without_effect = {"FSDP_MIN_NUM_PARAMS", "FSDP_USE_ORIG_PARAMS", "FSDP_CPU_RAM_EFFICIENT_LOADING",
+                      "FSDP_SYNC_MODULE_STATES"}  # in the second version, or on anything but the loading  # fmt: skip
+    assert {name for name in read_by_accelerate() if name.startswith("FSDP_")} == {*launcher.SHARES, *without_effect}
 
 
 @pytest.mark.parametrize("name", launcher.REFUSED)

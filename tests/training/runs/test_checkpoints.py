@@ -122,8 +122,8 @@ def test_the_reason_names_the_file(kept: Checkpoints, capsys: pytest.CaptureFixt
 
 
 def test_a_newer_format_is_not_damage(kept: Checkpoints) -> None:
-    edit(newest(kept), lambda m: m.update(format=2))
-    with pytest.raises(UserError, match=r"format 2 is newer than this program understands \(1\)"):
+    edit(newest(kept), lambda m: m.update(format=3))
+    with pytest.raises(UserError, match=r"format 3 is newer than this program understands \(2\)"):
         kept.newest()
 
 
