@@ -44,7 +44,7 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         explicit_batch="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
     if (group := getattr(getattr(config, "objective", None), "group", 1)) > 1 and micro % group:
-        what = f"train.micro_batch_size is {micro}, and this objective holds {group} samples at a time against each other"
+        what = f"train.micro_batch_size is {micro}, and this objective holds {group} samples against each other"
         raise UserError(what, hint=f"--batch-size and --micro-batch-size must be multiples of {group}")
     if (parts := batch_coupled_parts(config, accumulation, processes)) and first_process():
         shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"

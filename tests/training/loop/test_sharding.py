@@ -174,7 +174,7 @@ def test_what_does_not_go_with_it(key: str, value: object) -> None:
     [
         (["train_autoencoder", "--data", "{shapes}", *tiny.AUTOENCODER], "an autoencoder"),
         (["train_denoiser", "--latents", "{latents}", *tiny.DENOISER, "--objective.kind", "shortcut"], "kind shortcut"),
-        (["train_denoiser", "--latents", "{latents}", *tiny.DENOISER, "--optimizer.matrices", "muon"], "whole matrices"),
+        (["train_denoiser", "--latents", "{latents}", *tiny.DENOISER, "--optimizer.matrices", "muon"], "whole"),
     ],
     ids=["stage one", "few steps", "muon"],
 )
