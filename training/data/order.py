@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ class Slot(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, of which slots have no use
     epoch: int
     slot: int
+
+
+SLOT: Callable[[tuple[int, int, int]], Slot] = partial(tuple.__new__, Slot)  # twice as fast as to call it by name
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class DataOrder:
             start = epoch * self.samples
             places = range(max(begin, start), min(begin + count, start + self.samples))
             found = self._epoch(epoch).at(np.arange(places.start - start, places.stop - start))
-            slots += [Slot(index, epoch, place) for index, place in zip(found.tolist(), places, strict=True)]
+            slots += map(SLOT, zip(found.tolist(), repeat(epoch), places))
         return slots
 
     def ahead(self, place: int) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ class Found(NamedTuple):
     """Where the files of a shard lie, and how its offset index is laid out."""
 
     tar: str
-    index: str
+    offsets: str
     layout: Layout
 
 

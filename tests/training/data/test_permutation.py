@@ -34,9 +34,9 @@ def test_each_once_wherever_one_asks(n: int, seed: int, epoch: int, number: int)
     assert np.array_equal(Shuffle(n, seed, epoch, FOLDER, number)(some), order[some])
 
 
-def test_a_billion_are_held_in_three_megabytes() -> None:
+def test_a_billion_are_held_in_two_megabytes() -> None:
     shuffle = Shuffle(10**9, 3, 1, FOLDER)
-    assert sum(table.nbytes for pair in shuffle.rounds for table in pair) < 3.1e6
+    assert sum(table.nbytes for pair in shuffle.rounds for table in pair) < 1.6e6
     found = shuffle(np.arange(10**9 - 100_000, 10**9))
     assert len(set(found.tolist())) == 100_000 and found.min() >= 0 and found.max() < 10**9
     assert found.max() - found.min() > 0.999e9  # all over it
@@ -45,7 +45,7 @@ def test_a_billion_are_held_in_three_megabytes() -> None:
 def test_what_is_drawn_stays_as_it_is() -> None:
     """Runs begun with it go on by it."""
     assert whole(10, 7, 0, FOLDER).tolist() == [4, 7, 5, 6, 9, 8, 1, 0, 3, 2]
-    assert Shuffle(10**9, 7, 0, FOLDER)(np.array([0, 1, 10**9 - 1])).tolist() == [318945089, 971388212, 409527350]
+    assert Shuffle(10**9, 7, 0, FOLDER)(np.array([0, 1, 10**9 - 1])).tolist() == [135066994, 344913797, 827717530]
 
 
 def test_every_part_of_the_key_counts() -> None:
@@ -61,6 +61,13 @@ def test_all_permutations_of_few_are_equally_likely(n: int) -> None:
     assert len(found) == math.factorial(n) and abs(z_of(np.array(list(found.values())))) < 3.5
 
 
+def test_odd_permutations_come_as_often_as_even_ones() -> None:
+    """Of nine things, too, which make a square of odd sides."""
+    orders = [whole(9, seed, 0, FOLDER) for seed in range(1000)]
+    odd = sum(sum(a > b for a, b in itertools.combinations(order.tolist(), 2)) % 2 for order in orders)
+    assert abs(odd - 500) < 3 * math.sqrt(250)
+
+
 @pytest.mark.parametrize("n", [3, 4, 5, 6])
 def test_the_rounds_are_enough_for_few(n: int) -> None:
     """Of ideal rounds: the exact probability of each permutation, within 1 % of 1 / n!; with 16 rounds, 6 %."""
@@ -69,7 +76,7 @@ def test_the_rounds_are_enough_for_few(n: int) -> None:
     left = [[(x // b + f[x % b]) % a * b + x % b for x in cells] for f in itertools.product(range(a), repeat=b)]
     right = [[x // b * b + (x % b + g[x // b]) % b for x in cells] for g in itertools.product(range(b), repeat=a)]
     odds = {tuple(cells): 1.0}
-    for moves in [left, right] * (ROUNDS // 2):
+    for moves in [left, right] * (ROUNDS[0] // 2):
         after: Counter[tuple[int, ...]] = Counter()
         for order, share in odds.items():
             for move in moves:
