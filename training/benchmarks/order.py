@@ -9,6 +9,7 @@ import io
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def simulated(folder: Path, shards: int, rows: int) -> Path:
         places[f"{row:09d}"] = {"txt": (len(tar) + 512, 5)}
         tar += member_bytes(f"{row:09d}.txt", b"words")
     tar, out, infos = tar + END, io.BytesIO(), []
+    digest = sha256(tar).hexdigest()
     np.save(out, make_index(places))
     for shard in range(shards):
         path = folder / f"train-{shard:06d}.tar"
@@ -64,7 +66,7 @@ def simulated(folder: Path, shards: int, rows: int) -> Path:
         else:
             path.hardlink_to(first)
             index_path(path).hardlink_to(index_path(first))
-        infos.append(ShardInfo(path.name, "train", rows, len(tar), f"{shard:064x}"))
+        infos.append(ShardInfo(path.name, "train", rows, len(tar), digest))
     write_index(folder, infos, {})
     return folder
 
