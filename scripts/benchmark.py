@@ -1,4 +1,4 @@
-"""Speed and memory: `benchmark.py autoencoder`, `samplers`, `reading` or `durability`; each verb's --help says what."""
+"""Speed and memory: `benchmark.py autoencoder`, `samplers`, `reading`, `order`, `durability`; --help says what."""
 
 from training.doors.benchmark import main
 from training.settings.flags import run_main

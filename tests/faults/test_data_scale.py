@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
+import pytest
 from peaks import told
 
-from training.shards.index import ShardInfo, write_index
+from training.benchmarks.order import simulated
+from training.errors import UserError
+from training.shards import reading
 from training.shards.offset_index import index_path
 from training.shards.reading import ShardSet
-from training.shards.tars import END, make_index, member_bytes
+from training.shards.remote import open_address
 
 SHARDS, ROWS = 5000, 2000
-
-
-def simulated(folder: Path, shards: int, rows: int) -> Path:
-    """Shards that differ in name alone: links to one tar and one index, which are read as files of their own."""
-    tar, places = b"", {}
-    for row in range(rows):
-        member = member_bytes(f"{row:09d}.txt", b"words")
-        places[f"{row:09d}"] = {"txt": (len(tar) + 512, 5)}
-        tar += member
-    (folder / "first.tar").write_bytes(tar + END)
-    out = io.BytesIO()
-    np.save(out, make_index(places))
-    (folder / "first.npy").write_bytes(out.getvalue())
-    infos = []
-    for shard in range(shards):
-        name = f"train-{shard:06d}.tar"
-        (folder / name).hardlink_to(folder / "first.tar")
-        index_path(folder / name).hardlink_to(folder / "first.npy")
-        infos.append(ShardInfo(name, "train", rows, len(tar + END), ""))
-    write_index(folder, infos, {})
-    return folder
 
 
 def test_the_start_on_ten_million_samples(tmp_path: Path) -> None:
@@ -59,7 +39,7 @@ print(len(shards), time.process_time() - begun, peak() - before)
     (count, start, held), (_, seconds, grown) = [map(float, line.split()) for line in told(code, 250)]
     assert count == SHARDS * ROWS
     assert start < 4 and seconds < 5  # 0.8 and 0.9 on a slow core
-    assert held < 130_000 and grown - held < 10_000  # kB: a permutation of 8 bytes a sample, and rows of the shards
+    assert held < 30_000 and grown - held < 10_000  # kB: what index.json says of the shards, and rows of theirs
 
 
 def test_the_start_does_not_read_the_rows(tmp_path: Path) -> None:
@@ -70,3 +50,32 @@ def test_the_start_does_not_read_the_rows(tmp_path: Path) -> None:
     path.unlink()
     path.write_bytes(whole[:-100] + bytes(100))
     assert len(ShardSet(tmp_path)) == 300
+
+
+def test_of_many_shards_an_index_is_opened_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage of one is told then, and no more of them are held than may be."""
+    monkeypatch.setattr(reading, "AT_THE_START", 2)
+    monkeypatch.setattr(reading, "HELD", 2)
+    simulated(tmp_path, 4, 10)
+    index_path(tmp_path / "train-000001.tar").unlink()
+    shards = ShardSet(tmp_path)
+    assert [shards.key(i) for i in (3, 25, 39)] == ["000000003", "000000005", "000000009"]
+    with pytest.raises(UserError, match=r"train-000001\.index\.npy: the shard's offset index is missing") as caught:
+        shards.read(10)
+    assert caught.value.code == 3
+    assert shards._found.cache_info()[1:] == (4, 2, 2)  # opened, the most, held
+    monkeypatch.setattr(reading, "AT_THE_START", 4)
+    with pytest.raises(UserError, match="offset index is missing"):
+        ShardSet(tmp_path)
+
+
+def test_of_many_shards_at_an_address_an_index_comes_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "AT_THE_START", 2)
+    (source := tmp_path / "source").mkdir()
+    simulated(source, 4, 10)
+    shards = ShardSet(open_address(f"file://{source}", str(tmp_path / "cache")))
+    assert not list(tmp_path.glob("cache/*/*.npy"))
+    assert shards.read(17) == {"txt": b"words"} and shards.windows == ((10,) * 4, 16)
+    assert [path.name for path in tmp_path.glob("cache/*/*.npy")] == ["train-000001.index.npy"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from training.data.permutation import RULE, Epoch, Windows, check_rule, folder_epoch, windows_epoch
 from training.errors import DATA, UserError
+
+EPOCHS = 3  # of which something is held: this one and the next, and that of a place asked for otherwise
 
 
 class Slot(NamedTuple):
@@ -20,14 +24,17 @@ class Slot(NamedTuple):
     slot: int
 
 
+SLOT: Callable[[tuple[int, int, int]], Slot] = partial(tuple.__new__, Slot)  # twice as fast as to call it by name
+
+
 @dataclass(frozen=True)
 class DataOrder:
-    """A keyed permutation per epoch, epochs joined end to end: place p holds permutation(seed, p // n)[p % n].
+    """A keyed permutation per epoch, epochs joined end to end: place p holds permutation(p // n)[p % n].
 
     Every sample is seen exactly once an epoch. Step `base[0]` begins at place `base[1]`, which is its step times the
     batch size unless a run went on with another batch. Where `shards` gives the samples of each shard, the permutation
-    has two levels: shards, then samples within each `window` of them. Raises UserError where there are fewer samples
-    than one global batch.
+    has two levels: shards, then samples within each `window` of them. `rule` is how it is drawn (permutation.py).
+    Raises UserError where there are fewer samples than one global batch, and for a rule that is not known here.
     """
 
     samples: int
@@ -36,8 +43,10 @@ class DataOrder:
     base: tuple[int, int] = (0, 0)
     shards: tuple[int, ...] = ()
     window: int = 0
+    rule: int = RULE
 
     def __post_init__(self) -> None:
+        check_rule(self.rule)
         if self.samples < self.batch_size:
             hint = f"--batch-size {max(1, self.samples)} at the most, or pack more images"
             what = f"dataset has {self.samples} samples, fewer than one global batch ({self.batch_size})"
@@ -45,22 +54,30 @@ class DataOrder:
 
     def at(self, step: int, first: int, count: int) -> list[Slot]:
         """Slots [first, first + count) of the global batch of `step`."""
-        places = range(self.place(step) + first, self.place(step) + first + count)
-        epochs = {epoch: self._epoch(epoch) for epoch in {p // self.samples for p in places}}
-        return [Slot(int(epochs[p // self.samples][p % self.samples]), p // self.samples, p) for p in places]
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if not self.shards:
-            return _permutation(self.seed, epoch, self.samples)
-        return _windows(self.seed, epoch, self.shards, self.window)[0]
+        begin, slots = self.place(step) + first, list[Slot]()
+        for epoch in range(begin // self.samples, (begin + count - 1) // self.samples + 1):
+            start = epoch * self.samples
+            places = range(max(begin, start), min(begin + count, start + self.samples))
+            found = self._epoch(epoch).at(np.arange(places.start - start, places.stop - start))
+            slots += map(SLOT, zip(found.tolist(), repeat(epoch), places))
+        return slots
 
     def ahead(self, place: int) -> tuple[int, ...]:
         """The shards of the window that `place` lies in, then those of the next."""
         epoch, position = divmod(place, self.samples)
-        _, groups, ends = _windows(self.seed, epoch, self.shards, self.window)
-        at = int(np.searchsorted(ends, position, side="right"))
-        later = groups[at + 1 :] or _windows(self.seed, epoch + 1, self.shards, self.window)[1]
-        return groups[at] + later[0]
+        windows = self._windows(epoch)
+        number = windows.window(position)
+        return windows.group(number) + (windows.group(number + 1) or self._windows(epoch + 1).group(0))
+
+    @cached_property
+    def _epoch(self) -> Callable[[int], Epoch]:
+        folder = partial(folder_epoch, self.rule, self.samples, self.seed)
+        return self._windows if self.shards else lru_cache(maxsize=EPOCHS)(folder)
+
+    @cached_property
+    def _windows(self) -> Callable[[int], Windows]:
+        windows = partial(windows_epoch, self.rule, np.array(self.shards), self.window, self.seed)
+        return lru_cache(maxsize=EPOCHS)(windows)
 
     def place(self, step: int) -> int:
         """Where the global batch of `step` begins: the samples seen before it."""
@@ -83,15 +100,18 @@ class StreamOrder:
         return self.base[1] + (step - self.base[0]) * self.batch_size
 
 
-def order_of(dataset: Any, batch_size: int, seed: int, base: tuple[int, int] = (0, 0)) -> DataOrder | StreamOrder:
+def order_of(
+    dataset: Any, batch_size: int, seed: int, base: tuple[int, int] = (0, 0), rule: int = RULE
+) -> DataOrder | StreamOrder:
     """Which sample of a data set fills which slot. Raises UserError where there are fewer than one global batch."""
     if dataset.shards.windows is None:
         return StreamOrder(batch_size, base)
-    return DataOrder(len(dataset), batch_size, seed, base, *dataset.shards.windows)
+    shards, window = dataset.shards.windows or ((), 0)
+    return DataOrder(len(dataset), batch_size, seed, base, shards, window, rule)
 
 
 def substitute(
-    slot: Slot, attempt: int, samples: int, seed: int, shards: tuple[int, ...] = (), window: int = 0
+    slot: Slot, attempt: int, samples: int, seed: int, shards: tuple[int, ...] = (), window: int = 0, rule: int = RULE
 ) -> Slot:
     """Who stands in where the sample of `slot` cannot be read: drawn by (seed, slot, attempt), the slot kept.
 
@@ -102,7 +122,7 @@ def substitute(
         return slot._replace(index=int(draw.integers(samples)))
     ends = np.cumsum(shards)
     own = int(np.searchsorted(ends, slot.index, side="right"))
-    group = next(group for group in _windows(seed, slot.epoch, shards, window)[1] if own in group)
+    group = _windows_of(rule, shards, window, seed, slot.epoch).holding(own)
     place = int(draw.integers(sum(shards[n] for n in group)))
     for n in group:
         if place < shards[n]:
@@ -111,22 +131,9 @@ def substitute(
     raise AssertionError("a place lies in one of the shards")
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(samples)
-
-
-@lru_cache(maxsize=3)
-def _windows(
-    seed: int, epoch: int, shards: tuple[int, ...], window: int
-) -> tuple[np.ndarray, list[tuple[int, ...]], np.ndarray]:
-    """An epoch's permutation in two levels, the shards of each window, and the place at which each window ends."""
-    draw = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 0, 1]))
-    starts = np.cumsum([0, *shards])
-    mixed = draw.permutation(len(shards)).tolist()
-    groups = [tuple(mixed[i : i + window]) for i in range(0, len(mixed), window)]
-    parts = [np.concatenate([np.arange(starts[s], starts[s + 1]) for s in group]) for group in groups]
-    return np.concatenate([draw.permutation(part) for part in parts]), groups, np.cumsum([len(part) for part in parts])
+@lru_cache(maxsize=EPOCHS)
+def _windows_of(rule: int, shards: tuple[int, ...], window: int, seed: int, epoch: int) -> Windows:
+    return windows_epoch(rule, np.array(shards), window, seed, epoch)
 
 
 @dataclass(frozen=True)

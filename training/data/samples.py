@@ -17,6 +17,7 @@ from ldm.conditioning import Cond
 from ldm.noise import Noise
 from training.commands import door
 from training.data.order import Slot, substitute
+from training.data.permutation import RULE
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.messages import warn
 from training.progress import Progress
@@ -56,6 +57,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
     def __init__(self, shards: ShardSet | StreamedShards, seed: int, on_bad_data: Policy) -> None:
         self.shards: Any = shards  # of what both kinds offer
         self.seed, self.on_bad_data = seed, on_bad_data
+        self.rule = RULE  # of the order that the samples are taken in
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -85,7 +87,8 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
                     raise problem
                 reasons[places[i].index] = problem.what
-                places[i] = substitute(slots[i], attempt, len(self), self.seed, *(self.shards.windows or NO_WINDOWS))
+                windows = self.shards.windows or NO_WINDOWS
+                places[i] = substitute(slots[i], attempt, len(self), self.seed, windows[0], windows[1], self.rule)
             for (i, _), sample in zip(failures, self.load([places[i] for i, _ in failures]), strict=True):
                 samples[i] = sample
         batch = self.join(places, [sample for sample in samples if not isinstance(sample, UserError)])

@@ -1,11 +1,13 @@
-"""Measure speed and memory of an autoencoder, of samplers, of reading or of writing; each verb's --help says what."""
+"""Measure speed and memory of an autoencoder, samplers, reading, writing or a start; each verb's --help says what."""
 
 from __future__ import annotations
 
-from training.benchmarks import autoencoder, durability, reading, samplers
+from training.benchmarks import autoencoder, durability, order, reading, samplers
 from training.settings.flags import Parser
 
-VERBS = {"autoencoder": autoencoder, "durability": durability, "reading": reading, "samplers": samplers}
+VERBS = {
+    "autoencoder": autoencoder, "durability": durability, "order": order, "reading": reading, "samplers": samplers,
+}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from ldm.pipeline import Pipeline, Sampling
 from ldm.samplers import prior, sample
 from training.data.latents import EXTRA, Latents
 from training.data.order import DataOrder
+from training.data.permutation import RULE
 from training.data.samples import Batch
 from training.encoding.plan import claim, told_from
 from training.encoding.shard import npy
@@ -95,11 +96,13 @@ def write_pairs(
     data = {name: Latents(ShardSet(latents, name)) for name in dict.fromkeys(["train", split])}
     refuse_other_autoencoder(pipeline, latents)
     counts = {"train": count} | ({split: min(held_out, len(data[split]))} if split != "train" and held_out else {})
-    plan = _plan(pipeline, sampling, latents, data["train"]) | {
-        "pairs": facts(pipeline, sampling, latents) | {"seed": seed, "counts": counts, "per_shard": SHARD}}
+    told = {"seed": seed, "counts": counts, "per_shard": SHARD}
+    if (rule := _rule(output)) > 1:  # folders begun before there was another name none
+        told["order"] = rule
+    plan = _plan(pipeline, sampling, latents, data["train"]) | {"pairs": facts(pipeline, sampling, latents) | told}
     shards = [Shard(f"{name}-{number:06d}", name, first, min(SHARD, total - first))
               for name, total in counts.items() for number, first in enumerate(range(0, total, SHARD))]
-    drawing = Drawing(pipeline, sampling, data, seed, batch_size)
+    drawing = Drawing(pipeline, sampling, data, seed, batch_size, rule)
     drawing.refuse_drawn_images()
     rank, size = (distributed.get_rank(), distributed.get_world_size()) if meeting.is_distributed() else (0, 1)
     with ExitStack() as held:
@@ -123,6 +126,13 @@ def facts(pipeline: HashedPipeline, sampling: Sampling, latents: Path) -> dict[s
     scale = getattr(sampling.guidance, "scale", 1.0)
     named = {"latents_sha256": data_facts(latents)["index_sha256"], "guidance_scale": scale}
     return {"teacher": dict(pipeline.hashes), "sampling": how, **named}
+
+
+def _rule(output: Path) -> int:
+    """The rule of the order of samples by which a folder of pairs was begun, today's where none is there."""
+    plan = output / ENCODING
+    pairs = read_record(plan, {}).get("pairs", {}) if plan.is_file() else {"order": RULE}
+    return int(pairs.get("order", 1)) if isinstance(pairs, dict) else RULE
 
 
 def _plan(pipeline: Pipeline, sampling: Sampling, latents: Path, data: Latents) -> dict[str, Any]:
@@ -163,8 +173,11 @@ def refuse_other_autoencoder(pipeline: Pipeline, latents: Path) -> None:
 class Drawing:
     """How pairs are drawn: of the samples of `data`, split by split."""
 
-    def __init__(self, pipeline: Pipeline, plan: Sampling, data: Mapping[str, Latents], seed: int, batch: int) -> None:
+    def __init__(
+        self, pipeline: Pipeline, plan: Sampling, data: Mapping[str, Latents], seed: int, batch: int, rule: int = RULE
+    ) -> None:
         self.pipeline, self.plan, self.data, self.seed, self.batch = pipeline, plan, data, seed, batch
+        self.rule = rule  # of the order of samples
 
     def refuse_drawn_images(self) -> None:
         """Raises UserError for a teacher that is shown images which a training draws anew, so that they are not those
@@ -179,7 +192,7 @@ class Drawing:
         """(key, fields) of the pairs of a shard, in order. Batches begin anew with it, so that they are the same
         wherever a writing begins."""
         data = self.data[shard.split]
-        order = DataOrder(len(data), 1, self.seed)
+        order = DataOrder(len(data), 1, self.seed, rule=self.rule)
         for first in range(shard.first, shard.first + shard.pairs, self.batch):
             size = min(self.batch, shard.first + shard.pairs - first)
             batch, before = data.__getitems__(order.at(0, first, size)), told.done

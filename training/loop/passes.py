@@ -17,6 +17,7 @@ from torch import Tensor
 
 from training.data.loader import stream
 from training.data.order import Batches, order_of
+from training.data.permutation import RULE
 from training.loop.stage import Stage
 from training.loop.watchdogs import Keys
 from training.machine.faults import fault
@@ -67,7 +68,7 @@ class Passes:
         self.stage, self.train, self.accelerator, self.journal = stage, train, accelerator, journal
         self.micro, self.accumulation, self.undoable, self.give_up = micro, accumulation, undoable, give_up
         self.searches, self.held = train.micro_batch_size == "auto", 0  # steps that this size has held for
-        self.base = (0, 0)  # of the data order
+        self.base, self.rule = (0, 0), RULE  # of the data order
         self.losses: list[Tensor] = []  # of this step's micro-batches, each the sum of all it told
         self.attempt: Attempt | None = None
         self.open_data(0)
@@ -80,7 +81,8 @@ class Passes:
     def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
         dataset, train = self.stage.dataset, self.train
-        order = order_of(dataset, train.batch_size, train.seed, self.base)
+        order = order_of(dataset, train.batch_size, train.seed, self.base, self.rule)
+        dataset.rule = self.rule  # substitutes go by it, too
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = Batches(order, self.micro, self.accumulation, process, processes, start, train.max_steps)
         pin = self.accelerator.device.type == "cuda"
@@ -123,13 +125,14 @@ class Passes:
     def place(self, step: int) -> dict[str, Any]:
         """Where the data stand before `step`, for checkpoints."""
         found = {"micro": self.micro, "held": self.held, "held_on": self._machines()} if self.searches else {}
-        return {"place": self.batches.order.place(step), **found}
+        return {"place": self.batches.order.place(step), "order": self.rule, **found}
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """The inverse of `place`; takes effect with `open_data`."""
         samples = self.micro * self.accumulation
         if "watchdogs" in state:  # not in checkpoints of earlier versions, which did not keep their place either
             self.base = step, int(state["place"])
+        self.rule = int(state.get("order", 1))  # checkpoints name none from before there was a second
         if self.searches and "micro" in state and samples % int(state["micro"]) == 0:  # what was found to fit
             same = state.get("held_on") == self._machines()  # on others it has yet to show that it does
             self.held = int(state["held"]) if same else 0

@@ -27,7 +27,7 @@ Kind = Literal["images", "latents"]
 LARGEST_INDEX = 64 << 20  # bytes: some 300,000 shards
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """One shard as `index.json` lists it; `name` is the tar's file name."""
 

@@ -12,13 +12,15 @@ own; one then writes the index.
 from __future__ import annotations
 
 import math
+import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Container
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from struct import error as StructError
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.commands import door
 from training.errors import DATA, UserError
@@ -31,14 +33,25 @@ from training.shards.tars import is_safe
 
 COMPARED = 10  # held-out pictures from which on they are compared as a set
 OPEN_FILES = 256  # per ShardSet and process; most systems allow a process 1024
+AT_THE_START = 1000  # shards up to which every offset index is opened at the start; of more, each when it is first read
+HELD = 1024  # shards per ShardSet and process of which it is held where their files lie, and how the index is laid out
+
+
+class Found(NamedTuple):
+    """Where the files of a shard lie, and how its offset index is laid out."""
+
+    tar: str
+    offsets: str
+    layout: Layout
 
 
 class ShardSet:
     """One split of a folder of shards, read by position: `len`, `key(i)`, `read(i)`, `read_field(i, field)`.
 
-    Rows and data are read when asked for, in whichever process asks; pickling carries the path alone. Raises
-    UserError(code 3) where the folder has no index or no such split, or where a shard is not as long as its index says;
-    when reading, where the data are not where the index says.
+    Rows and data are read when asked for, in whichever process asks; pickling carries the path alone. Of a shard, what
+    `index.json` says of it is held. Raises UserError(code 3) where the folder has no index or no such split, or where a
+    shard is not as long as its index says; of more than AT_THE_START shards when reading, where an offset index is
+    missing or damaged; when reading, where the data are not where the index says.
     """
 
     def __init__(self, directory: str | Path | Remote, split: str = "train") -> None:
@@ -53,16 +66,16 @@ class ShardSet:
             names = ", ".join(sorted({info.split for info in shards}))
             what = f"{directory} has no split {split!r} (it has: {names})"
             raise UserError(what, hint=lacking_hint(split), code=DATA)
-        tars = [self.directory / info.name for info in self.shards]
-        if self.remote:
-            self.remote.bring(index_path(tar).name for tar in tars)
-        self._tars, self._indices = list(map(str, tars)), [str(index_path(tar)) for tar in tars]
-        self._layouts = [self._checked(info, tar) for info, tar in zip(self.shards, tars, strict=True)]
-        self._ends = list(accumulate(info.samples for info in self.shards))
-        self._starts = {
-            info.name: end - info.samples for info, end in zip(self.shards, self._ends, strict=True)
-        }
-        self._files = Descriptors(OPEN_FILES)
+        self._ends = array("q", accumulate(info.samples for info in self.shards))
+        self._files, self._found = Descriptors(OPEN_FILES), lru_cache(maxsize=HELD)(partial(_found, directory))
+        if self.remote is None:
+            for info in self.shards:
+                _check(self.directory, info)
+        if len(self.shards) <= AT_THE_START:
+            if self.remote:
+                self.remote.bring(index_path(Path(info.name)).name for info in self.shards)
+            for info in self.shards:
+                self._found(info)
 
     def __reduce__(self) -> tuple[type[ShardSet], tuple[Path | Remote, str]]:
         return ShardSet, (self.remote or self.directory, self.split)
@@ -74,7 +87,7 @@ class ShardSet:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @property
+    @cached_property
     def windows(self) -> tuple[tuple[int, ...], int]:
         """How a training mixes the split, as `DataOrder` takes it: the samples of each shard, the shards of a window;
         () and 0 where the shards are local: these are mixed as one."""
@@ -83,6 +96,10 @@ class ShardSet:
     def start(self, name: str) -> int:
         """The number of a shard's first sample."""
         return self._starts[name]
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        return {info.name: end - info.samples for info, end in zip(self.shards, self._ends, strict=True)}
 
     def key(self, i: int) -> str:
         """The key of sample i."""
@@ -102,20 +119,6 @@ class ShardSet:
             raise UserError(f"{self.shards[self._locate(i)[0]].name}: sample {self.key(i)} has no {field}", code=DATA)
         return found[field]
 
-    def _checked(self, info: ShardInfo, tar: Path) -> Layout:
-        if not (self.remote or tar.is_file()):
-            raise UserError(f"{tar}: listed in {INDEX} but not there", hint=reindex_hint(self.directory), code=DATA)
-        if leads_out(tar):
-            raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
-        size, layout = info.bytes if self.remote else tar.stat().st_size, open_index(tar)
-        if size != info.bytes:
-            what = f"{tar}: has {size:,} bytes, its index says {info.bytes:,}"
-            raise UserError(what, hint=reindex_hint(self.directory), code=DATA)
-        if layout.rows != info.samples:
-            what = f"{tar}: its index lists {layout.rows} samples, {INDEX} says {info.samples}"
-            raise UserError(what, hint=reindex_hint(self.directory), code=DATA)
-        return layout
-
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self._ends[-1]:
             raise IndexError(f"sample {i} of {self._ends[-1]}")
@@ -123,8 +126,8 @@ class ShardSet:
         return shard, i - (self._ends[shard - 1] if shard else 0)
 
     def _row(self, shard: int, row: int) -> tuple[str, dict[str, Place]]:
-        layout = self._layouts[shard]
-        data = self._files.read(self._indices[shard], layout.row.size, layout.start + row * layout.row.size)
+        _, index, layout = self._found(self.shards[shard])
+        data = self._files.read(index, layout.row.size, layout.start + row * layout.row.size)
         try:
             raw, places = layout.places(data)
             key = raw.decode()
@@ -132,13 +135,38 @@ class ShardSet:
                 return key, places
             raise ValueError(key)
         except (StructError, ValueError):
-            raise UserError(f"{self._indices[shard]}: damaged", hint=reindex_hint(self.directory), code=DATA) from None
+            raise UserError(f"{index}: damaged", hint=reindex_hint(self.directory), code=DATA) from None
 
     def _data(self, shard: int, key: str, places: dict[str, Place]) -> dict[str, bytes]:
-        info, tar = self.shards[shard], self._tars[shard]
+        info, tar = self.shards[shard], self._found(self.shards[shard]).tar
         if self.remote is None:
             return members(partial(self._files.read, tar), tar, info.bytes, key, places)
         return members(partial(self.remote.read, info), tar, info.bytes, key, places)
+
+
+def _check(directory: Path, info: ShardInfo) -> None:
+    """Raises UserError (code 3) where a local shard is missing, a link out of its folder, or of another length."""
+    tar = os.path.join(directory, info.name)  # a Path for each of many thousands would take seconds
+    if not os.path.isfile(tar):
+        raise UserError(f"{tar}: listed in {INDEX} but not there", hint=reindex_hint(directory), code=DATA)
+    if os.path.islink(tar) and leads_out(Path(tar)):
+        raise UserError(f"{tar}: is a link out of its folder", hint="copy the shard itself there", code=DATA)
+    if (size := os.path.getsize(tar)) != info.bytes:
+        what = f"{tar}: has {size:,} bytes, its index says {info.bytes:,}"
+        raise UserError(what, hint=reindex_hint(directory), code=DATA)
+
+
+def _found(directory: str | Path | Remote, info: ShardInfo) -> Found:
+    """A shard's offset index opened, and fetched before where it lies elsewhere. Raises UserError (code 3) where it is
+    missing, damaged or of another number of samples, Unreachable."""
+    tar = Path(directory) / info.name
+    if isinstance(directory, Remote):
+        directory.bring([index_path(tar).name])
+    layout = open_index(tar)
+    if layout.rows != info.samples:
+        what = f"{tar}: its index lists {layout.rows} samples, {INDEX} says {info.samples}"
+        raise UserError(what, hint=reindex_hint(Path(directory)), code=DATA)
+    return Found(str(tar), str(index_path(tar)), layout)
 
 
 def held_out_shards(folder: str | Path | Remote, *, at_least: str = "train") -> ShardSet:

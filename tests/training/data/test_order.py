@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data.order import Batches, DataOrder, Slot, split_batch, substitute
+from training.data.permutation import RULE
 from training.errors import UserError
 
 
@@ -28,10 +29,11 @@ def stream(order: DataOrder, processes: int, micro: int, accumulation: int, step
     accumulation=st.integers(1, 3),
     extra=st.integers(0, 40),
     seed=st.integers(0, 2**63 - 1),
+    rule=st.sampled_from([1, 2]),
 )
-def test_the_stream_is_one(processes: int, micro: int, accumulation: int, extra: int, seed: int) -> None:
+def test_the_stream_is_one(processes: int, micro: int, accumulation: int, extra: int, seed: int, rule: int) -> None:
     batch = processes * micro * accumulation
-    order = DataOrder(batch + extra, batch, seed)
+    order = DataOrder(batch + extra, batch, seed, rule=rule)
     steps = 2 * order.samples // batch + 2
     batches = stream(order, processes, micro, accumulation, steps)
     assert batches == stream(order, 1, batch, 1, steps)
@@ -49,10 +51,11 @@ def test_the_stream_is_one(processes: int, micro: int, accumulation: int, extra:
     window=st.integers(1, 10),
     seed=st.integers(0, 2**63 - 1),
     layout=st.sampled_from([(1, 4, 1), (2, 2, 1), (4, 1, 1), (2, 1, 2)]),
+    rule=st.sampled_from([1, 2]),
 )
-def test_shards_in_windows(shards: list[int], window: int, seed: int, layout: tuple[int, int, int]) -> None:
+def test_shards_in_windows(shards: list[int], window: int, seed: int, layout: tuple[int, int, int], rule: int) -> None:
     shards = [*shards, 4]  # at least a batch
-    order = DataOrder(sum(shards), 4, seed, shards=tuple(shards), window=window)
+    order = DataOrder(sum(shards), 4, seed, shards=tuple(shards), window=window, rule=rule)
     steps = 2 * order.samples // 4 + 2
     batches = stream(order, *layout, steps)
     assert batches == stream(order, 1, 4, 1, steps)
@@ -73,15 +76,48 @@ def test_shards_in_windows(shards: list[int], window: int, seed: int, layout: tu
             assert all(home[s.index] in order.ahead(now[0].slot)[len(group) :] for s in after)
 
 
-def test_windows_differ_by_seed_and_epoch() -> None:
-    orders = [DataOrder(90, 9, seed, shards=(9,) * 10, window=3) for seed in (0, 1)]
+@pytest.mark.parametrize("rule", [1, 2])
+def test_windows_differ_by_seed_and_epoch(rule: int) -> None:
+    orders = [DataOrder(90, 9, seed, shards=(9,) * 10, window=3, rule=rule) for seed in (0, 1)]
     epochs = [tuple(s.index for s in order.at(10 * epoch, 0, 90)) for order in orders for epoch in range(3)]
     assert len({epoch[:9] for epoch in epochs}) == 6
+    within = [[s.index % 9 for s in orders[0].at(0, 27 * part, 27)] for part in range(3)]
+    assert len(set(map(tuple, within))) == 3  # no two windows are mixed alike
 
 
-def test_the_order_of_a_folder_is_what_it_was() -> None:
-    """Runs of earlier versions go on: these places are of the first version."""
-    assert [s.index for s in DataOrder(10, 5, 7).at(1, 0, 10)] == [0, 5, 7, 8, 4, 1, 9, 2, 8, 5]
+SIZES = (3, 5, 2, 4, 6, 1, 7)
+FIRST = {1: [0, 5, 7, 8, 4, 1, 9, 2, 8, 5], 2: [8, 1, 0, 3, 2, 6, 5, 4, 3, 9]}
+SECOND = {
+    1: [24, 25, 26, 3, 4, 7, 5, 6, 12, 11, 13, 0, 8, 2, 1, 9],
+    2: [10, 13, 19, 15, 14, 16, 18, 17, 6, 3, 5, 4, 9, 7, 12, 11],
+}
+INSTEAD = {1: [1, 15, 1, 0, 18, 12, 18, 10], 2: [9, 22, 9, 8, 25, 1, 26, 27]}
+
+
+@pytest.mark.parametrize("rule", [1, 2])
+def test_an_order_is_what_it_was(rule: int) -> None:
+    """Runs go on by the rule they began with: these places are of its first version, with rule 1 of the first at all.
+    """
+    assert [s.index for s in DataOrder(10, 5, 7, rule=rule).at(1, 0, 10)] == FIRST[rule]
+    order = DataOrder(28, 4, 11, (0, 0), SIZES, 3, rule)
+    assert [s.index for s in order.at(0, 20, 16)] == SECOND[rule]
+    stand_ins = [substitute(slot, 0, 28, 11, SIZES, 3, rule) for slot in order.at(0, 0, 8)]
+    assert [slot.index for slot in stand_ins] == INSTEAD[rule]
+
+
+def test_a_rule_of_later_programs_is_refused() -> None:
+    with pytest.raises(UserError, match="an order of rule 3; this program understands 1 to 2") as caught:
+        DataOrder(10, 5, 7, rule=RULE + 1)
+    assert caught.value.code == 4 and caught.value.hint == "update it"
+
+
+def test_a_billion_samples_in_windows() -> None:
+    """Places far apart, one after the other: of the samples nothing is held."""
+    order = DataOrder(10**9, 256, 0, shards=(10_000,) * 100_000, window=16)
+    for step in (0, 1, 3_906_249):
+        slots = order.at(step, 0, 256)
+        at_hand = order.ahead(slots[0].slot) + order.ahead(slots[-1].slot)
+        assert {slot.index // 10_000 for slot in slots} <= set(at_hand) and len({slot.index for slot in slots}) == 256
 
 
 def test_a_resumed_stream_is_the_rest() -> None:
@@ -133,14 +169,15 @@ def test_split_refuses_no_accumulation() -> None:
         split_batch(8, 0, 0, 1)
 
 
-def test_a_substitute_lies_in_a_shard_of_the_same_window() -> None:
+@pytest.mark.parametrize("rule", [1, 2])
+def test_a_substitute_lies_in_a_shard_of_the_same_window(rule: int) -> None:
     """At an address any other shard would have to be fetched for it; a folder's are drawn as ever."""
-    sizes, window, seed = (3, 5, 2, 4, 6, 1, 7), 3, 11
-    order = DataOrder(sum(sizes), 4, seed, (0, 0), sizes, window)
+    sizes, window, seed = SIZES, 3, 11
+    order = DataOrder(sum(sizes), 4, seed, (0, 0), sizes, window, rule)
     shard_of = [number for number, size in enumerate(sizes) for _ in range(size)]
     for slot in order.at(0, 0, 28) + order.at(7, 0, 28):
         now = order.ahead(slot.slot)
-        drawn = [substitute(slot, attempt, 28, seed, sizes, window).index for attempt in range(60)]
+        drawn = [substitute(slot, attempt, 28, seed, sizes, window, rule).index for attempt in range(60)]
         assert all(shard_of[index] in now[:window] for index in drawn) and len(set(drawn)) > 4
-        assert drawn == [substitute(slot, attempt, 28, seed, sizes, window).index for attempt in range(60)]
+        assert drawn == [substitute(slot, attempt, 28, seed, sizes, window, rule).index for attempt in range(60)]
     assert [substitute(Slot(7, 0, 7), attempt, 150, 3).index for attempt in range(3)] == [79, 27, 133]

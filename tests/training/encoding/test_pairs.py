@@ -39,7 +39,7 @@ from training.encoding.shard import npy
 from training.errors import UserError
 from training.guarding import read_record
 from training.models.assembly import HashedPipeline, load_pipeline
-from training.shards.index import noted_pictures, write_index
+from training.shards.index import noted_pictures, read_index, write_index
 from training.shards.reading import ShardSet
 from training.shards.verifying import verify
 from training.shards.writing import write_shard
@@ -163,6 +163,20 @@ def test_more_pairs_begin_with_the_same(write: Write) -> None:
     few, many = stored(write("a", count=11)), stored(write("b", count=20))
     for one, two in zip(few, many, strict=False):
         assert np.array_equal(one["extra-eps.npy"], two["extra-eps.npy"]) and one["txt"] == two["txt"]
+
+
+def test_pairs_begun_by_the_first_order_go_on_by_it(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their folder names no order: there was no other."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "RULE", 1)
+        folder = write()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    (folder / "train-000001.tar").unlink()
+    write()
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    anew = write("anew")
+    assert ["order" in read_index(made)[0]["summary"]["pairs"] for made in (folder, anew)] == [False, True]
+    assert [row["txt"] for row in stored(folder)] != [row["txt"] for row in stored(anew)]
 
 
 def test_a_broken_off_writing_goes_on(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -69,7 +69,7 @@ def test_a_window_of_shards_holds_all_classes(classes: Path, tmp_path: Path) -> 
     main(words(classes, tmp_path / "mixed"))
     before, after = in_windows(tmp_path / "source"), in_windows(tmp_path / "mixed")
     assert len(before) == len(after) == 7
-    assert max(before) < 14  # of 20: a shard holds one class
+    assert max(before) < 16 and np.mean(before) < 13.5  # of 20: a shard holds one class
     assert min(after) >= 16 and np.mean(after) > 18.5
     assert ShardSet(tmp_path / "source").summary["order"] == "source"
     assert ShardSet(tmp_path / "mixed").summary["order"] == "mixed"

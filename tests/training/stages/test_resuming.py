@@ -15,7 +15,9 @@ from stopped import same, stop_at
 
 from training.drills.verify_resume import launch
 from training.errors import UserError
+from training.loop import passes
 from training.loop.loop import Loop
+from training.loop.passes import Passes
 from training.runs.checkpoint import Checkpoint
 from training.runs.checkpoints import Checkpoints
 from training.tensors import load_tensors, save_tensors
@@ -100,6 +102,23 @@ def test_killed(
     assert (run / "metrics.jsonl").read_bytes() == (straight[stage] / "metrics.jsonl").read_bytes()
     ours, theirs = tiny.last_checkpoint(run), tiny.last_checkpoint(straight[stage])
     assert all(ours[name] == theirs[name] for name in ours)
+
+
+def test_a_run_begun_by_the_first_order_goes_on_by_it(
+    data: dict[str, tuple[object, ...]], straight: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints name no order: there was no other."""
+    place = Passes.place
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "RULE", 1)
+        assert train("autoencoder", data, tmp_path / "whole") == 0
+        patch.setattr(Passes, "place", lambda self, step: {"place": place(self, step)["place"]})
+        stop_at(patch, 2)
+        assert train("autoencoder", data, tmp_path / "run") == 128 + signal.SIGTERM
+    assert train("autoencoder", data, tmp_path / "run", "--resume", "auto") == 0
+    ours, theirs = ((path / "metrics.jsonl").read_bytes() for path in (tmp_path / "run", tmp_path / "whole"))
+    assert ours == theirs != (straight["autoencoder"] / "metrics.jsonl").read_bytes()
+    assert tiny.last_checkpoint(tmp_path / "run") == tiny.last_checkpoint(tmp_path / "whole")
 
 
 def test_a_real_signal(latents: Path, tmp_path: Path) -> None:
