@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -65,21 +65,34 @@ class Backbone(nn.Module, ABC):
         added = ("level_embedding.", "number_embeddings.")
         return {**{key: part for key, part in own.items() if key.startswith(added)}, **wide}
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond, tap: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond, tap: float) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond,
+                tap: float | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, channels, H, W), noise_level (B,) as the schedule shows it to a network -> (B, out_channels, H, W).
 
-        Weights of another dtype than the latents (bfloat16, float16) work in theirs, and the answer comes in that of x;
-        levels are embedded in float32 all the same. Under autocast nothing is cast here. Raises ValueError where H or W
-        is not divisible by `multiple`, and where an image condition that is read is missing or of another size.
+        With a `tap`, a share of the depth in (0, 1], also the feature there: tokens (B, N, `tap_width`) of the picture
+        alone, row by row. Weights of another dtype than the latents (bfloat16, float16) work in theirs, and the answer
+        comes in that of x; levels are embedded in float32 all the same. Under autocast nothing is cast here. Raises
+        ValueError where H or W is not divisible by `multiple`, and where an image condition that is read is missing or
+        of another size.
         """
         self.check(x)
         joint = self.joined(x, cond)
         dtype = next(self.parameters()).dtype
-        if x.dtype == cond.context.dtype == dtype or torch.is_autocast_enabled(x.device.type):
-            return self.predict(joint, noise_level, cond)
-        given = cond.to(x.device)  # extras are cast where they are read: a level must not be rounded
-        cast = given.to(x.device, dtype)._replace(extras=given.extras)
-        return self.predict(joint.to(dtype), noise_level, cast).to(x.dtype)
+        as_it_is = x.dtype == cond.context.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+        if not as_it_is:
+            given = cond.to(x.device)  # extras are cast where they are read: a level must not be rounded
+            joint, cond = joint.to(dtype), given.to(x.device, dtype)._replace(extras=given.extras)
+        if tap is None:
+            y = self.predict(joint, noise_level, cond)
+            return y if as_it_is else y.to(x.dtype)
+        y, feature = self.tapped(joint, noise_level, cond, tap)
+        return (y, feature) if as_it_is else (y.to(x.dtype), feature.to(x.dtype))
 
     def units(self) -> list[nn.Module]:
         """The parts that hold most of the weights and are each called as a whole, of which one after the other is at
@@ -90,6 +103,14 @@ class Backbone(nn.Module, ABC):
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """What `forward` gives, of latents with the image behind them and a condition in the dtype of the weights, its
         extras as they were given."""
+
+    def tap_width(self, share: float) -> int:
+        """The width of the feature at a share of the depth. Raises ValueError where none is given there."""
+        raise ValueError(f"{type(self).__name__} gives no feature to compare: set representation.kind to none")
+
+    def tapped(self, x: Tensor, noise_level: Tensor, cond: Cond, share: float) -> tuple[Tensor, Tensor]:
+        """What `predict` gives, and the feature at a share of the depth."""
+        raise NotImplementedError
 
     def joined(self, x: Tensor, cond: Cond) -> Tensor:
         """What the input layer reads: x, and behind its channels those of `cond.extras["image"]`."""

@@ -15,6 +15,7 @@ from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, Se
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
 from ldm.backbones.image import ImageInputs, with_level, with_numbers
+from ldm.backbones.modulation import MODULATIONS, OwnModulation, modulate
 from ldm.backbones.routing import ROUTE, at, kept, put_back
 from ldm.conditioning import NOTHING, Cond, Share
 
@@ -85,39 +86,10 @@ class DiT(BackboneConfig):
         return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim)).shown(**image)
 
 
-class OwnModulation(nn.Module):
-    """adaLN-zero: a block's own linear map of silu(embedding) (B, D) to shifts, scales and gates (B, parts, D)."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, parts * width)
-        self.parts = parts
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        parts: Tensor = self.linear(embedding)
-        return parts.view(embedding.shape[0], self.parts, -1)  # not len: an exported batch may be of any size
-
-
-class TableModulation(nn.Module):
-    """adaLN-single: a block's own table (parts, D) added to what all blocks share (B, parts or 1, D)."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(parts, width))
-
-    def forward(self, shared: Tensor) -> Tensor:
-        return self.table + shared
-
-
 def patches(x: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> its patches (B, N, C p p), as they are published: C·p·p features go in, p·p·C come out."""
     grid = x.reshape(*x.shape[:2], x.shape[2] // patch, patch, x.shape[3] // patch, patch)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift; x (B, N, D), shift and scale (B, 1, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
@@ -150,9 +122,6 @@ class Block(nn.Module):
         shift, scale = self.modulation(modulation)[:, :2].chunk(2, dim=1)
         values: Tensor = self.attention.values(modulate(self.norm(x), shift, scale))
         return values
-
-
-MODULATIONS: dict[str, type[nn.Module]] = {"adaln-zero": OwnModulation, "adaln-single": TableModulation}
 
 
 def _norm(config: DiT) -> nn.Module:
@@ -229,8 +198,27 @@ class DiffusionTransformer(Backbone):
 
     def predict(self, x: Tensor, noise_level: Tensor, cond: Cond, outputs: Sequence[Tensor] = ()) -> Tensor:
         """See `Backbone.predict`. Residuals: of `outputs` (B, N, D) for what the first blocks give."""
+        return self.tapped(x, noise_level, cond, 1.0, outputs)[0]
+
+    def tap_width(self, share: float) -> int:
+        """See `Backbone.tap_width`."""
+        last = self.blocks_until(share) - 1
+        if self.config.route and last in self.config.inner:
+            first = self.config.route_from / self.config.depth
+            raise ValueError(f"representation.depth {share:g} is after block {last + 1}, which routed tokens pass by: "
+                             f"take {first:g} or less, or set backbone.route to 0")
+        return self.config.width
+
+    def blocks_until(self, share: float) -> int:
+        """The blocks in this share of the depth, at least one."""
+        return max(1, round(share * self.config.depth))
+
+    def tapped(self, x: Tensor, noise_level: Tensor, cond: Cond, share: float,
+               outputs: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """See `Backbone.tapped`."""
         tokens, given = self.begin(x, noise_level, cond)
         passing, told, inner, routes = tokens, given, self.config.inner, ROUTE in cond.extras
+        feature, until = tokens, self.blocks_until(share)
         going = kept(cond.extras[ROUTE], self.config.route, given.prefix) if routes else given.of_end
         for i, block in enumerate(self.blocks):
             if routes and i == inner.start:
@@ -239,11 +227,13 @@ class DiffusionTransformer(Backbone):
                 tokens, told = put_back(tokens, going, passing), given
             tokens = self.step(block, i, tokens, told)
             tokens = tokens + outputs[i] if i < len(outputs) else tokens
+            feature = tokens if i < until else feature
         shift, scale = self.modulation(given.of_end).chunk(2, dim=1)
         tokens = modulate(self.norm(tokens[:, given.prefix :]), shift, scale)
         patches, patch = self.out(tokens).unflatten(2, (-1, self.out_channels)), self.config.patch
         sides = [side // patch for side in x.shape[2:]]
-        return F.pixel_shuffle(patches.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, sides), patch)
+        y = F.pixel_shuffle(patches.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, sides), patch)
+        return y, feature[:, given.prefix :]
 
     def begin(self, x: Tensor, noise_level: Tensor, cond: Cond) -> tuple[Tensor, Given]:
         """The tokens (B, N, D) that the first block reads, and what all blocks read beside them."""

@@ -213,6 +213,15 @@ class CrossAttentionUNet(Backbone, WayDown):
         maps, given = self.down(x, noise_level, cond, residuals=levels)
         return self.up([y + residual for y, residual in zip(maps, kept, strict=True)] if kept else maps, given)
 
+    def tap_width(self, share: float) -> int:
+        """See `Backbone.tap_width`: the middle's, whatever the share."""
+        return self.config.channels[-1]
+
+    def tapped(self, x: Tensor, noise_level: Tensor, cond: Cond, share: float) -> tuple[Tensor, Tensor]:
+        """See `Backbone.tapped`."""
+        maps, given = self.down(x, noise_level, cond)
+        return self.up(maps, given), maps[-1].flatten(2).transpose(1, 2)
+
     def up(self, kept: list[Tensor], given: Given) -> Tensor:
         """The prediction, of all feature maps of the way down."""
         *kept, x = kept

@@ -15,6 +15,7 @@ from ldm.diffusion import Diffusion
 from ldm.jumps import SPAN, Aim, Jumping, Reading
 from ldm.noise import Noise
 from ldm.pairing import Pairing
+from ldm.representation import Represented
 from ldm.teacher import Teacher
 from ldm.times import Places, TimeSampling
 from ldm.uncertainty import Weighed
@@ -22,7 +23,7 @@ from ldm.weighting import Weighting
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of the validation loss
 
-Trained = Network | Callable[[Tensor, Tensor, Cond], Tensor | Weighed]
+Trained = Network | Callable[[Tensor, Tensor, Cond], Tensor | Weighed | Represented]
 
 
 class Draw(NamedTuple):
@@ -66,12 +67,14 @@ class Companion:
 
 
 class Losses(NamedTuple):
-    """(B,) float32 each: what is minimised, and the same before the factor that undoes the choice of times; and, by
-    name, parts of it to be told on their own, where they differ in kind or from step to step."""
+    """(B,) float32 each: what is minimised, and the same before the factor that undoes the choice of times; by name,
+    parts of it to be told on their own, where they differ in kind or from step to step; and, where features are
+    compared, what of it they cost."""
 
     total: Tensor
     seen: Tensor
     parts: Mapping[str, Tensor] = {}
+    features: Tensor | None = None
 
 
 class Objective(ABC):

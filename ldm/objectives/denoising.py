@@ -20,12 +20,14 @@ from ldm.diffusion import Diffusion
 from ldm.noise import Noise
 from ldm.objectives.base import ALONE, Beside, Draw, Losses, Objective, ObjectiveConfig, Trained
 from ldm.pairing import Independent, Pairing
+from ldm.representation import Represented
 from ldm.schedules import match, per_sample
 from ldm.times import Places, TimeSampling
 from ldm.uncertainty import Weighed
 from ldm.variational import bound_at
 from ldm.weighting import Weighting
 
+Answer = Tensor | Weighed | Represented
 GROUP = 8  # consecutive places of a global batch that are held against each other, wherever it is split
 
 
@@ -41,7 +43,8 @@ class Denoising(Objective):
     `direction` times 1 - cos of the answer and y, over the channels of each place, is added (Yao et al. 2025,
     arXiv 2501.01423, section 3.3); `contrastive` times the squared distance to the target of another sample is
     taken off: the one before it in its group of `GROUP` places (Stoica et al. 2025, arXiv 2506.05350). The best answer
-    is then (y - contrastive E[y'])/(1 - contrastive), not y: samples move away from what all have in common.
+    is then (y - contrastive E[y'])/(1 - contrastive), not y: samples move away from what all have in common. Where the
+    network answers `Represented` its features' cost is added, whatever the time.
     """
 
     diffusion: Diffusion
@@ -61,7 +64,8 @@ class Denoising(Objective):
         return Draw(t, self.pairing(x0, noise.normal(x0.shape[1:], "eps", dtype=x0.dtype), cond), factor)
 
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw, beside: Beside = ALONE) -> Losses:
-        error, y, log_var, x_t = self._compared(backbone, x0, cond, draw.t, draw.eps)
+        x_t, answer = self._asked(backbone, x0, cond, draw.t, draw.eps)
+        error, y, log_var = self._compared(answer, x0, draw.t, draw.eps)
         error = error + self._beside(y, x0, draw)
         loss = match(self.weighting(self.diffusion, draw.t), error) * error
         if log_var is not None:
@@ -70,26 +74,27 @@ class Denoising(Objective):
             schedule, (mean, v) = self.diffusion.schedule, y.chunk(2, dim=1)
             ends = self.diffusion.recover(x_t, torch.cat([mean.detach(), v], dim=1), draw.t)
             loss = loss + bound_at(schedule, ends, x0, draw.t).float() * (schedule.steps / 1000)
-        return Losses(match(draw.factor, loss) * loss, loss)
+        total = match(draw.factor, loss) * loss
+        if isinstance(answer, Represented):
+            return Losses(total + answer.cost, loss, features=answer.cost)
+        return Losses(total, loss)
 
     def answered(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Draw]:
         if self.diffusion.learned_variance:
             raise ValueError("a learned variance is that of data around the answer: the answer alone teaches none")
         x_t, answer = self._asked(backbone, x0, cond, draw.t, draw.eps)
-        ends = self.diffusion.recover(x_t, answer[0] if isinstance(answer, Weighed) else answer, draw.t)
+        ends = self.diffusion.recover(x_t, _parts(answer)[0], draw.t)
         return ends.x0, draw._replace(eps=ends.eps)
 
     def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor, beside: Beside = ALONE) -> Tensor:
-        return self._compared(backbone, x0, cond, t, eps)[0]
+        return self._compared(self._asked(backbone, x0, cond, t, eps)[1], x0, t, eps)[0]
 
-    def _compared(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,
-                  eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """The error, the prediction and its expected loss where there is one, and x_t."""
-        x_t, answer = self._asked(backbone, x0, cond, t, eps)
-        y, log_var = answer if isinstance(answer, Weighed) else (answer, None)
+    def _compared(self, answer: Answer, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The error, the prediction and its expected loss where there is one."""
+        y, log_var = _parts(answer)
         told = y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y
         error = told.float() - self.diffusion.target(x0, eps, t).float()
-        return error.square().flatten(1).mean(1), y, log_var, x_t
+        return error.square().flatten(1).mean(1), y, log_var
 
     def _beside(self, y: Tensor, x0: Tensor, draw: Draw) -> Tensor | float:
         """What direction and contrast add to the error."""
@@ -104,12 +109,17 @@ class Denoising(Objective):
             more = more - self.contrastive * (told - other).square().flatten(1).mean(1)
         return more
 
-    def _asked(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor,
-               eps: Tensor) -> tuple[Tensor, Tensor | Weighed]:
+    def _asked(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> tuple[Tensor, Answer]:
         """x_t, and what the network says of it."""
         x_t = self.diffusion.perturb(x0, eps, t)
         inputs, level = self.diffusion.condition(x_t, t)
         return x_t, backbone(inputs, per_sample(level, x_t), cond)
+
+
+def _parts(answer: Answer) -> tuple[Tensor, Tensor | None]:
+    """The prediction, and the logarithm of its expected loss where that is learned."""
+    told = answer.answer if isinstance(answer, Represented) else answer
+    return told if isinstance(told, Weighed) else (told, None)
 
 
 @dataclass(frozen=True, kw_only=True)

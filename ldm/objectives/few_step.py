@@ -22,6 +22,7 @@ from ldm.jumps import Jumping, mixed
 from ldm.noise import Noise
 from ldm.objectives.base import ALONE, Beside, Draw, Losses, Objective, ObjectiveConfig, Trained
 from ldm.pairing import Pairing
+from ldm.representation import Represented
 from ldm.schedules import match
 from ldm.teacher import Teacher
 from ldm.times import Places, TimeSampling
@@ -71,6 +72,7 @@ class FewStep(Objective):
             if isinstance(answer, Weighed):
                 expected.append(answer[1])
                 return answer[0]
+            assert not isinstance(answer, Represented)  # refused of few-step models
             return answer
 
         ends = self.student(plain).jump(x, t, s, cond)

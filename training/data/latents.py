@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
+from ldm.representation import VISION
 from training.commands import door
 from training.data.order import Slot
 from training.data.samples import Batch, Policy, Samples, coin, ids, or_error, uniform
@@ -40,11 +41,18 @@ class Latents(Samples[Latent]):
     """Encoded moments and a caption by slot; caption and mirrored variant are chosen by (seed, epoch, sample).
 
     Fields `extra-NAME.npy` are handed on as `Batch.extras`, with a mirrored variant those of `mirror-NAME.npy`: of
-    uint8, which is a picture, in [0, 1], any other numbers as they are.
+    uint8, which is a picture, in [0, 1], any other numbers as they are. Features of a `vision` model, `features`
+    channels, are read where they are asked for alone, and stay in float16: they are many.
     """
 
     def __init__(
-        self, shards: ShardSet | StreamedShards, *, flip: bool = False, seed: int = 0, on_bad_data: Policy = "skip"
+        self,
+        shards: ShardSet | StreamedShards,
+        *,
+        flip: bool = False,
+        seed: int = 0,
+        on_bad_data: Policy = "skip",
+        vision: bool = False,
     ) -> None:
         super().__init__(shards, seed, on_bad_data)
         latent = shards.summary.get("latent")
@@ -54,7 +62,9 @@ class Latents(Samples[Latent]):
         self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
         self.mirrored = flip and "mirror.npy" in shards.fields
         self.text = "text.safetensors" in shards.fields
-        self.extras = [found[1] for field in shards.fields if (found := EXTRA.fullmatch(field))]
+        extras = [found[1] for field in shards.fields if (found := EXTRA.fullmatch(field))]
+        self.extras = [name for name in extras if vision or name != VISION]
+        self.features: int = (shards.summary.get(VISION) or {}).get("width", 0) if VISION in extras else 0
         if lacking := [name for name in self.extras if self.mirrored and f"mirror-{name}.npy" not in shards.fields]:
             what = f"train.flip is on, but the shards hold no mirrored {lacking[0]}"
             raise UserError(what, hint="encode again with --flip, or set --train.flip false", code=DATA)
@@ -102,6 +112,8 @@ class Latents(Samples[Latent]):
         if len(shapes := {array.shape for array in arrays}) > 1:
             what = f"extra-{name}.npy has different shapes in one batch ({', '.join(map(str, sorted(shapes)[:4]))})"
             raise UserError(what, hint="store them in one size", code=DATA)
+        if name == VISION:
+            return torch.from_numpy(np.stack(arrays))
         numbers = [array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1) for array in arrays]
         return torch.from_numpy(np.stack(numbers))
 

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     text: Cond | None = None  # stored text embeddings, as they are stored, where the shards hold them
     bad: Mapping[int, str] = {}  # samples that could not be read, another in the slot of each: index -> why
     indices: Sequence[int] = ()  # the sample in each slot
-    extras: Mapping[str, Tensor] = {}  # (B, ...) float32 by name, what `Cond.extras` is to hold; pictures in [0, 1]
+    extras: Mapping[str, Tensor] = {}  # (B, ...) by name, for `Cond.extras`; pictures in [0, 1]
 
 
 class Samples(Dataset[Batch], ABC, Generic[Loaded]):

@@ -25,6 +25,8 @@ def main() -> None:
     add("--low-res", metavar="N", type=int, default=0, help=text)
     text = "store the latents of the hints, pictures before an edit, in place of the hints: --image.kind source"
     add("--encode-hint", action="store_true", help=text)
+    text = "also store features of this vision model, of Hugging Face or train_classifier: --representation.kind repa"
+    add("--vision", metavar="NAME|DIR", help=text)
     add("--text-encoder", metavar="NAME|DIR", help="also store the embeddings of this frozen Hugging Face encoder")
     add("--text-length", type=int, default=77, help="tokens a caption may have")
     add(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from autoencoder.tiles import encode_tiled
+from ldm.representation import VISION
 from training.commands import door
 from training.data.images import Images
 from training.data.latents import Latents
@@ -31,6 +32,7 @@ from training.messages import tell, warn
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
 from training.models.folders import copy_model
+from training.models.vision import load_features, vision_hash
 from training.models.vocabulary import count_captions
 from training.next_step import again, beside, tell_next
 from training.progress import Progress
@@ -65,7 +67,9 @@ def encode(args: argparse.Namespace) -> int:
     home = finished_autoencoder(args.autoencoder)
     model = load_autoencoder(args.autoencoder, accelerator.device)
     encoder = _text_encoder(args, target, accelerator.device)
+    vision = load_features(args.vision).to(accelerator.device) if args.vision else None
     plan = _plan(index["summary"], shards, model, encoder, args)
+    plan[VISION] = {"hash": vision_hash(vision)["weights"], "width": vision.width} if vision else None
     meeting.agree(plan | {"data": sha256(json.dumps(plan["data"], sort_keys=True).encode()).hexdigest()})
     total = sum(s.samples for s in shards)
     with ExitStack() as held:
@@ -77,7 +81,8 @@ def encode(args: argparse.Namespace) -> int:
         meeting.meet()  # no process writes a shard before the folder is claimed for this plan
         tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
         encoded = tiled if args.tile else model.encode
-        worker = Encoder(encoded, encoder, args, accelerator.device, plan, total, model.norm.mean_latents)
+        seen = partial(vision, grid=tuple(plan["latent"]["shape"][1:])) if vision else None
+        worker = Encoder(encoded, encoder, args, accelerator.device, plan, total, model.norm.mean_latents, seen)
         own = shards[accelerator.process_index :: accelerator.num_processes]
         _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
         meeting.meet()  # the index lists the shards of all processes
@@ -111,6 +116,7 @@ def _training(args: argparse.Namespace, target: Path, image: dict[str, Any] | No
     """The training of a denoiser on what was encoded."""
     words = ["--latents", target, "--output", beside(target, "denoiser")]
     words += [*trained(image), *again({"device": args.device, "train.flip": "true" if args.flip else ""})]
+    words += again({"representation.kind": "repa" if args.vision else ""})
     if args.text_encoder:
         words += ["--text.kind", "huggingface", "--text.length", args.text_length, "--text.pooling", args.text_pooling]
         words += again({"text.lower": "true" if args.text_lower else "", "text-encoder": args.text_encoder})
@@ -183,6 +189,7 @@ def _prepare(
     """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
     size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize
     size += math.prod(plan["latent"]["picture"]) * (plan["hint"] or {}).get("channels", 0)
+    size += 2 * math.prod(plan["latent"]["shape"][1:]) * (plan[VISION] or {}).get("width", 0)
     size = size * (2 if args.flip else 1) + BESIDE
     present = sum(path.stat().st_size for path in target.glob("*.tar"))
     check_output(target, total * size - present)

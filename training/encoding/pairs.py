@@ -29,7 +29,7 @@ from ldm.noise import Noise
 from ldm.objectives.reflow import NOISE
 from ldm.pipeline import Pipeline, Sampling
 from ldm.samplers import prior, sample
-from training.data.latents import EXTRA, Latents
+from training.data.latents import Latents
 from training.data.order import DataOrder
 from training.data.permutation import RULE
 from training.data.samples import Batch
@@ -239,7 +239,8 @@ class Drawing:
 
         record = data.shards.read(batch.indices[row])
         notes = {**json.loads(record["json"]), "captions": [batch.captions[row]]}
-        fields = {name: value for name, value in record.items() if EXTRA.fullmatch(name) and name != EPS}
+        kept = {f"extra-{name}.npy" for name in data.extras} - {EPS}  # no features: those of the sample's own picture
+        fields = {name: value for name, value in record.items() if name in kept}
         fields |= {"txt": batch.captions[row].encode(), "json": json.dumps(notes, ensure_ascii=False).encode()}
         if (text := batch.text) is not None:
             own = {"0.context": text.context[row][text.mask[row]]}

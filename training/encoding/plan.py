@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ldm.representation import VISION
 from training.errors import CHECKPOINT, UserError
 from training.files import remove_partials, write_json
 from training.guarding import read_record
@@ -21,7 +22,7 @@ def claim(target: Path, plan: dict[str, Any], pictures: str) -> None:
     """Refuse a folder that holds anything but an unfinished encoding of the same thing."""
     plan_file = target / ENCODING
     if plan_file.is_file():
-        before = {"tile": 0, "hint": None, "image": None, **read_record(plan_file, {})}
+        before = {"tile": 0, "hint": None, "image": None, VISION: None, **read_record(plan_file, {})}
         if found := list(differences(before, plan)):
             raise UserError(
                 f"{target} holds latents made from something else ({'; '.join(found)})",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.images import to_unit
+from ldm.representation import VISION
 from training.commands import door
 from training.data.samples import LIMIT
 from training.encoding.shown import made_small
@@ -61,8 +62,9 @@ class Encoder:
         plan: dict[str, Any],
         total: int,
         means: Callable[[Tensor], Tensor],
+        vision: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.encode, self.text, self.device, self.args = encode, encoder, device, args
+        self.encode, self.text, self.device, self.args, self.vision = encode, encoder, device, args, vision
         self.picture = tuple(plan["latent"]["picture"])
         self.hints: int = plan["hint"]["channels"] if plan.get("hint") else 0  # channels
         self.image, self.means = plan.get("image") or {}, means  # of moments, as normalised latents
@@ -114,17 +116,16 @@ class Encoder:
         keys = [picture.key for picture in pictures]
         odd = [picture.key for picture in pictures if picture.pixels.shape[:2] != self.picture]
         if odd:
-            raise UserError(
-                f"{odd[0]}: pictures of different sizes in one data set", hint="pack them with --resolution", code=DATA
-            )
+            what = f"{odd[0]}: pictures of different sizes in one data set"
+            raise UserError(what, hint="pack them with --resolution", code=DATA)
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
         # The mirrored picture is encoded on its own: an encoder's answer to it is not the mirrored answer.
         beside = [picture.hint for picture in pictures if picture.hint is not None]
         hints = torch.from_numpy(np.stack(beside)) if beside else None
-        moments = {"moments.npy": self._moments(pixels, keys), **self._image("extra", pixels, hints, keys)}
+        moments = {"moments.npy": self._moments(pixels, keys), **self._beside("extra", pixels, hints, keys)}
         if self.flip:
             moments["mirror.npy"] = self._moments(pixels.flip(-1), keys)
-            moments |= self._image("mirror", pixels.flip(-1), None if hints is None else hints.flip(-1), keys)
+            moments |= self._beside("mirror", pixels.flip(-1), None if hints is None else hints.flip(-1), keys)
         embeddings_of = self._texts([picture.notes["captions"] for picture in pictures], keys) if self.text else []
         for i, (key, _, notes, _) in enumerate(pictures):
             fields = {name: npy(values[i]) for name, values in moments.items()}
@@ -133,6 +134,16 @@ class Encoder:
             if embeddings_of:
                 fields["text.safetensors"] = embeddings_of[i]
             yield key, fields
+
+    def _beside(self, variant: str, pixels: Tensor, hints: Tensor | None, keys: list[str]) -> dict[str, np.ndarray]:
+        """What stands beside the moments of a variant, of its pictures and hints (B, C, H, W)."""
+        fields = self._image(variant, pixels, hints, keys)
+        if self.vision is not None:
+            features = fields[f"{variant}-{VISION}.npy"] = self._encoded(pixels, self.vision).astype(np.float16)
+            if bad := _not_finite(features, keys):
+                hint = "give another model with --vision, or --mixed-precision no, with another --output"
+                raise UserError(f"{bad}: features are not finite (stored as float16)", hint=hint, code=NUMERICAL)
+        return fields
 
     def _image(self, variant: str, pixels: Tensor, hints: Tensor | None, keys: list[str]) -> dict[str, np.ndarray]:
         """The field that a denoiser is to be shown, of pictures and hints (B, C, H, W); nothing where there is none."""
@@ -160,11 +171,9 @@ class Encoder:
         for key, texts in zip(keys, captions, strict=True):
             tensors = {f"{n}.{name}": tensor for n in range(len(texts)) for name, tensor in next(rows).items()}
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                raise UserError(
-                    f"{key}: the caption's embedding is not finite (stored as float16)",
-                    hint="leave --text-encoder out here, with another --output, and give it to train_denoiser",
-                    code=NUMERICAL,
-                )
+                hint = "leave --text-encoder out here, with another --output, and give it to train_denoiser"
+                what = f"{key}: the caption's embedding is not finite (stored as float16)"
+                raise UserError(what, hint=hint, code=NUMERICAL)
             files.append(bytes(save(tensors)))
         return files
 
@@ -186,23 +195,19 @@ class Encoder:
 
     def _moments(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
         # Checked as it is stored: float16 overflows where the float32 that was encoded does not.
-        moments: np.ndarray = self._encoded(pixels).astype(self.dtype)
-        bad = ~np.isfinite(moments).reshape(len(keys), -1).all(1)
-        if bad.any():
-            raise UserError(
-                f"{keys[int(bad.argmax())]}: latents are not finite (stored as {self.dtype})",
-                hint="try --dtype float32 and --mixed-precision no, with another --output",
-                code=NUMERICAL,
-            )
+        moments: np.ndarray = self._encoded(pixels, self.encode).astype(self.dtype)
+        if bad := _not_finite(moments, keys):
+            hint = "try --dtype float32 and --mixed-precision no, with another --output"
+            raise UserError(f"{bad}: latents are not finite (stored as {self.dtype})", hint=hint, code=NUMERICAL)
         return moments
 
-    def _encoded(self, pixels: Tensor) -> np.ndarray:
-        """Moments of a batch, in parts of `batch` pictures."""
+    def _encoded(self, pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """What is made of a batch, in parts of `batch` pictures."""
         parts: list[np.ndarray] = []
         at = 0
         while at < len(pixels):
             part = pixels[at : at + self.batch]
-            moments = self._fitting(part)
+            moments = self._fitting(part, encode)
             if moments is not None:
                 parts.append(moments)
                 at += len(part)
@@ -214,11 +219,11 @@ class Encoder:
         return np.concatenate(parts)
 
     @torch.no_grad()
-    def _fitting(self, pixels: Tensor) -> np.ndarray | None:
-        """Moments of pictures, or None where they do not fit into memory."""
+    def _fitting(self, pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> np.ndarray | None:
+        """What is made of pictures, or None where they do not fit into memory."""
         def encoded() -> np.ndarray:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                moments: np.ndarray = self.encode(to_unit(pixels.to(self.device))).float().cpu().numpy()
+                moments: np.ndarray = encode(to_unit(pixels.to(self.device))).float().cpu().numpy()
             return moments
 
         return in_memory(encoded)
@@ -226,6 +231,12 @@ class Encoder:
     def waiting(self) -> float:
         """The share of the time that went by waiting for data."""
         return self.waited / max(1e-9, time.perf_counter() - self.since)
+
+
+def _not_finite(stored: np.ndarray, keys: list[str]) -> str:
+    """The first sample of which a number is not; "" for none."""
+    bad = ~np.isfinite(stored).reshape(len(keys), -1).all(1)
+    return keys[int(bad.argmax())] if bad.any() else ""
 
 
 def in_memory(work: Callable[[], Result]) -> Result | None:

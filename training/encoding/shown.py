@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from autoencoder.base import Autoencoder
+from ldm.representation import VISION
 from training.errors import DATA, UserError
 from training.messages import note
 
@@ -45,9 +46,11 @@ def planned(
 
 def said(plan: Mapping[str, Any]) -> str:
     """What stands beside latents, for people."""
+    features = f", {vision['width']} features of a vision model" if (vision := plan[VISION]) else ""
     if image := plan["image"]:
-        return f", pictures {image['factor']} times smaller" if image["kind"] == "low-res" else ", hints encoded"
-    return f", hints of {plan['hint']['kind']}" if plan["hint"] else ""
+        small = image["kind"] == "low-res"
+        return (f", pictures {image['factor']} times smaller" if small else ", hints encoded") + features
+    return (f", hints of {plan['hint']['kind']}" if plan["hint"] else "") + features
 
 
 def trained(image: Mapping[str, Any] | None) -> list[str]:

@@ -46,8 +46,15 @@ class Classifier(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 4 * width)."""
+        return self._through(self.maps, pixels)
+
+    def places(self, pixels: Tensor) -> Tensor:
+        """The maps before their mean over all places, (B, 4 * width, H // 4, W // 4)."""
+        return self._through(self.maps[:-2], pixels)
+
+    def _through(self, layers: nn.Module, pixels: Tensor) -> Tensor:
         images = as_rgb(pixels if pixels.is_floating_point() else to_unit(pixels))
-        found: Tensor = self.maps(images.contiguous(memory_format=torch.channels_last))
+        found: Tensor = layers(images.contiguous(memory_format=torch.channels_last))
         return found
 
     def forward(self, pixels: Tensor) -> Tensor:

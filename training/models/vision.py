@@ -1,11 +1,19 @@
-"""The frozen vision model that latents are aligned with: any Hugging Face folder or name, and what names it."""
+"""The frozen vision model that latents, or a denoiser's features, are aligned with: any Hugging Face folder or name, or
+a classifier of ours; and what names it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from autoencoder.alignment import VisionFeatures
-from training.errors import UserError
+from training.errors import DATA, UserError
+from training.guarding import read_record
+from training.models.judge import Classifier, load_classifier
 from training.models.pretrained import load_model, loading
 from training.settings.decoding import AutoencoderConfig
 from training.tensors import content_hash
@@ -42,6 +50,27 @@ def load_vision(name: str) -> VisionFeatures:
         return VisionFeatures(network, side(processor), processor.image_mean, processor.image_std)
 
 
+class ClassifierFeatures(nn.Module):
+    """The maps of a classifier of ours in place of a vision model's: see `VisionFeatures`."""
+
+    def __init__(self, network: Classifier) -> None:
+        super().__init__()
+        self.network, self.width = network, 4 * network.width
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, D, *grid) float32."""
+        return F.interpolate(self.network.places(images).float(), grid, mode="bilinear", antialias=True)
+
+
+def load_features(name: str) -> VisionFeatures | ClassifierFeatures:
+    """A frozen vision model as `load_vision` has it, or the folder of a classifier. Raises UserError as it does."""
+    config = Path(name) / "config.json"
+    if config.is_file() and "classes" in read_record(config, {}, code=DATA):
+        return ClassifierFeatures(load_classifier(name))
+    return load_vision(name)
+
+
 def side(processor: Any) -> int:
     """Pixels a side of what the model is given. ValueError where its preprocessor does not tell."""
     crops = getattr(processor, "do_center_crop", False)
@@ -52,6 +81,6 @@ def side(processor: Any) -> int:
     raise ValueError("preprocessor_config.json states no size")
 
 
-def vision_hash(vision: VisionFeatures | None) -> dict[str, str]:
+def vision_hash(vision: VisionFeatures | ClassifierFeatures | None) -> dict[str, str]:
     """What names the model, for the facts of a run; empty where there is none."""
     return {"weights": content_hash(vision.network.state_dict())} if vision else {}

@@ -60,6 +60,7 @@ class DenoiserConfig:
     weighting: Any
     pairing: Any
     objective: Any
+    representation: Any
     student: Student
     prior: Prior
     optimizer: Optimizer

@@ -22,6 +22,7 @@ FAMILIES = {  # section: a module or package of ldm, and the tuple there that li
     "sampler": ("samplers", "SAMPLERS"),
     "guidance": ("guidance", "GUIDANCES"),
     "objective": ("objectives", "OBJECTIVES"),
+    "representation": ("representation", "REPRESENTATIONS"),
     "operator": ("inverse/operators", "OPERATORS"),
     "measurement": ("inverse/measurement", "MEASUREMENTS"),
     "posterior": ("inverse/posterior", "POSTERIORS"),
@@ -39,7 +40,7 @@ class Part(NamedTuple):
 
 
 TRAINING = Part(
-    ("schedule", "prediction", "times", "weighting", "pairing", "adapter", "image"),
+    ("schedule", "prediction", "times", "weighting", "pairing", "representation", "adapter", "image"),
     {
         "zero-terminal SNR (any ddpm-*)": "--schedule.kind ddpm-scaled-linear --schedule.zero_terminal_snr true",
         "resolution shift of the process (any ddpm-*)": "--schedule.kind ddpm-cosine --schedule.shift 4",
@@ -114,6 +115,7 @@ def families(stage: str) -> Families:
     from ldm.objectives import OBJECTIVES
     from ldm.pairing import PAIRINGS
     from ldm.predictions import PREDICTIONS
+    from ldm.representation import REPRESENTATIONS
     from ldm.samplers import SAMPLERS
     from ldm.schedules import SCHEDULES
     from ldm.students import Student
@@ -125,7 +127,8 @@ def families(stage: str) -> Families:
     sampling: Families = {"sample": (Sample,), "sampler": SAMPLERS, "grid": GRIDS, "guidance": GUIDANCES}
     networks: Families = {"backbone": BACKBONES, "text": TEXT_ENCODERS, "adapter": ADAPTERS}
     conditions: Families = {"conditioning": (Conditioning,), "image": IMAGE_CONDITIONS}
-    learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES, "student": (Student,), "prior": (Prior,)}
+    learning: Families = {"pairing": PAIRINGS, "objective": OBJECTIVES, "representation": REPRESENTATIONS}
+    learning |= {"student": (Student,), "prior": (Prior,)}
     return {**networks, **conditions, **process, **learning, **common, **sampling, "format": (Format,)}
 
 

@@ -35,9 +35,9 @@ class Upon:
         return UserError(what, hint=f"give one with --config: {', '.join(reading.names(self.folder))}, or a file")
 
 
-ADAPTER = Upon("adapter", "--base", "an adapter", TRAINING, (*MODEL, "objective", "student"),
+ADAPTER = Upon("adapter", "--base", "an adapter", (*TRAINING, "representation"), (*MODEL, "objective", "student"),
                hint="leave these keys out; --init-from trains a whole model of another config")
-LEARNED = ("objective", "student", "pairing", "weighting", "prior")  # what a student learns in another way
+LEARNED = ("objective", "representation", "student", "pairing", "weighting", "prior")  # in another way by a student
 STUDENT = Upon("student", "--teacher", "a student", (*TRAINING, *LEARNED), (*MODEL, "adapter"),
                hint="leave these keys out; train_denoiser trains a model of another shape")
 
@@ -84,6 +84,7 @@ def load_upon(upon: Upon, base: decoding.DenoiserConfig, source: str,
 
 def _check_kind(upon: Upon, config: decoding.DenoiserConfig, where: str) -> None:
     known = ", ".join(reading.names(upon.folder))
+    refuse_compared(config, upon.what)
     if upon is STUDENT:
         if config.objective.reading is None:
             what = f"{where} has no [objective] that teaches a student"
@@ -119,6 +120,13 @@ def _check_student(config: decoding.DenoiserConfig) -> None:
         raise UserError(what, hint="leave it out")
 
 
+def refuse_compared(config: Any, what: str = "a few-step model") -> None:
+    """Raises UserError where features are compared in what does not learn as a whole denoiser does."""
+    if (kind := config.representation.kind) != "none":
+        said = f"representation.kind {kind} is of the training of a whole denoiser, and this is that of {what}"
+        raise UserError(said, hint="leave it out")
+
+
 def learned_upon(config: Any) -> bool:
     """Whether a config is that of an adapter upon another run, whose weights no other run can begin with."""
     return getattr(getattr(config, "adapter", None), "kind", "none") != "none"
@@ -133,6 +141,8 @@ def refuse_without_base(config: Any) -> None:
         what = f"objective.kind {config.objective.kind} is learned from a trained model"
         raise UserError(what, hint="teach a student: distill_denoiser --teacher RUN")
     student = getattr(config, "student", None)
+    if student and config.objective.reading is not None:
+        refuse_compared(config)
     if student and (student.scales or (student.steps and config.objective.reading is None)):
         key = "guidance_scale" if student.scales else "steps"
         what = f"student.{key} says how a few-step model was taught by a trained one, and none is named"

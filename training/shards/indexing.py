@@ -31,7 +31,7 @@ MOMENTS = "moments.npy"  # the field that makes a shard one of latents
 def latents_summary(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What the index of latents says of how they were made, from their encoding's plan."""
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
-    return summary | {key: plan[key] for key in ("tile", "hint", "image", "pairs") if plan.get(key)}
+    return summary | {key: plan[key] for key in ("tile", "hint", "image", "vision", "pairs") if plan.get(key)}
 
 
 def pictures_summary(packing: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.backbones import Backbone
 from ldm.conditioning import Cond
 from ldm.objectives import Draw
+from ldm.representation import RepresentationConfig, Represented
 from ldm.text import TextEncoder
 from ldm.uncertainty import Uncertainty, Weighed
 
 if TYPE_CHECKING:
     from ldm.adapters import Adapter
+    from training.data.latents import Latents
 
 
 class Captions(NamedTuple):
@@ -48,22 +51,49 @@ def together(parts: Sequence[Sampled]) -> Sampled:
     return Sampled(torch.cat(latents), cond, Draw(t, eps, factor, more))
 
 
-class Captioned(nn.Module):
-    """Backbone and, where they learn, text encoder and weighting as one module: a process wrapper sees every
-    gradient."""
+def distinct_captions(data: Latents, count: int) -> list[tuple[str, int]]:
+    """Distinct captions of samples evenly over the data, each with a sample that has it; over and over where they are
+    few."""
+    captions: dict[str, int] = {}
+    for i in data.evenly(20 * count):
+        captions.setdefault(data.captions(i)[0], i)
+    samples = list(captions.items())[:count]
+    return [samples[i % len(samples)] for i in range(count)]
 
-    def __init__(self, backbone: nn.Module, text: TextEncoder, uncertainty: Uncertainty | None = None) -> None:
+
+class Captioned(nn.Module):
+    """Backbone and, where they learn, text encoder, weighting and what its features are compared by as one module: a
+    process wrapper sees every gradient. `features`: the channels of a vision model's beside the latents."""
+
+    def __init__(self, backbone: Backbone, text: TextEncoder, uncertainty: Uncertainty | None,
+                 representation: RepresentationConfig, features: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.text = text if text.trainable else None
         self.uncertainty = uncertainty
+        self.asked = representation
+        self.representation = representation.build(backbone, features)
 
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions) -> Tensor | Weighed:
-        """Captions (encoded here) or their encoding -> the backbone's prediction."""
+    @property
+    def averaged(self) -> nn.ModuleDict:
+        """All that is drawn with, by the names that it has here."""
+        return nn.ModuleDict({name: part for name, part in self.named_children() if name != "representation"})
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond | Captions,
+                compares: bool = False) -> Tensor | Weighed | Represented:
+        """Captions (encoded here) or their encoding -> the backbone's prediction; with what its features cost where a
+        step `compares` them."""
         if not isinstance(cond, Cond):
             assert self.text is not None
             cond = self.text(cond.texts)._replace(extras=cond.extras)
-        prediction: Tensor = self.backbone(x, noise_level, cond)
+        if not compares or self.representation is None:
+            return self.told(self.backbone(x, noise_level, cond), noise_level)
+        prediction, feature = self.backbone(x, noise_level, cond, tap=self.asked.depth)
+        cost = self.asked.weight * self.representation(feature, x.shape[2:], cond.extras)
+        return Represented(self.told(prediction, noise_level), cost)
+
+    def told(self, prediction: Tensor, noise_level: Tensor) -> Tensor | Weighed:
+        """With the loss that is expected of it, where that is learned."""
         return prediction if self.uncertainty is None else Weighed(prediction, self.uncertainty(noise_level))
 
 
@@ -85,3 +115,8 @@ class Adapted(nn.Module):
         """See `Captioned.forward`."""
         prediction: Tensor | Weighed = self._whole[0](x, noise_level, cond)
         return prediction
+
+
+def onto(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; through pinned memory to a GPU, so that the host does not wait."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

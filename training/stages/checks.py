@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import platform
 from collections.abc import Mapping
 from hashlib import sha256
@@ -43,8 +44,9 @@ def layout(config: Any, args: argparse.Namespace, processes: int) -> tuple[Any, 
         processes,
         explicit_batch="train.batch_size" in args.overrides or "train.micro_batch_size" not in args.overrides,
     )
-    if (group := getattr(getattr(config, "objective", None), "group", 1)) > 1 and micro % group:
-        what = f"train.micro_batch_size is {micro}, and this objective holds {group} samples against each other"
+    coupled = (getattr(config, name, None) for name in ("objective", "representation"))
+    if micro % (group := math.lcm(*(getattr(part, "group", 1) for part in coupled))):
+        what = f"train.micro_batch_size is {micro}, and {group} samples at a time are held against each other"
         raise UserError(what, hint=f"--batch-size and --micro-batch-size must be multiples of {group}")
     if (parts := batch_coupled_parts(config, accumulation, processes)) and first_process():
         shares = f"{processes} process(es) and {accumulation} micro-batch(es) each"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.precision import double_device
+from ldm.backbones import Backbone
 from ldm.backbones.routing import ROUTE
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
@@ -19,6 +21,7 @@ from ldm.jumps import beside
 from ldm.noise import Noise
 from ldm.objectives import ALONE, LEVELS, Beside, Objective
 from ldm.pipeline import Pipeline
+from ldm.representation import VISION
 from ldm.text import TextEncoder
 from ldm.times import Places
 from training.data.latents import Latents
@@ -33,7 +36,7 @@ from training.pictures import grids
 from training.pictures.hints import all_beside
 from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
-from training.stages.captioned import Adapted, Captioned, Captions, Sampled, together
+from training.stages.captioned import Adapted, Captioned, Captions, Sampled, distinct_captions, onto, together
 from training.stages.prior import Drawn, load_drawn, refuse_others
 
 if TYPE_CHECKING:
@@ -50,8 +53,7 @@ VALIDATION_SEED = 1 << 40
 
 
 class DenoiserStage(Stage):
-    """Trains backbone (and text encoder), or an adapter in them, on re-sampled posteriors; drops captions for guidance.
-    """
+    """Trains backbone (and text encoder), or an adapter, on re-sampled posteriors; drops captions for guidance."""
 
     tally: CaptionTally
     prior_home: Path | None = None  # where the prior pictures of the run are, if it has some
@@ -60,7 +62,7 @@ class DenoiserStage(Stage):
     def __init__(
         self,
         config: DenoiserConfig,
-        backbone: nn.Module,
+        backbone: Backbone,
         text: TextEncoder,
         norm: LatentNorm,
         dataset: Latents,
@@ -71,10 +73,12 @@ class DenoiserStage(Stage):
     ) -> None:
         self.config, self.text, self.norm, self.pipeline, self.null = config, text, norm, pipeline, null
         self.dataset, self.held_out, self.tally = dataset, held_out, CaptionTally(text, dataset)
-        whole = Captioned(backbone, text, config.weighting.build(config.schedule))
+        learned = config.weighting.build(config.schedule), config.representation
+        whole = Captioned(backbone, text, *learned, dataset.features)
         self.adapter, self.network = adapter, Adapted(adapter, whole) if adapter else whole
         self.networks: dict[str, nn.Module] = {"denoiser": self.network}
-        self.averaged, self.optimizers = self.networks, {"denoiser": (["denoiser"], 1.0)}
+        self.averaged = self.networks if adapter else {"denoiser": whole.averaged}
+        self.optimizers = {"denoiser": (["denoiser"], 1.0)}
         self.score, self.training_score = ("loss", 1.0), self.loss_of_training
         self.audit = "; evaluate --copies tells whether it repeats them"
         diffusion = Diffusion(
@@ -83,7 +87,7 @@ class DenoiserStage(Stage):
         self.objective: Objective = config.objective.build(
             diffusion=diffusion, times=config.times, weighting=config.weighting, pairing=config.pairing
         )
-        self.group = config.objective.group
+        self.group = math.lcm(config.objective.group, config.representation.group)
         self.seen = config.times.start()
         self.losses: list[tuple[Tensor, Tensor]] = []  # times and losses of this step, for loss-aware times
         self.paired = True  # until a batch was seen in which nothing is
@@ -94,6 +98,8 @@ class DenoiserStage(Stage):
     def connect(self) -> None:
         """Every training call goes through the process wrapper; loss-aware times lie where the losses do."""
         self.forward, device = self.wrapped["denoiser"], self.accelerator.device
+        if self.config.representation.weight:  # compared in steps alone, and within the wrapper
+            self.forward = partial(self.forward, compares=True)
         self.network.to(device)  # the learned weighting, which no one else has moved
         self.seen = None if self.seen is None else self.seen.to(double_device(device))
         self.null = self.null and self.null.to(device)
@@ -128,7 +134,9 @@ class DenoiserStage(Stage):
         self.accelerator.backward(loss * share)
         if losses.parts:  # told in place of a sum that says nothing from step to step
             return {f"loss_{name}": part.detach().mean() for name, part in losses.parts.items()}
-        return {"loss": loss.detach(), **({"loss_prior": prior[0].detach()} if prior else {})}
+        also = {"loss_prior": prior[0].detach()} if prior else {}
+        also |= {} if losses.features is None else {"loss_features": losses.features.detach().mean()}
+        return {"loss": loss.detach(), **also}
 
     def drawn(self, batch: Batch, step: int, *purpose: str) -> Sampled:
         """What the network is to see of a batch; noise, times and dropout keyed by (seed, step, slot)."""
@@ -141,7 +149,7 @@ class DenoiserStage(Stage):
         # Drawn on the CPU, where captions are: on a GPU they would wait for the device to say which of them are kept.
         dropout = self.config.prior.dropout if purpose else self.config.conditioning.dropout
         keep = Noise(batch.slots).fold(*key).uniform((1,), "dropout")[:, 0] >= dropout
-        batch = self.shown(batch, latents, noise)
+        vision, batch = batch.extras.get(VISION), self.shown(batch, latents, noise)
         if (lost := self.config.image.left_out(Noise(batch.slots).fold(*key))) is not None:
             batch, keep = batch._replace(extras=without(batch.extras, lost[0])), keep & ~lost[1]
         with self.accelerator.autocast():
@@ -152,7 +160,10 @@ class DenoiserStage(Stage):
             self.look_at_pairs(paired_by, len(latents))
             # A slot's place in the global batch, not in this micro-batch: stratified times cover the global batch once.
             draw = self.objective.draw(latents, noise, Places(slots % places, places), self.seen, paired_by)
-        return Sampled(latents, self.routed(self.told(cond, noise), latents, noise), draw)
+        told = self.routed(self.told(cond, noise), latents, noise)
+        if vision is not None:  # nothing that a sample is conditioned on
+            told = beside(told, VISION, vision.to(self.accelerator.device, non_blocking=True))
+        return Sampled(latents, told, draw)
 
     def beside(self, step: int) -> Beside:
         """What the objective may ask besides the network that learns: nothing."""
@@ -217,8 +228,8 @@ class DenoiserStage(Stage):
 
     def shown(self, batch: Batch, latents: Tensor, noise: Noise) -> Batch:
         """The batch with the extras that its image condition makes of what is stored, on the device."""
-        device = self.accelerator.device
-        stored = {name: extra.to(device, non_blocking=True) for name, extra in batch.extras.items()}
+        given, device = batch.extras.items(), self.accelerator.device
+        stored = {name: extra.to(device, non_blocking=True) for name, extra in given if name != VISION}
         with as_user_error("encode again as [image] of the config asks", DATA):
             return batch._replace(extras=self.config.image.extras(latents, stored, noise))
 
@@ -276,17 +287,8 @@ class DenoiserStage(Stage):
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
     def grid_captions(self) -> list[str]:
-        """The captions of `grid_samples`."""
-        return [caption for caption, _ in self.grid_samples()]
-
-    def grid_samples(self) -> list[tuple[str, int]]:
-        """Distinct captions of samples evenly over the held-out ones, each with a sample that has it; over and over
-        where they are few."""
-        captions: dict[str, int] = {}
-        for i in self.held_out.evenly(20 * SHOWN):
-            captions.setdefault(self.held_out.captions(i)[0], i)
-        samples = list(captions.items())[:SHOWN]
-        return [samples[i % len(samples)] for i in range(SHOWN)]
+        """Those of the pictures that a validation draws."""
+        return [caption for caption, _ in distinct_captions(self.held_out, SHOWN)]
 
     def grid_extras(self) -> dict[str, Tensor]:
         """What an image condition shows of the samples of the grid, and the hint of an adapter that reads one."""
@@ -294,14 +296,9 @@ class DenoiserStage(Stage):
         if self.config.image.kind == "none" and not hint:
             return {}
         drawn: list[dict[str, Tensor]] = []
-        for batch in self.held_out.chunks([i for _, i in self.grid_samples()], CHUNK):
+        for batch in self.held_out.chunks([i for _, i in distinct_captions(self.held_out, SHOWN)], CHUNK):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             stored = {name: extra.to(self.accelerator.device) for name, extra in batch.extras.items()}
             drawn.append(self.config.image.drawn(self.sample(batch, noise), stored, noise))
         names = [name for name in ("image", "image_level", hint) if name in drawn[0]]
         return {name: torch.cat([extras[name] for extras in drawn]) for name in names}
-
-
-def onto(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device; through pinned memory to a GPU, so that the host does not wait."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

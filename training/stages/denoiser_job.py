@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.controlled import ControlConfig
+from ldm.representation import VISION
 from ldm.text import Label
 from training.commands import door
 from training.data.latents import Latents
@@ -55,6 +56,7 @@ class DenoiserJob(Job):
         args, train = self.args, self.config.train
         args.latents = open_address(args.latents, args.cache_dir, args.cache_size, train.window_shards)
         how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
+        how["vision"] = self.config.representation.reads
         if args.stream:
             self.dataset, self.held_out = stream_latents(args, train, how)
         else:
@@ -71,6 +73,10 @@ class DenoiserJob(Job):
             self.config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, size=size))
         with as_user_error("leave image.hint_channels out: it is taken from the latents"):
             self.config = dataclasses.replace(self.config, image=self.config.image.settled(self.hint_channels()))
+        if self.config.representation.reads and not self.dataset.features:
+            what = "representation.kind repa learns from features of a vision model, which these latents do not hold"
+            command = door("encode_latents --autoencoder RUN --data PICTURES --vision DIR --output DIR")
+            raise UserError(what, hint=f"encode the pictures with them: {command}", code=DATA)
         refuse_prior(self.config, self.args, self.dataset.extras)
 
     def hint_channels(self) -> int:
@@ -157,7 +163,8 @@ class DenoiserJob(Job):
     def facts(self) -> dict[str, Any]:
         """Hashes of the data, of the pictures they were encoded from, and of every part that is not trained."""
         data = data_facts(self.args.latents) | pictures_facts(self.args.latents)
-        return {"data": data, "hashes": self.parts.hashes}
+        reads, summary = self.config.representation.reads, self.dataset.shards.summary
+        return {"data": data, "hashes": self.parts.hashes | ({VISION: summary[VISION]["hash"]} if reads else {})}
 
     def about(self) -> dict[str, Any]:
         """Counts, the size of the pictures, and captions of held-out ones."""

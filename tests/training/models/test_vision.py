@@ -21,10 +21,13 @@ from transformers import (
     Dinov2Model,
 )
 
+from autoencoder.alignment import VisionFeatures
 from training.drills.verify_resume import differences
 from training.errors import UserError
 from training.loop.loop import Loop
-from training.models.vision import load_vision
+from training.models.judge import Classifier
+from training.models.vision import load_features, load_vision
+from training.tensors import save_tensors
 
 FLAGS = [*tiny.AUTOENCODER, "--loss.perceptual", "0", "--loss.align", "0.5", "--max-steps", "4"]
 
@@ -63,6 +66,17 @@ def test_a_dinov2_folder(model: Path) -> None:
     assert tokens.shape == (2, 17, 16)
     expected = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     torch.testing.assert_close(vision(images, (4, 4)), expected)
+
+
+def test_a_classifier_stands_for_a_vision_model(model: Path, tmp_path: Path) -> None:
+    """Told by its folder: its maps on the grid asked for."""
+    network = Classifier(("a", "b"), 2).eval()
+    save_tensors(tmp_path / "model.safetensors", network.state_dict())
+    (tmp_path / "config.json").write_text('{"classes": ["a", "b"], "width": 2}')
+    found, images = load_features(str(tmp_path)), torch.rand(2, 1, 16, 24) * 2 - 1
+    assert found.width == 8 and not any(p.requires_grad for p in found.parameters())
+    torch.testing.assert_close(found(images, (4, 6)), network.places(images))
+    assert isinstance(load_features(str(model)), VisionFeatures)
 
 
 def test_the_image_half_of_a_clip_folder(tmp_path: Path) -> None:
