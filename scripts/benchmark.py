@@ -1,4 +1,4 @@
-"""Speed and memory: `benchmark.py autoencoder`, `samplers`, `reading` or `durability`; each verb's --help says what."""
+"""Speed and memory: `suite`, or a part: `autoencoder`, `samplers`, `reading`, `durability`; --help says what."""
 
 from training.doors.benchmark import main
 from training.settings.flags import run_main

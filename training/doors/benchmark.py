@@ -1,11 +1,12 @@
-"""Measure speed and memory of an autoencoder, of samplers, of reading or of writing; each verb's --help says what."""
+"""Measure speed and memory: all that is aimed at beside unmodified peers (suite), or one part; each verb's --help says
+what."""
 
 from __future__ import annotations
 
-from training.benchmarks import autoencoder, durability, reading, samplers
+from training.benchmarks import autoencoder, durability, reading, samplers, suite
 from training.settings.flags import Parser
 
-VERBS = {"autoencoder": autoencoder, "durability": durability, "reading": reading, "samplers": samplers}
+VERBS = {"suite": suite, "autoencoder": autoencoder, "durability": durability, "reading": reading, "samplers": samplers}
 
 
 def main() -> None:
