@@ -14,7 +14,8 @@ from training.errors import CHECKPOINT, DISK, UserError
 # What every process would import for seconds, and the server it is forked from imports once, doing nothing with it.
 PRELOADED = ["torch", "lpips", "accelerate", *(f"diffusers.{name}" for name in (
     "training_utils", "models.transformers.dit_transformer_2d", "models.transformers.pixart_transformer_2d",
-    "models.unets.unet_2d_condition", "models.autoencoders.autoencoder_kl"))]  # fmt: skip
+    "models.unets.unet_2d_condition", "models.autoencoders.autoencoder_kl",
+    "pipelines.stable_diffusion.pipeline_stable_diffusion"))]  # fmt: skip
 SIDE = {"smoke": 512, "cpu": 1024, "gpu": 8192}  # of the matrices of the product
 SHORTEST = {"smoke": 0.05, "cpu": 0.5, "gpu": 0.5}  # seconds that a turn lasts, by as many calls as that takes
 WARM = {"smoke": 2, "cpu": 2, "gpu": 5}  # calls that do not count
@@ -66,8 +67,9 @@ class Crew:
         try:
             value = end.recv()
         except (EOFError, ConnectionResetError):
-            what = f"{self.case.kind}: its process ended, as the system does where memory is short"
-            raise UserError(what, hint="leave the case out with --cases, or take --smoke", code=DISK) from None
+            what = f"{self.case.kind}: its process ended before it answered"
+            hint = "where memory is short, take --smoke, or leave the case out with --cases"
+            raise UserError(what, hint=hint, code=DISK) from None
         if isinstance(value, UserError):
             raise value
         return value
@@ -111,9 +113,9 @@ class Bench:
 
         call = self.contest.calls[side]
         if side not in self.calls:
-            for _ in range(WARM[self.place.size]):
-                once = self._timed(call, 1)
-            self.calls[side] = 1 if self.contest.alone else max(1, round(SHORTEST[self.place.size] / max(once, 1e-6)))
+            warm = 0 if self.contest.alone else WARM[self.place.size]  # processes of their own are never warm
+            once = [self._timed(call, 1) for _ in range(warm)]
+            self.calls[side] = max(1, round(SHORTEST[self.place.size] / max(once[-1], 1e-6))) if once else 1
         if self.case.measure == "peak":
             return peak(call, self.place.device)
         each = self._timed(call, self.calls[side])

@@ -132,7 +132,8 @@ def test_a_table_says_what_was_measured_and_what_was_not() -> None:
     assert results.table([Fake()], found, "cpu")[2:] == [
         "| a case that takes no time | speed | >= 2x | 1.90x | 1.90x | not met |",
         "| a case that takes no time | cost | <= 1x | 0.50x | 0.50x | met |"]
-    assert results.table([Fake()], {}, "cpu")[2] == "| a case that takes no time | speed | >= 2x | not yet measured | | |"
+    nothing = "| a case that takes no time | speed | >= 2x | not yet measured | | |"
+    assert results.table([Fake()], {}, "cpu")[2] == nothing
     told = results.below({"torch": "2"}, found)
     assert told[0] == "torch 2." and "ours 1 s (4 images/s)" in told[2] and "waits 0.5" in told[2]
     record = json.loads(json.dumps(results.record({"torch": "2"}, [Fake()], found, "cpu")))
@@ -203,6 +204,19 @@ def test_a_turn_is_as_many_calls_as_last_and_gives_the_seconds_of_one(monkeypatc
     bench.contest = Contest({"ours": lambda: calls.append(1)}, lambda: None)
     bench.turn("ours")
     assert bench.calls == {"ours": 2} and len(calls) == lanes.WARM["smoke"] + 2  # the warm call took 0.02 s of 0.05
+    monkeypatch.setattr(meters, "seconds", lambda *_, **__: 0.05)
+    bench.contest.calls["product"], bench.contest.flops = lambda: None, 3 * 2.0 * lanes.SIDE["smoke"] ** 3
+    assert bench.turn("product") == pytest.approx(3 * 0.05)  # as long as a call's FLOPs would take
+
+
+def test_the_allocator_is_left_alone_where_the_peer_is_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = list[str]()
+    monkeypatch.setattr("training.machine.memory.keep_memory", lambda: kept.append("kept"))
+    lanes.set_up(Place(setting="installed"))
+    assert kept == []
+    lanes.set_up(Place(setting="launched"))
+    assert kept == ["kept"]
+    torch.set_flush_denormal(False)
 
 
 def test_flops_are_two_for_each_multiply_add() -> None:
@@ -211,30 +225,50 @@ def test_flops_are_two_for_each_multiply_add() -> None:
     assert meters.flops(lambda: layer(x).sum().backward()) == 2 * (2 * 4 * 8 * 16)
 
 
-def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
-    assert "no CUDA device" in str(tiny.refused("benchmark", "suite", "--gpu"))
-    assert "unknown name 'dot'" in str(tiny.refused("benchmark", "suite", "--cases", "dot"))
-    assert "at least 0" in str(tiny.refused("benchmark", "suite", "--rounds", -1))
-    assert "no such page" in str(tiny.refused("benchmark", "suite", "--renew", tmp_path / "x.md"))
-
-
-def test_a_check_that_fails_exits_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def even(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lane of every case takes a second."""
     monkeypatch.setattr(suite, "one", lambda case, *_: {"lanes": {lane.name: [1.0] for lane in case.lanes}, "facts": {},
                                                         "items": 1, "unit": "images", "flops": 0.0})  # fmt: skip
+
+
+def test_what_is_refused_goes_as_the_hint_says(even: None, tmp_path: Path) -> None:
+    words = ("benchmark", "suite", "--smoke", "--cases", "dit")
+    refused = tiny.refused(*words, "--gpu")
+    assert "no CUDA device" in refused.what and "leave --gpu out" in refused.hint
+    assert "at least 0" in str(tiny.refused(*words, "--rounds", -1))
+    assert tiny.call(*words, "--rounds", 1, "--threads", 0) == 0
+    assert "unknown name 'dot'" in str(tiny.refused(*words[:-1], "dot"))
+    assert "no such page" in str(tiny.refused(*words, "--renew", tmp_path / "x.md"))
+
+
+def test_a_check_that_fails_exits_with_1(even: None, tmp_path: Path) -> None:
     words = ("suite", "--smoke", "--busy", "--cases", "dit", "--json", tmp_path / "x.json")
     assert tiny.call("benchmark", *words) == 0
     assert json.loads((tmp_path / "x.json").read_text())["about"]["clock"] == "processor time"
     assert tiny.call("benchmark", *words, "--overwrite", "--check") == 1
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.kind in ("dit", "pixart", "unet", "autoencoder", "encode",
-                                                                          "decode", "sampling")], ids=lambda c: c.kind)
+def test_a_page_is_renewed_by_what_was_measured(even: None, tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text((tiny.ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "utf-8")
+    assert tiny.call("benchmark", "suite", "--smoke", "--cases", "dit", "--renew", page) == 0
+    cpu, _, gpu = page.read_text("utf-8").partition("## On a GPU")
+    assert cpu.count("| 1.00x | 1.00x | not met |") == 2 and "size smoke" in cpu and "not yet measured" in cpu + gpu
+
+
+PAIRED = ("dit", "pixart", "unet", "autoencoder", "encode", "decode", "sampling")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind in PAIRED], ids=lambda case: case.kind)
 def test_peers_of_the_same_weights_give_the_same(case: Case) -> None:
     pytest.importorskip("diffusers")
     contest = case.build(Place(size="smoke", setting="installed"))
     contest.agree()
     for call in contest.calls.values():
         call()
+    timed = {lane.side for device in ("cpu", "cuda") for lane in case.at(device)[0]}
+    assert timed <= {*contest.calls, *(["product"] if contest.flops else [])}
 
 
 def test_a_network_that_was_changed_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

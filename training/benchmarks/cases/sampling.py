@@ -23,7 +23,19 @@ from ldm.predictions import Eps
 from ldm.samplers import DDIM, prior
 from ldm.schedules import DDPMScaledLinear
 from training.benchmarks import autoencoder as verb
-from training.benchmarks.case import SAME_SPEED, STOCK_SPEED, Case, Contest, Place, peers
+from training.benchmarks.case import (
+    GPU_TARGETS,
+    ON_GPU,
+    OURS,
+    SAME,
+    SAME_SPEED,
+    STOCK,
+    STOCK_SPEED,
+    Case,
+    Contest,
+    Place,
+    peers,
+)
 from training.benchmarks.cases.denoisers import UNetStep, equal_pair
 
 SCALE = 7.5
@@ -33,7 +45,8 @@ SCHEDULE = DDPMScaledLinear()
 class Drawing(Case):
     kind = "sampling"
     title = "pictures of a U-Net by DDIM with guidance (`StableDiffusionPipeline`)"
-    targets = (replace(STOCK_SPEED, least=1.3), SAME_SPEED)
+    lanes, gpu_lanes = (OURS, STOCK, SAME), ON_GPU[:-1]
+    targets, gpu_targets = (replace(STOCK_SPEED, least=1.3), SAME_SPEED), GPU_TARGETS[:2]
     # (autoencoder, pictures, steps)
     sizes: ClassVar = {"smoke": (KL(channels=(16, 32), blocks=1, groups=8), 2, 4),
                        "cpu": (KL(channels=(32, 64, 128), blocks=1), 4, 10), "gpu": (KL(), 16, 50)}  # fmt: skip
