@@ -29,8 +29,8 @@ def flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--cases", metavar="NAME,...", default="all", help="which comparisons, by name")
     add("--smoke", action="store_true", help="small networks and few rounds: two minutes on two quiet cores")
-    add("--gpu", action="store_true", help="bfloat16 on a CUDA device, eager and compiled: ten minutes")
-    add("--rounds", metavar="N", type=int, default=0, help="of all sides in turn; 0: 7, with --smoke 3")
+    add("--gpu", action="store_true", help="bfloat16 on a CUDA device, eager and compiled: planned for ten minutes")
+    add("--rounds", metavar="N", type=int, default=0, help="of all sides in turn; 0: 7, with --gpu 5, with --smoke 3")
     add("--threads", metavar="N", type=int, default=0, help="processor threads; 0: torch's own choice")
     add("--busy", action="store_true", help="on a machine with other work: one thread, and its processor time")
     add("--json", metavar="FILE", help="write all that was measured there")
@@ -55,7 +55,7 @@ def run(args: Any) -> None:
     place = place_of(args)
     chosen = list(select({case.kind: case for case in CASES}, args.cases, "--cases").values())
     about = results.environment(place, smoke=args.smoke)
-    found = measured(chosen, place, args.rounds or (3 if args.smoke else 7), check=args.check)
+    found = measured(chosen, place, args.rounds or (3 if args.smoke else 5 if args.gpu else 7), check=args.check)
     answer(*results.table(chosen, found, place.device), "", *results.below(about, found))
     if args.json:
         write_json(Path(args.json), results.record(about, chosen, found, place.device))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from training.benchmarks.case import OURS, SAME, SAME_SPEED, STOCK, STOCK_SPEED, Case, Contest, Place, peers
+from training.benchmarks.case import NOT_YET, OURS, SAME, SAME_SPEED, STOCK, STOCK_SPEED, Case, Contest, Place, peers
 from training.benchmarks.reading import make
 from training.data.latents import Latents
 from training.data.loader import stream
@@ -29,7 +29,7 @@ class Reading(Case):
     kind = "latents"
     title = "latents of 16 KiB from shards, shuffled, in batches of 64, one process (`webdataset`)"
     lanes = gpu_lanes = (OURS, STOCK, SAME)
-    targets = gpu_targets = (replace(STOCK_SPEED, least=12.0), SAME_SPEED)
+    targets = gpu_targets = (replace(STOCK_SPEED, least=12.0, checked=NOT_YET), SAME_SPEED)
     shape: ClassVar = (8, 32, 32)
     counts: ClassVar = {"smoke": 1024, "cpu": 8192, "gpu": 8192}
 

@@ -24,8 +24,8 @@ from ldm.samplers import DDIM, prior
 from ldm.schedules import DDPMScaledLinear
 from training.benchmarks import autoencoder as verb
 from training.benchmarks.case import (
-    GPU_TARGETS,
-    ON_GPU,
+    EAGER,
+    EAGER_TARGETS,
     OURS,
     SAME,
     SAME_SPEED,
@@ -36,6 +36,7 @@ from training.benchmarks.case import (
     Place,
     peers,
 )
+from training.benchmarks.cases.autoencoders import frozen
 from training.benchmarks.cases.denoisers import UNetStep, equal_pair
 
 SCALE = 7.5
@@ -45,8 +46,8 @@ SCHEDULE = DDPMScaledLinear()
 class Drawing(Case):
     kind = "sampling"
     title = "pictures of a U-Net by DDIM with guidance (`StableDiffusionPipeline`)"
-    lanes, gpu_lanes = (OURS, STOCK, SAME), ON_GPU[:-1]
-    targets, gpu_targets = (replace(STOCK_SPEED, least=1.3), SAME_SPEED), GPU_TARGETS[:2]
+    lanes, gpu_lanes = (OURS, STOCK, SAME), EAGER[:2]
+    targets, gpu_targets = (replace(STOCK_SPEED, least=1.3), SAME_SPEED), EAGER_TARGETS[:1]
     # (autoencoder, pictures, steps)
     sizes: ClassVar = {"smoke": (KL(channels=(16, 32), blocks=1, groups=8), 2, 4),
                        "cpu": (KL(channels=(32, 64, 128), blocks=1), 4, 10), "gpu": (KL(), 16, 50)}  # fmt: skip
@@ -67,19 +68,14 @@ class Drawing(Case):
         denoiser = Denoiser(pair.ours.eval(), Diffusion(schedule=SCHEDULE, prediction=Eps()))
         pipeline = Pipeline(decoders["ours"].eval(), denoiser, told, plan, (side * shape.factor,) * 2)
         their_pipeline = peer(pair.theirs, decoders["diffusers"].eval())
-        if place.setting == "compiled":
-            for network in (pair.ours, pair.theirs):
-                network.compile()
 
         def ours() -> Tensor:
-            with precision(place):
-                (pixels,) = pipeline.pixels([str(i) for i in seeds], seeds)
+            (pixels,) = pipeline.pixels([str(i) for i in seeds], seeds)
             return pixels
 
         def theirs() -> Tensor:
-            with precision(place):
-                made = their_pipeline(prompt_embeds=text, negative_prompt_embeds=null.expand_as(text), latents=start,
-                                      num_inference_steps=steps, guidance_scale=SCALE, output_type="pt")  # fmt: skip
+            made = their_pipeline(prompt_embeds=text, negative_prompt_embeds=null.expand_as(text), latents=start,
+                                  num_inference_steps=steps, guidance_scale=SCALE, output_type="pt")  # fmt: skip
             images: Tensor = made.images
             return (images * 255).round().to(torch.uint8)
 
@@ -88,7 +84,8 @@ class Drawing(Case):
             assert a.std() > 5, "the pictures are flat"
             torch.testing.assert_close(a, b, rtol=0, atol=1.0)  # a rounding to a grey level, and no more
 
-        return Contest({"ours": ours, "peer": theirs}, agree, items=count, unit="pictures")
+        calls = {name: frozen(call, place.device) for name, call in (("ours", ours), ("peer", theirs))}
+        return Contest(calls, agree, items=count, unit="pictures")
 
 
 class Told:
@@ -114,11 +111,6 @@ def peer(unet: Any, vae: Any) -> Any:
         feature_extractor=None, requires_safety_checker=False)  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def precision(place: Place) -> torch.autocast:
-    """bfloat16 on a GPU."""
-    return torch.autocast(place.device, torch.bfloat16, enabled=place.device == "cuda")
 
 
 CASES = (Drawing(),)
