@@ -149,9 +149,8 @@ class Step(Case):
         # Not by `processes.start`, which tunes the allocator.
         accelerator = Accelerator(cpu=place.device == "cpu", mixed_precision=config.train.mixed_precision)
         wrap(stage, accelerator, compiles=place.setting == "compiled")
-        if place.setting == "compiled":
-            for part in (pair.theirs.encoder, pair.theirs.decoder, book.critic, book.lpips):
-                part.compile()
+        for part in book.parts() if place.setting == "compiled" else ():
+            part.compile()
         batch = Batch(pair.bytes, torch.arange(len(images)), [""] * len(images))
         optimizers = [optim.adamw(config.optimizer, [network]) for network in stage.networks.values()]
         average, done = EMA(stage.averaged, AVERAGE), [0]
@@ -213,6 +212,10 @@ class Textbook:
         self.optimizers = [torch.optim.AdamW(network.parameters(), lr=settings.lr, betas=settings.betas,
                                              weight_decay=settings.weight_decay) for network in (self.vae, critic)]
         self.average = peers("diffusers.training_utils").EMAModel(self.vae.parameters(), decay=AVERAGE)
+
+    def parts(self) -> tuple[Any, ...]:
+        """What is compiled, where ours is."""
+        return self.vae.encoder, self.vae.decoder, self.critic, self.lpips
 
     def forward(self, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructions, their loss and the KL divergence, the latter in nats per image value."""
