@@ -1,4 +1,4 @@
-"""Speed and memory: `benchmark.py autoencoder`, `samplers`, `reading`, `order`, `durability`; --help says what."""
+"""Speed and memory: `suite`, or a part: `autoencoder`, `samplers`, `reading`, `order`, `durability`; see --help."""
 
 from training.doors.benchmark import main
 from training.settings.flags import run_main

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from training.errors import UserError
+from training.benchmarks.case import peers
 from training.messages import answer
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ def models(shape: KL, device: str) -> dict[str, Any]:
 
     import torch
 
-    try:
-        import diffusers
-    except ModuleNotFoundError:
-        raise UserError("diffusers is not installed", hint="pip install diffusers") from None
+    diffusers = peers()
     levels = [2**i in shape.attention_at for i in range(len(shape.channels))]
     ours = shape.build()
     peer = diffusers.AutoencoderKL(
@@ -85,35 +82,13 @@ def case(name: str, model: Any, verb: str, args: argparse.Namespace, shape: KL) 
     return train if verb == "train" else frozen
 
 
-def peak(call: Callable[[], Any], device: str) -> float:
-    """MiB that one call has at most, beyond what was there: on a CPU the allocator's own, by the profiler."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return float((torch.cuda.max_memory_allocated() - before) / 2**20)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    held = highest = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    return highest / 2**20
-
-
 def compare(verb: str, models_by_name: dict[str, Any], args: argparse.Namespace, shape: KL) -> None:
     """Time `verb` of all models in turn and print a line for each."""
     from statistics import median
 
     import torch
 
-    from training.benchmarks.meters import seconds
+    from training.benchmarks.meters import peak, seconds
 
     cases = {name: case(name, model, verb, args, shape) for name, model in models_by_name.items()}
     answers, tolerance = [call() for call in cases.values()], 1e-3 if args.mixed_precision == "no" else 0.1

@@ -102,8 +102,8 @@ def checksums(loop: Loop) -> Any:
     return torch.stack([checksum(value) for value in loop.state.replicated().values()]).tolist()
 
 
-def begin(args: Any, folder: Path) -> Loop:
-    """The loop of a denoiser of `args.config` on made-up latents with captions of one word."""
+def begin(args: Any, folder: Path, data: Any = None) -> Loop:
+    """The loop of a denoiser of `args.config` on `data`, or on made-up latents with captions of one word."""
     import torch
 
     from autoencoder.norm import LatentNorm
@@ -123,7 +123,7 @@ def begin(args: Any, folder: Path) -> Loop:
     text = config.text.build(config.text.vocabulary(["picture"]))
     sizes = {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
     network = config.backbone.build(channels=4, **sizes).to(accelerator.device)
-    data: Any = made_up(args.side, 4 * args.batch_size)
+    data = data or made_up(args.side, 4 * args.batch_size)
     pipeline: Any = None  # nothing is drawn
     stage = DenoiserStage(config, network, text.to(accelerator.device), LatentNorm(4), data, data, pipeline)
     loop = Loop(stage, config.train, config.optimizer, accelerator, folder, 1, args.batch_size)

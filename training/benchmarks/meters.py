@@ -1,8 +1,9 @@
-"""Meters: seconds of a call; of a sampler, where the host waits for a GPU, and how many tensors it keeps alive."""
+"""Meters: seconds, memory, FLOPs of a call; of a sampler, where the host waits for a GPU, and what it keeps alive."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -10,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.exact import Smooth
 from ldm.grids import Uniform
@@ -22,14 +24,56 @@ aten = torch.ops.aten
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """What one call takes, the device's own work included."""
+def seconds(call: Callable[[], object], device: str, *, processor: bool = False) -> float:
+    """What one call takes, the device's own work included; with `processor`, of this process's processor time."""
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = time.process_time if processor else time.perf_counter
     wait()
-    since = time.perf_counter()
+    since = clock()
     call()
     wait()
-    return time.perf_counter() - since
+    return clock() - since
+
+
+def peak(call: Callable[[], object], device: str) -> float:
+    """MiB that one call has at most, beyond what was there: on a CPU the allocator's own, by the profiler."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return float((torch.cuda.max_memory_allocated() - before) / 2**20)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    held = highest = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest / 2**20
+
+
+def flops(call: Callable[[], object]) -> float:
+    """FLOPs of a call on tensors of the meta device, two for each multiply-add: matrix products, convolutions and
+    attention, which are what hardware is rated by."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def host_waits(call: Callable[[], object]) -> int:
+    """How often a call makes the host wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from training.shards.reading import ShardSet
 
 
-def make(folder: Path, samples: int) -> None:
-    """Small latents as encode_latents stores them: 8x8x8 moments in float16, a caption, metadata."""
+def make(folder: Path, samples: int, shape: tuple[int, int, int] = (8, 8, 8)) -> None:
+    """Made-up latents as encode_latents stores them: moments of `shape` in float16, a caption, metadata."""
     import io
     import json
 
@@ -27,11 +27,12 @@ def make(folder: Path, samples: int) -> None:
     writer, random = ShardWriter(folder, "train"), np.random.default_rng(0)
     for i in range(samples):
         out = io.BytesIO()
-        np.save(out, random.standard_normal((8, 8, 8)).astype(np.float16))
+        np.save(out, random.standard_normal(shape).astype(np.float16))
         caption = f"a red square left of circle {i}"
         notes = json.dumps({"captions": [caption]}).encode()
         writer.add(f"{i:08d}", {"moments.npy": out.getvalue(), "txt": caption.encode(), "json": notes})
-    write_index(folder, writer.finish(), {})
+    summary = {"latent": {"shape": list(shape), "dtype": "float16"}}
+    write_index(folder, writer.finish(), summary, "latents")
 
 
 def readers(shards: ShardSet) -> dict[str, Callable[[], int]]:

@@ -1,12 +1,14 @@
-"""Measure speed and memory of an autoencoder, samplers, reading, writing or a start; each verb's --help says what."""
+"""Measure speed and memory: all that is aimed at beside unmodified peers (suite), or one part; each verb's --help says
+what."""
 
 from __future__ import annotations
 
-from training.benchmarks import autoencoder, durability, order, reading, samplers
+from training.benchmarks import autoencoder, durability, order, reading, samplers, suite
 from training.settings.flags import Parser
 
 VERBS = {
-    "autoencoder": autoencoder, "durability": durability, "order": order, "reading": reading, "samplers": samplers,
+    "suite": suite, "autoencoder": autoencoder, "durability": durability, "order": order, "reading": reading,
+    "samplers": samplers,
 }
 
 
