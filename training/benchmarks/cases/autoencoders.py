@@ -152,7 +152,7 @@ class Step(Case):
         for part in book.parts() if place.setting == "compiled" else ():
             part.compile()
         batch = Batch(pair.bytes, torch.arange(len(images)), [""] * len(images))
-        optimizers = [optim.adamw(config.optimizer, [network]) for network in stage.networks.values()]
+        optimizers = [optim.build(config.optimizer, [network]) for network in stage.networks.values()]
         average, done = EMA(stage.averaged, AVERAGE), [0]
 
         def ours() -> dict[str, Tensor]:

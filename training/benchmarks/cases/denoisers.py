@@ -196,7 +196,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def our_step(answer: Callable[[], Tensor], wanted: Tensor, modules: list[nn.Module]) -> Callable[[], Tensor]:
     """A step with the loop's own optimiser and average."""
     settings = Optimizer(lr=RATE, weight_decay=DECAY, betas=(0.9, 0.999))
-    optimizer, average = optim.adamw(settings, modules), EMA({str(i): part for i, part in enumerate(modules)}, AVERAGE)
+    optimizer, average = optim.build(settings, modules), EMA({str(i): part for i, part in enumerate(modules)}, AVERAGE)
 
     def step() -> Tensor:
         with autocast(wanted.device):
