@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.backbones import Backbone
+from ldm.backbones.routing import ROUTE
 from ldm.conditioning import Cond
+from ldm.jumps import beside
+from ldm.noise import Noise
 from ldm.objectives import Draw
 from ldm.representation import RepresentationConfig, Represented
 from ldm.text import TextEncoder
@@ -115,6 +119,14 @@ class Adapted(nn.Module):
         """See `Captioned.forward`."""
         prediction: Tensor | Weighed = self._whole[0](x, noise_level, cond)
         return prediction
+
+
+def scored(cond: Any, backbone: Any, latents: Tensor, noise: Noise) -> Any:
+    """With the scores by which tokens pass by blocks, where the backbone of this config routes them."""
+    if not getattr(backbone, "route", 0):
+        return cond
+    count = math.prod(side // backbone.patch for side in latents.shape[2:])
+    return beside(cond, ROUTE, noise.uniform((count,), ROUTE))
 
 
 def onto(value: Tensor, device: torch.device) -> Tensor:

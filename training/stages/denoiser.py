@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from autoencoder.precision import double_device
 from ldm.backbones import Backbone
-from ldm.backbones.routing import ROUTE
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.image_conditions.base import without
@@ -36,7 +35,7 @@ from training.pictures import grids
 from training.pictures.hints import all_beside
 from training.progress import Progress
 from training.settings.decoding import DenoiserConfig
-from training.stages.captioned import Adapted, Captioned, Captions, Sampled, distinct_captions, onto, together
+from training.stages.captioned import Adapted, Captioned, Captions, Sampled, distinct_captions, onto, scored, together
 from training.stages.prior import Drawn, load_drawn, refuse_others
 
 if TYPE_CHECKING:
@@ -175,11 +174,7 @@ class DenoiserStage(Stage):
 
     def routed(self, cond: Any, latents: Tensor, noise: Noise) -> Any:
         """With the scores by which tokens pass by blocks, where the backbone that learns routes them."""
-        backbone = self.config.backbone
-        if self.adapter or not getattr(backbone, "route", 0):
-            return cond
-        count = math.prod(side // backbone.patch for side in latents.shape[2:])
-        return beside(cond, ROUTE, noise.uniform((count,), ROUTE))
+        return cond if self.adapter else scored(cond, self.config.backbone, latents, noise)
 
     def answered(self, sampled: Sampled) -> Sampled:
         """As noisy, and their targets what the base answers without the adapter."""
