@@ -140,7 +140,7 @@ def made_up(side: int, count: int) -> Any:
 
     class MadeUp:
         shards = SimpleNamespace(remote=None, windows=((), 0), summary={}, directory=Path("."), split="")  # no files
-        text = False
+        text, features = False, 0
         moments = torch.randn(count, 8, side, side, generator=torch.Generator().manual_seed(0))
 
         def __len__(self) -> int:

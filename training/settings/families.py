@@ -51,7 +51,8 @@ TRAINING = Part(
         "learned variance": "--backbone.learned_variance true",
         "velocity-direction loss": "--objective.direction 0.5",
         "contrastive flow matching": "--objective.contrastive 0.05",
-        "token routing (TREAD), value residual of a DiT": "--backbone.route 0.5 --backbone.value_residual true",
+        "token routing (TREAD), value residual": "--backbone.kind dit --backbone.route 0.5 "
+        "--backbone.value_residual true",
         "Muon for matrices": "--optimizer.matrices muon",
         "warm-up EMA": "--train.ema 0.999",
         "power-function EMA": "--train.ema_lengths 0.05,0.1 --train.ema_every 1000, then posthoc_ema",

@@ -61,7 +61,7 @@ OWN_UNET = ["backbone.position", "backbone.pooled", "text.kind"]
 LISTS = (
     ("pixart pixart-xl-2 unet-sd15 portable-unet portable-dit", []),
     ("dit-s-2-label dit-b-2-label dit-l-2-label dit-xl-2-label", ["backbone.frequency_shift"]),
-    ("dit-s dit-b dit-l dit-xl gpu-64 gpu-128 gpu-256 gpus-256 smoke", SCRATCH),
+    ("dit-s dit-b dit-l dit-xl gpu-64 gpu-128 gpu-256 gpus-256 smoke fashion-dit", SCRATCH),
     ("laptop-64 laptop-128 laptop-256 quickstart shapes fashion fashion-pixels", OWN_UNET),
     ("emoji-dit", [*SCRATCH[:-1], "text.lower"]),
     ("upscale-shapes inpaint edit hint", [*OWN_UNET, "image.kind"]),
