@@ -1,5 +1,4 @@
-"""Measure speed and memory: all that is aimed at beside unmodified peers (suite), or one part; each verb's --help says
-what."""
+"""Measure speed and memory: all that is aimed at beside peers (suite), or one part; each verb's --help says what."""
 
 from __future__ import annotations
 

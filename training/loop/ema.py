@@ -21,8 +21,10 @@ class EMA:
     processes as the parameters are.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
-        self.decay, self.updates, self.modules = decay, 0, modules
+    def __init__(self, modules: dict[str, nn.Module], decay: float,
+                 networks: dict[str, nn.Module] | None = None) -> None:
+        """`networks`: what `modules` are parts of, where they are shared out and called whole."""
+        self.decay, self.updates, self.networks = decay, 0, networks or modules
         self._live = averaged_parameters(modules)
         self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
 
@@ -45,7 +47,7 @@ class EMA:
         Where processes share them out, they are whole inside, in this process, while the others `lend`.
         """
         if is_sharded(self.shadow):
-            with whole(self.modules, self._averages()):
+            with whole(self.networks, self._averages()):
                 yield
             return
         if not self.decay:
@@ -63,7 +65,7 @@ class EMA:
     def lend(self) -> None:
         """Do a process's part while another enters `averaged_weights`: none, where nothing is shared out."""
         if is_sharded(self.shadow):
-            lend(self.modules, self._averages())
+            lend(self.networks, self._averages())
 
     def _averages(self) -> dict[Tensor, Tensor]:
         return {p: self.shadow[key] for key, p in self._live.items()} if self.decay else {}

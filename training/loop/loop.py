@@ -68,7 +68,7 @@ class Loop:
         self.stage, self.train, self.settings, self.accelerator, self.run = stage, train, optimizer, accelerator, run
         self.watchers, self.rate = watchers, rate or partial(optim.learning_rate, optimizer, max_steps=train.max_steps)
         wrap(stage, accelerator, compiles=train.compile, shards=train.sharding == "full")
-        self.ema = EMA(stage.averaged, train.ema)  # after the move to the device, where averages belong too
+        self.ema = EMA(stage.averaged, train.ema, stage.networks)  # after the move to the device, where averages belong
         self.powers = PowerAverages(stage.averaged, train.ema_lengths)
         self.optimizers = {
             name: optim.build(optimizer, [stage.networks[n] for n in networks], scale=scale)
