@@ -23,6 +23,7 @@ from training.benchmarks import autoencoder as verb
 from training.benchmarks.case import (
     EAGER,
     EAGER_TARGETS,
+    NOT_YET,
     OF_PRODUCT,
     SAME_SPEED,
     STOCK_SPEED,
@@ -133,7 +134,7 @@ class Step(Case):
 
     kind = "autoencoder"
     title = "training step of a KL autoencoder, all losses (`AutoencoderKL`, textbook loop)"
-    targets = (replace(STOCK_SPEED, least=1.3), SAME_SPEED, OF_PRODUCT)
+    targets = (replace(STOCK_SPEED, least=1.3, checked=NOT_YET), SAME_SPEED, OF_PRODUCT)
 
     def build(self, place: Place) -> Contest:
         pair = both(place)
