@@ -33,7 +33,7 @@ SCORES = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
 
 
 def test_those_of_the_least_scores_go_through_in_their_order() -> None:
-    scores = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.8, 0.6, 0.7]])
+    scores = torch.tensor([[0.9, 0.3, 0.5, 0.1], [0.6, 0.8, 0.2, 0.7]])
     assert kept(scores, 0.5, 2).tolist() == [[0, 1, 3, 5], [0, 1, 2, 4]]
     tokens = put_back(torch.ones(2, 4, 1), kept(scores, 0.5, 2), torch.zeros(2, 6, 1))
     assert tokens[..., 0].tolist() == [[1, 1, 0, 1, 0, 1], [1, 1, 1, 0, 1, 0]]
