@@ -217,13 +217,13 @@ class DiffusionTransformer(Backbone):
                outputs: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """See `Backbone.tapped`."""
         tokens, given = self.begin(x, noise_level, cond)
-        passing, told, inner, routes = tokens, given, self.config.inner, ROUTE in cond.extras
+        passing, told, inner, scores = tokens, given, self.config.inner, cond.extras.get(ROUTE)
         feature, until = tokens, self.blocks_until(share)
-        going = kept(cond.extras[ROUTE], self.config.route, given.prefix) if routes else given.of_end
+        going = None if scores is None else kept(scores, self.config.route, given.prefix)
         for i, block in enumerate(self.blocks):
-            if routes and i == inner.start:
+            if going is not None and i == inner.start:
                 passing, tokens, told = tokens, at(tokens, going[..., None], dim=1), given.among(going)
-            if routes and i == inner.stop:
+            if going is not None and i == inner.stop:
                 tokens, told = put_back(tokens, going, passing), given
             tokens = self.step(block, i, tokens, told)
             tokens = tokens + outputs[i] if i < len(outputs) else tokens

@@ -64,12 +64,11 @@ class Muon(torch.optim.AdamW):
     """AdamW, but in groups that say `matrices`: m <- momentum m + (1 - momentum) g, u = momentum m + (1 - momentum) g,
     w <- w - rate (0.2 sqrt(max(n, m)) orthogonal(u) + decay w); Nesterov's u, weights (n, ...) flattened to (n, m)."""
 
-    _step_supports_amp_scaling = False  # a scaler leaves out a step that overflows, as of AdamW's loop
-
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], momentum: float,
                  fused: bool) -> None:
-        super().__init__([{"matrices": False, **group} for group in groups], lr=lr, betas=betas, fused=fused)
-        self.momentum, self._step_supports_amp_scaling = momentum, False
+        super().__init__(groups, lr=lr, betas=betas, fused=fused)
+        self.momentum = momentum
+        self._step_supports_amp_scaling = False  # a scaler leaves out a step that overflows, as of AdamW's loop
         self.defaults["fused"] = False  # only AdamW's kernel can be held back on the device
 
     @torch.no_grad()
