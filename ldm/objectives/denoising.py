@@ -65,8 +65,8 @@ class Denoising(Objective):
 
     def losses(self, backbone: Trained, x0: Tensor, cond: Cond, draw: Draw, beside: Beside = ALONE) -> Losses:
         x_t, answer = self._asked(backbone, x0, cond, draw.t, draw.eps)
-        error, y, log_var = self._compared(answer, x0, draw.t, draw.eps)
-        error = error + self._beside(y, x0, draw)
+        told, target, y, log_var = self._compared(answer, x0, draw.t, draw.eps)
+        error = squared(told - target) + self._beside(told, target)
         loss = match(self.weighting(self.diffusion, draw.t), error) * error
         if log_var is not None:
             loss = loss * (-log_var).exp() + log_var
@@ -87,26 +87,26 @@ class Denoising(Objective):
         return ends.x0, draw._replace(eps=ends.eps)
 
     def at(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor, beside: Beside = ALONE) -> Tensor:
-        return self._compared(self._asked(backbone, x0, cond, t, eps)[1], x0, t, eps)[0]
+        told, target, _, _ = self._compared(self._asked(backbone, x0, cond, t, eps)[1], x0, t, eps)
+        return squared(told - target)
 
-    def _compared(self, answer: Answer, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The error, the prediction and its expected loss where there is one."""
+    def _compared(self, answer: Answer, x0: Tensor, t: Tensor,
+                  eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What is told and the target, in float32; the whole prediction and its expected loss where there is one."""
         y, log_var = _parts(answer)
         told = y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y
-        error = told.float() - self.diffusion.target(x0, eps, t).float()
-        return error.square().flatten(1).mean(1), y, log_var
+        return told.float(), self.diffusion.target(x0, eps, t).float(), y, log_var
 
-    def _beside(self, y: Tensor, x0: Tensor, draw: Draw) -> Tensor | float:
+    def _beside(self, told: Tensor, target: Tensor) -> Tensor | float:
         """What direction and contrast add to the error."""
         if not (self.direction or self.contrastive):
             return 0.0
-        told = (y.chunk(2, dim=1)[0] if self.diffusion.learned_variance else y).float()
-        target, more = self.diffusion.target(x0, draw.eps, draw.t).float(), torch.zeros(len(y), device=y.device)
+        more = torch.zeros(len(told), device=told.device)
         if self.direction:
             more = more + self.direction * (1 - F.cosine_similarity(told, target, dim=1)).flatten(1).mean(1)
         if self.contrastive:
             other = target.view(-1, GROUP, *target.shape[1:]).roll(1, 1).flatten(0, 1)
-            more = more - self.contrastive * (told - other).square().flatten(1).mean(1)
+            more = more - self.contrastive * squared(told - other)
         return more
 
     def _asked(self, backbone: Trained, x0: Tensor, cond: Cond, t: Tensor, eps: Tensor) -> tuple[Tensor, Answer]:
@@ -114,6 +114,11 @@ class Denoising(Objective):
         x_t = self.diffusion.perturb(x0, eps, t)
         inputs, level = self.diffusion.condition(x_t, t)
         return x_t, backbone(inputs, per_sample(level, x_t), cond)
+
+
+def squared(error: Tensor) -> Tensor:
+    """The mean square of each sample, (B,)."""
+    return error.square().flatten(1).mean(1)
 
 
 def _parts(answer: Answer) -> tuple[Tensor, Tensor | None]:
