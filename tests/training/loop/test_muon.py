@@ -35,13 +35,20 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed
 def test_singular_values_become_equal_and_their_vectors_stay(shape: tuple[int, int]) -> None:
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    x = u @ torch.diag_embed(s.clamp(min=0.1 * s.max().item())) @ v
+    s = torch.logspace(0, -1.6, s.shape[1]).expand_as(s)  # over its norm from 0.011 to 0.5
+    x = u @ torch.diag_embed(s) @ v
     y = orthogonal(x)
-    assert torch.linalg.svdvals(y).min() > 0.65 and torch.linalg.svdvals(y).max() < 1.25
+    assert torch.linalg.svdvals(y).min() > 0.72 and torch.linalg.svdvals(y).max() < 1.28
     turned = u.mT @ y @ v.mT
     torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
     torch.testing.assert_close(orthogonal(1000 * x), y, rtol=1e-4, atol=1e-5)
     assert torch.equal(orthogonal(torch.zeros(1, *shape)), torch.zeros(1, *shape))
+
+
+def test_the_smallest_values_grow_and_stay_finite() -> None:
+    x = torch.diag_embed(torch.tensor([1.0] * 31 + [1e-5]))[None]
+    last = orthogonal(x)[0, -1, -1].item()
+    assert last == pytest.approx(8.0934 * 3.6366 * 2.6613 * 1e-5 / 31**0.5, rel=1e-3)
 
 
 def test_both_ways_to_it_are_one() -> None:
