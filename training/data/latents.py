@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 EXTRA = re.compile(r"extra-([a-z0-9_-]+)\.npy")  # a further field of latents, by the name that a condition gives it
 
+BITS = {"<f2": (np.uint16, 0x7FFF, 0x7C00), "<f4": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000)}  # all but the sign; infinity
+
 
 class Latent(NamedTuple):
     """One sample of `Latents`."""
@@ -103,7 +105,7 @@ class Latents(Samples[Latent]):
 
     def join(self, slots: list[Slot], samples: list[Latent]) -> Batch:
         """Stacked, in float32."""
-        data = torch.from_numpy(np.stack([sample.moments for sample in samples]).astype(np.float32))
+        data = torch.from_numpy(np.stack([sample.moments for sample in samples])).float()  # numpy's cast is slow
         text = joined([sample.text for sample in samples if sample.text is not None]) if self.text else None
         extras = {name: self._stacked(name, [sample.extras[name] for sample in samples]) for name in self.extras}
         return Batch(data, ids(slots), [sample.caption for sample in samples], text, extras=extras)
@@ -122,7 +124,7 @@ class Latents(Samples[Latent]):
         further = {name: f"{variant}-{name}.npy" for name in self.extras}
         record = self.shards.read(index, (field, "json", "text.safetensors", *further.values()))
         moments = self._moments(index, record.get(field, b""))
-        if not np.isfinite(moments).all():
+        if not finite(moments):
             hint = f"encode again with {door('encode_latents --dtype float32 --mixed-precision no')}"
             raise UserError(f"{self.shards.key(index)}: stored latents are not finite", hint=hint, code=NUMERICAL)
         captions = self._captions(index, record.get("json", b""))
@@ -151,7 +153,7 @@ class Latents(Samples[Latent]):
 
     def _captions(self, index: int, data: bytes) -> list[str]:
         try:
-            captions = json.loads(data)["captions"]
+            captions = json.loads(data.decode())["captions"]
         except (ValueError, LookupError, TypeError, RecursionError):
             captions = None
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
@@ -187,6 +189,14 @@ def joined(text: list[dict[str, Tensor]]) -> Cond:
         for t in text
     ]
     return Cond.cat(parts)
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether all numbers are: of 2 and 4 bytes by their bits, a quarter of the time of `isfinite`."""
+    if (known := BITS.get(array.dtype.str)) is None:
+        return bool(np.isfinite(array).all())
+    unsigned, magnitude, infinite = known
+    return bool((array.view(unsigned) & unsigned(magnitude)).max() < infinite)  # beyond it lie the NaN
 
 
 @lru_cache(maxsize=64)

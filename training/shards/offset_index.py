@@ -11,7 +11,7 @@ import io
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
@@ -65,12 +65,14 @@ class Layout(NamedTuple):
     row: Struct
     checked: bool  # whether there are checksums
 
-    def places(self, data: bytes) -> tuple[bytes, dict[str, Place]]:
-        """One row as (key, field -> place), the fields that the sample has."""
-        key, *numbers = self.row.unpack(data)
+    def places(self, data: bytes, wanted: Container[str] | None = None) -> tuple[bytes, dict[str, Place]]:
+        """One row as (key, field -> place), the fields that the sample has; of these only `wanted` where given."""
+        numbers = self.row.unpack(data)
         width = 2 + self.checked
-        places = (Place(*numbers[i : i + width]) for i in range(0, len(numbers), width))
-        return key.rstrip(b"\0"), {field: p for field, p in zip(self.fields, places, strict=True) if p.offset}
+        places = {field: Place(*numbers[at : at + width])
+                  for field, at in zip(self.fields, range(1, len(numbers), width), strict=True)
+                  if numbers[at] and (wanted is None or field in wanted)}
+        return numbers[0].rstrip(b"\0"), places
 
 
 @lru_cache(maxsize=256)

@@ -108,9 +108,7 @@ class ShardSet:
     def read(self, i: int, fields: Container[str] | None = None) -> dict[str, bytes]:
         """The fields of sample i, those it has; of these only `fields` where given."""
         shard, row = self._locate(i)
-        key, places = self._row(shard, row)
-        wanted = places if fields is None else {name: place for name, place in places.items() if name in fields}
-        return self._data(shard, key, wanted)
+        return self._data(shard, *self._row(shard, row, fields))
 
     def read_field(self, i: int, field: str) -> bytes:
         """One field of sample i. Raises UserError(code 3) where the sample lacks it."""
@@ -125,11 +123,11 @@ class ShardSet:
         shard = bisect_right(self._ends, i)
         return shard, i - (self._ends[shard - 1] if shard else 0)
 
-    def _row(self, shard: int, row: int) -> tuple[str, dict[str, Place]]:
+    def _row(self, shard: int, row: int, fields: Container[str] | None = ()) -> tuple[str, dict[str, Place]]:
         _, index, layout = self._found(self.shards[shard])
         data = self._files.read(index, layout.row.size, layout.start + row * layout.row.size)
         try:
-            raw, places = layout.places(data)
+            raw, places = layout.places(data, fields)
             key = raw.decode()
             if is_safe(key):
                 return key, places

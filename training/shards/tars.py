@@ -256,6 +256,8 @@ def stands_before(header: bytes, name: str, size: int) -> bool:
 
     Long and foreign names are told by their size alone, for they stand in an extended header.
     """
+    if header.startswith(f"{name}\0".encode()) and header[124:136] == b"%011o\0" % size:
+        return True  # as most programs write it
     try:
         header_size = _number(header[124:136])
     except (ValueError, IndexError):

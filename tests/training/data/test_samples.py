@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from training.data.images import Images
-from training.data.latents import Latents
+from training.data.latents import Latents, finite
 from training.data.loader import stream
 from training.data.order import Batches, DataOrder, Slot
 from training.data.samples import Batch
@@ -224,3 +224,16 @@ def test_further_fields_that_are_not_sound(tmp_path: Path) -> None:
         shards = with_hints(tmp_path / name, **{"extra-edges.npy": data})
         with pytest.raises(UserError, match="extra-edges.npy"):
             Latents(shards, on_bad_data="error").__getitems__(slots(1))
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
+def test_numbers_are_finite_as_numpy_says(dtype: str) -> None:
+    """The largest of each sign, the smallest, and zero are; infinities and NaN of either sign are not."""
+    largest = np.finfo(dtype).max
+    sound = np.array([largest, -largest, np.finfo(dtype).smallest_subnormal, 0, -0.0], dtype)
+    assert finite(sound)
+    for value in (np.inf, -np.inf, np.nan, -np.nan):
+        for place in range(len(sound)):
+            broken = sound.copy()
+            broken[place] = value
+            assert not finite(broken)

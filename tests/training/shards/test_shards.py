@@ -17,7 +17,7 @@ from training.errors import UserError
 from training.shards.index import write_index
 from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
-from training.shards.tars import index_tar
+from training.shards.tars import index_tar, stands_before
 from training.shards.verifying import verify
 from training.shards.writing import ShardWriter, sound_shard, write_shard
 
@@ -265,3 +265,14 @@ def test_a_fuzzed_header_is_read_or_refused(
         assert isinstance(index_tar(path), np.ndarray)
     except UserError as error:
         assert error.code == 3
+
+
+def test_a_header_is_of_its_member() -> None:
+    """Its name and its size are compared, as tarfile writes them and with a leading `./`; longer names by size."""
+    for stored in ("0001.png", "./0001.png", "0001.PNG"):
+        header = tarfile.TarInfo(stored)
+        header.size = 1234
+        block = header.tobuf()
+        assert stands_before(block, "0001.png", 1234)
+        assert not stands_before(block, "0001.png", 1235) and not stands_before(block, "0002.png", 1234)
+        assert not stands_before(block, "0001.pn", 1234) and not stands_before(b"", "0001.png", 1234)
