@@ -154,3 +154,12 @@ def need_pooled(wanted: bool, pooled_dim: int | None) -> int:
     if wanted and pooled_dim is None:
         raise ValueError("the backbone adds pooled text, but the text encoder gives none: set pooled = false")
     return pooled_dim if wanted and pooled_dim is not None else 0
+
+
+def share_rates(network: nn.Module, base: nn.Module) -> None:
+    """Let a learning rate found at the width of `base` do for the wider `network`: each layer is told, as `narrower`,
+    base inputs / inputs, by which its matrix's rate is to be multiplied with Adam (muP: Yang et al. 2022, arXiv
+    2203.03466, table 3; heads are of one size, so attention needs no other scale)."""
+    for layer, slim in zip(network.modules(), base.modules(), strict=True):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and isinstance(slim, nn.Linear | nn.Conv2d):
+            layer.narrower = slim.weight[0].numel() / layer.weight[0].numel()  # type: ignore[assignment]

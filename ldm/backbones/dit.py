@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from autoencoder.recompute import run
 from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, blank, key_mask, zero
-from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
-from ldm.backbones.embed import Projection, rope_table, sincos_table, sinusoid
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled, share_rates
+from ldm.backbones.embed import Projection, patches, rope_table, sincos_table, sinusoid
 from ldm.backbones.image import ImageInputs, with_level, with_numbers
 from ldm.backbones.modulation import MODULATIONS, OwnModulation, modulate
 from ldm.backbones.routing import ROUTE, at, kept, put_back
@@ -34,11 +34,13 @@ class DiT(BackboneConfig):
     frequencies of the noise level are 10000^(-i / (half - shift)); diffusers' class-conditional DiT has 1.
     `value_residual`: see `SelfAttention`. `route`: the share of a picture's tokens that pass by the blocks from
     `route_from` to `depth - route_until` while it is trained (TREAD, Krause et al. 2025, arXiv 2501.04765).
+    `base_width`: the width at which a learning rate was found, to be used at this one (muP, `share_rates`).
     """
 
     small: ClassVar[Mapping[str, Any]] = {"width": 32, "depth": 2, "heads": 2, "base_size": 8}
     kind: Literal["dit"] = "dit"
     width: int = 384
+    base_width: int = 0
     depth: int = 12
     heads: int = 6
     patch: int = 2
@@ -63,7 +65,7 @@ class DiT(BackboneConfig):
 
     limits: ClassVar = {**dict.fromkeys(("width", "depth", "heads", "patch", "mlp_ratio", "base_size"), "(0, inf)"),
                         "route": "[0, 1)", "route_from": "[0, inf)", "route_until": "[1, inf)",
-                        "frequency_shift": f"[0, {LEVEL_FEATURES // 2})"}
+                        "base_width": "[0, inf)", "frequency_shift": f"[0, {LEVEL_FEATURES // 2})"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +74,9 @@ class DiT(BackboneConfig):
         divided, dim = ("width", self.width) if self.position == "sincos" else ("width/heads", self.width // self.heads)
         if dim % 4:
             raise ValueError(f"{divided} ({dim}) must be divisible by 4 for two-dimensional {self.position} positions")
+        if self.base_width and (self.base_width * self.heads % self.width or not self.pooled_projection):
+            raise ValueError(f"base_width ({self.base_width}) must hold whole heads of {self.width // self.heads} "
+                             "channels, and pooled_projection be true")
         if self.route and not self.inner:
             raise ValueError(f"route: no block lies between the first {self.route_from} and the last "
                              f"{self.route_until} of {self.depth}; make them fewer, or the depth larger")
@@ -83,13 +88,14 @@ class DiT(BackboneConfig):
 
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,
               **image: Unpack[ImageInputs]) -> DiffusionTransformer:
-        return DiffusionTransformer(self, channels, context_dim, need_pooled(self.pooled, pooled_dim)).shown(**image)
-
-
-def patches(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> its patches (B, N, C p p), as they are published: C·p·p features go in, p·p·C come out."""
-    grid = x.reshape(*x.shape[:2], x.shape[2] // patch, patch, x.shape[3] // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        given = channels, context_dim, need_pooled(self.pooled, pooled_dim)
+        network = DiffusionTransformer(self, *given).shown(**image)
+        if self.base_width:
+            heads = self.base_width * self.heads // self.width
+            with torch.device("meta"):
+                base = DiffusionTransformer(replace(self, width=self.base_width, base_width=0, heads=heads), *given)
+                share_rates(network, base.shown(**image))
+        return network
 
 
 class Block(nn.Module):

@@ -74,3 +74,9 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (part.to(x.dtype) for part in table)
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([-second, first], dim=-1), sin)
+
+
+def patches(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> its patches (B, N, C p p), as they are published: C·p·p features go in, p·p·C come out."""
+    grid = x.reshape(*x.shape[:2], x.shape[2] // patch, patch, x.shape[3] // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
