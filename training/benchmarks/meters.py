@@ -25,10 +25,12 @@ aten = torch.ops.aten
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 
 # FLOPs of a CPU's own kernel of attention, which torch's counter does not know, by the shapes it is given.
+of_attention: Any = sdpa_flop_count
+of_its_gradient: Any = sdpa_backward_flop_count
 ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: of_attention(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda _, q, k, v, *__, **___: sdpa_backward_flop_count(_, q, k, v),
+        lambda y, q, k, v, *_, **__: of_its_gradient(y, q, k, v),
 }  # fmt: skip
 
 

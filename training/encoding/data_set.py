@@ -204,7 +204,7 @@ def _prepare(
 def sample_bytes(plan: Mapping[str, Any], *, flip: bool) -> int:
     """What a sample will take on disk, embeddings of its captions aside; `flip`: its mirrored picture, too."""
     latent = plan["latent"]
-    size = math.prod(latent["shape"]) * np.dtype(latent["dtype"]).itemsize
+    size: int = math.prod(latent["shape"]) * np.dtype(latent["dtype"]).itemsize
     size += math.prod(latent["picture"]) * (plan.get("hint") or {}).get("channels", 0)
     size += 2 * math.prod(latent["shape"][1:]) * (plan.get(VISION) or {}).get("width", 0)
     return size * (2 if flip else 1) + BESIDE

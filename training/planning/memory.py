@@ -120,8 +120,8 @@ class Observed:
         return self.held + self.peak(micro, accumulation).total
 
 
-def sizes(share: int, group: int) -> list[int]:
-    """The micro-batches to choose from: powers of two times `group` that divide what a process has of a batch, and all
-    of it."""
+def sizes(share: int, group: int, own: int) -> list[int]:
+    """The micro-batches to choose from: powers of two times `group` that divide what a process has of a batch, all of
+    it, and the config's own."""
     powers = (group << n for n in range(share.bit_length()))
-    return sorted({size for size in powers if share % size == 0} | {share})
+    return sorted({size for size in powers if share % size == 0} | {share, own})

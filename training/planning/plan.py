@@ -115,18 +115,20 @@ class Planning:
 
     def observe(self) -> tuple[Trial, list[Observed]]:
         """The trial of the config, and what its steps hold: without and with gradient checkpointing, its own last."""
-        part = PARTS[self.job.stage]
-        section, found = getattr(self.job.config, part), list[Observed]()
-        own = getattr(section, SWITCH, None)
-        for saving in (None,) if own is None else (not own, own):
-            if saving is not None:
-                changed = replace(section, **{SWITCH: saving})
-                self.job.config = replace(self.job.config, **{part: changed})
-            trial = None  # its memory is for the next
-            trial, held = self.open()
-            once, again = self.small_steps(trial)
-            found.append(Observed(bool(saving), once, again, held))
-        return trial, found
+        own = getattr(getattr(self.job.config, PARTS[self.job.stage]), SWITCH, None)
+        other = [] if own is None else [self.tried(saving=not own)[1]]  # of its trial nothing is kept
+        trial, seen = self.tried(saving=own)
+        return trial, [*other, seen]
+
+    def tried(self, *, saving: bool | None) -> tuple[Trial, Observed]:
+        """A trial with gradient checkpointing on or off, or of what has none, and what its steps hold."""
+        if saving is not None:
+            part = PARTS[self.job.stage]
+            changed = replace(getattr(self.job.config, part), **{SWITCH: saving})
+            self.job.config = replace(self.job.config, **{part: changed})
+        trial, held = self.open()
+        once, again = self.small_steps(trial)
+        return trial, Observed(bool(saving), once, again, held)
 
     def small_steps(self, trial: Trial) -> list[tuple[Seen, Seen]]:
         """Steps of two small micro-batches, of one pass and of two. A batch of 1 is special to many operations: it is
@@ -147,6 +149,9 @@ class Planning:
 
         def build() -> None:
             stage = self.built.build(self.accelerator, None)
+            if not stage.networks:
+                what = f"config {self.args.config} has nothing to train: a run of it measures and exports"
+                raise UserError(what, hint="choose another --config")
             opened.append(Trial(stage, self.job.config, self.accelerator, self.folder, self.first))
             opened[0].warm_up(stage.group)
             gc.collect()
@@ -186,7 +191,7 @@ class Planning:
         """Micro-batches without and with gradient checkpointing: what each is predicted to take, whether it fits."""
         more, found = memory["predicted"] - memory["alone"], []
         for seen in sorted(observed, key=lambda seen: seen.saving):
-            for micro in sizes(self.share, group):
+            for micro in sizes(self.share, group, self.micro):
                 size = seen.total(micro, self.share // micro) + more
                 fits = SPARE * size <= memory["given"]
                 found.append({"micro_batch": micro, "checkpointing": seen.saving, "bytes": size, "fits": fits})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ class Trial(Loop):
     def observe(self, micro: int, accumulation: int) -> Seen:
         """What a step of such a split holds, operation by operation, and at most."""
         self.split(micro, accumulation)
-        self.passes.incoming = iter([next(self.passes.incoming) for _ in range(accumulation)])  # reading is no part of it
+        self.passes.incoming = iter([next(self.passes.incoming) for _ in range(accumulation)])  # read beforehand
         timeline, births = Timeline(self.accelerator.device.type), list[tuple[int, int]]()
 
         def step() -> None:
@@ -115,7 +116,11 @@ class Trial(Loop):
         hush(quiet)
         if number:
             raise SystemExit(128 + number)
-        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-        share = (self.journal.waited - waited) / (self.ends[-1] - begun)
-        return seconds[min(UNTIMED, steps // 2) :], share
+        return steady(self.ends), (self.journal.waited - waited) / (self.ends[-1] - begun)
 
+
+def steady(ends: list[float]) -> list[float]:
+    """Seconds of each step by when it ended, the first number being the beginning; without the first few, at most half.
+    """
+    seconds = [end - start for start, end in pairwise(ends)]
+    return seconds[min(UNTIMED, len(seconds) // 2) :]
