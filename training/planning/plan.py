@@ -20,6 +20,7 @@ from training.errors import UserError
 from training.files import write_json
 from training.guarding import make_folder
 from training.loop.watchdogs import explain
+from training.machine import launcher
 from training.machine.memory import out_of_memory
 from training.messages import answer, tell
 from training.planning import disk, telling
@@ -47,15 +48,18 @@ def plan(args: argparse.Namespace, stage: str) -> int:
 
     It is tried in one process; of several that a launcher started, the first plans for all.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not launcher.first_process():
         return 0
     target, args.output = args.output and Path(args.output), None
     if target and target.exists() and not args.overwrite:
         raise UserError(f"{target} is there", hint="use --overwrite, or another --output")
     processes = args.processes or int(os.environ.get("WORLD_SIZE", "1"))
-    for name in LAUNCHED:
-        os.environ.pop(name, None)
-    kind, config = config_of(args, stage)
+    try:
+        os.environ["WORLD_SIZE"] = str(processes)  # by which a config is proposed
+        kind, config = config_of(args, stage)
+    finally:
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
     if args.print_config:
         return print_config(config)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
@@ -99,6 +103,7 @@ class Planning:
             "stage": self.job.stage,
             "config": self.args.config,
             "device": self.device,
+            "tried_at_step": self.first,
             "batch": train.batch_size,
             "micro_batch": self.micro,
             "accumulation": self.accumulation,

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from training.planning.disk import of_latents, of_pictures
+from training.planning.memory import Observed, Seen
 from training.planning.plan import Planning, flags
 from training.shards.index import read_index
 from training.shards.reading import ShardSet
@@ -35,13 +36,14 @@ def near(facts: dict[str, Any]) -> float:
 
 @pytest.fixture(scope="module")
 def dit(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    words = ("--latents", latents, *DIT, *SHORT, "--batch-size", 16, "--price-per-hour", 3, "--memory", 0.0625)
+    words = ("--latents", latents, *DIT, *SHORT, "--batch-size", 16, "--price-per-hour", 3)
     return planned(tmp_path_factory.mktemp("plan"), *words)
 
 
 @pytest.fixture(scope="module")
 def autoencoder_plan(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     words = ("--data", shapes, *AUTOENCODER, *SHORT, "--batch-size", 8, "--loss.adversarial_start", 40)
+    words += ("--loss.r1", 0.1, "--loss.r1_every", 4)
     return planned(tmp_path_factory.mktemp("plan"), *words)
 
 
@@ -51,15 +53,16 @@ def test_a_dit_takes_what_is_predicted(dit: dict[str, Any]) -> None:
 
 def test_a_unet_takes_what_is_predicted(latents: Path, tmp_path: Path) -> None:
     """In two passes a step, the gradients of the first there in the second: all but those of a vector nobody reads."""
-    words = ("--latents", latents, "--config", "smoke", *UNET, "--text.width", "16", *SHORT, "--batch-size", 24)
-    facts = planned(tmp_path, *words, "--micro-batch-size", 12)
+    words = ("--latents", latents, "--config", "smoke", *UNET, "--text.width", "16", *SHORT, "--batch-size", 12)
+    facts = planned(tmp_path, *words, "--micro-batch-size", 6, "--trial-steps", 2)
     assert 0.9 < near(facts) < 1.1 and facts["accumulation"] == 2
     assert 0.99 < facts["memory"]["parts"]["gradients"] / (4 * facts["parameters"]["trainable"]) <= 1
-    assert 12 in [row["micro_batch"] for row in facts["choices"]]
+    assert 6 in [row["micro_batch"] for row in facts["choices"]]
 
 
 def test_an_autoencoder_takes_what_is_predicted(autoencoder_plan: dict[str, Any]) -> None:
-    assert 0.9 < near(autoencoder_plan) < 1.1
+    """At the last step that the trial may begin at, of those in which the critic is held back."""
+    assert 0.9 < near(autoencoder_plan) < 1.1 and autoencoder_plan["tried_at_step"] == 44
 
 
 def test_a_choice_takes_what_is_predicted_where_it_is_made(dit: dict[str, Any], latents: Path, tmp_path: Path) -> None:
@@ -109,19 +112,19 @@ def test_processes_are_assumed_and_share_the_batch(
     latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those of a launcher, too, of which the first alone speaks; each holds the messages of gradients besides."""
-    words = ("--latents", latents, *DIT, "--device", "cpu", "--trial-steps", 0, "--batch-size", 16)
+    words = ("--latents", latents, *DIT, "--device", "cpu", "--trial-steps", 2, "--batch-size", 16)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert tiny.call("plan", *words) == 0 and capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "0")
-    facts = planned(tmp_path, *words)
-    assert (facts["processes"], facts["batch"], facts["micro_batch"], facts["speed"]) == (2, 16, 8, None)
-    assert "measured" not in facts["memory"]
+    facts = planned(tmp_path, *words, "--price-per-hour", 3)
+    assert (facts["processes"], facts["batch"], facts["micro_batch"]) == (2, 16, 8)
+    assert facts["speed"]["price"] == pytest.approx(2 * 3 * facts["speed"]["hours"])
     exchanged = facts["memory"]["parts"]["several processes"]
     assert exchanged == facts["memory"]["parts"]["weights"]
     assert facts["memory"]["predicted"] == facts["memory"]["alone"] + exchanged
     said = capsys.readouterr().out
-    assert "2 processes are assumed" in said and "no trial was made" in said
+    assert "2 processes are assumed" in said and "if all 2 processes are as fast as this one" in said
 
 
 def test_what_is_larger_than_the_machine_is_not_tried(
@@ -132,7 +135,8 @@ def test_what_is_larger_than_the_machine_is_not_tried(
     facts = planned(tmp_path, "--latents", latents, *DIT, *SHORT, "--batch-size", 16)
     assert facts["flags"] == [] and not any(row["fits"] for row in facts["choices"])
     said = capsys.readouterr().out
-    assert "not tried: this machine has 0.001 GiB" in said and "none fits" in said
+    assert "not tried: this machine has 0.001 GiB" in said and "none fits" in said and "no trial was made" in said
+    assert facts["speed"] is None and "measured" not in facts["memory"]
 
 
 def test_the_flags_are_the_largest_that_fits_and_checkpointing_only_where_it_must() -> None:
@@ -150,10 +154,15 @@ def test_the_flags_are_the_largest_that_fits_and_checkpointing_only_where_it_mus
     assert flags(rows("", ""), "backbone", own=False) == []
 
 
-def test_a_tenth_must_be_to_spare(dit: dict[str, Any]) -> None:
-    assert dit["memory"]["given"] == 1 << 26
-    for row in dit["choices"]:
-        assert row["fits"] == (1.1 * row["bytes"] <= 1 << 26)
+def test_a_tenth_must_be_to_spare() -> None:
+    """A choice of 1,000 and 10 a sample: 1,080 bytes with 8."""
+    steps = Seen(2, [20], [], 20), Seen(4, [40], [], 40)
+    planning = object.__new__(Planning)
+    planning.share = planning.micro = 8
+    memory = {"predicted": 0, "alone": 0, "given": 1188}
+    for given, fitting in ((1188, [1, 2, 4, 8]), (1187, [1, 2, 4])):
+        rows = planning.choices([Observed(False, steps, steps, 1000)], {**memory, "given": given}, 1)
+        assert [row["micro_batch"] for row in rows if row["fits"]] == fitting
 
 
 def test_latents_take_what_was_predicted_of_their_pictures(latents: Path, shapes: Path, autoencoder: Path) -> None:
@@ -166,7 +175,8 @@ def test_latents_take_what_was_predicted_of_their_pictures(latents: Path, shapes
     infos = read_index(latents)[1]
     assert there["bytes"] == sum(info.bytes for info in infos) and there["samples"] == ahead["samples"] == 115
     assert there["latents_each"] == ahead["latents_each"] + 2 * 128  # the heads of two npy files
-    assert there["text_each"] < ahead["text_each"] and there["bytes"] < ahead["bytes"]
+    assert there["text_each"] < ahead["text_each"]
+    assert 0.7 < ahead["bytes"] / there["bytes"] < 1.3  # of latents as small as these, most is heads of files
 
 
 def test_nothing_is_left_behind(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
