@@ -57,6 +57,7 @@ FLOORS = (
     {"loop", "encoding", "drawing"},
     {"stages", "measuring"},
     {"drills", "benchmarks", "studio"},
+    {"planning"},  # measures with the meters of benchmarks
     {"doors"},
     {"__main__"},  # all doors as one program
     {"system"},  # today's place of what `training` itself offers now

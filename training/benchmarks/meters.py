@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ldm.exact import Smooth
 from ldm.grids import Uniform
@@ -22,6 +23,15 @@ from ldm.schedules import Flow
 aten = torch.ops.aten
 # A CPU scalar enters these as an argument of their kernel.
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+# FLOPs of a CPU's own kernel of attention, which torch's counter does not know, by the shapes it is given.
+of_attention: Any = sdpa_flop_count
+of_its_gradient: Any = sdpa_backward_flop_count
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: of_attention(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda y, q, k, v, *_, **__: of_its_gradient(y, q, k, v),
+}  # fmt: skip
 
 
 def seconds(call: Callable[[], object], device: str, *, processor: bool = False) -> float:
@@ -36,15 +46,22 @@ def seconds(call: Callable[[], object], device: str, *, processor: bool = False)
 
 
 def peak(call: Callable[[], object], device: str) -> float:
-    """MiB that one call has at most, beyond what was there: on a CPU the allocator's own, by the profiler."""
+    """MiB that one call has at most, beyond what was there."""
+    return allocated(call, device)[1] / 2**20
+
+
+def allocated(call: Callable[[], object], device: str) -> tuple[int, int]:
+    """Bytes that one call leaves and has at most, beyond what was there: on a CPU the allocator's own, by the profiler.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return float((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells that it starts, and that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     held = highest = 0
@@ -52,13 +69,27 @@ def peak(call: Callable[[], object], device: str) -> float:
         if event.name() == "[memory]":
             held += event.nbytes()
             highest = max(highest, held)
-    return highest / 2**20
+    return held, highest
+
+
+class Whole:
+    """Stands for what tells a counter of FLOPs which module is at work: none is asked for."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> Whole:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was begun."""
 
 
 def flops(call: Callable[[], object]) -> float:
-    """FLOPs of a call on tensors of the meta device, two for each multiply-add: matrix products, convolutions and
-    attention, which are what hardware is rated by."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of a call, two for each multiply-add: matrix products, convolutions and attention, which are what hardware
+    is rated by. On tensors of the meta device, too, where nothing is computed."""
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    counter.mod_tracker = Whole()  # type: ignore[assignment]  # torch's own does not bear `autograd.grad` in a step
+    with counter:
         call()
     return float(counter.get_total_flops())
 

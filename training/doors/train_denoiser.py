@@ -10,7 +10,15 @@ from training.settings.flags import TrainParser
 
 def main() -> None:
     """Read the flags and train."""
-    parser = TrainParser(__doc__ or "", "denoiser")
+    args = stage_two(__doc__ or "").read_training()
+    from training.stages.train import train
+
+    sys.exit(train(args, "denoiser"))
+
+
+def stage_two(description: str) -> TrainParser:
+    """The flags of the training of a denoiser."""
+    parser = TrainParser(description, "denoiser")
     parser.epilog = f"{parser.epilog}\n\n{listing(TRAINING, SAMPLING)}"
     parser.data.add_argument("--latents", metavar="DIR", help="encoded latents (encode_latents)")
     parser.data.add_argument(
@@ -20,7 +28,4 @@ def main() -> None:
     parser.data.add_argument("--base", metavar="RUN", help=text)
     text = "with --init-from or --base: words or labels that the run does not know get rows after its own"
     parser.data.add_argument("--new-words", action="store_true", help=text)
-    args = parser.read_training()
-    from training.stages.train import train
-
-    sys.exit(train(args, "denoiser"))
+    return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import sha256
@@ -99,7 +100,7 @@ def _plan(
     summary: dict[str, Any], shards: list[ShardInfo], model: Autoencoder, encoder: TextEncoder | None, args: Any
 ) -> dict[str, Any]:
     """All that decides what the latents are."""
-    latent, hint = _latent(_images(args.data, shards[0].split, args), model, args.dtype), hint_beside(summary)
+    latent, hint = latent_of(_images(args.data, shards[0].split, args), model, args.dtype), hint_beside(summary)
     image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
     return {
         "encoder": autoencoder_hashes(model)["encoder"],
@@ -187,12 +188,8 @@ def _prepare(
     target: Path, plan: dict[str, Any], total: int, home: Path, encoder: TextEncoder | None, args: argparse.Namespace
 ) -> None:
     """Claim the folder, and put beside the latents what they are made with. Raises UserError where they do not fit."""
-    size = math.prod(plan["latent"]["shape"]) * np.dtype(args.dtype).itemsize
-    size += math.prod(plan["latent"]["picture"]) * (plan["hint"] or {}).get("channels", 0)
-    size += 2 * math.prod(plan["latent"]["shape"][1:]) * (plan[VISION] or {}).get("width", 0)
-    size = size * (2 if args.flip else 1) + BESIDE
     present = sum(path.stat().st_size for path in target.glob("*.tar"))
-    check_output(target, total * size - present)
+    check_output(target, total * sample_bytes(plan, flip=args.flip) - present)
     # Claimed before anything is put there: a folder of other latents is refused as it was.
     claim(target, plan, told_from(args.data, target))
     try:
@@ -204,7 +201,16 @@ def _prepare(
         raise disk_error(target, failure) from None
 
 
-def _latent(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
+def sample_bytes(plan: Mapping[str, Any], *, flip: bool) -> int:
+    """What a sample will take on disk, embeddings of its captions aside; `flip`: its mirrored picture, too."""
+    latent = plan["latent"]
+    size: int = math.prod(latent["shape"]) * np.dtype(latent["dtype"]).itemsize
+    size += math.prod(latent["picture"]) * (plan.get("hint") or {}).get("channels", 0)
+    size += 2 * math.prod(latent["shape"][1:]) * (plan.get(VISION) or {}).get("width", 0)
+    return size * (2 if flip else 1) + BESIDE
+
+
+def latent_of(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
     """What one stored latent is: shape, type, and the size of its picture."""
     picture = tuple(images[0].data.shape[2:])
     with as_user_error("pack the pictures again with another --resolution", DATA):

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,8 @@ from training.files import finite
 from training.messages import answer, say, tell
 from training.next_step import tell_next
 from training.settings import decoding
-from training.settings.upgrading import run_version
-from training.settings.upon import ADAPTER, load_upon, refuse_name_without_base, refuse_without_base, upon_another
 from training.settings.without_use import without_use
+from training.stages.beginning import config_of, make_ready
 
 if TYPE_CHECKING:
     import argparse
@@ -43,61 +41,20 @@ JOBS = {
 
 def train(args: argparse.Namespace, stage: str) -> int:
     """Train one stage and export it. Returns the exit code. All processes end together; the folder is given back."""
-    _take_accumulation(args)
-    args.steps_proposed = False
-    upon = upon_another(args, stage)
-    if args.config is None:
-        from training.stages.proposing import settle_config, take_own
-
-        if upon is None:
-            settle_config(args, stage)
-        elif not take_own(args, stage):
-            raise upon.missing_config()
-    if stage == "denoiser" and upon is None:
-        refuse_name_without_base(args.config)
-    _take_asked(args, upon.folder if upon else stage)
-    if upon:
-        from training.models.adapters import config_of_base, config_of_teacher
-
-        theirs = config_of_base(args.base) if upon is ADAPTER else config_of_teacher(args.teacher)
-        config: Any = load_upon(upon, theirs, args.config, args.overrides)
-    else:
-        config = decoding.load(stage, args.config, args.overrides, run_version(args.output))
-        refuse_without_base(config)
+    kind, config = config_of(args, stage)
     if args.print_config:
-        answer(*json.dumps(decoding.to_values(config), indent=1).splitlines())
-        return 0
+        return print_config(config)
     from training.machine.processes import together
-    from training.stages.checks import check_sharding
 
-    check_sharding(config)
     again()  # remembered, for the launcher may be gone when the command is told
     with together(), ExitStack() as ending:
-        return _train(job_of(upon.folder if upon else stage)(args, config), ending)
+        return _train(job_of(kind)(args, config), ending)
 
 
-def _take_accumulation(args: argparse.Namespace) -> None:
-    """The accumulation that `accelerate launch` asks for, where no flag says it: a proposed batch is a multiple of it.
-    """
-    from training.machine import launcher
-
-    accumulation = launcher.accumulation(getattr(args, "gradient_accumulation_steps", None))
-    if accumulation is not None:
-        args.gradient_accumulation_steps = accumulation
-
-
-def _take_asked(args: argparse.Namespace, stage: str) -> None:
-    """Precision and sharding that `accelerate launch` asks for, where neither a flag nor the config says it."""
-    from training.machine import launcher
-
-    for key, ask, usual in (
-        ("train.mixed_precision", partial(launcher.precision, shards=True), "no"),
-        ("train.sharding", launcher.sharding, "none"),
-    ):
-        given = args.overrides.get(key) or decoding.stated(stage, args.config, key)
-        taken = ask(given)
-        if given is None and taken != usual:
-            args.overrides = {**args.overrides, key: taken}
+def print_config(config: Any) -> int:
+    """Answer with all keys of a config, as resolved. Returns the exit code."""
+    answer(*json.dumps(decoding.to_values(config), indent=1).splitlines())
+    return 0
 
 
 def job_of(kind: str) -> type[Job]:
@@ -114,20 +71,12 @@ def _train(job: Job, ending: ExitStack) -> int:
     from training.pages.writing import Renewed
     from training.runs.folder import Run
     from training.runs.trackers import choose
-    from training.stages.checks import check_batch, layout, shared_facts
     from training.stages.outlook import tell_outlook
     from training.stages.resuming import begin, open_run
 
-    args, settings = job.args, job.config.train
+    args = job.args
     args.report_to = choose(args.report_to)
-    job.open_data()
-    accelerator = processes.start(args.device, settings.mixed_precision, compiles=settings.compile, shards=True)
-    processes.choose_kernels(tf32=settings.tf32, benchmark=settings.cudnn_benchmark)
-    if processes.is_distributed():
-        meeting.agree(shared_facts(job, accelerator))
-    job.config, micro, accumulation = layout(job.config, args, accelerator.num_processes)
-    job.settle()
-    check_batch(job.dataset, job.config.train)
+    accelerator, micro, accumulation = make_ready(job)
     run = None if args.dry_run else open_run(args, job.stage, job.config, accelerator, ending)
     if run and run.finished():
         return report_complete(job, run)

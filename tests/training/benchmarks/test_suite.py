@@ -225,6 +225,23 @@ def test_flops_are_two_for_each_multiply_add() -> None:
     assert meters.flops(lambda: layer(x).sum().backward()) == 2 * (2 * 4 * 8 * 16)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops_of_attention_are_counted_on_a_cpu_too(device: str) -> None:
+    """Two products forward, 2 B H N N d each; backward four, and the first once more where its result was not kept."""
+    q = torch.randn(2, 3, 16, 8, device=device, requires_grad=True)
+    product = 2 * 2 * 3 * 16 * 16 * 8
+
+    def step() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+
+    assert meters.flops(step) == {"cpu": 7, "meta": 6}[device] * product
+
+
+def test_flops_are_counted_where_a_step_asks_for_a_gradient_within_it() -> None:
+    layer, x = torch.nn.Linear(8, 16, bias=False), torch.ones(4, 8)
+    assert meters.flops(lambda: torch.autograd.grad(layer(x).sum(), list(layer.parameters()))) == 2 * (2 * 4 * 8 * 16)
+
+
 @pytest.fixture
 def even(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every lane of every case takes a second."""

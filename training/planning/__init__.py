@@ -1,0 +1,1 @@
+"""What a training will need and take, said before it is run."""
