@@ -90,7 +90,7 @@ def encode(args: argparse.Namespace) -> int:
         write_json(_part(target, accelerator.process_index), [asdict(info) for info in there])
         meeting.meet()  # the index lists the shards of all processes
         if accelerator.is_main_process:
-            infos = _parts(target, accelerator.num_processes, shards)
+            infos = _parts(target, accelerator.num_processes)
             left_out = _finish(source, target, plan, shards, infos, model.latent_channels, worker.waiting())
             if left_out and args.on_bad_data is None:
                 raise unasked(left_out, total, target)
@@ -179,11 +179,10 @@ def _part(target: Path, rank: int | str) -> Path:
     return target / f".encoded-{rank}.json"
 
 
-def _parts(target: Path, processes: int, shards: list[ShardInfo]) -> list[ShardInfo]:
-    """What all processes say is there, in the order of the pictures' shards."""
+def _parts(target: Path, processes: int) -> list[ShardInfo]:
+    """What all processes say is there, by name."""
     rows = [row for rank in range(processes) for row in json.loads(_part(target, rank).read_bytes())]
-    there = {row["name"]: ShardInfo(**row) for row in rows}
-    return [there[shard.name] for shard in shards if shard.name in there]
+    return sorted((ShardInfo(**row) for row in rows), key=lambda info: info.name)
 
 
 def _ledger_of(target: Path, info: ShardInfo) -> Path:
