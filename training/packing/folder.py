@@ -18,7 +18,7 @@ from training.packing.split_folders import Taken, split_folders
 from training.packing.tables import FILE_COLUMNS, TABLES
 from training.packing.texts import LARGEST_TEXT, PASSED_OVER, STATED, TEXTS, passed_over, several_lines, split_in
 from training.packing.trees import Directory, Tree
-from training.pictures.decoding import LARGEST_FILE, SUFFIXES
+from training.pictures.decoding import SUFFIXES
 from training.pictures.formats import unused
 from training.shards.captions import (
     as_list,
@@ -207,7 +207,7 @@ class Folder(Source):
                     yield Remark(printable(file), "sidecar without a caption", "ignored")
             if passed_over(others, captions):
                 yield Remark(key, PASSED_OVER, "ignored")
-            image = self.tree.read(name, LARGEST_FILE)
+            image = self.tree.picture(name)
         except UserError as error:
             yield Remark(key, error.what)
             return
