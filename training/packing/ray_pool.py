@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import socket
 from collections.abc import Callable
 from functools import cache, partial
@@ -91,6 +92,7 @@ class RayPool:
         self.ray, self.settings = ray, settings
         self._ours = not ray.is_initialized()
         if self._ours:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports its use to its makers
             try:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             except (OSError, RuntimeError, ValueError) as failure:  # ConnectionError among them
