@@ -1,7 +1,7 @@
-"""A folder that img2dataset downloaded into, as it lies: shards 00000, 00001, … of tars, folders or parquet, each with the
-counts of its download beside it (00000_stats.json) and, but for parquet, a table of all its rows (00000.parquet).
+"""A folder that img2dataset downloaded into, as it lies: shards 00000, 00001, … of tars, folders or parquet, each with
+the counts of its download beside it (00000_stats.json) and, but for parquet, a table of all its rows (00000.parquet).
 
-Rows that failed have no picture and stand in the tables alone. Layout: github.com/rom1504/img2dataset.
+Rows that failed have no picture and stand in the tables alone. Layout: what the writers of img2dataset 1.47 do.
 """
 
 from __future__ import annotations

@@ -115,10 +115,11 @@ def test_hints_beside_pictures_are_read_there_too(cluster: Cluster, source: Path
 
 
 def test_a_task_that_is_not_full_is_sent_when_it_is_waited_for(cluster: Cluster, source: Path, tmp_path: Path) -> None:
-    """Between two parts of pictures lie more samples without one than may be on their way."""
+    """Between two parts of pictures lie samples without one, so many that the first of three pictures is waited for
+    when the fourth comes: 64 may be on their way."""
     members: dict[str, bytes | str] = {}
-    for i in range(90):
-        members |= {f"{i:02d}.txt": f"number {i}"} | ({} if 3 <= i < 85 else {f"{i:02d}.png": packs.png(i)})
+    for i in range(70):
+        members |= {f"{i:02d}.txt": f"number {i}"} | ({} if 3 <= i < 65 else {f"{i:02d}.png": packs.png(i)})
     tars = packs.tar(tmp_path / "in.tar", members)
     for name, flags in (("one", []), ("many", ["--engine", "ray"])):
         packs.pack(tars, tmp_path / name, *FLAGS, *flags)
