@@ -95,7 +95,7 @@ class RayPool:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports its use to its makers
             try:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            except (OSError, RuntimeError, ValueError) as failure:  # ConnectionError among them
+            except Exception as failure:  # of no cluster a ConnectionError, of a node that does not come up a bare one
                 hint = "see `ray status`, or leave --engine out: processes of this machine pack"
                 raise UserError(f"Ray does not start ({_first(failure)})", hint=hint, code=LOST) from None
         self._make = ray.remote(make_all).options(num_cpus=1)
