@@ -27,7 +27,8 @@ KEYS = {
 # Of bash, pip, pytest, torchrun, accelerate, and names with a part to be filled in.
 OF_TORCHRUN = {"--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint", "--local-addr"}
 OF_SLURM = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue", "--open-mode"}
-OF_OTHERS = hints.OF_LAUNCHERS | OF_TORCHRUN | OF_SLURM | {"--help"}
+OF_RAY = {"--head", "--address"}
+OF_OTHERS = hints.OF_LAUNCHERS | OF_TORCHRUN | OF_SLURM | OF_RAY | {"--help"}
 PLACEHOLDERS = {"--flags", "--section.key", "--backbone"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_]\w*)?")
 

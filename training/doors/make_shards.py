@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +16,9 @@ from training.next_step import beside, tell_next
 from training.packing.finding import add_source_flags, find_source
 from training.packing.hints import hint_files
 from training.packing.pack import pack
+from training.packing.ray_pool import ray_pool
 from training.packing.settings import Settings
+from training.packing.workers import Processes, Start
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop
 from training.pictures.flags import add_hint_flags, add_picture_flags
 from training.settings.flags import Parser
@@ -65,6 +68,8 @@ def build_parser() -> Parser:
     add("--order", choices=("mixed", "source"), default="mixed", help=text)
     text = "processes that decode and encode pictures, 0: this one; they do not change what is written"
     add("--num-workers", type=int, default=0, metavar="N", help=text)
+    text = "whose processes: of this machine, or of a Ray cluster, with --num-workers 0 as many as it has CPUs"
+    add("--engine", choices=("processes", "ray"), default="processes", help=text)
     add("--animated", choices=("first", "reject"), default="first", help="take the first frame, or treat as bad data")
     text = f"largest picture that is decoded (up to {MOST_PIXELS:,})"
     add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
@@ -92,8 +97,15 @@ def _pack(arguments: argparse.Namespace) -> None:
     if arguments.num_workers < 0:
         raise UserError(f"--num-workers: must be >= 0 (got {arguments.num_workers})")
     hints = hint_files(arguments.hint_files, arguments.source) if arguments.hint_files else None
-    pack(find_source(arguments), arguments.output, settings, arguments.num_workers, hints)
+    pack(find_source(arguments), arguments.output, settings, _pool(arguments.engine, arguments.num_workers), hints)
     _tell_training(arguments.output)
+
+
+def _pool(engine: str, count: int) -> Start | None:
+    """Who makes pictures beside this process; None for nobody."""
+    if engine == "ray":
+        return ray_pool(count)
+    return partial(Processes, count) if count else None
 
 
 def _tell_training(folder: Path) -> None:

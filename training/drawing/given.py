@@ -76,7 +76,7 @@ def given(flag: str, where: str, ledger: Ledger, problems: Problems | None = Non
     """The picture that `flag` names, or those of the folder; files that cannot be read are left out, and told to
     `problems` too. Raises UserError where there is none."""
     from training.packing.folder import Folder
-    from training.packing.sources import Sample
+    from training.packing.sources import Remark, Sample, Stored
     from training.pictures.formats import LARGEST_FILE, read_file
 
     path = Path(where)
@@ -89,12 +89,15 @@ def given(flag: str, where: str, ledger: Ledger, problems: Problems | None = Non
     found = []
     for part in folder.samples():
         if isinstance(part, Sample):
-            assert isinstance(part.image, bytes)  # as a folder has them
-            found.append(Given(flag, part.key + part.suffix, part.image, part.captions, True))
-        else:
-            ledger.add(part.effect, part.reason, part.key, part.count)
-            if problems and part.effect == "left out":
-                problems.add(part.key, part.reason, "")
+            assert isinstance(part.image, Stored)  # as a folder has them
+            try:
+                found.append(Given(flag, part.key + part.suffix, part.image.read(), part.captions, True))
+                continue
+            except UserError as problem:
+                part = Remark(part.key, problem.what)
+        ledger.add(part.effect, part.reason, part.key, part.count)
+        if problems and part.effect == "left out":
+            problems.add(part.key, part.reason, "")
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -29,6 +30,7 @@ from training.files import write_json
 from training.guarding import check_output, disk_error, make_folder, read_record, refuse_links
 from training.ledger import Ledger
 from training.machine import launcher, meeting, processes
+from training.machine.faults import fault
 from training.messages import tell, warn
 from training.models import text_encoders
 from training.models.autoencoders import autoencoder_hashes, check_tile, finished_autoencoder, load_autoencoder
@@ -85,10 +87,12 @@ def encode(args: argparse.Namespace) -> int:
         seen = partial(vision, grid=tuple(plan["latent"]["shape"][1:])) if vision else None
         worker = Encoder(encoded, encoder, args, accelerator.device, plan, total, model.norm.mean_latents, seen)
         own = shards[accelerator.process_index :: accelerator.num_processes]
-        _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
+        there = _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
+        write_json(_part(target, accelerator.process_index), [asdict(info) for info in there])
         meeting.meet()  # the index lists the shards of all processes
         if accelerator.is_main_process:
-            left_out = _finish(source, target, plan, shards, model.latent_channels, worker.waiting())
+            infos = _parts(target, accelerator.num_processes)
+            left_out = _finish(source, target, plan, shards, infos, model.latent_channels, worker.waiting())
             if left_out and args.on_bad_data is None:
                 raise unasked(left_out, total, target)
             tell_next(_training(args, target, plan["image"]))
@@ -140,9 +144,11 @@ def unasked(left_out: int, total: int, target: Path) -> UserError:
 def _write(
     worker: Encoder, source: Path | Remote, target: Path, shards: list[ShardInfo], args: argparse.Namespace, *,
     aloud: bool,
-) -> None:
-    """Encode the shards that are not there yet."""
-    waiting = {info.name: info for info in shards if not _sound(target, info)}
+) -> list[ShardInfo]:
+    """Encode the shards that are not there yet; returns all that are there then, without those of no sample."""
+    there = [info for shard in shards if (info := _sound(target, shard))]
+    kept = {info.name for info in there}
+    waiting = {info.name: info for info in shards if info.name not in kept}
     share = sum(info.samples for info in shards)
     where = "" if share == worker.total else " in the first process"  # which alone speaks, and knows its own shards
     told = Progress(f"encoding{where}", share, aloud=aloud)
@@ -152,18 +158,32 @@ def _write(
     splits = {split: _images(source, split, args) for split in {info.split for info in waiting.values()}}
     pictures = read_ahead(splits, list(waiting.values()), args.num_workers, args.batch_size)
     for info in waiting.values():
+        meeting.watch()  # shards may take hours, and who was left alone must end before the same command is run again
+        fault("shard")
         samples = told.each(worker.samples(splits[info.split].shards, info, pictures), lambda sample: 1)
         # The first sample is taken before the file is begun, for a shard of none is refused. All others are encoded
         # while they are written: memory holds a batch, not a shard.
         if first := next(samples, None):
-            write_shard(target, info.name.removesuffix(".tar"), chain([first], samples), info.split)
+            there.append(write_shard(target, info.name.removesuffix(".tar"), chain([first], samples), info.split))
         # Beside its shard until all are there: one that is gone on with must not forget what was not used.
         write_json(_ledger_of(target, info), worker.ledger.report())
+    return there
 
 
 def _sound(target: Path, info: ShardInfo) -> ShardInfo | None:
     """The latents of a shard of pictures, if they are there whole; of the same split, whatever the shard is called."""
     return sound_shard(target, info.name.removesuffix(".tar"), info.split)
+
+
+def _part(target: Path, rank: int | str) -> Path:
+    """Where a process says which shards of its share are there: it has just hashed them, and none is read again."""
+    return target / f".encoded-{rank}.json"
+
+
+def _parts(target: Path, processes: int) -> list[ShardInfo]:
+    """What all processes say is there, by name."""
+    rows = [row for rank in range(processes) for row in json.loads(_part(target, rank).read_bytes())]
+    return sorted((ShardInfo(**row) for row in rows), key=lambda info: info.name)
 
 
 def _ledger_of(target: Path, info: ShardInfo) -> Path:
@@ -220,10 +240,10 @@ def latent_of(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
 
 
 def _finish(
-    source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], channels: int, waiting: float
+    source: Path | Remote, target: Path, plan: dict[str, Any], shards: list[ShardInfo], infos: list[ShardInfo],
+    channels: int, waiting: float,
 ) -> int:
-    """Write the index of what is there; returns how many samples were left out."""
-    infos = [info for s in shards if (info := _sound(target, s))]
+    """Write the index of what is there; returns how many samples of `shards` were left out."""
     ledger, ledgers = _ledgers(target, shards)
     summary = latents_summary(plan)
     samples, total = sum(s.samples for s in shards), sum(info.samples for info in infos)
@@ -233,8 +253,8 @@ def _finish(
     summary |= {"order": "mixed" if is_mixed(read_index(source)[0]["summary"]) else "source"}
     summary |= {"ledger": ledger.report(), "ledgers": ledgers}
     write_index(target, infos, summary, kind="latents")  # last of the data: a folder without is refused
-    for shard in shards:
-        _ledger_of(target, shard).unlink(missing_ok=True)
+    for path in (*(_ledger_of(target, shard) for shard in shards), *target.glob(_part(Path(), "*").name)):
+        path.unlink(missing_ok=True)
     if any(info.split == "train" for info in infos):
         count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):

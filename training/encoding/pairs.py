@@ -270,6 +270,7 @@ def _write(output: Path, drawing: Drawing, shards: list[Shard], *, aloud: bool) 
         if aloud and len(waiting) < len(shards):
             tell(f"kept: {len(shards) - len(waiting)} of {len(shards)} shards of pairs, which are there")
         for shard in waiting:
+            meeting.watch()  # who was left alone must end before the same command is run again
             samples = drawing.samples(shard, told)
             # The first is drawn before the file is begun: what cannot be drawn leaves none.
             write_shard(output, shard.name, chain([next(samples)], samples), shard.split)

@@ -18,6 +18,7 @@ POINTS = (
     "checkpoint.prune",  # between two removals of old checkpoints
     "step",  # before the backward passes of a step
     "metrics",  # before lines are added to metrics.jsonl or timing.jsonl
+    "shard",  # before a shard of latents is encoded
     "samples",  # before pictures are made
     "export",  # before final/ is written
 )

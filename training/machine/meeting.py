@@ -74,6 +74,13 @@ class Meetings:
         if self.number > 1:  # every process has left that one
             self.store.delete_key(self._place(self.number - 1, self.rank))
 
+    def watch(self) -> None:
+        """Raise UserError (exit 1) where another process ended or is lost, without waiting: asked again and again by
+        one that works alone."""
+        if self.store.check([FAILURE]):
+            raise lost("another process ended")
+        self._look_after([rank for rank in range(self.size) if rank != self.rank])
+
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError (exit 2), in all processes, where a fact is not the same in all. Collective."""
         self.store.set(f"training/facts/{self.rank}", json.dumps(facts, default=str))
@@ -132,6 +139,13 @@ def meet() -> None:
             distributed.barrier()
 
 
+def watch() -> None:
+    """Raise UserError where another process ended or is lost; for work of which no part waits for another's."""
+    with _connected():
+        if _meetings:
+            _meetings.watch()
+
+
 def agree(facts: Mapping[str, Any]) -> None:
     """Raise UserError (exit 2), in all processes, where these facts are not the same in all. Collective."""
     with _connected():
@@ -155,7 +169,7 @@ def _connected() -> Iterator[None]:
 
 def lost(why: str) -> UserError:
     """The error of a process that another has left alone."""
-    hint = "see what the other process said; then go on with the same command and --resume auto"
+    hint = "see what the other process said; then go on with the same command, a training with --resume auto"
     return UserError(f"lost another process ({why})", hint=hint, code=LOST)
 
 

@@ -15,10 +15,10 @@ from typing import IO, Any
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.sources import Remark
+from training.packing.sources import Remark, Stored
 from training.packing.texts import LARGEST_TEXT, TEXTS
 from training.packing.trees import HEAD, Tree, file_state, is_hidden
-from training.pictures.decoding import SUFFIXES, refuse
+from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
 from training.shards.opened import Bytes, Opened
 from training.shards.tars import Member, is_safe
 
@@ -97,6 +97,14 @@ def open_tar(path: Path) -> Bytes:
     return Unpacked(path, opener)
 
 
+def stored(path: Path, data: Bytes, offset: int, size: int, name: str = "file") -> bytes | Stored:
+    """A picture of a tar: where it lies, or its bytes where the tar is compressed. Raises UserError(code 3) beyond
+    LARGEST_FILE."""
+    if size > LARGEST_FILE:
+        raise refuse(f"{name} too large ({size:,} bytes; at most {LARGEST_FILE:,} are read)")
+    return Stored(path.absolute(), offset, size) if isinstance(data, Opened) else data.read(size, offset)
+
+
 class Tar(Tree):
     """The members of a tar as the folder that was put into it."""
 
@@ -113,6 +121,10 @@ class Tar(Tree):
         if member.size > limit:
             raise refuse(f"file too large ({member.size:,} bytes; at most {limit:,} are read)")
         return self._data.read(member.size, member.offset)
+
+    def picture(self, name: str) -> bytes | Stored:
+        """Where it lies in a tar that is not compressed."""
+        return stored(self.path, self._data, self._places[name].offset, self._places[name].size)
 
     def head(self, name: str) -> bytes:
         """A member's first bytes."""

@@ -13,7 +13,7 @@ from training.errors import DATA, UserError
 from training.messages import printable
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import split_folders, split_of
-from training.packing.texts import STATED, split_in
+from training.packing.texts import STATED, failed, is_download, split_in
 from training.packing.trees import file_state
 from training.pictures.decoding import LARGEST_FILE, SUFFIXES
 from training.shards.captions import COLUMNS, captions_in, clean_captions, plain_name, without_captions
@@ -134,6 +134,8 @@ class Arrow(Source):
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         name = str(cell.get("path") or "") if isinstance(cell, dict) else ""
         if not isinstance(data, bytes):
+            if is_download(row) and row["status"] != "success":
+                return Remark(key, failed(row["status"]), "ignored")
             return Remark(key, "no image" + (f" (the file only names {printable(name)})" if name else ""))
         if len(data) > LARGEST_FILE:
             return Remark(key, f"file too large ({len(data):,} bytes)")

@@ -16,6 +16,7 @@ from training.packing.arrow import NAMES as ARROW_NAMES
 from training.packing.arrow import Arrow, saved_files
 from training.packing.builtin_sources import Emoji, FashionMnist, Shapes
 from training.packing.folder import Folder
+from training.packing.img2dataset import Img2Dataset, shards_of
 from training.packing.sources import Reading, Source
 from training.packing.tar_source import Tars
 from training.pictures.decoding import SUFFIXES
@@ -117,6 +118,8 @@ def find_source(arguments: argparse.Namespace) -> Source:
         held = max(round(arguments.samples * arguments.val_fraction), 1) if arguments.val_fraction else 0
         return Shapes(arguments.samples, held, arguments.seed, arguments.resolution)
     if len(names) == 1 and (folder := Path(names[0])).is_dir():
+        if shards := shards_of(folder):
+            return Img2Dataset(folder, shards, reading)
         saved = saved_files(folder)
         return Arrow(saved, reading) if saved else Folder(folder, reading)
     if any(Path(name).is_dir() for name in names):

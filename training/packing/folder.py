@@ -16,9 +16,18 @@ from training.packing.metadata import Metadata, Record
 from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import Taken, split_folders
 from training.packing.tables import FILE_COLUMNS, TABLES
-from training.packing.texts import LARGEST_TEXT, PASSED_OVER, STATED, TEXTS, passed_over, several_lines, split_in
+from training.packing.texts import (
+    LARGEST_TEXT,
+    PASSED_OVER,
+    STATED,
+    TEXTS,
+    is_download,
+    passed_over,
+    several_lines,
+    split_in,
+)
 from training.packing.trees import Directory, Tree
-from training.pictures.decoding import LARGEST_FILE, SUFFIXES
+from training.pictures.decoding import SUFFIXES
 from training.pictures.formats import unused
 from training.shards.captions import (
     as_list,
@@ -203,11 +212,11 @@ class Folder(Source):
                     yield Remark(printable(file), f"sidecar that cannot be read ({error.what})", "ignored")
                 captions, meta = captions or clean_captions(more), {**about, **meta}
                 others += more
-                if not more:
+                if not (more or about):
                     yield Remark(printable(file), "sidecar without a caption", "ignored")
             if passed_over(others, captions):
                 yield Remark(key, PASSED_OVER, "ignored")
-            image = self.tree.read(name, LARGEST_FILE)
+            image = self.tree.picture(name)
         except UserError as error:
             yield Remark(key, error.what)
             return
@@ -218,10 +227,11 @@ class Folder(Source):
         yield Sample(key, image, captions, meta, split, posixpath.splitext(name)[1], hint)
 
     def _json(self, file: str) -> tuple[list[object], dict[str, Any]]:
-        """Captions and other facts of a NAME.json; none where it says no caption, as the files of other programs."""
+        """Captions and other facts of a NAME.json; none where it says no caption, as the files of other programs, but
+        for img2dataset's."""
         record = record_of(self.tree.text(file, LARGEST_TEXT))
         captions = captions_in(record, self.reading.caption_column)
-        return captions, without_captions(record) if captions else {}
+        return captions, without_captions(record) if captions or is_download(record) else {}
 
     def _hint(self, record: Record, metadata: Metadata) -> str:
         """Where the caption of a picture without one may be."""

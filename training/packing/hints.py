@@ -14,13 +14,13 @@ from PIL import Image
 from training.errors import DATA, UserError
 from training.ledger import Effect, Ledger
 from training.packing.settings import Settings
-from training.packing.sources import safe_key
+from training.packing.sources import Stored, safe_key
 from training.packing.trees import Directory
-from training.pictures.decoding import LARGEST_FILE, SUFFIXES, Crop, fit, load_image, refuse, square
+from training.pictures.decoding import SUFFIXES, Crop, fit, load_image, refuse, square
 from training.pictures.hints import BLANK, BY_BACKGROUND, Bytes, Decoded, Hint, hint_of
 
 UNUSED = "hint of no picture that was packed"
-File = tuple[bytes, str]  # a file's bytes and suffix
+File = tuple[Stored, str]  # where a file lies, and its suffix
 
 
 class HintFiles:
@@ -56,10 +56,7 @@ class HintFiles:
         if (name := self.names.get(key)) is None:
             hint = f"a hint has the name of its picture, below --hint-files as that lies below SOURCE: {key}.png"
             return refuse("no hint", hint)
-        try:
-            return self.tree.read(name, LARGEST_FILE), posixpath.splitext(name)[1]
-        except UserError as problem:
-            return refuse(f"hint: {problem.what}", problem.hint)
+        return self.tree.picture(name), posixpath.splitext(name)[1]
 
     def tell_unused(self, ledger: Ledger) -> None:
         """Note the files that no picture asked for."""
@@ -108,7 +105,7 @@ def hint_beside(
 
 def _decoded(hint: Hint, given: File, settings: Settings) -> Decoded:
     try:
-        return hint.decoded(given[0], settings.max_pixels, settings.hint_range, given[1])
+        return hint.decoded(given[0].read(), settings.max_pixels, settings.hint_range, given[1])
     except UserError as problem:
         flag = problem.hint.replace("--range", "--hint-range")
         raise refuse(f"hint: {problem.what}", flag) from None

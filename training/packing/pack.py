@@ -24,7 +24,7 @@ from training.packing.problems import Problems
 from training.packing.settings import Settings, as_stored
 from training.packing.sources import Remark, Sample, Source
 from training.packing.texts import name_as_caption
-from training.packing.workers import Picture, pictures
+from training.packing.workers import Picture, Start, pictures
 from training.pictures.decoding import Unusable, encode_png
 from training.pictures.hints import FIELD, beside
 from training.progress import Progress
@@ -119,13 +119,15 @@ class Packer:
             return MixingWriter(self.output, split, size, self.settings.seed)
         return ShardWriter(self.output, split, size)
 
-    def take_all(self, source: Source, workers: int, progress: Progress, hints: HintFiles | None) -> list[ShardInfo]:
+    def take_all(
+        self, source: Source, pool: Start | None, progress: Progress, hints: HintFiles | None
+    ) -> list[ShardInfo]:
         """Everything of a source, to the shards that came of it. Raises UserError as the policies say."""
 
         def split() -> Iterator[tuple[Sample | Remark, str]]:
             return ((item, self.split(item) if isinstance(item, Sample) else "") for item in source.samples())
 
-        done = pictures(split(), self.settings, workers, hints)
+        done = pictures(split(), self.settings, pool, hints)
         try:
             for item, name, made in done:
                 self.take(item, name, made)
@@ -217,13 +219,13 @@ def contact_sheet(folder: Path) -> None:
 
 
 def pack(
-    source: Source, output: Path, settings: Settings, workers: int = 0, hints: HintFiles | None = None
+    source: Source, output: Path, settings: Settings, pool: Start | None = None, hints: HintFiles | None = None
 ) -> bool:
     """Packs a source into `output` and prints what came of it; False where that was done before and nothing is to do.
 
     `hints`: the files that its pictures' hints are made of, where they are not made of the pixels. The same source and
-    settings give the same bytes, whatever the number of `workers`. Raises UserError as the settings' policies say, and
-    where `output` is taken.
+    settings give the same bytes, whoever makes the pictures: this process, or a `pool` of others. Raises UserError as
+    the settings' policies say, and where `output` is taken.
     """
     if source.exact and settings.flip:
         raise UserError("--flip: the captions of shapes name left and right; mirrored they would be false", code=USAGE)
@@ -240,7 +242,7 @@ def pack(
             return False
         packer = Packer(output, settings, mixed=settings.order == "mixed" and not source.mixed)
         with Progress("packing", min(filter(None, (source.total, settings.limit)), default=None)) as progress:
-            infos = packer.take_all(source, workers, progress, hints)
+            infos = packer.take_all(source, pool, progress, hints)
         if hints and settings.limit is None:
             hints.tell_unused(packer.ledger)
         _finish(packer, infos, source, packing)

@@ -11,11 +11,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
+from training.errors import DATA, UserError
 from training.ledger import Effect
+from training.pictures.decoding import LARGEST_FILE, read_file
+from training.shards.opened import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +38,35 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A file where it lies, or a member of a tar that is not compressed: `size` bytes of `path` at `offset`, or all of
+    it. Who makes the picture reads it, so that no process reads for all."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """Its bytes. Raises UserError(code 3) where they cannot be had."""
+        try:
+            if self.size is None:
+                return read_file(self.path, LARGEST_FILE)
+            file = Opened(self.path)
+            try:
+                return file.read(self.size, self.offset)
+            finally:
+                file.close()
+        except UserError as error:
+            raise UserError(error.what, code=DATA) from None  # as a source says it that reads its files itself
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One captioned picture. `image` is decoded or the file's bytes; no captions: none was found; `split` None: not
-    decided."""
+    """One captioned picture. `image` is decoded, a file's bytes or where they are; no captions: none was found; `split`
+    None: not decided."""
 
     key: str
-    image: Image.Image | bytes
+    image: Image.Image | bytes | Stored
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     split: str | None = None

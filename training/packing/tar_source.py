@@ -11,7 +11,7 @@ from pathlib import Path
 
 from training.errors import DATA, UserError
 from training.messages import printable
-from training.packing.archives import Tar, Unpacked, open_tar
+from training.packing.archives import Tar, Unpacked, open_tar, stored
 from training.packing.arrow import labels
 from training.packing.folder import EACH, Folder
 from training.packing.metadata import is_metadata
@@ -19,7 +19,7 @@ from training.packing.sources import Reading, Remark, Sample, Source, safe_key
 from training.packing.split_folders import Taken, split_folders, split_of
 from training.packing.texts import LARGEST_TEXT, PASSED_OVER, STATED, passed_over, several_lines, split_in
 from training.packing.trees import is_hidden
-from training.pictures.decoding import LARGEST_FILE, SUFFIXES, refuse
+from training.pictures.decoding import SUFFIXES, refuse
 from training.shards.captions import (
     TEXT_FIELDS,
     captions_in,
@@ -195,10 +195,10 @@ class Tars(Source):
     def _sample(
         self, data: Bytes, path: Path, key: str, group: Group, split: str | None
     ) -> Iterator[Sample | Remark]:
-        def read(field: str, limit: int = LARGEST_TEXT) -> bytes:
+        def read(field: str) -> bytes:
             offset, size = group[field]
-            if size > limit:
-                raise refuse(f"{field} too large ({size:,} bytes; at most {limit:,} are read)")
+            if size > LARGEST_TEXT:
+                raise refuse(f"{field} too large ({size:,} bytes; at most {LARGEST_TEXT:,} are read)")
             return data.read(size, offset)
 
         picture = self._picture(path, key, group)
@@ -210,7 +210,7 @@ class Tars(Source):
         for field in sorted(group.keys() - {picture, "json", *beside}):
             yield Remark(key, f"field {field}", "ignored")
         try:
-            image = read(picture, LARGEST_FILE)
+            image = stored(path, data, *group[picture], picture)
             record = record_of(read("json")) if "json" in group else {}
             if column := self.reading.caption_column:
                 captions = clean_captions(captions_in(record, column))

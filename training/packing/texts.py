@@ -36,6 +36,16 @@ def split_in(record: Mapping[str, Any]) -> str | None:
     return next((split for value in stated if (split := names_split(value))), None)
 
 
+def is_download(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what img2dataset says of a picture that it was to download."""
+    return {"url", "key", "status", "error_message"} <= record.keys()
+
+
+def failed(status: str) -> str:
+    """What is said of a picture that img2dataset could not bring."""
+    return f"row without a picture, img2dataset says {status}"
+
+
 def name_as_caption(key: str, which: Literal["filename", "folder"]) -> str:
     """The words of a picture's own name, or of the folder it lies in, which may be its class. Raises UserError(code 3)
     where it lies in none, or in one that names a split."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from training.errors import UserError
 from training.messages import printable
-from training.packing.sources import Remark
-from training.pictures.decoding import read_file, refuse
+from training.packing.sources import Remark, Stored
+from training.pictures.decoding import LARGEST_FILE, read_file, refuse
 from training.shards.index import PACKING
 
 HEAD = 32  # bytes that tell what a file is
@@ -27,6 +27,10 @@ class Tree(ABC):
     @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
         """A file's bytes. Raises UserError(code 3) where they cannot be had or are more than `limit`."""
+
+    def picture(self, name: str) -> bytes | Stored:
+        """A picture's file, or where others than this process can read it, too. Raises as `read`."""
+        return self.read(name, LARGEST_FILE)
 
     @abstractmethod
     def state(self) -> str:
@@ -101,6 +105,10 @@ class Directory(Tree):
     def read(self, name: str, limit: int) -> bytes:
         """A regular file's bytes; a picture may be a link to anywhere."""
         return read_file(self._paths[name], limit)
+
+    def picture(self, name: str) -> Stored:
+        """Where it lies."""
+        return Stored(self._paths[name].absolute())
 
     def head(self, name: str) -> bytes:
         """The first bytes of a regular file."""

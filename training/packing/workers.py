@@ -7,12 +7,13 @@ import hashlib
 import multiprocessing
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, replace
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from PIL import Image, ImageOps
 
@@ -21,7 +22,7 @@ from training.ledger import Effect
 from training.machine.signals import block_sigterm, shield
 from training.packing.hints import File, HintFiles, hint_beside
 from training.packing.settings import Settings
-from training.packing.sources import Remark, Sample
+from training.packing.sources import Remark, Sample, Stored
 from training.pictures.decoding import MODES, Crop, encode_jpg, encode_png, fit, load_image, refuse
 from training.pictures.hints import stored
 
@@ -47,7 +48,7 @@ class Task(NamedTuple):
     """What a process needs to know of a sample to make its picture."""
 
     key: str
-    image: Image.Image | bytes
+    image: Image.Image | bytes | Stored
     split: str
     flip: bool
     suffix: str  # of the picture's file
@@ -64,7 +65,8 @@ def make_picture(task: Task, settings: Settings) -> Picture | UserError:
 
 
 def _picture(task: Task, settings: Settings) -> Picture:
-    image, digest = task.image, None
+    given = task.image.read() if isinstance(task.image, Stored) else task.image
+    image, digest = given, None
     notes: list[tuple[Effect, str]] = []
     if isinstance(image, bytes):
         digest = hashlib.blake2b(image, digest_size=16).digest()
@@ -90,7 +92,7 @@ def _picture(task: Task, settings: Settings) -> Picture:
     mirrored = encode(ImageOps.mirror(image)) if task.flip else None
     if settings.hint is None:
         return Picture(encode(image), mirrored, digest, tuple(notes))
-    hint, rule, more = hint_beside(task.image, image, task.hint, settings, crop, rng, task.suffix)
+    hint, rule, more = hint_beside(given, image, task.hint, settings, crop, rng, task.suffix)
     other = stored(hint[:, ::-1]) if task.flip else None
     return Picture(encode(image), mirrored, digest, (*notes, *more), stored(hint), other, rule)
 
@@ -98,16 +100,43 @@ def _picture(task: Task, settings: Settings) -> Picture:
 Done = tuple[Sample | Remark, str, "Picture | UserError | None"]  # what the source gave, its split, its picture
 
 
+class Pending(Protocol):
+    """A picture that is on its way."""
+
+    def result(self) -> Picture | UserError: ...
+
+
+class Pool(Protocol):
+    """Those who make pictures elsewhere, up to `ahead` at once. Raises UserError (code 1) where one of them is lost."""
+
+    ahead: int
+
+    def submit(self, task: Task) -> Pending: ...
+
+    def close(self) -> None: ...
+
+
+Start = Callable[[Settings], Pool]  # what starts a pool
+
+
 def pictures(
-    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int, hints: HintFiles | None = None
+    items: Iterable[tuple[Sample | Remark, str]],
+    settings: Settings,
+    pool: Start | None = None,
+    hints: HintFiles | None = None,
 ) -> Iterator[Done]:
-    """Each item of a source with its picture and its hint, of the pixels or of the files in `hints`, in order;
-    `workers` processes make them, this one where it is 0.
+    """Each item of a source with its picture and its hint, of the pixels or of the files in `hints`, in order; those of
+    a `pool` make them, this process where there is none.
 
     Raises what `items` raises, after all that came before, and UserError (code 1) where a process is lost.
     """
-    if workers:
-        yield from _by_others(items, settings, workers, hints)
+    if pool:
+        try:
+            with closing(pool(settings)) as others:
+                yield from _by_others(items, settings, others, hints)
+        except BrokenProcessPool:
+            what = "a process that packs pictures was lost (killed, or out of memory)"
+            raise UserError(what, hint="run the same command again with fewer --num-workers", code=LOST) from None
         return
     for item, split in items:
         made = make_picture(_task(item, split, settings, hints), settings) if isinstance(item, Sample) else None
@@ -119,39 +148,51 @@ def _task(sample: Sample, split: str, settings: Settings, hints: HintFiles | Non
     return Task(sample.key, sample.image, split, settings.flip and split == "train", sample.suffix, hint)
 
 
-def _by_others(
-    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, workers: int, hints: HintFiles | None
-) -> Iterator[Done]:
-    # Forked, they are born with this process's answers to signals, as loaders are.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, context, shield, (0,))
-    waiting: deque[tuple[Sample | Remark, str, Future[Picture | UserError] | None]] = deque()
-    try:
+class Processes:
+    """A pool of processes of this machine."""
+
+    def __init__(self, count: int, settings: Settings) -> None:
+        # Forked, they are born with this process's answers to signals, as loaders are.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        self.ahead, self.settings = AHEAD * count, settings
+        self._pool = ProcessPoolExecutor(count, context, shield, (0,))
         with block_sigterm():
-            pool.submit(int).result()  # all are started by the first task
-        failure = None
+            self._pool.submit(int).result()  # all are started by the first task
+
+    def submit(self, task: Task) -> Future[Picture | UserError]:
+        """Have a picture made."""
+        return self._pool.submit(make_picture, task, self.settings)
+
+    def close(self) -> None:
+        """End them."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _by_others(
+    items: Iterable[tuple[Sample | Remark, str]], settings: Settings, pool: Pool, hints: HintFiles | None
+) -> Iterator[Done]:
+    waiting: deque[tuple[Sample | Remark, str, Pending | None]] = deque()
+    source, failure = iter(items), None
+    while True:
         try:
-            for item, split in items:
-                if isinstance(item, Sample):
-                    future = pool.submit(make_picture, _task(item, split, settings, hints), settings)
-                    waiting.append((replace(item, image=b""), split, future))
-                else:
-                    waiting.append((item, split, None))
-                while len(waiting) > AHEAD * workers:
-                    yield _next(waiting)
+            item, split = next(source)
+        except StopIteration:
+            break
         except UserError as problem:
             failure = problem
-        while waiting:
+            break
+        if isinstance(item, Sample):
+            waiting.append((replace(item, image=b""), split, pool.submit(_task(item, split, settings, hints))))
+        else:
+            waiting.append((item, split, None))
+        while len(waiting) > pool.ahead:
             yield _next(waiting)
-        if failure:
-            raise failure
-    except BrokenProcessPool:
-        what = "a process that packs pictures was lost (killed, or out of memory)"
-        raise UserError(what, hint="run the same command again with fewer --num-workers", code=LOST) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    while waiting:
+        yield _next(waiting)
+    if failure:
+        raise failure
 
 
-def _next(waiting: deque[tuple[Sample | Remark, str, Future[Picture | UserError] | None]]) -> Done:
-    item, split, future = waiting.popleft()
-    return item, split, future.result() if future else None
+def _next(waiting: deque[tuple[Sample | Remark, str, Pending | None]]) -> Done:
+    item, split, pending = waiting.popleft()
+    return item, split, pending.result() if pending else None

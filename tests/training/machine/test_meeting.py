@@ -83,6 +83,21 @@ def test_a_failure_elsewhere_ends_the_wait(pair: list[Meetings]) -> None:
         pair[0].meet()
 
 
+def test_who_works_alone_looks_after_the_others(pair: list[Meetings], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks a silence counts, a sign of life does not; a failure counts at once."""
+    monkeypatch.setattr(meeting, "LOST_AFTER", 0.2)
+    for beat in range(3):
+        pair[0].store.set("training/beat/1", str(beat))
+        pair[0].watch()
+        time.sleep(0.3)
+    with pytest.raises(UserError, match=r"lost another process \(process 1 of 2, silent for 0.2 s\)"):
+        pair[0].watch()
+    pair[1].watch()  # sees process 0 for the first time
+    pair[1].store.set(meeting.FAILURE, "[0, 3]")
+    with pytest.raises(UserError, match="another process ended"):
+        pair[1].watch()
+
+
 def test_what_differs_is_named_in_all(pair: list[Meetings]) -> None:
     facts: list[dict[str, Any]] = [{"seed": 0, "data": "a", "lr": 1e-4}, {"seed": 1, "data": "a", "lr": 2e-4}]
     said = "processes were started with different settings: "
