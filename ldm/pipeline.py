@@ -59,7 +59,8 @@ class Pipeline:
     guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their captions. `tile`, 0 or at least 16:
     the side, in latents, of the overlapping tiles that the autoencoder works in, so that its memory is that of one
     tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal). `image`: what the denoiser was
-    trained to be shown besides captions. `student`: what a few-step model was taught.
+    trained to be shown besides captions. `student`: what a few-step model was taught. `sizes`: those it was trained at
+    besides `size`.
     Nothing of it changes: `dataclasses.replace(pipeline, tile=16)` is another.
     Raises ValueError where the schedule has no such grid of so many steps.
     """
@@ -74,6 +75,7 @@ class Pipeline:
     tile: int = 0
     image: ImageCondition = NO_IMAGE
     student: Student = NO_STUDENT
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         self._check(self.sampling)

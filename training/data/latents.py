@@ -59,7 +59,8 @@ class Latents(Samples[Latent]):
         if not latent:
             hint = "make them with: " + door("encode_latents --autoencoder RUN --data PICTURES --output DIR")
             raise UserError("these shards hold no latents", hint=hint, code=DATA)
-        self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
+        self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])  # in buckets: of the commonest
+        self.factor = latent["picture"][0] // latent["shape"][1]
         self.mirrored = flip and "mirror.npy" in shards.fields
         self.text = "text.safetensors" in shards.fields
         extras = [found[1] for field in shards.fields if (found := EXTRA.fullmatch(field))]
@@ -80,7 +81,7 @@ class Latents(Samples[Latent]):
         return Latents(self.shards, on_bad_data=self.on_bad_data)
 
     def moments(self, index: int, field: str = "moments.npy") -> np.ndarray:
-        """Sample `index` as (2C,h,w)."""
+        """Sample `index` as (2C,h,w), or (C,h,w) of an autoencoder without a posterior."""
         return self._moments(index, self.shards.read(index, (field,)).get(field, b""))
 
     def captions(self, index: int) -> list[str]:
@@ -143,11 +144,19 @@ class Latents(Samples[Latent]):
     def _moments(self, index: int, data: bytes) -> np.ndarray:
         """The array of an npy file, which is what the index says; the length of its header stands in bytes 8-9."""
         start = 10 + int.from_bytes(data[8:10], "little")
-        wanted, found = (self.shape, self.dtype), _described(data[:start])
-        if found != wanted or len(data) - start != self.dtype.itemsize * math.prod(self.shape):
+        shape = self.shape_of(index)
+        wanted, found = (shape, self.dtype), _described(data[:start])
+        if found != wanted or len(data) - start != self.dtype.itemsize * math.prod(shape):
             said = "no array" if found is None else f"an array {_named(*found)}"
             raise self._damaged(index, f"moments are {said}, the index says {_named(*wanted)}")
-        return np.frombuffer(data, self.dtype, offset=start).reshape(self.shape)
+        return np.frombuffer(data, self.dtype, offset=start).reshape(shape)
+
+    def shape_of(self, index: int) -> tuple[int, ...]:
+        """That of a sample's moments, by the size of its bucket where it has one."""
+        if not self.shards.buckets:
+            return self.shape
+        height, width = self.shards.size_of(index)
+        return self.shape[0], height // self.factor, width // self.factor
 
     def _captions(self, index: int, data: bytes) -> list[str]:
         try:

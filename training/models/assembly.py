@@ -160,7 +160,8 @@ def draw_with(
     )
     denoiser, sampling = config.objective.denoiser(backbone, diffusion), sampling_of(config)
     parts = autoencoder, denoiser, text, sampling, config.sample.size
-    return HashedPipeline(*parts, image=config.image, student=config.student, hashes=hashes)
+    more: dict[str, Any] = {"image": config.image, "student": config.student, "sizes": config.sample.buckets}
+    return HashedPipeline(*parts, **more, hashes=hashes)
 
 
 def sampling_of(config: decoding.DenoiserConfig) -> Sampling:

@@ -214,6 +214,7 @@ class Sample:
 
     steps: int = 25
     size: tuple[int, int] = (0, 0)  # height and width in pixels; (0, 0) becomes those of the training pictures
+    buckets: tuple[tuple[int, int], ...] = ()  # the sizes of training pictures in buckets, taken from these
     dynamic_threshold: float = 0.0  # in pixels: the quantile of |x0| that is scaled into range (Imagen: 0.995); 0 = off
     image_scale: float = 1.0  # guidance by the picture that is to be changed, with image.kind source; 1 = none
 
