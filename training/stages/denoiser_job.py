@@ -56,12 +56,13 @@ class DenoiserJob(Job):
         args, train = self.args, self.config.train
         args.latents = open_address(args.latents, args.cache_dir, args.cache_size, train.window_shards)
         how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
-        how["vision"] = self.config.representation.reads
+        how["vision"], sizes = self.config.representation.reads, self.config.conditioning.size
+        how["sizes"] = sizes
         if args.stream:
             self.dataset, self.held_out = stream_latents(args, train, how)
         else:
             self.dataset = Latents(ShardSet(args.latents, "train"), **how)
-            self.held_out = Latents(held_out_shards(args.latents))
+            self.held_out = Latents(held_out_shards(args.latents), sizes=sizes)
         if isinstance(args.latents, Remote):
             args.latents.bring_models(text=self.dataset.text)
 
@@ -92,6 +93,9 @@ class DenoiserJob(Job):
         if self.config.prior.weight and len(self.dataset.sizes) > 1:
             what = "prior pictures are of one size, and stand beside those given in each batch, which are in buckets"
             raise UserError(what, hint="give latents of one size, or --prior.weight 0")
+        if self.config.prior.weight and self.config.conditioning.size:
+            what = "prior pictures were cut from no others, and conditioning.size tells how those beside them were"
+            raise UserError(what, hint="give a base without it, or --prior.weight 0")
 
     def hint_channels(self) -> int:
         """Those of the hints beside the latents; 0 for none, also where they are encoded."""

@@ -49,7 +49,8 @@ def stream_latents(args: argparse.Namespace, train: Train, how: dict[str, Any]) 
     facts: dict[str, Any] = {"summary": index["summary"], "directory": Path(args.latents), "remote": remote}
     fields = tuple(index["fields"])
     training = Latents(StreamedShards(stream, kept, fields, **facts), **how)
-    return training, Latents(StreamedShards(stream, held, fields, split="val", **facts))
+    held_out = StreamedShards(stream, held, fields, split="val", **facts)
+    return training, Latents(held_out, sizes=how["sizes"])
 
 
 def stream_facts(dataset: Images) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,16 @@ from PIL import Image
 from stopped import same, stop_at
 
 from autoencoder.images import to_unit
+from ldm.conditioning import Cond
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.order import Batches, BucketOrder, Slot, order_of
+from training.data.samples import Batch
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
+from training.pictures import grids
 from training.shards.reading import ShardSet
+from training.stages.denoiser import DenoiserStage
 
 SIZES = [(24, 40), (32, 32), (40, 24)]
 SHAPES = [(50, 90), (60, 60), (90, 50)]
@@ -178,3 +184,74 @@ def test_a_bucket_of_fewer_than_a_batch_is_named(
     assert tiny.call("train_autoencoder", *words, "--dry-run") == 0
     said = capsys.readouterr().err
     assert f"never trained on: {', '.join(few)}" in said
+
+
+def seen(stage: Any) -> list[Cond]:
+    """What the backbone is told from here on."""
+    told: list[Cond] = []
+    stage.network.backbone.register_forward_pre_hook(lambda module, args: told.append(args[2]))
+    return told
+
+
+def test_a_step_is_told_how_each_picture_was_cut(
+    latents_of_buckets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[torch.Tensor] = []
+    backward = DenoiserStage.backward
+
+    def listening(self: DenoiserStage, batch: Batch, step: int, share: float) -> dict[str, torch.Tensor]:
+        assert torch.equal(batch.extras["size"][:, 4:], batch.extras["size"].new_tensor([
+            [4 * side for side in batch.data.shape[2:]]] * len(batch.data)))  # fmt: skip
+        heard = seen(self)
+        values = backward(self, batch, step, share)
+        assert torch.equal(heard[-1].extras["size"], batch.extras["size"])
+        told.append(batch.extras["size"])
+        return values
+
+    monkeypatch.setattr(DenoiserStage, "backward", listening)
+    words = ("--latents", latents_of_buckets, "--output", tmp_path / "run", *tiny.DENOISER, *FEW)
+    sized = ("--conditioning.size", "true", "--train.flip", "true", "--micro-batch-size", "4")
+    assert tiny.call("train_denoiser", *words, *sized) == 0
+    numbers = {tuple(row) for row in torch.cat(told).int().tolist()}
+    # 50x90 is scaled by 0.48 to 24x43, of which 3 columns are cut, one to the left (1.2 by whole pixels of the
+    # picture), two in a mirrored one; 60x60 is not cut.
+    assert {(60, 60, 0, 0, 32, 32), (50, 90, 0, 1, 24, 40), (50, 90, 0, 2, 24, 40), (90, 50, 1, 0, 40, 24)} == numbers
+    pipeline = load_pipeline(tmp_path / "run", "cpu")
+    assert pipeline.sized and pipeline.denoiser.backbone.size_embedding.unit == 4
+    draw = ("generate", "--model", tmp_path / "run", "--prompt", "a square", "--steps", "2", "--device", "cpu")
+    cut = ("--original-size", "500x900", "--crop-offset", "0x8")
+    assert tiny.call(*draw, "--output", tmp_path / "out", *cut) == 0
+    assert tiny.call(*draw[:1], "--like", tmp_path / "out" / "00000.png", "--model", tmp_path / "run",
+                     "--output", tmp_path / "again", "--device", "cpu") == 0  # fmt: skip
+    facts = grids.facts(tmp_path / "again" / "00000.png")
+    assert facts["settings"]["sample"]["original_size"] == [500, 900]
+    assert (tmp_path / "again" / "00000.png").read_bytes() == (tmp_path / "out" / "00000.png").read_bytes()
+
+
+def test_latents_without_sizes_and_models_without_them_are_refused(
+    latents: Path, denoiser: Path, tmp_path: Path
+) -> None:
+    words = ("--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER)
+    problem = tiny.refused("train_denoiser", *words, "--conditioning.size", "true")
+    assert problem.code == 3 and "do not hold" in problem.what and "--keep-sizes" in problem.hint
+    draw = ("--model", denoiser, "--prompt", "red", "--output", tmp_path / "out", "--device", "cpu")
+    problem = tiny.refused("generate", *draw, "--original-size", "100x100")
+    assert "this one reads none" in problem.what
+    problem = tiny.refused("generate", *draw, "--crop-offset", "1x2x3")
+    assert problem.what == "--crop-offset 1x2x3: expected a number or HEIGHTxWIDTH"
+
+
+def test_one_that_is_told_sizes_begins_from_one_that_is_not(
+    latents_of_buckets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--latents", latents_of_buckets, *tiny.DENOISER, *FEW, "--max-steps", "1")
+    sized = ("--conditioning.size", "true")
+    assert tiny.call("train_denoiser", *words, "--output", tmp_path / "plain") == 0
+    assert tiny.call("train_denoiser", *words, *sized, "--output", tmp_path / "sized",
+                     "--init-from", tmp_path / "plain") == 0  # fmt: skip
+    begun = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("plain", "sized")
+    ]
+    assert begun[0].keys() == begun[1].keys()
+    problem = tiny.refused("train_denoiser", *words, "--output", tmp_path / "back", "--init-from", tmp_path / "sized")
+    assert "is told how each picture was cut" in problem.what and "--conditioning.size true" in problem.hint
