@@ -42,7 +42,7 @@ def test_at_first_it_answers_as_one_that_is_told_nothing(config: str) -> None:
     assert torch.equal(network(x, level, told(cond, 900, 700, 3, 5, 32, 32)), expected)
     own = {name.split(".")[0] for name in network.state_dict().keys() - plain.state_dict().keys()}
     assert own == {"size_embedding"}
-    assert {name for name in network.extended(plain.state_dict())} == set(network.state_dict())
+    assert set(network.extended(plain.state_dict())) == set(network.state_dict())
 
 
 @pytest.mark.parametrize("config", SMALL)

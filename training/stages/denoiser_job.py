@@ -190,7 +190,8 @@ class DenoiserJob(Job):
     def about(self) -> dict[str, Any]:
         """Counts, the size of the pictures, and captions of held-out ones."""
         captions = list(dict(self.trained.grid_samples()))[:CAPTIONS]
-        return {**self.counts(), "resolution": self.dataset.shards.summary["latent"]["picture"], "captions": captions}
+        size = {"resolution": self.dataset.shards.summary["latent"]["picture"]}
+        return {**self.counts(), **size, **self.buckets(), "captions": captions}
 
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
@@ -202,7 +203,7 @@ class DenoiserJob(Job):
         """What the model is shown of the first held-out sample, to draw by."""
         image = self.config.image
         if image.kind == "hint":
-            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
+            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out, self.config.sample.size)
         elif image.kind in EXAMPLES and image.kind != "none":
             keep_shown(final, image, self.held_out, self.parts.pipeline)
 
