@@ -12,7 +12,7 @@ from training.errors import DATA, UserError
 from training.ledger import Ledger
 from training.messages import answer, warn
 from training.next_step import beside, tell_next
-from training.packing.buckets import bucket_sizes
+from training.packing.buckets import add_bucket_flags, asked_buckets
 from training.packing.finding import add_source_flags, find_source
 from training.packing.hints import hint_files
 from training.packing.pack import pack
@@ -50,11 +50,7 @@ def build_parser() -> Parser:
     add("--root", type=Path, metavar="DIR", help=text)
     add("--samples", type=int, default=60_000, help="shapes: training pictures")
     add("--resolution", type=int, help="side of the packed pictures (shapes and fashion-mnist: 32, others: 64)")
-    text = "sizes of about RESOLUTION² pixels, each picture to that of its ratio: all, so many, or those given"
-    add("--buckets", nargs="*", metavar="N|HxW", help=text)
-    add("--bucket-step", type=int, metavar="PIXELS", help="what sides are multiples of (an eighth of --resolution)")
-    add("--bucket-ratio", type=float, default=2.0, metavar="R", help="buckets from 1:R to R:1")
-    add("--keep-sizes", action="store_true", help="store each picture's own size and crop, as --buckets always does")
+    add_bucket_flags(packing)
     add("--crop", choices=get_args(Crop), default="center", help="what is kept of oblong pictures")
     add("--flip", action="store_true", help="also store each training picture mirrored")
     add("--val-fraction", type=float, default=0.02, help="share held out, by hash of the key; existing splits are kept")
@@ -94,11 +90,7 @@ def _of_a_folder(parser: Parser, skip: str) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     if arguments.resolution is None:
         arguments.resolution = 32 if arguments.source in (["shapes"], ["fashion-mnist"]) else 64
-    if arguments.buckets is not None:
-        asked = arguments.buckets, arguments.resolution, arguments.bucket_step, arguments.bucket_ratio
-        arguments.buckets = bucket_sizes(*asked)
-    elif arguments.bucket_step is not None or arguments.bucket_ratio != 2:
-        raise UserError("--bucket-step and --bucket-ratio: are of buckets", hint="give --buckets, too")
+    arguments.buckets = asked_buckets(arguments)
     arguments.hint_given = arguments.hint_files is not None
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     if arguments.num_workers < 0:

@@ -5,11 +5,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from training.errors import UserError
 from training.shards.index import Size
 
-SMALLEST = 8  # pixels of a side
+SMALLEST, RATIO = 8, 2.0  # pixels of a side; the longer to the shorter, at most
+
+
+def add_bucket_flags(packing: Any) -> None:
+    """The flags of `pack` that say which sizes there are."""
+    text = "sizes of about RESOLUTION² pixels, each picture to that of its ratio: all, so many, or those given"
+    packing.add_argument("--buckets", nargs="*", metavar="N|HxW", help=text)
+    text = "what their sides are multiples of (an eighth of --resolution)"
+    packing.add_argument("--bucket-step", type=int, metavar="PIXELS", help=text)
+    packing.add_argument("--bucket-ratio", type=float, metavar="R", help="buckets from 1:R to R:1 (2)")
+    text = "store each picture's own size, and where it was cut, as --buckets always does"
+    packing.add_argument("--keep-sizes", action="store_true", help=text)
+
+
+def asked_buckets(arguments: Any) -> list[list[int]] | None:
+    """The sizes that the flags ask for; None without buckets. Raises UserError as `bucket_sizes` does."""
+    step, ratio = arguments.bucket_step, arguments.bucket_ratio
+    if arguments.buckets is not None:
+        return bucket_sizes(arguments.buckets, arguments.resolution, step, RATIO if ratio is None else ratio)
+    if step is not None or ratio is not None:
+        raise UserError("--bucket-step and --bucket-ratio: are of buckets", hint="give --buckets, too")
+    return None
 
 
 def bucket_sizes(words: Sequence[str], resolution: int, step: int | None, ratio: float) -> list[list[int]]:

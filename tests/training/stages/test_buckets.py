@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,20 @@ from stopped import same, stop_at
 
 from autoencoder.images import to_unit
 from ldm.conditioning import Cond
+from ldm.samplers import Heun
 from training.data.images import Images
 from training.data.latents import Latents
 from training.data.order import Batches, BucketOrder, Slot, order_of
 from training.data.samples import Batch
+from training.encoding.pairs import write_pairs
+from training.errors import UserError
 from training.models.assembly import load_pipeline
 from training.models.autoencoders import load_autoencoder
 from training.pictures import grids
+from training.settings import decoding
 from training.shards.reading import ShardSet
 from training.stages.denoiser import DenoiserStage
+from training.stages.denoiser_job import DenoiserJob
 
 SIZES = [(24, 40), (32, 32), (40, 24)]
 SHAPES = [(50, 90), (60, 60), (90, 50)]
@@ -229,11 +236,18 @@ def test_a_step_is_told_how_each_picture_was_cut(
 
 
 def test_latents_without_sizes_and_models_without_them_are_refused(
-    latents: Path, denoiser: Path, tmp_path: Path
+    latents: Path, denoiser: Path, autoencoder: Path, tmp_path: Path
 ) -> None:
     words = ("--latents", latents, "--output", tmp_path / "run", *tiny.DENOISER)
     problem = tiny.refused("train_denoiser", *words, "--conditioning.size", "true")
     assert problem.code == 3 and "do not hold" in problem.what and "--keep-sizes" in problem.hint
+    pack = ("pack", "shapes", "--samples", "24", "--val-fraction", "0.3", "--output", tmp_path / "data")
+    assert tiny.call("make_shards", *pack, "--keep-sizes") == 0
+    encode = ("--autoencoder", autoencoder, "--data", tmp_path / "data", "--output", tmp_path / "latents")
+    assert tiny.call("encode_latents", *encode, "--device", "cpu") == 0
+    assert Latents(ShardSet(tmp_path / "latents"), sizes=True)[0].extras["size"].tolist() == [[32, 32, 0, 0, 32, 32]]
+    words = ("--latents", tmp_path / "latents", "--output", tmp_path / "run", *tiny.DENOISER, *FEW, "--dry-run")
+    assert tiny.call("train_denoiser", *words, "--conditioning.size", "true") == 0
     draw = ("--model", denoiser, "--prompt", "red", "--output", tmp_path / "out", "--device", "cpu")
     problem = tiny.refused("generate", *draw, "--original-size", "100x100")
     assert "this one reads none" in problem.what
@@ -255,3 +269,46 @@ def test_one_that_is_told_sizes_begins_from_one_that_is_not(
     assert begun[0].keys() == begun[1].keys()
     problem = tiny.refused("train_denoiser", *words, "--output", tmp_path / "back", "--init-from", tmp_path / "sized")
     assert "is told how each picture was cut" in problem.what and "--conditioning.size true" in problem.hint
+
+
+def test_prior_pictures_are_of_one_size_and_were_cut_from_no_others() -> None:
+    config = decoding.load("denoiser", "smoke", {"prior.weight": "1", "prior.captions": "a square"})
+    parts = SimpleNamespace(pipeline=SimpleNamespace(latent_shape=len, multiple=8))
+
+    def check(sizes: list[tuple[int, int]], config: Any) -> None:
+        job = SimpleNamespace(dataset=SimpleNamespace(sizes=sizes), config=config, parts=parts)
+        DenoiserJob.check_buckets(job)  # type: ignore[arg-type]
+
+    check([], config)
+    check(SIZES[:1], config)
+    with pytest.raises(UserError, match="prior pictures are of one size"):
+        check(SIZES, config)
+    check(SIZES, dataclasses.replace(config, prior=dataclasses.replace(config.prior, weight=0)))
+    sized = dataclasses.replace(config, conditioning=dataclasses.replace(config.conditioning, size=True))
+    with pytest.raises(UserError, match="prior pictures were cut from no others"):
+        check([], sized)
+
+
+def test_pairs_are_of_one_size(latents_of_buckets: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--latents", latents_of_buckets, *tiny.DENOISER, *FEW, "--max-steps", "1")
+    assert tiny.call("train_denoiser", *words, "--output", run) == 0
+    pipeline = load_pipeline(run, "cpu")
+    with pytest.raises(UserError, match="is in buckets of 3 sizes, and pairs are drawn in one"):
+        write_pairs(pipeline, latents_of_buckets, tmp_path / "pairs", count=2, seed=0,
+                    sampling=dataclasses.replace(pipeline.sampling, sampler=Heun()), batch_size=2)  # fmt: skip
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_a_grid_of_reconstructions_is_of_the_bucket_with_most_pictures(
+    pictures: Path, autoencoder_of_buckets: Path
+) -> None:
+    held = Images(ShardSet(pictures, "val"))
+    runs = held.alike(held.evenly(8))  # of a validation's pictures, those of one bucket that are most, the first
+    assert max(map(len, runs)) > len(runs[0]) or len(set(map(len, runs))) > 1
+    most = max(runs, key=len)
+    height, width = held.shards.size_of(most[0])
+    columns = len(most)
+    size = Image.open(autoencoder_of_buckets / "samples" / "step-00000000" / "grid.png").size
+    like = torch.zeros(columns, 3, height, width, dtype=torch.uint8)
+    assert size == grids.comparison({"input": like, "reconstruction": like}).size
