@@ -65,7 +65,6 @@ class Latents(Samples[Latent]):
             hint = "make them with: " + door("encode_latents --autoencoder RUN --data PICTURES --output DIR")
             raise UserError("these shards hold no latents", hint=hint, code=DATA)
         self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])  # in buckets: of the commonest
-        self.factor = latent["picture"][0] // latent["shape"][1]
         self.told_sizes = sizes
         if sizes and not shards.summary.get("framed"):
             what = "conditioning.size is told how each picture was cut, which these latents do not hold"
@@ -173,8 +172,8 @@ class Latents(Samples[Latent]):
         """That of a sample's moments, by the size of its bucket where it has one."""
         if not self.shards.buckets:
             return self.shape
-        height, width = self.shards.size_of(index)
-        return self.shape[0], height // self.factor, width // self.factor
+        (height, width), factor = self.shards.size_of(index), self.shards.summary["latent"]["factor"]
+        return self.shape[0], height // factor, width // factor
 
     def _captions(self, index: int, data: bytes) -> list[str]:
         try:

@@ -144,8 +144,12 @@ class BucketOrder:
         own = batch - int(self._ends[bucket]) + self.counts[bucket] // self.batch_size  # among those of its bucket
         start = own * self.batch_size + first
         found = self._within(epoch, bucket)(np.arange(start, start + count))
-        indices = numbered(self.buckets[bucket], found)
+        indices = self._laid[bucket](found)
         return list(map(SLOT, zip(indices.tolist(), repeat(epoch), range(begin + first, begin + first + count))))
+
+    @cached_property
+    def _laid(self) -> tuple[Laid, ...]:
+        return tuple(map(Laid, self.buckets))
 
     @cached_property
     def _mixed(self) -> Callable[[int], Shuffle]:
@@ -161,13 +165,17 @@ class BucketOrder:
         return self.base[1] + (step - self.base[0]) * self.batch_size
 
 
-def numbered(ranges: tuple[range, ...], places: np.ndarray) -> np.ndarray:
-    """The samples that stand at `places` of ranges that are joined end to end."""
-    ends = np.cumsum([len(part) for part in ranges])
-    which = np.searchsorted(ends, places, side="right")
-    starts: np.ndarray = np.array([part.stop for part in ranges]) - ends
-    found: np.ndarray = places + starts[which]
-    return found
+class Laid:
+    """Ranges of samples joined end to end, asked for by places of the whole; 16 bytes a range are held."""
+
+    def __init__(self, ranges: tuple[range, ...]) -> None:
+        self.ends = np.cumsum([len(part) for part in ranges])
+        self.shifts = np.array([part.stop for part in ranges]) - self.ends
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """The samples at `places` (k,) int64."""
+        found: np.ndarray = places + self.shifts[np.searchsorted(self.ends, places, side="right")]
+        return found
 
 
 @dataclass(frozen=True)
@@ -229,8 +237,8 @@ def substitute(
 def substitute_alike(slot: Slot, attempt: int, seed: int, bucket: tuple[range, ...]) -> Slot:
     """The same where samples are in buckets: drawn from those of its `bucket`."""
     draw = np.random.default_rng([seed, slot.slot, attempt])
-    place = np.array([draw.integers(sum(map(len, bucket)))])
-    return slot._replace(index=int(numbered(bucket, place)[0]))
+    laid = Laid(bucket)
+    return slot._replace(index=int(laid(np.array([draw.integers(laid.ends[-1])]))[0]))
 
 
 @lru_cache(maxsize=EPOCHS)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ldm.conditioning import Cond
 from ldm.noise import Noise
 from training.commands import door
-from training.data.order import Slot, numbered, substitute, substitute_alike
+from training.data.order import Laid, Slot, substitute, substitute_alike
 from training.data.permutation import RULE
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.messages import warn
@@ -116,7 +116,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
         if bucket := self.shards.buckets.get(size):
             total = sum(map(len, bucket))
             chosen = _spread(count, total) if 0 < count < total else range(total)
-            return [int(place) for place in numbered(bucket, np.array(chosen))]
+            return [int(place) for place in Laid(bucket)(np.array(chosen))]
         if not 0 < count < len(self):
             return range(len(self))
         sizes, window = self.shards.windows or NO_WINDOWS

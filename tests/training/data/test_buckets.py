@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.order import Batches, BucketOrder, Slot, numbered, substitute_alike
+from training.data.order import Batches, BucketOrder, Laid, Slot, substitute_alike
 from training.data.permutation import RULE
 from training.errors import UserError
 
@@ -94,7 +94,7 @@ def test_who_stands_in_is_of_the_same_bucket() -> None:
     drawn = [substitute_alike(Slot(0, 0, slot), attempt, 3, buckets[0]) for slot in range(40) for attempt in range(2)]
     assert {slot.index for slot in drawn} == {place for part in buckets[0] for place in part}
     assert [slot.slot for slot in drawn] == [slot for slot in range(40) for _ in range(2)]
-    assert numbered(buckets[0], np.arange(10)).tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert Laid(buckets[0])(np.arange(10)).tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
 
 
 def test_what_fills_no_batch_is_refused() -> None:
