@@ -30,7 +30,9 @@ SLACK = 1e-3  # by which rounding may take a hint out of [0, 1]
 class Sampling:
     """How pictures are made: solver, its steps and the times it visits, what steers it, and, of pictures in pixels, the
     quantile that `ldm.thresholding` scales into their range, 0 for none. `image_scale`: guidance by the picture that is
-    to be changed, of `ldm.image_conditions.source`."""
+    to be changed, of `ldm.image_conditions.source`. Of a model that is told sizes: `original_size`, height and width of
+    the picture that it would have been cut from, (0, 0) for the picture's own, and `crop_offset`, the rows and columns
+    that would have been cut off above and to the left."""
 
     sampler: Sampler
     grid: Grid
@@ -38,6 +40,14 @@ class Sampling:
     steps: int = 25
     dynamic_threshold: float = 0.0
     image_scale: float = 1.0
+    original_size: tuple[int, int] = (0, 0)
+    crop_offset: tuple[int, int] = (0, 0)
+
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """What `Cond.extras["size"]` holds; empty where all of it goes without saying."""
+        numbers = *self.original_size, *self.crop_offset, 0, 0
+        return numbers if any(numbers) else ()
 
 
 class Settings(TypedDict, total=False):

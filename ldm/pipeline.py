@@ -31,6 +31,7 @@ from ldm.arguments import (
     translated,
 )
 from ldm.arguments import Sampling as Sampling  # which others look for here
+from ldm.backbones.image import SIZE
 from ldm.composition import beside
 from ldm.conditioning import Cond
 from ldm.coupling import Coupled, Coupling
@@ -59,7 +60,8 @@ class Pipeline:
     guidance: log p(caption | image) (B,) of images (B,3,H,W) in [-1, 1] and their captions. `tile`, 0 or at least 16:
     the side, in latents, of the overlapping tiles that the autoencoder works in, so that its memory is that of one
     tile; 0, the whole picture at once (`autoencoder.tiles` says where they are equal). `image`: what the denoiser was
-    trained to be shown besides captions. `student`: what a few-step model was taught.
+    trained to be shown besides captions. `student`: what a few-step model was taught. `sizes`: those it was trained at
+    besides `size`; `sized`: whether it is told the size that a picture is cut from, and where.
     Nothing of it changes: `dataclasses.replace(pipeline, tile=16)` is another.
     Raises ValueError where the schedule has no such grid of so many steps.
     """
@@ -74,6 +76,8 @@ class Pipeline:
     tile: int = 0
     image: ImageCondition = NO_IMAGE
     student: Student = NO_STUDENT
+    sizes: tuple[tuple[int, int], ...] = ()
+    sized: bool = False
 
     def __post_init__(self) -> None:
         self._check(self.sampling)
@@ -87,6 +91,9 @@ class Pipeline:
         if plan.image_scale != 1 and not isinstance(self.image, Source):
             raise ValueError("image_scale guides by a picture that is to be changed, and this model is shown none: "
                              "leave it out, or train with image.kind source.")
+        if plan.cut and not self.sized:
+            raise ValueError("original_size and crop_offset are told to a model, and this one reads none: leave them "
+                             "out, or train with conditioning.size true.")
 
     @property
     def device(self) -> torch.device:
@@ -209,6 +216,8 @@ class Pipeline:
         every condition, further captions and null included: guidance removes the words alone."""
         plan, captions = plan or self.sampling, each_caption(captions)
         self._check(plan)
+        if plan.cut and SIZE not in extras:
+            extras = {**extras, SIZE: torch.tensor([plan.cut], dtype=torch.float32, device=self.device)}
         denoiser: Conditional = Coupled(coupling, self.denoiser) if coupling else self.denoiser
         if plan.image_scale != 1:
             denoiser = ImageGuided(denoiser, self.text([""]), plan.image_scale)

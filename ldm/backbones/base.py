@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from ldm.backbones.image import NUMBERS, ImageInputs, LevelEmbedding, Widened, need_extra
+from ldm.backbones.image import NUMBERS, ImageInputs, LevelEmbedding, SizeEmbedding, Widened, need_extra
 from ldm.checks import Checked
 from ldm.conditioning import Cond
 
@@ -32,17 +32,19 @@ class Backbone(nn.Module, ABC):
         self.image_channels = 0
         self.level_embedding: LevelEmbedding | None = None
         self.number_embeddings: nn.ModuleDict | None = None
+        self.size_embedding: SizeEmbedding | None = None
 
-    def shown(self, image_channels: int = 0, image_level: bool = False, numbers: tuple[str, ...] = ()) -> Self:
-        """Itself, made to read `Cond.extras["image"]` (B, image_channels, H, W), "image_level" (B,) in [0, 1], and
-        further extras (B,) by the names of `numbers` too.
+    def shown(self, image_channels: int = 0, image_level: bool = False, numbers: tuple[str, ...] = (),
+              size_unit: int = 0) -> Self:
+        """Itself, made to read `Cond.extras["image"]` (B, image_channels, H, W), "image_level" (B,) in [0, 1], further
+        extras (B,) by the names of `numbers` too, and, where a latent's side is `size_unit` pixels, "size" (B, 6).
 
         What is new is zero at first: it answers as before, bit for bit, whatever the image and its level. Raises
         ValueError where it has no layers that could be made to.
         """
-        if (image_channels or image_level or numbers) and not hasattr(self, self.input_layer):
-            raise ValueError(f"{type(self).__name__} reads no image condition, no span and no guidance scale: set "
-                             "image.kind to none, and objective.kind to denoising")
+        if (image_channels or image_level or numbers or size_unit) and not hasattr(self, self.input_layer):
+            raise ValueError(f"{type(self).__name__} reads no image condition, no span, no guidance scale and no size: "
+                             "set image.kind to none, objective.kind to denoising, and conditioning.size to false")
         if image_channels:
             layer = getattr(self, self.input_layer)
             setattr(self, self.input_layer, Widened(layer, image_channels * layer.weight.shape[1] // self.channels))
@@ -52,6 +54,9 @@ class Backbone(nn.Module, ABC):
         if numbers:
             width = len(self.get_parameter("time_embedding.linear_2.weight"))
             self.number_embeddings = nn.ModuleDict({name: LevelEmbedding(width, NUMBERS) for name in numbers})
+        if size_unit:
+            width = len(self.get_parameter("time_embedding.linear_2.weight"))
+            self.size_embedding = SizeEmbedding(width, size_unit)
         return self
 
     def extended(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,7 +67,7 @@ class Backbone(nn.Module, ABC):
         if self.image_channels and theirs is not None and theirs.shape[1] < own[name].shape[1]:
             more = own[name].shape[1] - theirs.shape[1]
             wide[name] = torch.cat([theirs, theirs.new_zeros(len(theirs), more, *theirs.shape[2:])], dim=1)
-        added = ("level_embedding.", "number_embeddings.")
+        added = ("level_embedding.", "number_embeddings.", "size_embedding.")
         return {**{key: part for key, part in own.items() if key.startswith(added)}, **wide}
 
     @overload

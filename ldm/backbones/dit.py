@@ -14,7 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled, share_rates
 from ldm.backbones.embed import Projection, patches, rope_table, sincos_table, sinusoid
-from ldm.backbones.image import ImageInputs, with_level, with_numbers
+from ldm.backbones.image import ImageInputs, with_level, with_numbers, with_size
 from ldm.backbones.modulation import MODULATIONS, OwnModulation, modulate
 from ldm.backbones.routing import ROUTE, at, kept, put_back
 from ldm.conditioning import NOTHING, Cond, Share
@@ -245,7 +245,7 @@ class DiffusionTransformer(Backbone):
         """The tokens (B, N, D) that the first block reads, and what all blocks read beside them."""
         embedding = self.time_embedding(sinusoid(noise_level, LEVEL_FEATURES, shift=self.config.frequency_shift))
         embedding = with_level(embedding, self.level_embedding, cond)
-        embedding = with_numbers(embedding, self.number_embeddings, cond)
+        embedding = with_size(with_numbers(embedding, self.number_embeddings, cond), self.size_embedding, cond, x)
         if self.pooled_projection is not None and cond.pooled is not None:
             embedding = embedding + self.pooled_projection(cond.pooled)
         active = F.silu(embedding)

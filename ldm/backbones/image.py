@@ -1,5 +1,5 @@
 """What a backbone is made to read besides text: channels of an image condition behind those of the latents, a level of
-its noise, and other numbers."""
+its noise, other numbers, and the size that a picture had and where it was cut."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from ldm.backbones.embed import Projection, sinusoid
 from ldm.conditioning import Cond
 
 FEATURES, LEVELS = 256, 1000.0  # of a level in [0, 1]: it is embedded as the noise levels 0 to 1000 are
+SIZE, SIZES = "size", 6  # the extra (B, 6) of `SizeEmbedding`
 NUMBERS = 30.0  # of another number: smooth enough for what is learned of its derivative
 
 
 class ImageInputs(TypedDict, total=False):
-    """The channels of `Cond.extras["image"]` that are joined to the latents, whether "image_level" is read, and the
-    names of further extras (B,) that are."""
+    """The channels of `Cond.extras["image"]` that are joined to the latents, whether "image_level" is read, the names
+    of further extras (B,) that are; and where "size" is read, the pixels of a latent's side."""
 
     image_channels: int
     image_level: bool
     numbers: tuple[str, ...]
+    size_unit: int
 
 
 class Widened(nn.Module):
@@ -65,6 +67,42 @@ class LevelEmbedding(nn.Module):
     def forward(self, level: Tensor) -> Tensor:
         y: Tensor = self.projection(sinusoid(level * self.unit, FEATURES))
         return y
+
+
+class SizeEmbedding(nn.Module):
+    """How a picture was cut, in pixels (B, 6) -> (B, width), added to the embedding of time; 0 at first.
+
+    The numbers are the original height and width, the rows cut off above and the columns to the left, and the height
+    and width of what was kept: each by its sinusoid of 256 features, all joined, as SDXL has them (Podell et al. 2023,
+    arXiv 2307.01952, section 2.2). A height or width of 0 stands for that of the latents, `unit` pixels a side of one;
+    so do all where none are told, with nothing cut off.
+    """
+
+    def __init__(self, width: int, unit: int) -> None:
+        super().__init__()
+        self.unit = unit
+        self.projection = Projection(SIZES * FEATURES, width)
+        for parameter in self.projection.linear_2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, told: Tensor | None, latents: Tensor) -> Tensor:
+        """`told` (B, 6), None for none; `latents` (B, C, h, w)."""
+        height, width = (self.unit * side for side in latents.shape[-2:])
+        sides = [latents.new_full((1, 1), side, dtype=torch.float32) for side in (height, width, 0, 0, height, width)]
+        own = torch.cat(sides, 1).expand(len(latents), SIZES)
+        numbers = own if told is None else torch.where(told > 0, told, own)
+        y: Tensor = self.projection(sinusoid(numbers.flatten(), FEATURES).view(len(latents), -1))
+        return y
+
+
+def with_size(time: Tensor, embedding: SizeEmbedding | None, cond: Cond, latents: Tensor) -> Tensor:
+    """The embedding of time (B, width), and that of `cond.extras["size"]` (B, 6) where it is read. Raises ValueError
+    for one of another shape."""
+    if embedding is None:
+        return time
+    told = cond.extras.get(SIZE)
+    added: Tensor = embedding(None if told is None else need_extra(cond, SIZE, (time.shape[0], SIZES)), latents)
+    return time + added
 
 
 def with_level(time: Tensor, embedding: LevelEmbedding | None, cond: Cond) -> Tensor:

@@ -14,7 +14,7 @@ from autoencoder.recompute import run
 from ldm.backbones.attention import blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
-from ldm.backbones.image import ImageInputs, LevelEmbedding, Widened, with_level, with_numbers
+from ldm.backbones.image import ImageInputs, LevelEmbedding, SizeEmbedding, Widened, with_level, with_numbers, with_size
 from ldm.backbones.unet_blocks import Given, Resample, ResnetBlock, SpatialTransformer
 from ldm.conditioning import Cond
 
@@ -146,12 +146,13 @@ class WayDown(nn.Module):
     """The first half of a U-Net, whose `PARTS` are its modules: the features at full size, all levels, the middle."""
 
     PARTS: ClassVar = (
-        "conv_in", "time_embedding", "level_embedding", "number_embeddings", "class_embedding", "down_blocks",
-        "mid_block")
+        "conv_in", "time_embedding", "level_embedding", "number_embeddings", "size_embedding", "class_embedding",
+        "down_blocks", "mid_block")
     conv_in: nn.Conv2d | Widened
     time_embedding: Projection
     level_embedding: LevelEmbedding | None
     number_embeddings: nn.ModuleDict | None
+    size_embedding: SizeEmbedding | None
     class_embedding: Projection | None
     down_blocks: nn.ModuleList
     mid_block: MiddleBlock
@@ -165,7 +166,7 @@ class WayDown(nn.Module):
         """
         time = self.time_embedding(sinusoid(noise_level, self.conv_in.out_channels))
         time = with_level(time, self.level_embedding, cond)
-        time = with_numbers(time, self.number_embeddings, cond)
+        time = with_size(with_numbers(time, self.number_embeddings, cond), self.size_embedding, cond, x)
         if self.class_embedding is not None and cond.pooled is not None:
             time = time + self.class_embedding(cond.pooled)
         given = Given(F.silu(time), blank(cond.context, cond.mask), key_mask(cond.mask), cond.share)

@@ -139,7 +139,9 @@ def made_up(side: int, count: int) -> Any:
     from training.data.samples import Batch
 
     class MadeUp:
-        shards = SimpleNamespace(remote=None, windows=((), 0), summary={}, directory=Path("."), split="")  # no files
+        shards = SimpleNamespace(  # no files
+            remote=None, windows=((), 0), buckets={}, summary={}, directory=Path("."), split=""
+        )
         text, features = False, 0
         moments = torch.randn(count, 8, side, side, generator=torch.Generator().manual_seed(0))
 

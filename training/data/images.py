@@ -75,7 +75,7 @@ class Images(Samples[np.ndarray]):
         if len({p.shape for p in samples}) > 1:
             sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in samples})
             what = f"pictures of different sizes in one batch ({', '.join(sizes[:4])})"
-            raise UserError(what, hint="pack them with --resolution", code=DATA)
+            raise UserError(what, hint="pack them with --resolution, or --buckets", code=DATA)
         data = torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2)
         if self.flip:
             data = torch.where(coin(slots, self.seed, "flip")[:, None, None, None], data.flip(-1), data)

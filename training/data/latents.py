@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.backbones.image import SIZE
 from ldm.conditioning import Cond
 from ldm.representation import VISION
 from training.commands import door
 from training.data.order import Slot
 from training.data.samples import Batch, Policy, Samples, coin, ids, or_error, uniform
 from training.errors import DATA, NUMERICAL, UserError
+from training.pictures.frames import stored_frame
 from training.shards.remote import NULL, refuse_without_null
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Latent(NamedTuple):
     caption: str
     text: dict[str, Tensor] | None
     extras: dict[str, np.ndarray]
+    size: tuple[int, ...]  # as `Frame.numbers` has them, where they are asked for
 
 
 class Latents(Samples[Latent]):
@@ -44,7 +47,8 @@ class Latents(Samples[Latent]):
 
     Fields `extra-NAME.npy` are handed on as `Batch.extras`, with a mirrored variant those of `mirror-NAME.npy`: of
     uint8, which is a picture, in [0, 1], any other numbers as they are. Features of a `vision` model, `features`
-    channels, are read where they are asked for alone, and stay in float16: they are many.
+    channels, are read where they are asked for alone, and stay in float16: they are many. With `sizes` the extra
+    "size" (B, 6) says how each picture was cut, mirrored ones as they are.
     """
 
     def __init__(
@@ -55,13 +59,19 @@ class Latents(Samples[Latent]):
         seed: int = 0,
         on_bad_data: Policy = "skip",
         vision: bool = False,
+        sizes: bool = False,
     ) -> None:
         super().__init__(shards, seed, on_bad_data)
         latent = shards.summary.get("latent")
         if not latent:
             hint = "make them with: " + door("encode_latents --autoencoder RUN --data PICTURES --output DIR")
             raise UserError("these shards hold no latents", hint=hint, code=DATA)
-        self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])
+        self.shape, self.dtype = tuple(latent["shape"]), np.dtype(latent["dtype"])  # in buckets: of the commonest
+        self.told_sizes = sizes
+        if sizes and not shards.summary.get("framed"):
+            what = "conditioning.size is told how each picture was cut, which these latents do not hold"
+            pack = door("make_shards pack SOURCE --output DIR --keep-sizes")
+            raise UserError(what, hint=f"pack the pictures with it, and encode them again: {pack}", code=DATA)
         self.mirrored = flip and "mirror.npy" in shards.fields
         self.text = "text.safetensors" in shards.fields
         extras = [found[1] for field in shards.fields if (found := EXTRA.fullmatch(field))]
@@ -79,10 +89,10 @@ class Latents(Samples[Latent]):
     @cached_property
     def plain(self) -> Latents:
         """Without mirrored ones."""
-        return Latents(self.shards, on_bad_data=self.on_bad_data)
+        return Latents(self.shards, on_bad_data=self.on_bad_data, sizes=self.told_sizes)
 
     def moments(self, index: int, field: str = "moments.npy") -> np.ndarray:
-        """Sample `index` as (2C,h,w)."""
+        """Sample `index` as (2C,h,w), or (C,h,w) of an autoencoder without a posterior."""
         return self._moments(index, self.shards.read(index, (field,)).get(field, b""))
 
     def captions(self, index: int) -> list[str]:
@@ -108,6 +118,8 @@ class Latents(Samples[Latent]):
         data = torch.from_numpy(np.stack([sample.moments for sample in samples])).float()  # numpy's cast is slow
         text = joined([sample.text for sample in samples if sample.text is not None]) if self.text else None
         extras = {name: self._stacked(name, [sample.extras[name] for sample in samples]) for name in self.extras}
+        if self.told_sizes:
+            extras[SIZE] = torch.tensor([sample.size for sample in samples], dtype=torch.float32)
         return Batch(data, ids(slots), [sample.caption for sample in samples], text, extras=extras)
 
     def _stacked(self, name: str, arrays: list[np.ndarray]) -> Tensor:
@@ -131,7 +143,13 @@ class Latents(Samples[Latent]):
         picked = int(share * len(captions))
         text = self._text(index, record.get("text.safetensors", b""), picked) if self.text else None
         extras = {name: self._extra(index, key, record.get(key, b"")) for name, key in further.items()}
-        return Latent(moments, captions[picked], text, extras)
+        size = self._size(index, record.get("json", b""), variant == "mirror") if self.told_sizes else ()
+        return Latent(moments, captions[picked], text, extras, size)
+
+    def _size(self, index: int, data: bytes, mirrored: bool) -> tuple[int, ...]:
+        if (frame := stored_frame(json.loads(data))) is None:
+            raise self._damaged(index, "it does not say how its picture was cut")
+        return (frame.mirrored() if mirrored else frame).numbers()
 
     def _extra(self, index: int, field: str, data: bytes) -> np.ndarray:
         try:
@@ -145,11 +163,19 @@ class Latents(Samples[Latent]):
     def _moments(self, index: int, data: bytes) -> np.ndarray:
         """The array of an npy file, which is what the index says; the length of its header stands in bytes 8-9."""
         start = 10 + int.from_bytes(data[8:10], "little")
-        wanted, found = (self.shape, self.dtype), _described(data[:start])
-        if found != wanted or len(data) - start != self.dtype.itemsize * math.prod(self.shape):
+        shape = self.shape_of(index)
+        wanted, found = (shape, self.dtype), _described(data[:start])
+        if found != wanted or len(data) - start != self.dtype.itemsize * math.prod(shape):
             said = "no array" if found is None else f"an array {_named(*found)}"
             raise self._damaged(index, f"moments are {said}, the index says {_named(*wanted)}")
-        return np.frombuffer(data, self.dtype, offset=start).reshape(self.shape)
+        return np.frombuffer(data, self.dtype, offset=start).reshape(shape)
+
+    def shape_of(self, index: int) -> tuple[int, ...]:
+        """That of a sample's moments, by the size of its bucket where it has one."""
+        if not self.shards.buckets:
+            return self.shape
+        (height, width), factor = self.shards.size_of(index), self.shards.summary["latent"]["factor"]
+        return self.shape[0], height // factor, width // factor
 
     def _captions(self, index: int, data: bytes) -> list[str]:
         try:

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.data.permutation import RULE, Epoch, Windows, check_rule, folder_epoch, windows_epoch
+from training.data.permutation import (
+    BATCHES,
+    BUCKET,
+    RULE,
+    Epoch,
+    Shuffle,
+    Windows,
+    check_rule,
+    folder_epoch,
+    windows_epoch,
+)
 from training.errors import DATA, UserError
 
 EPOCHS = 3  # of which something is held: this one and the next, and that of a place asked for otherwise
@@ -85,6 +95,90 @@ class DataOrder:
 
 
 @dataclass(frozen=True)
+class BucketOrder:
+    """Every batch of samples of one bucket, of which `buckets` gives the numbers, range by range.
+
+    An epoch has as many batches of each bucket as it fills: B = sum over buckets of n_b // batch_size. Batch k of epoch
+    e is that at place permutation(e)[k] of all B, those of the first bucket first; and the i-th of bucket b holds
+    permutation(e, b)[i batch_size : (i + 1) batch_size] of its samples. Each is seen at most once an epoch; what a
+    bucket holds beyond whole batches is left out, each epoch others. Places count the samples of whole batches. After a
+    change of the batch size the epoch is that which the place lies in by the new one, so that samples of the epoch in
+    which it changed may come twice, or not.
+    Raises UserError where no bucket fills one global batch, and for a rule that is not known here.
+    """
+
+    buckets: tuple[tuple[range, ...], ...]
+    batch_size: int
+    seed: int
+    base: tuple[int, int] = (0, 0)
+    rule: int = RULE
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule)
+        if not self.batches:
+            most = max(self.counts)
+            what = f"no bucket has as many samples as one global batch ({self.batch_size}): the largest has {most}"
+            hint = f"--batch-size {most} at the most, or pack more images, or into fewer buckets: --buckets 3"
+            raise UserError(what, hint=hint, code=DATA)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """The samples of each bucket."""
+        return tuple(sum(map(len, ranges)) for ranges in self.buckets)
+
+    @cached_property
+    def batches(self) -> int:
+        """Those of an epoch."""
+        return int(self._ends[-1])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([count // self.batch_size for count in self.counts])
+
+    def at(self, step: int, first: int, count: int) -> list[Slot]:
+        """Slots [first, first + count) of the global batch of `step`."""
+        begin = self.place(step)
+        epoch, number = divmod(begin // self.batch_size, self.batches)
+        batch = int(self._mixed(epoch)(np.array([number]))[0])
+        bucket = int(np.searchsorted(self._ends, batch, side="right"))
+        own = batch - int(self._ends[bucket]) + self.counts[bucket] // self.batch_size  # among those of its bucket
+        start = own * self.batch_size + first
+        found = self._within(epoch, bucket)(np.arange(start, start + count))
+        indices = self._laid[bucket](found)
+        return list(map(SLOT, zip(indices.tolist(), repeat(epoch), range(begin + first, begin + first + count))))
+
+    @cached_property
+    def _laid(self) -> tuple[Laid, ...]:
+        return tuple(map(Laid, self.buckets))
+
+    @cached_property
+    def _mixed(self) -> Callable[[int], Shuffle]:
+        return lru_cache(maxsize=EPOCHS)(lambda epoch: Shuffle(self.batches, self.seed, epoch, BATCHES))
+
+    @cached_property
+    def _within(self) -> Callable[[int, int], Shuffle]:
+        held = EPOCHS * len(self.buckets)
+        return lru_cache(maxsize=held)(lambda e, b: Shuffle(self.counts[b], self.seed, e, BUCKET, b))
+
+    def place(self, step: int) -> int:
+        """Where the global batch of `step` begins: the samples seen before it."""
+        return self.base[1] + (step - self.base[0]) * self.batch_size
+
+
+class Laid:
+    """Ranges of samples joined end to end, asked for by places of the whole; 16 bytes a range are held."""
+
+    def __init__(self, ranges: tuple[range, ...]) -> None:
+        self.ends = np.cumsum([len(part) for part in ranges])
+        self.shifts = np.array([part.stop for part in ranges]) - self.ends
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """The samples at `places` (k,) int64."""
+        found: np.ndarray = places + self.shifts[np.searchsorted(self.ends, places, side="right")]
+        return found
+
+
+@dataclass(frozen=True)
 class StreamOrder:
     """Places of a stream, whose samples have no numbers of their own: slot p takes whatever sample comes p-th."""
 
@@ -100,12 +194,21 @@ class StreamOrder:
         return self.base[1] + (step - self.base[0]) * self.batch_size
 
 
+Order = DataOrder | BucketOrder | StreamOrder
+
+
 def order_of(
     dataset: Any, batch_size: int, seed: int, base: tuple[int, int] = (0, 0), rule: int = RULE
-) -> DataOrder | StreamOrder:
-    """Which sample of a data set fills which slot. Raises UserError where there are fewer than one global batch."""
+) -> Order:
+    """Which sample of a data set fills which slot. Raises UserError where there are fewer than one global batch, and
+    for buckets at an address."""
     if dataset.shards.windows is None:
         return StreamOrder(batch_size, base)
+    if buckets := dataset.shards.buckets:
+        if dataset.shards.remote:
+            what = f"{dataset.shards.remote}: shards of several buckets are mixed as a whole, not window by window"
+            raise UserError(what, hint="copy them into a folder here, and name that", code=DATA)
+        return BucketOrder(tuple(buckets.values()), batch_size, seed, base, rule)
     shards, window = dataset.shards.windows or ((), 0)
     return DataOrder(len(dataset), batch_size, seed, base, shards, window, rule)
 
@@ -131,6 +234,13 @@ def substitute(
     raise AssertionError("a place lies in one of the shards")
 
 
+def substitute_alike(slot: Slot, attempt: int, seed: int, bucket: tuple[range, ...]) -> Slot:
+    """The same where samples are in buckets: drawn from those of its `bucket`."""
+    draw = np.random.default_rng([seed, slot.slot, attempt])
+    laid = Laid(bucket)
+    return slot._replace(index=int(laid(np.array([draw.integers(laid.ends[-1])]))[0]))
+
+
 @lru_cache(maxsize=EPOCHS)
 def _windows_of(rule: int, shards: tuple[int, ...], window: int, seed: int, epoch: int) -> Windows:
     return windows_epoch(rule, np.array(shards), window, seed, epoch)
@@ -143,7 +253,7 @@ class Batches:
     Global batch = processes x accumulation x micro; backward pass a of process r takes block r of stripe a.
     """
 
-    order: DataOrder | StreamOrder
+    order: Order
     micro: int
     accumulation: int
     process: int

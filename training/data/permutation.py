@@ -18,7 +18,8 @@ RULE = 2  # of runs begun now
 # Rounds, by measuring a million keys each (chi-square). Of 5 and 6 things not all permutations are equally likely with
 # 16, and no difference is seen with 20; of where any two of 100 things go, that is so with 6 and with 8.
 FEW, ROUNDS = 100, (24, 12)  # of fewer than so many things, and of others
-FOLDER, SHARDS, WINDOW = 2, 3, 4  # what a permutation is of; rule 1 drew from the streams of 0 and 1
+# What a permutation is of; rule 1 drew from the streams of 0 and 1.
+FOLDER, SHARDS, WINDOW, BATCHES, BUCKET = 2, 3, 4, 5, 6
 WINDOWS = 4  # of an epoch, whose permutations are held
 
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ldm.conditioning import Cond
 from ldm.noise import Noise
 from training.commands import door
-from training.data.order import Slot, substitute
+from training.data.order import Laid, Slot, substitute, substitute_alike
 from training.data.permutation import RULE
 from training.errors import DATA, NUMERICAL, Unreachable, UserError
 from training.messages import warn
@@ -87,8 +88,7 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 if self.on_bad_data == "error" or attempt == ATTEMPTS - 1:
                     raise problem
                 reasons[places[i].index] = problem.what
-                windows = self.shards.windows or NO_WINDOWS
-                places[i] = substitute(slots[i], attempt, len(self), self.seed, windows[0], windows[1], self.rule)
+                places[i] = self._another(slots[i], attempt)
             for (i, _), sample in zip(failures, self.load([places[i] for i, _ in failures]), strict=True):
                 samples[i] = sample
         batch = self.join(places, [sample for sample in samples if not isinstance(sample, UserError)])
@@ -97,15 +97,26 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
             self.count(reasons)
         return batch
 
+    def _another(self, slot: Slot, attempt: int) -> Slot:
+        if buckets := self.shards.buckets:
+            return substitute_alike(slot, attempt, self.seed, buckets[self.shards.size_of(slot.index)])
+        windows = self.shards.windows or NO_WINDOWS
+        return substitute(slot, attempt, len(self), self.seed, windows[0], windows[1], self.rule)
+
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([Slot(index, 0, index)])
 
-    def evenly(self, count: int) -> Sequence[int]:
-        """`count` places evenly over the split, or all where it is 0 or more than there are.
+    def evenly(self, count: int, size: tuple[int, int] = (0, 0)) -> Sequence[int]:
+        """`count` places evenly over the split, or over its bucket of `size`, or all where it is 0 or more than there
+        are.
 
         Packed folders lie class after class, so the first samples are of few classes. Of shards at an address, each of
         which must be fetched, a window's number is looked into, themselves evenly chosen: more where they hold too few.
         """
+        if bucket := self.shards.buckets.get(size):
+            total = sum(map(len, bucket))
+            chosen = _spread(count, total) if 0 < count < total else range(total)
+            return [int(place) for place in Laid(bucket)(np.array(chosen))]
         if not 0 < count < len(self):
             return range(len(self))
         sizes, window = self.shards.windows or NO_WINDOWS
@@ -119,10 +130,22 @@ class Samples(Dataset[Batch], ABC, Generic[Loaded]):
                 break
         return [places[i] for i in _spread(count, len(places))]
 
+    def alike(self, places: Sequence[int]) -> list[Sequence[int]]:
+        """The places in order, cut where one sample is of another bucket than the one before it."""
+        if not self.shards.buckets:
+            return [places]
+        return [list(run) for _, run in groupby(places, self.shards.size_of)]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of all buckets; empty where samples are in none."""
+        return list(self.shards.buckets)
+
     def chunks(self, places: Sequence[int], size: int, doing: str = "") -> Iterator[Batch]:
-        """The samples at `places` as the first epoch has them, `size` at once; a line tells how far it is that is
-        `doing` with them."""
-        parts = (places[start : start + size] for start in range(0, len(places), size))
+        """The samples at `places` as the first epoch has them, `size` at once, fewer where the next are of another
+        bucket; a line tells how far it is that is `doing` with them."""
+        runs = self.alike(places)
+        parts = (run[start : start + size] for run in runs for start in range(0, len(run), size))
         batches = (self.__getitems__([Slot(place, 0, place) for place in part]) for part in parts)
         told = Progress(doing, len(places), "sample", aloud=bool(doing))
         return told.each(batches, lambda batch: len(batch.slots))

@@ -13,6 +13,7 @@ from training.errors import DATA, UserError
 from training.ledger import Ledger
 from training.messages import answer, warn
 from training.next_step import beside, tell_next
+from training.packing.buckets import add_bucket_flags, asked_buckets
 from training.packing.finding import add_source_flags, find_source
 from training.packing.hints import hint_files
 from training.packing.pack import pack
@@ -29,6 +30,7 @@ from training.shards.verifying import verify
 EXAMPLES = """pack photos/ --output data/photos --resolution 64
 pack 'tars/{00000..00009}.tar' --output data/web --resolution 128 --on-bad-data skip
 pack photos.zip --output data/photos --caption-column prompt
+pack photos/ --output data/shaped --resolution 64 --buckets
 pack photos/ --output data/outlined --resolution 64 --hint edges
 pack photos/ --output data/deep --resolution 64 --hint depth --hint-files depths/
 pack fashion-mnist --root /usr/share/datasets/fashion-mnist --output data/fashion
@@ -51,6 +53,7 @@ def build_parser() -> Parser:
     add("--root", type=Path, metavar="DIR", help=text)
     add("--samples", type=int, default=60_000, help="shapes: training pictures")
     add("--resolution", type=int, help="side of the packed pictures (shapes and fashion-mnist: 32, others: 64)")
+    add_bucket_flags(packing)
     add("--crop", choices=get_args(Crop), default="center", help="what is kept of oblong pictures")
     add("--flip", action="store_true", help="also store each training picture mirrored")
     add("--val-fraction", type=float, default=0.02, help="share held out, by hash of the key; existing splits are kept")
@@ -92,6 +95,7 @@ def _of_a_folder(parser: Parser, skip: str) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     if arguments.resolution is None:
         arguments.resolution = 32 if arguments.source in (["shapes"], ["fashion-mnist"]) else 64
+    arguments.buckets = asked_buckets(arguments)
     arguments.hint_given = arguments.hint_files is not None
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     if arguments.num_workers < 0:

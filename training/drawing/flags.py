@@ -29,6 +29,9 @@ def what_to_draw(parser: Parser) -> None:
     add("--also", metavar=("WEIGHT", "TEXT"), nargs=2, action="append", default=[], help=text)
     add("--seed", type=int, default=0, help="seed of each caption's first picture")
     add("--size", metavar="N|HxW", help="pixels; the training size, or that of --image, when not given")
+    text = "of a model of conditioning.size: what it is told of the picture that it draws a part of; its own size"
+    add("--original-size", metavar="N|HxW", help=text)
+    add("--crop-offset", metavar="N|TOPxLEFT", help="the same: pixels cut off above and to the left; 0")
 
 
 def what_to_begin_from(parser: Parser) -> None:

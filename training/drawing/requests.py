@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ldm.arguments import Sampling
 
 
+CUT = ("original_size", "crop_offset")  # what a model of conditioning.size is told
+
+
 @dataclass(frozen=True)
 class Request:
     """One picture to make, from a picture that is given or from noise."""
@@ -74,7 +77,9 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
         for name, section in (run_values | (stored_values or {})).items()
         if name in ("sampler", "grid", "guidance", "sample")
     }
-    flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale,
+    cut = {f"sample.{key}": parse_size(getattr(args, key, None), flag_name(key)) for key in CUT}
+    told = {key: ",".join(map(str, pair)) for key, pair in cut.items() if pair}
+    flags = told | {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale,
              "sample.dynamic_threshold": args.dynamic_threshold,
              "sample.image_scale": getattr(args, "image_guidance_scale", None)}  # which only generate has
     editing = decoding.sections("editing")  # read by the starts
@@ -92,13 +97,18 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
     return sampling_of(config), {n: plain[n] for n in values}
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
+def flag_name(key: str) -> str:
+    """The flag of an argument."""
+    return f"--{key.replace('_', '-')}"
+
+
+def parse_size(text: str | None, flag: str = "--size") -> tuple[int, int] | None:
     """`64` or `HEIGHTxWIDTH`."""
     if text is None:
         return None
     try:
         sides = [int(side) for side in text.lower().split("x")]
-        height, width = sides if len(sides) == 2 else (sides[0], sides[0])
-    except (ValueError, IndexError):
-        raise UserError(f"--size {text}: expected a number or HEIGHTxWIDTH") from None
+        height, width = sides * (3 - len(sides))  # one side is both; of more, none is left
+    except ValueError:
+        raise UserError(f"{flag} {text}: expected a number or HEIGHTxWIDTH") from None
     return height, width

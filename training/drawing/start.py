@@ -120,7 +120,7 @@ def tell_size(pipeline: Pipeline, size: Size, windows: int, ledger: Ledger) -> N
     if height % pipeline.multiple or width % pipeline.multiple:
         ledger.add("replaced", f"pictures drawn on a canvas that {pipeline.multiple} divides, then cut back",
                    f"{width}x{height}")
-    if (height, width) != pipeline.size and not windows:
+    if (height, width) not in (pipeline.size, *pipeline.sizes) and not windows:
         larger = "" if pipeline.hints else ", or --windows for larger ones"
         ledger.add("guessed", f"drawn at another size than the trained {pipeline.size[1]}x{pipeline.size[0]}: "
                               f"--size{larger}", f"{width}x{height}")

@@ -56,7 +56,7 @@ class OwnNoise(Start):
         from ldm.image_tasks import windowed
         from ldm.tasks import Task
 
-        if size and size != pipeline.size and not self.windows:
+        if size and size not in (pipeline.size, *pipeline.sizes) and not self.windows:
             asked, trained = ("x".join(map(str, sides)) for sides in (size, pipeline.size))
             repeats = f"drawn at {asked}, while the model was trained at {trained}: things may be repeated or torn"
             if pipeline.hints:  # which go with no windows

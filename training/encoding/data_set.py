@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +20,7 @@ from training.commands import door
 from training.data.images import Images
 from training.data.latents import Latents
 from training.encoding.ahead import read_ahead
-from training.encoding.plan import claim, told_from
+from training.encoding.plan import claim, sample_bytes, told_from
 from training.encoding.shard import Encoder, embeddings, refuse_many
 from training.encoding.shown import hint_beside, planned, said, trained
 from training.errors import DATA, UserError, as_user_error
@@ -40,7 +38,7 @@ from training.models.vocabulary import count_captions
 from training.next_step import again, beside, tell_next
 from training.progress import Progress
 from training.shards.claims import claimed
-from training.shards.index import ShardInfo, is_mixed, read_index, write_index
+from training.shards.index import ShardInfo, commonest, is_mixed, read_index, sizes_of, write_index
 from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import NULL, Remote, open_address
@@ -49,11 +47,13 @@ from training.tensors import save_tensors
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+
+    from torch import Tensor
 
     from autoencoder.base import Autoencoder
     from ldm.text import TextEncoder
 
-BESIDE = 3000  # bytes of a sample beyond its moments: captions, metadata, headers
 DEAD = 1e-4  # standard deviation of a channel that says nothing
 PROBED = 256  # latents looked at for dead channels
 
@@ -84,7 +84,7 @@ def encode(args: argparse.Namespace) -> int:
         meeting.meet()  # no process writes a shard before the folder is claimed for this plan
         tiled = partial(encode_tiled, model, tile=args.tile, overlap=args.tile // 4)
         encoded = tiled if args.tile else model.encode
-        seen = partial(vision, grid=tuple(plan["latent"]["shape"][1:])) if vision else None
+        seen = partial(_features, vision, plan["latent"]["factor"]) if vision else None
         worker = Encoder(encoded, encoder, args, accelerator.device, plan, total, model.norm.mean_latents, seen)
         own = shards[accelerator.process_index :: accelerator.num_processes]
         there = _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
@@ -104,9 +104,10 @@ def _plan(
     summary: dict[str, Any], shards: list[ShardInfo], model: Autoencoder, encoder: TextEncoder | None, args: Any
 ) -> dict[str, Any]:
     """All that decides what the latents are."""
-    latent, hint = latent_of(_images(args.data, shards[0].split, args), model, args.dtype), hint_beside(summary)
-    image = planned(args, hint, (latent["picture"][0], latent["picture"][1]), model)
+    latent, hint = latent_of(shards, _images(args.data, shards[0].split, args), model, args.dtype), hint_beside(summary)
+    image = planned(args, hint, sizes_of(shards) or [tuple(latent["picture"])], model)
     return {
+        **{str(name): summary[name] for name in ("buckets", "framed") if name in summary},
         "encoder": autoencoder_hashes(model)["encoder"],
         "data": {s.name: s.sha256 for s in shards},
         "latent": latent,
@@ -164,7 +165,8 @@ def _write(
         # The first sample is taken before the file is begun, for a shard of none is refused. All others are encoded
         # while they are written: memory holds a batch, not a shard.
         if first := next(samples, None):
-            there.append(write_shard(target, info.name.removesuffix(".tar"), chain([first], samples), info.split))
+            stem = info.name.removesuffix(".tar")
+            there.append(write_shard(target, stem, chain([first], samples), info.split, info.size))
         # Beside its shard until all are there: one that is gone on with must not forget what was not used.
         write_json(_ledger_of(target, info), worker.ledger.report())
     return there
@@ -172,7 +174,12 @@ def _write(
 
 def _sound(target: Path, info: ShardInfo) -> ShardInfo | None:
     """The latents of a shard of pictures, if they are there whole; of the same split, whatever the shard is called."""
-    return sound_shard(target, info.name.removesuffix(".tar"), info.split)
+    return sound_shard(target, info.name.removesuffix(".tar"), info.split, info.size)
+
+
+def _features(vision: Callable[..., Any], factor: int, images: Tensor) -> Any:
+    """Features of images (B, 3, H, W), one for each of their latents."""
+    return vision(images, (images.shape[-2] // factor, images.shape[-1] // factor))
 
 
 def _part(target: Path, rank: int | str) -> Path:
@@ -221,20 +228,13 @@ def _prepare(
         raise disk_error(target, failure) from None
 
 
-def sample_bytes(plan: Mapping[str, Any], *, flip: bool) -> int:
-    """What a sample will take on disk, embeddings of its captions aside; `flip`: its mirrored picture, too."""
-    latent = plan["latent"]
-    size: int = math.prod(latent["shape"]) * np.dtype(latent["dtype"]).itemsize
-    size += math.prod(latent["picture"]) * (plan.get("hint") or {}).get("channels", 0)
-    size += 2 * math.prod(latent["shape"][1:]) * (plan.get(VISION) or {}).get("width", 0)
-    return size * (2 if flip else 1) + BESIDE
-
-
-def latent_of(images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
-    """What one stored latent is: shape, type, and the size of its picture."""
-    picture = tuple(images[0].data.shape[2:])
-    with as_user_error("pack the pictures again with another --resolution", DATA):
-        model.check_images(torch.empty(1, images.channels, *picture, device="meta"))
+def latent_of(shards: list[ShardInfo], images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
+    """What one stored latent is: shape, type, and the size of its picture; in buckets, that of the commonest."""
+    picture = commonest(shards) or (images[0].data.shape[2], images[0].data.shape[3])
+    again = f"--bucket-step {model.factor} or a multiple of it" if images.sizes else "another --resolution"
+    with as_user_error(f"pack the pictures again with {again}", DATA):
+        for size in sizes_of(shards) or [picture]:
+            model.check_images(torch.empty(1, images.channels, *size, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
     return {"shape": shape, "dtype": dtype, "picture": list(picture), "factor": model.factor}
 
@@ -259,7 +259,8 @@ def _finish(
         count_captions(Latents(ShardSet(target)))
     if dead := _dead_channels(ShardSet(target, infos[0].split), channels):
         warn(f"latent channels {dead} hardly vary (std below {DEAD:g})")
-    shape = "x".join(map(str, plan["latent"]["shape"]))
+    others = len(sizes_of(infos)[1:])
+    shape = "x".join(map(str, plan["latent"]["shape"])) + f" and {others} other shapes" * bool(others)
     gap = f", {samples - total:,} left out" if samples > total else ""
     hints = said(plan)
     tell(f"latents: {target} ({total:,} samples of {shape}{gap}{hints}), waiting for data {waiting:.0%}")
@@ -288,5 +289,5 @@ def _dead_channels(shards: ShardSet, channels: int) -> list[int]:
     """The channels whose mean hardly varies over some latents: the autoencoder leaves them unused."""
     latents = Latents(shards)
     some = range(0, len(shards), max(1, len(shards) // PROBED))
-    values = np.stack([latents.moments(i) for i in some]).astype(np.float64)
-    return [channel for channel in range(channels) if values[:, channel].std() < DEAD]
+    values = [latents.moments(i)[:channels].reshape(channels, -1) for i in some]
+    return np.flatnonzero(np.concatenate(values, 1).astype(np.float64).std(1) < DEAD).tolist()

@@ -93,7 +93,11 @@ def write_pairs(
         raise UserError(f"pairs: their count and batch must be at least 1, got {count} and {batch_size}")
     refuse_noise(pipeline, sampling)
     split = held_out_split(latents)
-    data = {name: Latents(ShardSet(latents, name)) for name in dict.fromkeys(["train", split])}
+    names = dict.fromkeys(["train", split])
+    data = {name: Latents(ShardSet(latents, name), sizes=pipeline.sized) for name in names}
+    if len(sizes := data["train"].sizes) > 1:
+        what = f"{latents} is in buckets of {len(sizes)} sizes, and pairs are drawn in one"
+        raise UserError(what, hint="give latents of pictures that were packed without --buckets", code=DATA)
     refuse_other_autoencoder(pipeline, latents)
     counts = {"train": count} | ({split: min(held_out, len(data[split]))} if split != "train" and held_out else {})
     told = {"seed": seed, "counts": counts, "per_shard": SHARD}
@@ -139,6 +143,7 @@ def _plan(pipeline: Pipeline, sampling: Sampling, latents: Path, data: Latents) 
     """What a folder of latents says of itself; the pictures are those of the latents that the captions are of."""
     summary, source = data.shards.summary, latents / ENCODING
     shown = {name: summary.get(name) for name in ("text_encoder", "hint", "image")}
+    shown |= {"framed": True} if summary.get("framed") else {}
     pictures = read_record(source, {}).get("data", {}) if source.is_file() else {}
     return {"encoder": summary["encoder"], "data": pictures, "latent": {**summary["latent"], "dtype": "float32"},
             "flip": False, "tile": summary.get("tile", 0), **shown}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ldm.representation import VISION
 from training.errors import CHECKPOINT, UserError
@@ -16,6 +19,8 @@ from training.guarding import read_record
 from training.shards.claims import LOCK
 from training.shards.index import ENCODING
 from training.shards.remote import Remote
+
+BESIDE = 3000  # bytes of a sample beyond its moments: captions, metadata, headers
 
 
 def claim(target: Path, plan: dict[str, Any], pictures: str) -> None:
@@ -60,3 +65,12 @@ def told_from(source: Path | Remote, target: Path) -> str:
     path = os.path.relpath(os.path.realpath(source), os.path.realpath(target))
     home = Path(os.path.expanduser("~")).name
     return "" if home in Path(path).parts else path
+
+
+def sample_bytes(plan: Mapping[str, Any], *, flip: bool) -> int:
+    """What a sample will take on disk, embeddings of its captions aside; `flip`: its mirrored picture, too."""
+    latent = plan["latent"]
+    size: int = math.prod(latent["shape"]) * np.dtype(latent["dtype"]).itemsize
+    size += math.prod(latent["picture"]) * (plan.get("hint") or {}).get("channels", 0)
+    size += 2 * math.prod(latent["shape"][1:]) * (plan.get(VISION) or {}).get("width", 0)
+    return size * (2 if flip else 1) + BESIDE

@@ -78,7 +78,7 @@ class Encoder:
         self, shards: ShardSet, info: ShardInfo, pictures: Iterator[np.ndarray | UserError]
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(key, fields) of every sample of a shard that can be read, in order; `pictures` goes on with the shard's."""
-        self.ledger = Ledger()
+        self.ledger, self.picture = Ledger(), info.size or self.picture
         first = shards.start(info.name)
         waiting: list[Picture] = []
         for index, pixels in zip(range(first, first + info.samples), self._awaited(pictures), strict=False):
@@ -117,7 +117,7 @@ class Encoder:
         odd = [picture.key for picture in pictures if picture.pixels.shape[:2] != self.picture]
         if odd:
             what = f"{odd[0]}: pictures of different sizes in one data set"
-            raise UserError(what, hint="pack them with --resolution", code=DATA)
+            raise UserError(what, hint="pack them with --resolution, or --buckets", code=DATA)
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
         # The mirrored picture is encoded on its own: an encoder's answer to it is not the mirrored answer.
         beside = [picture.hint for picture in pictures if picture.hint is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,10 +20,10 @@ def hint_beside(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def planned(
-    args: argparse.Namespace, hint: Mapping[str, Any] | None, picture: tuple[int, int], model: Autoencoder
+    args: argparse.Namespace, hint: Mapping[str, Any] | None, sizes: Sequence[tuple[int, int]], model: Autoencoder
 ) -> dict[str, Any] | None:
     """What is made of pictures, by `--low-res` and `--encode-hint`; None where hints are copied, or there are none.
-    Raises UserError for what cannot be made of these pictures."""
+    Raises UserError for what cannot be made of pictures of these sizes."""
     if args.low_res and args.encode_hint:
         what = "--low-res and --encode-hint: each makes extra-image.npy, and there is one"
         raise UserError(what, hint="leave one of them out")
@@ -35,9 +35,11 @@ def planned(
         return {"kind": "source"}
     if not args.low_res:
         return None
-    if args.low_res < model.factor or any(side % args.low_res for side in picture):
-        what = f"--low-res {args.low_res}: does not fit pictures of {picture[0]}x{picture[1]}"
-        fits = [n for n in range(max(2, model.factor), min(picture) + 1) if not any(side % n for side in picture)]
+    sides = {side for size in sizes for side in size}
+    if args.low_res < model.factor or any(side % args.low_res for side in sides):
+        odd = next((size for size in sizes if any(side % args.low_res for side in size)), sizes[0])
+        what = f"--low-res {args.low_res}: does not fit pictures of {odd[0]}x{odd[1]}"
+        fits = [n for n in range(max(2, model.factor), min(sides) + 1) if not any(side % n for side in sides)]
         raise UserError(what, hint=f"what divides their sides and is no less than the autoencoder's: {fits[:6]}")
     if hint:
         note("--low-res takes the place of the hints beside these pictures, which are left out")

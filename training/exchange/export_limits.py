@@ -151,6 +151,9 @@ def _additions(config: DenoiserConfig) -> Iterator[Obstacle]:
         if (kind := getattr(config, section).kind) != "none":
             why = "its pipelines of text alone have no place for it"
             yield Obstacle(f"{section}.kind", kind, why, '"none" can be written')
+    if config.conditioning.size:
+        why = "its pipelines of these networks tell none how a picture was cut"
+        yield Obstacle("conditioning.size", True, why, "false can be written")
     objective = config.objective
     if objective.reading is not None and (objective.reads or objective.aim != "none"):
         why = "its schedulers take the steps of a denoiser, and this model answers where x goes"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.backbones import Backbone
+from ldm.backbones.image import SIZE, SIZES
 from ldm.conditioning import Cond
 from ldm.jumps import SCALE, SPAN, Jumping, noise_share, plainly
 from ldm.noise import Noise
@@ -31,7 +32,7 @@ CLOSE = {"pt2": 1e-5, "onnx": 1e-4}  # of what is compared, by its largest numbe
 
 class DenoiserGraph(nn.Module):
     """Latents, noise level, text, its mask, the pooled text, an image and its level, the numbers that a few-step model
-    is told, as many as the network reads -> what it predicts."""
+    is told, how a picture is cut, as many as the network reads -> what it predicts."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
@@ -40,9 +41,9 @@ class DenoiserGraph(nn.Module):
     def forward(
         self, x: Tensor, noise_level: Tensor, context: Tensor, mask: Tensor, pooled: Tensor | None = None,
         image: Tensor | None = None, image_level: Tensor | None = None, span: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
+        guidance_scale: Tensor | None = None, size: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        shown = {"image": image, "image_level": image_level, SPAN: span, SCALE: guidance_scale}
+        shown = {"image": image, "image_level": image_level, SPAN: span, SCALE: guidance_scale, SIZE: size}
         extras = {name: value for name, value in shown.items() if value is not None}
         y: Tensor = self.backbone(x, noise_level, Cond(context, mask, pooled, extras))
         return y
@@ -120,6 +121,8 @@ def graphs(pipeline: HashedPipeline) -> dict[str, Graph]:
     if backbone.level_embedding:
         inputs["image_level"] = torch.linspace(0, 1, len(x))
     inputs |= {name: torch.linspace(0, 1, len(x)) for name in backbone.number_embeddings or ()}
+    if backbone.size_embedding:
+        inputs[SIZE] = torch.zeros(len(x), SIZES)  # 0: as it goes without saying
     network, decoder = DenoiserGraph(backbone), DecoderGraph(pipeline.autoencoder)
     return {"denoiser": Graph(network.eval(), inputs), "decoder": Graph(decoder.eval(), {"latents": x})}
 

@@ -17,7 +17,7 @@ from ldm.weighting import ELBO, SNR
 from training.drawing.prompts import listed, tell_reading
 from training.errors import DATA, UserError, as_user_error
 from training.measuring.distances import share
-from training.measuring.held_out import CHUNK, by_caption, chunks, even_among, held_out
+from training.measuring.held_out import by_caption, chunks, even_among, held_out, parts
 from training.messages import answer
 from training.models.captions_read import short
 from training.pictures import grids
@@ -46,8 +46,7 @@ def classification(
     captions, images = choices(Path(args.classify), pipeline, ledger), held_out(args)
     places, truth = shown(images, captions, args.count, ledger)
     cond, beliefs = pipeline.text(captions), []
-    for number, pixels in enumerate(chunks(images, places, device, "classifying")):
-        part = slice(number * CHUNK, number * CHUNK + len(pixels))
+    for part, pixels in parts(images, places, device, "classifying"):
         noise = Noise.from_seeds([args.seed + place for place in places[part]], device)
         beliefs.append(posterior(classify(latents_of(pipeline, pixels), noise, cond)).cpu())
     numbers: dict[str, Any] = {"classes": captions, "pictures": len(places), "draws": args.draws}

@@ -38,7 +38,7 @@ OTHERS = "hints, of another kind or range than a run learned from"
 def control(pipeline: Pipeline, sampling: Sampling, args: argparse.Namespace, ledger: Ledger) -> dict[str, Any]:
     """Intersection over union of the hint of each drawing with the hint that it was given, and of the autoencoder's
     reconstruction, beyond which no drawing can be asked to go; of the embedded shapes, how near their places are."""
-    images = held_out(args)
+    images = held_out(args, "--hints")
     told = images.shards.summary.get("hint")
     if not told:
         hint = "pack the pictures with make_shards pack --hint KIND"

@@ -16,7 +16,7 @@ from training.drawing.requests import Request
 from training.errors import DATA, UserError
 from training.measuring.distances import share
 from training.measuring.features import load_features
-from training.measuring.held_out import check_count, chunks, held_out
+from training.measuring.held_out import check_count, chunks, held_out, of_one_size
 from training.measuring.nearest import Nearest, Space, nearest, pixel_space
 from training.measuring.obedience import draw_batches
 from training.messages import note, warn
@@ -96,7 +96,7 @@ def copies(
 
 def splits(args: argparse.Namespace) -> tuple[Images, Images]:
     """Held-out and training pictures of --data. Raises UserError for too few of the first, or none of the second."""
-    held, train = held_out(args), Images(ShardSet(args.data, "train"))
+    held, train = held_out(args, "--copies"), of_one_size(Images(ShardSet(args.data, "train")), "--copies")
     if len(held) < LEAST:
         what = f"copies are told by {LEAST} held-out pictures or more, the data hold out {len(held)}"
         raise UserError(what, hint=f"hold more of them out: {holding_out(LEAST, len(held) + len(train))}", code=DATA)

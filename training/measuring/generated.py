@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from training.drawing.prompts import tell_reading
-from training.drawing.requests import ask
+from training.drawing.requests import Request, ask
 from training.measuring import measures
 from training.measuring.clip_score import ClipScore, load_clip_score, scored
 from training.measuring.distances import share
 from training.measuring.features import load_features
 from training.measuring.held_out import (
-    CHUNK,
     check_count,
     check_held_out,
     chunks,
@@ -25,6 +24,8 @@ from training.measuring.held_out import (
     even_indices,
     gather,
     held_out,
+    parts,
+    sizes_of_captions,
     trained_on,
     warn_of_few,
 )
@@ -67,8 +68,8 @@ class Witness:
             judge = content_hash(self.judge.state_dict())[:12]
             numbers |= share("obedience", self.verdicts) | {"obedience_judge": f"classifier {judge}"}
         if self.clip:
-            batches = enumerate(chunks(images, places, device))
-            own = [self.clip(pixels, _captions(images, places[n * CHUNK :][: len(pixels)])) for n, pixels in batches]
+            batches = parts(images, places, device, "scoring held-out pictures")
+            own = [self.clip(pixels, _captions(images, places[part])) for part, pixels in batches]
             numbers |= scored("clip_score", self.scores) | scored("clip_score_real", own) | {"clip": self.clip.about()}
             self.clip.tell(ledger)
         return numbers
@@ -150,11 +151,22 @@ def distances(
     witness, truth = witness_of(args.obedience, args.clip, device), held_against(args, device)
     requests = ask(truth.captions, 1, args.seed)
     tell_reading((request.prompt for request in requests), ledger, pipeline.text, aloud=False)
-    drawn = draw_batches(pipeline, sampling, requests, args.batch_size)
+    sizes = sizes_of_captions(truth.images, truth.captions)
+    drawn = draw_in_sizes(pipeline, sampling, requests, sizes, args.batch_size)
     generated = gather(truth.features, (witness.see(*batch) for batch in drawn))
     beside = truth.beside(pipeline.autoencoder)
     numbers = rated(truth.compared({"generated": generated, **beside}, args.seed)) | truth.counts(beside)
+    numbers |= {"drawn_sizes": "those of the held-out pictures, caption by caption"} if truth.images.sizes else {}
     return numbers | witness.numbers(truth.images, truth.places, device, ledger)
+
+
+def draw_in_sizes(
+    pipeline: Any, sampling: Any, requests: list[Request], sizes: Sequence[tuple[int, int] | None], batch: int
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """`draw_batches` of the requests, each in its size, None for the pipeline's own."""
+    for size in dict.fromkeys(sizes):
+        own = [request for request, wanted in zip(requests, sizes, strict=True) if wanted == size]
+        yield from draw_batches(replace(pipeline, size=size) if size else pipeline, sampling, own, batch)
 
 
 def rated(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.data.images import Images
-from training.errors import UserError
+from training.errors import DATA, UserError
 from training.measuring.networks.base import Features
 from training.messages import note, warn
 from training.models.judge import caption
@@ -68,11 +68,21 @@ def gather(features: Features, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat([features(pixels).cpu() for pixels in batches])
 
 
-def held_out(args: argparse.Namespace) -> Images:
-    """The val split of --data, else its test split, as in training."""
+def held_out(args: argparse.Namespace, alike_for: str = "") -> Images:
+    """The val split of --data, else its test split, as in training. Raises UserError where what is measured
+    (`alike_for`) takes pictures of one size alone, and these are in several buckets."""
     if not args.data:
         raise UserError("--data is missing", hint="name the packed pictures the model is measured against")
-    return Images(held_out_shards(args.data, at_least="test"))
+    images = Images(held_out_shards(args.data, at_least="test"))
+    return of_one_size(images, alike_for) if alike_for else images
+
+
+def of_one_size(images: Images, what: str) -> Images:
+    """The pictures. Raises UserError where they are of several sizes, and `what` takes those of one alone."""
+    if len(images.sizes) > 1:
+        found = f"{what} takes pictures of one size, and those of {images.shards.directory} are in {len(images.sizes)}"
+        raise UserError(f"{found} buckets", hint="pack them for it without --buckets, and give that folder", code=DATA)
+    return images
 
 
 def trained_on(data: Any) -> Images | None:
@@ -90,6 +100,16 @@ def chunks(
     return (batch.data.to(device) for batch in images.chunks(places, CHUNK, doing))
 
 
+def parts(
+    images: Images, places: Sequence[int], device: torch.device, doing: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """`chunks`, and which of the places each is of."""
+    first = 0
+    for pixels in chunks(images, places, device, doing):
+        yield slice(first, first + len(pixels)), pixels
+        first += len(pixels)
+
+
 def by_caption(images: Images) -> dict[str, list[int]]:
     """Positions of each distinct first caption."""
     places: dict[str, list[int]] = {}
@@ -102,6 +122,17 @@ def even_captions(images: Images, count: int) -> list[str]:
     """`count` captions, the distinct ones in turn, in `mixed` order."""
     names = mixed(by_caption(images))
     return [names[i % len(names)] for i in range(count)]
+
+
+def sizes_of_captions(images: Images, captions: Sequence[str]) -> list[tuple[int, int] | None]:
+    """In buckets, the height and width to draw each caption at: those of the pictures that have it, in turn."""
+    if not images.sizes:
+        return [None] * len(captions)
+    places, turns, sizes = by_caption(images), dict[str, int](), list[tuple[int, int] | None]()
+    for name in captions:
+        turn = turns[name] = turns.get(name, -1) + 1
+        sizes.append(images.shards.size_of(places[name][turn % len(places[name])]))
+    return sizes
 
 
 def even_indices(images: Images, count: int) -> list[int]:
@@ -125,7 +156,7 @@ def mixed(captions: Iterable[str]) -> list[str]:
 
 def check_crop(size: int | None, images: Images) -> None:
     """Raises UserError for a crop that is no part of the pictures."""
-    side = min(images[0].data.shape[-2:])
+    side = min(min(size) for size in images.sizes) if images.sizes else min(images[0].data.shape[-2:])
     if size is not None and not 1 <= size <= side:
         what = f"--crop: must lie in 1 to {side}, the pictures' side (got {size})"
         raise UserError(what, hint="leave it out to measure whole pictures")

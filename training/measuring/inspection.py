@@ -26,6 +26,7 @@ from training.files import finite, write_bytes, write_json
 from training.guarding import check_free, check_output, make_folder
 from training.machine import memory, processes
 from training.measuring.features import load_features
+from training.measuring.held_out import of_one_size
 from training.measuring.probe import probe
 from training.messages import answer, tell
 from training.models.autoencoders import autoencoder_hashes, load_autoencoder
@@ -55,7 +56,8 @@ def inspect(args: argparse.Namespace) -> int:
     check_output(output)
     for file in ("inspection.json", "inspection.html"):
         check_free(output / file, args.overwrite)
-    model, held_out = load_autoencoder(args.model, device), Images(held_out_shards(args.data))
+    held_out = of_one_size(Images(held_out_shards(args.data)), "inspect_autoencoder")
+    model = load_autoencoder(args.model, device)
     features, distance = load_features(args.features, device), load_distance(args, held_out, device)
     with as_user_error("inspect with pictures like those that it was trained on", DATA):
         study = Study(model, distance)

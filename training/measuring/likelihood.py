@@ -29,7 +29,7 @@ def likelihood(
     of learned variance was trained on."""
     with as_user_error("measure a run that train_denoiser has trained"):
         denoiser = unguided(pipeline.student, pipeline.denoiser, "--likelihood")
-    images, exact = held_out(args), args.likelihood_trace == "exact"
+    images, exact = held_out(args, "--likelihood"), args.likelihood_trace == "exact"
     log_likelihoods, bounds = [], []
     places = images.evenly(args.likelihood)
     captions = [caption(images, i) for i in places]

@@ -132,7 +132,7 @@ class Draws:
         order = torch.Generator().manual_seed(SEED)
         chosen = [torch.randint(len(moments), (BATCH,), generator=order) for _ in range(steps)]
         self.moments, self.chosen = moments, torch.cat(chosen)
-        self.shards = SimpleNamespace(windows=(), remote=None, key=str)
+        self.shards = SimpleNamespace(windows=(), buckets={}, remote=None, key=str)
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -159,7 +159,7 @@ def restoration(
 ) -> dict[str, Any]:
     """Posterior samples of held-out pictures from y = A x + sigma_y n, by each of the methods, beside what is there
     without drawing: the picture itself, its reconstruction, A^+ y, and y enlarged."""
-    methods, operator, images = methods_of(args), operator_of(args), held_out(args)
+    methods, operator, images = methods_of(args), operator_of(args), held_out(args, "--restore")
     check_noise(args.sigma_y)
     tell_limits(args.samples, sampling, pipeline.student)
     places = even_indices(images, args.count or len(images))

@@ -27,6 +27,7 @@ from training.guarding import check_free, make_folder
 from training.ledger import Ledger
 from training.machine import memory, processes
 from training.measuring.generated import Truth, Witness, held_against, rated, witness_of
+from training.measuring.held_out import of_one_size
 from training.measuring.metered import Cost, Metered, metered
 from training.measuring.obedience import Rules, batches, draw, shapes_prompts
 from training.measuring.protocol import card, protocol, protocol_hash
@@ -107,6 +108,8 @@ def compare(args: argparse.Namespace) -> int:
         args.data = open_address(args.data, args.cache_dir, args.cache_size)
     settings = every_setting(args, device)
     truth = held_against(args, device) if args.data else None
+    if truth:
+        of_one_size(truth.images, "compare_steps --data")
     parts = list(parts_of(args, settings, truth))
     draw_in_turns(settings, parts, truth)
     rows, baselines = measured(settings, truth, args)

@@ -83,7 +83,7 @@ def upscaled(
     interpolation and the squares themselves (`box`)."""
     with as_user_error("name a run that enlarges pictures: --model RUN"):
         factor = low_res_of(pipeline).factor
-    images = held_out(args)
+    images = held_out(args, "--upscale")
     places = even_indices(images, args.count or len(images))
     own = [caption(images, place) for place in places]
     told_of = [""] * len(own) if args.captions == "empty" else own

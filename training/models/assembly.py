@@ -104,10 +104,12 @@ def assemble(
 
 def backbone_for(config: decoding.DenoiserConfig, autoencoder: Autoencoder, text: TextEncoder) -> Backbone:
     """A freshly initialised backbone for such latents and text. Raises ValueError on a misfit."""
+    unit = autoencoder.factor if config.conditioning.size else 0
     channels, sizes = autoencoder.latent_channels, {"context_dim": text.context_dim, "pooled_dim": text.pooled_dim}
     numbers = *config.objective.reads, *config.student.reads
     backbone: Backbone = config.backbone.build(
-        channels=channels, **sizes, **config.image.inputs(channels, autoencoder.image_channels), numbers=numbers
+        channels=channels, **sizes, **config.image.inputs(channels, autoencoder.image_channels), numbers=numbers,
+        size_unit=unit,
     )
     return backbone
 
@@ -160,13 +162,15 @@ def draw_with(
     )
     denoiser, sampling = config.objective.denoiser(backbone, diffusion), sampling_of(config)
     parts = autoencoder, denoiser, text, sampling, config.sample.size
-    return HashedPipeline(*parts, image=config.image, student=config.student, hashes=hashes)
+    more: dict[str, Any] = {"image": config.image, "student": config.student, "sizes": config.sample.buckets}
+    return HashedPipeline(*parts, **more, sized=config.conditioning.size, hashes=hashes)
 
 
 def sampling_of(config: decoding.DenoiserConfig) -> Sampling:
     """How a config says that pictures are made."""
     return Sampling(sampler=config.sampler, grid=config.grid, guidance=config.guidance, steps=config.sample.steps,
-                    dynamic_threshold=config.sample.dynamic_threshold, image_scale=config.sample.image_scale)
+                    dynamic_threshold=config.sample.dynamic_threshold, image_scale=config.sample.image_scale,
+                    original_size=config.sample.original_size, crop_offset=config.sample.crop_offset)
 
 
 def export_learned(parts: Parts, home: Path) -> None:

@@ -218,6 +218,7 @@ def _data(facts: Mapping[str, Any]) -> str:
     if not data:
         return ""
     names = {"train": "pictures trained on", "held_out": "held out", "resolution": "resolution, height and width"}
+    names |= {"buckets": "sizes of the buckets, height and width"}
     names |= {"channels": "channels", "index_sha256": "sha256 of the shards' index"}
     rows = {said: _plain(data[name]) for name, said in names.items() if data.get(name) is not None}
     captions = "\n".join(f"- “{escaped(caption)}”" for caption in data.get("captions", []))

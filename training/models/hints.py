@@ -14,7 +14,6 @@ from ldm.image_conditions import ImageCondition
 from ldm.image_conditions.hint import Hint
 from ldm.pipeline import Pipeline
 from training.data.latents import Latents
-from training.data.order import Slot
 from training.errors import CHECKPOINT, UserError
 from training.files import write_bytes, write_json
 from training.guarding import read_record
@@ -37,18 +36,21 @@ class HintRead(NamedTuple):
     range: tuple[float, float] | None = None
 
 
-def keep_hint(final: Path, told: Mapping[str, Any] | None, held_out: Latents) -> None:
-    """Write down what the hints of the latents are, as the summary of their index has `told`, and the first one."""
+def keep_hint(final: Path, told: Mapping[str, Any] | None, held_out: Latents,
+              size: tuple[int, int] = (0, 0)) -> None:
+    """Write down what the hints of the latents are, as the summary of their index has `told`, and the first one; in
+    buckets, of that of `size`."""
     if told:
         write_json(final / NOTED, dict(told))
-    (hint,) = held_out.__getitems__([Slot(0, 0, 0)]).extras[EXTRA]
+    (hint,) = held_out[held_out.evenly(1, size)[0]].extras[EXTRA]
     write_bytes(final / HINT, stored(as_bytes(hint[None])[0]))
 
 
 def keep_shown(final: Path, condition: ImageCondition, held_out: Latents, pipeline: Pipeline) -> None:
-    """Write down the first held-out picture as who draws gives it to the model: small, before its change, or whole with
-    the middle as the hole. Of the latter two there are latents alone, which are decoded."""
-    batch = held_out.__getitems__([Slot(0, 0, 0)])
+    """Write down the first held-out picture, in buckets of that which is drawn, as who draws gives it to the model:
+    small, before its change, or whole with the middle as the hole. Of the latter two there are latents alone, which are
+    decoded."""
+    batch = held_out[held_out.evenly(1, pipeline.size)[0]]
     if condition.kind == "low-res":
         pixels = to_uint8(2 * batch.extras[EXTRA] - 1)
     else:

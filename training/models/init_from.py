@@ -67,6 +67,9 @@ def vocabulary_home(config: Any, run_final: Path | None, donor: str | None) -> P
 
 def _refuse_told(config: Any, theirs: Any, path: str) -> None:
     """Raises UserError for the run of a few-step model that reads numbers which this one does not."""
+    if theirs.conditioning.size and not config.conditioning.size:
+        what = f"{path} is told how each picture was cut, and this one is not"
+        raise UserError(what, hint="give --conditioning.size true", code=CHECKPOINT)
     ours = {*config.objective.reads, *config.student.reads}
     if told := sorted({*theirs.objective.reads, *theirs.student.reads} - ours):
         what = f"{path} is a few-step model that is told its {' and '.join(told)}, and this one is told none"

@@ -91,7 +91,7 @@ def load_distance(args: argparse.Namespace, images: Images, device: torch.device
     """The LPIPS network asked for. Raises UserError for pictures too small for it."""
     if not args.lpips:
         return None
-    height, width = images[0].data.shape[-2:]
+    height, width = min(images.sizes, key=min) if images.sizes else images[0].data.shape[-2:]
     if (least := LPIPS_NEEDS[args.lpips_net]) > min(height, width):
         what = f"the pictures are {width}x{height}, LPIPS on {args.lpips_net} needs {least} pixels a side"
         nets = " or ".join(fitting(min(height, width)))

@@ -76,15 +76,17 @@ def mean_psnr(model: Autoencoder, batches: Iterable[Tensor]) -> float:
 def measure(
     model: Autoencoder, perceptual: Perceptual | None, batches: Iterable[Tensor], folder: Path
 ) -> dict[str, float]:
-    """`Fidelity` of reconstructions (posterior mean) of uint8 batches; a grid of input, output, error in `folder`."""
-    fidelity, counts = Fidelity(perceptual), None
+    """`Fidelity` of reconstructions (posterior mean) of uint8 batches; a grid of input, output, error in `folder`, of
+    the first of the largest: in buckets, of the one that most pictures are in."""
+    fidelity, counts, largest = Fidelity(perceptual), None, 0
     for pixels in batches:
         reconstruction, moments = model(to_unit(pixels), None)
         pictures = to_uint8(reconstruction)
         if model.quantize:
             batch_counts = code_counts(model.quantize.indices(moments), model.quantize.codes)
             counts = batch_counts if counts is None else counts + batch_counts
-        if not fidelity.rows:
+        if len(pixels) > largest:
+            largest = len(pixels)
             rows = {"input": pixels[:SHOWN], "reconstruction": pictures[:SHOWN]}
             grids.write(grids.comparison(rows), folder / "grid.png")
         fidelity.add(pictures, pixels)

@@ -16,7 +16,7 @@ from training.ledger import Effect, Ledger
 from training.packing.settings import Settings
 from training.packing.sources import Stored, safe_key
 from training.packing.trees import Directory
-from training.pictures.decoding import SUFFIXES, Crop, fit, load_image, refuse, square
+from training.pictures.decoding import SUFFIXES, Crop, cut_box, fit, load_image, refuse
 from training.pictures.hints import BLANK, BY_BACKGROUND, Bytes, Decoded, Hint, hint_of
 
 UNUSED = "hint of no picture that was packed"
@@ -119,14 +119,15 @@ def _cropped(
     (width, height), (down, across) = size, values.shape[:2]
     if abs(across * height - down * width) > max(width, height):
         raise refuse(f"hint of another shape than its picture ({across}x{down}, {width}x{height})")
-    box = (0, 0, width, height)
-    if size != (settings.resolution, settings.resolution):
-        box = square(size, settings.resolution, crop, Random(rng), settings.upscale)
+    box: tuple[float, float, float, float] = (0, 0, width, height)
+    rows, columns = settings.target(size)
+    if size != (columns, rows):
+        box = cut_box(size, (rows, columns), crop, Random(rng), settings.upscale)
     x, y = across / width, down / height
-    if (box[2] - box[0]) * min(x, y) < settings.resolution - 1 and not settings.upscale:
+    if (box[2] - box[0]) * min(x, y) < columns - 1 and not settings.upscale:
         raise refuse(f"hint too small ({across}x{down})", "--upscale enlarges it")
     scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    return hint.resized(values, (settings.resolution, settings.resolution), scaled)
+    return hint.resized(values, (rows, columns), scaled)
 
 
 def _alpha(
@@ -139,7 +140,7 @@ def _alpha(
     if whole.getchannel("A").getextrema()[0] == 255:
         return None
     if packed.mode != "RGBA":
-        packed = fit(whole, settings.resolution, crop, Random(rng), settings.upscale)
+        packed = fit(whole, settings.target(whole.size), crop, Random(rng), settings.upscale)
     return np.asarray(packed.getchannel("A"))
 
 

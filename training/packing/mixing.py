@@ -1,9 +1,9 @@
 """The samples of a split written to shards in an order drawn by seed and key, so that any few shards hold all kinds.
 
 A training that reads shards from an address mixes a window of them at a time: were each shard a part of the source as
-it lies, a window would hold a few classes alone. The order is a sort by hash, for which a bucket's keys alone need be
+it lies, a window would hold a few classes alone. The order is a sort by hash, for which a file's keys alone need be
 known at once: samples are laid into files by the first bits of their hash as they come, and each file is sorted and
-removed in turn. The disk holds one bucket more than the shards themselves.
+removed in turn. The disk holds one file more than the shards themselves.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import BinaryIO
 
 from training.guarding import PARTIAL, disk_error
 from training.progress import Progress
-from training.shards.index import ShardInfo
+from training.shards.index import ShardInfo, Size
 from training.shards.writing import ShardWriter
 
-BUCKETS = 32  # files of one split that are open at once
+FILES = 32  # of one split that are open at once
 
 Fields = Mapping[str, bytes]
 
@@ -34,12 +34,17 @@ class MixingWriter:
     refuses.
     """
 
-    def __init__(self, directory: Path, split: str, samples_per_shard: int, seed: int) -> None:
-        self.shards, self.seed = ShardWriter(directory, split, samples_per_shard), seed
+    def __init__(
+        self, directory: Path, split: str, samples_per_shard: int, seed: int, size: Size | None = None,
+        files: int = FILES,
+    ) -> None:
+        """`size`: that of all pictures, as `ShardWriter` takes it; `files` that samples are laid out in, which change
+        nothing of their order."""
+        self.shards, self.seed = ShardWriter(directory, split, samples_per_shard, size=size), seed
         self.samples = 0
         self._first: list[tuple[str, Fields]] = []  # what one shard would hold
         self._bytes = 0
-        self._paths = [directory / f".{split}-{number:02d}{PARTIAL}" for number in range(BUCKETS)]
+        self._paths = [directory / f".{self.shards.stem}-{number:02d}{PARTIAL}" for number in range(files)]
         self._files: dict[int, BinaryIO] = {}
 
     def add(self, key: str, fields: Fields) -> None:
@@ -53,7 +58,7 @@ class MixingWriter:
 
     def _lay_out(self) -> None:
         for key, fields in self._first:
-            number = self._hash(key)[0] * BUCKETS // 256
+            number = self._hash(key)[0] * len(self._paths) // 256
             head = json.dumps([key, [[name, len(data)] for name, data in fields.items()]]).encode()
             try:
                 if number not in self._files:
@@ -80,7 +85,7 @@ class MixingWriter:
         return self.shards.finish()
 
     def _sorted(self, number: int) -> Iterator[tuple[str, Fields]]:
-        """The samples of a bucket by hash; only their places are held in memory."""
+        """The samples of a file by hash; only their places are held in memory."""
         file = self._files[number]
         try:
             file.flush()
@@ -107,7 +112,7 @@ def _head(file: BinaryIO) -> tuple[str, list[tuple[str, int]]]:
 
 
 def _places(file: BinaryIO) -> Iterator[tuple[str, int]]:
-    """(key, place) of each sample in a bucket."""
+    """(key, place) of each sample in a file."""
     end = file.seek(0, os.SEEK_END)
     at = file.seek(0)
     while at < end:

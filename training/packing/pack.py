@@ -18,18 +18,20 @@ from training.files import remove_partials, write_bytes, write_json
 from training.guarding import make_folder, read_record, refuse_links
 from training.ledger import Ledger
 from training.messages import answer, note, per_second, warn
+from training.packing.framing import Framing
 from training.packing.hints import HintFiles, packing_state
-from training.packing.mixing import MixingWriter
+from training.packing.mixing import FILES, MixingWriter
 from training.packing.problems import Problems
 from training.packing.settings import Settings, as_stored
 from training.packing.sources import Remark, Sample, Source
 from training.packing.texts import name_as_caption
 from training.packing.workers import Picture, Start, pictures
 from training.pictures.decoding import Unusable, encode_png
+from training.pictures.frames import FRAME
 from training.pictures.hints import FIELD, beside
 from training.progress import Progress
 from training.shards.claims import LOCK, claimed
-from training.shards.index import INDEX, PACKING, ShardInfo, hint_summary, read_index, write_index
+from training.shards.index import INDEX, PACKING, ShardInfo, Size, bucket_summary, hint_summary, read_index, write_index
 from training.shards.offset_index import index_path
 from training.shards.reading import ShardSet
 from training.shards.writing import ShardWriter
@@ -42,10 +44,11 @@ class Packer:
 
     def __init__(self, output: Path, settings: Settings, *, mixed: bool) -> None:
         self.output, self.settings, self.mixed = output, settings, mixed
-        self.writers: dict[str, ShardWriter | MixingWriter] = {}
+        self.writers: dict[tuple[str, Size | None], ShardWriter | MixingWriter] = {}
         self.ledger, self.problems = Ledger(), Problems()
         self.pictures = self.lost = 0
         self.rules = Counter[str]()  # how many hints each made
+        self.framing = Framing()
         self._seen: set[bytes] = set()  # digests of the files: all that is kept of a picture
 
     def take(self, item: Sample | Remark, split: str, made: Picture | UserError | None) -> None:
@@ -97,27 +100,29 @@ class Packer:
             self.ledger.add("ignored", "same picture twice, both packed", sample.key)
         elif picture.digest:
             self._seen.add(picture.digest)
-        meta = json.dumps(
-            {**sample.meta, "captions": list(captions)}, ensure_ascii=False, default=str, separators=(",", ":")
-        ).encode("utf-8", "replace")
-        texts = {"txt": captions[0].encode(), "json": meta}
         self.pictures += 1
         if self.problems.found:
             return  # these are looked at for problems alone
-        writer = self.writers.get(split) or self.writers.setdefault(split, self._writer(split))
+        size = picture.frame.size if self.settings.buckets else None
+        writer = self.writers.get((split, size)) or self.writers.setdefault((split, size), self._writer(split, size))
         self.rules[picture.rule] += picture.hint is not None
-        for key, data, hint in (
-            (sample.key, picture.data, picture.hint),
-            (f"{sample.key}~mirrored", picture.mirrored, picture.mirrored_hint),
+        if self.framing.cuts(picture.frame) and size:
+            self.ledger.add("cut", "edges, to the ratio of the bucket", sample.key)
+        for key, data, hint, frame in (
+            (sample.key, picture.data, picture.hint, picture.frame),
+            (f"{sample.key}~mirrored", picture.mirrored, picture.mirrored_hint, picture.frame.mirrored()),
         ):
             if data:
+                own = {FRAME: frame._asdict()} if self.settings.framed else {}
+                texts = {"txt": captions[0].encode(), "json": _notes({**sample.meta, **own, "captions": captions})}
                 writer.add(key, {self.settings.format: data, **texts, **({FIELD: hint} if hint else {})})
 
-    def _writer(self, split: str) -> ShardWriter | MixingWriter:
-        size = self.settings.samples_per_shard
-        if self.mixed:
-            return MixingWriter(self.output, split, size, self.settings.seed)
-        return ShardWriter(self.output, split, size)
+    def _writer(self, split: str, size: Size | None) -> ShardWriter | MixingWriter:
+        count = self.settings.samples_per_shard
+        if not self.mixed:
+            return ShardWriter(self.output, split, count, size=size)
+        files = max(1, FILES // len(self.settings.buckets or [None]))  # of all together, few enough to be open at once
+        return MixingWriter(self.output, split, count, self.settings.seed, size, files)
 
     def take_all(
         self, source: Source, pool: Start | None, progress: Progress, hints: HintFiles | None
@@ -141,6 +146,10 @@ class Packer:
             for writer in self.writers.values():
                 if isinstance(writer, MixingWriter):
                     writer.close()
+
+
+def _notes(notes: dict[str, Any]) -> bytes:
+    return json.dumps(notes, ensure_ascii=False, default=str, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def _prepare(output: Path, packing: dict[str, Any]) -> bool:
@@ -195,6 +204,7 @@ def _finish(packer: Packer, infos: list[ShardInfo], source: Source, packing: dic
             "pictures": packer.pictures,
             **({} if packer.settings.channels == 3 else {"channels": packer.settings.channels}),
             **hint_summary(packing["settings"], packer.rules),
+            **bucket_summary(packing["settings"]),
             "ledger": packer.ledger.report(),
             "settings": packing["settings"],
         },
@@ -253,12 +263,13 @@ def pack(
 
 def _tell(packer: Packer, infos: list[ShardInfo], source: Source, progress: Progress) -> None:
     settings, output = packer.settings, packer.output
-    counts = {split: sum(info.samples for info in infos if info.split == split) for split in packer.writers}
+    splits = dict.fromkeys(split for split, _ in packer.writers)
+    counts = {split: sum(info.samples for info in infos if info.split == split) for split in splits}
     said = ", ".join(f"{count:,} {split}" for split, count in sorted(counts.items()))
     size = sum(info.bytes for info in infos) / 1e6
     answer(
-        f"{output}: {packer.pictures:,} pictures of {settings.resolution}x{settings.resolution} "
-        f"from {source.name} ({said})"
+        f"{output}: {packer.pictures:,} pictures of {'about ' * bool(settings.buckets)}{settings.resolution}x"
+        f"{settings.resolution} from {source.name} ({said})"
     )
     seconds = progress.seconds
     rate = per_second(packer.pictures / max(1e-9, seconds), "picture")
@@ -266,6 +277,8 @@ def _tell(packer: Packer, infos: list[ShardInfo], source: Source, progress: Prog
     if settings.hint:
         made = ", ".join(f"{count:,} of {rule}" for rule, count in sorted(packer.rules.items()))
         answer(f"hints: {settings.hint} ({made})")
+    if settings.buckets:
+        answer(packer.framing.line(settings.buckets))
     for line in packer.ledger.lines() or ["everything was used as it was given"]:
         answer(line)
     if "val" not in counts and settings.val_fraction:

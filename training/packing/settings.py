@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from training.errors import UserError
+from training.packing.buckets import check_buckets, nearest
 from training.pictures.decoding import MAX_PIXELS, MOST_PIXELS, Crop, background_colour
 from training.pictures.flags import check_pictures, is_range
 from training.pictures.hints import KINDS, hint_of
+from training.shards.index import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Settings:
     hint: Literal["edges", "mask", "depth", "picture"] | None = None
     hint_given: bool = False  # by files, not made of the pixels
     hint_range: list[float] | None = None
+    buckets: list[list[int]] | None = None  # height and width of each
+    keep_sizes: bool = False  # with buckets always
 
     def __post_init__(self) -> None:
         if self.resolution < 8:
@@ -52,7 +56,17 @@ class Settings:
             raise UserError(f"--max-pixels: must lie in 1 … {MOST_PIXELS:,} (got {self.max_pixels:,})")
         background_colour(self.background)
         check_pictures(self.channels, self.range, self.format)
+        check_buckets(self.buckets or [])
         self._check_hint()
+
+    def target(self, size: tuple[int, int]) -> Size:
+        """Height and width that a picture of `size` (width, height) is packed in."""
+        return nearest(self.buckets, size) if self.buckets else (self.resolution, self.resolution)
+
+    @property
+    def framed(self) -> bool:
+        """Whether each picture's own size, and where it was cut, is stored beside it."""
+        return self.keep_sizes or self.buckets is not None
 
     def _check_hint(self) -> None:
         if self.hint is None and self.hint_given:

@@ -23,7 +23,8 @@ from training.machine.signals import block_sigterm, shield
 from training.packing.hints import File, HintFiles, hint_beside
 from training.packing.settings import Settings
 from training.packing.sources import Remark, Sample, Stored
-from training.pictures.decoding import MODES, Crop, encode_jpg, encode_png, fit, load_image, refuse
+from training.pictures.decoding import MODES, Crop, cut_box, encode_jpg, encode_png, fit, load_image, refuse
+from training.pictures.frames import Frame, frame_of
 from training.pictures.hints import stored
 
 VAL_CROP: Crop = "center"
@@ -39,6 +40,7 @@ class Picture:
     mirrored: bytes | None
     digest: bytes | None
     notes: tuple[tuple[Effect, str], ...]
+    frame: Frame
     hint: bytes | None = None
     mirrored_hint: bytes | None = None
     rule: str = ""  # that the hint was made by
@@ -85,16 +87,25 @@ def _picture(task: Task, settings: Settings) -> Picture:
     else:
         image = image.convert(MODES[settings.channels])
     crop, rng = settings.crop if task.split == "train" else VAL_CROP, f"{settings.seed} {task.key}"
-    image = fit(image, settings.resolution, crop, Random(rng), settings.upscale)
+    frame = framed(image.size, settings, crop, rng)
+    image = fit(image, frame.size, crop, Random(rng), settings.upscale)
     if image.mode == "RGBA" and not image.getchannel("A").getbbox():
         raise refuse("fully transparent image", "--ignore-alpha takes the colours of all pictures as opaque")
     encode = encode_png if settings.format == "png" else encode_jpg
     mirrored = encode(ImageOps.mirror(image)) if task.flip else None
     if settings.hint is None:
-        return Picture(encode(image), mirrored, digest, tuple(notes))
+        return Picture(encode(image), mirrored, digest, tuple(notes), frame)
     hint, rule, more = hint_beside(given, image, task.hint, settings, crop, rng, task.suffix)
     other = stored(hint[:, ::-1]) if task.flip else None
-    return Picture(encode(image), mirrored, digest, (*notes, *more), stored(hint), other, rule)
+    return Picture(encode(image), mirrored, digest, (*notes, *more), frame, stored(hint), other, rule)
+
+
+def framed(size: tuple[int, int], settings: Settings, crop: Crop, rng: str) -> Frame:
+    """How a picture of `size` (width, height) is cut. Raises UserError(code 3) where it is too small, or too narrow."""
+    rows, columns = settings.target(size)
+    box = (0, 0, *size) if size == (columns, rows) else cut_box(
+        size, (rows, columns), crop, Random(rng), settings.upscale)
+    return frame_of(size, (rows, columns), box)
 
 
 Done = tuple[Sample | Remark, str, "Picture | UserError | None"]  # what the source gave, its split, its picture

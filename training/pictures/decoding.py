@@ -240,31 +240,44 @@ def _managed(image: Image.Image, profile: ImageCms.ImageCmsProfile | ImageCms.co
 
 
 def fit(
-    image: Image.Image, resolution: int, crop: Crop = "center", rng: Random | None = None, upscale: bool = False
+    image: Image.Image,
+    resolution: int | tuple[int, int],
+    crop: Crop = "center",
+    rng: Random | None = None,
+    upscale: bool = False,
 ) -> Image.Image:
-    """A square of `resolution`: the shorter side resized (Lanczos, anti-aliased), the longer cropped.
+    """A square of `resolution`, or its (height, width): resized (Lanczos, anti-aliased) to cover it, the rest cropped.
 
     `rng` places a random crop. Raises UserError(code 3) where the picture is smaller, unless `upscale`.
     """
-    if image.size == (resolution, resolution):
+    rows, columns = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    if image.size == (columns, rows):
         return image
-    box = square(image.size, resolution, crop, rng, upscale)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    box = cut_box(image.size, (rows, columns), crop, rng, upscale)
+    return image.resize((columns, rows), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
-def square(
-    size: tuple[int, int], resolution: int, crop: Crop = "center", rng: Random | None = None, upscale: bool = False
-) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of a picture of `size` (width, height) that `fit` takes; raises as it does."""
-    (width, height), shorter = size, min(size)
-    if shorter < resolution and not upscale:
-        raise refuse(f"too small ({width}x{height} < {resolution})", "--upscale enlarges it")
-    if max(size) > 20 * shorter:
+def cut_box(
+    size: tuple[int, int],
+    target: tuple[int, int],
+    crop: Crop = "center",
+    rng: Random | None = None,
+    upscale: bool = False,
+) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) of a picture of `size` (width, height) that `fit` takes for `target` (height,
+    width): the largest of its ratio. Raises as `fit` does."""
+    (width, height), (rows, columns) = size, target
+    if (width < columns or height < rows) and not upscale:
+        wanted = rows if rows == columns else f"{columns}x{rows}"
+        raise refuse(f"too small ({width}x{height} < {wanted})", "--upscale enlarges it")
+    if max(size) > 20 * min(size):
         raise refuse(f"too narrow ({width}x{height}; at most 20 to 1)", "cut it into several pictures")
-    spare_x, spare_y = width - shorter, height - shorter
+    across_box, down_box = min(width, height * columns / rows), min(height, width * rows / columns)
     across, down = (rng.random(), rng.random()) if crop == "random" and rng else (0.5, 0.5)
-    left, top = round(across * spare_x), round(down * spare_y)
-    return left, top, left + shorter, top + shorter
+    left, top = round(across * (width - across_box)), round(down * (height - down_box))
+    # Rounding may pass the edge by half a pixel where the box is not of whole ones.
+    left, top = min(left, int(width - across_box)), min(top, int(height - down_box))
+    return left, top, left + across_box, top + down_box
 
 
 def encode_png(image: Image.Image | NDArray[np.uint8]) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from training.encoding.data_set import latent_of, sample_bytes
+from training.encoding.data_set import latent_of
+from training.encoding.plan import sample_bytes
 from training.shards.index import read_index
 from training.shards.reading import ShardSet
 
@@ -29,9 +30,10 @@ def of_latents(folder: Any, shards: ShardSet) -> dict[str, Any]:
 
 def of_pictures(folder: Any, images: Any, model: Any, *, flip: bool) -> dict[str, Any]:
     """What the latents of all pictures of a folder would take, as float16, their captions beside them."""
-    latent = latent_of(images, model, "float16")
+    infos = read_index(folder)[1]
+    latent = latent_of(infos, images, model, "float16")
     each, captions = (sample_bytes({"latent": part}, flip=flip) for part in (latent, latent | {"shape": [0]}))
-    samples = sum(info.samples for info in read_index(folder)[1])
+    samples = sum(info.samples for info in infos)
     return {
         "how": "predicted",
         "samples": samples,

@@ -172,9 +172,11 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """How the caption is used in training: `dropout` is the share of captions replaced by the empty one."""
+    """How the caption is used in training: `dropout` is the share of captions replaced by the empty one. `size`: the
+    network is told each picture's own height and width, and where it was cut (SDXL, section 2.2)."""
 
     dropout: float = 0.1
+    size: bool = False
 
     def __post_init__(self) -> None:
         fraction("", dropout=self.dropout)
@@ -214,11 +216,18 @@ class Sample:
 
     steps: int = 25
     size: tuple[int, int] = (0, 0)  # height and width in pixels; (0, 0) becomes those of the training pictures
+    buckets: tuple[tuple[int, int], ...] = ()  # the sizes of training pictures in buckets, taken from these
     dynamic_threshold: float = 0.0  # in pixels: the quantile of |x0| that is scaled into range (Imagen: 0.995); 0 = off
     image_scale: float = 1.0  # guidance by the picture that is to be changed, with image.kind source; 1 = none
 
+    original_size: tuple[int, int] = (0, 0)  # with conditioning.size: what a drawing is told; (0, 0) is its own size
+    crop_offset: tuple[int, int] = (0, 0)  # and what was cut off above and to the left
+
     def __post_init__(self) -> None:
         positive("", steps=self.steps)
+        if min(*self.original_size, *self.crop_offset) < 0 or (0 in self.original_size and any(self.original_size)):
+            raise ValueError("original_size and crop_offset: a height and a width in pixels, of which none is below 0 "
+                             f"(got {self.original_size} and {self.crop_offset})")
         if not 0 <= self.dynamic_threshold <= 1:
             raise ValueError(f"dynamic_threshold: must lie in [0, 1] (got {self.dynamic_threshold})")
         if not 0 <= self.image_scale < float("inf"):

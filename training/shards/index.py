@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,20 +22,36 @@ SPLITS = ("train", "val", "test")
 INDEX = "index.json"
 PACKING = "packing.json"  # in a folder of pictures, what they are being packed from: written first
 ENCODING = "encoding.json"  # in a folder of latents, what they are being made from
-FORMAT = 1
+FORMAT = 2  # of shards of one size each; those of others are written as 1, which earlier versions read
 Kind = Literal["images", "latents"]
+Size = tuple[int, int]  # height and width in pixels
 LARGEST_INDEX = 64 << 20  # bytes: some 300,000 shards
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One shard as `index.json` lists it; `name` is the tar's file name."""
+    """One shard as `index.json` lists it; `name` is the tar's file name. `size`: height and width in pixels of all its
+    pictures, where each shard is of one bucket; None where that is not said."""
 
     name: str
     split: str
     samples: int
     bytes: int
     sha256: str
+    size: Size | None = None
+
+    def listed(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def listed_shard(values: Mapping[str, Any]) -> ShardInfo:
+    """The inverse of `ShardInfo.listed`. Raises TypeError, ValueError for anything else."""
+    info = ShardInfo(**values)
+    if info.size is None:
+        return info
+    height, width = info.size
+    return replace(info, size=(height, width))
 
 
 def write_index(directory: Path, infos: Iterable[ShardInfo], summary: Mapping[str, Any], kind: Kind = "images") -> None:
@@ -52,10 +68,10 @@ def write_index(directory: Path, infos: Iterable[ShardInfo], summary: Mapping[st
     splits = sorted({info.split for info in shards})
     counts = {split: sum(info.samples for info in shards if info.split == split) for split in splits}
     index = {
-        "format": FORMAT,
+        "format": FORMAT if any(info.size for info in shards) else 1,
         "kind": kind,
         "fields": sorted(fields),
-        "shards": [asdict(info) for info in shards],
+        "shards": [info.listed() for info in shards],
         "summary": {"counts": counts, **summary},
     }
     write_json(directory / INDEX, index)
@@ -65,7 +81,9 @@ def _is_sound(info: ShardInfo) -> bool:
     """Whether what index.json says of a shard has the right types, and a name that stays in the folder."""
     numbers = all(type(number) is int and number >= 0 for number in (info.samples, info.bytes))
     texts = all(isinstance(text, str) for text in (info.name, info.split, info.sha256))
-    return numbers and texts and is_safe(info.name) and Path(info.name).name == info.name and info.name[-4:] == ".tar"
+    size = info.size is None or (len(info.size) == 2 and all(type(side) is int and side > 0 for side in info.size))
+    named = texts and is_safe(info.name) and Path(info.name).name == info.name and info.name[-4:] == ".tar"
+    return numbers and named and size
 
 
 def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[ShardInfo]]:
@@ -77,9 +95,10 @@ def read_index(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], list[
             raise ValueError
         index = json.loads(path.read_bytes())
         version = int(index["format"])
-        shards = [ShardInfo(**shard) for shard in index["shards"]] if version <= FORMAT else []
+        shards = [listed_shard(shard) for shard in index["shards"]] if version <= FORMAT else []
         sound = index["kind"] in get_args(Kind) and isinstance(index["summary"], dict) and all(map(_is_sound, shards))
         sound = sound and len({info.name for info in shards}) == len(shards)
+        sound = sound and len({info.size is None for info in shards}) <= 1
         sound = sound and all(isinstance(field, str) for field in index["fields"])
     except FileNotFoundError:
         raise no_index(Path(directory)) from None
@@ -102,6 +121,28 @@ def hint_summary(settings: Mapping[str, Any], made: Mapping[str, int] | None = N
     known = {"kind": kind, "channels": hint_of(kind).channels, "of": "files" if settings["hint_given"] else "pixels"}
     known |= {"range": limits} if (limits := settings.get("hint_range")) else {}
     return {"hint": known | ({"made": dict(sorted(made.items()))} if made else {})}
+
+
+def bucket_summary(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the summary of pictures says of their buckets (height, width), and of whether the own size of each is beside
+    it, by the settings they were packed with."""
+    buckets = settings.get("buckets")
+    framed = {"framed": True} if buckets or settings.get("keep_sizes") else {}
+    return ({"buckets": buckets} if buckets else {}) | framed
+
+
+def sizes_of(shards: Iterable[ShardInfo]) -> list[Size]:
+    """The sizes that shards say their pictures have."""
+    return sorted({info.size for info in shards if info.size})
+
+
+def commonest(shards: Iterable[ShardInfo]) -> Size | None:
+    """The size that most pictures have, the lowest of several; None where shards say none."""
+    counts: dict[Size, int] = {}
+    for info in shards:
+        if info.size:
+            counts[info.size] = counts.get(info.size, 0) + info.samples
+    return min(counts, key=lambda size: (-counts[size], size), default=None)
 
 
 def is_mixed(summary: Mapping[str, Any]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +20,40 @@ from training.pictures.formats import FIELDS, choose, several_pictures
 from training.progress import Progress
 from training.shards.checksums import index_of
 from training.shards.claims import claimed
-from training.shards.index import ENCODING, INDEX, PACKING, Kind, ShardInfo, hint_summary, read_index, write_index
+from training.shards.index import (
+    ENCODING,
+    INDEX,
+    PACKING,
+    Kind,
+    ShardInfo,
+    bucket_summary,
+    hint_summary,
+    read_index,
+    write_index,
+)
 from training.shards.offset_index import index_path, open_index, write_tar_index
 from training.shards.splits import split_of
 from training.shards.tars import Index
 from training.shards.verifying import SHOWN, Keys
 
 LEFT_OUT = {"unsafe": "unsafe member", "duplicate": "duplicate sample key"}  # by the first word of why
+SIZED = re.compile(r"-(\d+)x(\d+)-\d+\.tar$")  # the end of a shard's name whose pictures are of one size
 MOMENTS = "moments.npy"  # the field that makes a shard one of latents
 
 
 def latents_summary(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What the index of latents says of how they were made, from their encoding's plan."""
     summary = {"mirrored": plan["flip"], **{key: plan[key] for key in ("latent", "encoder", "text_encoder")}}
-    return summary | {key: plan[key] for key in ("tile", "hint", "image", "vision", "pairs") if plan.get(key)}
+    further = ("tile", "hint", "image", "vision", "pairs", "buckets", "framed")
+    return summary | {key: plan[key] for key in further if plan.get(key)}
 
 
 def pictures_summary(packing: Mapping[str, Any]) -> dict[str, Any]:
     """What the index of pictures says of how they were packed, from `packing.json`."""
     settings = packing["settings"]
     summary = {"source": packing["source"], "resolution": settings["resolution"]}
-    return summary | hint_summary(settings) | {"order": settings.get("order", "source"), "settings": settings}
+    summary |= hint_summary(settings) | bucket_summary(settings)
+    return summary | {"order": settings.get("order", "source"), "settings": settings}
 
 
 def _kept(directory: Path, fields: set[str]) -> tuple[dict[str, Any], Kind]:
@@ -65,6 +80,15 @@ def _kept(directory: Path, fields: set[str]) -> tuple[dict[str, Any], Kind]:
     what = f"{directory}: its tars hold latents, and neither {INDEX} nor {ENCODING} says what made them"
     hint = "encode them again: " + door("encode_latents --autoencoder RUN --data PICTURES --output DIR")
     raise UserError(what, hint=hint, code=DATA)
+
+
+def _sized(directory: Path, infos: list[ShardInfo]) -> list[ShardInfo]:
+    """With the size of each shard's pictures, which its name says. Raises UserError for one that says none."""
+    found = {info.name: SIZED.search(info.name) for info in infos}
+    if unsaid := [name for name, match in found.items() if not match]:
+        what = f"{directory / unsaid[0]}: its pictures are of one bucket, and its name does not say of which"
+        raise UserError(what, hint="give it back the name it was written under, as train-48x80-000000.tar", code=DATA)
+    return [replace(info, size=(int(match[1]), int(match[2]))) for info in infos if (match := found[info.name])]
 
 
 def _lacking(directory: Path, infos: list[ShardInfo], ledger: Ledger) -> None:
@@ -170,6 +194,7 @@ def _index(directory: Path, tars: list[Path], skip: bool) -> list[ShardInfo]:
     if not infos:
         raise UserError(f"{directory}: no sound tars ({'; '.join(ledger.lines())})", code=DATA)
     summary, kind = _kept(directory, fields)
+    infos = _sized(directory, infos) if summary.get("buckets") else infos
     if kind == "images":
         _check_pictures(directory, infos, fields)
     _lacking(directory, infos, ledger)

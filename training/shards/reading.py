@@ -26,7 +26,7 @@ from training.commands import door
 from training.errors import DATA, UserError
 from training.guarding import leads_out
 from training.messages import note, warn
-from training.shards.index import INDEX, Kind, ShardInfo, read_index
+from training.shards.index import INDEX, Kind, ShardInfo, Size, read_index
 from training.shards.offset_index import Descriptors, Layout, Place, index_path, members, open_index, reindex_hint
 from training.shards.remote import Remote
 from training.shards.tars import is_safe
@@ -92,6 +92,20 @@ class ShardSet:
         """How a training mixes the split, as `DataOrder` takes it: the samples of each shard, the shards of a window;
         () and 0 where the shards are local: these are mixed as one."""
         return (tuple(info.samples for info in self.shards), self.remote.window) if self.remote else ((), 0)
+
+    @cached_property
+    def buckets(self) -> dict[Size, tuple[range, ...]]:
+        """The samples of each size, shard by shard, sizes in their order; empty where shards are not of one size each.
+        """
+        found: dict[Size, tuple[range, ...]] = {}
+        for info, end in zip(self.shards, self._ends, strict=True):
+            if info.size:
+                found[info.size] = (*found.get(info.size, ()), range(end - info.samples, end))
+        return dict(sorted(found.items()))
+
+    def size_of(self, i: int) -> Size | None:
+        """Height and width of sample i's picture, where the index says it."""
+        return self.shards[self._locate(i)[0]].size
 
     def start(self, name: str) -> int:
         """The number of a shard's first sample."""

@@ -187,6 +187,7 @@ class StreamedShards:
     remote: Any = None
     arrived: dict[int, Record] = field(default_factory=dict)
     windows: None = None  # no order can be planned
+    buckets: dict[Any, Any] = field(default_factory=dict)  # nor is anything known of sizes
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -23,7 +23,7 @@ from training.pictures.hints import EXTRA, FIELD, loaded
 from training.progress import Progress
 from training.shards.captions import stored_captions
 from training.shards.checksums import index_of, read_limit
-from training.shards.index import INDEX, Kind, ShardInfo, read_index
+from training.shards.index import INDEX, Kind, ShardInfo, Size, read_index
 from training.shards.offset_index import index_path, open_index
 from training.shards.tars import Index, index_tar, walk_tar
 
@@ -94,9 +94,9 @@ def _mode(data: bytes, channels: int | None) -> str | None:
     return None
 
 
-def _content(kind: Kind, fields: dict[str, bytes], summary: Mapping[str, Any]) -> str | None:
-    """What is wrong with a sample's data, if anything: a picture or a hint that does not decode, numbers that are not
-    finite."""
+def _content(kind: Kind, fields: dict[str, bytes], summary: Mapping[str, Any], of: Size | None) -> str | None:
+    """What is wrong with a sample's data, if anything: a picture or a hint that does not decode, one that is not `of`
+    the size of its bucket, numbers that are not finite."""
     channels = summary.get("channels", 3) if summary.get("settings") else None
     if kind == "images":
         found = [name for name in FIELDS if name in fields]
@@ -107,6 +107,8 @@ def _content(kind: Kind, fields: dict[str, bytes], summary: Mapping[str, Any]) -
             size = load_image(fields[found[0]], channels=channels or 3, suffix=f".{found[0]}").size
             if hint := summary.get("hint"):
                 loaded(fields.get(FIELD, b""), hint["channels"], size[::-1])
+            if of and of != size[::-1]:
+                return f"is a picture of {size[1]}x{size[0]}, its shard is of {of[0]}x{of[1]} (height x width)"
         except UserError as error:
             return error.what
         return _mode(fields[found[0]], channels)
@@ -122,14 +124,16 @@ def _content(kind: Kind, fields: dict[str, bytes], summary: Mapping[str, Any]) -
         if not all(np.isfinite(array).all() for array in arrays):
             return f"{name} is not finite"
     if hint := summary.get("hint"):
-        shape = (hint["channels"], *summary["latent"]["picture"])
+        shape = (hint["channels"], *(of or summary["latent"]["picture"]))
         for name in (f"extra-{EXTRA}.npy", *[f"mirror-{EXTRA}.npy"] * bool(summary.get("mirrored"))):
             if np.load(io.BytesIO(fields.get(name, b""))).shape != shape:
                 return f"{name} is not a hint of {'x'.join(map(str, shape))}"
     return None
 
 
-def _contents(tar: Path, index: Index, kind: Kind, summary: Mapping[str, Any]) -> Iterator[str]:
+def _contents(
+    tar: Path, index: Index, kind: Kind, summary: Mapping[str, Any], of: Size | None
+) -> Iterator[str]:
     """Sentences on samples of a sound tar whose data are not sound."""
     names = (index.dtype.names or ())[1:]
     with tar.open("rb") as file:
@@ -143,7 +147,7 @@ def _contents(tar: Path, index: Index, kind: Kind, summary: Mapping[str, Any]) -
                 elif offset:
                     file.seek(offset)
                     fields[name] = file.read(size)
-            if why := large or _content(kind, fields, summary):
+            if why := large or _content(kind, fields, summary, of):
                 yield f"{tar}: {row['key'].decode()}: {why}"
 
 
@@ -173,7 +177,7 @@ def _faults(directory: Path, info: ShardInfo, kind: Kind | None, summary: Mappin
     faults += first_of([f"{tar}: {why}" for why in unsafe])
     if actual.dtype != index.dtype or not set(index.tolist()) <= set(actual.tolist()):
         return [*faults, f"{index_path(tar)}: does not fit its tar"]
-    faults += first_of(list(_contents(tar, index, kind, summary))) if kind else []
+    faults += first_of(list(_contents(tar, index, kind, summary, info.size))) if kind else []
     return faults + first_of(keys.duplicates(index["key"].tolist(), info.name)[1])
 
 

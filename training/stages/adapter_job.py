@@ -158,7 +158,7 @@ class AdapterJob(DenoiserJob):
         final.mkdir(parents=True, exist_ok=True)
         keep_base(final, self.args.base, self.base)
         if self.adapter.hint:
-            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
+            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out, self.config.sample.size)
         self.keep_example(final)
         self.adapter.strength = 0.0
         self.draw_prior(final)

@@ -20,7 +20,7 @@ from training.models.lpips import load_perceptual
 from training.models.previews import keep_teacher, teacher_hash
 from training.models.vision import vision_hash, vision_of_flags
 from training.next_step import again, beside, encoding
-from training.shards.index import data_facts
+from training.shards.index import commonest, data_facts
 from training.shards.reading import ShardSet, held_out_shards
 from training.shards.remote import open_address
 from training.stages.autoencoder import AutoencoderStage
@@ -119,7 +119,9 @@ class AutoencoderJob(Job):
     def about(self) -> dict[str, Any]:
         """Counts, and the size of the pictures, where they are of one."""
         side = self.args.resolution or self.dataset.shards.summary.get("resolution")
-        return {**self.counts(), "resolution": side and [side, side], "channels": self.dataset.channels}
+        size = commonest(self.dataset.shards.shards) if self.dataset.sizes else side and (side, side)
+        told = {**self.counts(), "resolution": size and list(size), **self.buckets()}
+        return {**told, "channels": self.dataset.channels}
 
     def begin(self, final: Path) -> None:
         """Keep the record of the teacher beside the model."""

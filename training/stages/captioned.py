@@ -55,11 +55,11 @@ def together(parts: Sequence[Sampled]) -> Sampled:
     return Sampled(torch.cat(latents), cond, Draw(t, eps, factor, more))
 
 
-def distinct_captions(data: Latents, count: int) -> list[tuple[str, int]]:
+def distinct_captions(data: Latents, count: int, size: tuple[int, int] = (0, 0)) -> list[tuple[str, int]]:
     """Distinct captions of samples evenly over the data, each with a sample that has it; over and over where they are
-    few."""
+    few. In buckets, of those of `size`, where there are some."""
     captions: dict[str, int] = {}
-    for i in data.evenly(20 * count):
+    for i in data.evenly(20 * count, size):
         captions.setdefault(data.captions(i)[0], i)
     samples = list(captions.items())[:count]
     return [samples[i % len(samples)] for i in range(count)]

@@ -137,10 +137,17 @@ def check_sharding(config: Any) -> None:
 
 
 def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:
-    """Refuse pictures that the networks cannot take, before anything is built."""
+    """Refuse pictures that the networks cannot take, before anything is built: in buckets, those of any."""
     channels, height, width = dataset[0].data.shape[-3:]
+    for rows, columns in dataset.sizes or [(height, width)]:
+        _check_size(config, channels, rows, columns, in_buckets=bool(dataset.sizes))
+
+
+def _check_size(
+    config: decoding.AutoencoderConfig, channels: int, height: int, width: int, *, in_buckets: bool
+) -> None:
     factor, loss, critic = config.model.factor, config.loss, config.discriminator
-    actual = f"the packed pictures are {width}x{height}"
+    actual = f"the packed pictures {'of a bucket ' * in_buckets}are {width}x{height}"
     critics = [("discriminator", critic)] if loss.adversarial else []
     for name, part in [("model", config.model), *critics]:
         if (channels_needed := getattr(part, "image_channels", channels)) != channels:
@@ -149,7 +156,9 @@ def check_images(config: decoding.AutoencoderConfig, dataset: Any) -> None:
     if height % factor or width % factor:
         raise UserError(
             f"{actual}, not divisible by the autoencoder's factor {factor}",
-            hint=f"pack again with --resolution {max(factor, height // factor * factor)}"
+            hint=f"pack again with --bucket-step {factor} or a multiple of it, or choose another config"
+            if in_buckets
+            else f"pack again with --resolution {max(factor, height // factor * factor)}"
             f" or {(height // factor + 1) * factor}, or choose another config",
         )
     if critics and min(height, width) < critic.smallest_image:

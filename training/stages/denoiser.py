@@ -245,7 +245,7 @@ class DenoiserStage(Stage):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """Un-weighted held-out loss at fixed noise levels; pictures of fixed held-out captions and seeds."""
         numbers = self.losses_of(self.held_out.chunks(self.looked_at(), CHUNK, "validating"))
-        captions, extras = self.grid_captions(), self.grid_extras()
+        captions, extras = [caption for caption, _ in self.grid_samples()], self.grid_extras()
         with self.accelerator.autocast(), Progress("drawing", SHOWN) as told:  # these are to look at
             watch = told.by_steps(SHOWN, self.config.sample.steps)
             images = self.pipeline(captions, seeds=0, extras=extras, batch_size=SHOWN, watch=watch)
@@ -281,9 +281,9 @@ class DenoiserStage(Stage):
         numbers = {name: torch.cat(values).mean().item() for name, values in losses.items()}
         return {"loss": sum(numbers.values()) / len(numbers), **numbers}
 
-    def grid_captions(self) -> list[str]:
-        """Those of the pictures that a validation draws."""
-        return [caption for caption, _ in distinct_captions(self.held_out, SHOWN)]
+    def grid_samples(self) -> list[tuple[str, int]]:
+        """Captions of held-out samples, of the bucket that is drawn where there are some, each with its sample."""
+        return distinct_captions(self.held_out, SHOWN, self.config.sample.size)
 
     def grid_extras(self) -> dict[str, Tensor]:
         """What an image condition shows of the samples of the grid, and the hint of an adapter that reads one."""
@@ -291,7 +291,7 @@ class DenoiserStage(Stage):
         if self.config.image.kind == "none" and not hint:
             return {}
         drawn: list[dict[str, Tensor]] = []
-        for batch in self.held_out.chunks([i for _, i in distinct_captions(self.held_out, SHOWN)], CHUNK):
+        for batch in self.held_out.chunks([i for _, i in self.grid_samples()], CHUNK):
             noise = Noise((batch.slots + VALIDATION_SEED).to(self.accelerator.device))
             stored = {name: extra.to(self.accelerator.device) for name, extra in batch.extras.items()}
             drawn.append(self.config.image.drawn(self.sample(batch, noise), stored, noise))

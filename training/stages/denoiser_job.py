@@ -56,12 +56,13 @@ class DenoiserJob(Job):
         args, train = self.args, self.config.train
         args.latents = open_address(args.latents, args.cache_dir, args.cache_size, train.window_shards)
         how: dict[str, Any] = {"flip": train.flip, "seed": train.seed, "on_bad_data": args.on_bad_data}
-        how["vision"] = self.config.representation.reads
+        how["vision"], sizes = self.config.representation.reads, self.config.conditioning.size
+        how["sizes"] = sizes
         if args.stream:
             self.dataset, self.held_out = stream_latents(args, train, how)
         else:
             self.dataset = Latents(ShardSet(args.latents, "train"), **how)
-            self.held_out = Latents(held_out_shards(args.latents))
+            self.held_out = Latents(held_out_shards(args.latents), sizes=sizes)
         if isinstance(args.latents, Remote):
             args.latents.bring_models(text=self.dataset.text)
 
@@ -71,6 +72,9 @@ class DenoiserJob(Job):
         if self.config.sample.size == (0, 0):
             size = tuple(self.dataset.shards.summary["latent"]["picture"])
             self.config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, size=size))
+        if buckets := self.config.sample.buckets or tuple(self.dataset.sizes):
+            sample = dataclasses.replace(self.config.sample, buckets=buckets)
+            self.config = dataclasses.replace(self.config, sample=sample)
         with as_user_error("leave image.hint_channels out: it is taken from the latents"):
             self.config = dataclasses.replace(self.config, image=self.config.image.settled(self.hint_channels()))
         if self.config.representation.reads and not self.dataset.features:
@@ -78,6 +82,20 @@ class DenoiserJob(Job):
             command = door("encode_latents --autoencoder RUN --data PICTURES --vision DIR --output DIR")
             raise UserError(what, hint=f"encode the pictures with them: {command}", code=DATA)
         refuse_prior(self.config, self.args, self.dataset.extras)
+
+    def check_buckets(self) -> None:
+        """Raises UserError where the backbone cannot take the latents of a bucket, and for prior pictures, which are of
+        one size."""
+        for size in self.dataset.sizes:
+            step = f"encode pictures that were packed with --bucket-step {self.parts.pipeline.multiple}"
+            with as_user_error(f"{step}, or choose another config", DATA):
+                self.parts.pipeline.latent_shape(size)
+        if self.config.prior.weight and len(self.dataset.sizes) > 1:
+            what = "prior pictures are of one size, and stand beside those given in each batch, which are in buckets"
+            raise UserError(what, hint="give latents of one size, or --prior.weight 0")
+        if self.config.prior.weight and self.config.conditioning.size:
+            what = "prior pictures were cut from no others, and conditioning.size tells how those beside them were"
+            raise UserError(what, hint="give a base without it, or --prior.weight 0")
 
     def hint_channels(self) -> int:
         """Those of the hints beside the latents; 0 for none, also where they are encoded."""
@@ -106,6 +124,7 @@ class DenoiserJob(Job):
         refuse_unread(parts.text, self.dataset)
         self.trained.tally.counted.merge(tell_captions(config.prior, parts.text).report())
         self.trained.prior_home = prior_home(config.prior, final)
+        self.check_buckets()
         self.refuse_without_image()
         self.tell_unread_image(accelerator)
         return self.trained
@@ -148,6 +167,8 @@ class DenoiserJob(Job):
     def description(self) -> str:
         """Parameters, the shape of a latent, and the number of latents."""
         what = f"{parameters(self.trained.network)} parameters on latents {'x'.join(map(str, self.parts.shape))}"
+        if others := len(self.dataset.sizes[1:]):
+            what += f" and {others} other shapes"
         count = "a stream of" if self.args.stream else f"{len(self.dataset):,}"
         return f"denoiser: {what}; {count} latents"
 
@@ -168,8 +189,9 @@ class DenoiserJob(Job):
 
     def about(self) -> dict[str, Any]:
         """Counts, the size of the pictures, and captions of held-out ones."""
-        captions = list(dict.fromkeys(self.trained.grid_captions()))[:CAPTIONS]
-        return {**self.counts(), "resolution": self.dataset.shards.summary["latent"]["picture"], "captions": captions}
+        captions = list(dict(self.trained.grid_samples()))[:CAPTIONS]
+        size = {"resolution": self.dataset.shards.summary["latent"]["picture"]}
+        return {**self.counts(), **size, **self.buckets(), "captions": captions}
 
     def begin(self, final: Path) -> None:
         """Put autoencoder and vocabulary or text encoder beside the model to come."""
@@ -181,7 +203,7 @@ class DenoiserJob(Job):
         """What the model is shown of the first held-out sample, to draw by."""
         image = self.config.image
         if image.kind == "hint":
-            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out)
+            keep_hint(final, self.dataset.shards.summary.get("hint"), self.held_out, self.config.sample.size)
         elif image.kind in EXAMPLES and image.kind != "none":
             keep_shown(final, image, self.held_out, self.parts.pipeline)
 

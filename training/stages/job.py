@@ -65,6 +65,11 @@ class Job(ABC):
         """The samples trained on, of which a stream has no number, and those held out."""
         return {"train": None if self.args.stream else len(self.dataset), "held_out": len(self.held_out)}
 
+    def buckets(self) -> dict[str, Any]:
+        """The sizes of the buckets, where samples are in several, for the model card."""
+        sizes = ", ".join(f"{height}x{width}" for height, width in self.dataset.sizes)
+        return {"buckets": sizes} if sizes else {}
+
     def holds_out(self, least: int = 1) -> bool:
         """Whether so many samples are held out: `evaluate` measures on no other."""
         return len(self.held_out) >= least and self.held_out.shards.split != "train"

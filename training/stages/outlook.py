@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from training.data.order import BucketOrder, order_of
 from training.guarding import gigabytes
 from training.loop.ema import averaged_parameters
 from training.machine.launcher import first_process
@@ -29,7 +30,8 @@ OFTEN = (
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
     """Steps, batch and the data they meet (None: a stream, which has no count); parameters that are exported; bytes of
-    a checkpoint, of all that is kept in the end, and how many checkpoints and looks that are."""
+    a checkpoint, of all that is kept in the end, and how many checkpoints and looks that are. `left_over`: samples that
+    an epoch leaves out, for they fill no batch of their bucket."""
 
     steps: int
     batch: int
@@ -40,11 +42,12 @@ class Outlook:
     checkpoints: int
     looks: int
     disk: int
+    left_over: int = 0
 
     @property
     def epochs(self) -> float | None:
         """Passes over the data."""
-        return self.steps * self.batch / self.samples if self.samples else None
+        return self.steps * self.batch / (self.samples - self.left_over) if self.samples else None
 
     def lines(self, thing: str) -> list[str]:
         """What is told, of data called `thing`."""
@@ -53,6 +56,8 @@ class Outlook:
             passes = f"{seen} take {self.steps * self.batch:,} {thing} of a stream, which has no count: no epochs"
         else:
             passes = f"{seen} are {in_epochs(self.epochs or 0)} of {self.samples:,} {thing}"
+        if self.left_over:
+            passes += f"; each epoch leaves {self.left_over:,} out that fill no batch of their bucket, each time others"
         kept = f"{self.checkpoints} checkpoint{'s' * (self.checkpoints > 1)} of {gigabytes(self.checkpoint)}"
         return [passes, f"on disk about {gigabytes(self.disk)}: {kept}, final/, pictures of {self.looks} steps"]
 
@@ -80,8 +85,21 @@ def look_ahead(job: Job, stage: Stage) -> Outlook:
         checkpoint=size,
         checkpoints=kept,
         looks=looks,
+        left_over=left_over(job.dataset, train.batch_size),
         disk=disk + job.beside() + looks * SHOWN * math.prod(job.picture()),
     )
+
+
+def left_over(dataset: Any, batch: int) -> int:
+    """Samples that an epoch leaves out, where batches are of one bucket each; names the buckets that fill none."""
+    order = order_of(dataset, batch, 0)
+    if not isinstance(order, BucketOrder):
+        return 0
+    counts = zip(dataset.sizes, order.counts, strict=True)
+    if (few := [f"{size[0]}x{size[1]} ({n})" for size, n in counts if n < batch]) and first_process():
+        what = f"buckets of fewer samples than a batch of {batch} are never trained on: {', '.join(few)}"
+        warn(f"{what}; give a smaller --batch-size, or pack into fewer buckets")
+    return len(dataset) - order.batches * batch
 
 
 def tell_outlook(job: Job, stage: Stage) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +80,8 @@ def _found(args: argparse.Namespace, stage: str) -> tuple[Path | Remote | None, 
 def _side(folder: Path | Remote, summary: Mapping[str, Any]) -> int:
     """Pixels of the longer side; of tars indexed in place, by their first picture."""
     if latent := summary.get("latent"):
-        return int(max(latent["picture"]))
+        height, width = latent["picture"]
+        return round(math.sqrt(height * width)) if summary.get("buckets") else int(max(height, width))
     if isinstance(side := summary.get("resolution"), int):
         return side
     from training.data.images import Images

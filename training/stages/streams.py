@@ -38,6 +38,9 @@ def stream_images(args: argparse.Namespace, train: Train, how: dict[str, Any]) -
 def stream_latents(args: argparse.Namespace, train: Train, how: dict[str, Any]) -> tuple[Latents, Latents]:
     """(training, held-out) latents of a folder or address that holds an index, its shards read from front to end."""
     index, infos = read_index(args.latents)
+    if any(info.size for info in infos):
+        what = "--stream reads samples as they come, and a batch is of one bucket: these latents are in several"
+        raise UserError(what, hint="leave --stream out, and name a folder of shards")
     remote = args.latents if isinstance(args.latents, Remote) else None
     base = remote.address.rstrip("/") if remote else str(args.latents)
     tars = [f"{base}/{info.name}" for info in infos if info.split in ("train", "val")]
@@ -46,7 +49,8 @@ def stream_latents(args: argparse.Namespace, train: Train, how: dict[str, Any]) 
     facts: dict[str, Any] = {"summary": index["summary"], "directory": Path(args.latents), "remote": remote}
     fields = tuple(index["fields"])
     training = Latents(StreamedShards(stream, kept, fields, **facts), **how)
-    return training, Latents(StreamedShards(stream, held, fields, split="val", **facts))
+    held_out = StreamedShards(stream, held, fields, split="val", **facts)
+    return training, Latents(held_out, sizes=how["sizes"])
 
 
 def stream_facts(dataset: Images) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Placed(list[int]):
 
     def __init__(self, sizes: list[int], window: int) -> None:
         super().__init__(range(sum(sizes)))
-        self.shards = SimpleNamespace(windows=(tuple(sizes), window) if window else ((), 0))
+        self.shards = SimpleNamespace(windows=(tuple(sizes), window) if window else ((), 0), buckets={})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ GRADIENTS = {"first": (3.0, 4.0), "second": (0.0, 12.0)}  # of norms 5 and 12
 class Eight(list[int]):
     """A data set of as many samples as a batch, in no shards: here nothing reads it."""
 
-    shards = SimpleNamespace(windows=())
+    shards = SimpleNamespace(windows=(), buckets={})
 
     def __init__(self) -> None:
         super().__init__(range(8))

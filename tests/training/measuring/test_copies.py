@@ -29,6 +29,8 @@ SIDE = 6
 class Pictures:
     """Packed pictures in memory; the caption of each is its number."""
 
+    sizes = ()
+
     def __init__(self, name: str, data: Tensor) -> None:
         self.data = data
         self.shards = SimpleNamespace(
@@ -80,7 +82,7 @@ def audit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The audit of a model that draws given pictures, for training and held-out pictures."""
 
     def of(pictures: Tensor, train: Tensor, held: Tensor, train_count: int = 0) -> dict[str, Any]:
-        monkeypatch.setattr("training.measuring.copies.held_out", lambda args: Pictures("val", held))
+        monkeypatch.setattr("training.measuring.copies.held_out", lambda args, what: Pictures("val", held))
         monkeypatch.setattr("training.measuring.copies.ShardSet", lambda folder, split: split)
         monkeypatch.setattr("training.measuring.copies.Images", lambda split: Pictures(split, train))
         monkeypatch.setattr("training.measuring.copies.trained_on_data", lambda args: True)

@@ -66,12 +66,18 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     assert e.value.code == 3
 
 
+class Pictures(list[Any]):
+    """Pictures in no buckets."""
+
+    sizes = ()
+
+
 @pytest.mark.parametrize(("side", "net", "hint"), [
     (24, "alex", "--lpips-net vgg or squeeze, or leave --lpips out"), (12, "vgg", "leave --lpips out"),
 ])  # fmt: skip
 def test_one_rule_for_what_is_too_small(side: int, net: str, hint: str) -> None:
     """That of training: pictures that a run could train with can be measured with the same network."""
-    pictures: Any = [SimpleNamespace(data=torch.zeros(1, 3, side, 2 * side, dtype=torch.uint8))]
+    pictures: Any = Pictures([SimpleNamespace(data=torch.zeros(1, 3, side, 2 * side, dtype=torch.uint8))])
     with pytest.raises(UserError, match=f"the pictures are {2 * side}x{side}, LPIPS on {net} needs") as caught:
         load_distance(Namespace(lpips="random", lpips_net=net), pictures, torch.device("cpu"))
     assert caught.value.hint == hint

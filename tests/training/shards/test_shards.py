@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from training.commands import door
 from training.errors import UserError
-from training.shards.index import write_index
+from training.shards.index import FORMAT, write_index
 from training.shards.indexing import index_folder
 from training.shards.reading import ShardSet
 from training.shards.tars import index_tar, stands_before
@@ -243,7 +243,7 @@ def test_missing_newer_and_other_splits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'val' \(it has: train\)"):
         ShardSet(tmp_path, "val")
     index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(index | {"format": 2}))
+    (tmp_path / "index.json").write_text(json.dumps(index | {"format": FORMAT + 1}))
     with pytest.raises(UserError, match="newer than this program"):
         ShardSet(tmp_path)
 

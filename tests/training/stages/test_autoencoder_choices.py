@@ -215,7 +215,10 @@ def test_two_processes_train_as_one(shapes: Path, tmp_path: Path, name: str) -> 
 
 
 def dataset(height: int, width: int, channels: int = 3) -> Any:
-    return [SimpleNamespace(data=torch.zeros(1, channels, height, width))]
+    class Pictures(list[Any]):
+        sizes = ()  # in no buckets
+
+    return Pictures([SimpleNamespace(data=torch.zeros(1, channels, height, width))])
 
 
 @pytest.mark.parametrize("section", ["model", "discriminator"])

@@ -72,7 +72,7 @@ class Halves(Greys):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shards.windows, self.shards.remote = (), None
+        self.shards.windows, self.shards.remote, self.shards.buckets = (), None, {}
 
     def __getitems__(self, slots: list[Slot]) -> Batch:
         indices = [slot.index for slot in slots]
