@@ -69,10 +69,7 @@ def build_parser() -> Parser:
     add("--samples-per-shard", type=int, default=2000)
     text = "mixed: by hash of the key, so that every shard holds all kinds; source: as the source gives them"
     add("--order", choices=("mixed", "source"), default="mixed", help=text)
-    text = "processes that decode and encode pictures, 0: this one; they do not change what is written"
-    add("--num-workers", type=int, default=0, metavar="N", help=text)
-    text = "whose processes: of this machine, or of a Ray cluster, with --num-workers 0 as many as it has CPUs"
-    add("--engine", choices=("processes", "ray"), default="processes", help=text)
+    _made_by(packing)
     add("--animated", choices=("first", "reject"), default="first", help="take the first frame, or treat as bad data")
     text = f"largest picture that is decoded (up to {MOST_PIXELS:,})"
     add("--max-pixels", type=int, default=MAX_PIXELS, help=text)
@@ -83,6 +80,14 @@ def build_parser() -> Parser:
     _of_a_folder(verbs.add_parser("index", help="index tars in place"), "leave bad tars and members out")
     _of_a_folder(verbs.add_parser("verify", help="check every byte against the index"), "name what is bad, exit with 0")
     return parser
+
+
+def _made_by(packing: Parser) -> None:
+    """The flags of who makes pictures."""
+    text = "processes that decode and encode pictures, 0: this one; they do not change what is written"
+    packing.add_argument("--num-workers", type=int, default=0, metavar="N", help=text)
+    text = "whose processes: of this machine, or of a Ray cluster, with --num-workers 0 as many as it has CPUs"
+    packing.add_argument("--engine", choices=("processes", "ray"), default="processes", help=text)
 
 
 def _of_a_folder(parser: Parser, skip: str) -> None:
