@@ -54,6 +54,7 @@ TRAINING = Part(
         "token routing (TREAD), value residual": "--backbone.kind dit --backbone.route 0.5 "
         "--backbone.value_residual true",
         "Muon for matrices": "--optimizer.matrices muon",
+        "one rate for all widths (muP)": "--backbone.kind dit --backbone.base_width 64",
         "warm-up EMA": "--train.ema 0.999",
         "power-function EMA": "--train.ema_lengths 0.05,0.1 --train.ema_every 1000, then posthoc_ema",
     },
