@@ -22,7 +22,7 @@ def known_flags() -> set[str]:
     parser = build_parser()
     (verbs,) = [action for action in parser._actions if hasattr(action, "choices") and action.dest == "verb"]
     flags = {flag for verb in verbs.choices.values() for flag in verb._option_string_actions}  # type: ignore[union-attr]
-    for script in ("encode_latents", "train_autoencoder"):
+    for script in ("encode_latents", "train_autoencoder", "train_denoiser", "generate", "evaluate"):
         command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
         done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"})
         flags |= set(re.findall(r"--[a-z][a-z-]+", done.stdout))

@@ -38,7 +38,7 @@ from training.models.vocabulary import count_captions
 from training.next_step import again, beside, tell_next
 from training.progress import Progress
 from training.shards.claims import claimed
-from training.shards.index import ShardInfo, commonest, is_mixed, read_index, sizes_of, write_index
+from training.shards.index import ShardInfo, commonest, is_mixed, listed_shard, read_index, sizes_of, write_index
 from training.shards.indexing import latents_summary
 from training.shards.reading import ShardSet
 from training.shards.remote import NULL, Remote, open_address
@@ -190,7 +190,7 @@ def _part(target: Path, rank: int | str) -> Path:
 def _parts(target: Path, processes: int) -> list[ShardInfo]:
     """What all processes say is there, by name."""
     rows = [row for rank in range(processes) for row in json.loads(_part(target, rank).read_bytes())]
-    return sorted((ShardInfo(**row) for row in rows), key=lambda info: info.name)
+    return sorted((listed_shard(row) for row in rows), key=lambda info: info.name)
 
 
 def _ledger_of(target: Path, info: ShardInfo) -> Path:

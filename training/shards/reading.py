@@ -117,7 +117,7 @@ class ShardSet:
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        return self._row(*self._locate(i))[0]
+        return self._row(*self._locate(i), ())[0]
 
     def read(self, i: int, fields: Container[str] | None = None) -> dict[str, bytes]:
         """The fields of sample i, those it has; of these only `fields` where given."""
@@ -137,7 +137,7 @@ class ShardSet:
         shard = bisect_right(self._ends, i)
         return shard, i - (self._ends[shard - 1] if shard else 0)
 
-    def _row(self, shard: int, row: int, fields: Container[str] | None = ()) -> tuple[str, dict[str, Place]]:
+    def _row(self, shard: int, row: int, fields: Container[str] | None = None) -> tuple[str, dict[str, Place]]:
         _, index, layout = self._found(self.shards[shard])
         data = self._files.read(index, layout.row.size, layout.start + row * layout.row.size)
         try:

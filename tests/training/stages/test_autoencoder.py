@@ -148,12 +148,17 @@ def test_a_critic_on_features(make: Callable[..., tuple[AutoencoderStage, Loop]]
     assert saved == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
 
 
+def one_picture(height: int, width: int) -> Any:
+    """A data set of one picture, in no buckets."""
+    return type("Pictures", (list,), {"sizes": ()})([SimpleNamespace(data=torch.zeros(3, height, width))])
+
+
 def test_a_critic_on_features_names_the_way_out_for_small_pictures() -> None:
     config = decoding.load("autoencoder", "smoke", {"discriminator.kind": "features"})
     assert isinstance(config, decoding.AutoencoderConfig)
-    check_images(config, [SimpleNamespace(data=torch.zeros(3, 32, 32))])
+    check_images(config, one_picture(32, 32))
     with pytest.raises(UserError, match="the discriminator needs 32 pixels a side") as caught:
-        check_images(config, [SimpleNamespace(data=torch.zeros(3, 32, 16))])
+        check_images(config, one_picture(32, 16))
     assert caught.value.hint == "set discriminator.kind to patch"
 
 

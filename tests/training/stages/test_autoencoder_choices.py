@@ -195,7 +195,9 @@ def test_two_processes_train_as_one(shapes: Path, tmp_path: Path, name: str) -> 
     compared = ("loss", "discriminator", "grad_norm/autoencoder", "grad_norm/discriminator")
     for ours, theirs in zip(*(tiny.rows(tmp_path / run) for run in ("one", "two")), strict=True):
         for key in compared:
-            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-4), (ours["step"], key)
+            # whose code lies between two, the last bit decides: seen at the last step, on one kind of machine
+            near = 1e-3 if name == "codes" and key.startswith("grad") else 1e-4
+            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=near), (ours["step"], key)
     assert all(any(key in row for row in tiny.rows(tmp_path / "two")) for key in compared)
     if name == "codes":
         one, two = (tmp_path / run / "checkpoints" / "step-00000006" for run in ("one", "two"))
