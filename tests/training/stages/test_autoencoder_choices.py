@@ -189,18 +189,18 @@ def test_two_processes_train_as_one(shapes: Path, tmp_path: Path, name: str) -> 
     """Losses and gradients of each step, and the codes of the last; what evaluates and is exported is the average."""
     words = ["--data", shapes, "--train.log_every", "1", "--lr", "1e-4", *tiny.AUTOENCODER, "--loss.perceptual", "0"]
     words += TOGETHER[name]
+    # Revived codes are alike where pictures are: which is nearest is then a matter of the last bit, from step 5 on.
+    words += ["--max-steps", "4"] if name == "codes" else []
     assert tiny.call("train_autoencoder", *words, "--output", tmp_path / "one") == 0
     together = ranks.start(2, tmp_path, "train_autoencoder", *words, "--output", tmp_path / "two")
     assert together == [0, 0], ranks.said(tmp_path)
     compared = ("loss", "discriminator", "grad_norm/autoencoder", "grad_norm/discriminator")
     for ours, theirs in zip(*(tiny.rows(tmp_path / run) for run in ("one", "two")), strict=True):
         for key in compared:
-            # whose code lies between two, the last bit decides: seen at the last step, on one kind of machine
-            near = 1e-3 if name == "codes" and key.startswith("grad") else 1e-4
-            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=near), (ours["step"], key)
+            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-4), (ours["step"], key)
     assert all(any(key in row for row in tiny.rows(tmp_path / "two")) for key in compared)
     if name == "codes":
-        one, two = (tmp_path / run / "checkpoints" / "step-00000006" for run in ("one", "two"))
+        one, two = (tmp_path / run / "checkpoints" / "step-00000004" for run in ("one", "two"))
         ours, theirs = (load_file(run / "model.safetensors") for run in (one, two))
         for part in ("embedding.weight", "counts", "sums"):
             key = f"autoencoder.quantize.{part}"
