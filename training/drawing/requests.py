@@ -77,11 +77,10 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
         for name, section in (run_values | (stored_values or {})).items()
         if name in ("sampler", "grid", "guidance", "sample")
     }
-    cut = {f"sample.{key}": parse_size(getattr(args, key, None), flag_name(key)) for key in CUT}
-    told = {key: ",".join(map(str, pair)) for key, pair in cut.items() if pair}
-    flags = told | {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale,
+    flags = {"sampler.kind": args.sampler, "sample.steps": args.steps, "guidance.scale": args.guidance_scale,
              "sample.dynamic_threshold": args.dynamic_threshold,
-             "sample.image_scale": getattr(args, "image_guidance_scale", None)}  # which only generate has
+             "sample.image_scale": getattr(args, "image_guidance_scale", None),  # which only generate has
+             **told_cut(args)}
     editing = decoding.sections("editing")  # read by the starts
     own = {key: text for key, text in args.overrides.items() if key.partition(".")[0] not in editing}
     changes = {key: str(value) for key, value in flags.items() if value is not None} | own
@@ -97,18 +96,29 @@ def choose(args: argparse.Namespace, stored_values: decoding.Values | None = Non
     return sampling_of(config), {n: plain[n] for n in values}
 
 
-def flag_name(key: str) -> str:
-    """The flag of an argument."""
-    return f"--{key.replace('_', '-')}"
+def told_cut(args: argparse.Namespace) -> dict[str, str]:
+    """What --original-size and --crop-offset say, by the keys that it settles."""
+    told = {}
+    for key in CUT:
+        if (text := getattr(args, key, None)) is not None:
+            try:
+                told[f"sample.{key}"] = ",".join(map(str, two_sides(text)))
+            except ValueError:
+                what = f"--{key.replace('_', '-')} {text}: expected a number or HEIGHTxWIDTH"
+                raise UserError(what) from None
+    return told
 
 
-def parse_size(text: str | None, flag: str = "--size") -> tuple[int, int] | None:
-    """`64` or `HEIGHTxWIDTH`."""
-    if text is None:
-        return None
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`64` or `HEIGHTxWIDTH`. Raises UserError for anything else."""
     try:
-        sides = [int(side) for side in text.lower().split("x")]
-        height, width = sides * (3 - len(sides))  # one side is both; of more, none is left
+        return None if text is None else two_sides(text)
     except ValueError:
-        raise UserError(f"{flag} {text}: expected a number or HEIGHTxWIDTH") from None
+        raise UserError(f"--size {text}: expected a number or HEIGHTxWIDTH") from None
+
+
+def two_sides(text: str) -> tuple[int, int]:
+    """`64` or `HEIGHTxWIDTH`. Raises ValueError for anything else."""
+    sides = [int(side) for side in text.lower().split("x")]
+    height, width = sides * (3 - len(sides))  # one side is both; of more, none is left
     return height, width

@@ -231,8 +231,7 @@ def _prepare(
 def latent_of(shards: list[ShardInfo], images: Images, model: Autoencoder, dtype: str) -> dict[str, Any]:
     """What one stored latent is: shape, type, and the size of its picture; in buckets, that of the commonest."""
     picture = commonest(shards) or (images[0].data.shape[2], images[0].data.shape[3])
-    again = f"--bucket-step {model.factor} or a multiple of it" if images.sizes else "another --resolution"
-    with as_user_error(f"pack the pictures again with {again}", DATA):
+    with as_user_error("pack the pictures again with another --resolution, or --bucket-step", DATA):
         for size in sizes_of(shards) or [picture]:
             model.check_images(torch.empty(1, images.channels, *size, device="meta"))
     shape = [model.latent_channels * (2 if model.norm.gaussian else 1), *(side // model.factor for side in picture)]
