@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -88,7 +87,7 @@ def encode(args: argparse.Namespace) -> int:
         worker = Encoder(encoded, encoder, args, accelerator.device, plan, total, model.norm.mean_latents, seen)
         own = shards[accelerator.process_index :: accelerator.num_processes]
         there = _write(worker, source, target, own, args, aloud=accelerator.is_main_process)
-        write_json(_part(target, accelerator.process_index), [asdict(info) for info in there])
+        write_json(_part(target, accelerator.process_index), [info.listed() for info in there])
         meeting.meet()  # the index lists the shards of all processes
         if accelerator.is_main_process:
             infos = _parts(target, accelerator.num_processes)
