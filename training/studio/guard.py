@@ -57,29 +57,48 @@ class Guard:
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"refused"})
         else:
-            read = [{"type": "http.request", "body": given}] if given else []
-
-            async def again() -> Any:
-                return read.pop() if read else await receive()
-
-            await self.app(scope, again, lambda message: send(_with_headers(message)))
+            incoming = Incoming(given, receive)
+            try:
+                await self.app(scope, incoming, lambda message: send(_with_headers(message)))
+            except Exception:
+                if not incoming.cut:  # else nobody is left to answer, and the studio has no fault to tell
+                    raise
 
     def _refused(self, scope: dict[str, Any]) -> bool:
         name = re.sub(r":\d*$", "", _header(scope, b"host")).strip("[]").lower()
         return (self.hosts is not None and name not in self.hosts) or bool(FETCHING.search(scope["path"]))
 
 
-def names_address(body: bytes) -> bool:
+class Incoming:
+    """ASGI: the messages of a request, whose body was read already unless None. `cut`: the page left amid an upload."""
+
+    def __init__(self, body: bytes | None, receive: Any) -> None:
+        self.receive, self.cut, self.whole = receive, False, body is not None
+        self.read = [] if body is None else [{"type": "http.request", "body": body}]
+
+    async def __call__(self) -> Any:
+        """The next message."""
+        message = self.read.pop() if self.read else await self.receive()
+        if message["type"] == "http.disconnect":
+            self.cut = not self.whole
+        else:
+            self.whole = not message.get("more_body", False)
+        return message
+
+
+def names_address(body: bytes | None) -> bool:
     """Whether JSON names a file by an address, which Gradio would fetch."""
     paths: list[str] = []
     with suppress(ValueError, RecursionError):  # what is no JSON, Gradio refuses itself
-        json.loads(body, object_hook=lambda part: paths.append(str(part.get("path"))))
+        json.loads(body or b"", object_hook=lambda part: paths.append(str(part.get("path"))))
     return any(map(ADDRESS.match, paths))
 
 
-async def _body(scope: dict[str, Any], receive: Any) -> bytes:
-    """All that is sent with a request; empty for an upload, which names nothing."""
-    body, more = b"", scope["method"] == "POST" and not _header(scope, b"content-type").startswith("multipart/")
+async def _body(scope: dict[str, Any], receive: Any) -> bytes | None:
+    """All that is posted; None for an upload, which names nothing, and is not read here."""
+    if scope["method"] != "POST" or _header(scope, b"content-type").startswith("multipart/"):
+        return None
+    body, more = b"", True
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)

@@ -120,3 +120,30 @@ def test_a_file_named_by_an_address_is_refused() -> None:
         assert answered("/gradio_api/upload", "localhost", body=body, kind=b"multipart/form-data; boundary=x")[0] == 200
     for body in (b'{"data": ["see http://a.b", {"path": "/tmp/x.png"}]}', b"no JSON: http://a.b"):
         assert answered("/gradio_api/queue/join", "localhost", body=body)[0] == 200
+
+
+def test_a_page_that_leaves_amid_an_upload_is_no_fault_of_the_studio() -> None:
+    """As when a tab is closed while its picture is on its way; a fault of a whole request is still raised."""
+
+    def failing(*messages: dict[str, Any], kind: bytes = b"multipart/form-data; boundary=x") -> list[Any]:
+        sent, given = list[Any](), list(messages)
+
+        async def receive() -> dict[str, Any]:
+            return given.pop(0)
+
+        async def inner(scope: Any, receive: Any, send: Any) -> None:
+            sent.extend([await receive(), await receive()])
+            raise ValueError("read two messages")
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", kind)]}
+        asyncio.run(guard.Guard(inner, None)(scope, receive, None))
+        return sent
+
+    part = {"type": "http.request", "body": b"", "more_body": True}
+    gone = {"type": "http.disconnect"}
+    assert failing(part, gone) == [part, gone]
+    for whole in ((part | {"more_body": False}, gone), (part, part)):
+        with pytest.raises(ValueError, match="two messages"):
+            failing(*whole)
+    with pytest.raises(ValueError, match="two messages"):
+        failing(part | {"more_body": False}, gone, kind=b"application/json")
