@@ -19,14 +19,16 @@ def along(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, dx
     """function(x, t) and d/da function(x + a dx, t + a) at a = 0, both (B, ...) and without gradient.
 
     x and dx (B, ...), t (B,) float64 in (0, 1]. `how`: "jvp", exact by forward-mode differentiation, for which
-    attention takes its plain kernel; or "finite-difference", of second order with steps h in t, for a network that has
-    none: between t - h and t + h, from t backwards where t + h is above 1, and in smaller steps near 0. Autocast is
-    off: it rounds by more than two near answers differ, and convolutions have no forward derivative under it.
+    attention takes its plain kernel and nothing is compiled; or "finite-difference", of second order with steps h in t,
+    for a network that has none: between t - h and t + h, from t backwards where t + h is above 1, and in smaller steps
+    near 0. Autocast is off: it rounds by more than two near answers differ, and convolutions have no forward derivative
+    under it.
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if how == "finite-difference":
             return _difference(function, x, t, dx, h)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+        # Neither fused kernels nor what is compiled have a forward derivative.
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             value, slope = torch.func.jvp(function, (x, t), (dx, torch.ones_like(t)))[:2]
         return value.detach(), slope.detach()
 

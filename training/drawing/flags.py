@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.drawing import adapters, controls, references
+from training.drawing import adapters, compiled, controls, references
 from training.drawing.starts import STARTS
 from training.settings.flags import Parser
 
@@ -74,4 +74,5 @@ def where_from_and_to(parser: Parser) -> None:
     add("--preview", metavar="RUN", help=text)
     add("--text-encoder", metavar="NAME|DIR", help="where a large frozen text encoder lies on this machine")
     add("--mixed-precision", choices=("no", "bf16"), help="precision of the networks (default: no)")
+    compiled.add_flags(add)
     parser.machine(group)

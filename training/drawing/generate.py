@@ -15,7 +15,7 @@ from PIL import Image
 from ldm.pipeline import Pipeline
 from ldm.samplers import Snapshot
 from training.commands import door
-from training.drawing import adapters, cascades, controls, references, replay
+from training.drawing import adapters, cascades, compiled, controls, references, replay
 from training.drawing.controls import Controls
 from training.drawing.prompts import prompts_of, tell_reading
 from training.drawing.references import referring_of
@@ -64,6 +64,7 @@ class Drawing:
     groups: Callable[[list[Request]], Iterator[Group]]
     controls: Controls | None
     watch: Watch | None = None
+    full: int = 0  # the batch that networks are compiled for
 
     def draw(self, part: list[Request], told: Progress) -> None:
         """One batch, or those of it that are drawn together, written."""
@@ -74,7 +75,9 @@ class Drawing:
         strip = Strip(self.pipeline) if self.strips else None
         before, stepped = told.done, told.by_steps(len(part), self.how["sampling"].steps)
         watch = each([watch for watch in (stepped, strip, self.watch) if watch])
-        with torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16"):
+        kernels, at_work = compiled.kernels(len(batch), self.full and (self.chunk or self.full))
+        bf16 = torch.autocast(self.pipeline.device.type, torch.bfloat16, enabled=self.facts["precision"] == "bf16")
+        with bf16, at_work:
             prompts, seeds = [r.prompt for r in batch], [self.start.seed_of(r) for r in batch]
             shown = self.controls.extras(batch, self.pipeline, self.how["size"]) if self.controls else {}
             how = {**self.how, "task": task, "watch": watch, "extras": shown}
@@ -83,6 +86,7 @@ class Drawing:
             own = {"prompt": request.prompt, "seed": request.seed, "batch": len(batch)}
             own |= {"size": list(images[index].size[::-1]), self.start.fact: self.start.facts(request)}
             own |= {controls.FACT: self.controls.facts(request)} if self.controls else {}
+            own["versions"] = {**self.facts["versions"], compiled.FACT: kernels}
             facts = {**self.facts, **own}
             grids.save(images[index], self.output / name(request), facts)
             if strip and strip.shots:  # of strength 0 there is no step
@@ -125,12 +129,14 @@ def generate(args: argparse.Namespace, opened: HashedPipeline | None = None, wat
     requests = ask_of(prompts_of(args, start.sources, ledger), args.num_images, args.seed)
     refuse_overwriting(Path(args.output), args.overwrite)
     device, rank, world = processes(args)
+    compiled.check(args, device)
     memory.keep_memory()
     captions = [*(r.prompt for r in requests), args.negative_prompt, args.invert_prompt, *(c for _, c in args.also)]
     reading = partial(tell_reading, captions, ledger, aloud=rank == 0)
-    drawing = replace(prepare(args, opened, device, start, requests[0], original, reading, ledger), watch=watch)
-    note_unused(args, drawing, ledger)
     own_requests = requests[rank::world]
+    drawing = prepare(args, opened, device, start, requests[0], original, reading, ledger)
+    drawing = replace(drawing, watch=watch, full=min(args.batch_size, len(own_requests)) if args.compile else 0)
+    note_unused(args, drawing, ledger)
     doing = f"drawing, 1 of {world} processes" if world > 1 else "drawing"
     try:
         with Progress(doing, len(own_requests), aloud=rank == 0) as told:
@@ -200,6 +206,8 @@ def loaded(args: argparse.Namespace, opened: HashedPipeline | None, device: torc
         shown.begin(pipeline)
     if args.weak_model:
         pipeline = add_weak(pipeline, args.weak_model, args.text_encoder)
+    if args.compile:
+        compiled.compile_networks(pipeline)
     judge = Judge(load_classifier(args.classifier, device)) if args.classifier else None
     return replace(pipeline, judge=judge, tile=tile)
 

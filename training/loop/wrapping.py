@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from training.loop.sharding import shard
 from training.loop.stage import Stage
+from training.machine.compiling import compile_parts
 from training.machine.processes import announce
 from training.messages import note
 
@@ -37,22 +40,23 @@ def wrap(stage: Stage, accelerator: Accelerator, *, compiles: bool, shards: bool
         network.to(accelerator.device)
     stage.wrapped = {name: accelerator.prepare(network) if any(p.requires_grad for p in network.parameters())
                      else network for name, network in stage.networks.items()}  # in one order
-    for part in stage.compiled_parts() if compiles else ():
-        part.compile()
+    compile_parts(stage.compiled_parts() if compiles else ())
     stage.connect()
 
 
 @contextmanager
 def unwrapped(stage: Stage) -> Iterator[None]:
-    """Inside, networks answer in their own precision, as those that are exported do.
+    """Inside, networks answer in their own precision and as they are written, as those that are exported do.
 
     Accelerate has put autocast into the `forward` of the very modules it was given; the one it took away stays beside.
+    Not compiled: other sizes, weights and precision than a step's would each take a compiler's minutes.
     """
     wrapped: dict[Any, Any] = {n: vars(n)["forward"] for n in stage.networks.values() if "_original_forward" in vars(n)}
     for network in wrapped:
         network.forward = network._original_forward
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for network, forward in wrapped.items():
             network.forward = forward

@@ -13,6 +13,7 @@ import torch
 
 from training.errors import LOST, USAGE, UserError
 from training.machine import launcher, meeting
+from training.machine.compiling import check_compiler
 from training.machine.meeting import is_distributed as is_distributed
 from training.machine.meeting import meet as meet
 from training.machine.memory import allow_open_files, keep_memory
@@ -123,24 +124,6 @@ def _accelerator(mixed_precision: str, *, on_cpu: bool) -> Accelerator:
             code=USAGE,
         )
     return accelerator
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError where torch.compile would fail at the first step, by what it needs: nothing is compiled here."""
-    from torch._dynamo.eval_frame import check_if_dynamo_supported
-    from torch._inductor import cpp_builder
-    from torch.utils import _triton
-
-    try:
-        check_if_dynamo_supported()
-        if device.type == "cpu":
-            cpp_builder.get_cpp_compiler()
-        elif not _triton.has_triton():
-            raise RuntimeError("no working Triton for this GPU")
-    except RuntimeError as failure:
-        reason = str(failure).strip().partition("\n")[0][:200] or type(failure).__name__
-        hint = "use --train.compile false, or install the compiler it names"
-        raise UserError(f"torch.compile does not work here ({reason})", hint=hint) from None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from training.benchmarks.meters import allocated, flops
 from training.loop.loop import Loop
+from training.machine.compiling import compile_parts
 from training.messages import SAID, hush
 from training.planning.memory import Seen, Timeline, born
 from training.stages.autoencoder import AutoencoderStage
@@ -102,8 +103,7 @@ class Trial(Loop):
 
     def compile(self) -> None:
         """Compile what the run would; what was counted before was counted operation by operation."""
-        for part in self.stage.compiled_parts() if self.given.compile else ():
-            part.compile()
+        compile_parts(self.stage.compiled_parts() if self.given.compile else ())
 
     def time(self, micro: int, accumulation: int, steps: int) -> tuple[list[float], float]:
         """Seconds of each of `steps`, without the first few, and the share of them spent waiting for data."""

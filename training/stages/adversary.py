@@ -45,7 +45,8 @@ class Adversary:
         takes_r1 = bool(self.loss.r1) and step % self.loss.r1_every == 0
         images = images.requires_grad_(takes_r1)
         both = augment(torch.cat([images, fakes]), uniform.repeat(2, 1), self.loss.augment)
-        with self.accelerator.autocast():
+        # What is compiled has no second derivative, which R1 asks for.
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager" if takes_r1 else "default"):
             logits = maps(self.judge(both))
         pairs = [part.chunk(2) for part in logits]
         loss = torch.stack([self.game.discriminator(real, fake).mean() for real, fake in pairs]).mean()
