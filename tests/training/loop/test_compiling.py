@@ -32,7 +32,7 @@ BACKBONES = {
                                  qk_norm=True, value_residual=True, mlp="swiglu", route=0.5),
     "dit in context, saving memory": DiT(width=16, depth=1, heads=2, base_size=8, text="in-context",
                                          gradient_checkpointing=True),
-    "unet": UNet(**UNet.small),
+    "unet": UNet(channels=(8, 16), attention=(1,), blocks=1, groups=4, heads=2),
 }  # fmt: skip
 
 
