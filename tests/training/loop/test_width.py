@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.backbones import DiT
+from ldm.backbones.base import share_rates
 from ldm.conditioning import Cond
 from training.loop import optim
 from training.settings.sections import Optimizer
@@ -17,7 +18,11 @@ CONTEXT = 24
 def network(width: int, base: int, heads: int = 0) -> torch.nn.Module:
     torch.manual_seed(0)
     config = DiT(width=width, base_width=base, depth=2, heads=heads or width // 16, patch=1, base_size=4, pooled=False)
-    return config.build(channels=4, context_dim=CONTEXT)
+    wide = config.build(channels=4, context_dim=CONTEXT)
+    if config.narrow is not None:
+        with torch.device("meta"):
+            share_rates(wide, config.narrow.build(channels=4, context_dim=CONTEXT))
+    return wide
 
 
 def test_rates_follow_the_inputs_that_grow() -> None:
