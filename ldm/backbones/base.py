@@ -49,13 +49,13 @@ class Backbone(nn.Module, ABC):
             layer = getattr(self, self.input_layer)
             setattr(self, self.input_layer, Widened(layer, image_channels * layer.weight.shape[1] // self.channels))
             self.image_channels = image_channels
-        if image_level:
-            self.level_embedding = LevelEmbedding(len(self.get_parameter("time_embedding.linear_2.weight")))
-        if numbers:
+        if image_level or numbers or size_unit:
             width = len(self.get_parameter("time_embedding.linear_2.weight"))
+        if image_level:
+            self.level_embedding = LevelEmbedding(width)
+        if numbers:
             self.number_embeddings = nn.ModuleDict({name: LevelEmbedding(width, NUMBERS) for name in numbers})
         if size_unit:
-            width = len(self.get_parameter("time_embedding.linear_2.weight"))
             self.size_embedding = SizeEmbedding(width, size_unit)
         return self
 
@@ -143,6 +143,11 @@ class BackboneConfig(Checked, ABC):
     learned_variance: bool = False
     pooled: bool = False
     small: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def narrow(self) -> Self | None:
+        """The config of the width at which the learning rate was found, where that is another one's (`share_rates`)."""
+        return None
 
     @abstractmethod
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,

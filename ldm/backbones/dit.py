@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoencoder.recompute import run
 from ldm.backbones.attention import ACTIVATIONS, CrossAttention, FeedForward, SelfAttention, blank, key_mask, zero
-from ldm.backbones.base import Backbone, BackboneConfig, need_pooled, share_rates
+from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, patches, rope_table, sincos_table, sinusoid
 from ldm.backbones.image import ImageInputs, with_level, with_numbers, with_size
 from ldm.backbones.modulation import MODULATIONS, OwnModulation, modulate
@@ -86,16 +86,16 @@ class DiT(BackboneConfig):
         """The blocks that routed tokens pass by."""
         return range(self.route_from, self.depth - self.route_until)
 
+    @property
+    def narrow(self) -> DiT | None:
+        """Itself with `base_width`, where it is not of that width."""
+        heads = self.base_width * self.heads // self.width
+        return replace(self, width=self.base_width, base_width=0, heads=heads) if self.base_width else None
+
     def build(self, *, channels: int, context_dim: int, pooled_dim: int | None = None,
               **image: Unpack[ImageInputs]) -> DiffusionTransformer:
         given = channels, context_dim, need_pooled(self.pooled, pooled_dim)
-        network = DiffusionTransformer(self, *given).shown(**image)
-        if self.base_width:
-            heads = self.base_width * self.heads // self.width
-            with torch.device("meta"):
-                base = DiffusionTransformer(replace(self, width=self.base_width, base_width=0, heads=heads), *given)
-                share_rates(network, base.shown(**image))
-        return network
+        return DiffusionTransformer(self, *given).shown(**image)
 
 
 class Block(nn.Module):

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 # what the one before leaves (Amsel et al. 2025, arXiv 2505.16932, theorem 3.1; solved by Remez' exchange).
 COEFFICIENTS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 LEAST = 32  # rows and columns of a matrix: what is narrower maps to or from data, whose scale counts
+# Numbers of the weights that are orthogonalised at once: about five times as many are there meanwhile. A CPU is as fast
+# in pieces that its cache holds; a GPU's products must fill it.
+PIECE = {"cpu": 1 << 18}
+LARGE_PIECE = 1 << 24
 RMS = 0.2  # of an update at rate 1, as AdamW's is: rate and decay serve both (Liu et al. 2025, arXiv 2502.16982)
 
 
@@ -96,18 +100,25 @@ class Muon(torch.optim.AdamW):
                 self._move(group)
 
     def _move(self, group: dict[str, Any]) -> None:
-        """Those of one shape in one stack: a hundred small products of their own would wait for each other."""
-        stacks: dict[torch.Size, list[Tensor]] = {}
+        """Those of one shape in stacks: a hundred small products of their own would wait for each other."""
+        alike: dict[torch.Size, list[Tensor]] = {}
         for weight in group["params"]:
             if weight.grad is not None:
-                stacks.setdefault(weight.flatten(1).shape, []).append(weight)
-        for (rows, columns), weights in stacks.items():
-            momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
-            gradients = [w.grad.to(w.dtype) for w in weights]  # type: ignore[union-attr]
-            torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-            ahead = torch._foreach_lerp(gradients, momenta, self.momentum)
-            updates = orthogonal(torch.stack([u.flatten(1) for u in ahead])).unbind()
-            if group["weight_decay"]:
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            size = -group["lr"] * RMS * max(rows, columns) ** 0.5
-            torch._foreach_add_(weights, [u.view_as(w) for u, w in zip(updates, weights, strict=True)], alpha=size)
+                alike.setdefault(weight.flatten(1).shape, []).append(weight)
+        for weights in alike.values():
+            count = max(1, PIECE.get(weights[0].device.type, LARGE_PIECE) // weights[0].numel())
+            for start in range(0, len(weights), count):
+                self._turn(weights[start : start + count], group)
+
+    def _turn(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Move weights of one shape by what their momenta are made orthogonal to."""
+        momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+        gradients = [w.grad.to(w.dtype) for w in weights]  # type: ignore[union-attr]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        ahead = torch.stack([gradient.flatten(1) for gradient in gradients])
+        torch._foreach_lerp_(ahead.unbind(), [m.flatten(1) for m in momenta], self.momentum)
+        updates = orthogonal(ahead).unbind()
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        size = -group["lr"] * RMS * max(ahead.shape[1:]) ** 0.5
+        torch._foreach_add_(weights, [u.view_as(w) for u, w in zip(updates, weights, strict=True)], alpha=size)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.data.loader import stream
-from training.data.order import Batches, order_of
+from training.data.order import Batches, Order, order_of
 from training.data.permutation import RULE
 from training.loop.stage import Stage
 from training.loop.watchdogs import Keys
@@ -80,8 +80,12 @@ class Passes:
 
     def open_data(self, start: int) -> None:
         """Have the micro-batches from step `start` on read."""
+        train = self.train
+        self.read(order_of(self.stage.dataset, train.batch_size, train.seed, self.base, self.rule), start)
+
+    def read(self, order: Order, start: int) -> None:
+        """The same of any order."""
         dataset, train = self.stage.dataset, self.train
-        order = order_of(dataset, train.batch_size, train.seed, self.base, self.rule)
         dataset.rule = self.rule  # substitutes go by it, too
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = Batches(order, self.micro, self.accumulation, process, processes, start, train.max_steps)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from ldm.backbones import Backbone
+from ldm.backbones.base import share_rates
 from ldm.conditioning import Cond
 from ldm.diffusion import Diffusion
 from ldm.pipeline import Pipeline, Sampling
@@ -97,7 +98,7 @@ def assemble(
             text_source = vocabulary(config.text, dataset)
         text, hashes["vocabulary"] = config.text.build(text_source), text_encoders.vocabulary_hash(text_source)
     shape = (dataset.shape[0] // (2 if autoencoder.norm.gaussian else 1), *dataset.shape[1:])
-    backbone, text = backbone_for(config, autoencoder, text).to(device), text.to(device)
+    backbone, text = backbone_to_train(config, autoencoder, text).to(device), text.to(device)
     pipeline = draw_with(config, autoencoder, backbone, text, hashes)
     return Parts(backbone, text, autoencoder, pipeline, null, shape, hashes, text_source)
 
@@ -111,6 +112,15 @@ def backbone_for(config: decoding.DenoiserConfig, autoencoder: Autoencoder, text
         channels=channels, **sizes, **config.image.inputs(channels, autoencoder.image_channels), numbers=numbers,
         size_unit=unit,
     )
+    return backbone
+
+
+def backbone_to_train(config: decoding.DenoiserConfig, autoencoder: Autoencoder, text: TextEncoder) -> Backbone:
+    """The same, whose layers are told their rates where one was found at another width."""
+    backbone = backbone_for(config, autoencoder, text)
+    if (narrow := config.backbone.narrow) is not None:
+        with torch.device("meta"):
+            share_rates(backbone, backbone_for(dataclasses.replace(config, backbone=narrow), autoencoder, text))
     return backbone
 
 

@@ -26,7 +26,7 @@ from training.messages import answer, tell
 from training.planning import disk, telling
 from training.planning.memory import Observed, Seen, sizes
 from training.planning.trial import Trial
-from training.planning.weights import counts, parameters, split
+from training.planning.weights import counts, split
 from training.stages.beginning import config_of, make_ready
 from training.stages.outlook import look_ahead
 from training.stages.train import job_of, print_config
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 SPARE = 1.1  # of what is predicted, that it fits: how far off it may be
+MOST = 8  # times the first small micro-batch: where operations differ still, peaks alone count
 SWITCH = "gradient_checkpointing"
 PARTS = {"autoencoder": "model", "denoiser": "backbone"}  # stage -> the section that has it
 
@@ -76,7 +77,6 @@ class Planning:
     """One training, opened and tried in this process for `processes` like it. Raises UserError as the training does."""
 
     def __init__(self, job: Job, processes: int, folder: Path) -> None:
-        self.before = parameters()
         self.job, self.args, self.processes, self.folder = job, job.args, processes, folder
         self.accelerator, self.micro, self.accumulation = make_ready(job, processes)
         self.device = self.accelerator.device.type
@@ -108,7 +108,7 @@ class Planning:
             "micro_batch": self.micro,
             "accumulation": self.accumulation,
             "processes": self.processes,
-            "parameters": counts(trial.stage, self.before),
+            "parameters": counts(trial.stage, self.built.held()),
             "flops": {"each": each, "training": each * train.batch_size * train.max_steps},
             "memory": memory,
             "choices": (choices := self.choices(observed, memory, trial.stage.group)),
@@ -140,11 +140,19 @@ class Planning:
         one of them only where there is no memory for more."""
         group, passes = trial.stage.group, (1, 2)
         try:
-            return [(trial.observe(2 * group, k), trial.observe(4 * group, k)) for k in passes]
+            return [self.alike(trial, 2 * group, k) for k in passes]
         except RuntimeError as failure:
             if not out_of_memory(failure):
                 raise
         return [(trial.observe(group, k), trial.observe(2 * group, k)) for k in passes]
+
+    def alike(self, trial: Trial, micro: int, passes: int) -> tuple[Seen, Seen]:
+        """Steps of `micro` samples and of twice as many; of the next larger two while these are not of the same
+        operations, as layers choose theirs by the size of a batch, and a process has so many."""
+        small, large = trial.observe(micro, passes), trial.observe(2 * micro, passes)
+        while len(small.line) != len(large.line) and 2 * large.micro <= min(self.share, MOST * micro):
+            small, large = large, trial.observe(2 * large.micro, passes)
+        return small, large
 
     def open(self) -> tuple[Trial, int]:
         """A trial that has all it holds between two steps, and how many bytes that is."""
@@ -166,7 +174,7 @@ class Planning:
 
     def memory(self, trial: Trial, observed: list[Observed]) -> dict[str, Any]:
         """Bytes of a process by part, as predicted, at the micro-batch of the config; and what the machine has."""
-        learning, frozen = split(trial.stage, self.before)
+        learning, frozen = split(trial.stage, self.built.held())
         own, state = observed[-1], trial.state
         moments = [value for optimizer in trial.optimizers.values() for value in of_state(optimizer)]
         parts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -9,9 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from training.benchmarks.meters import allocated, flops
+from training.data.order import BucketOrder, Laid, Order, Slot, order_of
 from training.loop.loop import Loop
 from training.machine.compiling import compile_parts
 from training.messages import SAID, hush
@@ -28,6 +31,17 @@ WARM = 20  # steps, at most, until every optimiser has its moments: fp16 leaves 
 FAR = 10**9  # steps
 
 
+class OneBucket(BucketOrder):
+    """Of a single bucket, which fills a global batch: every step has its first samples, and again where it needs more.
+    """
+
+    def at(self, step: int, first: int, count: int) -> list[Slot]:
+        """Slots [first, first + count) of the global batch of `step`."""
+        laid, slots = Laid(self.buckets[0]), range(first, first + count)
+        indices = laid(np.array(slots) % self.counts[0]).tolist()
+        return [Slot(index, 0, self.place(step) + slot) for index, slot in zip(indices, slots, strict=True)]
+
+
 class Trial(Loop):
     """The loop of a run from step `first` on, the last that the trial may take: by then all losses are at work.
 
@@ -41,6 +55,7 @@ class Trial(Loop):
             stage.start = 0  # a run waits for its plateau
         super().__init__(stage, train, config.optimizer, accelerator, folder, 1, 1, lambda _: 0.0)
         self.first, self.ends, self.flops = first, list[float](), 0.0
+        self.order = largest(stage, self.given)
 
     def validate(self, step: int) -> None:
         """No pictures."""
@@ -58,10 +73,9 @@ class Trial(Loop):
 
     def split(self, micro: int, accumulation: int, workers: int = 0) -> None:
         """Have a step be so many backward passes of so many samples, read by `workers` processes."""
-        batch = min(micro * accumulation, len(self.stage.dataset))  # a place of samples twice is one all the same
-        self.passes.train = self.train = replace(self.train, batch_size=batch, num_workers=workers)
+        self.passes.train = self.train = replace(self.train, num_workers=workers)
         self.passes.micro, self.passes.accumulation = micro, accumulation
-        self.passes.open_data(self.first)
+        self.passes.read(self.order, self.first)
 
     def take(self) -> None:
         """One step, always the same."""
@@ -117,6 +131,16 @@ class Trial(Loop):
         if number:
             raise SystemExit(128 + number)
         return steady(self.ends), (self.journal.waited - waited) / (self.ends[-1] - begun)
+
+
+def largest(stage: Stage, train: Any) -> Order:
+    """The order that memory is tried in: in buckets, of those that fill a global batch, that of most pixels alone; else
+    the training's own."""
+    buckets, dataset = stage.dataset.shards.buckets, stage.dataset
+    full = {size: bucket for size, bucket in buckets.items() if sum(map(len, bucket)) >= train.batch_size}
+    if not full:
+        return order_of(dataset, train.batch_size, train.seed)
+    return OneBucket((full[max(full, key=math.prod)],), train.batch_size, train.seed)
 
 
 def steady(ends: list[float]) -> list[float]:

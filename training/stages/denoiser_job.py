@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.adapters.controlled import ControlConfig
 from ldm.representation import VISION
@@ -163,6 +163,11 @@ class DenoiserJob(Job):
             sizes = ("x".join(map(str, size)) for size in (drawn, given))
             what = "sample.size is {}, the {beside} are of pictures of {}".format(*sizes, beside=beside)
             raise UserError(what, hint="leave sample.size out")
+
+    def held(self) -> dict[str, nn.Module]:
+        """Also what it draws with."""
+        parts = self.parts
+        return {"backbone": parts.backbone, "text": parts.text, "autoencoder": parts.autoencoder}
 
     def description(self) -> str:
         """Parameters, the shape of a latent, and the number of latents."""

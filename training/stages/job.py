@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
+
 from training.loop.stage import Stage
 
 if TYPE_CHECKING:
@@ -40,6 +42,10 @@ class Job(ABC):
     @abstractmethod
     def build(self, accelerator: Accelerator, final: Path | None) -> Stage:
         """Networks and losses, initialised from the seed or another run; `final` is where the run will export."""
+
+    def held(self) -> dict[str, nn.Module]:
+        """The modules that it has built by name, besides those that its stage trains, calls or keeps itself."""
+        return {}
 
     @abstractmethod
     def description(self) -> str:

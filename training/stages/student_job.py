@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.guidance import ClassifierFree, Embedded
 from ldm.guiding import Scaled
@@ -127,6 +127,10 @@ class StudentJob(DenoiserJob):
         if theirs.student.baked is not None:  # its own is in it
             return Teacher(denoiser)
         return Teacher(denoiser, guidance, null, theirs.student.embedded)
+
+    def held(self) -> dict[str, nn.Module]:
+        """Also the teacher."""
+        return {**super().held(), "teacher": self.teacher_parts["denoiser"]}
 
     def description(self) -> str:
         """Parameters, the teacher, and the number of latents."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from training.benchmarks.meters import allocated
 from training.loop import optim
-from training.loop.muon import Muon, by_products, by_squares, matrices, orthogonal
+from training.loop.muon import PIECE, Muon, by_products, by_squares, matrices, orthogonal
 from training.settings.sections import Optimizer
 
 SETTINGS = Optimizer(lr=0.1, matrices="muon", weight_decay=0.01, matrix_lr=0.5)
@@ -102,6 +103,24 @@ def test_momentum_is_nesterovs() -> None:
     m = 0.9 * 0.1 * first + 0.1 * second
     expected = start - 0.2 * 32**0.5 * orthogonal(torch.stack([first, 0.9 * m + 0.1 * second])).sum(0)
     torch.testing.assert_close(weight.weight.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_in_pieces_is_the_same_and_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twelve matrices of 64x64: in stacks of five, five and two, and all at once."""
+    moved, highest = [], []
+    for numbers in (12 * 64 * 64, 5 * 64 * 64 + 1):
+        monkeypatch.setitem(PIECE, "cpu", numbers)
+        torch.manual_seed(0)
+        network = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(12))
+        optimizer = optim.build(SETTINGS, [network])
+        generator = torch.Generator().manual_seed(1)
+        for p in network.parameters():
+            p.grad = torch.randn(64, 64, generator=generator)
+        optimizer.step()
+        highest.append(allocated(optimizer.step, "cpu")[1])
+        moved.append(torch.stack([*network.parameters()]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-5, atol=1e-6)
+    assert highest[1] < 0.5 * highest[0] < 0.5 * 6 * 4 * 12 * 64 * 64
 
 
 def test_a_parameter_without_a_gradient_stays() -> None:

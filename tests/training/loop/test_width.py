@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from ldm.backbones import DiT
+from ldm.backbones.base import share_rates
 from ldm.conditioning import Cond
 from training.loop import optim
+from training.models import assembly
+from training.settings import decoding
 from training.settings.sections import Optimizer
 
 CONTEXT = 24
@@ -17,7 +23,11 @@ CONTEXT = 24
 def network(width: int, base: int, heads: int = 0) -> torch.nn.Module:
     torch.manual_seed(0)
     config = DiT(width=width, base_width=base, depth=2, heads=heads or width // 16, patch=1, base_size=4, pooled=False)
-    return config.build(channels=4, context_dim=CONTEXT)
+    wide = config.build(channels=4, context_dim=CONTEXT)
+    if config.narrow is not None:
+        with torch.device("meta"):
+            share_rates(wide, config.narrow.build(channels=4, context_dim=CONTEXT))
+    return wide
 
 
 def test_rates_follow_the_inputs_that_grow() -> None:
@@ -32,6 +42,15 @@ def test_rates_follow_the_inputs_that_grow() -> None:
         assert grown == {name for name, p in wide.named_parameters() if p.ndim > 1 and p.shape[1] in (64, 256)
                          and not name.startswith("time_embedding.linear_1")}  # fmt: skip
         assert all(scales[names[p]] == 1 for p in names if p.ndim == 1)
+
+
+def test_a_training_tells_its_layers_and_a_drawing_builds_one_network() -> None:
+    config = decoding.load("denoiser", "smoke", {"backbone.width": "64", "backbone.base_width": "32"})
+    codec: Any = SimpleNamespace(latent_channels=4, image_channels=3, factor=4)
+    text: Any = SimpleNamespace(context_dim=8, pooled_dim=8)
+    drawing, training = (build(config, codec, text) for build in (assembly.backbone_for, assembly.backbone_to_train))
+    assert training.get_submodule("blocks.0.attention.qkv").narrower == 0.5
+    assert not any(hasattr(layer, "narrower") for layer in drawing.modules())
 
 
 def test_the_weights_are_those_of_any_other_width() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from torch import nn
 
 from training.planning.disk import of_latents, of_pictures
 from training.planning.memory import Observed, Seen
 from training.planning.plan import Planning, flags
+from training.planning.trial import largest
+from training.planning.weights import counts
 from training.shards.index import read_index
 from training.shards.reading import ShardSet
 
@@ -58,6 +62,48 @@ def test_a_unet_takes_what_is_predicted(latents: Path, tmp_path: Path) -> None:
     assert 0.9 < near(facts) < 1.1 and facts["accumulation"] == 2
     assert 0.99 < facts["memory"]["parts"]["gradients"] / (4 * facts["parameters"]["trainable"]) <= 1
     assert 6 in [row["micro_batch"] for row in facts["choices"]]
+
+
+def test_a_step_that_is_highest_in_muon_takes_what_is_predicted(shapes: Path, tmp_path: Path) -> None:
+    """At the two small micro-batches it is Muon's products that are highest, at the whole one the activations."""
+    model = ("--model.channels", "16,32,64", "--model.groups", "4", "--discriminator.width", "4")
+    words = ("--optimizer.matrices", "muon", "--batch-size", 16, "--trial-steps", 1, "--max-steps", 50)
+    facts = planned(tmp_path, "--data", shapes, "--config", "smoke", *model, *words, "--device", "cpu")
+    assert 0.9 < near(facts) < 1.1
+
+
+def test_small_steps_are_of_the_same_operations() -> None:
+    """Layers may choose theirs by the size of a batch; what a process never has of one is not tried, nor are more than
+    16."""
+    for last_change, share, taken in ((2, 64, (2, 4)), (4, 64, (4, 8)), (4, 7, (2, 4)), (32, 64, (8, 16))):
+        trial = SimpleNamespace(observe=lambda micro, _, m=last_change: Seen(micro, [0] * min(micro, m), [], 0))
+        planning = object.__new__(Planning)
+        planning.share = share
+        small, large = planning.alike(trial, 2, 1)  # type: ignore[arg-type]
+        assert (small.micro, large.micro) == taken
+
+
+def test_memory_is_tried_on_the_largest_bucket_that_fills_a_batch() -> None:
+    """As often as a trial asks, in the order of its samples."""
+    buckets = {(8, 24): (range(3),), (16, 16): (range(3, 5), range(9, 12)), (24, 8): (range(5, 9),)}
+    stage = SimpleNamespace(dataset=SimpleNamespace(shards=SimpleNamespace(buckets=buckets)))
+    order = largest(stage, SimpleNamespace(batch_size=4, seed=0))  # type: ignore[arg-type]
+    assert [slot.index for slot in order.at(7, 0, 7)] == [3, 4, 9, 10, 11, 3, 4]
+    assert [slot.index for slot in order.at(8, 4, 2)] == [11, 3]
+    assert len({slot.slot for slot in order.at(7, 0, 7)}) == 7
+    buckets[8, 40] = (range(12, 14),)  # too few
+    again = largest(stage, SimpleNamespace(batch_size=4, seed=0))  # type: ignore[arg-type]
+    assert again.at(0, 0, 1) == order.at(0, 0, 1)
+
+
+def test_only_what_the_training_holds_is_counted() -> None:
+    """Each parameter once, by the first part that has it; another network of the process is not of it."""
+    other, learns, called = nn.Linear(4, 4), nn.Linear(2, 3), nn.Linear(5, 5)
+    stage = SimpleNamespace(networks={"net": nn.Sequential(learns)}, frozen=[called, learns], model=learns)
+    told = counts(stage, {"text": called})  # type: ignore[arg-type]
+    assert (told["trainable"], told["frozen"], other.weight.numel()) == (9, 30, 16)
+    assert told["parts"] == {"net.0": [9, 0], "text": [0, 30]}
+    assert counts(stage, {})["parts"] == {"net.0": [9, 0], "others": [0, 30]}  # type: ignore[arg-type]
 
 
 def test_an_autoencoder_takes_what_is_predicted(autoencoder_plan: dict[str, Any]) -> None:
