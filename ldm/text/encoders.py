@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from ldm.backbones.attention import FeedForward, SelfAttention, zero
 from ldm.checks import Checked
 from ldm.conditioning import Cond
-from ldm.text.scratch_layer import ScratchLayer
 from ldm.text.tokenizer import RULE, WordTokenizer, is_word
 
 
@@ -120,6 +120,32 @@ class Scratch(TextConfig):
         return ScratchTextEncoder(self, tokenizer)
 
 
+class ScratchLayer(nn.Module):
+    """x + attention(norm x), then + mlp(norm x); attention adds a learned bias per head and distance (T5's).
+
+    Head h begins on one neighbour: the next word, the one before, the second next ... (bias 0 there, falling by 2 a
+    word to -5). Which words belong together ("red circle above a blue square") is then heard from the first steps.
+    """
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.norm_1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
+        self.norm_2, self.mlp = nn.LayerNorm(width), FeedForward(width, 4 * width)
+        zero(self.attention.out)
+        zero(self.mlp.out)
+        place = torch.arange(length)
+        self.register_buffer("distance", place - place[:, None] + length - 1, persistent=False)  # an index into bias
+        neighbour = torch.tensor([(-1) ** h * (1 + h // 2) for h in range(heads)])[:, None]
+        self.bias = nn.Parameter(-2.0 * (torch.arange(1 - length, length) - neighbour).abs().clamp(max=2.5))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, L, width), mask (B, 1, 1, L) -> (B, L, width)."""
+        bias = self.bias[:, self.get_buffer("distance")].masked_fill(~mask, -torch.inf)
+        x = x + self.attention(self.norm_1(x), bias)
+        y: Tensor = x + self.mlp(self.norm_2(x))
+        return y
+
+
 class Taught(Protocol):
     """`words` learned upon a text encoder that stays as it is, and their `rows` (W, width); at strength 0 unknown."""
 
@@ -132,7 +158,7 @@ class ScratchTextEncoder(TextEncoder):
     """Words -> embeddings -> bidirectional transformer; pooled = projection of the normalised mean over real tokens.
 
     (Rombach et al. 2022, sec. 4.3.1: a transformer over tokenised captions, learned with the denoiser.)
-    Words begin as random vectors of unit variance, and layers mix words alone: from the first step the denoiser reads
+    Words begin as random vectors of unit variance and layers as the identity: from the first step the denoiser reads
     distinct words at full strength. With the usual small embeddings, short runs end before captions are heard.
     """
 
