@@ -85,7 +85,7 @@ def test_small_steps_are_of_the_same_operations() -> None:
 
 def test_memory_is_tried_on_the_largest_bucket_that_fills_a_batch() -> None:
     """As often as a trial asks, in the order of its samples."""
-    buckets = {(8, 24): (range(3),), (16, 16): (range(3, 5), range(9, 12)), (24, 8): (range(5, 9),)}
+    buckets = {(8, 24): (range(3), range(14, 16)), (16, 16): (range(3, 5), range(9, 12)), (24, 8): (range(5, 9),)}
     stage = SimpleNamespace(dataset=SimpleNamespace(shards=SimpleNamespace(buckets=buckets)))
     order = largest(stage, SimpleNamespace(batch_size=4, seed=0))  # type: ignore[arg-type]
     assert [slot.index for slot in order.at(7, 0, 7)] == [3, 4, 9, 10, 11, 3, 4]
