@@ -8,6 +8,7 @@ from itertools import count, islice
 
 import torch
 
+from autoencoder.images import to_unit
 from ldm.image_tasks import encoded
 from training.models.assembly import load_pipeline
 from training.settings.flags import Parser, run_main
@@ -15,7 +16,7 @@ from training.shapes.rendering import render
 from training.shapes.scenes import SHAPES, Scene, scene
 from training.shapes.wording import captions
 
-FIRST = 50_000_000  # a scene's seed beyond all that `pack` draws
+FIRST = 50_000_000  # the seed of the first scene; those of two objects are never ones that `pack` draws
 
 
 def captioned(two: Scene) -> dict[str, Scene]:
@@ -43,7 +44,7 @@ def main() -> None:
     print(f"| model | loss | {' | '.join([*captioned(shown[0])][1:])} |\n|{' --- |' * 5}")
     for model in args.models:
         pipeline = load_pipeline(model, "cpu")
-        x0 = encoded(pipeline, pixels.float() / 127.5 - 1)
+        x0 = encoded(pipeline, to_unit(pixels))
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
         time, losses = torch.full((len(x0),), args.time, dtype=torch.float64), []
         noised = pipeline.denoiser.diffusion.perturb(x0, eps, time)
