@@ -15,10 +15,8 @@ from ldm.backbones.attention import blank, key_mask, zero
 from ldm.backbones.base import Backbone, BackboneConfig, need_pooled
 from ldm.backbones.embed import Projection, sincos_table, sinusoid
 from ldm.backbones.image import ImageInputs, LevelEmbedding, SizeEmbedding, Widened, with_level, with_numbers, with_size
-from ldm.backbones.unet_blocks import Given, Resample, ResnetBlock, SpatialTransformer
+from ldm.backbones.unet_blocks import EXTENT, Given, Resample, ResnetBlock, SpatialTransformer
 from ldm.conditioning import Cond
-
-EXTENT = 32.0  # tokens that the position table covers, whatever the size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,9 @@ class UNet(BackboneConfig):
     `attention`: the levels (0 = full size) with text transformers; the middle always has one. `heads` per attention, or
     channels per head where `head_dim` is not 0. `depth`: transformer layers per attention. `pooled` adds pooled text to
     the time embedding. `scale_shift`: that embedding scales and shifts normalised features (ADM). `position`: a fixed
-    position table joins the first features. The defaults are Stable Diffusion 1.x: 859,520,964 parameters.
+    position table joins the first features. `query_position`: one joins every query of the text too, as DETR's do
+    (Carion et al. 2020, fig. 10), so that places ask for their own words from the first steps. The defaults are Stable
+    Diffusion 1.x: 859,520,964 parameters.
     """
 
     small: ClassVar[Mapping[str, Any]] = {"channels": (32, 64), "attention": (0, 1), "blocks": 1, "groups": 8}
@@ -43,6 +43,7 @@ class UNet(BackboneConfig):
     pooled: bool = False
     scale_shift: bool = False
     position: bool = False
+    query_position: bool = False
     groups: int = 32
     learned_variance: bool = False
     gradient_checkpointing: bool = False
@@ -59,12 +60,16 @@ class UNet(BackboneConfig):
         for width in self.channels:
             if width % self.groups:
                 raise ValueError(f"every entry of channels must be divisible by groups ({self.groups}); {width} is not")
-        for level in {*self.attention, len(self.channels) - 1}:
+        asking = {*self.attention, len(self.channels) - 1}
+        for level in asking:
             divisor = self.head_dim or self.heads
             if self.channels[level] % divisor:
                 raise ValueError(f"cannot cut level {level} ({self.channels[level]} channels) into heads by {divisor}")
-        if self.position and self.channels[0] % 4:
-            raise ValueError(f"a position table needs channels divisible by 4 at level 0, not {self.channels[0]}")
+        tabled = ({0} if self.position else set()) | (asking if self.query_position else set())
+        for level in sorted(tabled):
+            if self.channels[level] % 4:
+                raise ValueError(f"a position table needs channels divisible by 4 at level {level}, "
+                                 f"not {self.channels[level]}")
 
     def heads_at(self, level: int) -> int:
         """Attention heads at a level."""
@@ -85,7 +90,8 @@ class Stage(nn.Module):
         self.saving, width, time_dim = config.gradient_checkpointing, config.channels[level], 4 * config.channels[0]
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, width, time_dim, config.groups, config.scale_shift) for channels in inputs)
-        made = context_dim, config.heads_at(level), config.depth, config.groups, config.linear_projection
+        made = (context_dim, config.heads_at(level), config.depth, config.groups, config.linear_projection,
+                config.query_position)
         self.attentions = nn.ModuleList(SpatialTransformer(width, *made) for _ in range(transformers))
 
     def step(self, j: int, x: Tensor, given: Given) -> Tensor:

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.backbones.attention import GEGLU, attend, zero
+from ldm.backbones.embed import sincos_table
 from ldm.conditioning import Parts, Share
+
+EXTENT = 32.0  # tokens that a position table covers, whatever the size
 
 
 class Given(NamedTuple):
@@ -78,19 +81,24 @@ class TransformerLayer(nn.Module):
         net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
         self.ff = nn.ModuleDict({"net": net})
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, share: Share) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, share: Share,
+                place: Tensor | None = None) -> Tensor:
         y = self.norm1(x)
         x = x + self.attn1(y, y, None, share.own)
-        x = x + self.attn2(self.norm2(x), context, mask, share.cross)
+        y = self.norm2(x)
+        x = x + self.attn2(y if place is None else y + place, context, mask, share.cross)
         x = x + self.ff["net"](self.norm3(x))
         return x
 
 
 class SpatialTransformer(nn.Module):
-    """A residual transformer over the pixels of a feature map; it starts as the identity."""
+    """A residual transformer over the pixels of a feature map; it starts as the identity. With `query_position` a fixed
+    table of positions joins what each of them asks of the text."""
 
-    def __init__(self, width: int, context_dim: int, heads: int, depth: int, groups: int, linear: bool) -> None:
+    def __init__(self, width: int, context_dim: int, heads: int, depth: int, groups: int, linear: bool,
+                 query_position: bool = False) -> None:
         super().__init__()
+        self.query_position = query_position
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(TransformerLayer(width, context_dim, heads) for _ in range(depth))
@@ -100,8 +108,11 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, share: Share) -> Tensor:
         """x (B, width, H, W), context (B, L, context_dim), mask (B, 1, 1, L) -> (B, width, H, W)."""
         tokens = _pointwise(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))
+        place = None
+        if self.query_position:
+            place = sincos_table(x.shape[1], x.shape[2], x.shape[3], EXTENT, x.device).to(tokens.dtype)
         for layer in self.transformer_blocks:
-            tokens = layer(tokens, context, mask, share)
+            tokens = layer(tokens, context, mask, share, place)
         return x + _pointwise(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
 
 

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "dit-in-context": DiT(width=32, depth=2, heads=2, text="in-context", position="rope"),
     "dit-variance": DiT(width=32, depth=2, heads=2, mlp="gelu-tanh", learned_variance=True),
     "unet-linear": UNet(channels=(16, 32), attention=(1,), head_dim=8, linear_projection=True, pooled=True, groups=8),
+    "unet-placed": UNet(**UNet.small, position=True, query_position=True),
 }
 
 
@@ -182,6 +183,9 @@ def test_pooled_text_is_asked_for() -> None:
         (UNet, {"attention": (4,)}, "levels 0 to 3"),
         (UNet, {"channels": (32, 96), "attention": (), "head_dim": 64}, "into heads"),
         (UNet, {"channels": ()}, "at least one level"),
+        (UNet, {"channels": (30, 60), "attention": (), "groups": 2, "heads": 2, "position": True}, "divisible by 4 at level 0, not 30"),
+        (UNet, {"channels": (32, 62), "attention": (), "groups": 2, "heads": 2, "query_position": True},
+         "divisible by 4 at level 1, not 62"),
     ],
 )
 def test_configs_refuse(family: type[DiT | UNet], wrong: dict[str, object], message: str) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ldm.backbones import DiT, UNet
 from ldm.backbones.embed import sincos_table, sinusoid
-from ldm.conditioning import Cond
+from ldm.backbones.unet_blocks import SpatialTransformer
+from ldm.conditioning import Cond, Share
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -114,6 +115,25 @@ def test_position_table_tells_places_apart() -> None:
     table = (seen[0] - seen[1])[0].flatten(1).T
     torch.testing.assert_close(table, sincos_table(16, 8, 8, 32.0, torch.device("cpu")), rtol=0, atol=1e-6)
     assert len(torch.unique(table, dim=0)) == 64
+
+
+def test_query_position_joins_what_is_asked_of_the_text_alone() -> None:
+    """Against the same layer written out: the table is in the queries of cross-attention and nowhere else."""
+    torch.manual_seed(0)
+    block = SpatialTransformer(16, 8, heads=2, depth=1, groups=4, linear=True, query_position=True)
+    nn.init.normal_(block.proj_out.weight, std=0.3)
+    layer = block.transformer_blocks[0]
+    x, context = torch.randn(2, 16, 4, 6), torch.randn(2, 5, 8)
+    tokens = block.proj_in(block.norm(x).flatten(2).transpose(1, 2))
+    y = layer.norm1(tokens)
+    tokens = tokens + layer.attn1(y, y, None, "")
+    asked = layer.norm2(tokens) + sincos_table(16, 4, 6, 32.0, torch.device("cpu"))
+    tokens = tokens + layer.attn2(asked, context, None, "")
+    tokens = tokens + layer.ff["net"](layer.norm3(tokens))
+    wanted = x + block.proj_out(tokens).transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(block(x, context, None, Share()), wanted)
+    block.query_position = False
+    assert not torch.allclose(block(x, context, None, Share()), wanted)
 
 
 def test_stable_diffusion_keys_and_shapes() -> None:

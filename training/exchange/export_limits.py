@@ -109,9 +109,10 @@ def _backbone(config: DenoiserConfig, name: str) -> Iterator[Obstacle]:
         instead = '"cross" can be written' if key == "text" else '"unet" and "dit" can be written'
         yield Obstacle(f"backbone.{key}", getattr(backbone, key), "diffusers has no such network", instead)
     elif name == "UNet2DConditionModel":
-        if backbone.position:
-            why = "UNet2DConditionModel has no position table"
-            yield Obstacle("backbone.position", True, why, "false can be written")
+        for key in ("position", "query_position"):
+            if getattr(backbone, key):
+                why = "UNet2DConditionModel has no position table"
+                yield Obstacle(f"backbone.{key}", True, why, "false can be written")
         if backbone.pooled:
             why = "StableDiffusionPipeline tells its U-Net no pooled text"
             yield Obstacle("backbone.pooled", True, why, "false can be written")
