@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,20 @@ def fresh_process() -> None:
     """What a step started in this process leaves for all of it: denormal numbers turned off, and --quiet."""
     torch.set_flush_denormal(False)
     hush(False)
+
+
+@pytest.fixture
+def captured_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is compiled is captured as it would be, and then run operation by operation: no C++, no minutes."""
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    reset()
+    counters.clear()
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, **{"backend": "eager", **how}))
+    yield
+    reset()
 
 
 @pytest.fixture(scope="session")

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-import torch
 from PIL import Image
-from torch import nn
 from torch._dynamo.utils import counters
 
 from training.pictures import grids
 
+pytestmark = pytest.mark.usefixtures("captured_only")
 WORDS = ("--prompt", "a red circle", "--num-images", "3", "--batch-size", "2", "--steps", "2", "--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Captured as it would be, and run operation by operation."""
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled(self, backend="eager", **how))
-    yield
-    torch._dynamo.reset()
 
 
 def kernels(picture: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from training.loop.validation import validate
 from training.machine.compiling import GRAPHS, compile_parts
 from training.stages.autoencoder import AutoencoderStage
 
+pytestmark = pytest.mark.usefixtures("captured_only")
 make_autoencoder, make_denoiser = autoencoder_steps.make, denoiser_steps.make
 Make = Callable[..., tuple[Any, Loop]]
 BACKBONES = {
@@ -32,19 +33,8 @@ BACKBONES = {
                                  qk_norm=True, value_residual=True, mlp="swiglu", route=0.5),
     "dit in context, saving memory": DiT(width=16, depth=1, heads=2, base_size=8, text="in-context",
                                          gradient_checkpointing=True),
-    "unet": UNet(channels=(8, 16), attention=(1,), blocks=1, groups=4, heads=2),
+    "unet": UNet(channels=(8, 16), attention=(1,), blocks=1, groups=4, heads=2, position=True, query_position=True),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is compiled is captured as it would be, and then run operation by operation: no C++, no minutes."""
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled(self, **{"backend": "eager", **how}))
-    yield
-    torch._dynamo.reset()
 
 
 def captured() -> int:
