@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded shapes at full length, within an hour on two CPU cores. Usage: bash scripts/recipes/shapes.sh --output DIR
+# The embedded shapes at full length, in about two hours of one CPU core. Usage: bash scripts/recipes/shapes.sh --output DIR
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 [ "${1:-}" = --output ] && [ $# = 2 ] || { echo "usage: $0 --output DIR" >&2; exit 2; }

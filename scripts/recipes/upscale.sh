@@ -17,5 +17,6 @@ run scripts/evaluate.py --overwrite --model "$out/upscaler" --data "$out/data" -
 run scripts/make_shards.py pack "$out/data/train-{000000..000009}.tar" --splits draw --resolution 8 --output "$out/data-8"
 run scripts/train_autoencoder.py --config identity --data "$out/data-8" --output "$out/pixels-8" --resume auto
 run scripts/encode_latents.py --autoencoder "$out/pixels-8" --data "$out/data-8" --output "$out/latents-8"
-run scripts/train_denoiser.py --config shapes --latents "$out/latents-8" --output "$out/base" --backbone.channels 32,64 --backbone.groups 8 --max-steps 4000 --resume auto
+run scripts/train_denoiser.py --config shapes --latents "$out/latents-8" --output "$out/base" --backbone.channels 32,64 --backbone.groups 8 \
+    --backbone.query_position false --optimizer.matrices adamw --optimizer.lr 1.5e-3 --max-steps 4000 --resume auto
 run scripts/generate.py --cascade "$out/base" --cascade "$out/upscaler" --prompt "a red circle at the top left and a blue square at the bottom right" --num-images 8 --output "$out/cascade" --overwrite

@@ -125,7 +125,7 @@ def test_the_card_of_the_demo_is_of_the_demo() -> None:
     card = rows((home / "README.md").read_text())
     for name, value in json.loads((home / "ingredients.json").read_text()).items():
         assert card[name.replace("_", "\\_")] == value
-    assert (card["pictures trained on"], card["steps"], card["epochs"]) == ("60,000", "17500", "4.67")
+    assert (card["pictures trained on"], card["steps"], card["epochs"]) == ("60,000", "12000", "3.2")
 
 
 def test_a_checkpoint_says_what_was_true_by_then(latents: Path, tmp_path: Path) -> None:
