@@ -63,7 +63,7 @@ LISTS = (
     ("dit-s-2-label dit-b-2-label dit-l-2-label dit-xl-2-label", ["backbone.frequency_shift"]),
     ("dit-s dit-b dit-l dit-xl gpu-64 gpu-128 gpu-256 gpus-256 smoke fashion-dit", SCRATCH),
     ("laptop-64 laptop-128 laptop-256 fashion fashion-pixels", OWN_UNET),
-    ("quickstart shapes", ["backbone.position", "backbone.query_position", "backbone.pooled", "text.kind"]),
+    ("quickstart shapes", [OWN_UNET[0], "backbone.query_position", *OWN_UNET[1:]]),
     ("emoji-dit", [*SCRATCH[:-1], "text.lower"]),
     ("upscale-shapes inpaint edit hint", [*OWN_UNET, "image.kind"]),
     ("upscale-emoji", [*OWN_UNET[:-1], "text.masked", "image.kind"]),
