@@ -106,6 +106,28 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     assert caught.value.code == 5 and torch.equal(weights(stage.model), before)
 
 
+def test_compiled(make: Callable[..., tuple[AutoencoderStage, Loop]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.compile` compiles the networks and leaves the gradients as they are."""
+    compiled: list[torch.nn.Module] = []
+    compile_ = torch.nn.Module.compile
+
+    def eager(self: torch.nn.Module, *_: object, **__: object) -> None:
+        compiled.append(self)
+        compile_(self, backend="aot_eager")  # traced and differentiated as for a real compiler, which takes minutes
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    (stage, loop), (plain, plain_loop) = make(train__compile="true"), make()
+    assert stage.model.encoder in compiled and stage.discriminator in compiled
+    assert plain.model.encoder not in compiled
+    for number in (2, 4):  # without and with the adversary
+        step(stage, loop, number), step(plain, plain_loop, number)
+        for ours, theirs in ((stage.model, plain.model), (stage.discriminator, plain.discriminator)):
+            found, wanted = gradients(ours), gradients(theirs)
+            rounding = 1e-5 * wanted.abs().max().item()  # of sums of large elements, whose order is the processor's
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=rounding)
+        loop.step(number, 1e-5), plain_loop.step(number, 1e-5)
+
+
 def test_a_critic_on_features(make: Callable[..., tuple[AutoencoderStage, Loop]]) -> None:
     """The run's LPIPS network serves it, LPIPS weighed or not; only its heads learn and are saved."""
     changes = {"discriminator__kind": "features", "loss__perceptual": "0", "loss__kl": "0"}
