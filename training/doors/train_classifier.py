@@ -15,6 +15,8 @@ def main() -> None:
     add("--output", metavar="DIR", required=True, help="where the classifier goes")
     add("--epochs", type=int, default=4, help="passes over the training pictures")
     add("--batch-size", type=int, default=128, help="pictures per step")
+    text = "the network: convolutions with batch norm, or residual blocks with group norm, unlike it as a second judge"
+    add("--kind", choices=("plain", "residual"), default="plain", help=text)
     add("--width", type=int, default=32, help="maps of the first layer")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     parser.machine()

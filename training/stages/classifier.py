@@ -51,16 +51,15 @@ def train_classifier(args: argparse.Namespace) -> int:
             code=DATA,
         )
     torch.manual_seed(args.seed)
-    model = Classifier(classes, args.width).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Classifier(classes, args.width, args.kind)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     labels = torch.tensor([classes.index(n) for n in names])
     stage = ClassifierStage(model, train, labels, held_out, args.seed)
     steps = max(1, args.epochs * len(train) // args.batch_size)
     share = fit(stage, output, steps, args.batch_size, args.device)
     save_tensors(output / "model.safetensors", model.state_dict())
-    write_json(
-        output / "config.json",
-        {"classes": list(classes), "width": args.width, "seed": args.seed, "accuracy": share, "images": len(held_out)},
-    )
+    shape = {"classes": list(classes), "width": args.width, "kind": args.kind}
+    write_json(output / "config.json", {**shape, "seed": args.seed, "accuracy": share, "images": len(held_out)})
     tell(f"classifier: {share:.2%} of {len(held_out):,} held-out pictures named right -> {output}")
     return 0
 

@@ -13,10 +13,13 @@ from torch import Tensor
 from ldm.noise import Noise
 from training.data.order import DataOrder, Slot
 from training.data.samples import Batch
+from training.errors import UserError
+from training.files import write_json
 from training.loop.optim import learning_rate, set_learning_rate
-from training.models.judge import Classifier, Judge
+from training.models.judge import KINDS, Classifier, Judge, Residual, load_classifier
 from training.settings.sections import Optimizer
 from training.stages.classifier import ClassifierStage, accuracy, augment, fit
+from training.tensors import save_tensors
 
 
 def test_each_picture_is_moved_by_its_own_numbers() -> None:
@@ -106,6 +109,38 @@ def test_a_classifier_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert values == [data.values[slot.index] for slot in slots]
         assert seeds == Noise(torch.tensor([slot.slot for slot in slots])).fold(7).seeds.tolist()
     assert not model.training and accuracy(model, data) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_either_network_learns_and_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+    """Named wrongly half the time before, always rightly after; features and maps are four widths wide."""
+    torch.manual_seed(0)
+    data, model = Halves(), Classifier(("bright", "dark"), 4, kind)
+    labels = torch.tensor([model.classes.index(name) for name in data.captions])
+    assert accuracy(model.eval(), data) == 0.5  # type: ignore[arg-type]
+    assert fit(ClassifierStage(model, data, labels, data, 7), tmp_path, 160, 8, "cpu") == 1  # type: ignore[arg-type]
+    save_tensors(tmp_path / "model.safetensors", model.state_dict())
+    write_json(tmp_path / "config.json", {"classes": ["bright", "dark"], "width": 4, "kind": kind})
+    found, pixels = load_classifier(tmp_path), torch.rand(2, 1, 16, 24) * 2 - 1
+    assert found.kind == kind and torch.equal(found(pixels), model(pixels))
+    places = found.places(pixels)
+    assert places.shape == (2, 16, 4, 6)
+    torch.testing.assert_close(found.features(pixels), places.mean((2, 3)))
+
+
+def test_a_residual_block_is_a_skip_and_two_convolutions() -> None:
+    torch.manual_seed(0)
+    block, x = Residual(4, 6, 2), torch.randn(2, 4, 8, 8)
+    torch.nn.init.zeros_(block.conv2.weight)
+    torch.nn.init.zeros_(block.conv2.bias)
+    torch.testing.assert_close(block(x), block.skip(x))
+
+
+def test_an_unknown_network_is_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "model.safetensors", Classifier(("a", "b"), 4).state_dict())
+    write_json(tmp_path / "config.json", {"classes": ["a", "b"], "width": 4, "kind": "newer"})
+    with pytest.raises(UserError, match="not the config of a classifier"):
+        load_classifier(tmp_path)
 
 
 def test_accuracy_is_the_share_of_captions_named() -> None:
