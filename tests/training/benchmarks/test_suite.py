@@ -18,6 +18,7 @@ from training.benchmarks import lanes, meters, results, suite
 from training.benchmarks.case import OURS, PEAK_GPU, SAME, STOCK, Case, Contest, Lane, Number, Place, Target
 from training.benchmarks.cases import CASES
 from training.benchmarks.cases.denoisers import CASES as DENOISERS
+from training.benchmarks.cases.light import Light
 from training.errors import UserError
 from training.messages import SAID
 
@@ -274,7 +275,7 @@ def test_a_page_is_renewed_by_what_was_measured(even: None, tmp_path: Path) -> N
     assert cpu.count("| 1.00x | 1.00x | not met |") == 2 and "size smoke" in cpu and "not yet measured" in cpu + gpu
 
 
-PAIRED = ("dit", "pixart", "unet", "autoencoder", "encode", "decode", "sampling")
+PAIRED = ("dit", "pixart", "unet", "autoencoder", "encode", "decode", "light", "sampling")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind in PAIRED], ids=lambda case: case.kind)
@@ -286,6 +287,20 @@ def test_peers_of_the_same_weights_give_the_same(case: Case) -> None:
         call()
     timed = {lane.side for device in ("cpu", "cuda") for lane in case.at(device)[0]}
     assert timed <= {*contest.calls, *(["product"] if contest.flops else [])}
+
+
+def test_the_light_decoder_takes_an_eighth_of_the_multiply_adds() -> None:
+    """The peer's at a quarter of its widths and 64 px are counted by hand: blocks, resizing, ends, attention."""
+    pytest.importorskip("diffusers")
+    ours, theirs = (fact() for fact in Light().build(Place(size="smoke")).facts.values())
+    up = 9 * 128**2 / 64  # a convolution of 128 channels at an eighth of the side
+    level = [9 * width**2 / cells for width, cells in ((128, 64), (128, 16), (64, 4), (32, 1))]
+    wider = [9 * (128 * 64) / 4 + 128 * 64 / 4 + 5 * level[2], 9 * (64 * 32) + 64 * 32 + 5 * level[3]]
+    resized = 9 * 128**2 / 16 + 9 * 128**2 / 4 + 9 * 64**2
+    ends = (16 + 9 * 4 * 128) / 64 + 9 * 32 * 3
+    attention = (4 * 128**2 + 2 * 64 * 128) / 64
+    assert theirs == 10 * up + 6 * level[1] + sum(wider) + resized + ends + attention
+    assert 8 * ours <= theirs
 
 
 def test_a_network_that_was_changed_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
