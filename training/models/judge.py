@@ -55,9 +55,9 @@ class Residual(nn.Module):
 
 
 def residual(width: int) -> list[nn.Module]:
-    """Three residual blocks with group norm, halved by strides (He et al. 2016, identity mappings): as `plain`."""
+    """Three residual blocks with group norm, two of them halving (He et al. 2016, identity mappings): as `plain`."""
     first = nn.Conv2d(3, width, 3, padding=1)
-    blocks = [Residual(width, width, 1), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2)]
+    blocks = [Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2), Residual(4 * width, 4 * width, 1)]
     return [first, *blocks, nn.GroupNorm(1, 4 * width), nn.GELU()]
 
 
