@@ -46,10 +46,10 @@ class Residual(nn.Module):
         self.norm1, self.norm2 = nn.GroupNorm(1, into), nn.GroupNorm(1, out)
         self.conv1 = nn.Conv2d(into, out, 3, stride, padding=1)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        self.skip = nn.Conv2d(into, out, stride, stride)
+        self.skip = nn.Conv2d(into, out, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, into, H, W), H and W divisible by the stride."""
+        """x (B, into, H, W) of any size -> (B, out, H / stride, W / stride), rounded up."""
         y: Tensor = self.skip(x) + self.conv2(F.gelu(self.norm2(self.conv1(F.gelu(self.norm1(x))))))
         return y
 

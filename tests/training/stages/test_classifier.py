@@ -128,12 +128,20 @@ def test_either_network_learns_and_comes_back_as_it_was(kind: str, tmp_path: Pat
     torch.testing.assert_close(found.features(pixels), places.mean((2, 3)))
 
 
-def test_a_residual_block_is_a_skip_and_two_convolutions() -> None:
+def test_a_residual_block_adds_to_its_skip() -> None:
     torch.manual_seed(0)
-    block, x = Residual(4, 6, 2), torch.randn(2, 4, 8, 8)
+    block, x = Residual(4, 6, 2), torch.randn(2, 4, 8, 10)
+    added = block(x) - block.skip(x)
+    assert added.shape == (2, 6, 4, 5) and added.std() > 0.01
     torch.nn.init.zeros_(block.conv2.weight)
     torch.nn.init.zeros_(block.conv2.bias)
     torch.testing.assert_close(block(x), block.skip(x))
+
+
+def test_a_residual_judge_takes_pictures_of_any_size() -> None:
+    model = Classifier(("a", "b"), 2, "residual").eval()
+    pixels = torch.rand(3, 3, 30, 21)
+    assert model(pixels).shape == (3, 2) and model.places(pixels).shape == (3, 8, 8, 6)
 
 
 def test_an_unknown_network_is_refused(tmp_path: Path) -> None:
