@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole path on an embedded captioned data set: pack, train an autoencoder, encode, train a denoiser, draw, judge.
-# At most 12 minutes on two CPU cores after installation. Usage: bash scripts/quickstart.sh [--output DIR]
+# About 12 minutes on two quiet CPU cores after installation. Usage: bash scripts/quickstart.sh [--output DIR]
 set -euo pipefail
 usage="usage: bash $0 [--output DIR]"
 case $#:${1:-}:${2:-} in
