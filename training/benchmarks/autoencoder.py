@@ -22,16 +22,10 @@ if TYPE_CHECKING:
 VERBS = ("train", "encode", "decode")
 
 
-def models(shape: KL, device: str) -> dict[str, Any]:
-    """Ours, and diffusers' with the same weights in both memory layouts. Raises UserError without diffusers."""
-    import copy
-
-    import torch
-
-    diffusers = peers()
+def peer(shape: KL) -> Any:
+    """diffusers' AutoencoderKL of a shape, with random weights. Raises UserError without diffusers."""
     levels = [2**i in shape.attention_at for i in range(len(shape.channels))]
-    ours = shape.build()
-    peer = diffusers.AutoencoderKL(
+    return peers().AutoencoderKL(
         in_channels=shape.image_channels,
         out_channels=shape.image_channels,
         block_out_channels=shape.channels,
@@ -42,9 +36,18 @@ def models(shape: KL, device: str) -> dict[str, Any]:
         norm_num_groups=shape.groups,
         mid_block_add_attention=shape.mid_attention,
     )
-    peer.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("norm.")})
-    layouts = {"ours": (ours, torch.channels_last), "diffusers": (peer, torch.contiguous_format),
-               "diffusers, channels-last": (copy.deepcopy(peer), torch.channels_last)}  # fmt: skip
+
+
+def models(shape: KL, device: str) -> dict[str, Any]:
+    """Ours, and diffusers' with the same weights in both memory layouts. Raises UserError without diffusers."""
+    import copy
+
+    import torch
+
+    ours, theirs = shape.build(), peer(shape)
+    theirs.load_state_dict({key: value for key, value in ours.state_dict().items() if not key.startswith("norm.")})
+    layouts = {"ours": (ours, torch.channels_last), "diffusers": (theirs, torch.contiguous_format),
+               "diffusers, channels-last": (copy.deepcopy(theirs), torch.channels_last)}  # fmt: skip
     return {name: model.to(device=device, memory_format=layout) for name, (model, layout) in layouts.items()}
 
 

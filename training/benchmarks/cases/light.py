@@ -6,13 +6,12 @@ It is another network, so that pictures differ: what it costs in quality is in d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from training.benchmarks import autoencoder as verb
+from training.benchmarks.autoencoder import peer
 from training.benchmarks.case import CPU_LANES, EAGER, EAGER_TARGETS, SAME_SPEED, STOCK_SPEED, Case, Contest, Place
 from training.benchmarks.cases.autoencoders import frozen
 from training.benchmarks.meters import flops
@@ -39,7 +38,7 @@ class Light(Case):
         shapes = [config.model for config in configs]
         torch.manual_seed(0)
         ours = shapes[0].build().to(place.device, memory_format=torch.channels_last)
-        theirs = verb.models(shapes[1], place.device)["diffusers"]
+        theirs = peer(shapes[1]).to(place.device)
         z = torch.randn(count, shapes[0].latent_channels, side, side).to(place.device)
         calls = {"ours": lambda: ours.decode(z), "peer": lambda: theirs.decode(z).sample}
 
@@ -47,13 +46,12 @@ class Light(Case):
             a, b = (frozen(call, place.device)() for call in calls.values())
             assert a.shape == b.shape, f"pictures of {tuple(a.shape)} and {tuple(b.shape)}"
 
-        pixels = (side * int(shapes[0].factor)) ** 2
+        def multiply_adds(model: Any) -> float:
+            meta, code = copy.deepcopy(model).to("meta"), z[:1].to("meta")
+            return flops(lambda: meta.decode(code)) / 2 / (side * int(shapes[0].factor)) ** 2
 
-        def of_a_pixel(decode: Callable[[Any], Any]) -> float:
-            return flops(lambda: decode(z[:1].to("meta"))) / 2 / pixels
-
-        facts = {"multiply-adds a pixel, ours": lambda: of_a_pixel(copy.deepcopy(ours).to("meta").decode),
-                 "the peer's": lambda: of_a_pixel(copy.deepcopy(theirs).to("meta").decode)}  # fmt: skip
+        facts = {"multiply-adds a pixel, ours": lambda: multiply_adds(ours),
+                 "the peer's": lambda: multiply_adds(theirs)}  # fmt: skip
         return Contest({name: frozen(call, place.device) for name, call in calls.items()}, agree, items=count,
                        facts=facts)  # fmt: skip
 
